@@ -1,6 +1,6 @@
 """What one distillation run was, as plain data, and readers that fill it. No torch, no card."""
 
-from .facts import (
+from hf_distill.run_facts.facts import (
     DatasetFacts,
     EvaluationFacts,
     ModelFacts,
@@ -8,8 +8,8 @@ from .facts import (
     ScheduleFacts,
     TrainingFacts,
 )
-from .names import looks_like_hub_id, without_paths
-from .readers import (
+from hf_distill.run_facts.names import looks_like_hub_id, without_paths
+from hf_distill.run_facts.readers import (
     dataset_facts,
     evaluations_from_log,
     history_from_log,

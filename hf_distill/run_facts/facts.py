@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..errors import SettingError
-from .names import has_hub_spelling, is_path, looks_like_hub_id, without_paths
+from hf_distill.errors import SettingError
+from hf_distill.run_facts.names import has_hub_spelling, is_path, looks_like_hub_id, without_paths
 
 
 def _clean(value: Any) -> Any:
@@ -46,6 +46,8 @@ class ModelFacts(_Facts):
     trainable_parameters: int | None = None
     layers: int | None = None
     width: int | None = None
+    labels: int | None = None
+    """`config.num_labels`."""
     dtype: str | None = None
     main_input: str = "input_ids"
     adapter: str | None = None
@@ -148,7 +150,9 @@ class RunFacts(_Facts):
     divergence: str | None = None
     divergence_kwargs: dict[str, Any] = field(default_factory=dict)
     temperature: ScheduleFacts | None = None
-    """None where the divergence has no temperature."""
+    """None where it has no effect: `not PROPERTIES[name].softens`."""
+    temperature_power: int = 2
+    """The power of the temperature before the divergence: `PROPERTIES[name].temperature_power`."""
     alpha: ScheduleFacts | None = None
     objectives: dict[str, float | None] = field(default_factory=dict)
     """Name -> weight; None for `labels` and `logits`, whose weights alpha gives."""

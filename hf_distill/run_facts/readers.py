@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from typing import Any
 
-from .facts import DatasetFacts, EvaluationFacts, ModelFacts, TrainingFacts
+from hf_distill.run_facts.facts import DatasetFacts, EvaluationFacts, ModelFacts, TrainingFacts
 
 _VERSIONED = ("hf-distill", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -31,6 +31,7 @@ def model_facts(model: Any, *, hub_id: str | None = None) -> ModelFacts:
         trainable_parameters=sum(size for size, trained in sizes if trained),
         layers=_whole(getattr(config, "num_hidden_layers", None)),
         width=_whole(getattr(config, "hidden_size", None)),
+        labels=_whole(getattr(config, "num_labels", None)),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         main_input=getattr(inner, "main_input_name", "input_ids"),
         adapter=None if method is None else str(getattr(method, "value", method)),

@@ -1,0 +1,128 @@
+"""Each divergence in one formula, and the papers to cite. Computes nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Paper(NamedTuple):
+    """What a citation needs. `venue` is a journal, a conference or a preprint number."""
+
+    key: str
+    authors: str
+    title: str
+    venue: str
+    year: int
+    url: str
+
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        fields = {
+            "author": self.authors,
+            "title": "{" + self.title + "}",
+            "howpublished": self.venue,
+            "year": str(self.year),
+            "url": self.url,
+        }
+        lines = [f"  {name:<12} = {{{text}}}," for name, text in fields.items()]
+        return "\n".join([f"@misc{{{self.key},", *lines, "}"])
+
+
+class Divergence(NamedTuple):
+    """A divergence as the card shows it: p is the teacher's distribution, q the student's."""
+
+    formula: str
+    paper: Paper
+
+
+HINTON = Paper(
+    "hinton2015distilling",
+    "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+    "Distilling the Knowledge in a Neural Network",
+    "arXiv:1503.02531",
+    2015,
+    "https://arxiv.org/abs/1503.02531",
+)
+_MINILLM = Paper(
+    "gu2024minillm",
+    "Gu, Yuxian and Dong, Li and Wei, Furu and Huang, Minlie",
+    "MiniLLM: Knowledge Distillation of Large Language Models",
+    "ICLR 2024, arXiv:2306.08543",
+    2024,
+    "https://arxiv.org/abs/2306.08543",
+)
+_GKD = Paper(
+    "agarwal2024onpolicy",
+    "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and "
+    "Ramos, Sabela and Geist, Matthieu and Bachem, Olivier",
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    "ICLR 2024, arXiv:2306.13649",
+    2024,
+    "https://arxiv.org/abs/2306.13649",
+)
+_DISTILLM = Paper(
+    "ko2024distillm",
+    "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
+    "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+    "ICML 2024, arXiv:2402.03898",
+    2024,
+    "https://arxiv.org/abs/2402.03898",
+)
+_F_DISTILL = Paper(
+    "wen2023fdivergence",
+    "Wen, Yuqiao and Li, Zichao and Du, Wenyu and Mou, Lili",
+    "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+    "ACL 2023, arXiv:2307.15190",
+    2023,
+    "https://arxiv.org/abs/2307.15190",
+)
+_BA = Paper(
+    "ba2014deep",
+    "Ba, Lei Jimmy and Caruana, Rich",
+    "Do Deep Nets Really Need to be Deep?",
+    "NeurIPS 2014, arXiv:1312.6184",
+    2014,
+    "https://arxiv.org/abs/1312.6184",
+)
+_DIST = Paper(
+    "huang2022dist",
+    "Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang",
+    "Knowledge Distillation from A Stronger Teacher",
+    "NeurIPS 2022, arXiv:2205.10536",
+    2022,
+    "https://arxiv.org/abs/2205.10536",
+)
+_DKD = Paper(
+    "zhao2022decoupled",
+    "Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun",
+    "Decoupled Knowledge Distillation",
+    "CVPR 2022, arXiv:2203.08679",
+    2022,
+    "https://arxiv.org/abs/2203.08679",
+)
+_DEIT = Paper(
+    "touvron2021deit",
+    "Touvron, Hugo and Cord, Matthieu and Douze, Matthijs and Massa, Francisco and "
+    "Sablayrolles, Alexandre and Jegou, Herve",
+    "Training data-efficient image transformers & distillation through attention",
+    "ICML 2021, arXiv:2012.12877",
+    2021,
+    "https://arxiv.org/abs/2012.12877",
+)
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence("KL(p ‖ q)", HINTON),
+    "reverse_kl": Divergence("KL(q ‖ p)", _MINILLM),
+    "jensen_shannon": Divergence(
+        "β KL(p ‖ m) + (1 - β) KL(q ‖ m), where m = β p + (1 - β) q", _GKD
+    ),
+    "skewed_forward_kl": Divergence("KL(p ‖ skew p + (1 - skew) q)", _DISTILLM),
+    "skewed_reverse_kl": Divergence("KL(q ‖ skew q + (1 - skew) p)", _DISTILLM),
+    "total_variation": Divergence("half the L1 distance of p and q", _F_DISTILL),
+    "mean_squared_error": Divergence("the mean squared difference of the raw outputs", _BA),
+    "dist": Divergence("1 - Pearson correlation of p and q, along rows and columns", _DIST),
+    "decoupled": Divergence(
+        "target_weight KL(target or not) + others_weight KL(among the others), both p ‖ q", _DKD
+    ),
+    "hard": Divergence("-log q(argmax p)", _DEIT),
+}
