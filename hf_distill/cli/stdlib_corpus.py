@@ -1,0 +1,124 @@
+"""Paragraphs of the standard library's documentation strings, labelled with their package.
+
+Reads source files with `ast` and imports none of them. Covers reading, cleaning and splitting; what
+becomes of the paragraphs (tokens, batches) is `quickstart_data.py`'s business.
+"""
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_distill.errors import DataError
+
+# Tests are not documentation, and site-packages is not the standard library.
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Shares of the hash range [0, 1): train below the first, validation below the second, test above.
+_TRAIN_BELOW, _VALIDATION_BELOW = 0.75, 0.85
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """One paragraph of a documentation string, and the index of the package it comes from."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Three disjoint lists of paragraphs, and the package names that their labels index."""
+
+    packages: tuple[str, ...]
+    train: tuple[Paragraph, ...]
+    validation: tuple[Paragraph, ...]
+    test: tuple[Paragraph, ...]
+
+
+def read_stdlib_corpus(
+    *, root: Path | None = None, packages: int = 16, min_words: int = 6
+) -> Corpus:
+    """Read the documentation of the `packages` largest packages under `root`.
+
+    A paragraph is kept once; one that two packages share has no single label and is left out. The
+    split depends on the paragraph's words alone, so the test paragraphs are the same in every run
+    and for every seed.
+
+    Raises `DataError` where there are too few packages, as on a Python without its sources.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    owners: dict[str, set[str]] = {}
+    texts: dict[str, str] = {}
+    for package, text in _paragraphs(folder):
+        words = _words(text)
+        if len(words.split()) >= min_words:
+            owners.setdefault(words, set()).add(package)
+            texts.setdefault(words, text)
+    labelled = {words: min(names) for words, names in owners.items() if len(names) == 1}
+    sizes = Counter(labelled.values())
+    if len(sizes) < packages:
+        raise DataError(
+            f"{folder}: documentation of {len(sizes)} packages found, {packages} are needed. "
+            "Run with a Python whose standard library comes with its source files."
+        )
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:packages]
+    names = tuple(sorted(largest))
+    parts: dict[str, list[Paragraph]] = {"train": [], "validation": [], "test": []}
+    for words in sorted(labelled):
+        if labelled[words] in names:
+            paragraph = Paragraph(text=texts[words], label=names.index(labelled[words]))
+            parts[split_of(words)].append(paragraph)
+    return Corpus(packages=names, **{part: tuple(found) for part, found in parts.items()})
+
+
+def split_of(words: str) -> str:
+    """The split of a paragraph, from a hash of its words.
+
+    >>> split_of("return the number of items")
+    'train'
+    """
+    digest = hashlib.sha256(words.encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < _TRAIN_BELOW:
+        return "train"
+    return "validation" if place < _VALIDATION_BELOW else "test"
+
+
+def _words(text: str) -> str:
+    """What makes two paragraphs the same: the words in lower case, without marks or spacing."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _paragraphs(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (package, paragraph) for all documentation strings, in a fixed order."""
+    for path in sorted(folder.rglob("*.py")):
+        place = path.relative_to(folder)
+        if _SKIPPED_FOLDERS.intersection(place.parts):
+            continue
+        package = place.parts[0].removesuffix(".py").lstrip("_")
+        for docstring in _docstrings(path):
+            for paragraph in re.split(r"\n\s*\n", docstring):
+                yield package, " ".join(paragraph.split())
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """Yield the documentation strings of one file; nothing where it does not parse.
+
+    The standard library ships a few files with deliberate errors, for its own tests.
+    """
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, _DOCUMENTED):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring

@@ -1,0 +1,72 @@
+"""Accuracy against latency, as a picture: one labelled point a model, error bars over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_distill.compare.files import write_whole
+from hf_distill.compare.report import ModelResult, Report
+from hf_distill.errors import DataError, require
+
+# Okabe and Ito's colours, told apart by most colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+
+
+def plot_accuracy_against_latency(report: Report, path: Path) -> None:
+    """Draw the report's models into an image file; the suffix says its format.
+
+    A model without accuracy or latency is left out, and the picture says so. Draws on a canvas of
+    its own: no backend, style or current figure of matplotlib changes.
+
+    Raises `MissingExtraError` without matplotlib, `DataError` when no model has both numbers.
+    """
+    backend = require("matplotlib.backends.backend_agg", extra="report")
+    figures = require("matplotlib.figure", extra="report")
+    shown = [r for r in report.results if _is_complete(r)]
+    if not shown:
+        raise DataError("no result has both an accuracy and a latency: there is nothing to plot.")
+    figure = figures.Figure(figsize=(7, 4.5), dpi=144, layout="constrained")
+    backend.FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, result in enumerate(shown):
+        _draw_point(axes, result, place)
+    axes.set_xlabel("latency at batch size 1, ms (p50; bar up to p95)")
+    axes.set_ylabel("accuracy on the test examples")
+    axes.set_title(report.title, loc="left", fontsize="medium")
+    axes.set_xlim(left=0)
+    axes.margins(x=0.15, y=0.2)
+    axes.grid(alpha=0.3)
+    absent = [r.name for r in report.results if r not in shown]
+    if absent:
+        figure.supxlabel("not measured: " + ", ".join(absent), fontsize="small")
+    write_whole(path, lambda beside: figure.savefig(beside, format=path.suffix.lstrip(".")))
+
+
+def _is_complete(result: ModelResult) -> bool:
+    return result.accuracy_share_mean is not None and result.latency_ms_p50 is not None
+
+
+def _draw_point(axes: Any, result: ModelResult, place: int) -> None:
+    p50, p95 = result.latency_ms_p50, result.latency_ms_p95
+    colour = _COLOURS[place % len(_COLOURS)]
+    axes.errorbar(
+        p50,
+        result.accuracy_share_mean,
+        xerr=None if p95 is None or p50 is None else [[0], [max(0.0, p95 - p50)]],
+        yerr=result.accuracy_share_spread,
+        fmt=_MARKERS[place % len(_MARKERS)],
+        color=colour,
+        capsize=4,
+    )
+    spread = result.accuracy_share_spread
+    accuracy = f"{result.accuracy_share_mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+    axes.annotate(
+        f"{result.name}\n{accuracy}",
+        (p50, result.accuracy_share_mean),
+        xytext=(8, 8),
+        textcoords="offset points",
+        fontsize="small",
+        color=colour,
+    )

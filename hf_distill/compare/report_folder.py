@@ -1,0 +1,26 @@
+"""A report's place on disk: report.json and report.md, written whole, and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_distill.compare.files import write_text_whole
+from hf_distill.compare.report import Report
+from hf_distill.compare.table import report_markdown
+from hf_distill.errors import DataError
+
+JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.md into `folder`, each whole or not at all."""
+    write_text_whole(folder / JSON_NAME, report.to_json())
+    write_text_whole(folder / MARKDOWN_NAME, report_markdown(report))
+
+
+def read_report(folder: Path) -> Report:
+    """The report in `folder`; `DataError` when there is none or it is not one."""
+    path = folder / JSON_NAME
+    if not path.is_file():
+        raise DataError(f"no {JSON_NAME} in {folder}. Give the folder that a comparison wrote.")
+    return Report.from_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,93 @@
+"""A report as text: the terminal's table, the same table in Markdown, and report.md around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from rich.table import Table
+
+from hf_distill.compare.report import ModelResult, Report
+
+UNKNOWN = "-"
+
+
+def _with_spread(mean: float | None, spread: float | None) -> str:
+    if mean is None:
+        return UNKNOWN
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _number(pattern: str, value: float | None) -> str:
+    return UNKNOWN if value is None else pattern.format(value)
+
+
+# Heading -> the text of one result's cell.
+_COLUMNS: dict[str, Callable[[ModelResult], str]] = {
+    "model": lambda r: r.name,
+    "accuracy": lambda r: _with_spread(r.accuracy_share_mean, r.accuracy_share_spread),
+    "parameters": lambda r: _number("{:,}", r.parameters),
+    "MB": lambda r: _number("{:.2f}", r.size_mb),
+    "p50 ms": lambda r: _number("{:.2f}", r.latency_ms_p50),
+    "p95 ms": lambda r: _number("{:.2f}", r.latency_ms_p95),
+    "speed-up": lambda r: _number("{:.1f} ×", r.speed_up_times),
+    "agreement": lambda r: _with_spread(r.agreement_share_mean, r.agreement_share_spread),
+}
+
+
+def _rows(report: Report) -> list[list[str]]:
+    return [[cell(result) for cell in _COLUMNS.values()] for result in report.results]
+
+
+def terminal_table(report: Report) -> Table:
+    """The comparison as a rich table."""
+    table = Table(title=report.title, title_justify="left")
+    for heading in _COLUMNS:
+        left = heading == "model"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for row in _rows(report):
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(report: Report) -> str:
+    """The comparison as a Markdown table, one line a model."""
+    marks = [":--" if heading == "model" else "--:" for heading in _COLUMNS]
+    lines = [list(_COLUMNS), marks, *_rows(report)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def report_markdown(report: Report) -> str:
+    """The whole of report.md: the table, its notes, the missing numbers, settings and machine."""
+    parts = [f"# {report.title}\n", markdown_table(report), _reading_help(report)]
+    if report.notes:
+        parts.append("".join(f"- {note}\n" for note in report.notes))
+    reasons = "".join(
+        f"- {result.name}, `{name}`: {reason}\n"
+        for result in report.results
+        for name, reason in result.not_measured.items()
+    )
+    if reasons:
+        parts.append("## Not measured\n\n" + reasons)
+    if report.settings:
+        parts.append("## Settings\n\n" + _two_columns("setting", report.settings))
+    parts.append("## Machine\n\n" + _two_columns("fact", vars(report.machine)))
+    return "\n".join(parts)
+
+
+def _reading_help(report: Report) -> str:
+    runs = max((len(result.accuracy_share_runs) for result in report.results), default=0)
+    return (
+        f"Accuracy and agreement with the teacher are shares of the test examples: the mean ± the "
+        f"sample standard deviation over seeds (up to {runs}). MB is 10^6 bytes of weights as "
+        "stored. Latency is one forward call at batch size 1; the speed-up is the teacher's p50 "
+        "divided by the model's.\n"
+    )
+
+
+def _two_columns(heading: str, values: dict[str, object]) -> str:
+    lines = [f"| {heading} | value |\n| :-- | :-- |\n"]
+    for name, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        lines.append(f"| `{name}` | {text} |\n")
+    return "".join(lines)
