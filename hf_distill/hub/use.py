@@ -75,7 +75,8 @@ _SEQ2SEQ = """from transformers import {auto}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {load}
 batch = tokenizer("Put your own text here.", return_tensors="pt")
-print(tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True))"""
+output = model.generate(**batch, max_new_tokens=50)
+print(tokenizer.batch_decode(output, skip_special_tokens=True))"""
 
 _FORWARD = """import torch
 from transformers import {auto}, AutoTokenizer

@@ -11,9 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 HIDDEN_PATH = "(local path)"
 # Absolute, home and dot paths; not URLs ("https://a/b"), not names ("loss/labels", "org/model").
 _PATH = re.compile(
-    r"file://\S+"
+    r"file://[^\s'\"`)|,;]+"
     r"|(?<![\w./])(?:(?:~[A-Za-z_]?\w*|\.\.?)/|/(?=[A-Za-z_.]))[^\s'\"`)|,;]*"
-    r"|\b[A-Za-z]:\\\S+"
+    r"|\b[A-Za-z]:\\[^\s'\"`)|,;]+"
 )
 _WHOLE_PATH = re.compile(r"/(?=[A-Za-z_.])|~[A-Za-z_/]|\.\.?[/\\]|[A-Za-z]:[/\\]|\\\\|file://")
 
