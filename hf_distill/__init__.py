@@ -1,0 +1,41 @@
+"""hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train."""
+
+from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
+from hf_distill.distiller import Counts, Distiller, DistillerOutput
+from hf_distill.errors import (
+    DataError,
+    HfDistillError,
+    MissingExtraError,
+    SettingError,
+    TeacherError,
+)
+from hf_distill.hub import write_card
+from hf_distill.tasks import Task
+from hf_distill.teachers import ModelTeacher, Teacher
+from hf_distill.trainer import (
+    DistillationMixin,
+    DistillationTrainer,
+    Seq2SeqDistillationTrainer,
+)
+
+# The trainer and the card do not know each other; they meet here.
+DistillationMixin.card_renderer = write_card
+
+__all__ = [
+    "Counts",
+    "DataError",
+    "DistillationArguments",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "Distiller",
+    "DistillerOutput",
+    "HfDistillError",
+    "MissingExtraError",
+    "ModelTeacher",
+    "Seq2SeqDistillationArguments",
+    "Seq2SeqDistillationTrainer",
+    "SettingError",
+    "Task",
+    "Teacher",
+    "TeacherError",
+]

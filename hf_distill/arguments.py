@@ -1,0 +1,140 @@
+"""DistillationArguments: what `TrainingArguments` lacks, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_distill.distiller import checked_schedule
+from hf_distill.errors import SettingError
+from hf_distill.objectives import LogitsMatch
+from hf_distill.schedules import make_schedule
+from hf_distill.teachers.load import as_dtype
+from hf_distill.vocabulary import LABEL_MATCHING
+
+
+@dataclass
+class _Distillation:
+    """The fields, shared by the two argument classes; validated when they are built."""
+
+    temperature: float = field(
+        default=2.0,
+        metadata={
+            "help": "Divides the logits of both models before the divergence. Above 0; higher is softer."
+        },
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the teacher's term, in [0, 1]; the labels' term weighs 1 - alpha. 0 is plain Trainer."
+        },
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "forward_kl, reverse_kl, jensen_shannon, … Default: forward_kl on logits, mean_squared_error on values."
+        },
+    )
+    divergence_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Settings of the divergence, as JSON: {"beta": 0.3}.'}
+    )
+    temperature_schedule: str = field(
+        default="constant",
+        metadata={"help": "constant, linear or cosine, from temperature to temperature_end."},
+    )
+    temperature_end: float | None = field(
+        default=None, metadata={"help": "Temperature at the end of training, for a schedule."}
+    )
+    alpha_schedule: str = field(
+        default="constant",
+        metadata={"help": "constant, linear or cosine, from alpha to alpha_end."},
+    )
+    alpha_end: float | None = field(
+        default=None, metadata={"help": "alpha at the end of training, for a schedule."}
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "float32, bfloat16, float16 or auto (the checkpoint's). Default: auto, under the student's mixed precision."
+        },
+    )
+    evaluate_with_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluation also runs the teacher and reports agreement with it and the divergence."
+        },
+    )
+    label_matching: str = field(
+        default="by_name",
+        metadata={
+            "help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
+        if isinstance(self.divergence_kwargs, str):
+            raise SettingError(
+                f"divergence_kwargs={self.divergence_kwargs!r}: must be a dict, or JSON that starts with {{."
+            )
+        if self.label_matching not in LABEL_MATCHING:
+            raise SettingError(
+                f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}."
+            )
+        as_dtype(self.teacher_dtype)
+        blend = blend_of(self)
+        checked_schedule("alpha", blend["alpha"])
+        temperature = checked_schedule("temperature", blend["temperature"])
+        LogitsMatch(
+            blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature
+        )
+
+
+@dataclass
+class DistillationArguments(_Distillation, TrainingArguments):
+    """`TrainingArguments` and the settings of a distillation.
+
+    Args: see each field's help; `HfArgumentParser` makes command-line options of them.
+
+    Raises:
+        SettingError: a value that cannot be, when it is built.
+
+    >>> DistillationArguments(output_dir="out", temperature=4.0, report_to="none").alpha
+    0.5
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "divergence_kwargs"]  # noqa: RUF012 as in TrainingArguments
+
+
+@dataclass
+class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "divergence_kwargs"]  # noqa: RUF012 as in TrainingArguments
+
+
+def setting(args: Any, name: str) -> Any:
+    """A setting of a distillation; its default where `args` is a plain `TrainingArguments`."""
+    return getattr(args, name, _Distillation.__dataclass_fields__[name].default)
+
+
+def blend_of(args: Any) -> Mapping[str, Any]:
+    """Keyword arguments of `Distiller.set_blend`, from any training arguments.
+
+    Raises:
+        SettingError: a schedule that cannot be.
+    """
+    blend = {
+        knob: make_schedule(
+            knob,
+            setting(args, f"{knob}_schedule"),
+            setting(args, knob),
+            setting(args, f"{knob}_end"),
+        )
+        for knob in ("temperature", "alpha")
+    }
+    names = ("divergence", "divergence_kwargs")
+    return {**blend, **{name: setting(args, name) for name in names}}

@@ -1,0 +1,37 @@
+"""The mathematics: tensors in, tensors out. No models, no state, no reduction over rows."""
+
+from hf_distill.functional.decoupled import decoupled
+from hf_distill.functional.divergences import (
+    dist,
+    forward_kl,
+    hard,
+    jensen_shannon,
+    mean_squared_error,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    total_variation,
+)
+from hf_distill.functional.properties import (
+    DIVERGENCES,
+    PROPERTIES,
+    Divergence,
+    DivergenceProperties,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "PROPERTIES",
+    "Divergence",
+    "DivergenceProperties",
+    "decoupled",
+    "dist",
+    "forward_kl",
+    "hard",
+    "jensen_shannon",
+    "mean_squared_error",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+]

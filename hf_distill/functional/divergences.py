@@ -1,0 +1,227 @@
+"""Divergences of two sets of rows, one number a row; DKD has its own file.
+
+Rows are unnormalised logits `[n v]` already divided by the temperature; the result is `[n]`, not
+multiplied by any power of it. Everything is computed in fp32 (fp64 for fp64 rows). Columns that are −inf
+on either side are left out on both. Directions are written with p for the teacher and q for the student.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.properties import DivergenceProperties, catalogued
+from hf_distill.functional.rows import on_common_support
+
+
+@catalogued(DivergenceProperties(paper="Hinton et al. 2015, Distilling the Knowledge, section 2"))
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p ‖ q): the student must cover whatever the teacher finds likely.
+
+    Same gradient as the cross-entropy of Hinton et al. 2015 (section 2), but 0 at equality.
+
+    >>> rows = torch.tensor([[2.0, 0.0]])
+    >>> forward_kl(rows, rows).item()
+    0.0
+    """
+    q, p = _log_probabilities(student, teacher)
+    return _kl(p, q)
+
+
+@catalogued(DivergenceProperties(paper="Gu et al. 2024, MiniLLM, section 2.1"))
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(q ‖ p): the student is punished for what the teacher finds unlikely (mode-seeking).
+
+    Gu et al. 2024 (section 2.1) take it over sampled sequences; this is the exact one of each row.
+
+    >>> reverse_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).item()
+    0.0
+    """
+    q, p = _log_probabilities(student, teacher)
+    return _kl(q, p)
+
+
+@catalogued(DivergenceProperties(paper="Agarwal et al. 2024, GKD, section 2"))
+def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q.
+
+    Agarwal et al. 2024 (section 2, equation 1). At β = 0 and β = 1, where the formula is identically 0,
+    it is defined as its rescaled limit: forward and reverse KL. At β = 0.5 it is at most log 2, so it
+    weighs less than a KL at the same alpha.
+
+    Raises:
+        SettingError: beta outside [0, 1].
+
+    >>> far = jensen_shannon(torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]]))
+    >>> round(far.item(), 4) == round(math.log(2), 4)
+    True
+    """
+    _within("beta", beta, 0.0, 1.0)
+    q, p = _log_probabilities(student, teacher)
+    if beta == 0.0:
+        return _kl(p, q)
+    if beta == 1.0:
+        return _kl(q, p)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+@catalogued(DivergenceProperties(paper="Ko et al. 2024, DistiLLM, section 3.1"))
+def skewed_forward_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) -> Tensor:
+    """KL(p ‖ skew · p + (1 − skew) · q): a forward KL that stays finite where q vanishes.
+
+    Ko et al. 2024 (section 3.1, α-SKL).
+
+    Raises:
+        SettingError: skew outside [0, 1).
+
+    >>> skewed_forward_kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])).item()
+    0.0
+    """
+    _within("skew", skew, 0.0, 1.0, open_above=True)
+    q, p = _log_probabilities(student, teacher)
+    return _kl(p, _mixture(p, q, skew))
+
+
+@catalogued(DivergenceProperties(paper="Ko et al. 2024, DistiLLM, section 3.1"))
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) -> Tensor:
+    """KL(q ‖ skew · q + (1 − skew) · p): a reverse KL that stays finite where p vanishes.
+
+    Ko et al. 2024 (section 3.1, α-SRKL).
+
+    Raises:
+        SettingError: skew outside [0, 1).
+
+    >>> skewed_reverse_kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])).item()
+    0.0
+    """
+    _within("skew", skew, 0.0, 1.0, open_above=True)
+    q, p = _log_probabilities(student, teacher)
+    return _kl(q, _mixture(q, p, skew))
+
+
+@catalogued(
+    DivergenceProperties(paper="Wen et al. 2023, f-DISTILL, section 3", temperature_power=1)
+)
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Half the L1 distance of the two distributions: 0 when equal, 1 when disjoint.
+
+    Wen et al. 2023 (section 3). First order in the logits' difference, so its gradient scales with T, not T².
+
+    >>> total_variation(torch.tensor([[99.0, 0.0]]), torch.tensor([[0.0, 99.0]])).item()
+    1.0
+    """
+    student, teacher = on_common_support(student, teacher)
+    return 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
+
+
+@catalogued(
+    DivergenceProperties(
+        paper="Ba and Caruana 2014, section 2.2; Kim et al. 2021, section 3",
+        temperature_power=0,
+        softens=False,
+        on_values=True,
+    )
+)
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over the columns of the squared difference of raw logits, or of values. No temperature.
+
+    Ba and Caruana 2014 (section 2.2); Kim et al. 2021 (section 3) show it to be the KL's limit for T → ∞ on
+    centred logits. Blocked columns count neither above nor below the line.
+
+    >>> mean_squared_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]])).item()
+    2.0
+    """
+    student, teacher = on_common_support(student, teacher)
+    squared = (student - teacher).square()  # blocked columns hold the same number on both sides: 0
+    columns = (student.detach() > -1e29).sum(-1).clamp(min=1)
+    return squared.sum(-1) / columns
+
+
+@catalogued(
+    DivergenceProperties(
+        paper="Huang et al. 2022, DIST, section 3", temperature_power=0, couples_rows=True
+    )
+)
+def dist(
+    student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_weight: float = 1.0
+) -> Tensor:
+    """1 − Pearson correlation of the probabilities, within each row (inter) and down each column (intra).
+
+    Huang et al. 2022 (section 3, equations 6–10). The intra part compares a class over the rows of the
+    micro-batch, so it depends on how the batch is cut: with `intra_weight=0` each row stands alone, and
+    accumulation and several processes change nothing. A correlation does not change with scale, so no
+    power of T belongs in front (the reference code multiplies by T², which makes the gradient grow with T).
+
+    Raises:
+        SettingError: a weight below 0.
+
+    >>> rows = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> dist(rows, rows).abs().max().item() < 1e-6
+    True
+    """
+    _within("inter_weight", inter_weight, 0.0, math.inf)
+    _within("intra_weight", intra_weight, 0.0, math.inf)
+    student, teacher = on_common_support(student, teacher)
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    inter = 1 - _pearson(q, p)  # [n]
+    if intra_weight == 0 or q.shape[0] < 2:  # one row has no correlation down a column
+        return inter_weight * inter
+    intra = (1 - _pearson(q.T, p.T)).mean()  # one number for the batch, carried by every row
+    return inter_weight * inter + intra_weight * intra
+
+
+@catalogued(
+    DivergenceProperties(
+        paper="Touvron et al. 2021, DeiT, section 4",
+        temperature_power=0,
+        softens=False,
+        zero_at_equality=False,
+    )
+)
+def hard(student: Tensor, teacher: Tensor) -> Tensor:
+    """−log q(argmax p): the teacher's most likely class as if it were a label. No temperature.
+
+    Touvron et al. 2021 (section 4, hard-label distillation). A cross-entropy: 0 only where the student is certain
+    of the teacher's choice, so it is not 0 at equality unless the teacher is one-hot. A teacher row with a
+    NaN gives NaN.
+
+    >>> round(hard(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])).item(), 4)
+    0.6931
+    """
+    student, teacher = on_common_support(student, teacher)
+    chosen = student.log_softmax(-1).gather(-1, teacher.argmax(-1, keepdim=True)).squeeze(-1)
+    return -chosen + 0 * teacher.amax(-1)  # NaN or +inf is no choice: NaN
+
+
+def _log_probabilities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = on_common_support(student, teacher)
+    return student.log_softmax(-1), teacher.log_softmax(-1)
+
+
+def _kl(target: Tensor, other: Tensor) -> Tensor:
+    """KL(target ‖ other) of log-probabilities `[n v]`, a number a row."""
+    return F.kl_div(other, target, reduction="none", log_target=True).sum(-1)
+
+
+def _mixture(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """log(weight · e^first + (1 − weight) · e^second)."""
+    if weight == 0.0:
+        return second
+    return torch.logaddexp(first + math.log(weight), second + math.log1p(-weight))
+
+
+def _pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Correlation along the last axis; 0 where a side is constant."""
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    return F.cosine_similarity(x, y, dim=-1, eps=1e-12)
+
+
+def _within(knob: str, value: float, low: float, high: float, *, open_above: bool = False) -> None:
+    if not (low <= value < high if open_above else low <= value <= high):
+        bracket = ")" if open_above or math.isinf(high) else "]"
+        raise SettingError(f"{knob}={value}: must lie in [{low:g}, {high:g}{bracket}.")

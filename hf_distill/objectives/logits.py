@@ -1,0 +1,153 @@
+"""Agreement of predictions: a divergence of softened logits (or of values) on every row that counts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
+from hf_distill.functional.rows import in_full_precision
+from hf_distill.loss_sum import LossSum
+from hf_distill.schedules import Schedule, constant
+from hf_distill.signals import Needs, Signals
+from hf_distill.tasks import Batch, Task
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """The divergence of every row that counts.
+
+    Attributes:
+        values: `[m]`, temperature factor included.
+        kept: `[m]` index of each into the task's n rows, or None: all of them.
+        teacher: `[m v]` the teacher's rows, to be looked at when something is wrong.
+        student: `[m v]` the student's.
+    """
+
+    values: Tensor
+    kept: Tensor | None
+    student: Tensor
+    teacher: Tensor
+
+
+class LogitsMatch:
+    """T^p · divergence(student / T, teacher / T), summed over the rows that count.
+
+    p is the divergence's own power (2 for the KL family), so that the gradient does not shrink as T grows
+    (Hinton et al. 2015, section 2). Rows of values are compared as they are.
+
+    Args:
+        divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None: forward_kl on logits,
+            mean_squared_error on values.
+        settings: keyword arguments of the divergence.
+        temperature: a schedule.
+
+    Raises:
+        SettingError: no such divergence, or no such setting of it.
+    """
+
+    needs = Needs(logits=True)
+
+    def __init__(
+        self,
+        divergence: str | Divergence | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        temperature: Schedule | None = None,
+    ) -> None:
+        self.temperature = temperature or constant(2.0)
+        self.settings = dict(settings or {})
+        self._given = divergence
+        self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
+        if isinstance(divergence, str) and divergence not in DIVERGENCES:
+            raise SettingError(
+                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
+            )
+        self._try_settings()
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        rows = self.per_row(student, teacher, task, batch, progress=progress)
+        count = torch.tensor(rows.values.shape[0], device=rows.values.device)
+        # sum() of no row is 0 with a graph, so backward works (law L2).
+        return LossSum(rows.values.sum(), count)
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        return task.count(batch)
+
+    def per_row(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> RowValues:
+        """The divergence of each row that counts; rows that do not are never looked at, so what
+        they hold (NaN included) cannot matter."""
+        function, properties = self.divergence_for(task)
+        kept = task.kept_rows(batch)
+        q, p = task.select(student.logits, batch), task.select(teacher.logits, batch)
+        if kept is not None:
+            q, p = q.index_select(0, kept), p.index_select(0, kept)
+        keywords = dict(self.settings)
+        if properties.wants_target:
+            target = task.targets(batch)
+            keywords["target"] = target if target is None or kept is None else target[kept]
+        if task.on_values or not properties.softens:
+            return RowValues(function(q, p, **keywords), kept, q, p)
+        t = self.temperature(progress)
+        values = function(in_full_precision(q) / t, in_full_precision(p) / t, **keywords)
+        return RowValues(values * t**properties.temperature_power, kept, q, p)
+
+    def divergence_for(self, task: Task) -> tuple[Divergence, DivergenceProperties]:
+        """The function and its properties; what is left open is chosen by the task.
+
+        Raises:
+            SettingError: rows of values with a divergence of distributions.
+        """
+        if task.on_values in self._chosen:
+            return self._chosen[task.on_values]
+        name = self.name_for(task)
+        if callable(self._given):
+            found = self._given, DivergenceProperties(paper="given by the user", on_values=True)
+        else:
+            found = DIVERGENCES[name], PROPERTIES[name]
+        if task.on_values and not found[1].on_values:
+            allowed = [n for n, properties in PROPERTIES.items() if properties.on_values]
+            raise SettingError(
+                f"divergence={name!r} compares distributions, but {task.kind} predicts values. Allowed: "
+                f"{', '.join(allowed)}."
+            )
+        self._chosen[task.on_values] = found
+        return found
+
+    def name_for(self, task: Task) -> str:
+        """The divergence's name, for logs and cards."""
+        if self._given is None:
+            return "mean_squared_error" if task.on_values else "forward_kl"
+        return self._given if isinstance(self._given, str) else self._given.__name__
+
+    def _try_settings(self) -> None:
+        """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
+        if not isinstance(self._given, str):
+            if self.settings and self._given is None:
+                raise SettingError(
+                    f"divergence_kwargs={self.settings} without a divergence: name the one they are for."
+                )
+            return
+        knobs = inspect.signature(DIVERGENCES[self._given]).parameters.values()
+        allowed = [knob.name for knob in knobs if knob.kind is knob.KEYWORD_ONLY]
+        unknown = sorted(set(self.settings) - set(allowed))
+        if unknown:
+            takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
+            raise SettingError(
+                f"divergence_kwargs: {self._given} has no setting {', '.join(unknown)}; it {takes}."
+            )
+        row = torch.zeros(1, 2)
+        try:
+            DIVERGENCES[self._given](row, row, **self.settings)
+        except TypeError as error:  # a string where a number belongs
+            raise SettingError(f"divergence_kwargs={self.settings}: {error}") from error

@@ -1,0 +1,64 @@
+"""Schedules: a number that changes with training progress 0 → 1. Not learning-rate schedulers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hf_distill.errors import SettingError
+
+Schedule = Callable[[float], float]
+
+
+def constant(start: float, end: float | None = None) -> Schedule:
+    """The same number throughout; an `end` that differs contradicts it.
+
+    >>> constant(2.0)(0.7)
+    2.0
+    """
+    if end is not None and end != start:
+        raise SettingError(
+            f"a constant schedule goes from {start} to {start}, but its end is set to {end}. "
+            "Choose linear or cosine, or leave the end out."
+        )
+    return lambda progress: start
+
+
+def linear(start: float, end: float) -> Schedule:
+    """A straight line from `start` to `end`.
+
+    >>> linear(4.0, 1.0)(0.5)
+    2.5
+    """
+    return lambda progress: start + (end - start) * _clamp(progress)
+
+
+def cosine(start: float, end: float) -> Schedule:
+    """Half a cosine wave from `start` to `end`: flat at both ends.
+
+    >>> round(cosine(1.0, 0.0)(0.5), 6)
+    0.5
+    """
+    return lambda progress: end + (start - end) * 0.5 * (1 + math.cos(math.pi * _clamp(progress)))
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+}
+
+
+def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Schedule:
+    """The named schedule from `start` to `end`; `knob` is the setting's name, for messages."""
+    if kind not in SCHEDULES:
+        raise SettingError(
+            f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}."
+        )
+    if kind != "constant" and end is None:
+        raise SettingError(f"{knob}_schedule={kind!r} needs {knob}_end: where should it end?")
+    return SCHEDULES[kind](start, end)
+
+
+def _clamp(progress: float) -> float:
+    return min(1.0, max(0.0, progress))

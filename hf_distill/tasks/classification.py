@@ -1,0 +1,114 @@
+"""Rows of class logits: one a sequence, one a token, one a multiple-choice question; text, audio or image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, pick
+from hf_distill.vocabulary import Columns
+
+
+class Classification(Task):
+    """One row an example, or, with several labels at once, one Bernoulli row (z, 0) a label.
+
+    Every example counts; single-label examples with label -100 are unlabelled and still distilled. Which of the two
+    it is follows transformers: `config.problem_type`, else the labels' dtype (float: several at once).
+    """
+
+    kind = "classification"
+    matched_by = "labels"
+    needs_same_inputs = False
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    @classmethod
+    def from_model(cls, model: Any) -> Classification:
+        return cls(model.config)
+
+    def is_multi_label(self, batch: Batch) -> bool:
+        problem = getattr(self._config, "problem_type", None)
+        if problem is not None:
+            return problem == "multi_label_classification"
+        labels = batch.get("labels")
+        return labels is not None and labels.is_floating_point() and labels.dim() == 2
+
+    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+        logits = pick(outputs["logits"], columns, teacher=teacher)  # [b v]
+        if not self.is_multi_label(batch):
+            return logits
+        return torch.stack((logits, torch.zeros_like(logits)), -1)  # [b v 2]
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1) if self.is_multi_label(batch) else x
+
+    def rows(self, batch: Batch) -> int:
+        labels = self._config.num_labels if self.is_multi_label(batch) else 1
+        return batch_size(batch) * labels
+
+    def label_count(self, batch: Batch) -> Tensor:
+        labels = batch["labels"]
+        if self.is_multi_label(batch):
+            return torch.tensor(labels.shape[0], device=labels.device)
+        return (labels != IGNORED).sum()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        labels = batch.get("labels")
+        return None if labels is None or self.is_multi_label(batch) else labels.flatten()
+
+    def check_labels(self, batch: Batch) -> None:
+        if self.is_multi_label(batch):
+            refuse_ignored(batch["labels"], "several labels at once")
+
+
+class MultipleChoice(Task):
+    """One row a question, over its choices, which both models must be shown in the same order."""
+
+    kind = "multiple_choice"
+    matched_by = "positions"
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        return batch.get("labels")
+
+
+class TokenClassification(Task):
+    """One row a token. `rows="labelled"` keeps tokens whose label is not -100 (first pieces of words, as a rule);
+    `rows="attended"` all that the attention mask shows. Without labels the latter is all that is known.
+    """
+
+    kind = "token_classification"
+    matched_by: ClassVar = "labels"
+
+    def __init__(self, rows: str = "labelled") -> None:
+        if rows not in ("labelled", "attended"):
+            raise SettingError(f"rows={rows!r}: allowed are 'labelled' and 'attended'.")
+        self._rows = rows
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1)
+
+    def keep(self, batch: Batch) -> Tensor:
+        if self._rows == "labelled" and batch.get("labels") is not None:
+            return (batch["labels"] != IGNORED).flatten()
+        return attended(batch, "attention_mask", ("labels", "input_ids", "inputs_embeds")).flatten()
+
+    def rows(self, batch: Batch) -> int:
+        return self.keep(batch).numel()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        return None if batch.get("labels") is None else batch["labels"].flatten()
+
+
+def refuse_ignored(labels: Tensor, head: str) -> None:
+    """-100 means nothing to a head whose loss is not a cross-entropy: it would be learnt as a value."""
+    unlabelled = (labels == IGNORED).flatten(1).any(-1) if labels.dim() > 1 else labels == IGNORED
+    if bool(unlabelled.any()):
+        example = int(unlabelled.nonzero()[0])
+        raise DataError(
+            f"example {example} of the batch has label -100, which a head for {head} takes for a value. Leave "
+            "unlabelled examples out, or train without labels (alpha=1)."
+        )

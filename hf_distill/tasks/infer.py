@@ -1,0 +1,122 @@
+"""Which task a model is for, from its class; and tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers.models.auto import modeling_auto as auto
+
+from hf_distill.errors import SettingError
+from hf_distill.tasks.base import Task
+from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
+from hf_distill.tasks.ctc import CTC
+from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
+from hf_distill.tasks.regression import Embedding, Regression
+from hf_distill.tasks.span import Span
+
+TASKS: dict[str, type[Task]] = {
+    task.kind: task
+    for task in (
+        Classification,
+        Regression,
+        MultipleChoice,
+        TokenClassification,
+        Span,
+        MaskedLM,
+        CausalLM,
+        Seq2Seq,
+        CTC,
+        Embedding,
+    )
+}
+
+# In this order: BART and T5 stand in the masked-LM table too, and are sequence to sequence first.
+_TABLES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    (
+        "seq2seq",
+        (
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        ),
+    ),
+    ("ctc", (auto.MODEL_FOR_CTC_MAPPING_NAMES,)),
+    ("causal_lm", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)),
+    ("masked_lm", (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,)),
+    (
+        "classification",
+        (
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        ),
+    ),
+    ("token_classification", (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,)),
+    ("span", (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,)),
+    ("multiple_choice", (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,)),
+    ("embedding", (auto.MODEL_MAPPING_NAMES,)),
+)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def infer_kind(model: Any) -> str:
+    """The kind of head a model has, by the name of its class or of one it derives from.
+
+    Raises:
+        SettingError: the class is in none of transformers' tables that we know.
+    """
+    model = unwrapped(model)
+    for cls in type(model).__mro__:
+        for kind, tables in _TABLES:
+            if cls.__name__ in _class_names(tables):
+                return _narrowed(kind, model)
+    raise SettingError(
+        f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
+        f'head: {", ".join(TASKS)}. If it behaves like one of them, pass its name, task="classification" for '
+        "example; else pass your own: an object derived from hf_distill.tasks.Task."
+    )
+
+
+def infer_task(model: Any) -> Task:
+    """The task of a student, from its class and its config.
+
+    >>> from transformers import BertConfig, BertForTokenClassification
+    >>> tiny = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> infer_task(BertForTokenClassification(tiny)).kind
+    'token_classification'
+    """
+    return TASKS[infer_kind(model)].from_model(unwrapped(model))
+
+
+def make_task(model: Any, task: Task | str | None) -> Task:
+    """The task that was given, by name or whole, or else the student's own.
+
+    Raises:
+        SettingError: no such name, or nothing given and the class is not known.
+    """
+    if task is None:
+        return infer_task(model)
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.")
+    return TASKS[task].from_model(unwrapped(model))
+
+
+def _narrowed(kind: str, model: Any) -> str:
+    """A sequence classification head with one output, or declared so, is a regression."""
+    if kind != "classification":
+        return kind
+    problem = getattr(model.config, "problem_type", None)
+    alone = problem is None and model.config.num_labels == 1
+    return "regression" if problem == "regression" or alone else kind
+
+
+def _class_names(tables: Iterable[Any]) -> Iterator[str]:
+    for table in tables:
+        for names in table.values():
+            yield from (names,) if isinstance(names, str) else names

@@ -1,0 +1,122 @@
+"""Rows over a vocabulary, a row a position: masked, causal (labels shifted), and sequence to sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended
+
+
+class MaskedLM(Task):
+    """The positions whose label is not -100, the masked ones; without labels, all that are attended."""
+
+    kind = "masked_lm"
+    matched_by = "vocabulary"
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1)
+
+    def keep(self, batch: Batch) -> Tensor:
+        if batch.get("labels") is not None:
+            return (batch["labels"] != IGNORED).flatten()
+        return attended(batch, "attention_mask", ("input_ids", "inputs_embeds")).flatten()
+
+    def rows(self, batch: Batch) -> int:
+        return self.keep(batch).numel()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        return None if batch.get("labels") is None else batch["labels"].flatten()
+
+
+class CausalLM(Task):
+    """Position i predicts token i + 1: logits lose their last position, labels their first.
+
+    A collator that gives `shift_labels` (already shifted, padding-free batches) is taken at its word, as in `Trainer`.
+    """
+
+    kind = "causal_lm"
+    matched_by = "vocabulary"
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        if batch.get("shift_labels") is not None:
+            return x.flatten(0, 1)
+        return x[:, :-1].flatten(0, 1)
+
+    def keep(self, batch: Batch) -> Tensor:
+        if (labels := self._next_tokens(batch)) is not None:
+            return (labels != IGNORED).flatten()
+        mask = attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))
+        return mask[:, 1:].flatten()
+
+    def rows(self, batch: Batch) -> int:
+        return self.keep(batch).numel()
+
+    def label_count(self, batch: Batch) -> Tensor:
+        labels = self._next_tokens(batch)
+        assert labels is not None  # the labels term is only asked for where there are labels
+        return (labels != IGNORED).sum()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        labels = self._next_tokens(batch)
+        return None if labels is None else labels.flatten()
+
+    def has_labels(self, batch: Batch) -> bool:
+        return self._next_tokens(batch) is not None
+
+    def _next_tokens(self, batch: Batch) -> Tensor | None:
+        if batch.get("shift_labels") is not None:
+            return batch["shift_labels"]
+        return None if batch.get("labels") is None else batch["labels"][:, 1:]
+
+
+class Seq2Seq(Task):
+    """A row a decoder position: not shifted. Both models get the student's decoder inputs, made once from the labels."""
+
+    kind = "seq2seq"
+    matched_by = "vocabulary"
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1)
+
+    def keep(self, batch: Batch) -> Tensor:
+        if batch.get("labels") is not None:
+            return (batch["labels"] != IGNORED).flatten()
+        return attended(batch, "decoder_attention_mask", ("decoder_input_ids",)).flatten()
+
+    def rows(self, batch: Batch) -> int:
+        return self.keep(batch).numel()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        return None if batch.get("labels") is None else batch["labels"].flatten()
+
+    def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
+        if batch.get("decoder_input_ids") is not None or batch.get("labels") is None:
+            if batch.get("decoder_input_ids") is None:
+                raise DataError(
+                    "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is otherwise "
+                    f"not known. The batch has {sorted(batch)}."
+                )
+            return batch
+        return {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
+
+
+def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
+    """`[b t]`: the labels one to the right, by the student's own rule where it has one."""
+    own_rule = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+    if own_rule is not None:
+        return own_rule(labels=labels)
+    config = student.config.get_text_config(decoder=True)
+    start = config.decoder_start_token_id
+    start = config.bos_token_id if start is None else start
+    if start is None or config.pad_token_id is None:
+        raise DataError(
+            f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs cannot be "
+            "made from the labels. Set them, or have the data collator give decoder_input_ids."
+        )
+    shifted = torch.roll(labels, 1, dims=-1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)

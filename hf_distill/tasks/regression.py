@@ -1,0 +1,79 @@
+"""Rows of values rather than logits: the number(s) of a regression head, or a pooled hidden state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.tasks.base import Batch, Task, batch_size, pick
+from hf_distill.tasks.classification import refuse_ignored
+from hf_distill.vocabulary import Columns
+
+POOLING = ("mean", "first", "last")
+
+
+class Regression(Task):
+    """One row of values `[b v]` an example, v = num_labels. The student learns the teacher's value."""
+
+    kind = "regression"
+    matched_by = "labels"
+    on_values = True
+    needs_same_inputs = False
+
+    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+        logits = outputs["logits"]
+        logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
+        return pick(logits, columns, teacher=teacher)
+
+    def label_count(self, batch: Batch) -> Tensor:
+        return torch.tensor(batch["labels"].shape[0], device=batch["labels"].device)
+
+    def check_labels(self, batch: Batch) -> None:
+        refuse_ignored(batch["labels"], "regression")
+
+
+class Embedding(Task):
+    """One row `[b d]` an example: the last hidden state, pooled over the attended positions.
+
+    `pooling`: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders). A bare encoder has no loss of its own, so
+    it trains with alpha=1, or with a `compute_loss_func`.
+    """
+
+    kind = "embedding"
+    matched_by = "width"
+    on_values = True
+    needs_same_inputs = False
+
+    def __init__(self, pooling: str = "mean") -> None:
+        if pooling not in POOLING:
+            raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+        self._pooling = pooling
+
+    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+        hidden = outputs["last_hidden_state"]  # [b t d]
+        mask = self._mask(hidden, batch, teacher=teacher)  # [b t]
+        if self._pooling == "mean":
+            summed = hidden.masked_fill(~mask[..., None], 0).sum(1)
+            pooled = summed / mask.sum(1, keepdim=True).clamp(min=1)
+        else:
+            positions = torch.arange(mask.shape[1], device=mask.device)
+            if self._pooling == "first":
+                chosen = torch.where(mask, positions, mask.shape[1] - 1).amin(1)
+            else:
+                chosen = torch.where(mask, positions, 0).amax(1)
+            pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]
+        return pick(pooled, columns, teacher=teacher)
+
+    def label_count(self, batch: Batch) -> Tensor:
+        return torch.tensor(batch_size(batch), device=batch["labels"].device)
+
+    def _mask(self, hidden: Tensor, batch: Batch, *, teacher: bool) -> Tensor:
+        mask = batch.get("attention_mask")
+        if teacher and batch.get("teacher_attention_mask") is not None:
+            mask = batch["teacher_attention_mask"]
+        if mask is None or mask.shape != hidden.shape[:2]:  # images have none
+            return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return mask.bool()

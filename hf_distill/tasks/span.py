@@ -1,0 +1,63 @@
+"""Extractive question answering: two rows an example, the start and the end, over the positions of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size
+from hf_distill.vocabulary import Columns
+
+
+class Span(Task):
+    """Rows `[b 2 t]`; padded positions are blocked, so more padding changes nothing.
+
+    The head's own loss in transformers takes its softmax over padded positions too: the labels term does depend
+    on padding, as it does in `Trainer`.
+    """
+
+    kind = "span"
+    matched_by = "positions"
+    label_names = ("start_positions", "end_positions")
+
+    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+        logits = torch.stack((outputs["start_logits"], outputs["end_logits"]), 1)  # [b 2 t]
+        return logits.masked_fill(~self._readable(batch)[:, None], -torch.inf)
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1)
+
+    def rows(self, batch: Batch) -> int:
+        return 2 * batch_size(batch)
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        """All rows, or, where positions are given, those whose answer lies in the text that is shown."""
+        if not self.has_labels(batch):
+            return None
+        return self._inside(batch).flatten()
+
+    def label_count(self, batch: Batch) -> Tensor:
+        """Starts and ends that transformers does not ignore: before the padded length."""
+        positions = self._positions(batch)
+        return ((positions >= 0) & (positions < self._readable(batch).shape[1])).sum()
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        if not self.has_labels(batch):
+            return None
+        return torch.where(self._inside(batch), self._positions(batch), IGNORED).flatten()
+
+    def _positions(self, batch: Batch) -> Tensor:
+        columns = [batch[name] for name in self.label_names]
+        columns = [x.squeeze(-1) if x.dim() > 1 else x for x in columns]
+        return torch.stack(columns, 1)  # [b 2]
+
+    def _readable(self, batch: Batch) -> Tensor:
+        return attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))  # [b t]
+
+    def _inside(self, batch: Batch) -> Tensor:
+        """`[b 2]`: the answer is on a position that is attended, however long the padding."""
+        positions, readable = self._positions(batch), self._readable(batch)
+        within = (positions >= 0) & (positions < readable.shape[1])
+        return within & readable.gather(1, positions.clamp(0, readable.shape[1] - 1))

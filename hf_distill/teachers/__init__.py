@@ -1,0 +1,8 @@
+"""Who speaks: anything that turns a batch into signals without gradient."""
+
+from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.load import load_teacher
+from hf_distill.teachers.make import as_teacher
+from hf_distill.teachers.model import ModelTeacher
+
+__all__ = ["ModelTeacher", "Teacher", "as_teacher", "load_teacher"]

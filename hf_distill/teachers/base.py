@@ -1,0 +1,38 @@
+"""Teacher: what the rest of the library asks of one, a model or not."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from hf_distill.signals import Needs, Signals
+from hf_distill.tasks import Batch, Task
+from hf_distill.vocabulary import Columns
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Anything that turns a batch into signals without gradient.
+
+    Attributes:
+        inputs: what it reads of a batch, so that a `Trainer` does not drop these columns.
+        columns: which columns of the student's head are compared with which of its own; known after `fit`.
+    """
+
+    inputs: tuple[str, ...]
+    columns: Columns
+
+    def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals: ...
+
+    def fit(self, student: nn.Module, task: Task, *, student_processor: Any = None) -> None:
+        """Check that it can teach this student, and pair the columns of their heads."""
+        ...
+
+    def place(self, accelerator: Any) -> None:
+        """Go where the batches are: device, FSDP, ZeRO."""
+        ...
+
+    def after_step(self, student: nn.Module) -> None:
+        """After an optimizer step: an average moves; a frozen teacher does nothing."""
+        ...

@@ -1,0 +1,125 @@
+"""Loading a teacher from a folder or the Hub, with the head that its checkpoint has."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_distill.errors import SettingError, TeacherError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+
+_AUTO_CLASSES = {
+    "classification": (
+        "AutoModelForSequenceClassification",
+        "AutoModelForAudioClassification",
+        "AutoModelForImageClassification",
+    ),
+    "regression": ("AutoModelForSequenceClassification",),
+    "multiple_choice": ("AutoModelForMultipleChoice",),
+    "token_classification": ("AutoModelForTokenClassification",),
+    "span": ("AutoModelForQuestionAnswering",),
+    "masked_lm": ("AutoModelForMaskedLM",),
+    "causal_lm": ("AutoModelForCausalLM",),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
+    "ctc": ("AutoModelForCTC",),
+    "embedding": ("AutoModel",),
+}
+
+
+def as_dtype(name: str | torch.dtype | None) -> Any:
+    """A dtype by name; "auto" is the checkpoint's own.
+
+    Raises:
+        SettingError: no such dtype.
+    """
+    if name is None or name == "auto" or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise SettingError(f"teacher_dtype={name!r}: allowed are {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None = None) -> Any:
+    """The model at `path`, with the Auto class of this kind of head, in `dtype` (default: the checkpoint's own).
+
+    Args:
+        path: a folder, or a Hub id (the only case that may use the network).
+        kind: a name in `TASKS`: the head of the student.
+
+    Raises:
+        TeacherError: nothing there, no model, or weights missing from the checkpoint: a head that
+            transformers would fill at random teaches noise.
+    """
+    path = os.fspath(path)
+    if not os.path.isdir(path) and _looks_local(path):
+        raise TeacherError(
+            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub id "
+            "like organisation/name."
+        )
+    try:
+        auto_class = _auto_class(path, kind)
+        model, loading = auto_class.from_pretrained(
+            path, dtype=as_dtype(dtype) or "auto", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, TeacherError):
+            raise
+        raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing and kind != "embedding":
+        raise TeacherError(
+            f"teacher_model={path!r} is not trained for {kind}: its checkpoint lacks {', '.join(missing[:4])}"
+            f"{' and more' if len(missing) > 4 else ''}, which would be random numbers. Fine-tune it first, and give "
+            "the folder that training saved."
+        )
+    return model
+
+
+def find_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer that lies in a teacher's folder, to compare with the student's; None where there is none.
+
+    Only local files are looked at: not knowing is no reason to ask the Hub.
+    """
+    if not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether it cannot be meant as a Hub id: `name` or `organisation/name`, nothing before or after."""
+    return path.startswith((".", "~", os.sep)) or path.count("/") > 1 or os.path.isfile(path)
+
+
+def _auto_class(path: str, kind: str) -> Any:
+    """The Auto class of this kind that knows the checkpoint's configuration.
+
+    When the checkpoint names an architecture with another kind of head, it is loaded as what it is, so that the
+    mismatch is named by the check that compares student and teacher.
+    """
+    config = AutoConfig.from_pretrained(path)
+    candidates = [getattr(transformers, name) for name in _AUTO_CLASSES[kind]]
+    known = [cls for cls in candidates if type(config) in cls._model_mapping]
+    architecture = (getattr(config, "architectures", None) or [None])[0]
+    other = getattr(transformers, architecture or "", None)
+    if other is not None and architecture not in _class_names(known, config):
+        return other
+    if not known:
+        raise TeacherError(
+            f"teacher_model={path!r} is a {type(config).__name__}, for which transformers has no {kind} head."
+        )
+    return known[0]
+
+
+def _class_names(auto_classes: list[Any], config: Any) -> set[str]:
+    found: set[str] = set()
+    for cls in auto_classes:
+        models = cls._model_mapping[type(config)]
+        found.update(m.__name__ for m in (models if isinstance(models, tuple) else (models,)))
+    return found

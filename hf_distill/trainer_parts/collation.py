@@ -1,0 +1,106 @@
+"""A collator that makes the teacher's own inputs: `teacher_*` columns, padded or made from raw text, audio, image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.errors import DataError
+from hf_distill.tasks.base import TEACHER_PREFIX
+
+RAW = ("teacher_text", "teacher_text_pair", "teacher_audio", "teacher_image")
+
+
+class TeacherInputsCollator:
+    """The user's collator for the student's columns; the teacher's are made beside it.
+
+    `teacher_text` (and `teacher_text_pair`), `teacher_audio` and `teacher_image` go through the teacher's
+    processing class; ready `teacher_input_ids` and the like are padded by it. The student never sees either.
+
+    Args:
+        collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or processor.
+    """
+
+    def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
+        self.collator = collator
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
+        if name in ("collator", "processor"):  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        own, theirs = [], []
+        for feature in features:
+            own.append({k: v for k, v in feature.items() if not k.startswith(TEACHER_PREFIX)})
+            theirs.append({k: v for k, v in feature.items() if k.startswith(TEACHER_PREFIX)})
+        batch = self.collator(own)
+        if theirs and theirs[0]:
+            made = self._teacher_batch(theirs)
+            batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
+        return batch
+
+    def _teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        columns = {name: [feature[name] for feature in features] for name in features[0]}
+        raw = {name: columns.pop(name) for name in RAW if name in columns}
+        made = self._processed(raw) if raw else {}
+        ready = {name.removeprefix(TEACHER_PREFIX): values for name, values in columns.items()}
+        return {**made, **self._padded(ready)} if ready else made
+
+    def _processed(self, raw: dict[str, list[Any]]) -> dict[str, Any]:
+        if self.processor is None:
+            raise DataError(
+                f"the dataset has {', '.join(raw)}, which only the teacher's processor can read. Pass "
+                "teacher_processing_class=."
+            )
+        if "teacher_text" in raw:
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            pairs = raw.get("teacher_text_pair")
+            made = tokenizer(
+                raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt"
+            )
+        elif "teacher_audio" in raw:
+            extractor = getattr(self.processor, "feature_extractor", self.processor)
+            waves = [
+                np.asarray(_samples(sound, extractor.sampling_rate))
+                for sound in raw["teacher_audio"]
+            ]
+            made = extractor(
+                waves, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt"
+            )
+        else:
+            images = getattr(self.processor, "image_processor", self.processor)
+            made = images(raw["teacher_image"], return_tensors="pt")
+        return dict(made)
+
+    def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
+        if isinstance(
+            getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase
+        ):
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            return dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
+        try:
+            return {name: torch.as_tensor(np.asarray(values)) for name, values in ready.items()}
+        except ValueError as error:
+            names = ", ".join(f"{TEACHER_PREFIX}{name}" for name in ready)
+            raise DataError(
+                f"{names}: rows of different lengths, and nothing to pad them with. Pass teacher_processing_class=."
+            ) from error
+
+
+def _samples(sound: Any, sampling_rate: int) -> Any:
+    """The samples of a `datasets` audio cell, or of a bare array."""
+    if not isinstance(sound, Mapping):
+        return sound
+    if sound["sampling_rate"] != sampling_rate:
+        raise DataError(
+            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. Cast the column: "
+            f'dataset.cast_column("teacher_audio", datasets.Audio(sampling_rate={sampling_rate})).'
+        )
+    return sound["array"]

@@ -1,0 +1,305 @@
+"""What leaves the machine: the model card, and a push of the student and its processor and nothing else.
+
+`Trainer` uploads its whole output folder (training arguments, logs, whatever lies there); here only the files that
+saving the student writes, and the card. The card itself is rendered elsewhere: `card_renderer` is given from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
+
+from hf_distill.arguments import setting
+from hf_distill.functional import PROPERTIES
+from hf_distill.run_facts import (
+    ModelFacts,
+    RunFacts,
+    ScheduleFacts,
+    dataset_facts,
+    evaluations_from_log,
+    history_from_log,
+    library_versions,
+    looks_like_hub_id,
+    model_facts,
+    training_facts,
+)
+from hf_distill.tasks.infer import unwrapped
+from hf_distill.teachers import ModelTeacher
+
+# What training needs and nobody who loads the student does.
+_STATE_FILES = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "training_args.bin",
+    "trainer_state.json",
+)
+
+CARD = "README.md"
+
+
+class PublishingMixin:
+    """`create_model_card`, `push_to_hub` and the pushes during training, for a trainer with a `distiller`."""
+
+    card_renderer: ClassVar[Callable[[RunFacts, str], Any] | None] = None
+
+    if TYPE_CHECKING:  # Trainer's, and DistillationMixin's
+        model: Any
+        args: Any
+        state: Any
+        distiller: Any
+        accelerator: Any
+        processing_class: Any
+        train_dataset: Any
+        eval_dataset: Any
+        hub_model_id: Any
+        callback_handler: Any
+        control: Any
+        push_in_progress: Any
+        optimizer_cls_and_kwargs: Any
+        save_model: Callable[..., None]
+        init_hf_repo: Callable[..., None]
+        is_world_process_zero: Callable[[], bool]
+        _finish_current_push: Callable[[], None]
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
+
+        The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells; `dataset_tags` and
+        `dataset` both name datasets, and a name in the Hub's spelling is linked.
+        """
+        if not self.is_world_process_zero() or type(self).card_renderer is None:
+            return
+        facts = self._run_facts(
+            name=model_name or Path(self.args.output_dir).absolute().name,
+            language=_listed(language),
+            license=license,
+            tags=_listed(tags) + tuple(_listed(tasks)),
+            base=finetuned_from,
+            datasets=_listed(dataset) or _listed(dataset_tags),
+        )
+        type(self).card_renderer(facts, self.args.output_dir)  # type: ignore[misc]  # looked up on the class, so not bound
+
+    def _run_facts(
+        self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any
+    ) -> RunFacts:
+        student = self.accelerator.unwrap_model(self.model)
+        origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
+        match, task = self.distiller.logits_match, self.distiller.task
+        divergence = match.name_for(task)
+        _, properties = match.divergence_for(task)
+        has_teacher = (
+            self.distiller.teacher is not None
+            and self.distiller.alpha(0.0) + self.distiller.alpha(1.0) > 0
+        )
+        trained_on = tuple(
+            fact
+            for fact in (
+                [dataset_facts(None, name=n) for n in datasets]
+                or [dataset_facts(self.train_dataset)]
+            )
+            if fact
+        )
+        several = isinstance(self.eval_dataset, dict)
+        evaluated = (
+            {key: dataset_facts(value) for key, value in self.eval_dataset.items()}
+            if several
+            else dataset_facts(self.eval_dataset)
+        )
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return RunFacts(
+            name=name,
+            task=task.kind,
+            student=model_facts(student),
+            repo_id=self.hub_model_id,
+            teachers=self._teacher_facts() if has_teacher else (),
+            base_model=base or (origin if looks_like_hub_id(origin) else None),
+            processor=None
+            if self.processing_class is None
+            else type(self.processing_class).__name__,
+            divergence=divergence if has_teacher else None,
+            divergence_kwargs=match.settings if has_teacher else {},
+            temperature=_schedule(self.args, "temperature")
+            if has_teacher and properties.softens
+            else None,
+            temperature_power=PROPERTIES[divergence].temperature_power
+            if divergence in PROPERTIES
+            else 2,
+            alpha=_schedule(self.args, "alpha"),
+            objectives=self._objective_weights(has_teacher),
+            datasets=trained_on,
+            evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
+            weights_step=best or self.state.global_step or None,
+            history=history_from_log(self.state.log_history),
+            training=training_facts(self.args, self.state),
+            versions=library_versions(),
+            languages=language,
+            license=license,
+            tags=tags,
+        )
+
+    def _objective_weights(self, has_teacher: bool) -> dict[str, float | None]:
+        names = ["labels"] if self.distiller.needs_labels() else []
+        names += list(self.distiller.objectives) if has_teacher else []
+        return {name: None for name in names}
+
+    def _teacher_facts(self) -> tuple[ModelFacts, ...]:
+        teacher = self.distiller.teacher
+        if not isinstance(teacher, ModelTeacher):
+            return (ModelFacts(class_name=type(teacher).__name__),)
+        model = self.accelerator.unwrap_model(teacher.model)
+        origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+        return (model_facts(model, hub_id=origin),)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
+
+        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold local paths), logs,
+        and whatever else lies in the output folder.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        # Saved beside and moved in: only so is it known which files are the student's.
+        staged = os.path.join(self.args.output_dir, "_push")
+        self.save_model(staged, _internal_call=True)  # type: ignore[call-arg]  # Trainer's own flag: do not push again
+        if not self.is_world_process_zero():
+            return None
+        files = _moved(staged, self.args.output_dir)
+        kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(
+            getattr(self.model, "model_tags", None) or ()
+        )
+        if kwargs.get("model_name") is None:
+            kwargs["model_name"] = self.hub_model_id.split("/")[-1]
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._upload(
+            files,
+            commit_message,
+            blocking=blocking,
+            token=token,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks for them."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Copied first: a rotation may delete the checkpoint while its upload still runs.
+        files = _copied(checkpoint_folder, self.args.output_dir)
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        moment = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        message = f"Training in progress, {moment}"
+        options = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        jobs = [self._upload(files, message, blocking=False, **options)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                HfApi().upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    run_as_future=True,
+                    **options,
+                )
+            )
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(
+        self, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any
+    ) -> Any:
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            allow_patterns=[*files, CARD],
+            commit_message=message,
+            token=token,
+            run_as_future=not blocking,
+            revision=revision,
+        )
+
+
+def _moved(source: str, target: str) -> list[str]:
+    """Move the student's files one by one, each whole or not at all; returns their names."""
+    files = _student_files(source)
+    for name in files:
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        os.replace(os.path.join(source, name), os.path.join(target, name))
+    shutil.rmtree(source)
+    return files
+
+
+def _copied(source: str, target: str) -> list[str]:
+    files = _student_files(source)
+    for name in files:
+        goal = Path(target, name)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        beside = goal.with_name(f".{goal.name}.partial")
+        shutil.copyfile(os.path.join(source, name), beside)
+        os.replace(beside, goal)
+    return files
+
+
+def _student_files(folder: str) -> list[str]:
+    """What `save_pretrained` of student and processor wrote: all but the state of the training.
+
+    Folders in a checkpoint are sharded optimizer states (`global_step5`, `optimizer_0`), except those of adapters and chat templates.
+    """
+    found = []
+    for path in sorted(Path(folder).rglob("*")):
+        inside = path.relative_to(folder)
+        top = Path(inside.parts[0])
+        is_state = any(
+            top.match(pattern) for pattern in (*_STATE_FILES, "global_step*", "pytorch_model_fsdp*")
+        )
+        if path.is_file() and not is_state and inside.name not in ("latest", "zero_to_fp32.py"):
+            found.append(str(inside))
+    return found
+
+
+def _schedule(args: Any, knob: str) -> ScheduleFacts:
+    return ScheduleFacts(
+        start=setting(args, knob),
+        end=setting(args, f"{knob}_end"),
+        schedule=setting(args, f"{knob}_schedule"),
+    )
+
+
+def _listed(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,178 @@
+"""Which columns of two heads mean the same thing: labels by name, padded vocabularies, tokenizers.
+
+It decides once, before training. It does not translate between different tokenizers: those are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_distill.errors import SettingError, TeacherError
+
+LABEL_MATCHING = ("by_name", "by_index")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of each head to compare, in the student's order; None: all of them as they are."""
+
+    student: tuple[int, ...] | int | None = None
+    teacher: tuple[int, ...] | int | None = None
+
+    def of_student(self, x: Tensor) -> Tensor:
+        return _pick(x, self.student)
+
+    def of_teacher(self, x: Tensor) -> Tensor:
+        return _pick(x, self.teacher)
+
+
+def _pick(x: Tensor, columns: tuple[int, ...] | int | None) -> Tensor:
+    """The first so many columns (a view), or the listed ones (a copy)."""
+    if columns is None:
+        return x
+    return x[..., :columns] if isinstance(columns, int) else x[..., list(columns)]
+
+
+def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Columns:
+    """Columns of two classification heads, paired by label name from the two configs.
+
+    Both configs with transformers' default names (LABEL_0, …) are paired by index.
+
+    Args:
+        student: the student's config (`num_labels`, `label2id`). teacher: the teacher's.
+        matching: "by_name", or "by_index" when you know that the order is the same.
+
+    Raises:
+        TeacherError: the label sets, or their sizes, differ.
+        SettingError: no such matching.
+    """
+    if matching not in LABEL_MATCHING:
+        raise SettingError(
+            f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}."
+        )
+    if student.num_labels != teacher.num_labels:
+        raise TeacherError(
+            f"student and teacher have different numbers of labels: student {student.num_labels} "
+            f"{_names(student)}, teacher {teacher.num_labels} {_names(teacher)}. Give the student the teacher's "
+            "labels: from_pretrained(..., num_labels=..., label2id=..., id2label=...)."
+        )
+    if matching == "by_index":
+        return Columns()
+    student_ids, teacher_ids = label_ids(student), label_ids(teacher)
+    if set(student_ids) != set(teacher_ids):
+        raise TeacherError(
+            f"student and teacher label names differ: student {_names(student)}, teacher {_names(teacher)}. Set "
+            "student.config.label2id and id2label to the teacher's names, or pass "
+            'label_matching="by_index" if you know that the order is the same.'
+        )
+    in_student_order = sorted(student_ids, key=lambda name: student_ids[name])
+    order = tuple(teacher_ids[name] for name in in_student_order)
+    return Columns() if order == tuple(range(len(order))) else Columns(teacher=order)
+
+
+def label_ids(config: Any) -> dict[str, int]:
+    """Name → column of a config's labels, from `label2id`, or `id2label` where only that was set."""
+    forward = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    backward = {str(name): int(index) for index, name in (config.id2label or {}).items()}
+    chosen = backward if _is_default(forward) and not _is_default(backward) else forward
+    return chosen if len(chosen) == config.num_labels else backward
+
+
+def _is_default(ids: Mapping[str, int]) -> bool:
+    return all(name == f"LABEL_{index}" for name, index in ids.items())
+
+
+def _names(config: Any) -> str:
+    ids = label_ids(config)
+    names = sorted(ids, key=lambda name: ids[name])
+    shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+    return "{" + shown + "}"
+
+
+def match_vocabularies(
+    *,
+    student_width: int,
+    teacher_width: int,
+    student_tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    teacher_embeddings: int | None = None,
+) -> Columns:
+    """Columns of two heads over a vocabulary: those that both tokenizers know, padding left out.
+
+    Args:
+        student_width, teacher_width: columns of the two heads, padding included.
+        student_tokenizer, teacher_tokenizer: None where unknown.
+        teacher_embeddings: how many input ids the teacher can read.
+
+    Raises:
+        TeacherError: the tokenizers differ, or the widths do and the tokenizers are not known.
+    """
+    if student_tokenizer is None or teacher_tokenizer is None:
+        if student_width == teacher_width:
+            return Columns()
+        raise TeacherError(
+            f"student and teacher predict vocabularies of different width ({student_width} and {teacher_width}) and "
+            "which columns they share is not known. Pass processing_class= (the student's tokenizer) and "
+            "teacher_processing_class= (the teacher's), so that the padding can be told from the tokens."
+        )
+    difference = tokenizer_difference(student_tokenizer, teacher_tokenizer)
+    if difference is not None:
+        raise TeacherError(
+            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean the same "
+            "thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at sequence level "
+            "(classification) a teacher with another tokenizer is possible."
+        )
+    student_ids, teacher_ids = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    last_input = max(student_ids.values())
+    if teacher_embeddings is not None and last_input >= teacher_embeddings:
+        raise TeacherError(
+            f"the student's tokenizer makes ids up to {last_input}, the teacher embeds only {teacher_embeddings}. "
+            "Remove the tokens that were added to the student's tokenizer, or add them to the teacher."
+        )
+    shared = sorted(student_ids[token] for token in student_ids.keys() & teacher_ids.keys())
+    shared = [index for index in shared if index < min(student_width, teacher_width)]
+    if len(shared) == student_width == teacher_width:
+        return Columns()
+    if shared == list(range(len(shared))):
+        return Columns(len(shared), len(shared))
+    return Columns(tuple(shared), tuple(shared))
+
+
+def tokenizer_difference(student: Any, teacher: Any) -> str | None:
+    """What keeps two tokenizers from making the same ids, in words; None when nothing does.
+
+    Tokens that only one of them knows are no difference as long as every shared token has the same id.
+    """
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    moved = [t for t, i in student_ids.items() if t in teacher_ids and teacher_ids[t] != i]
+    if moved:
+        token = min(moved, key=lambda t: student_ids[t])
+        return (
+            f"{len(moved)} tokens have other ids, {token!r} is {student_ids[token]} for the student and "
+            f"{teacher_ids[token]} for the teacher"
+        )
+    shared = len(student_ids.keys() & teacher_ids.keys())
+    if shared < 0.5 * min(len(student_ids), len(teacher_ids)):
+        return f"only {shared} of {len(student_ids)} and {len(teacher_ids)} tokens are the same"
+    by_id = {i: t for t, i in teacher_ids.items()}
+    renamed = [t for t, i in student_ids.items() if t not in teacher_ids and i in by_id]
+    if renamed:
+        token = renamed[0]
+        return (
+            f"id {student_ids[token]} is {token!r} for the student and "
+            f"{by_id[student_ids[token]]!r} for the teacher"
+        )
+    if _merges(student) != _merges(teacher):
+        return "the vocabularies agree but the merges do not"
+    return None
+
+
+def _merges(tokenizer: Any) -> Any:
+    """The merge rules of a fast tokenizer with such rules, else None."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else json.loads(backend.to_str())["model"].get("merges")
