@@ -59,6 +59,8 @@ class Report:
     machine: Machine
     settings: dict[str, Any] = field(default_factory=dict)
     """What was compared and how: plain JSON values, units in the names."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """What making it took: `seconds_total`, `peak_memory_mb`; a name that is absent is unknown."""
     notes: tuple[str, ...] = ()
     """Sentences for the reader: what was held out, what falls short."""
     schema_version: int = SCHEMA_VERSION
