@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,35 +24,36 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def run_with_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., str]:
-    """Run Python text in a new process whose Hub is the fake one; returns what it printed.
+    """Run Python text in a new process whose Hub is the fake one; returns what it printed."""
+    return partial(run_against, hub, tmp_path)
 
-    A process of its own, because huggingface_hub reads its endpoint when it is imported.
+
+def run_against(hub: FakeHub, folder: Path, program: str, *, cache: str = "cache", token: str = TOKEN) -> str:
+    """Run Python text in `folder`, in a process of its own, with `hub` as its Hub.
+
+    Of its own, because huggingface_hub reads its endpoint when it is imported.
     """
-
-    def run(program: str, *, cache: str = "cache", token: str = TOKEN) -> str:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-        environment = {
-            **kept,
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": token,
-            "HF_HOME": str(tmp_path / cache),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{hub.requests}"
-        return done.stdout
-
-    return run
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {
+        **kept,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": token,
+        "HF_HOME": str(folder / cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{hub.requests}"
+    return done.stdout

@@ -210,9 +210,7 @@ def _card_errors(data: object) -> list[str]:
     ]  # fmt: skip
     for key in ("tags", "datasets", "metrics", "language"):
         value = data.get(key, [])
-        if not all(
-            isinstance(item, str) for item in (value if isinstance(value, list) else [value])
-        ):
+        if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
             errors.append(f'"{key}" must be a string or a list of strings')
     for model in data.get("model-index", []):
         if not model.get("name"):

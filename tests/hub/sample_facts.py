@@ -24,9 +24,7 @@ STUDENT = ModelFacts(
     labels=3,
     dtype="float32",
 )
-TEACHER = ModelFacts(
-    hub_id="some-org/big-teacher", class_name="RobertaForSequenceClassification", parameters=16_000
-)
+TEACHER = ModelFacts(hub_id="some-org/big-teacher", class_name="RobertaForSequenceClassification", parameters=16_000)
 
 
 def sample_facts(**changed: object) -> RunFacts:
@@ -50,9 +48,7 @@ def sample_facts(**changed: object) -> RunFacts:
         ),
         weights_step=60,
         history=({"epoch": 1.0, "step": 30, "loss": 0.7, "eval_accuracy": 0.75},),
-        training=TrainingFacts(
-            epochs=2.0, steps=60, learning_rate=5e-5, warmup=0.1, seed=7, extra={"kept": ["a", 1]}
-        ),
+        training=TrainingFacts(epochs=2.0, steps=60, learning_rate=5e-5, warmup=0.1, seed=7, extra={"kept": ["a", 1]}),
         versions={"transformers": "5.0"},
         languages=("en",),
         license="apache-2.0",
