@@ -1,7 +1,8 @@
 """hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train."""
 
 from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
-from hf_distill.distiller import Counts, Distiller, DistillerOutput
+from hf_distill.counts import Counts
+from hf_distill.distiller import Distiller, DistillerOutput
 from hf_distill.errors import (
     DataError,
     HfDistillError,

@@ -28,9 +28,7 @@ def _with_fsdp2(model: Any, accelerator: Any) -> Any:
     from accelerate.utils import fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
-    policy = (
-        plugin.auto_wrap_policy
-    )  # is set by model class, and must still fit the student afterwards
+    policy = plugin.auto_wrap_policy  # is set by model class, and must still fit the student afterwards
     try:
         return fsdp2_prepare_model(accelerator, model).eval()
     finally:

@@ -8,10 +8,9 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_distill.distiller import checked_schedule
 from hf_distill.errors import SettingError
 from hf_distill.objectives import LogitsMatch
-from hf_distill.schedules import make_schedule
+from hf_distill.schedules import checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
 from hf_distill.vocabulary import LABEL_MATCHING
 
@@ -22,9 +21,7 @@ class _Distillation:
 
     temperature: float = field(
         default=2.0,
-        metadata={
-            "help": "Divides the logits of both models before the divergence. Above 0; higher is softer."
-        },
+        metadata={"help": "Divides the logits of both models before the divergence. Above 0; higher is softer."},
     )
     alpha: float = field(
         default=0.5,
@@ -35,7 +32,8 @@ class _Distillation:
     divergence: str | None = field(
         default=None,
         metadata={
-            "help": "forward_kl, reverse_kl, jensen_shannon, … Default: forward_kl on logits, mean_squared_error on values."
+            "help": "forward_kl, reverse_kl, jensen_shannon, … Default: forward_kl on logits, mean_squared_error on "
+            "values."
         },
     )
     divergence_kwargs: dict[str, Any] | str | None = field(
@@ -52,26 +50,21 @@ class _Distillation:
         default="constant",
         metadata={"help": "constant, linear or cosine, from alpha to alpha_end."},
     )
-    alpha_end: float | None = field(
-        default=None, metadata={"help": "alpha at the end of training, for a schedule."}
-    )
+    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the end of training, for a schedule."})
     teacher_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "float32, bfloat16, float16 or auto (the checkpoint's). Default: auto, under the student's mixed precision."
+            "help": "float32, bfloat16, float16 or auto (the checkpoint's). Default: auto, under the student's mixed "
+            "precision."
         },
     )
     evaluate_with_teacher: bool = field(
         default=False,
-        metadata={
-            "help": "Evaluation also runs the teacher and reports agreement with it and the divergence."
-        },
+        metadata={"help": "Evaluation also runs the teacher and reports agreement with it and the divergence."},
     )
     label_matching: str = field(
         default="by_name",
-        metadata={
-            "help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."
-        },
+        metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
     )
 
     def __post_init__(self) -> None:
@@ -81,16 +74,12 @@ class _Distillation:
                 f"divergence_kwargs={self.divergence_kwargs!r}: must be a dict, or JSON that starts with {{."
             )
         if self.label_matching not in LABEL_MATCHING:
-            raise SettingError(
-                f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}."
-            )
+            raise SettingError(f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
         as_dtype(self.teacher_dtype)
         blend = blend_of(self)
         checked_schedule("alpha", blend["alpha"])
         temperature = checked_schedule("temperature", blend["temperature"])
-        LogitsMatch(
-            blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature
-        )
+        LogitsMatch(blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature)
 
 
 @dataclass

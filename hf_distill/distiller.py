@@ -14,33 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.counts import Counts, scale_of
+from hf_distill.errors import DataError, SettingError
 from hf_distill.functional import Divergence
 from hf_distill.objectives import LabelsTerm, LogitsMatch, Objective
-from hf_distill.schedules import Schedule, constant
+from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Signals
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.vocabulary import Columns
+from hf_distill.watch import TeacherWatch
 
 LABELS = "labels"
 LOGITS = "logits"
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The denominators of one optimizer step.
-
-    Attributes:
-        denominators: term → scalar, over all micro-batches and processes.
-        scale: what a term must be multiplied by, because processes are averaged and Accelerate divides by its
-            accumulation steps, while the denominators already are those of the whole step.
-    """
-
-    denominators: Mapping[str, Tensor]
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,8 @@ class Distiller:
         student: the model to train, before Accelerate or DDP wrap it.
         teacher_model: a model, a folder or Hub id, or a `Teacher`; may be None where alpha is 0.
         temperature: above 0, or a schedule. alpha: weight of the teacher's term in [0, 1], or a schedule.
-        divergence: name in `DIVERGENCES` or a function; None: the task's own (forward_kl, or mean_squared_error on values).
+        divergence: name in `DIVERGENCES` or a function; None: the task's own (forward_kl, or mean_squared_error on
+        values).
         divergence_kwargs: its settings.
         task: name in `TASKS` or a Task; None: found from the student's class.
         processing_class: the student's tokenizer or processor, to compare with the teacher's.
@@ -99,8 +88,7 @@ class Distiller:
         self._given_task = task
         self._processor = processing_class
         self._labels_term = LabelsTerm()
-        self._window: list[tuple[Batch, Tensor]] = []
-        self._window_size = 1
+        self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch).logits)
         self.objectives: dict[str, Objective] = {}
         self.set_blend(
             temperature=temperature,
@@ -108,10 +96,8 @@ class Distiller:
             divergence=divergence,
             divergence_kwargs=divergence_kwargs,
         )
-        kind_or_task = make_task(student, task)
-        self.teacher: Teacher | None = (
-            None if teacher_model is None else as_teacher(teacher_model, kind_or_task.kind)
-        )
+        kind = make_task(student, task).kind
+        self.teacher: Teacher | None = None if teacher_model is None else as_teacher(teacher_model, kind)
         self.fit(student)
 
     def set_blend(
@@ -127,12 +113,9 @@ class Distiller:
         Raises:
             SettingError: a value that cannot be.
         """
-        temperature_schedule = checked_schedule("temperature", temperature)
+        softening = checked_schedule("temperature", temperature)
         self.alpha = checked_schedule("alpha", alpha)
-        match = LogitsMatch(
-            divergence, settings=divergence_kwargs, temperature=temperature_schedule
-        )
-        self.objectives[LOGITS] = match
+        self.objectives[LOGITS] = LogitsMatch(divergence, settings=divergence_kwargs, temperature=softening)
 
     @property
     def logits_match(self) -> LogitsMatch:
@@ -151,7 +134,8 @@ class Distiller:
         if self.teacher is None:
             if any(self.alpha(p) > 0 for p in PROGRESS):
                 raise SettingError(
-                    f"alpha is {self.alpha(0.0):g} but there is no teacher. Pass teacher_model= (a model, a folder or a Hub id), or "
+                    f"alpha is {self.alpha(0.0):g} but there is no teacher. Pass teacher_model= (a model, a folder "
+                    "or a Hub id), or "
                     "alpha=0 to train without one."
                 )
         else:
@@ -166,6 +150,11 @@ class Distiller:
         """Bring the teacher to where the batches are."""
         if self.teacher is not None:
             self.teacher.place(accelerator)
+
+    def after_step(self, student: nn.Module) -> None:
+        """Tell the teacher that the optimizer has made a step: one that is an average of students moves."""
+        if self.teacher is not None:
+            self.teacher.after_step(student)
 
     def needs_labels(self) -> bool:
         """Whether any moment of the training uses labels."""
@@ -190,9 +179,7 @@ class Distiller:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
         terms = self._terms_of(micro_batches[0], progress)
-        device = (
-            first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        )
+        device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         sums = []
         for term in terms:
             source = self._labels_term if term == LABELS else self.objectives[term]
@@ -204,10 +191,8 @@ class Distiller:
         vector = gathered_sum(torch.stack(sums), accelerator) / same_batch
         if self.task.sums_over_examples:
             vector = torch.ones_like(vector)
-        self._window, self._window_size = [], len(micro_batches)
-        return Counts(
-            dict(zip(terms, vector.unbind(), strict=True)), _scale(accelerator, same_batch)
-        )
+        self._watch.begin_step(len(micro_batches))
+        return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
 
     def __call__(
         self,
@@ -226,16 +211,15 @@ class Distiller:
             progress: how much of the training is done, 0 → 1, for schedules.
         """
         counts = counts or self.count([batch], progress=progress)
-        batch = self.prepare(batch, progress=progress)
+        batch = self.prepare(batch) if self.alpha(progress) > 0 else batch
         with_labels = self.alpha(progress) < 1
         outputs = student(**self.student_inputs(batch, labels=with_labels))
         mean = outputs["loss"] if with_labels else None
         return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress)
 
-    def prepare(self, batch: Batch, *, progress: float = 0.0) -> dict[str, Any]:
-        """The batch with what both models must be given alike (decoder inputs, made by the student's rule)."""
-        batch = dict(batch)
-        return self.task.prepare(batch, self._student) if self.alpha(progress) > 0 else batch
+    def prepare(self, batch: Batch) -> dict[str, Any]:
+        """The batch with what both models must be given alike: decoder inputs, made by the student's rule."""
+        return self.task.prepare(dict(batch), self._student)
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
         """What the student is called with: nothing of the teacher's, and labels only where they are used."""
@@ -263,19 +247,20 @@ class Distiller:
             labels_scale: as `counts.scale`, where the caller has scaled the labels' loss already.
         """
         alpha = self.alpha(progress)
-        terms: dict[str, Tensor] = {}
-        loss = None
+        terms, loss = {}, None
         if labels_mean is not None:
             scale = counts.scale if labels_scale is None else labels_scale
             terms[LABELS] = self._labels_part(labels_mean, batch, counts) * scale
             loss = terms[LABELS] if alpha == 0 else (1 - alpha) * terms[LABELS]
         if alpha > 0:
+            totals = []
             student, teacher = self.student_signals(outputs, batch), self.teacher_signals(batch)
             for name, objective in self.objectives.items():
                 found = objective(student, teacher, self.task, batch, progress=progress)
-                self._watch(batch, found.value)
+                totals.append(found.value)
                 terms[name] = found.over(counts.denominators[name]) * counts.scale
                 loss = alpha * terms[name] if loss is None else loss + alpha * terms[name]
+            self._watch.look(self.task, batch, torch.stack(totals).sum())
         assert loss is not None  # alpha lies in [0, 1], so one of the two terms is there
         return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)
 
@@ -309,74 +294,7 @@ class Distiller:
         if self.task.has_labels(columns):
             return
         raise DataError(
-            f"alpha < 1 weighs labels, but there is no {' and '.join(names)} in {sorted(columns)}. Give the dataset labels, or pass "
+            f"alpha < 1 weighs labels, but there is no {' and '.join(names)} in {sorted(columns)}. Give the "
+            "dataset labels, or pass "
             "alpha=1 to learn from the teacher alone."
         )
-
-    def _watch(self, batch: Batch, total: Tensor) -> None:
-        """Name a teacher's NaN or infinity before an optimizer step uses it.
-
-        At once on a CPU; elsewhere on the last micro-batch of the step, so that there is one synchronisation a step.
-        """
-        self._window.append((batch, total.detach()))
-        if total.device.type != "cpu" and len(self._window) < self._window_size:
-            return
-        window, self._window = self._window, []
-        if bool(torch.isfinite(torch.stack([value for _, value in window])).all()):
-            return
-        for position, (suspect, _) in enumerate(window):
-            self._refuse_non_finite(suspect, position)
-
-    def _refuse_non_finite(self, batch: Batch, micro_batch: int) -> None:
-        rows = self.task.select(self.teacher_signals(batch).logits, batch)
-        kept = self.task.kept_rows(batch)
-        looked_at = rows if kept is None else rows[kept]
-        wrong = (torch.isnan(looked_at) | (looked_at == torch.inf)).any(-1)
-        if not bool(wrong.any()):
-            return  # the student's own doing: as in any training
-        first = int(wrong.nonzero()[0])
-        row = first if kept is None else int(kept[first])
-        a_row_each = max(1, rows.shape[0] // first_tensor(batch).shape[0])
-        value = looked_at[first][~torch.isfinite(looked_at[first])][0].item()
-        raise TeacherError(
-            f"the teacher's logits hold {value} in example {row // a_row_each}, row {row % a_row_each} of it (micro-batch "
-            f"{micro_batch} of {self._window_size}; {int(wrong.sum())} such rows). No step was made. Look at that input; a "
-            "half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
-        )
-
-
-PROGRESS = tuple(step / 10 for step in range(11))  # where a schedule's values are checked
-
-
-def checked_schedule(knob: str, value: float | Schedule) -> Schedule:
-    """A number or a schedule as a schedule, every value of which is allowed.
-
-    Raises:
-        SettingError: alpha outside [0, 1], or temperature not above 0.
-    """
-    if callable(value):
-        schedule = value
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        schedule = constant(float(value))
-    else:
-        raise SettingError(f"{knob}={value!r}: must be a number, or a function of progress 0 → 1.")
-    for found in (schedule(progress) for progress in PROGRESS):
-        if knob == "alpha" and not 0 <= found <= 1:
-            raise SettingError(
-                f"alpha={found:g}: must lie in [0, 1]. It is the weight of the teacher's term; 1 - alpha is that of the labels."
-            )
-        if knob == "temperature" and not 0 < found < float("inf"):
-            raise SettingError(
-                f"temperature={found:g}: must be above 0 and finite. 1 leaves the teacher's probabilities as they are; higher is "
-                "softer."
-            )
-    return schedule
-
-
-def _scale(accelerator: Any, same_batch: int) -> float:
-    if accelerator is None:
-        return 1.0
-    divided_by = 1
-    if str(accelerator.distributed_type).rsplit(".", 1)[-1] != "DEEPSPEED":
-        divided_by = accelerator.gradient_accumulation_steps
-    return accelerator.num_processes // same_batch * float(divided_by)

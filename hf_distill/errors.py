@@ -46,6 +46,5 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is not installed. It is an optional part of hf-distill: "
-            f'pip install "hf-distill[{extra}]"'
+            f'{module} is not installed. It is an optional part of hf-distill: pip install "hf-distill[{extra}]"'
         ) from error

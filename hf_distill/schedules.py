@@ -52,12 +52,40 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Schedule:
     """The named schedule from `start` to `end`; `knob` is the setting's name, for messages."""
     if kind not in SCHEDULES:
-        raise SettingError(
-            f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}."
-        )
+        raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.")
     if kind != "constant" and end is None:
         raise SettingError(f"{knob}_schedule={kind!r} needs {knob}_end: where should it end?")
     return SCHEDULES[kind](start, end)
+
+
+PROGRESS = tuple(step / 10 for step in range(11))  # where a schedule's values are checked
+
+
+def checked_schedule(knob: str, value: float | Schedule) -> Schedule:
+    """A number or a schedule as a schedule, every value of which is allowed.
+
+    Raises:
+        SettingError: alpha outside [0, 1], or temperature not above 0.
+    """
+    if callable(value):
+        schedule = value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        schedule = constant(float(value))
+    else:
+        raise SettingError(f"{knob}={value!r}: must be a number, or a function of progress 0 → 1.")
+    for found in (schedule(progress) for progress in PROGRESS):
+        if knob == "alpha" and not 0 <= found <= 1:
+            raise SettingError(
+                f"alpha={found:g}: must lie in [0, 1]. It is the weight of the teacher's term; 1 - alpha is that "
+                "of the labels."
+            )
+        if knob == "temperature" and not 0 < found < float("inf"):
+            raise SettingError(
+                f"temperature={found:g}: must be above 0 and finite. 1 leaves the teacher's probabilities as they "
+                "are; higher is "
+                "softer."
+            )
+    return schedule
 
 
 def _clamp(progress: float) -> float:

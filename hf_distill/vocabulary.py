@@ -52,9 +52,7 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
         SettingError: no such matching.
     """
     if matching not in LABEL_MATCHING:
-        raise SettingError(
-            f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}."
-        )
+        raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
     if student.num_labels != teacher.num_labels:
         raise TeacherError(
             f"student and teacher have different numbers of labels: student {student.num_labels} "
@@ -123,8 +121,10 @@ def match_vocabularies(
     difference = tokenizer_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:
         raise TeacherError(
-            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean the same "
-            "thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at sequence level "
+            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean "
+            "the same "
+            "thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at "
+            "sequence level "
             "(classification) a teacher with another tokenizer is possible."
         )
     student_ids, teacher_ids = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
@@ -163,10 +163,7 @@ def tokenizer_difference(student: Any, teacher: Any) -> str | None:
     renamed = [t for t, i in student_ids.items() if t not in teacher_ids and i in by_id]
     if renamed:
         token = renamed[0]
-        return (
-            f"id {student_ids[token]} is {token!r} for the student and "
-            f"{by_id[student_ids[token]]!r} for the teacher"
-        )
+        return f"id {student_ids[token]} is {token!r} for the student and {by_id[student_ids[token]]!r} for the teacher"
     if _merges(student) != _merges(teacher):
         return "the vocabularies agree but the merges do not"
     return None

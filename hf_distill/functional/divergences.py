@@ -104,9 +104,7 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) ->
     return _kl(q, _mixture(q, p, skew))
 
 
-@catalogued(
-    DivergenceProperties(paper="Wen et al. 2023, f-DISTILL, section 3", temperature_power=1)
-)
+@catalogued(DivergenceProperties(paper="Wen et al. 2023, f-DISTILL, section 3", temperature_power=1))
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the L1 distance of the two distributions: 0 when equal, 1 when disjoint.
 
@@ -142,14 +140,8 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return squared.sum(-1) / columns
 
 
-@catalogued(
-    DivergenceProperties(
-        paper="Huang et al. 2022, DIST, section 3", temperature_power=0, couples_rows=True
-    )
-)
-def dist(
-    student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_weight: float = 1.0
-) -> Tensor:
+@catalogued(DivergenceProperties(paper="Huang et al. 2022, DIST, section 3", temperature_power=0, couples_rows=True))
+def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_weight: float = 1.0) -> Tensor:
     """1 − Pearson correlation of the probabilities, within each row (inter) and down each column (intra).
 
     Huang et al. 2022 (section 3, equations 6–10). The intra part compares a class over the rows of the

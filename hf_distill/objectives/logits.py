@@ -66,9 +66,7 @@ class LogitsMatch:
         self._given = divergence
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            raise SettingError(
-                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
-            )
+            raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
         self._try_settings()
 
     def __call__(
@@ -143,9 +141,7 @@ class LogitsMatch:
         unknown = sorted(set(self.settings) - set(allowed))
         if unknown:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
-            raise SettingError(
-                f"divergence_kwargs: {self._given} has no setting {', '.join(unknown)}; it {takes}."
-            )
+            raise SettingError(f"divergence_kwargs: {self._given} has no setting {', '.join(unknown)}; it {takes}.")
         row = torch.zeros(1, 2)
         try:
             DIVERGENCES[self._given](row, row, **self.settings)

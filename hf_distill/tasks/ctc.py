@@ -26,9 +26,7 @@ class CTC(Task):
     kind = "ctc"
     matched_by = "vocabulary"
 
-    def __init__(
-        self, frame_lengths: Callable[[Tensor], Tensor], *, sums_over_examples: bool = False
-    ) -> None:
+    def __init__(self, frame_lengths: Callable[[Tensor], Tensor], *, sums_over_examples: bool = False) -> None:
         self._frame_lengths = frame_lengths
         self.sums_over_examples = sums_over_examples
 

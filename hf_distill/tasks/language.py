@@ -74,7 +74,8 @@ class CausalLM(Task):
 
 
 class Seq2Seq(Task):
-    """A row a decoder position: not shifted. Both models get the student's decoder inputs, made once from the labels."""
+    """A row a decoder position: not shifted. Both models get the student's decoder inputs, made once from the
+    labels."""
 
     kind = "seq2seq"
     matched_by = "vocabulary"
@@ -97,7 +98,8 @@ class Seq2Seq(Task):
         if batch.get("decoder_input_ids") is not None or batch.get("labels") is None:
             if batch.get("decoder_input_ids") is None:
                 raise DataError(
-                    "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is otherwise "
+                    "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is "
+                    "otherwise "
                     f"not known. The batch has {sorted(batch)}."
                 )
             return batch
@@ -114,7 +116,8 @@ def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
     start = config.bos_token_id if start is None else start
     if start is None or config.pad_token_id is None:
         raise DataError(
-            f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs cannot be "
+            f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "
+            "cannot be "
             "made from the labels. Set them, or have the data collator give decoder_input_ids."
         )
     shifted = torch.roll(labels, 1, dims=-1)

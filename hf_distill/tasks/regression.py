@@ -38,7 +38,8 @@ class Regression(Task):
 class Embedding(Task):
     """One row `[b d]` an example: the last hidden state, pooled over the attended positions.
 
-    `pooling`: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders). A bare encoder has no loss of its own, so
+    `pooling`: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders). A bare encoder has no
+    loss of its own, so
     it trains with alpha=1, or with a `compute_loss_func`.
     """
 

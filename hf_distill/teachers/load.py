@@ -60,14 +60,13 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
     path = os.fspath(path)
     if not os.path.isdir(path) and _looks_local(path):
         raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub id "
+            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a "
+            "Hub id "
             "like organisation/name."
         )
     try:
         auto_class = _auto_class(path, kind)
-        model, loading = auto_class.from_pretrained(
-            path, dtype=as_dtype(dtype) or "auto", output_loading_info=True
-        )
+        model, loading = auto_class.from_pretrained(path, dtype=as_dtype(dtype) or "auto", output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, TeacherError):
             raise

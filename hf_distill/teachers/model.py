@@ -29,7 +29,8 @@ _NEVER_GIVEN = ("labels", "start_positions", "end_positions", "kwargs", "args")
 class ModelTeacher:
     """A transformers model, or anything that is called with keywords and returns an output with logits.
 
-    The model is frozen in place (`requires_grad_(False)`, `eval()`) once `fit` has accepted it. It reads its own inputs, `teacher_*`
+    The model is frozen in place (`requires_grad_(False)`, `eval()`) once `fit` has accepted it. It reads its own
+    inputs, `teacher_*`
     columns with the prefix taken off, where the batch has them, and else the student's.
 
     Args:
@@ -75,9 +76,7 @@ class ModelTeacher:
         teacher = unwrapped(self.model)
         self._refuse_other_head(teacher, task)
         if task.matched_by == "labels":
-            self.columns = match_labels(
-                student.config, teacher.config, matching=self._label_matching
-            )
+            self.columns = match_labels(student.config, teacher.config, matching=self._label_matching)
         elif task.matched_by == "vocabulary":
             self._match_vocabulary(student, teacher, student_processor)
         elif task.kind == "embedding":
@@ -100,9 +99,7 @@ class ModelTeacher:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         own = {
-            name.removeprefix(TEACHER_PREFIX): value
-            for name, value in batch.items()
-            if name.startswith(TEACHER_PREFIX)
+            name.removeprefix(TEACHER_PREFIX): value for name, value in batch.items() if name.startswith(TEACHER_PREFIX)
         }
         if "decoder_input_ids" in batch:
             own.setdefault("decoder_input_ids", batch["decoder_input_ids"])
@@ -113,13 +110,15 @@ class ModelTeacher:
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
                 f"Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio or "
-                f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. If a "
+                f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive "
+                "remove_unused_columns. If a "
                 "map() or a collator of yours dropped it, keep it there."
             )
         if self._reads_its_own and source is batch:
             raise DataError(
                 f"the teacher has another tokenizer, so it cannot read the student's {main}. Give the dataset a column "
-                f"{TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's inputs with "
+                f"{TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's "
+                "inputs with "
                 "teacher_processing_class."
             )
         return inputs
@@ -127,14 +126,16 @@ class ModelTeacher:
     def _refuse_shared_weights(self, student: nn.Module) -> None:
         if student is unwrapped(self.model):
             raise TeacherError(
-                "student and teacher are the same object, so there is nothing to learn and freezing the one freezes the "
+                "student and teacher are the same object, so there is nothing to learn and freezing the one "
+                "freezes the "
                 "other. Load the teacher apart, or pass copy.deepcopy(model)."
             )
         theirs = {id(p) for p in self.model.parameters()}
         shared = [name for name, p in student.named_parameters() if id(p) in theirs]
         if shared:
             raise TeacherError(
-                f"student and teacher share weights ({shared[0]} and {len(shared) - 1} more): training the one changes the "
+                f"student and teacher share weights ({shared[0]} and {len(shared) - 1} more): training the one "
+                "changes the "
                 "other. Load the teacher apart."
             )
 
@@ -145,7 +146,8 @@ class ModelTeacher:
             return
         if kind != task.kind:
             raise TeacherError(
-                f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for {task.kind}. "
+                f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for "
+                f"{task.kind}. "
                 "Fine-tune a teacher with the student's kind of head."
             )
 
@@ -177,8 +179,10 @@ class ModelTeacher:
             return
         if task.needs_same_inputs:
             raise TeacherError(
-                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts positions of the "
-                "input, so both must read the same one. Use a teacher with the student's tokenizer, or build the student "
+                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts "
+                "positions of the "
+                "input, so both must read the same one. Use a teacher with the student's tokenizer, or build the "
+                "student "
                 "from the teacher. (If only padded rows of the embeddings differ, pass processing_class= and "
                 "teacher_processing_class=.)"
             )
@@ -195,7 +199,8 @@ def infer_or_none(model: Any) -> str | None:
 def _refuse_other_width(student: Any, teacher: Any) -> None:
     if student.hidden_size != teacher.hidden_size:
         raise TeacherError(
-            f"student and teacher embed in different widths ({student.hidden_size} and {teacher.hidden_size}), which an "
+            f"student and teacher embed in different widths ({student.hidden_size} and {teacher.hidden_size}), "
+            "which an "
             "embedding cannot bridge by itself. Give the student the teacher's hidden_size."
         )
 

@@ -22,7 +22,8 @@ class TeacherInputsCollator:
     processing class; ready `teacher_input_ids` and the like are padded by it. The student never sees either.
 
     Args:
-        collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or processor.
+        collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or
+        processor.
     """
 
     def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
@@ -62,27 +63,18 @@ class TeacherInputsCollator:
         if "teacher_text" in raw:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
             pairs = raw.get("teacher_text_pair")
-            made = tokenizer(
-                raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt"
-            )
+            made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
         elif "teacher_audio" in raw:
             extractor = getattr(self.processor, "feature_extractor", self.processor)
-            waves = [
-                np.asarray(_samples(sound, extractor.sampling_rate))
-                for sound in raw["teacher_audio"]
-            ]
-            made = extractor(
-                waves, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt"
-            )
+            waves = [np.asarray(_samples(sound, extractor.sampling_rate)) for sound in raw["teacher_audio"]]
+            made = extractor(waves, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt")
         else:
             images = getattr(self.processor, "image_processor", self.processor)
             made = images(raw["teacher_image"], return_tensors="pt")
         return dict(made)
 
     def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
-        if isinstance(
-            getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase
-        ):
+        if isinstance(getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase):
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
             return dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
         try:
@@ -100,7 +92,8 @@ def _samples(sound: Any, sampling_rate: int) -> Any:
         return sound
     if sound["sampling_rate"] != sampling_rate:
         raise DataError(
-            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. Cast the column: "
+            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. "
+            "Cast the column: "
             f'dataset.cast_column("teacher_audio", datasets.Audio(sampling_rate={sampling_rate})).'
         )
     return sound["array"]

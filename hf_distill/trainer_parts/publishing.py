@@ -84,7 +84,8 @@ class PublishingMixin:
     ) -> None:
         """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
 
-        The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells; `dataset_tags` and
+        The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
+        `dataset_tags` and
         `dataset` both name datasets, and a name in the Hub's spelling is linked.
         """
         if not self.is_world_process_zero() or type(self).card_renderer is None:
@@ -99,24 +100,16 @@ class PublishingMixin:
         )
         type(self).card_renderer(facts, self.args.output_dir)  # type: ignore[misc]  # looked up on the class, so not bound
 
-    def _run_facts(
-        self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any
-    ) -> RunFacts:
+    def _run_facts(self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any) -> RunFacts:
         student = self.accelerator.unwrap_model(self.model)
         origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
         match, task = self.distiller.logits_match, self.distiller.task
         divergence = match.name_for(task)
         _, properties = match.divergence_for(task)
-        has_teacher = (
-            self.distiller.teacher is not None
-            and self.distiller.alpha(0.0) + self.distiller.alpha(1.0) > 0
-        )
+        has_teacher = self.distiller.teacher is not None and self.distiller.alpha(0.0) + self.distiller.alpha(1.0) > 0
         trained_on = tuple(
             fact
-            for fact in (
-                [dataset_facts(None, name=n) for n in datasets]
-                or [dataset_facts(self.train_dataset)]
-            )
+            for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(self.train_dataset)])
             if fact
         )
         several = isinstance(self.eval_dataset, dict)
@@ -133,17 +126,11 @@ class PublishingMixin:
             repo_id=self.hub_model_id,
             teachers=self._teacher_facts() if has_teacher else (),
             base_model=base or (origin if looks_like_hub_id(origin) else None),
-            processor=None
-            if self.processing_class is None
-            else type(self.processing_class).__name__,
+            processor=None if self.processing_class is None else type(self.processing_class).__name__,
             divergence=divergence if has_teacher else None,
             divergence_kwargs=match.settings if has_teacher else {},
-            temperature=_schedule(self.args, "temperature")
-            if has_teacher and properties.softens
-            else None,
-            temperature_power=PROPERTIES[divergence].temperature_power
-            if divergence in PROPERTIES
-            else 2,
+            temperature=_schedule(self.args, "temperature") if has_teacher and properties.softens else None,
+            temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
             alpha=_schedule(self.args, "alpha"),
             objectives=self._objective_weights(has_teacher),
             datasets=trained_on,
@@ -181,7 +168,8 @@ class PublishingMixin:
     ) -> Any:
         """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
 
-        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold local paths), logs,
+        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
+        local paths), logs,
         and whatever else lies in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -190,13 +178,11 @@ class PublishingMixin:
             self.init_hf_repo(token=token, private=private)
         # Saved beside and moved in: only so is it known which files are the student's.
         staged = os.path.join(self.args.output_dir, "_push")
-        self.save_model(staged, _internal_call=True)  # type: ignore[call-arg]  # Trainer's own flag: do not push again
+        self.save_model(staged, _internal_call=True)  # the flag: and do not push again
         if not self.is_world_process_zero():
             return None
         files = _moved(staged, self.args.output_dir)
-        kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(
-            getattr(self.model, "model_tags", None) or ()
-        )
+        kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(getattr(self.model, "model_tags", None) or ())
         if kwargs.get("model_name") is None:
             kwargs["model_name"] = self.hub_model_id.split("/")[-1]
         self.create_model_card(**kwargs)
@@ -210,7 +196,8 @@ class PublishingMixin:
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks for them."""
+        """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks
+        for them."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -239,12 +226,11 @@ class PublishingMixin:
         if busy:
             self.push_in_progress.jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its hint is too narrow: it iterates
 
-    def _upload(
-        self, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any
-    ) -> Any:
-        return HfApi().upload_folder(
+    def _upload(self, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any) -> Any:
+        upload: Callable[..., Any] = HfApi().upload_folder
+        return upload(
             repo_id=self.hub_model_id,
             folder_path=self.args.output_dir,
             allow_patterns=[*files, CARD],
@@ -279,15 +265,14 @@ def _copied(source: str, target: str) -> list[str]:
 def _student_files(folder: str) -> list[str]:
     """What `save_pretrained` of student and processor wrote: all but the state of the training.
 
-    Folders in a checkpoint are sharded optimizer states (`global_step5`, `optimizer_0`), except those of adapters and chat templates.
+    Folders in a checkpoint are sharded optimizer states (`global_step5`, `optimizer_0`), except those of adapters
+    and chat templates.
     """
     found = []
     for path in sorted(Path(folder).rglob("*")):
         inside = path.relative_to(folder)
         top = Path(inside.parts[0])
-        is_state = any(
-            top.match(pattern) for pattern in (*_STATE_FILES, "global_step*", "pytorch_model_fsdp*")
-        )
+        is_state = any(top.match(pattern) for pattern in (*_STATE_FILES, "global_step*", "pytorch_model_fsdp*"))
         if path.is_file() and not is_state and inside.name not in ("latest", "zero_to_fp32.py"):
             found.append(str(inside))
     return found

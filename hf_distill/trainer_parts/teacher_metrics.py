@@ -14,16 +14,15 @@ from hf_distill.tasks.base import batch_size
 class TeacherMetrics:
     """Sums an example, gathered so that an example that a sampler repeated to fill up a batch counts once.
 
-    `teacher_agreement`: share of the rows that count whose most likely class is the same (None for values, which have no class).
+    `teacher_agreement`: share of the rows that count whose most likely class is the same (None for values, which
+    have no class).
     `divergence`: mean over the rows that count, temperature factor included.
     """
 
     def __init__(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64)  # divergence, agreeing rows, rows
 
-    def add(
-        self, distiller: Distiller, outputs: Any, batch: Batch, *, progress: float, gather: Any
-    ) -> None:
+    def add(self, distiller: Distiller, outputs: Any, batch: Batch, *, progress: float, gather: Any) -> None:
         """Args: gather: `accelerator.gather_for_metrics`."""
         task, match = distiller.task, distiller.logits_match
         student = distiller.student_signals(outputs, batch)
@@ -35,9 +34,7 @@ class TeacherMetrics:
         kept = found.kept
         if kept is None:
             kept = torch.arange(found.values.shape[0], device=found.values.device)
-        each = torch.stack(
-            (found.values.float(), agrees.float(), torch.ones_like(agrees).float()), 1
-        )
+        each = torch.stack((found.values.float(), agrees.float(), torch.ones_like(agrees).float()), 1)
         sums = torch.zeros(examples, 3, device=each.device)
         sums.index_add_(0, kept // rows_an_example, each)
         self._sums += gather(sums).double().sum(0).cpu()

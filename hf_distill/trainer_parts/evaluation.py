@@ -1,0 +1,77 @@
+"""Evaluation: the plain task loss and the user's metrics; the teacher only when it is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from hf_distill.arguments import setting
+from hf_distill.trainer_parts.teacher_metrics import TeacherMetrics
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class EvaluationMixin(_Trainer):
+    """Evaluation steps on the student's columns, and with `evaluate_with_teacher` a second look with the teacher."""
+
+    distiller: Any
+    args: Any
+    _teacher_metrics: TeacherMetrics | None = None
+    _evaluated_outputs: Any = None
+
+    @property
+    def _progress(self) -> float:
+        """How much of the training is done, 0 → 1."""
+        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+        inputs = self.distiller.student_inputs(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
+        self._evaluated_outputs = outputs
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+        """As the trainer's own, on the student's columns; with `evaluate_with_teacher`, the teacher is asked too."""
+        self._evaluated_outputs = None
+        found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
+        if self._teacher_metrics is not None:
+            self._compare_with_teacher(model, inputs)
+        self._evaluated_outputs = None
+        return found
+
+    @torch.no_grad()
+    def _compare_with_teacher(self, model: Any, inputs: Any) -> None:
+        assert self._teacher_metrics is not None
+        batch = self.distiller.prepare(self._prepare_inputs(inputs))
+        outputs = self._evaluated_outputs
+        if outputs is None:  # no labels, or generation: the forward that is compared has not been made
+            outputs = model(**self.distiller.student_inputs(batch, labels=False))
+        self._teacher_metrics.add(
+            self.distiller,
+            outputs,
+            batch,
+            progress=self._progress,
+            gather=self.accelerator.gather_for_metrics,
+        )
+
+    def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
+        """As the trainer's own; `evaluate_with_teacher` adds `teacher_agreement` and `divergence`."""
+        if not setting(self.args, "evaluate_with_teacher"):
+            return super().evaluation_loop(*positional, **keywords)
+        self._teacher_metrics = TeacherMetrics()
+        try:
+            output = super().evaluation_loop(*positional, **keywords)
+            bound = inspect.signature(Trainer.evaluation_loop).bind(self, *positional, **keywords)
+            bound.apply_defaults()
+            prefix = bound.arguments["metric_key_prefix"]
+            measured = self._teacher_metrics.read(on_values=self.distiller.task.on_values)
+            named = {f"{prefix}_{name}": value for name, value in measured.items()}
+            return output._replace(metrics={**(output.metrics or {}), **named})
+        finally:
+            self._teacher_metrics = None
