@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from hf_distill.cli import quickstart
 from hf_distill.errors import HfDistillError
@@ -21,10 +21,17 @@ def make_parser() -> argparse.ArgumentParser:
         description="Distil a large fine-tuned model into a small one. "
         "Training itself is a Python API: see DistillationTrainer.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-distill')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     quickstart.add_command(commands)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("hf-distill")
+    except PackageNotFoundError:
+        return "unknown (a checkout that is not installed)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

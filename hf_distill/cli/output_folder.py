@@ -28,9 +28,7 @@ def fill_folder(folder: Path, *, entries: Collection[str]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
     except OSError as error:
-        raise SettingError(
-            f"output_dir {folder}: cannot be written ({error.strerror}). Choose another one."
-        ) from error
+        raise SettingError(f"output_dir {folder}: cannot be written ({error.strerror}). Choose another one.") from error
     try:
         yield work
         (folder / MARK).touch()

@@ -53,15 +53,9 @@ def add_command(commands: Any) -> None:
         "card. Downloads nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path(DEFAULT_OUTPUT), help="where the results go"
-    )
-    parser.add_argument(
-        "--seed", type=_seed, default=0, help="the first seed; the others follow it"
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="a shorter run with fewer seeds and weaker models"
-    )
+    parser.add_argument("--output-dir", type=Path, default=Path(DEFAULT_OUTPUT), help="where the results go")
+    parser.add_argument("--seed", type=_seed, default=0, help="the first seed; the others follow it")
+    parser.add_argument("--fast", action="store_true", help="a shorter run with fewer seeds and weaker models")
     parser.set_defaults(run=_run_command)
 
 
@@ -91,14 +85,10 @@ class _Setup:
     stages: Stages
 
     def classifier(self, *, layers: int, width: int, seed: int) -> BertForSequenceClassification:
-        return make_classifier(
-            self.tokenizer, self.corpus.packages, layers=layers, width=width, seed=seed
-        )
+        return make_classifier(self.tokenizer, self.corpus.packages, layers=layers, width=width, seed=seed)
 
     def answers_of(self, model: BertForSequenceClassification) -> list[str]:
-        return predicted_labels(
-            model, batches(self.test, self.tokenizer, batch_size=64, device=model.device)
-        )
+        return predicted_labels(model, batches(self.test, self.tokenizer, batch_size=64, device=model.device))
 
 
 def run_quickstart(
@@ -183,9 +173,7 @@ def _train_and_measure(setup: _Setup, *, seed: int, start: float) -> Report:
 
 def _train_teacher(setup: _Setup, seed: int) -> BertForSequenceClassification:
     settings = setup.settings
-    model = setup.classifier(
-        layers=settings.teacher_layers, width=settings.teacher_width, seed=seed
-    )
+    model = setup.classifier(layers=settings.teacher_layers, width=settings.teacher_width, seed=seed)
     training.train_alone(
         model,
         setup.train,
@@ -204,8 +192,7 @@ def _train_students(
     settings = setup.settings
     labelled = choose_labelled(setup.train["labels"], share=settings.labelled_share, seed=seed)
     alone, distilled = (
-        setup.classifier(layers=settings.student_layers, width=settings.student_width, seed=seed)
-        for _ in range(2)
+        setup.classifier(layers=settings.student_layers, width=settings.student_width, seed=seed) for _ in range(2)
     )
     training.train_alone(
         alone,
@@ -239,16 +226,12 @@ def _train_students(
     return alone, distilled
 
 
-def _save(
-    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
+def _save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _time_models(
-    setup: _Setup, models: dict[str, BertForSequenceClassification]
-) -> dict[str, Latency]:
+def _time_models(setup: _Setup, models: dict[str, BertForSequenceClassification]) -> dict[str, Latency]:
     device = models[TEACHER].device
     inputs = setup.test.select(range(min(len(setup.test), setup.settings.latency_calls)))
     singles = list(batches(inputs, setup.tokenizer, batch_size=1, device=device))

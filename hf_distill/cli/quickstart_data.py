@@ -40,9 +40,7 @@ def choose_labelled(labels: Sequence[int], *, share: float, seed: int) -> list[i
 def hide_labels(dataset: Dataset, *, labelled: Collection[int]) -> Dataset:
     """The same examples; those not among `labelled` get -100, which means: no label is known."""
     kept = set(labelled)
-    labels = [
-        label if index in kept else UNLABELLED for index, label in enumerate(dataset["labels"])
-    ]
+    labels = [label if index in kept else UNLABELLED for index, label in enumerate(dataset["labels"])]
     return dataset.remove_columns("labels").add_column("labels", labels)
 
 

@@ -14,9 +14,7 @@ _HEADS = 2
 _INITIALIZER_RANGE = 0.06
 
 
-def make_tokenizer(
-    texts: Sequence[str], *, vocabulary_size: int, max_tokens: int
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Sequence[str], *, vocabulary_size: int, max_tokens: int) -> PreTrainedTokenizerFast:
     """A lower-case tokenizer learned from `texts`, the same in every run.
 
     (The library's WordPiece trainer would do too, but breaks ties differently in every process.)
@@ -29,9 +27,7 @@ def make_tokenizer(
     )
     tokenizer.train_from_iterator(texts, trainer)
     ends = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=ends
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_tokens,

@@ -59,9 +59,7 @@ def make_report(
         )
         for name in runs
     )
-    title = "hf-distill quickstart: which package is this paragraph about?"
-    if settings.fast:
-        title += " (--fast: a shorter run, weaker models)"
+    title = "hf-distill quickstart" + (" --fast" if settings.fast else "")
     return Report(
         title=title,
         results=results,
@@ -87,10 +85,7 @@ def gain_sentence(alone: Sequence[float], distilled: Sequence[float]) -> str:
         return f"Distillation gained {gain.mean:.3f} accuracy; one seed has no spread to compare."
     spread = max(spread_of(values).spread or 0.0 for values in (alone, distilled))
     spread = max(spread, gain.spread)
-    sentence = (
-        f"Distillation gained {gain.mean:.3f} ± {gain.spread:.3f} accuracy over the same student "
-        "alone, "
-    )
+    sentence = f"Distillation gained {gain.mean:.3f} ± {gain.spread:.3f} accuracy over the same student alone, "
     if gain.mean > spread:
         return sentence + f"more than the spread over seeds ({spread:.3f})."
     return sentence + f"NOT more than the spread over seeds ({spread:.3f}): this run shows no gain."
@@ -125,9 +120,7 @@ def _result(
         values |= {"agreement_share_mean": None, "agreement_share_spread": None}
         itself = "the teacher is what the others are compared with"
         missing |= {"agreement_share_mean": itself, "agreement_share_spread": itself}
-    return ModelResult(
-        name=name, accuracy_share_runs=tuple(accuracies), not_measured=missing, **values
-    )
+    return ModelResult(name=name, accuracy_share_runs=tuple(accuracies), not_measured=missing, **values)
 
 
 def _settings(settings: Settings, corpus: Corpus, seed: int) -> dict[str, Any]:
@@ -137,7 +130,7 @@ def _settings(settings: Settings, corpus: Corpus, seed: int) -> dict[str, Any]:
         "train_paragraphs": len(corpus.train),
         "validation_paragraphs": len(corpus.validation),
         "test_paragraphs": len(corpus.test),
-        "packages": list(corpus.packages),
+        "package_names": list(corpus.packages),
     }
 
 
@@ -155,15 +148,16 @@ def _notes(
     peak = f" and {cost['peak_memory_mb']:.0f} MB" if "peak_memory_mb" in cost else ""
     notes = [
         gain_sentence(alone.accuracy_share_runs, distilled.accuracy_share_runs),
-        f"Accuracy is on {len(corpus.test)} paragraphs that no model was trained on and that no "
+        f"The task: which of {len(corpus.packages)} standard library packages is this paragraph "
+        f"of documentation about? Accuracy is on {len(corpus.test)} paragraphs that no model was "
+        f"trained on and that no "
         f"setting was chosen by. Naming the most common package always would score "
         f"{most_common / len(answers.truth):.3f}.",
         f"Both students took {settings.student_steps} steps of {settings.batch_size} paragraphs "
         f"from the same first weights. Alone: the {labelled} paragraphs with a label. Distilled: "
         f"those, and the {len(corpus.train) - labelled} others without their label. The teacher "
         f"had every label.",
-        f"Size and latency are of the first seed's models. The run took "
-        f"{cost['seconds_total']:.0f} s{peak}.",
+        f"Size and latency are of the first seed's models. The run took {cost['seconds_total']:.0f} s{peak}.",
     ]
     if settings.fast:
         notes.insert(0, "Made with --fast: a shorter run; its numbers are not those of a full one.")

@@ -16,9 +16,7 @@ from pathlib import Path
 from hf_distill.errors import DataError
 
 # Tests are not documentation, and site-packages is not the standard library.
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-)
+_SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Shares of the hash range [0, 1): train below the first, validation below the second, test above.
 _TRAIN_BELOW, _VALIDATION_BELOW = 0.75, 0.85
@@ -42,9 +40,7 @@ class Corpus:
     test: tuple[Paragraph, ...]
 
 
-def read_stdlib_corpus(
-    *, root: Path | None = None, packages: int = 16, min_words: int = 6
-) -> Corpus:
+def read_stdlib_corpus(*, root: Path | None = None, packages: int = 16, min_words: int = 6) -> Corpus:
     """Read the documentation of the `packages` largest packages under `root`.
 
     A paragraph is kept once; one that two packages share has no single label and is left out. The

@@ -101,12 +101,7 @@ def _summarise(nanoseconds: list[int], batch_size: int) -> Latency:
 
 
 def _common_batch_size(batches: Sequence[Mapping[str, Any]]) -> int:
-    sizes = {
-        next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
-        for batch in batches
-    }
+    sizes = {next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in batches}
     if len(sizes) != 1:
-        raise SettingError(
-            f"batches of sizes {sorted(sizes)}: latency needs one or more batches of one size."
-        )
+        raise SettingError(f"batches of sizes {sorted(sizes)}: latency needs one or more batches of one size.")
     return int(sizes.pop())

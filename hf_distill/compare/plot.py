@@ -32,11 +32,12 @@ def plot_accuracy_against_latency(report: Report, path: Path) -> None:
     axes = figure.add_subplot()
     for place, result in enumerate(shown):
         _draw_point(axes, result, place)
-    axes.set_xlabel("latency at batch size 1, ms (p50; bar up to p95)")
+    axes.set_xlabel("latency at batch size 1, ms (p50; faint line up to p95)")
     axes.set_ylabel("accuracy on the test examples")
     axes.set_title(report.title, loc="left", fontsize="medium")
+    axes.margins(x=0.2)
     axes.set_xlim(left=0)
-    axes.margins(x=0.15, y=0.2)
+    axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     absent = [r.name for r in report.results if r not in shown]
     if absent:
@@ -51,10 +52,11 @@ def _is_complete(result: ModelResult) -> bool:
 def _draw_point(axes: Any, result: ModelResult, place: int) -> None:
     p50, p95 = result.latency_ms_p50, result.latency_ms_p95
     colour = _COLOURS[place % len(_COLOURS)]
+    if p95 is not None:
+        axes.hlines(result.accuracy_share_mean, p50, p95, color=colour, alpha=0.35, linewidth=1)
     axes.errorbar(
         p50,
         result.accuracy_share_mean,
-        xerr=None if p95 is None or p50 is None else [[0], [max(0.0, p95 - p50)]],
         yerr=result.accuracy_share_spread,
         fmt=_MARKERS[place % len(_MARKERS)],
         color=colour,

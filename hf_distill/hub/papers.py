@@ -113,16 +113,12 @@ _DEIT = Paper(
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence("KL(p ‖ q)", HINTON),
     "reverse_kl": Divergence("KL(q ‖ p)", _MINILLM),
-    "jensen_shannon": Divergence(
-        "β KL(p ‖ m) + (1 - β) KL(q ‖ m), where m = β p + (1 - β) q", _GKD
-    ),
+    "jensen_shannon": Divergence("β KL(p ‖ m) + (1 - β) KL(q ‖ m), where m = β p + (1 - β) q", _GKD),
     "skewed_forward_kl": Divergence("KL(p ‖ skew p + (1 - skew) q)", _DISTILLM),
     "skewed_reverse_kl": Divergence("KL(q ‖ skew q + (1 - skew) p)", _DISTILLM),
     "total_variation": Divergence("half the L1 distance of p and q", _F_DISTILL),
     "mean_squared_error": Divergence("the mean squared difference of the raw outputs", _BA),
     "dist": Divergence("1 - Pearson correlation of p and q, along rows and columns", _DIST),
-    "decoupled": Divergence(
-        "target_weight KL(target or not) + others_weight KL(among the others), both p ‖ q", _DKD
-    ),
+    "decoupled": Divergence("target_weight KL(target or not) + others_weight KL(among the others), both p ‖ q", _DKD),
     "hard": Divergence("-log q(argmax p)", _DEIT),
 }

@@ -93,11 +93,7 @@ def _count(value: int | None) -> str:
 
 def _trained(student: ModelFacts) -> str:
     """Shown only when part of the student was frozen."""
-    return (
-        ""
-        if student.trainable_parameters == student.parameters
-        else _count(student.trainable_parameters)
-    )
+    return "" if student.trainable_parameters == student.parameters else _count(student.trainable_parameters)
 
 
 def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
@@ -179,9 +175,7 @@ def _results_on(place: str, group: list[EvaluationFacts], facts: RunFacts) -> st
         f"\n\nThe {escape(e.subject)} was measured at step {number(e.step)}; the saved weights are "
         f"those of step {number(facts.weights_step)}."
         for e in group
-        if e.subject == "student"
-        and None not in (e.step, facts.weights_step)
-        and e.step != facts.weights_step
+        if e.subject == "student" and None not in (e.step, facts.weights_step) and e.step != facts.weights_step
     ]
     return f"On {place}:\n\n" + table(head, rows) + "".join(notes)
 
@@ -197,9 +191,7 @@ def settings(facts: RunFacts) -> str:
     """The training settings that are known, as a table."""
     training = facts.training
     rows = [
-        [title, number(value)]
-        for name, title in _SETTINGS.items()
-        if (value := getattr(training, name)) is not None
+        [title, number(value)] for name, title in _SETTINGS.items() if (value := getattr(training, name)) is not None
     ]
     if training.warmup is not None:
         unit = "warm-up, share of the run" if training.warmup < 1 else "warm-up steps"

@@ -106,9 +106,7 @@ _TEXT_CLASSES = Use(
 _TEXT = {
     "classification": _TEXT_CLASSES,
     "regression": _TEXT_CLASSES,
-    "multiple_choice": Use(
-        "multiple-choice", "Multiple Choice", "AutoModelForMultipleChoice", "Token", _CHOICE
-    ),
+    "multiple_choice": Use("multiple-choice", "Multiple Choice", "AutoModelForMultipleChoice", "Token", _CHOICE),
     "token_classification": Use(
         "token-classification",
         "Token Classification",
@@ -116,15 +114,9 @@ _TEXT = {
         "Token",
         _PIPELINE,
     ),
-    "span": Use(
-        "question-answering", "Question Answering", "AutoModelForQuestionAnswering", "Token", _SPAN
-    ),
-    "masked_lm": Use(
-        "fill-mask", "Masked Language Modeling", "AutoModelForMaskedLM", "Token", _FILL
-    ),
-    "causal_lm": Use(
-        "text-generation", "Causal Language Modeling", "AutoModelForCausalLM", "Token", _GENERATE
-    ),
+    "span": Use("question-answering", "Question Answering", "AutoModelForQuestionAnswering", "Token", _SPAN),
+    "masked_lm": Use("fill-mask", "Masked Language Modeling", "AutoModelForMaskedLM", "Token", _FILL),
+    "causal_lm": Use("text-generation", "Causal Language Modeling", "AutoModelForCausalLM", "Token", _GENERATE),
     "seq2seq": Use(
         "text2text-generation",
         "Sequence-to-sequence Language Modeling",
@@ -159,9 +151,7 @@ _IMAGE_CLASSES = Use(
 _PICTURE = {
     "classification": _IMAGE_CLASSES,
     "regression": _IMAGE_CLASSES,
-    "embedding": Use(
-        "image-feature-extraction", "Image Feature Extraction", "AutoModel", "", _LOAD_ONLY
-    ),
+    "embedding": Use("image-feature-extraction", "Image Feature Extraction", "AutoModel", "", _LOAD_ONLY),
 }
 _BY_INPUT = {
     "input_ids": _TEXT,
@@ -185,9 +175,7 @@ def program(facts: RunFacts) -> str | None:
     if use is None or (facts.student.adapter and facts.base_model is None):
         return None
     words = {"tag": use.tag, "auto": use.auto, "model": facts.repo_id or "."}
-    feeds = facts.processor is not None and any(
-        part in facts.processor for part in (use.processor, "Processor")
-    )
+    feeds = facts.processor is not None and any(part in facts.processor for part in (use.processor, "Processor"))
     if facts.student.adapter is None:
         load = _LOAD.format(**words)
         text = use.program if feeds else _LOAD_ONLY

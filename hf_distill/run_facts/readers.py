@@ -79,9 +79,7 @@ def evaluations_from_log(
         rows = [(i, row) for i, row in enumerate(log) if _owner(row, starts) == start]
         if not rows:
             continue
-        at_best = [
-            pair for pair in rows if best_step is not None and pair[1].get("step") == best_step
-        ]
+        at_best = [pair for pair in rows if best_step is not None and pair[1].get("step") == best_step]
         after = [pair for pair in rows if pair[0] > ended]
         index, row = (after or at_best or rows)[-1]
         step = best_step if index > ended and best_step is not None else row.get("step")

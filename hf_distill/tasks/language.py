@@ -111,10 +111,9 @@ def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
     own_rule = getattr(student, "prepare_decoder_input_ids_from_labels", None)
     if own_rule is not None:
         return own_rule(labels=labels)
-    config = student.config.get_text_config(decoder=True)
-    start = config.decoder_start_token_id
-    start = config.bos_token_id if start is None else start
-    if start is None or config.pad_token_id is None:
+    # As the models' own forwards: the config itself. (Its `get_text_config` forgets Whisper's start token.)
+    start, padding = student.config.decoder_start_token_id, student.config.pad_token_id
+    if start is None or padding is None:
         raise DataError(
             f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "
             "cannot be "
@@ -122,4 +121,4 @@ def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
         )
     shifted = torch.roll(labels, 1, dims=-1)
     shifted[:, 0] = start
-    return shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+    return shifted.masked_fill(shifted == IGNORED, padding)
