@@ -1,0 +1,161 @@
+"""alpha=0 is `Trainer`: the same weights, bit for bit, after the same steps; the teacher is never run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, set_seed
+
+from hf_distill import (
+    DistillationArguments,
+    DistillationTrainer,
+    Seq2SeqDistillationArguments,
+    Seq2SeqDistillationTrainer,
+    SettingError,
+)
+from tests.trainer.tiny import (
+    arguments,
+    assert_moved,
+    assert_same_bits,
+    bert,
+    examples,
+    never_called,
+    padded,
+    weights,
+)
+
+DROPOUT = 0.3  # so that a single draw too many from the random generator shows
+
+
+def after_training(trainer_class: Any, args: Any, **given: Any) -> dict[str, torch.Tensor]:
+    student = bert(dropout=DROPOUT)
+    start = weights(student)
+    given = {"train_dataset": examples(16), "data_collator": padded, **given}
+    trainer = trainer_class(model=student, args=args, **given)
+    trainer.train()
+    assert_moved(weights(student), start)
+    return weights(student)
+
+
+def both(folder: Any, *, teacher: Any = None, settings: dict[str, Any] | None = None, **given: Any) -> None:
+    """Train the same student with `Trainer` and with ours, and compare."""
+    shared = {"max_steps": 3, "optim": "adamw_torch", "max_grad_norm": 1.0, **(settings or {})}
+    theirs = after_training(Trainer, arguments(folder / "theirs", TrainingArguments, **shared), **given)
+    args = arguments(folder / "ours", DistillationArguments, alpha=0.0, **shared)
+    ours = after_training(DistillationTrainer, args, teacher_model=teacher, **given)
+    assert_same_bits(ours, theirs)
+
+
+def test_without_a_teacher(tmp_path) -> None:
+    both(tmp_path)
+
+
+def test_with_a_teacher_that_is_never_run(tmp_path) -> None:
+    both(tmp_path, teacher=never_called(bert(seed=1)))
+
+
+def test_with_a_teacher_of_the_wrong_kind_that_is_never_looked_at(tmp_path) -> None:
+    teacher = bert("TokenClassification", seed=1)
+    both(tmp_path, teacher=teacher)
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+
+
+def test_label_smoothing(tmp_path) -> None:
+    both(tmp_path, settings={"label_smoothing_factor": 0.2})
+
+
+def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    loss = torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def test_compute_loss_func(tmp_path) -> None:
+    both(tmp_path, compute_loss_func=mean_loss)
+
+
+def test_clipping_decay_and_a_learning_rate_schedule(tmp_path) -> None:
+    both(tmp_path, settings={"weight_decay": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1})
+
+
+def test_a_last_batch_that_is_smaller_and_several_epochs(tmp_path) -> None:
+    both(tmp_path, settings={"max_steps": -1, "num_train_epochs": 2}, train_dataset=examples(10))
+
+
+def test_with_evaluation_between_the_steps(tmp_path) -> None:
+    both(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1}, eval_dataset=examples(5))
+
+
+def test_a_compute_loss_func_that_is_exact_is_the_same_under_accumulation(tmp_path) -> None:
+    """Where `Trainer` is right under accumulation, so are we; the sums are ordered otherwise, so not bit for bit."""
+    shared = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    given = {"compute_loss_func": mean_loss, "train_dataset": examples(8)}
+    theirs = after_training(Trainer, arguments(tmp_path / "theirs", TrainingArguments, **shared), **given)
+    args = arguments(tmp_path / "ours", alpha=0.0, **shared)
+    ours = after_training(DistillationTrainer, args, **given)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_model_init(tmp_path) -> None:
+    def fresh() -> Any:
+        return bert(dropout=DROPOUT)
+
+    found = []
+    for trainer_class, kind, more in (
+        (Trainer, TrainingArguments, {}),
+        (DistillationTrainer, DistillationArguments, {"alpha": 0.0}),
+    ):
+        trainer = trainer_class(
+            model_init=fresh,
+            args=arguments(tmp_path, kind, **more),
+            train_dataset=examples(16),
+            data_collator=padded,
+        )
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert_same_bits(found[1], found[0])
+
+
+def test_seq2seq_trainer(tmp_path) -> None:
+    shared = {"max_steps": 3, "optim": "adamw_torch"}
+    theirs = after_training(Seq2SeqTrainer, arguments(tmp_path / "theirs", Seq2SeqTrainingArguments, **shared))
+    args = arguments(tmp_path / "ours", Seq2SeqDistillationArguments, alpha=0.0, **shared)
+    assert_same_bits(after_training(Seq2SeqDistillationTrainer, args), theirs)
+
+
+def test_the_positional_arguments_of_trainer_keep_their_places(tmp_path) -> None:
+    found = []
+    for trainer_class, kind, more in (
+        (Trainer, TrainingArguments, {}),
+        (DistillationTrainer, DistillationArguments, {"alpha": 0.0}),
+    ):
+        student = bert(dropout=DROPOUT)
+        trainer = trainer_class(student, arguments(tmp_path, kind, **more), padded, examples(16), examples(4))
+        trainer.train()
+        found.append((weights(student), trainer.evaluate()["eval_loss"]))
+    assert_same_bits(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+
+
+def test_plain_training_arguments_use_the_defaults_and_so_need_a_teacher(tmp_path) -> None:
+    args = arguments(tmp_path, TrainingArguments)
+    with pytest.raises(SettingError, match=r"alpha is 0\.5 but there is no teacher"):
+        DistillationTrainer(model=bert(), args=args, train_dataset=examples(), data_collator=padded)
+    trainer = DistillationTrainer(
+        model=bert(), teacher_model=bert(seed=1), args=args, train_dataset=examples(), data_collator=padded
+    )
+    assert trainer.distiller.alpha(0.3) == 0.5
+    assert trainer.distiller.logits_match.temperature(0.3) == 2.0
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_making_the_trainer_draws_nothing_that_trainer_does_not_draw(tmp_path) -> None:
+    set_seed(7)
+    Trainer(model=bert(), args=arguments(tmp_path / "a", TrainingArguments))
+    expected = torch.rand(3)
+    set_seed(7)
+    DistillationTrainer(model=bert(), teacher_model=bert(seed=1), args=arguments(tmp_path / "b"))
+    assert torch.equal(torch.rand(3), expected)
