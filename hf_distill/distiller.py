@@ -134,9 +134,8 @@ class Distiller:
         if self.teacher is None:
             if any(self.alpha(p) > 0 for p in PROGRESS):
                 raise SettingError(
-                    f"alpha is {self.alpha(0.0):g} but there is no teacher. Pass teacher_model= (a model, a folder "
-                    "or a Hub id), or "
-                    "alpha=0 to train without one."
+                    f"alpha is {self.alpha(0.0):g} but there is no teacher. Pass teacher_model= (a model, a folder or "
+                    "a Hub id), or alpha=0 to train without one."
                 )
         else:
             self.teacher.fit(student, task, student_processor=self._processor)
@@ -294,7 +293,6 @@ class Distiller:
         if self.task.has_labels(columns):
             return
         raise DataError(
-            f"alpha < 1 weighs labels, but there is no {' and '.join(names)} in {sorted(columns)}. Give the "
-            "dataset labels, or pass "
-            "alpha=1 to learn from the teacher alone."
+            f"alpha < 1 weighs labels, but there is no {' and '.join(names)} in {sorted(columns)}. Give the dataset "
+            "labels, or pass alpha=1 to learn from the teacher alone."
         )

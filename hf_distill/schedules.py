@@ -18,8 +18,8 @@ def constant(start: float, end: float | None = None) -> Schedule:
     """
     if end is not None and end != start:
         raise SettingError(
-            f"a constant schedule goes from {start} to {start}, but its end is set to {end}. "
-            "Choose linear or cosine, or leave the end out."
+            f"a constant schedule goes from {start} to {start}, but its end is set to {end}. Choose linear or cosine, "
+            "or leave the end out."
         )
     return lambda progress: start
 
@@ -76,14 +76,13 @@ def checked_schedule(knob: str, value: float | Schedule) -> Schedule:
     for found in (schedule(progress) for progress in PROGRESS):
         if knob == "alpha" and not 0 <= found <= 1:
             raise SettingError(
-                f"alpha={found:g}: must lie in [0, 1]. It is the weight of the teacher's term; 1 - alpha is that "
-                "of the labels."
+                f"alpha={found:g}: must lie in [0, 1]. It is the weight of the teacher's term; 1 - alpha is that of "
+                "the labels."
             )
         if knob == "temperature" and not 0 < found < float("inf"):
             raise SettingError(
                 f"temperature={found:g}: must be above 0 and finite. 1 leaves the teacher's probabilities as they "
-                "are; higher is "
-                "softer."
+                "are; higher is softer."
             )
     return schedule
 

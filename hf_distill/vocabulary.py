@@ -55,9 +55,9 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
         raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
     if student.num_labels != teacher.num_labels:
         raise TeacherError(
-            f"student and teacher have different numbers of labels: student {student.num_labels} "
-            f"{_names(student)}, teacher {teacher.num_labels} {_names(teacher)}. Give the student the teacher's "
-            "labels: from_pretrained(..., num_labels=..., label2id=..., id2label=...)."
+            f"student and teacher have different numbers of labels: student {student.num_labels} {_names(student)}, "
+            f"teacher {teacher.num_labels} {_names(teacher)}. Give the student the teacher's labels: "
+            "from_pretrained(..., num_labels=..., label2id=..., id2label=...)."
         )
     if matching == "by_index":
         return Columns()
@@ -121,11 +121,9 @@ def match_vocabularies(
     difference = tokenizer_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:
         raise TeacherError(
-            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean "
-            "the same "
-            "thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at "
-            "sequence level "
-            "(classification) a teacher with another tokenizer is possible."
+            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean the "
+            "same thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at "
+            "sequence level (classification) a teacher with another tokenizer is possible."
         )
     student_ids, teacher_ids = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     last_input = max(student_ids.values())

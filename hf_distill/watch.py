@@ -56,8 +56,8 @@ class TeacherWatch:
         rows_an_example = max(1, rows.shape[0] // first_tensor(batch).shape[0])
         value = looked_at[first][~torch.isfinite(looked_at[first])][0].item()
         raise TeacherError(
-            f"the teacher's logits hold {value} in example {row // rows_an_example}, row {row % rows_an_example} of it "
-            f"(micro-batch {micro_batch} of {self._micro_batches}; {int(wrong.sum())} such rows in it). No step "
-            "was made. "
-            "Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
+            f"the teacher's logits hold {value} in example {row // rows_an_example}, row {row % rows_an_example} of "
+            f"it (micro-batch {micro_batch} of {self._micro_batches}; {int(wrong.sum())} such rows in it). No step "
+            "was made. Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or "
+            "'bfloat16'."
         )

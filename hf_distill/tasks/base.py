@@ -122,6 +122,6 @@ def attended(batch: Batch, mask: str, like: tuple[str, ...]) -> Tensor:
         if batch.get(name) is not None:
             return torch.ones(batch[name].shape[:2], dtype=torch.bool, device=batch[name].device)
     raise DataError(
-        f"which positions count cannot be told: the batch has neither labels nor {mask} nor "
-        f"{' nor '.join(like)}, only {sorted(batch)}."
+        f"which positions count cannot be told: the batch has neither labels nor {mask} nor {' nor '.join(like)}, "
+        f"only {sorted(batch)}."
     )

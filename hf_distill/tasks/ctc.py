@@ -36,8 +36,8 @@ class CTC(Task):
         rule = rule or getattr(model, "_get_subsampling_output_length", None)
         if rule is None:
             raise SettingError(
-                f"{type(model).__name__} does not say how long its output is. Pass "
-                "task=CTC(frame_lengths) with a function from input lengths to frames."
+                f"{type(model).__name__} does not say how long its output is. Pass task=CTC(frame_lengths) with a "
+                "function from input lengths to frames."
             )
         return cls(rule, sums_over_examples=model.config.ctc_loss_reduction == "sum")
 

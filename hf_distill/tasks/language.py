@@ -99,8 +99,7 @@ class Seq2Seq(Task):
             if batch.get("decoder_input_ids") is None:
                 raise DataError(
                     "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is "
-                    "otherwise "
-                    f"not known. The batch has {sorted(batch)}."
+                    f"otherwise not known. The batch has {sorted(batch)}."
                 )
             return batch
         return {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
@@ -116,8 +115,7 @@ def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
     if start is None or padding is None:
         raise DataError(
             f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "
-            "cannot be "
-            "made from the labels. Set them, or have the data collator give decoder_input_ids."
+            "cannot be made from the labels. Set them, or have the data collator give decoder_input_ids."
         )
     shifted = torch.roll(labels, 1, dims=-1)
     shifted[:, 0] = start

@@ -60,9 +60,8 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
     path = os.fspath(path)
     if not os.path.isdir(path) and _looks_local(path):
         raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a "
-            "Hub id "
-            "like organisation/name."
+            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
+            "id like organisation/name."
         )
     try:
         auto_class = _auto_class(path, kind)
@@ -74,9 +73,9 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
     missing = sorted(loading["missing_keys"])
     if missing and kind != "embedding":
         raise TeacherError(
-            f"teacher_model={path!r} is not trained for {kind}: its checkpoint lacks {', '.join(missing[:4])}"
-            f"{' and more' if len(missing) > 4 else ''}, which would be random numbers. Fine-tune it first, and give "
-            "the folder that training saved."
+            f"teacher_model={path!r} is not trained for {kind}: its checkpoint lacks "
+            f"{', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}, which would be random numbers. "
+            "Fine-tune it first, and give the folder that training saved."
         )
     return model
 

@@ -39,9 +39,8 @@ def as_teacher(
         return teacher_model
     else:
         raise TeacherError(
-            f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an "
-            "object with the "
-            "methods of hf_distill.teachers.Teacher."
+            f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an object "
+            "with the methods of hf_distill.teachers.Teacher."
         )
     return ModelTeacher(
         model,

@@ -110,33 +110,29 @@ class ModelTeacher:
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
                 f"Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio or "
-                f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive "
-                "remove_unused_columns. If a "
-                "map() or a collator of yours dropped it, keep it there."
+                f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. "
+                "If a map() or a collator of yours dropped it, keep it there."
             )
         if self._reads_its_own and source is batch:
             raise DataError(
-                f"the teacher has another tokenizer, so it cannot read the student's {main}. Give the dataset a column "
-                f"{TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's "
-                "inputs with "
-                "teacher_processing_class."
+                f"the teacher has another tokenizer, so it cannot read the student's {main}. Give the dataset a "
+                f"column {TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's "
+                "inputs with teacher_processing_class."
             )
         return inputs
 
     def _refuse_shared_weights(self, student: nn.Module) -> None:
         if student is unwrapped(self.model):
             raise TeacherError(
-                "student and teacher are the same object, so there is nothing to learn and freezing the one "
-                "freezes the "
-                "other. Load the teacher apart, or pass copy.deepcopy(model)."
+                "student and teacher are the same object, so there is nothing to learn and freezing the one freezes "
+                "the other. Load the teacher apart, or pass copy.deepcopy(model)."
             )
         theirs = {id(p) for p in self.model.parameters()}
         shared = [name for name, p in student.named_parameters() if id(p) in theirs]
         if shared:
             raise TeacherError(
                 f"student and teacher share weights ({shared[0]} and {len(shared) - 1} more): training the one "
-                "changes the "
-                "other. Load the teacher apart."
+                "changes the other. Load the teacher apart."
             )
 
     def _refuse_other_head(self, teacher: nn.Module, task: Task) -> None:
@@ -147,8 +143,7 @@ class ModelTeacher:
         if kind != task.kind:
             raise TeacherError(
                 f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for "
-                f"{task.kind}. "
-                "Fine-tune a teacher with the student's kind of head."
+                f"{task.kind}. Fine-tune a teacher with the student's kind of head."
             )
 
     def _match_vocabulary(self, student: Any, teacher: Any, student_processor: Any) -> None:
@@ -179,12 +174,10 @@ class ModelTeacher:
             return
         if task.needs_same_inputs:
             raise TeacherError(
-                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts "
-                "positions of the "
-                "input, so both must read the same one. Use a teacher with the student's tokenizer, or build the "
-                "student "
-                "from the teacher. (If only padded rows of the embeddings differ, pass processing_class= and "
-                "teacher_processing_class=.)"
+                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts positions "
+                "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
+                "the student from the teacher. (If only padded rows of the embeddings differ, pass processing_class= "
+                "and teacher_processing_class=.)"
             )
         self._reads_its_own = True
 
@@ -199,9 +192,8 @@ def infer_or_none(model: Any) -> str | None:
 def _refuse_other_width(student: Any, teacher: Any) -> None:
     if student.hidden_size != teacher.hidden_size:
         raise TeacherError(
-            f"student and teacher embed in different widths ({student.hidden_size} and {teacher.hidden_size}), "
-            "which an "
-            "embedding cannot bridge by itself. Give the student the teacher's hidden_size."
+            f"student and teacher embed in different widths ({student.hidden_size} and {teacher.hidden_size}), which "
+            "an embedding cannot bridge by itself. Give the student the teacher's hidden_size."
         )
 
 

@@ -92,8 +92,8 @@ def _samples(sound: Any, sampling_rate: int) -> Any:
         return sound
     if sound["sampling_rate"] != sampling_rate:
         raise DataError(
-            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. "
-            "Cast the column: "
+            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. Cast "
+            "the column: "
             f'dataset.cast_column("teacher_audio", datasets.Audio(sampling_rate={sampling_rate})).'
         )
     return sound["array"]

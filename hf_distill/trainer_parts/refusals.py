@@ -15,8 +15,7 @@ def refuse_data_parallel(args: Any, model: Any) -> None:
     raise SettingError(
         f"{args.n_gpu} GPUs in one process: that is DataParallel, which splits a batch behind the loss's back, and is "
         f"refused. Start one process a GPU: accelerate launch --num_processes {args.n_gpu} your_script.py. For one "
-        "GPU, "
-        "set CUDA_VISIBLE_DEVICES=0."
+        "GPU, set CUDA_VISIBLE_DEVICES=0."
     )
 
 
