@@ -87,8 +87,8 @@ class TeacherInputsCollator:
 
 
 def _samples(sound: Any, sampling_rate: int) -> Any:
-    """The samples of a `datasets` audio cell, or of a bare array."""
-    if not isinstance(sound, Mapping):
+    """The samples of a `datasets` audio cell (a dict, or a decoder that is asked like one), or of a bare array."""
+    if isinstance(sound, (np.ndarray, torch.Tensor, list, tuple)):
         return sound
     if sound["sampling_rate"] != sampling_rate:
         raise DataError(
