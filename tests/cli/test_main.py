@@ -1,0 +1,125 @@
+"""The command: help, version, errors as one line; and one tiny quickstart from end to end."""
+
+import io
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_distill.cli.quickstart as quickstart
+from hf_distill.cli.main import main
+from hf_distill.cli.quickstart_settings import FAST
+from hf_distill.compare import read_report
+from hf_distill.errors import DataError
+
+TINY = replace(
+    FAST,
+    packages=6,
+    vocabulary_size=300,
+    labelled_share=0.2,
+    batch_size=16,
+    teacher_width=32,
+    teacher_steps=80,
+    teacher_learning_rate=5e-3,
+    student_width=16,
+    student_steps=8,
+    latency_calls=50,
+)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["quickstart", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--output-dir", "--seed", "--fast", "Downloads nothing"):
+        assert option in shown
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"hf-distill (\d+\.\d+\.\S+|unknown \(.+\))\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["quickstart", "--seed", "-1"]])
+def test_a_wrong_command_line_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: hf-distill" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_one_line_and_code_2(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-distill: error: output_dir") and error.count("\n") == 1
+    assert "thesis.tex" in error and "--output-dir" in error
+
+
+def test_stopping_is_no_traceback(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "run_quickstart", stop)
+    assert main(["quickstart"]) == 130
+    assert "nothing was left behind" in capsys.readouterr().err
+
+
+def test_a_library_without_documentation_leaves_nothing(tmp_path, library):
+    with pytest.raises(DataError, match="packages found"):
+        quickstart.run_quickstart(tmp_path / "out", seed=0, settings=FAST, console=Console(quiet=True), root=library)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_run(tmp_path, library):
+    out, screen = tmp_path / "out", io.StringIO()
+    report = quickstart.run_quickstart(
+        out, seed=3, settings=TINY, console=Console(file=screen, width=120), root=library
+    )
+    left = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert left == set(quickstart.ENTRIES)
+    check_report(report)
+    assert read_report(out) == report
+    check_students(out)
+    shown = screen.getvalue()
+    for text in ("student distilled, seed 4", "speed-up", "Made with --fast", "± "):
+        assert text in shown
+    assert (out / quickstart.PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def check_report(report):
+    assert [r.name for r in report.results] == ["student alone", "student distilled", "teacher"]
+    alone, distilled, teacher = report.results
+    assert alone.parameters == distilled.parameters < teacher.parameters
+    assert len(alone.accuracy_share_runs) == len(distilled.accuracy_share_runs) == 2
+    assert teacher.speed_up_times == 1.0
+    assert teacher.not_measured["accuracy_share_spread"].startswith("one teacher was trained")
+    assert not alone.not_measured and not distilled.not_measured
+    assert report.settings["seeds"] == [3, 4] and report.settings["fast"] is True
+    assert report.cost["seconds_total"] > 0
+    assert teacher.accuracy_share_mean > 0.5  # the topic's name stands in every paragraph
+
+
+def check_students(out):
+    for name in ("student-alone", "student-distilled"):
+        model = AutoModelForSequenceClassification.from_pretrained(out / name)
+        tokenizer = AutoTokenizer.from_pretrained(out / name)
+        with torch.no_grad():
+            logits = model(**tokenizer("Return the socket.", return_tensors="pt")).logits
+        assert logits.shape == (1, 6) and set(model.config.label2id) >= {"socket", "colour"}
+        others = {"README.md"} if name == "student-distilled" else set()
+        files = {path.name for path in (out / name).iterdir()}
+        assert files - others <= {
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+    card = (out / "student-distilled" / "README.md").read_text(encoding="utf-8")
+    assert "hf-distill" in card and str(out) not in card and "unfinished" not in card
