@@ -15,6 +15,8 @@ from hf_distill import (
     Seq2SeqDistillationTrainer,
     SettingError,
 )
+from tests.heads import HEADS
+from tests.trainer.steps import NO_LOSS, dropout_of
 from tests.trainer.tiny import (
     arguments,
     assert_moved,
@@ -46,6 +48,30 @@ def both(folder: Any, *, teacher: Any = None, settings: dict[str, Any] | None = 
     args = arguments(folder / "ours", DistillationArguments, alpha=0.0, **shared)
     ours = after_training(DistillationTrainer, args, teacher_model=teacher, **given)
     assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name not in NO_LOSS])
+def test_every_head(tmp_path, name: str) -> None:
+    head = HEADS[name]
+    found = []
+    for trainer_class, kind, more in (
+        (Trainer, TrainingArguments, {}),
+        (DistillationTrainer, DistillationArguments, {"alpha": 0.0}),
+    ):
+        student = head.make(**dropout_of(head, DROPOUT))
+        start = weights(student)
+        given = {"teacher_model": never_called(head.make(seed=1))} if more else {}
+        trainer = trainer_class(
+            model=student,
+            args=arguments(tmp_path, kind, max_grad_norm=1.0, **more),
+            train_dataset=head.examples(8),
+            data_collator=head.collate,
+            **given,
+        )
+        trainer.train()
+        assert_moved(weights(student), start)
+        found.append(weights(student))
+    assert_same_bits(found[1], found[0])
 
 
 def test_without_a_teacher(tmp_path) -> None:

@@ -1,0 +1,141 @@
+"""Law L4: however a batch is cut into micro-batches, the update is the same, for every head, labels and teacher alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.heads import HEADS
+from tests.trainer.steps import alphas_of, one_step
+from tests.trainer.tiny import (
+    arguments,
+    assert_same_bits,
+    bert,
+    examples,
+    make,
+    padded,
+    softened_kl,
+    update_difference,
+    weights,
+)
+
+CASES = [(name, alpha) for name in HEADS for alpha in alphas_of(name)]
+
+
+@pytest.mark.parametrize(("name", "alpha"), CASES)
+def test_one_batch_of_eight_is_any_accumulation(tmp_path, name: str, alpha: float) -> None:
+    head = HEADS[name]
+    start = weights(head.make(seed=0).double())
+    whole, logged = one_step(tmp_path, head, alpha=alpha, micro_batch=8, accumulation=1)
+    cuts = ((4, 2), (2, 4), (1, 8)) if alpha == 0.5 else ((2, 4),)  # the terms are cut alike, alone or together
+    for micro_batch, accumulation in cuts:
+        cut, cut_logged = one_step(tmp_path, head, alpha=alpha, micro_batch=micro_batch, accumulation=accumulation)
+        assert update_difference(cut, whole, start) < 1e-6, (micro_batch, accumulation)
+        assert cut_logged == pytest.approx(logged, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels_see_padding])
+def test_where_the_labels_see_padding_the_teachers_term_does_not(tmp_path, name: str) -> None:
+    """The padding of the batch of eight is that of its longest example; alone, each has its own."""
+    head = HEADS[name]
+    start = weights(head.make(seed=0).double())
+    whole, _ = one_step(tmp_path, head, alpha=1.0, micro_batch=8, accumulation=1)
+    cut, _ = one_step(tmp_path, head, alpha=1.0, micro_batch=1, accumulation=8)
+    assert update_difference(cut, whole, start) < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_the_update_is_the_one_of_plain_torch(tmp_path, accumulation: int) -> None:
+    data = examples()
+    expected, teacher = bert().double(), bert(seed=1).double().eval()
+    batch = padded(data)
+    labels = batch.pop("labels")
+    logits, theirs = expected(**batch).logits, teacher(**batch).logits.detach()
+    own = torch.nn.functional.cross_entropy(logits, labels)
+    (0.25 * own + 0.75 * softened_kl(logits, theirs, 3.0).mean()).backward()
+    start = weights(expected)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    student = bert().double()
+    make(
+        tmp_path,
+        student,
+        teacher,
+        train_dataset=data,
+        alpha=0.75,
+        temperature=3.0,
+        max_steps=1,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    ).train()
+    assert update_difference(weights(student), weights(expected), start) < 1e-6
+
+
+def trained(folder, **changed) -> dict[str, torch.Tensor]:
+    student = bert().double()
+    settings = {"max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": "sequential", **changed}
+    make(folder, student, bert(seed=1).double(), train_dataset=examples(11), **settings).train()
+    return weights(student)
+
+
+def test_the_last_step_of_an_epoch_has_fewer_examples(tmp_path) -> None:
+    """Eleven examples: a step of eight, then one of three, twice over."""
+    whole = trained(tmp_path, per_device_train_batch_size=8)
+    cut = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert update_difference(cut, whole, weights(bert().double())) < 1e-6
+
+
+def test_a_cut_that_changes_nothing_changes_no_bit(tmp_path) -> None:
+    first = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    again = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same_bits(again, first)
+
+
+def test_in_single_precision(tmp_path) -> None:
+    """As users train. The weights are rounded to 6e-8 of their size, which is 1e-6 and more of a small update: hence 1e-5."""
+    found = []
+    for micro_batch, accumulation in ((8, 1), (2, 4)):
+        student = bert()
+        make(
+            tmp_path,
+            student,
+            bert(seed=1),
+            max_steps=1,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+        ).train()
+        found.append(weights(student))
+    assert update_difference(found[1], found[0], weights(bert())) < 1e-5
+
+
+def test_with_label_smoothing_and_unlabelled_examples(tmp_path) -> None:
+    """A micro-batch without any label has a mean of nothing; it must not poison the step."""
+    data = [{**example, "labels": example["labels"] if i % 4 == 0 else -100} for i, example in enumerate(examples())]
+    found = []
+    for micro_batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+        student = bert().double()
+        make(
+            tmp_path,
+            student,
+            bert(seed=1).double(),
+            train_dataset=data,
+            label_smoothing_factor=0.1,
+            max_steps=1,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+        ).train()
+        found.append(weights(student))
+    for cut in found[1:]:
+        assert update_difference(cut, found[0], weights(bert().double())) < 1e-6
+
+
+def test_arguments_of_accelerate_that_accumulate_are_no_way_around(tmp_path) -> None:
+    """`accelerator_config` may set the number of steps too; the update is the same."""
+    given = {"max_steps": 1, "per_device_train_batch_size": 2}
+    student, other = bert().double(), bert().double()
+    args = arguments(tmp_path, accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 4}}, **given)
+    make(tmp_path, student, bert(seed=1).double(), args=args).train()
+    make(tmp_path, other, bert(seed=1).double(), gradient_accumulation_steps=4, **given).train()
+    assert_same_bits(weights(student), weights(other))

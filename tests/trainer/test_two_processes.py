@@ -1,0 +1,56 @@
+"""Law L4 over processes: two gloo processes make the update that one makes, and log the same losses, for every head."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.heads import HEADS
+from tests.trainer.steps import one_step
+from tests.trainer.tiny import update_difference, weights
+from tests.trainer.two_processes import cases
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def from_two(tmp_path_factory) -> dict[Any, Any]:
+    """What two processes found; started once, for all heads."""
+    path = tmp_path_factory.mktemp("two") / "found.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).with_name("two_processes.py")), str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    loaded = torch.load(path)
+    assert loaded["processes"] == 2
+    return loaded["found"]
+
+
+@pytest.fixture(scope="module")
+def from_one(tmp_path_factory) -> dict[Any, Any]:
+    """One batch of eight in this process, by head and alpha; made when first asked for."""
+    return {"folder": tmp_path_factory.mktemp("one")}
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
+    name, alpha, *_ = case
+    head = HEADS[name]
+    if (name, alpha) not in from_one:
+        from_one[name, alpha] = one_step(from_one["folder"], head, alpha=alpha, micro_batch=8, accumulation=1)
+    expected, expected_logs = from_one[name, alpha]
+    state, logged = from_two[case]
+    assert update_difference(state, expected, weights(head.make(seed=0).double())) < 1e-6
+    assert set(logged) == set(expected_logs) and "loss" in logged
+    assert logged == pytest.approx(expected_logs, rel=1e-4)

@@ -1,0 +1,56 @@
+"""A program, not a test: one step of every head in each of several processes; process 0 writes what came out.
+
+`torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from tests.heads import HEADS
+from tests.trainer.steps import alphas_of, one_step
+
+CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
+
+
+def cases() -> list[tuple[str, float, int, int]]:
+    """Head, alpha, and the cut. Both terms at once where there are both; each alone for one head of each kind of count."""
+    alone = ("bert_single_label", "llama_causal_lm", "hubert_ctc_sum")
+    made = []
+    for name in HEADS:
+        for alpha in alphas_of(name):
+            if alpha == 0.5 or name in alone or alphas_of(name) == (1.0,):
+                made += [(name, alpha, *cut) for cut in (CUTS if alpha == 0.5 else CUTS[1:])]
+    return made
+
+
+def main(path: str) -> None:
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
+    logging.set_verbosity_error()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases():
+            name, alpha, micro_batch, accumulation = case
+            state, logged = one_step(
+                folder, HEADS[name], alpha=alpha, micro_batch=micro_batch, accumulation=accumulation
+            )
+            found[case] = (state, logged)
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        torch.save({"processes": processes, "found": found}, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1])))
