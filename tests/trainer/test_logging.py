@@ -1,0 +1,115 @@
+"""What is logged: the terms beside the loss, which they add up to, and the knobs that move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.tiny import bert, examples, make, padded, softened_kl
+
+STILL = {"learning_rate": 0.0, "logging_steps": 1, "per_device_train_batch_size": 8}  # every step sees the same weights
+
+
+def by_hand(temperature: float) -> tuple[float, float]:
+    """Labels' term and teacher's term over the eight examples, in plain torch."""
+    batch = padded(examples())
+    labels = batch.pop("labels")
+    student, teacher = bert().eval(), bert(seed=1).eval()
+    with torch.no_grad():
+        ours, theirs = student(**batch).logits, teacher(**batch).logits
+    own = torch.nn.functional.cross_entropy(ours.double(), labels)
+    return own.item(), softened_kl(ours, theirs, temperature).mean().item()
+
+
+def logs_of(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_terms_are_those_of_plain_torch_and_add_up(tmp_path, accumulation: int) -> None:
+    cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.3, temperature=4.0, **{**STILL, **cut})
+    labels, logits = by_hand(4.0)
+    entries = logs_of(trainer)
+    assert len(entries) == 2
+    for entry in entries:
+        assert entry["loss/labels"] == pytest.approx(labels, rel=1e-4)
+        assert entry["loss/logits"] == pytest.approx(logits, rel=1e-4)
+        assert entry["loss"] == pytest.approx(0.7 * labels + 0.3 * logits, rel=1e-4)
+
+
+def test_they_add_up_where_a_log_covers_several_steps(tmp_path) -> None:
+    settings = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
+    trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.25, train_dataset=examples(24), **settings)
+    entries = logs_of(trainer)
+    assert len(entries) == 2
+    for entry in entries:
+        expected = 0.75 * entry["loss/labels"] + 0.25 * entry["loss/logits"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_term_that_is_not_computed_is_not_logged(tmp_path) -> None:
+    for alpha, absent in ((0.0, "loss/logits"), (1.0, "loss/labels")):
+        entry = logs_of(make(tmp_path, bert(), bert(seed=1), alpha=alpha, **STILL))[0]
+        present = {"loss/logits", "loss/labels"} - {absent}
+        assert absent not in entry
+        assert entry[present.pop()] == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_processes_speak_with_one_another_only_where_it_is_logged(tmp_path, monkeypatch) -> None:
+    trainer = make(
+        tmp_path, bert(), bert(seed=1), train_dataset=examples(32), max_steps=6, logging_steps=3,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    calls: list[tuple[str, int]] = []
+    for name in ("reduce", "gather", "gather_for_metrics"):
+        original = getattr(trainer.accelerator, name)
+
+        def counted(*given: Any, _name: str = name, _original: Any = original, **more: Any) -> Any:
+            calls.append((_name, trainer.state.global_step))
+            return _original(*given, **more)
+
+        monkeypatch.setattr(trainer.accelerator, name, counted)
+    logs_of(trainer)
+    assert [call for call in calls if call[0] == "reduce"] == [("reduce", 3), ("reduce", 6)]
+    assert all(step in (3, 6) for _, step in calls), calls
+
+
+def test_knobs_that_move_are_logged_and_those_that_stand_still_are_not(tmp_path) -> None:
+    settings = {**STILL, "max_steps": 4, "alpha": 0.2, "alpha_schedule": "linear", "alpha_end": 1.0}
+    entries = logs_of(make(tmp_path, bert(), bert(seed=1), train_dataset=examples(8), **settings))
+    assert all("alpha" in entry and "temperature" not in entry for entry in entries)
+    still = logs_of(make(tmp_path, bert(), bert(seed=1), **STILL))
+    assert all("alpha" not in entry and "temperature" not in entry for entry in still)
+
+
+def test_a_schedule_is_the_one_that_the_steps_used(tmp_path) -> None:
+    """Step k of n is made at progress k / n; what is logged is what was used."""
+    settings = {
+        **STILL, "max_steps": 4, "alpha": 0.2, "alpha_schedule": "linear", "alpha_end": 1.0,
+        "temperature": 4.0, "temperature_schedule": "linear", "temperature_end": 1.0,
+    }  # fmt: skip
+    entries = logs_of(make(tmp_path, bert(), bert(seed=1), **settings))
+    assert len(entries) == 4
+    for step, entry in enumerate(entries):
+        alpha, temperature = 0.2 + 0.8 * step / 4, 4.0 - 3.0 * step / 4
+        labels, logits = by_hand(temperature)
+        assert entry["loss/logits"] == pytest.approx(logits, rel=1e-4)
+        assert entry["loss"] == pytest.approx((1 - alpha) * labels + alpha * logits, rel=1e-4)
+        assert entry["temperature"] == pytest.approx(temperature)
+        assert entry["alpha"] == pytest.approx(alpha)
+
+
+def test_an_alpha_that_ends_at_one_stops_looking_at_labels(tmp_path) -> None:
+    """cosine from 0 to 1: the first step is labels alone, where the teacher is not run."""
+    teacher, ran = bert(seed=1), []
+    settings = {**STILL, "max_steps": 3, "alpha": 0.0, "alpha_schedule": "cosine", "alpha_end": 1.0}
+    trainer = make(tmp_path, bert(), teacher, **settings)
+    teacher.register_forward_pre_hook(lambda *_: ran.append(trainer.state.global_step))
+    first, *rest = logs_of(trainer)
+    assert ran == [1, 2]
+    assert first["loss"] == pytest.approx(by_hand(2.0)[0], rel=1e-4)
+    assert all(entry["loss/logits"] == pytest.approx(by_hand(2.0)[1], rel=1e-4) for entry in rest)
