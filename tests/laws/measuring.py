@@ -1,0 +1,108 @@
+"""What the laws measure with: models and batches in float64, losses, gradients. No law stands here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill import Distiller
+from hf_distill.objectives import LogitsMatch
+from hf_distill.schedules import constant
+from hf_distill.signals import Signals
+from hf_distill.tasks import Task
+from hf_distill.vocabulary import Columns
+from tests.heads import HEADS, Example
+from tests.laws.conformance import DIVERGENCE_ROWS, Batch
+
+
+@functools.cache
+def student_of(name: str) -> Any:
+    """A student in float64 and training mode. It is shared: no test may change its weights."""
+    return HEADS[name].make(1).double().train()
+
+
+@functools.cache
+def teacher_of(name: str) -> Any:
+    """Another model than the student, in float64. Shared as well."""
+    return HEADS[name].make(2).double()
+
+
+def in_double(batch: Batch) -> Batch:
+    return {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def collated(name: str, examples: Sequence[Example], pad_to: int | None = None) -> Batch:
+    return in_double(HEADS[name].collate(examples, pad_to))
+
+
+def distiller_of(name: str, divergence: str | None = None, *, teacher: Any = None, **settings: Any) -> Distiller:
+    """Temperature 2, rows that stand alone, and alpha 0.5 where the head has a loss of its own."""
+    alone = DIVERGENCE_ROWS[divergence].a_row_alone if divergence else {}
+    settings.setdefault("divergence_kwargs", alone)
+    settings.setdefault("alpha", 0.5 if HEADS[name].label_names else 1.0)
+    return Distiller(student_of(name), teacher or teacher_of(name), divergence=divergence, **settings)
+
+
+def step(distiller: Distiller, student: Any, micro_batches: Sequence[Batch], **keywords: Any) -> tuple[float, Tensor]:
+    """One optimizer step's loss, and its gradient as one vector."""
+    counts = distiller.count(micro_batches, **keywords)
+    student.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in micro_batches:
+        loss = distiller(student, batch, counts=counts).loss
+        loss.backward()
+        total += loss.item()
+    return total, gradient_of(student)
+
+
+def gradient_of(model: Any) -> Tensor:
+    """All of a model's gradients as one vector; 0 where there is none."""
+    every = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    return torch.cat([gradient.flatten().double() for gradient in every])
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Of two vectors, relative to the second."""
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@functools.cache
+def task_of(name: str) -> Task:
+    return distiller_of(name).task
+
+
+@functools.cache
+def read_logits(name: str) -> tuple[Batch, Tensor, Tensor]:
+    """A batch, and the two models' predictions on it as the task reads them."""
+    task, student = task_of(name), student_of(name)
+    batch = task.prepare(collated(name, HEADS[name].examples()), student)
+    inputs = task.without_labels(batch)
+    with torch.no_grad():
+        read = [
+            task.read(model(**inputs), batch, Columns(), teacher=model is not student)
+            for model in (student, teacher_of(name))
+        ]
+    return batch, read[0], read[1]
+
+
+def term(
+    task: Task,
+    batch: Batch,
+    student: Tensor,
+    teacher: Tensor,
+    divergence: str | None,
+    *,
+    temperature: float = 2.0,
+    **settings: Any,
+) -> tuple[float, int, Tensor]:
+    """The logits objective on given predictions: its total, its count, and the gradient on the student's."""
+    student = student.detach().clone().requires_grad_()
+    match = LogitsMatch(divergence, settings=settings, temperature=constant(temperature))
+    found = match(Signals(student), Signals(teacher), task, batch)
+    found.value.backward()
+    assert student.grad is not None
+    return found.value.item(), int(found.count), student.grad

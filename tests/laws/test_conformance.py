@@ -1,0 +1,84 @@
+"""Every member of every catalogue has a row in the conformance tables, and every exception its reason."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from hf_distill import Distiller, SettingError
+from hf_distill.functional import DIVERGENCES, PROPERTIES
+from hf_distill.objectives import OBJECTIVES
+from hf_distill.schedules import SCHEDULES
+from hf_distill.tasks import TASKS
+from tests.heads import HEADS
+from tests.laws import conformance as table
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "rows"),
+    [
+        (TASKS, table.TASK_ROWS),
+        (DIVERGENCES, table.DIVERGENCE_ROWS),
+        (OBJECTIVES, table.OBJECTIVE_ROWS),
+        (SCHEDULES, table.SCHEDULE_ROWS),
+    ],
+    ids=["tasks", "divergences", "objectives", "schedules"],
+)
+def test_every_member_has_a_row(catalogue: dict, rows: dict) -> None:
+    assert set(rows) == set(catalogue)
+
+
+def test_every_task_has_a_head_to_try_it_on() -> None:
+    assert {head.kind for head in HEADS.values()} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_knob_of_a_divergence_has_another_value(name: str) -> None:
+    row = table.DIVERGENCE_ROWS[name]
+    knobs = inspect.signature(DIVERGENCES[name]).parameters.values()
+    defaults = {knob.name: knob.default for knob in knobs if knob.kind is knob.KEYWORD_ONLY}
+    assert set(row.knobs) == set(defaults)
+    assert all(row.knobs[knob] != default for knob, default in defaults.items())
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_knob_of_a_task_has_another_value_or_a_reason(kind: str) -> None:
+    row = table.TASK_ROWS[kind]
+    constructor = TASKS[kind].__init__
+    knobs = set() if constructor is object.__init__ else set(inspect.signature(constructor).parameters) - {"self"}
+    assert set(row.knobs) | set(row.not_knobs) == knobs
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_task_has_silent_batches_or_a_reason_why_not(kind: str) -> None:
+    row = table.TASK_ROWS[kind]
+    assert (row.silence is None) == (row.all_rows_count is not None)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_rows_agree_with_the_properties_that_the_library_states(name: str) -> None:
+    row, stated = table.DIVERGENCE_ROWS[name], PROPERTIES[name]
+    assert stated.zero_at_equality == (row.not_zero_at_equality is None)
+    assert stated.couples_rows == bool(row.a_row_alone)
+    assert stated.on_values == (name in table.VALUE_DIVERGENCES)
+    assert stated.paper
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_tasks_agree_with_the_table_on_what_are_values(kind: str) -> None:
+    assert TASKS[kind].on_values == (kind in table.ON_VALUES)
+
+
+@pytest.mark.parametrize(("name", "divergence"), table.REFUSED)
+def test_a_divergence_of_distributions_is_refused_on_values(name: str, divergence: str) -> None:
+    head = HEADS[name]
+    with pytest.raises(SettingError, match=f"'{divergence}' compares distributions, but {head.kind} predicts values"):
+        Distiller(head.make(1), head.make(2), divergence=divergence)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_starts_and_ends_where_it_says(name: str) -> None:
+    settings, values = table.SCHEDULE_ROWS[name]
+    schedule = SCHEDULES[name](*settings)
+    assert [schedule(p) for p in (0.0, 0.5, 1.0)] == pytest.approx(values)

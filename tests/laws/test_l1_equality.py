@@ -1,0 +1,49 @@
+"""L1: a student equal to its teacher, dropout off: the term is 0 and its gradient is 0."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.heads import HEADS
+from tests.laws import measuring as m
+from tests.laws.conformance import CASES, DIVERGENCE_ROWS
+
+# The gradient is of a sum of squares or of logarithms around its minimum: rounding, times the rows and the weights.
+ROUNDING = 1e-9
+
+
+@pytest.mark.parametrize(("name", "divergence"), CASES)
+def test_equal_models_have_nothing_to_learn(name: str, divergence: str) -> None:
+    if DIVERGENCE_ROWS[divergence].not_zero_at_equality:
+        return equal_and_one_hot(name, divergence)
+    twin = copy.deepcopy(m.student_of(name))
+    distiller = m.distiller_of(name, divergence, teacher=twin, alpha=1.0, divergence_kwargs={})
+    loss, gradient = m.step(distiller, m.student_of(name), [m.collated(name, HEADS[name].examples())])
+    assert abs(loss) < ROUNDING
+    if DIVERGENCE_ROWS[divergence].kinked:
+        batch, logits, _ = m.read_logits(name)
+        _, _, gradient = m.term(m.task_of(name), batch, logits, logits, divergence)
+    assert gradient.norm() < ROUNDING * 100
+
+
+def equal_and_one_hot(name: str, divergence: str) -> None:
+    """A cross-entropy with the teacher's choice is 0 at equality only where both are certain."""
+    batch, logits, _ = m.read_logits(name)
+    certain = logits * 1e7
+    total, count, gradient = m.term(m.task_of(name), batch, certain, certain, divergence)
+    assert count > 0
+    assert abs(total) < ROUNDING and gradient.abs().max() < ROUNDING
+    unsure, _, _ = m.term(m.task_of(name), batch, logits, logits, divergence)
+    assert unsure > 0.01
+
+
+@pytest.mark.parametrize(("name", "divergence"), CASES)
+def test_different_models_have_something_to_learn(name: str, divergence: str) -> None:
+    """So that the law above is not kept by a term that is always 0."""
+    batch, student, teacher = m.read_logits(name)
+    total, _, gradient = m.term(m.task_of(name), batch, student, teacher, divergence)
+    assert total > 1e-3
+    assert torch.isfinite(gradient).all() and gradient.norm() > 1e-4
