@@ -49,6 +49,7 @@ def render_card(facts: RunFacts) -> str:
         results=sections.results(facts),
         settings=sections.settings(facts),
         history=sections.history(facts),
+        versions={k: v for k, v in facts.versions.items() if k != "peft" or facts.student.adapter},
         program=program(facts),
         no_program=sections.no_program(facts),
         papers=_papers(facts),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from hf_distill.hub.markdown import code, escape, number, plain, table
 from hf_distill.hub.papers import DIVERGENCES
+from hf_distill.hub.use import COUNTS_LABELS
 from hf_distill.run_facts import EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts
 
 _LOCAL = "a local model"
+_MEANING = {
+    "labels": " (the model's own loss on the labels)",
+    "logits": " (the divergence from the teacher's output)",
+}
 _SETTINGS = {
     "epochs": "epochs",
     "steps": "optimizer steps",
@@ -46,7 +52,7 @@ def summary(facts: RunFacts) -> str:
     student = code(facts.student.class_name) if facts.student.class_name else "A model"
     if facts.teachers:
         teachers = " and ".join(named(teacher) for teacher in facts.teachers)
-        text = f"{student}, distilled with hf-distill from the teacher {teachers}"
+        text = f"{student}, distilled with hf-distill from {teachers}"
     else:
         text = f"{student}, trained with hf-distill without a teacher"
     names = [link_dataset(item.name, item.hub_id) for item in facts.datasets if item.name]
@@ -72,7 +78,7 @@ def models(facts: RunFacts) -> str:
     everyone = (facts.student, *facts.teachers)
     several = len(facts.teachers) > 1
     heads = [f"Teacher {i + 1}" if several else "Teacher" for i in range(len(facts.teachers))]
-    where = [link(facts.repo_id) if facts.repo_id else ""]
+    where = [link(facts.repo_id) if facts.repo_id else escape(facts.name)]
     where += [link(teacher.hub_id) if teacher.hub_id else _LOCAL for teacher in facts.teachers]
     rows = [
         ("Name", where),
@@ -82,6 +88,7 @@ def models(facts: RunFacts) -> str:
         ("Trained parameters", [_trained(facts.student), *("" for _ in facts.teachers)]),
         ("Layers", [_count(m.layers) for m in everyone]),
         ("Width", [_count(m.width) for m in everyone]),
+        ("Labels", [_count(m.labels if facts.task in COUNTS_LABELS else None) for m in everyone]),
         ("Number format", [code(m.dtype) if m.dtype else "" for m in everyone]),
     ]
     return table(["", "Student", *heads], [[name, *cells] for name, cells in rows if any(cells)])
@@ -108,14 +115,16 @@ def loss(facts: RunFacts) -> str:
         return "The student's own loss on the labels: no teacher took part."
     lines = ["```text", f"loss = {_formula(facts)}", *_numbers(facts), "```"]
     if facts.objectives:
-        names = ", ".join(code(name) for name in facts.objectives)
-        lines += ["", f"Objectives, each the mean over its own rows: {names}."]
+        names = (code(name) + _MEANING.get(name, "") for name in facts.objectives)
+        lines += ["", f"Objectives: {', '.join(names)}."]
     if facts.divergence is None:
         return "\n".join(lines)
     known = DIVERGENCES.get(facts.divergence)
     text = f"The divergence is {code(facts.divergence)}"
     if known is not None:
-        text += f": `{known.formula}`, with p the teacher's distribution and q the student's"
+        text += f": `{known.formula}`"
+        if re.search(r"\b[pq]\b", known.formula):
+            text += ", with p the teacher's distribution and q the student's"
     if facts.divergence_kwargs:
         given = (f"{key}={plain(value)}" for key, value in facts.divergence_kwargs.items())
         text += f", set with {code(', '.join(given))}"

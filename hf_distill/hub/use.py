@@ -19,6 +19,8 @@ class Use(NamedTuple):
     """Python with {model} for the place to load from and {auto} for the Auto class."""
 
 
+COUNTS_LABELS = ("classification", "regression", "token_classification")
+
 _PIPELINE = """from transformers import pipeline
 
 run = pipeline("{tag}", model="{model}")
@@ -181,7 +183,7 @@ def program(facts: RunFacts) -> str | None:
         text = use.program if feeds else _LOAD_ONLY
         return text.format(**words, load=load)
     count = facts.student.labels
-    counted = facts.task in ("classification", "regression", "token_classification") and count
+    counted = facts.task in COUNTS_LABELS and count
     labels = f", num_labels={count}" if counted else ""
     load = _LOAD_ADAPTER.format(**words, base=facts.base_model, labels=labels)
     explicit = _FORWARD if use in _TEXT.values() and feeds else _LOAD_ONLY

@@ -91,7 +91,8 @@ def test_the_text_says_what_the_run_was() -> None:
         "loss = (1 - alpha) * labels + alpha * T² * reverse_kl + 0.125 * hidden",
         "alpha = 0.75",
         "T = 2.5",
-        "`labels`, `logits`, `hidden`",
+        "Objectives: `labels` (the model's own loss on the labels), `logits` (",
+        "| Labels | 3 |  |",
         "KL(q ‖ p)",
         "| `accuracy` | 0.8125 | 0.875 |",
         "| learning rate | 5e-05 |",
@@ -148,6 +149,12 @@ def test_the_power_of_the_temperature(power: int, softens: bool, written: str) -
     assert written in text
     assert ("T = 2" in text) == softens
     assert text.count("@misc") == 1  # Hinton's: nobody knows a paper of this divergence
+
+
+def test_no_distributions_where_raw_outputs_are_compared() -> None:
+    text = render_card(sample_facts(divergence="mean_squared_error", temperature=None, temperature_power=0))
+    assert "alpha * mean_squared_error" in text and "raw outputs`." in text
+    assert "distribution" not in text and "temperature" not in text
 
 
 def test_schedules_and_divergence_settings_are_told() -> None:

@@ -100,7 +100,7 @@ def test_the_card_names_the_run(by_hand: Place) -> None:
         "(1 - alpha) * labels + alpha * T² * forward_kl",
         "alpha = 0.75",
         "T = 2.5",
-        "`labels`, `logits`",
+        "`labels` (the model's own loss on the labels), `logits` (",
         f"| `accuracy` | {accuracy:.4g} |",
         "| optimizer steps | 2 |",
         "Nine words",
