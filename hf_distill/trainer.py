@@ -66,6 +66,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin):
         self._blend_is_ours = distiller is None
         self._counts: Counts | None = None
         self._micro_batches = self._micro_batches_left = 0
+        self._step_progress = 0.0
         self._terms = RunningTerms()
         # With a model at hand everything is checked before Trainer makes a folder or a repository; what
         # this draws from the random generators is undone by Trainer's own seeding.
@@ -132,6 +133,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_progress = self._progress
         if batches:
             self._counts = self._count(batches)
             self._micro_batches = self._micro_batches_left = len(batches)
@@ -202,11 +204,12 @@ class DistillationMixin(PublishingMixin, EvaluationMixin):
         super().log(logs, start_time)
 
     def _moving_knobs(self) -> dict[str, float]:
+        """Scheduled numbers, as the last optimizer step used them."""
         knobs = {
             "alpha": self.distiller.alpha,
             "temperature": self.distiller.logits_match.temperature,
         }
-        return {name: s(self._progress) for name, s in knobs.items() if s(0.0) != s(1.0)}
+        return {name: s(self._step_progress) for name, s in knobs.items() if s(0.0) != s(1.0)}
 
     # Hyperparameter search: a new student, new settings.
 

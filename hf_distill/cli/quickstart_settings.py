@@ -24,7 +24,7 @@ class Settings:
     student_layers: int = 1
     student_width: int = 64
     student_steps: int = 800
-    student_learning_rate: float = 2e-3
+    student_learning_rate: float = 3e-3
     warmup_share: float = 0.1
     weight_decay: float = 0.01
     temperature: float = 2.0

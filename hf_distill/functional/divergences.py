@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.properties import DivergenceProperties, catalogued
-from hf_distill.functional.rows import on_common_support
+from hf_distill.functional.rows import is_live, on_common_support
 
 
 @catalogued(DivergenceProperties(paper="Hinton et al. 2015, Distilling the Knowledge, section 2"))
@@ -136,7 +136,7 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = on_common_support(student, teacher)
     squared = (student - teacher).square()  # blocked columns hold the same number on both sides: 0
-    columns = (student.detach() > -1e29).sum(-1).clamp(min=1)
+    columns = is_live(student).sum(-1).clamp(min=1)
     return squared.sum(-1) / columns
 
 
@@ -148,6 +148,8 @@ def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_w
     micro-batch, so it depends on how the batch is cut: with `intra_weight=0` each row stands alone, and
     accumulation and several processes change nothing. A correlation does not change with scale, so no
     power of T belongs in front (the reference code multiplies by T², which makes the gradient grow with T).
+    Two columns always correlate at ±1: on a head with two labels, or with several labels at once, only the intra
+    part teaches.
 
     Raises:
         SettingError: a weight below 0.
@@ -159,11 +161,13 @@ def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_w
     _within("inter_weight", inter_weight, 0.0, math.inf)
     _within("intra_weight", intra_weight, 0.0, math.inf)
     student, teacher = on_common_support(student, teacher)
-    q, p = student.softmax(-1), teacher.softmax(-1)
-    inter = 1 - _pearson(q, p)  # [n]
-    if intra_weight == 0 or q.shape[0] < 2:  # one row has no correlation down a column
+    q, p, live = student.softmax(-1), teacher.softmax(-1), is_live(student)
+    inter = 1 - _pearson(q, p, live)  # [n]
+    compared = live.sum(0) > 1  # [v]: one row has no correlation down a column
+    if intra_weight == 0 or q.shape[0] < 2:
         return inter_weight * inter
-    intra = (1 - _pearson(q.T, p.T)).mean()  # one number for the batch, carried by every row
+    down = (1 - _pearson(q.T, p.T, live.T)) * compared
+    intra = down.sum() / compared.sum().clamp(min=1)  # one number for the batch, carried by every row
     return inter_weight * inter + intra_weight * intra
 
 
@@ -207,9 +211,10 @@ def _mixture(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return torch.logaddexp(first + math.log(weight), second + math.log1p(-weight))
 
 
-def _pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation along the last axis; 0 where a side is constant."""
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+def _pearson(x: Tensor, y: Tensor, live: Tensor) -> Tensor:
+    """Correlation along the last axis, over what is live; 0 where a side is constant."""
+    count = live.sum(-1, keepdim=True).clamp(min=1)
+    x, y = ((side - (side * live).sum(-1, keepdim=True) / count) * live for side in (x, y))
     return F.cosine_similarity(x, y, dim=-1, eps=1e-12)
 
 

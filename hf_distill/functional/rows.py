@@ -35,5 +35,10 @@ def on_common_support(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     return student.masked_fill(blocked, BLOCKED), teacher.masked_fill(blocked, BLOCKED)
 
 
+def is_live(rows: Tensor) -> Tensor:
+    """Which columns of rows from `on_common_support` are not blocked."""
+    return rows.detach() > BLOCKED / 2
+
+
 def _on_cpu_and_finite(rows: Tensor) -> bool:
     return rows.device.type == "cpu" and bool(rows.detach().amin() > -torch.inf)

@@ -32,7 +32,9 @@ def metadata(facts: RunFacts) -> ModelCardData:
         model_name=facts.name if results else None,
         eval_results=results or None,
     )
-    if facts.base_model:
+    # A small student with its teacher's name for an origin is no fine-tuned teacher.
+    shrunk = any(facts.base_model == teacher.hub_id for teacher in facts.teachers)
+    if facts.base_model and (facts.student.adapter or not shrunk):
         data["base_model_relation"] = relation
     return data
 

@@ -62,7 +62,8 @@ def summary(facts: RunFacts) -> str:
     elif facts.student.adapter:
         text += f" It is a {escape(facts.student.adapter)} adapter of {_LOCAL}."
     elif facts.base_model:
-        text += f" Its training started from {link(facts.base_model)}."
+        # A config made from the Hub names its origin too, so whether weights were loaded is not known.
+        text += f" It was made from {link(facts.base_model)}."
     return text
 
 
