@@ -63,12 +63,19 @@ def by_hand() -> None:
 
     trainer = trainer_of(student_from_folder(), "trained")
     Path("trained", "notes of the user.txt").write_text("not for the Hub")
+    leave_card("trained")
     trainer.train()
     metrics = trainer.evaluate()
     trainer.push_to_hub(dataset="Nine words")
     leave_saved(trainer, "trained")
     Path("metrics.json").write_text(json.dumps(metrics))
     torch.save(logits_of(trainer.model), "logits.pt")
+
+
+def leave_card(name: str) -> None:
+    """A README.md as a user may have begun it."""
+    Path(name).mkdir(exist_ok=True)
+    Path(name, "README.md").write_text("---\nlicense: mit\ntags:\n- theirs\n---\n\n# Mine\n")
 
 
 def at_each_save(model: Any, name: str, strategy: str) -> None:
@@ -94,6 +101,7 @@ def adapters() -> None:
     student_from_folder().push_to_hub("small-base")
     tokenizer().push_to_hub("small-base")
     for name, base in (("adapter", "tiny-user/small-base"), ("local-adapter", BASE)):
+        leave_card(name)
         model = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
         settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
         at_each_save(get_peft_model(model, settings), name, "every_save")

@@ -106,6 +106,11 @@ def test_the_text_says_what_the_run_was() -> None:
     assert "was measured at step" not in text
 
 
+def test_a_student_made_from_its_teacher_is_no_fine_tuned_teacher() -> None:
+    data = ModelCard(render_card(sample_facts(base_model=TEACHER.hub_id))).data.to_dict()
+    assert data["base_model"] == TEACHER.hub_id and "base_model_relation" not in data
+
+
 def test_a_bare_run_invents_nothing() -> None:
     facts = RunFacts("bare", "causal_lm", ModelFacts(), teachers=(ModelFacts(),))
     text = render_card(facts)

@@ -110,7 +110,8 @@ def test_the_card_names_the_run(by_hand: Place) -> None:
     assert card.data.pipeline_tag == "text-classification"
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None
-    assert {"hf-distill", "generated_from_trainer"} <= set(card.data.tags)
+    assert {"hf-distill", "generated_from_trainer", "theirs"} <= set(card.data.tags)
+    assert card.data.license == "mit"
 
 
 def test_the_cards_program_runs_against_the_hub(by_hand: Place) -> None:
@@ -140,6 +141,8 @@ def test_a_checkpoint_goes_only_where_it_was_asked_for(while_training: Place) ->
     assert files - checkpoint == while_training.saved("with-checkpoint")
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= checkpoint
     assert not any("teacher" in path for path in checkpoint)
+    # Resuming does not read it, and it holds args.hub_token in plain text.
+    assert "last-checkpoint/training_args.bin" not in checkpoint
     while_training.assert_weights_are_the_students("with-checkpoint")
 
 
@@ -151,6 +154,7 @@ def test_an_adapter_with_its_base_on_the_hub(adapters: Place) -> None:
     assert card.data.library_name == "peft"
     assert card.data.base_model == "tiny-user/small-base"
     assert card.data["base_model_relation"] == "adapter"
+    assert "theirs" in card.data.tags and card.data.license == "mit"
     assert "logits" in adapters.run_card("adapter")
 
 
