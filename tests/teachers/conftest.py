@@ -1,4 +1,4 @@
-"""What every test of the teachers gets: cheap garbage collection, one thread, and no state of Accelerate from the test before."""
+"""What every test of the teachers gets: cheap garbage collection, and nothing of Accelerate from the test before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step of any head, cut into micro-batches and processes in any way. Used by tests and by a child process."""
+"""One optimizer step of any head, cut into micro-batches in any way. Used by tests and by a child process."""
 
 from __future__ import annotations
 

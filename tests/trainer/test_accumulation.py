@@ -1,4 +1,4 @@
-"""Law L4: however a batch is cut into micro-batches, the update is the same, for every head, labels and teacher alike."""
+"""Law L4: however a batch is cut into micro-batches, the update is the same, for every head."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_cut_that_changes_nothing_changes_no_bit(tmp_path) -> None:
 
 
 def test_in_single_precision(tmp_path) -> None:
-    """As users train. The weights are rounded to 6e-8 of their size, which is 1e-6 and more of a small update: hence 1e-5."""
+    """As users train. Weights are rounded to 6e-8 of their size: 1e-6 and more of a small update, hence 1e-5."""
     found = []
     for micro_batch, accumulation in ((8, 1), (2, 4)):
         student = bert()

@@ -26,7 +26,7 @@ SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "ad
 
 
 def with_dropout(seed: int = 1) -> Any:
-    """A teacher that speaks otherwise in training mode, wider than the student, so that its tensors are known by shape."""
+    """A teacher that speaks otherwise in training mode; wider than the student, so known by shape."""
     return bert(seed=seed, dropout=0.5, hidden_size=24)
 
 

@@ -1,7 +1,8 @@
-"""Tiny text classifiers, ragged examples, settings and comparisons, for the tests of the trainer. Other heads: `tests.heads`."""
+"""Tiny text classifiers, ragged examples, settings and comparisons. Other heads: `tests.heads`."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from transformers import Trainer
 
-from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill import DistillationArguments, DistillationMixin, DistillationTrainer
 
 SIZE = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LENGTHS = (5, 2, 7, 3, 6, 4, 2, 8)
@@ -25,8 +27,8 @@ def bert(head: str = "SequenceClassification", *, seed: int = 0, dropout: float 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, f"BertFor{head}")(config)
-        for parameter in model.parameters():  # biases too: transformers starts them at 0
-            nn.init.normal_(parameter, std=0.3)
+        for parameter in model.parameters():  # shaken, biases too: no two examples are classified alike by mere bias
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
@@ -59,13 +61,10 @@ def arguments(folder: Path | str, kind: Any = DistillationArguments, **changed: 
 
 def make(folder: Path | str, student: Any, teacher: Any = None, **changed: Any) -> DistillationTrainer:
     """A `DistillationTrainer`; keywords that are not its own go to its arguments."""
-    own = (
-        "train_dataset eval_dataset data_collator compute_metrics processing_class teacher_processing_class task "
-        "distiller callbacks model_init compute_loss_func preprocess_logits_for_metrics optimizers"
-    ).split()
+    own = {*inspect.signature(Trainer.__init__).parameters, *inspect.signature(DistillationMixin.__init__).parameters}
     given: dict[str, Any] = {"train_dataset": examples(), "data_collator": padded}
-    given.update({name: changed.pop(name) for name in own if name in changed})
-    args = changed.pop("args", None) or arguments(folder, **changed)
+    given.update({name: changed.pop(name) for name in list(changed) if name in own})
+    args = given.pop("args", None) or arguments(folder, **changed)
     return DistillationTrainer(model=student, teacher_model=teacher, args=args, **given)
 
 
@@ -84,7 +83,9 @@ def assert_moved(found: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> No
     assert any(not torch.equal(found[name], start[name]) for name in start), "no weight has changed"
 
 
-def update_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+def update_difference(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]
+) -> float:
     """Norm of the difference of two updates over the norm of the expected one."""
     apart = _norm(found[name] - expected[name] for name in expected)
     moved = _norm(expected[name] - start[name] for name in expected)
@@ -94,7 +95,6 @@ def update_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.sqrt(sum((t.double() ** 2).sum() for t in tensors if t.is_floating_point())))
-
 
 
 def never_called(model: Any) -> Any:

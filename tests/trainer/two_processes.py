@@ -22,7 +22,7 @@ CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twic
 
 
 def cases() -> list[tuple[str, float, int, int]]:
-    """Head, alpha, and the cut. Both terms at once where there are both; each alone for one head of each kind of count."""
+    """Head, alpha, and the cut. Both terms at once; each alone for one head of each kind of count."""
     alone = ("bert_single_label", "llama_causal_lm", "hubert_ctc_sum")
     made = []
     for name in HEADS:

@@ -1,0 +1,134 @@
+"""Law L10: a resumed run is the uninterrupted one, bit for bit; and the best checkpoint is the one that is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.heads import HEADS
+from tests.trainer.steps import NO_LOSS, dropout_of
+from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, weights
+
+SCHEDULES = {
+    "alpha": 0.2,
+    "alpha_schedule": "linear",
+    "alpha_end": 0.9,
+    "temperature": 4.0,
+    "temperature_schedule": "cosine",
+    "temperature_end": 1.0,
+}
+RUN = {
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 2,
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 0.01,
+}
+
+
+def losses(trainer: Any) -> list[dict[str, float]]:
+    names = ("step", "loss", "loss/labels", "loss/logits", "alpha", "temperature", "grad_norm")
+    return [{k: e[k] for k in names if k in e} for e in trainer.state.log_history if "loss" in e]
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
+    """`at` 3 lies between two logs; 2 and 4 on them; the epoch has 11 examples, so its last step is smaller."""
+    given = {"train_dataset": examples(11), **RUN, **SCHEDULES}
+    whole = make(tmp_path / "whole", bert(dropout=0.3), bert(seed=1), **given)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "out" / f"checkpoint-{at}"
+    resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), bert(seed=1), **given)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_bits(weights(resumed.model), weights(whole.model))
+    assert_moved(weights(whole.model), load_file(checkpoint / "model.safetensors"))
+    # What was summed up since the last log is not in a checkpoint, as in `Trainer`.
+    after = at + 2 if at % 2 == 0 else at + 3
+    assert [e for e in losses(resumed) if e["step"] >= after] == [e for e in losses(whole) if e["step"] >= after]
+
+
+RENAMED = pytest.mark.xfail(
+    strict=True,
+    reason="transformers 5.23 saves a ViT under other names than it loads at resume, and Trainer only warns: the same "
+    "with Trainer itself",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=RENAMED) if name == "vit_image_class" else name for name in HEADS]
+)
+def test_every_head(tmp_path, name: str) -> None:
+    head = HEADS[name]
+    settings = {**RUN, "max_steps": 3, **({"alpha": 1.0} if name in NO_LOSS else SCHEDULES)}
+    given = {"train_dataset": head.examples(8), "data_collator": head.collate, **settings}
+    dropout = dropout_of(head, 0.3)
+    whole = make(tmp_path / "whole", head.make(**dropout), head.make(seed=1), **given)
+    whole.train()
+    resumed = make(tmp_path / "resumed", head.make(seed=5, **dropout), head.make(seed=1), **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-1"))
+    assert_same_bits(weights(resumed.model), weights(whole.model))
+
+
+def test_from_the_last_checkpoint_of_the_output_folder(tmp_path) -> None:
+    make(tmp_path, bert(), bert(seed=1), **{**RUN, "max_steps": 2}).train()
+    again = make(tmp_path, bert(seed=5), bert(seed=1), **{**RUN, "max_steps": 3})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert (Path(again.args.output_dir) / "checkpoint-3").is_dir()
+
+
+def test_the_best_model_by_the_users_metric_is_loaded(tmp_path) -> None:
+    """Evaluation two is called the best; the loss would have chosen another."""
+    marks = iter([0.1, 0.9, 0.3, 0.2])
+    trainer = make(
+        tmp_path,
+        bert(),
+        bert(seed=1),
+        eval_dataset=examples(4),
+        compute_metrics=lambda _: {"mark": next(marks)},
+        load_best_model_at_end=True,
+        metric_for_best_model="mark",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=4,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 0.9
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    kept = load_file(best / "model.safetensors")
+    assert_same_bits({name: kept[name] for name in trainer.model.state_dict()}, weights(trainer.model))
+    assert_moved(load_file(best.with_name("checkpoint-4") / "model.safetensors"), kept)
+
+
+def test_the_best_model_by_agreement_with_the_teacher(tmp_path) -> None:
+    trainer = make(
+        tmp_path,
+        bert(),
+        bert(seed=4),
+        eval_dataset=examples(8, labels=None),
+        train_dataset=examples(8, labels=None),
+        alpha=1.0,
+        evaluate_with_teacher=True,
+        load_best_model_at_end=True,
+        metric_for_best_model="divergence",
+        greater_is_better=False,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+    )
+    trainer.train()
+    measured = [e["eval_divergence"] for e in trainer.state.log_history if "eval_divergence" in e]
+    assert len(measured) == 3 and trainer.state.best_metric == min(measured)
