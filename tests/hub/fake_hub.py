@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from tests.hub.card_rules import card_errors
+
 TOKEN = "hf_fake"
 USER = "tiny-user"
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".model")
@@ -109,7 +111,7 @@ class Answers:
         errors = []
         if block is not None:
             try:
-                errors = _card_errors(yaml.safe_load(block.group(1)))
+                errors = card_errors(yaml.safe_load(block.group(1)))
             except yaml.YAMLError as error:
                 errors = [str(error)]
         if errors:
@@ -198,32 +200,6 @@ class Answers:
         if folder and not found:
             raise Refused(404, "EntryNotFound", f"no folder {folder}")
         return found
-
-
-def _card_errors(data: object) -> list[str]:
-    """What the real Hub would refuse in a card's metadata, as far as this project writes it."""
-    if not isinstance(data, dict):
-        return ["metadata must be a mapping"]
-    errors = [
-        f'"{key}" must be a string' for key in ("library_name", "pipeline_tag", "license")
-        if key in data and not isinstance(data[key], str)
-    ]  # fmt: skip
-    for key in ("tags", "datasets", "metrics", "language"):
-        value = data.get(key, [])
-        if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
-            errors.append(f'"{key}" must be a string or a list of strings')
-    for model in data.get("model-index", []):
-        if not model.get("name"):
-            errors.append('"model-index[0].name" is required')
-        for result in model.get("results", []):
-            for part, needed in (("task", ["type"]), ("dataset", ["type", "name"])):
-                errors += [
-                    f'"model-index results {part}.{key}" is required'
-                    for key in needed
-                    if not result.get(part, {}).get(key)
-                ]
-            errors += ["a metric needs type and value" for m in result["metrics"] if len(m) < 2]
-    return errors
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

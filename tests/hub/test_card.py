@@ -1,9 +1,8 @@
-"""The card: valid metadata, true text for every task, no path, written whole or not at all."""
+"""The card: valid metadata, true text for every task, nothing invented, no local path."""
 
 from __future__ import annotations
 
 import ast
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,14 +10,13 @@ import transformers
 from huggingface_hub import ModelCard
 
 from hf_distill.functional import DIVERGENCES
-from hf_distill.hub import card as card_module
-from hf_distill.hub.card import render_card, write_card
+from hf_distill.hub.card import render_card
 from hf_distill.hub.papers import DIVERGENCES as SHOWN
 from hf_distill.hub.use import program
 from hf_distill.run_facts import DatasetFacts, EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts
 from hf_distill.run_facts.facts import TrainingFacts
 from hf_distill.tasks import TASKS
-from tests.hub.fake_hub import _card_errors
+from tests.hub.card_rules import card_errors
 from tests.hub.sample_facts import GLUE, STUDENT, TEACHER, VALIDATION, sample_facts
 
 KINDS = {
@@ -52,7 +50,7 @@ def test_metadata_and_program_of_each_task(task: str, main_input: str, processor
     card = ModelCard(render_card(facts))
     assert card.data.pipeline_tag == KINDS[task, main_input]
     assert card.data.library_name == "transformers"
-    assert _card_errors(card.data.to_dict()) == []
+    assert card_errors(card.data.to_dict()) == []
     text = program(facts)
     assert text is not None and text in card.text and "tiny-user/small-student" in text
     for node in ast.walk(ast.parse(text)):
@@ -265,47 +263,6 @@ def test_no_local_path_is_ever_shown(path: str) -> None:
     assert "/" not in title and "\\" not in title
     text = render_card(replace(facts, name="title"))
     assert "someone" not in text and "someone" not in facts.to_json().replace(title, "")
-
-
-def test_write_card(tmp_path) -> None:
-    path = write_card(sample_facts(), tmp_path / "new" / "folder")
-    assert path.read_text(encoding="utf-8") == render_card(sample_facts())
-    assert os.listdir(path.parent) == ["README.md"]
-
-
-@pytest.mark.parametrize("broken", ["render_card", "replace"])
-def test_a_failed_write_leaves_the_old_card_and_nothing_else(tmp_path, monkeypatch, broken) -> None:
-    def fail(*args: object) -> None:
-        raise OSError("disk full")
-
-    (tmp_path / "README.md").write_text("mine")
-    target = card_module if broken == "render_card" else card_module.os
-    monkeypatch.setattr(target, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_card(sample_facts(), tmp_path)
-    assert os.listdir(tmp_path) == ["README.md"]
-    assert (tmp_path / "README.md").read_text() == "mine"
-
-
-def test_the_users_metadata_is_kept(tmp_path) -> None:
-    (tmp_path / "README.md").write_text(
-        "---\ntags:\n- theirs\n- mine\n- base_model:adapter:/home/me/x\n- /home/me\n"
-        "license: mit\nlanguage: de\n---\n\n# Theirs\n"
-    )
-    facts = sample_facts(license=None, languages=())
-    data = ModelCard.load(write_card(facts, tmp_path)).data
-    assert data.tags[-2:] == ["mine", "theirs"] and len(data.tags) == 6
-    assert (data.license, data.language) == ("mit", ["de"])
-    data = ModelCard.load(write_card(sample_facts(), tmp_path)).data
-    assert (data.license, data.language, data.tags[-1]) == ("apache-2.0", ["en"], "theirs")
-
-
-@pytest.mark.parametrize("old", ["no metadata", "---\n[: broken\n---\n", "---\n- a list\n---\n"])
-def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old, caplog) -> None:
-    (tmp_path / "README.md").write_text(old)
-    write_card(sample_facts(), tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(sample_facts())
-    assert ("is lost" in caplog.text) == (old != "no metadata")
 
 
 def test_datasets_without_a_hub_id_are_named_but_not_linked() -> None:

@@ -1,0 +1,53 @@
+"""Writing the card: whole or not at all, and with what the user had put into the old one's metadata."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_distill.hub import card as card_module
+from hf_distill.hub.card import render_card, write_card
+from tests.hub.sample_facts import sample_facts
+
+
+def test_write_card(tmp_path) -> None:
+    path = write_card(sample_facts(), tmp_path / "new" / "folder")
+    assert path.read_text(encoding="utf-8") == render_card(sample_facts())
+    assert os.listdir(path.parent) == ["README.md"]
+
+
+@pytest.mark.parametrize("broken", ["render_card", "replace"])
+def test_a_failed_write_leaves_the_old_card_and_nothing_else(tmp_path, monkeypatch, broken) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    (tmp_path / "README.md").write_text("mine")
+    target = card_module if broken == "render_card" else card_module.os
+    monkeypatch.setattr(target, broken, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_card(sample_facts(), tmp_path)
+    assert os.listdir(tmp_path) == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_users_metadata_is_kept(tmp_path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\ntags:\n- theirs\n- mine\n- base_model:adapter:/home/me/x\n- /home/me\n"
+        "license: mit\nlanguage: de\n---\n\n# Theirs\n"
+    )
+    facts = sample_facts(license=None, languages=())
+    data = ModelCard.load(write_card(facts, tmp_path)).data
+    assert data.tags[-2:] == ["mine", "theirs"] and len(data.tags) == 6
+    assert (data.license, data.language) == ("mit", ["de"])
+    data = ModelCard.load(write_card(sample_facts(), tmp_path)).data
+    assert (data.license, data.language, data.tags[-1]) == ("apache-2.0", ["en"], "theirs")
+
+
+@pytest.mark.parametrize("old", ["no metadata", "---\n[: broken\n---\n", "---\n- a list\n---\n"])
+def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old, caplog) -> None:
+    (tmp_path / "README.md").write_text(old)
+    write_card(sample_facts(), tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(sample_facts())
+    assert ("is lost" in caplog.text) == (old != "no metadata")
