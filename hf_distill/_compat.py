@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def prepare_for_evaluation(model: Any, accelerator: Any) -> Any:
@@ -61,3 +66,32 @@ def gathered_sum(vector: torch.Tensor, accelerator: Any) -> torch.Tensor:
     if accelerator is None or accelerator.num_processes == 1:
         return vector
     return accelerator.reduce(vector, reduction="sum")
+
+
+def renamed_state(model: Any, checkpoint: str) -> dict[str, torch.Tensor] | None:
+    """The state of `model` as its own `from_pretrained` reads it from `checkpoint`; None where the names agree.
+
+    For whole models in one process's hands: adapters, FSDP and DeepSpeed have their own ways of loading.
+    """
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "get_base_model"):
+        return None
+    saved = _saved_names(checkpoint)
+    state = model.state_dict()
+    if saved is None:
+        return None
+    held = {state[name].data_ptr() for name in saved if name in state}  # a tied tensor is saved under one name
+    if all(name in saved or tensor.data_ptr() in held for name, tensor in state.items()):
+        return None
+    return type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+
+
+def _saved_names(checkpoint: str) -> set[str] | None:
+    index = os.path.join(checkpoint, SAFE_WEIGHTS_INDEX_NAME)
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            return set(json.load(file)["weight_map"])
+    whole = os.path.join(checkpoint, SAFE_WEIGHTS_NAME)
+    if not os.path.isfile(whole):
+        return None
+    with safe_open(whole, framework="pt") as tensors:
+        return set(tensors.keys())

@@ -24,12 +24,13 @@ from hf_distill.trainer_parts.evaluation import EvaluationMixin
 from hf_distill.trainer_parts.publishing import PublishingMixin
 from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.refusals import refuse_data_parallel, refuse_sequence_parallel, refuse_unlabelled
+from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
 
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 
 
-class DistillationMixin(PublishingMixin, EvaluationMixin):
+class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
     """Everything that a `Trainer` accepts, with the same meaning, and a teacher.
 
     Args:

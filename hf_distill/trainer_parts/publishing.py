@@ -30,6 +30,7 @@ from hf_distill.run_facts import (
     model_facts,
     training_facts,
 )
+from hf_distill.schedules import Schedule
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import ModelTeacher
 
@@ -56,6 +57,7 @@ class PublishingMixin:
         args: Any
         state: Any
         distiller: Any
+        _blend_is_ours: bool
         accelerator: Any
         processing_class: Any
         train_dataset: Any
@@ -129,9 +131,11 @@ class PublishingMixin:
             processor=None if self.processing_class is None else type(self.processing_class).__name__,
             divergence=divergence if has_teacher else None,
             divergence_kwargs=match.settings if has_teacher else {},
-            temperature=_schedule(self.args, "temperature") if has_teacher and properties.softens else None,
+            temperature=self._schedule("temperature", match.temperature)
+            if has_teacher and properties.softens
+            else None,
             temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
-            alpha=_schedule(self.args, "alpha"),
+            alpha=self._schedule("alpha", self.distiller.alpha),
             objectives=self._objective_weights(has_teacher),
             datasets=trained_on,
             evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
@@ -143,6 +147,14 @@ class PublishingMixin:
             license=license,
             tags=tags,
         )
+
+    def _schedule(self, knob: str, schedule: Schedule) -> ScheduleFacts:
+        """As it ran, which the arguments do not tell where the user gave a distiller."""
+        start, end = schedule(0.0), schedule(1.0)
+        if start == end == schedule(0.5):
+            return ScheduleFacts(start=start)
+        kind = setting(self.args, f"{knob}_schedule")
+        return ScheduleFacts(start=start, end=end, schedule=kind if self._blend_is_ours else "of the user's own")
 
     def _objective_weights(self, has_teacher: bool) -> dict[str, float | None]:
         names = ["labels"] if self.distiller.needs_labels() else []
@@ -276,14 +288,6 @@ def _student_files(folder: str) -> list[str]:
         if path.is_file() and not is_state and inside.name not in ("latest", "zero_to_fp32.py"):
             found.append(str(inside))
     return found
-
-
-def _schedule(args: Any, knob: str) -> ScheduleFacts:
-    return ScheduleFacts(
-        start=setting(args, knob),
-        end=setting(args, f"{knob}_end"),
-        schedule=setting(args, f"{knob}_schedule"),
-    )
 
 
 def _listed(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

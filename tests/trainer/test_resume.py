@@ -54,16 +54,7 @@ def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
     assert [e for e in losses(resumed) if e["step"] >= after] == [e for e in losses(whole) if e["step"] >= after]
 
 
-RENAMED = pytest.mark.xfail(
-    strict=True,
-    reason="transformers 5.23 saves a ViT under other names than it loads at resume, and Trainer only warns: the same "
-    "with Trainer itself",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=RENAMED) if name == "vit_image_class" else name for name in HEADS]
-)
+@pytest.mark.parametrize("name", HEADS)
 def test_every_head(tmp_path, name: str) -> None:
     head = HEADS[name]
     settings = {**RUN, "max_steps": 3, **({"alpha": 1.0} if name in NO_LOSS else SCHEDULES)}
