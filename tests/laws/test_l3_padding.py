@@ -40,6 +40,27 @@ def test_the_labels_term_of_span_qa_does_depend_on_padding() -> None:
     assert short["logits"].item() == pytest.approx(long["logits"].item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_more_padding_on_the_left_changes_nothing(labelled: bool) -> None:
+    """Of the divergence: transformers' own loss lets the last padded position predict the first real token.
+
+    For Llama, whose positions are relative: absolute ones move with padding on the left.
+    """
+    name = "llama_causal_lm"
+    distiller, student = m.distiller_of(name, alpha=1.0), m.student_of(name)
+    right = m.collated(name, HEADS[name].examples(labelled=labelled))
+    expected, gradient = m.step(distiller, student, [right])
+    left = {key: x.clone() for key, x in right.items()}
+    for row, length in enumerate(right["attention_mask"].sum(-1).tolist()):
+        for x in left.values():
+            x[row] = x[row].roll(x.shape[1] - length)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    for batch in (left, {key: torch.nn.functional.pad(x, (5, 0), value=fill[key]) for key, x in left.items()}):
+        loss, found = m.step(distiller, student, [batch])
+        assert loss == pytest.approx(expected, rel=1e-5)  # rotary positions are computed in fp32
+        assert m.difference(found, gradient) < 1e-4
+
+
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
 @pytest.mark.parametrize(("name", "divergence"), WITH_OTHER_ROWS)
 def test_rows_that_are_not_kept_are_never_looked_at(name: str, divergence: str, garbage: float) -> None:

@@ -1,0 +1,149 @@
+"""Rows over a vocabulary, by hand: masked, causal (shifted), and decoder inputs equal to what the models derive."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_distill import DataError, Distiller
+from hf_distill.tasks import CausalLM, MaskedLM, Seq2Seq
+from hf_distill.tasks.language import decoder_inputs
+from tests.heads import HEADS
+
+SEQ2SEQ = [name for name, head in HEADS.items() if head.kind == "seq2seq"]
+IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+def test_masked_lm_keeps_masked_positions_or_all_that_are_read() -> None:
+    task = MaskedLM()
+    labels = torch.tensor([[-100, 6, -100, -100], [5, -100, -100, -100]])
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+    assert task.kept_rows(batch).tolist() == [1, 4]
+    assert (task.rows(batch), task.count(batch), task.label_count(batch)) == (8, 2, 2)
+    assert task.targets(batch)[[1, 4]].tolist() == [6, 5]
+    del batch["labels"]
+    assert task.kept_rows(batch).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert task.targets(batch) is None
+
+
+CAUSAL = {
+    "input_ids": IDS,
+    "attention_mask": MASK,
+    "labels": torch.tensor([[-100, -100, 7, 8], [5, 6, 7, -100]]),
+}
+
+
+def test_causal_lm_shifts_labels_by_one() -> None:
+    task, logits = CausalLM(), torch.randn(2, 4, 9)
+    rows = task.select(logits, CAUSAL)
+    assert torch.equal(rows, logits[:, :-1].reshape(6, 9))
+    # position 1 predicts token 2 and position 2 token 3; label 0 of the second example is nobody's to predict
+    assert task.kept_rows(CAUSAL).tolist() == [1, 2, 3, 4]
+    assert task.targets(CAUSAL)[[1, 2, 3, 4]].tolist() == [7, 8, 6, 7]
+    assert (task.rows(CAUSAL), task.count(CAUSAL), task.label_count(CAUSAL)) == (6, 4, 4)
+
+
+def test_causal_lm_rows_are_those_of_the_models_own_loss() -> None:
+    """The cross-entropy on the selected, kept rows is the loss that the model itself reports."""
+    for name in ("gpt2_causal_lm", "llama_causal_lm"):
+        model, batch, task = HEADS[name].make(), HEADS[name].batch(), CausalLM()
+        with torch.no_grad():
+            outputs = model(**batch)
+        rows = task.select(outputs.logits, batch)[task.kept_rows(batch)]
+        ours = F.cross_entropy(rows, task.targets(batch)[task.kept_rows(batch)])
+        assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
+
+
+def test_causal_lm_takes_shifted_labels_at_their_word() -> None:
+    task, logits = CausalLM(), torch.randn(2, 4, 9)
+    shifted = torch.tensor([[-100, 7, 8, -100], [6, 7, -100, 5]])
+    batch = {**CAUSAL, "shift_labels": shifted}
+    assert torch.equal(task.select(logits, batch), logits.reshape(8, 9))
+    assert task.kept_rows(batch).tolist() == [1, 2, 4, 5, 7]
+    assert task.label_count(batch) == 5
+    assert task.has_labels({"shift_labels": shifted})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_causal_lm_without_labels_keeps_what_is_read(side: str) -> None:
+    mask = MASK if side == "right" else MASK.flip(-1)
+    kept = CausalLM().keep({"input_ids": IDS, "attention_mask": mask}).view(2, 3).tolist()
+    # A row counts when its own position and the token that it predicts are read: padding predicts nothing.
+    assert kept == ([[1, 1, 1], [1, 1, 0]] if side == "right" else [[1, 1, 1], [0, 1, 1]])
+
+
+def test_a_row_on_left_padding_counts_for_the_labels_term_alone() -> None:
+    """transformers' own loss lets the last padded position predict the first real token. The teacher's row there is
+    the output of a position that read nothing, so it is not distilled."""
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    task, model = CausalLM(), HEADS["llama_causal_lm"].make()
+    assert task.kept_rows(batch).tolist() == [2, 3, 4, 5, 6, 7]
+    assert (task.count(batch), task.label_count(batch)) == (6, 7)
+    with torch.no_grad():
+        outputs = model(**batch)
+    rows, targets = task.select(outputs.logits, batch), task.targets(batch)
+    ours = F.cross_entropy(rows, targets)  # over the 7 that the head counts
+    assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
+
+
+def test_without_labels_and_inputs_the_batch_is_named() -> None:
+    with pytest.raises(DataError, match=r"neither labels nor attention_mask nor input_ids.*only \['other'\]"):
+        CausalLM().keep({"other": IDS})
+
+
+def test_seq2seq_is_not_shifted() -> None:
+    task, logits = Seq2Seq(), torch.randn(2, 3, 9)
+    batch = {"input_ids": IDS, "labels": torch.tensor([[5, 6, 2], [7, 2, -100]])}
+    assert torch.equal(task.select(logits, batch), logits.reshape(6, 9))
+    assert task.kept_rows(batch).tolist() == [0, 1, 2, 3, 4]
+    assert (task.count(batch), task.label_count(batch)) == (5, 5)
+    given = {"input_ids": IDS, "decoder_input_ids": IDS, "decoder_attention_mask": MASK}
+    assert task.kept_rows(given).tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_decoder_inputs_are_the_models_own(name: str) -> None:
+    """The model given our decoder inputs says, bit for bit, what it says when it derives them from the labels."""
+    model, batch = HEADS[name].make().eval(), HEADS[name].batch()
+    assert (batch["labels"] == -100).any()
+    ours = Seq2Seq().prepare(dict(batch), model)
+    assert ours["decoder_input_ids"][:, 0].unique().tolist() == [model.config.decoder_start_token_id]
+    assert not (ours["decoder_input_ids"] == -100).any()
+    with torch.no_grad():
+        derived, given = model(**batch), model(**ours)
+    assert torch.equal(given.logits, derived.logits)
+    assert torch.equal(given.loss, derived.loss)
+    assert (batch["labels"] == -100).any()  # the labels themselves are left alone
+
+
+def test_decoder_inputs_that_are_given_are_kept() -> None:
+    batch = {"labels": IDS, "decoder_input_ids": IDS}
+    assert Seq2Seq().prepare(batch, None) is batch
+
+
+def test_a_decoder_without_labels_and_inputs_is_refused() -> None:
+    with pytest.raises(DataError, match=r"needs labels or decoder_input_ids.*The batch has \['input_ids'\]"):
+        Seq2Seq().prepare({"input_ids": IDS}, None)
+
+
+def test_a_config_without_a_start_token_is_refused() -> None:
+    student = SimpleNamespace(config=SimpleNamespace(decoder_start_token_id=None, pad_token_id=0))
+    with pytest.raises(DataError, match="no decoder_start_token_id or no pad_token_id"):
+        decoder_inputs(IDS, student)
+
+
+def test_the_teacher_reads_the_students_decoder_inputs() -> None:
+    """Though its own config would start the decoder with another token."""
+    head = HEADS["bart_seq2seq"]
+    student, teacher = head.make(1), head.make(2, decoder_start_token_id=1)
+    seen = []
+    teacher.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+    Distiller(student, teacher)(student, head.batch(2))
+    assert seen[0]["decoder_input_ids"][:, 0].tolist() == [2, 2]
+    assert "labels" not in seen[0]
