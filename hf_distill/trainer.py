@@ -131,6 +131,10 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
 
     # The loss.
 
+    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
+        self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
+        return super()._inner_training_loop(*positional, **keywords)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_distill.errors import SettingError
 
 MARK = ".made-by-hf-distill-quickstart"
+_UNFINISHED = ".unfinished-"
 
 
 @contextmanager
@@ -26,7 +27,9 @@ def fill_folder(folder: Path, *, entries: Collection[str]) -> Iterator[Path]:
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+        for killed in folder.glob(f"{_UNFINISHED}*"):  # what a run left that was ended by force
+            shutil.rmtree(killed)
+        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     except OSError as error:
         raise SettingError(f"output_dir {folder}: cannot be written ({error.strerror}). Choose another one.") from error
     try:
@@ -45,7 +48,7 @@ def _check(folder: Path, entries: Collection[str]) -> None:
         raise SettingError(f"output_dir {folder}: is a file. Give a folder, or a name not in use.")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = sorted(found if MARK not in found else found - {MARK, *entries})
-    foreign = [name for name in foreign if not name.startswith(".unfinished-")]
+    foreign = [name for name in foreign if not name.startswith(_UNFINISHED)]
     if foreign:
         raise SettingError(
             f"output_dir {folder}: holds files that the quickstart did not make "

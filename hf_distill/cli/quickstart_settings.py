@@ -34,4 +34,4 @@ class Settings:
 
 
 FULL = Settings()
-FAST = replace(FULL, runs=2, teacher_steps=300, student_steps=300, latency_calls=60, fast=True)
+FAST = replace(FULL, runs=2, teacher_steps=250, student_steps=250, latency_calls=60, fast=True)

@@ -47,10 +47,17 @@ class CausalLM(Task):
         return x[:, :-1].flatten(0, 1)
 
     def keep(self, batch: Batch) -> Tensor:
-        if (labels := self._next_tokens(batch)) is not None:
-            return (labels != IGNORED).flatten()
-        mask = attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))
-        return mask[:, 1:].flatten()
+        """Where a real token predicts one that counts: with left padding, the last padded position predicts the first
+        token from nothing, and would be a row more for each shorter example.
+        """
+        labels, mask = self._next_tokens(batch), batch.get("attention_mask")
+        if labels is None:
+            mask = attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))
+            return (mask[:, :-1] & mask[:, 1:]).flatten()
+        keep = labels != IGNORED
+        if batch.get("shift_labels") is None and mask is not None and mask.dim() == 2:
+            keep = keep & mask[:, :-1].bool()
+        return keep.flatten()
 
     def rows(self, batch: Batch) -> int:
         return self.keep(batch).numel()

@@ -33,18 +33,7 @@ from hf_distill.run_facts import (
 from hf_distill.schedules import Schedule
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import ModelTeacher
-
-# What training needs and nobody who loads the student does.
-_STATE_FILES = (
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-    "training_args.bin",
-    "trainer_state.json",
-)
-
-CARD = "README.md"
+from hf_distill.trainer_parts.student_files import CARD, copied, moved
 
 
 class PublishingMixin:
@@ -114,12 +103,10 @@ class PublishingMixin:
             for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(self.train_dataset)])
             if fact
         )
-        several = isinstance(self.eval_dataset, dict)
-        evaluated = (
-            {key: dataset_facts(value) for key, value in self.eval_dataset.items()}
-            if several
-            else dataset_facts(self.eval_dataset)
-        )
+        if isinstance(self.eval_dataset, dict):
+            evaluated: Any = {key: dataset_facts(value) for key, value in self.eval_dataset.items()}
+        else:  # as Trainer's card: one dataset that is named is what was evaluated on too
+            evaluated = dataset_facts(self.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         return RunFacts(
             name=name,
@@ -190,10 +177,14 @@ class PublishingMixin:
             self.init_hf_repo(token=token, private=private)
         # Saved beside and moved in: only so is it known which files are the student's.
         staged = os.path.join(self.args.output_dir, "_push")
-        self.save_model(staged, _internal_call=True)  # the flag: and do not push again
-        if not self.is_world_process_zero():
-            return None
-        files = _moved(staged, self.args.output_dir)
+        try:
+            self.save_model(staged, _internal_call=True)  # the flag: and do not push again
+            if not self.is_world_process_zero():
+                return None
+            files = moved(staged, self.args.output_dir)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(staged, ignore_errors=True)
         kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(getattr(self.model, "model_tags", None) or ())
         if kwargs.get("model_name") is None:
             kwargs["model_name"] = self.hub_model_id.split("/")[-1]
@@ -217,7 +208,7 @@ class PublishingMixin:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # Copied first: a rotation may delete the checkpoint while its upload still runs.
-        files = _copied(checkpoint_folder, self.args.output_dir)
+        files = copied(checkpoint_folder, self.args.output_dir)
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         moment = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {moment}"
@@ -232,6 +223,8 @@ class PublishingMixin:
                     path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
                     commit_message=f"{message}, checkpoint",
                     run_as_future=True,
+                    # The arguments hold hub_token in plain text and are not read on resume; PEFT's card holds paths.
+                    ignore_patterns=["training_args.bin", CARD],
                     **options,
                 )
             )
@@ -251,43 +244,6 @@ class PublishingMixin:
             run_as_future=not blocking,
             revision=revision,
         )
-
-
-def _moved(source: str, target: str) -> list[str]:
-    """Move the student's files one by one, each whole or not at all; returns their names."""
-    files = _student_files(source)
-    for name in files:
-        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
-        os.replace(os.path.join(source, name), os.path.join(target, name))
-    shutil.rmtree(source)
-    return files
-
-
-def _copied(source: str, target: str) -> list[str]:
-    files = _student_files(source)
-    for name in files:
-        goal = Path(target, name)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        beside = goal.with_name(f".{goal.name}.partial")
-        shutil.copyfile(os.path.join(source, name), beside)
-        os.replace(beside, goal)
-    return files
-
-
-def _student_files(folder: str) -> list[str]:
-    """What `save_pretrained` of student and processor wrote: all but the state of the training.
-
-    Folders in a checkpoint are sharded optimizer states (`global_step5`, `optimizer_0`), except those of adapters
-    and chat templates.
-    """
-    found = []
-    for path in sorted(Path(folder).rglob("*")):
-        inside = path.relative_to(folder)
-        top = Path(inside.parts[0])
-        is_state = any(top.match(pattern) for pattern in (*_STATE_FILES, "global_step*", "pytorch_model_fsdp*"))
-        if path.is_file() and not is_state and inside.name not in ("latest", "zero_to_fp32.py"):
-            found.append(str(inside))
-    return found
 
 
 def _listed(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
