@@ -143,6 +143,12 @@ def test_a_file_added_to_our_folder_is_not_ours(tmp_path):
         fill(tmp_path)
 
 
+def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path):
+    (tmp_path / ".unfinished-abc").mkdir()
+    fill(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {MARK, "a.txt", "models"}
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(SettingError, match=r"is a file\. Give a folder"):
