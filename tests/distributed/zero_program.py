@@ -20,7 +20,8 @@ def model(seed: int) -> BertForSequenceClassification:
 
 def main() -> None:
     stage, processes = int(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
-    automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    automatic = ("train_micro_batch_size_per_gpu", "train_batch_size")
+    automatic += ("gradient_accumulation_steps", "gradient_clipping")
     zero = {
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
