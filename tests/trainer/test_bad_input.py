@@ -1,0 +1,433 @@
+"""Bad input, line by line: the message says what came, what is allowed and what to do, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_distill import DataError, DistillationArguments, DistillationTrainer, SettingError, TeacherError
+from tests.heads import HEADS
+from tests.hub.tiny import tokenizer
+from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make, padded, weights
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Everything that a refused teacher or student must still be: bits, dtypes, mode, what is trained."""
+    return (
+        {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()},
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+    )
+
+
+def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
+    after = state_of(model)
+    for name, (dtype, value) in before[0].items():
+        assert after[0][name][0] == dtype, name
+        assert torch.equal(after[0][name][1], value), name
+    assert after[1:] == before[1:]
+
+
+@contextmanager
+def refused(folder: Path, error: type[Exception], *words: str, models: tuple[Any, ...] = ()) -> Iterator[None]:
+    """Raises `error` with all of these words in its message; afterwards models and folder are as before."""
+    before = [state_of(model) for model in models]
+    there = sorted(folder.rglob("*"))
+    with pytest.raises(error) as raised:
+        yield
+    message = str(raised.value)
+    for word in words:
+        assert word in message, (word, message)
+    for model, state in zip(models, before, strict=True):
+        assert_unchanged(model, state)
+    assert sorted(folder.rglob("*")) == there, "something was left behind"
+
+
+def training_models(**changed: Any) -> tuple[Any, Any]:
+    """In training mode with gradients, as `from_config` leaves them: what a careless `freeze` would change."""
+    return bert().train(), bert(seed=1, **changed).train()
+
+
+@pytest.mark.parametrize("kind", [DistillationArguments, TrainingArguments])
+def test_no_teacher_and_alpha_above_zero(tmp_path, kind: Any) -> None:
+    student, _ = training_models()
+    words = ("alpha is 0.5", "no teacher", "teacher_model=", "alpha=0")
+    with refused(tmp_path, SettingError, *words, models=(student,)):
+        make(tmp_path, student, args=arguments(tmp_path, kind))
+
+
+def test_no_teacher_and_an_alpha_that_rises(tmp_path) -> None:
+    with refused(tmp_path, SettingError, "no teacher", "teacher_model="):
+        make(tmp_path, bert(), alpha=0.0, alpha_schedule="linear", alpha_end=0.5)
+
+
+def test_no_teacher_to_evaluate_with(tmp_path) -> None:
+    with refused(tmp_path, SettingError, "evaluate_with_teacher=True needs a teacher", "teacher_model="):
+        make(tmp_path, bert(), alpha=0.0, evaluate_with_teacher=True)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan"), float("inf")])
+def test_alpha_outside_zero_to_one(tmp_path, alpha: float) -> None:
+    with refused(tmp_path, SettingError, f"alpha={alpha:g}", "[0, 1]", "labels"):
+        arguments(tmp_path, alpha=alpha)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, float("nan"), float("inf")])
+def test_temperature_not_above_zero(tmp_path, temperature: float) -> None:
+    with refused(tmp_path, SettingError, f"temperature={temperature:g}", "above 0"):
+        arguments(tmp_path, temperature=temperature)
+
+
+def test_a_setting_spoilt_after_the_arguments_were_made(tmp_path) -> None:
+    """`args.alpha = 2` behind the arguments' back is found when the trainer is made."""
+    student, teacher = training_models()
+    args = arguments(tmp_path)
+    args.alpha = 2.0
+    with refused(tmp_path, SettingError, "alpha=2", "[0, 1]", models=(student, teacher)):
+        make(tmp_path, student, teacher, args=args)
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice"])
+def test_a_teacher_with_another_kind_of_head(tmp_path, head: str) -> None:
+    student, teacher = bert().train(), bert(head, seed=1).train()
+    words = (f"BertFor{head}", "head", "classification", "Fine-tune a teacher")
+    with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher)
+
+
+def test_label_sets_that_differ(tmp_path) -> None:
+    student, teacher = training_models()
+    student.config.label2id = {"neg": 0, "mid": 1, "pos": 2}
+    student.config.id2label = {0: "neg", 1: "mid", 2: "pos"}
+    teacher.config.label2id = {"bad": 0, "mid": 1, "good": 2}
+    teacher.config.id2label = {0: "bad", 1: "mid", 2: "good"}
+    words = ("label names differ", "{neg, mid, pos}", "{bad, mid, good}", "label2id", 'label_matching="by_index"')
+    with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher)
+    make(tmp_path, student, teacher, label_matching="by_index").train()  # the way out that it names
+
+
+def test_numbers_of_labels_that_differ(tmp_path) -> None:
+    student, teacher = training_models(num_labels=4)
+    words = ("different numbers of labels", "student 3", "teacher 4", "num_labels=")
+    with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher)
+
+
+def renamed_tokenizer() -> Any:
+    """The same size, but two words have changed places."""
+    from tests.hub import tiny
+
+    words = tiny.WORDS
+    words[5], words[6] = words[6], words[5]
+    try:
+        return tokenizer()
+    finally:
+        words[5], words[6] = words[6], words[5]
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM"])
+def test_a_tokenizer_that_differs_at_token_level(tmp_path, head: str) -> None:
+    small = {"vocab_size": 11}
+    student, teacher = bert(head, **small).train(), bert(head, seed=1, **small).train()
+    words = (
+        "different tokenizers",
+        "2 tokens have other ids",
+        "'put' is 5 for the student and 6 for the teacher",
+        "Use a teacher",
+    )
+    processors = {"processing_class": tokenizer(), "teacher_processing_class": renamed_tokenizer()}
+    with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher, **processors)
+
+
+@pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM"])
+def test_vocabularies_of_different_size_at_token_level(tmp_path, head: str) -> None:
+    student, teacher = bert(head).train(), bert(head, seed=1, vocab_size=40).train()
+    with refused(tmp_path, TeacherError, "23", "40", "processing_class=", models=(student, teacher)):
+        make(tmp_path, student, teacher)
+
+
+def unlabelled() -> Dataset:
+    return Dataset.from_dict({"input_ids": [example["input_ids"] for example in examples()]})
+
+
+def test_an_unlabelled_dataset_with_alpha_below_one(tmp_path) -> None:
+    """Known before training where the dataset says its columns and the collator is transformers' own."""
+    student, teacher = training_models()
+    words = ("alpha < 1 weighs labels", "no labels in ['input_ids']", "alpha=1")
+    with refused(tmp_path, DataError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher, train_dataset=unlabelled(), data_collator=None)
+
+
+@pytest.mark.parametrize("data", [unlabelled(), examples(labels=None)], ids=["datasets", "list"])
+def test_an_unlabelled_batch_with_alpha_below_one(tmp_path, data: Any) -> None:
+    """A collator might have made the labels; that it has not is known at the first batch, before any step."""
+    student, teacher = training_models()
+    trainer = make(tmp_path, student, teacher, train_dataset=data)
+    with pytest.raises(DataError, match=r"alpha < 1 weighs labels.*no labels in.*alpha=1"):
+        trainer.train()
+    assert_same_bits(weights(student), weights(bert()))
+
+
+def test_an_unlabelled_dataset_for_spans_names_both_columns(tmp_path) -> None:
+    with refused(tmp_path, DataError, "no start_positions and end_positions", "alpha=1"):
+        make(
+            tmp_path,
+            bert("QuestionAnswering"),
+            bert("QuestionAnswering", seed=1),
+            train_dataset=unlabelled(),
+            data_collator=None,
+        )
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "a/b/nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
+def test_a_teacher_path_that_does_not_exist(tmp_path, path: str) -> None:
+    student, _ = training_models()
+    with refused(tmp_path, TeacherError, path, "no such folder", "save_pretrained", "Hub id", models=(student,)):
+        make(tmp_path, student, path)
+
+
+def test_a_hub_id_that_cannot_be_had(tmp_path) -> None:
+    student, _ = training_models()
+    with refused(tmp_path, TeacherError, "nobody/nothing-of-the-kind", "cannot be loaded", models=(student,)):
+        make(tmp_path, student, "nobody/nothing-of-the-kind")
+
+
+def test_a_teacher_that_is_no_teacher(tmp_path) -> None:
+    with refused(tmp_path, TeacherError, "teacher_model is a int", "a model, a folder or Hub id"):
+        make(tmp_path, bert(), 7)
+
+
+class Poisoned(nn.Module):
+    """A classifier head that gives one row a value that is no number."""
+
+    def __init__(self, head: nn.Module, *, marked: int, column: int, value: float) -> None:
+        super().__init__()
+        self.head = head
+        self.marked, self.column, self.value = marked, column, value
+        self.ids: Any = None
+
+    def forward(self, hidden: Any) -> Any:
+        logits = self.head(hidden).clone()
+        marked = (self.ids == self.marked).any(-1) if logits.dim() == 2 else self.ids == self.marked
+        logits[..., self.column] = torch.where(marked, self.value, logits[..., self.column])
+        return logits
+
+
+def poisoned(model: Any, *, marked: int, value: float) -> Any:
+    """The model, whose logits hold `value` wherever token `marked` is read."""
+    model.classifier = Poisoned(model.classifier, marked=marked, column=1, value=value)
+
+    def look(_: Any, __: Any, given: dict[str, Any]) -> None:
+        model.classifier.ids = given["input_ids"]
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return model
+
+
+MARK = 22  # a token id that `examples` are rid of, but for one
+
+
+def marked_examples(at: int, **more: Any) -> list[dict[str, Any]]:
+    made = [{**e, "input_ids": [1 + i % 21 for i in e["input_ids"]], **more} for e in examples()]
+    made[at]["input_ids"][1] = MARK
+    return made
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_logit_that_is_no_number(tmp_path, value: float) -> None:
+    """Example 5 of eight is the second of micro-batch 2: found before any optimizer step."""
+    student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=value)
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "train_sampling_strategy": "sequential",
+    }
+    trainer = make(tmp_path, student, teacher, train_dataset=marked_examples(5), **settings)
+    with pytest.raises(TeacherError) as raised:
+        trainer.train()
+    for word in (
+        f"hold {value}",
+        "example 1, row 0 of it",
+        "micro-batch 2 of 4",
+        "1 such rows",
+        "No step was made",
+        "teacher_dtype=",
+    ):
+        assert word in str(raised.value), (word, str(raised.value))
+    assert trainer.state.global_step == 0
+    assert_same_bits(weights(student), weights(bert()))
+
+
+def test_a_token_teacher_names_the_token(tmp_path) -> None:
+    student = bert("TokenClassification")
+    teacher = poisoned(bert("TokenClassification", seed=1), marked=MARK, value=float("nan"))
+    data = [{**e, "labels": [0] * len(e["input_ids"])} for e in marked_examples(2)]
+
+    def collate(features: Any) -> Any:
+        longest = max(len(f["input_ids"]) for f in features)
+        batch = padded([{"input_ids": f["input_ids"]} for f in features])
+        return {
+            **batch,
+            "labels": torch.tensor([f["labels"] + [-100] * (longest - len(f["labels"])) for f in features]),
+        }
+
+    trainer = make(
+        tmp_path, student, teacher, train_dataset=data, data_collator=collate, train_sampling_strategy="sequential"
+    )
+    with pytest.raises(TeacherError, match=r"hold nan in example 2, row 1 of it \(micro-batch 0 of 1"):
+        trainer.train()
+    assert_same_bits(weights(student), weights(bert("TokenClassification")))
+
+
+@pytest.mark.parametrize(
+    "divergence", ["forward_kl", "reverse_kl", "total_variation", "mean_squared_error", "hard", "decoupled"]
+)
+def test_whatever_the_divergence(tmp_path, divergence: str) -> None:
+    student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=float("nan"))
+    trainer = make(tmp_path, student, teacher, train_dataset=marked_examples(0), divergence=divergence)
+    with pytest.raises(TeacherError, match="teacher's logits hold nan"):
+        trainer.train()
+    assert_same_bits(weights(student), weights(bert()))
+
+
+def test_minus_infinity_is_a_blocked_column_and_no_error(tmp_path) -> None:
+    student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=float("-inf"))
+    make(tmp_path, student, teacher, train_dataset=marked_examples(3)).train()
+    assert all(torch.isfinite(value).all() for value in weights(student).values())
+
+
+def test_a_nan_in_a_row_that_does_not_count_is_no_error(tmp_path) -> None:
+    """Law L3: token 22 has no label."""
+    head = HEADS["bert_tokens"]
+    student = head.make(seed=0)
+    teacher = poisoned(head.make(seed=1), marked=39, value=float("nan"))
+    data = head.examples(8)
+    for example in data:
+        example["input_ids"] = [i % 38 for i in example["input_ids"][:-1]] + [39]  # the last is labelled -100
+    make(tmp_path, student, teacher, train_dataset=data, data_collator=head.collate).train()
+    assert all(torch.isfinite(value).all() for value in weights(student).values())
+
+
+def test_a_student_that_is_the_teacher_object(tmp_path) -> None:
+    student, _ = training_models()
+    with refused(tmp_path, TeacherError, "same object", "copy.deepcopy", models=(student,)):
+        make(tmp_path, student, student)
+    make(tmp_path, student, copy.deepcopy(student)).train()  # the way out that it names
+
+
+def test_a_student_that_shares_a_weight_with_its_teacher(tmp_path) -> None:
+    student, teacher = training_models()
+    teacher.classifier.weight = student.classifier.weight
+    with refused(tmp_path, TeacherError, "share weights", "classifier.weight", models=(student, teacher)):
+        make(tmp_path, student, teacher)
+
+
+def test_data_parallel_is_refused_with_the_line_to_use(tmp_path) -> None:
+    student, teacher = training_models()
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    words = ("2 GPUs in one process", "DataParallel", "accelerate launch --num_processes 2")
+    with refused(tmp_path, SettingError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher, args=args)
+
+
+def distilbert() -> Any:
+    return HEADS["distilbert_single_label"].make(seed=0)
+
+
+@pytest.mark.parametrize("data", [unlabelled(), examples(labels=None)], ids=["datasets", "list"])
+def test_a_column_that_the_teacher_needs_was_dropped(tmp_path, data: Any) -> None:
+    """A text teacher of a speech student, whose `teacher_` columns a map() has dropped."""
+    speech = HEADS["wav2vec2_audio_class"]
+    student, teacher = speech.make(seed=0), HEADS["bert_single_label"].make(seed=1)
+    trainer = make(tmp_path, student, teacher, train_dataset=speech.examples(8), data_collator=speech.collate)
+    with pytest.raises(DataError) as raised:
+        trainer.train()
+    for word in (
+        "BertForSequenceClassification",
+        "needs input_ids",
+        "teacher_input_ids",
+        "teacher_text",
+        "remove_unused_columns",
+    ):
+        assert word in str(raised.value), (word, str(raised.value))
+    assert trainer.state.global_step == 0
+
+
+def test_a_teacher_with_another_tokenizer_and_no_inputs_of_its_own(tmp_path) -> None:
+    student, teacher = bert().train(), bert(seed=1, vocab_size=40).train()
+    trainer = make(tmp_path, student, teacher)
+    with pytest.raises(DataError) as raised:
+        trainer.train()
+    for word in ("another tokenizer", "teacher_text", "teacher_input_ids", "teacher_processing_class"):
+        assert word in str(raised.value), (word, str(raised.value))
+    assert_same_bits(weights(student), weights(bert()))
+
+
+def test_a_task_that_does_not_exist(tmp_path) -> None:
+    with refused(tmp_path, SettingError, "task='sorting'", "Allowed: classification"):
+        make(tmp_path, bert(), bert(seed=1), task="sorting")
+
+
+class Unknown(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+def test_a_student_that_nobody_knows(tmp_path) -> None:
+    words = (
+        "Unknown",
+        "Supported kinds of head",
+        "classification",
+        "ctc",
+        'task="classification"',
+        "hf_distill.tasks.Task",
+    )
+    with refused(tmp_path, SettingError, *words):
+        make(tmp_path, Unknown(), bert(seed=1))
+
+
+def test_a_divergence_of_distributions_for_a_regression(tmp_path) -> None:
+    student, teacher = bert(num_labels=1).train(), bert(seed=1, num_labels=1).train()
+    words = ("divergence='forward_kl'", "regression predicts values", "mean_squared_error")
+    with refused(tmp_path, SettingError, *words, models=(student, teacher)):
+        make(tmp_path, student, teacher, divergence="forward_kl")
+
+
+def test_a_teacher_that_is_refused_keeps_its_dtype(tmp_path) -> None:
+    student, teacher = training_models(num_labels=4)
+    with refused(tmp_path, TeacherError, "different numbers of labels", models=(student, teacher)):
+        make(tmp_path, student, teacher, teacher_dtype="bfloat16")
+
+
+def test_an_error_of_trainers_own_leaves_the_teacher_as_it_was(tmp_path) -> None:
+    """eval_strategy without an eval_dataset: `Trainer` refuses it after the teacher was looked at."""
+    student, teacher = training_models()
+    with refused(tmp_path, ValueError, "eval_dataset", models=(student, teacher)):
+        make(tmp_path, student, teacher, eval_strategy="steps", eval_steps=1)
+
+
+def test_the_output_folder_of_another_run_is_left_alone(tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("theirs")
+    with refused(tmp_path, TeacherError, "head"):
+        DistillationTrainer(
+            model_init=lambda: bert(),
+            teacher_model=bert("MaskedLM", seed=1),
+            args=arguments(tmp_path),
+            train_dataset=examples(),
+        )
