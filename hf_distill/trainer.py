@@ -73,8 +73,9 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         # this draws from the random generators is undone by Trainer's own seeding.
         if model is not None:
             self.distiller = distiller or self._make_distiller(model, args, given.get("processing_class"))
-            names = ("train_dataset", "data_collator", "compute_loss_func")
-            refuse_unlabelled(self.distiller, **{name: given.get(name) for name in names})
+            refuse_unlabelled(
+                self.distiller, train_dataset=given.get("train_dataset"), data_collator=given.get("data_collator")
+            )
         folder = "tmp_trainer" if args is None else args.output_dir  # the former is Trainer's own default
         fresh_folder = not os.path.exists(folder)
         super().__init__(model, args, *positional, **keywords)

@@ -48,7 +48,7 @@ class Task:
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
         """The predictions in a model's output, leading axes first, with the shared columns last."""
-        return pick(outputs["logits"], columns, teacher=teacher)
+        return pick(output_named("logits", outputs), columns, teacher=teacher)
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         """`[b t *]` → `[n *]`: the rows that are predictions. Touches leading axes only."""
@@ -100,6 +100,22 @@ class Task:
 
 def pick(x: Tensor, columns: Columns, *, teacher: bool) -> Tensor:
     return columns.of_teacher(x) if teacher else columns.of_student(x)
+
+
+def output_named(name: str, outputs: Any) -> Tensor:
+    """A model's output by name.
+
+    Raises:
+        DataError: the model gave a tuple, or withheld it (fused losses that skip the logits).
+    """
+    found = outputs.get(name) if isinstance(outputs, Mapping) else None
+    if found is None:
+        given = f"only {sorted(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        raise DataError(
+            f"the model's output has no {name}: it gave {given}. Set return_dict=True, and leave out fused losses that "
+            "skip the logits (use_liger_kernel)."
+        )
+    return found
 
 
 def first_tensor(batch: Batch) -> Tensor:

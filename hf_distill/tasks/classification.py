@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, pick
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, pick
 from hf_distill.vocabulary import Columns
 
 
@@ -38,7 +38,7 @@ class Classification(Task):
         return labels is not None and labels.is_floating_point() and labels.dim() == 2
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        logits = pick(outputs["logits"], columns, teacher=teacher)  # [b v]
+        logits = pick(output_named("logits", outputs), columns, teacher=teacher)  # [b v]
         if not self.is_multi_label(batch):
             return logits
         return torch.stack((logits, torch.zeros_like(logits)), -1)  # [b v 2]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
-from hf_distill.tasks.base import Batch, Task, batch_size, pick
+from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick
 from hf_distill.tasks.classification import refuse_ignored
 from hf_distill.vocabulary import Columns
 
@@ -24,7 +24,7 @@ class Regression(Task):
     needs_same_inputs = False
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        logits = outputs["logits"]
+        logits = output_named("logits", outputs)
         logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
         return pick(logits, columns, teacher=teacher)
 
@@ -54,7 +54,7 @@ class Embedding(Task):
         self._pooling = pooling
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        hidden = outputs["last_hidden_state"]  # [b t d]
+        hidden = output_named("last_hidden_state", outputs)  # [b t d]
         mask = self._mask(hidden, batch, teacher=teacher)  # [b t]
         if self._pooling == "mean":
             summed = hidden.masked_fill(~mask[..., None], 0).sum(1)

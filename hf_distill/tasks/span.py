@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named
 from hf_distill.vocabulary import Columns
 
 
@@ -23,7 +23,7 @@ class Span(Task):
     label_names = ("start_positions", "end_positions")
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        logits = torch.stack((outputs["start_logits"], outputs["end_logits"]), 1)  # [b 2 t]
+        logits = torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), 1)  # [b 2 t]
         return logits.masked_fill(~self._readable(batch)[:, None], -torch.inf)
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:

@@ -27,11 +27,10 @@ def refuse_sequence_parallel(trainer: Any) -> None:
         )
 
 
-def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator: Any, compute_loss_func: Any) -> None:
-    """Labels that are needed and cannot come. A collator of the user's may still make them: then the first step
-    tells."""
+def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator: Any) -> None:
+    """Labels that are needed and cannot come. A collator of the user's may still make them: then the first step tells."""
     columns = getattr(train_dataset, "column_names", None)
     if columns is None or data_collator is not None or not distiller.needs_labels():
         return
-    if compute_loss_func is None and not {"label", "label_ids"} & set(columns):
+    if not {"label", "label_ids"} & set(columns):  # transformers' own collators rename these
         distiller.require_labels({name: name for name in columns})
