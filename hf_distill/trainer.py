@@ -251,14 +251,12 @@ class DistillationTrainer(DistillationMixin, Trainer):
     """`Trainer` with a teacher. Change one line of a fine-tuning script, and get a distilled student.
 
     `loss = (1 - alpha) * labels + alpha * T^p * divergence`: each term a mean over the whole optimizer step (all
-    accumulated
-    micro-batches, all processes). `alpha=0` is `Trainer`; `alpha=1` needs no labels.
+    accumulated micro-batches, all processes). `alpha=0` is `Trainer`; `alpha=1` needs no labels.
 
     Args: `Trainer`'s, and `DistillationMixin`'s.
 
-    Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2. There the weights are free; here
-    alpha is the teacher's,
-    1 - alpha the labels'.
+    Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2. There the weights are free; here alpha
+    is the teacher's and 1 - alpha the labels'.
 
     >>> import tempfile, torch
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert

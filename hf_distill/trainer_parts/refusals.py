@@ -28,7 +28,7 @@ def refuse_sequence_parallel(trainer: Any) -> None:
 
 
 def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator: Any) -> None:
-    """Labels that are needed and cannot come. A collator of the user's may still make them: then the first step tells."""
+    """Labels that are needed and cannot come. A collator of the user's may make them: then the first step tells."""
     columns = getattr(train_dataset, "column_names", None)
     if columns is None or data_collator is not None or not distiller.needs_labels():
         return

@@ -1,5 +1,4 @@
 """Which files of a folder are the student's, and bringing them, each whole or not at all, to the output folder."""
-from."""
 
 from __future__ import annotations
 
