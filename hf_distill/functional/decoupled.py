@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,8 +40,8 @@ def decoupled(
     0.0
     """
     for knob, value in (("target_weight", target_weight), ("others_weight", others_weight)):
-        if not value >= 0:
-            raise SettingError(f"{knob}={value}: must be 0 or more.")
+        if not 0 <= value < math.inf:
+            raise SettingError(f"{knob}={value}: must lie in [0, inf).")
     student, teacher = on_common_support(student, teacher)
     likely = teacher.argmax(-1)
     target = likely if target is None else torch.where(target < 0, likely, target)

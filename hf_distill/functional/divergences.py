@@ -158,8 +158,8 @@ def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_w
     >>> dist(rows, rows).abs().max().item() < 1e-6
     True
     """
-    _within("inter_weight", inter_weight, 0.0, math.inf)
-    _within("intra_weight", intra_weight, 0.0, math.inf)
+    _within("inter_weight", inter_weight, 0.0, math.inf, open_above=True)
+    _within("intra_weight", intra_weight, 0.0, math.inf, open_above=True)
     student, teacher = on_common_support(student, teacher)
     q, p, live = student.softmax(-1), teacher.softmax(-1), is_live(student)
     inter = 1 - _pearson(q, p, live)  # [n]
@@ -220,5 +220,5 @@ def _pearson(x: Tensor, y: Tensor, live: Tensor) -> Tensor:
 
 def _within(knob: str, value: float, low: float, high: float, *, open_above: bool = False) -> None:
     if not (low <= value < high if open_above else low <= value <= high):
-        bracket = ")" if open_above or math.isinf(high) else "]"
+        bracket = ")" if open_above else "]"
         raise SettingError(f"{knob}={value}: must lie in [{low:g}, {high:g}{bracket}.")

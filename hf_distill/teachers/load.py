@@ -15,6 +15,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
+# SpecAugment's mask: many published speech checkpoints lack it, and a teacher, never in training mode, never reads it.
+_READ_IN_TRAINING_ONLY = ("masked_spec_embed",)
+
 _AUTO_CLASSES = {
     "classification": (
         "AutoModelForSequenceClassification",
@@ -70,7 +73,7 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
         if isinstance(error, TeacherError):
             raise
         raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
-    missing = sorted(loading["missing_keys"])
+    missing = sorted(name for name in loading["missing_keys"] if not name.endswith(_READ_IN_TRAINING_ONLY))
     if missing and kind != "embedding":
         raise TeacherError(
             f"teacher_model={path!r} is not trained for {kind}: its checkpoint lacks "

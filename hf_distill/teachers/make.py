@@ -25,13 +25,13 @@ def as_teacher(
 
     Args:
         kind: the student's kind of head. processor: the teacher's tokenizer, where it is not in the folder.
-        dtype: as `load_teacher`; a model that is given is cast in place.
+        dtype: as `load_teacher`; a model that is given is cast in place, once it is put to use.
 
     Raises:
         TeacherError: none of these, or it cannot be loaded.
     """
     if isinstance(teacher_model, nn.Module):
-        model = teacher_model if dtype in (None, "auto") else teacher_model.to(as_dtype(dtype))
+        model = teacher_model
     elif isinstance(teacher_model, (str, os.PathLike)):
         model = load_teacher(teacher_model, kind, dtype=dtype)
         processor = processor or find_tokenizer(teacher_model)
@@ -46,5 +46,5 @@ def as_teacher(
         model,
         processor=processor,
         label_matching=label_matching,
-        in_own_dtype=dtype is not None,
+        dtype=as_dtype(dtype),
     )

@@ -29,14 +29,14 @@ _NEVER_GIVEN = ("labels", "start_positions", "end_positions", "kwargs", "args")
 class ModelTeacher:
     """A transformers model, or anything that is called with keywords and returns an output with logits.
 
-    The model is frozen in place (`requires_grad_(False)`, `eval()`) once `fit` has accepted it. It reads its own
+    The model is frozen in place (`requires_grad_(False)`, `eval()`) once it is put to use. It reads its own
     inputs, `teacher_*`
     columns with the prefix taken off, where the batch has them, and else the student's.
 
     Args:
         model: the model. processor: its tokenizer or feature extractor, where it is not the student's.
         label_matching: "by_name" or "by_index".
-        in_own_dtype: do not run it under the student's mixed precision.
+        dtype: cast it to this, or keep its own ("auto"); then it does not run under the student's mixed precision.
     """
 
     def __init__(
@@ -45,19 +45,21 @@ class ModelTeacher:
         *,
         processor: Any = None,
         label_matching: str = "by_name",
-        in_own_dtype: bool = False,
+        dtype: Any = None,
     ) -> None:
         self.model: Any = model
         self.columns = Columns()
         self._processor = processor
         self._label_matching = label_matching
-        self._in_own_dtype = in_own_dtype
+        self._dtype = dtype
+        self._in_use = False
         self._accelerator: Any = None
         self._reads_its_own = False
         forward = inspect.signature(unwrapped(model).forward).parameters
         self.inputs = tuple(name for name in forward if name not in _NEVER_GIVEN)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
+        self._put_to_use()
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         inputs = self._inputs(batch)
@@ -82,18 +84,27 @@ class ModelTeacher:
         elif task.kind == "embedding":
             _refuse_other_width(student.config, teacher.config)
         self._check_inputs(student, teacher, task, student_processor)
-        self.model.requires_grad_(False)
-        self.model.eval()
 
     def place(self, accelerator: Any) -> None:
+        self._put_to_use()
         self._accelerator = accelerator
         self.model = prepare_for_evaluation(self.model, accelerator)
 
     def after_step(self, student: nn.Module) -> None:
         """Nothing: it is frozen."""
 
+    def _put_to_use(self) -> None:
+        """Freeze and cast: only now, so that a run that is refused leaves the user's model as it was."""
+        if self._in_use:
+            return
+        self.model.requires_grad_(False)
+        self.model.eval()
+        if isinstance(self._dtype, torch.dtype):
+            self.model.to(self._dtype)
+        self._in_use = True
+
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._accelerator is None or self._in_own_dtype:
+        if self._accelerator is None or self._dtype is not None:
             return contextlib.nullcontext()
         return self._accelerator.autocast()
 
