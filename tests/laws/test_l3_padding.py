@@ -48,7 +48,9 @@ def test_more_padding_on_the_left_changes_nothing(labelled: bool) -> None:
     """
     name = "llama_causal_lm"
     distiller, student = m.distiller_of(name, alpha=1.0), m.student_of(name)
-    right = m.collated(name, HEADS[name].examples(labelled=labelled))
+    right = m.collated(name, HEADS[name].examples(labelled=False))
+    if labelled:  # the first token, too
+        right["labels"] = right["input_ids"].masked_fill(right["attention_mask"] == 0, -100)
     expected, gradient = m.step(distiller, student, [right])
     left = {key: x.clone() for key, x in right.items()}
     for row, length in enumerate(right["attention_mask"].sum(-1).tolist()):

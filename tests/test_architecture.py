@@ -1,0 +1,151 @@
+"""House rules that a machine can hold: who imports whom, sizes, first lines, and words that do not belong in code."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_distill"
+LINES_A_FILE, LINES_A_FUNCTION = 300, 60
+
+# A line may import from the lines above it. Parts of one line do not know each other, unless a + joins them.
+LAYERS = (
+    "errors",
+    "_compat | loss_sum | signals | schedules | counts | vocabulary | run_facts",
+    "functional",
+    "tasks",
+    "objectives | teachers | watch",
+    "distiller",
+    "trainer + trainer_parts + arguments | compare | hub",
+    "cli",
+)
+LEVEL: dict[str, tuple[int, int]] = {}  # part → its line, and its place in it
+for _level, _line in enumerate(LAYERS):
+    for _place, _parts in enumerate(_line.split(" | ")):
+        for _part in _parts.split(" + "):
+            LEVEL[_part] = (_level, _place)
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+BESIDE = [path for folder in ("tests", "examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+CHECKED = [*FILES, *BESIDE]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path: Path) -> str:
+    """`hf_distill/tasks/ctc.py` is of `tasks`, `hf_distill/errors.py` of `errors`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Modules of this package, wherever in the file they are imported."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "hf_distill")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            if node.module == "hf_distill":  # a part by its name, or a public name of the root
+                yield from (f"hf_distill.{alias.name}" for alias in node.names)
+            elif node.module and node.module.startswith("hf_distill."):
+                yield node.module
+
+
+def refused(importing: str, imported: str) -> str | None:
+    """Why one part may not import the other; None: it may."""
+    if importing == imported:
+        return None
+    (level, place), (other_level, other_place) = LEVEL[importing], LEVEL[imported]
+    if other_level > level:
+        return "upward"
+    if other_level == level and other_place != place:
+        return "sideways"
+    return None
+
+
+def test_every_part_of_the_package_stands_in_a_layer() -> None:
+    assert {part_of(path) for path in FILES} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=name_of)
+def test_imports_go_down(path: Path) -> None:
+    for module in imported_modules(path):
+        imported = module.split(".")[1]
+        if imported not in LEVEL:  # a public name of the root, which imports everything but the top layer
+            assert part_of(path) == LAYERS[-1], f"imports {module} from the root"
+            continue
+        why = refused(part_of(path), imported)
+        assert why is None, f"{part_of(path)} imports {module}: {why}"
+
+
+@pytest.mark.parametrize(
+    ("importing", "imported", "why"),
+    [
+        ("functional", "tasks", "upward"),
+        ("objectives", "teachers", "sideways"),
+        ("hub", "trainer", "sideways"),
+        ("signals", "schedules", "sideways"),
+        ("trainer", "trainer_parts", None),
+        ("arguments", "trainer", None),
+        ("cli", "errors", None),
+        ("distiller", "cli", "upward"),
+    ],
+)
+def test_the_rule_can_refuse(importing: str, imported: str, why: str | None) -> None:
+    assert refused(importing, imported) == why
+
+
+def test_the_mathematics_knows_no_models() -> None:
+    for path in sorted((PACKAGE / "functional").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert "transformers" not in text and "accelerate" not in text, name_of(path)
+
+
+@pytest.mark.parametrize("path", CHECKED, ids=name_of)
+def test_a_file_says_what_it_is_for_and_is_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if path.name == "__init__.py" and not text.strip():
+        return
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring and text.startswith('"""'), "no docstring in the first line"
+    assert len(text.splitlines()) <= LINES_A_FILE
+
+
+@pytest.mark.parametrize("path", CHECKED, ids=name_of)
+def test_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, FUNCTIONS):
+            inner = [other for other in ast.walk(node) if isinstance(other, FUNCTIONS) and other is not node]
+            own = lines_of(node) - lines_of(*inner)  # what stands inside is measured by itself
+            assert len(own) <= LINES_A_FUNCTION, f"{node.name} has {len(own)} lines"
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def lines_of(*nodes: ast.FunctionDef | ast.AsyncFunctionDef) -> set[int]:
+    return {line for node in nodes for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_catches_everything(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+            assert not caught & {"Exception", "BaseException"}, f"line {node.lineno}: catches everything"
+
+
+@pytest.mark.parametrize("path", CHECKED, ids=name_of)
+def test_words_that_do_not_belong(path: Path) -> None:
+    words = ["TO" + "DO", "FIX" + "ME", "XX" + "X", "/" + "tmp/", "/" + "work/", "/" + "root/"]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert not [word for word in words if word in line], f"line {number}: {line.strip()}"
+        if "type: " + "ignore" in line:
+            reason = line.split("type: " + "ignore", 1)[1].partition("]")[2]
+            assert "#" in reason or "(" in reason, f"line {number}: an ignored type without a reason beside it"

@@ -1,0 +1,183 @@
+"""Which columns of two heads mean the same thing: label names, padded vocabularies, tokenizers that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from hf_distill import SettingError, TeacherError
+from hf_distill.vocabulary import Columns, label_ids, match_labels, match_vocabularies, tokenizer_difference
+from tests.tokenizers import bpe_tokenizer, tokenizer
+
+
+def labels(names: Sequence[str]) -> BertConfig:
+    return BertConfig(label2id={name: i for i, name in enumerate(names)}, id2label=dict(enumerate(names)))
+
+
+# Labels.
+
+
+def test_default_names_are_matched_by_index() -> None:
+    assert match_labels(BertConfig(num_labels=3), BertConfig(num_labels=3)) == Columns()
+
+
+def test_the_same_names_in_the_same_order_need_no_picking() -> None:
+    assert match_labels(labels(["a", "b"]), labels(["a", "b"])) == Columns()
+
+
+def test_the_teachers_columns_come_in_the_students_order() -> None:
+    columns = match_labels(labels(["neg", "neutral", "pos"]), labels(["pos", "neg", "neutral"]))
+    assert columns == Columns(teacher=(1, 2, 0))
+    logits = torch.tensor([[9.0, 1.0, 5.0]])  # of the teacher: pos, neg, neutral
+    assert columns.of_teacher(logits).tolist() == [[1.0, 5.0, 9.0]]
+    assert columns.of_student(logits) is logits
+
+
+def test_by_index_believes_the_user() -> None:
+    assert match_labels(labels(["neg", "pos"]), labels(["0", "1"]), matching="by_index") == Columns()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (["neg", "pos"], ["bad", "good"], r"label names differ: student \{neg, pos\}, teacher \{bad, good\}.*by_index"),
+        (
+            ["LABEL_0", "LABEL_1"],
+            ["neg", "pos"],
+            r"student \{LABEL_0, LABEL_1\}, teacher \{neg, pos\}",
+        ),
+        (["neg", "pos"], ["Neg", "Pos"], r"label names differ"),
+        (["a", "b"], ["a", "b", "c"], r"different numbers of labels: student 2 \{a, b\}, teacher 3 \{a, b, c\}"),
+    ],
+)
+def test_sets_that_differ_are_refused(student: list[str], teacher: list[str], message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        match_labels(labels(student), labels(teacher))
+
+
+def test_different_numbers_are_refused_by_index_too() -> None:
+    with pytest.raises(TeacherError, match="different numbers of labels"):
+        match_labels(BertConfig(num_labels=2), BertConfig(num_labels=3), matching="by_index")
+
+
+def test_a_matching_that_does_not_exist() -> None:
+    with pytest.raises(SettingError, match=r"label_matching='name': allowed are by_name and by_index"):
+        match_labels(labels(["a"]), labels(["a"]), matching="name")
+
+
+def test_a_long_list_of_names_is_cut() -> None:
+    with pytest.raises(TeacherError, match=r"student \{a0, a1, a2, a3, a4, a5, a6, a7, … \(20 in all\)\}"):
+        match_labels(labels([f"a{i}" for i in range(20)]), labels([f"b{i}" for i in range(20)]))
+
+
+def test_only_id2label_was_set() -> None:
+    config = BertConfig(num_labels=2)
+    config.id2label = {0: "neg", 1: "pos"}  # as scripts do; label2id still holds the defaults
+    assert label_ids(config) == {"neg": 0, "pos": 1}
+    assert match_labels(config, labels(["pos", "neg"])) == Columns(teacher=(1, 0))
+
+
+def test_only_label2id_was_set() -> None:
+    config = BertConfig(num_labels=2)
+    config.label2id = {"neg": 0, "pos": 1}
+    assert label_ids(config) == {"neg": 0, "pos": 1}
+
+
+def test_ids_that_are_strings_as_json_makes_them() -> None:
+    config = BertConfig(num_labels=2)
+    config.label2id = {"neg": "1", "pos": "0"}
+    assert label_ids(config) == {"neg": 1, "pos": 0}
+
+
+# Vocabularies.
+
+
+def matched(student: Any, teacher: Any, widths: tuple[int, int] = (40, 40), embeddings: int | None = None) -> Columns:
+    return match_vocabularies(
+        student_width=widths[0],
+        teacher_width=widths[1],
+        student_tokenizer=student,
+        teacher_tokenizer=teacher,
+        teacher_embeddings=embeddings,
+    )
+
+
+def test_equal_tokenizers_and_widths_need_no_picking() -> None:
+    assert matched(tokenizer(), tokenizer()) == Columns()
+
+
+@pytest.mark.parametrize("widths", [(40, 48), (48, 40), (41, 64), (48, 48)])
+def test_padding_is_left_out(widths: tuple[int, int]) -> None:
+    assert matched(tokenizer(), tokenizer(), widths) == Columns(40, 40)
+
+
+def test_tokens_that_one_of_them_has_beside_are_left_out() -> None:
+    plain, more = tokenizer(), tokenizer(added=["<user>", "<bot>"])
+    assert matched(plain, more, (40, 42)) == Columns(40, 40)
+    assert matched(more, plain, (42, 40), embeddings=48) == Columns(40, 40)
+    # the student's tokens in the teacher's padding: there the teacher says nothing about them
+    assert matched(more, plain, (42, 48), embeddings=48) == Columns(40, 40)
+
+
+def test_a_hole_in_the_middle_is_left_out_by_listing_the_others() -> None:
+    """A token that only one of them knows, not at the end: no other is at that id."""
+    holed = tokenizer({f"w{i}": i for i in range(40) if i != 7})
+    columns = matched(holed, tokenizer())
+    assert columns == Columns(*[tuple(i for i in range(40) if i != 7)] * 2)
+    logits = torch.arange(40.0)[None]
+    assert columns.of_teacher(logits).tolist() == [[float(i) for i in range(40) if i != 7]]
+
+
+def test_moved_ids_are_refused() -> None:
+    swapped = {f"w{i}": i for i in range(40)} | {"w3": 4, "w4": 3}
+    with pytest.raises(TeacherError, match=r"2 tokens have other ids, 'w3' is 3 .* and 4 for the"):
+        matched(tokenizer(), tokenizer(swapped))
+
+
+def test_another_token_at_the_same_id_is_refused() -> None:
+    renamed = {f"w{i}": i for i in range(39)} | {"other": 39}
+    with pytest.raises(TeacherError, match=r"id 39 is 'w39' for the student and 'other' for the teacher"):
+        matched(tokenizer(), tokenizer(renamed))
+
+
+def test_another_vocabulary_is_refused() -> None:
+    foreign = {f"x{i}": i for i in range(40)}
+    with pytest.raises(TeacherError, match=r"only 0 of 40 and 40 tokens are the same.*at sequence level"):
+        matched(tokenizer(), tokenizer(foreign))
+
+
+def test_other_merges_are_refused() -> None:
+    first = bpe_tokenizer([("a", "b"), ("ab", "c")])
+    second = bpe_tokenizer([("b", "c"), ("a", "bc")])
+    assert first.get_vocab() == second.get_vocab()
+    assert first("abc")["input_ids"] == second("abc")["input_ids"]  # and yet other texts would differ
+    assert tokenizer_difference(first, second) == "the vocabularies agree but the merges do not"
+    assert tokenizer_difference(first, bpe_tokenizer([("a", "b"), ("ab", "c")])) is None
+    with pytest.raises(TeacherError, match="the merges do not"):
+        matched(first, second, (6, 6))
+
+
+def test_a_student_that_reads_ids_the_teacher_cannot_embed_is_refused() -> None:
+    more = tokenizer(added=["<user>", "<bot>"])
+    with pytest.raises(TeacherError, match=r"makes ids up to 41, the teacher embeds only 40. Remove the tokens"):
+        matched(more, tokenizer(), (42, 40), embeddings=40)
+
+
+@pytest.mark.parametrize("known", ["student", "teacher", "neither"])
+def test_without_a_tokenizer_only_equal_widths_can_be_matched(known: str) -> None:
+    ours = tokenizer() if known == "student" else None
+    theirs = tokenizer() if known == "teacher" else None
+    assert matched(ours, theirs) == Columns()
+    with pytest.raises(TeacherError, match=r"different width \(40 and 48\).*teacher_processing_class="):
+        matched(ours, theirs, (40, 48))
+
+
+def test_columns_pick_views_and_copies() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert Columns(2, None).of_student(x).tolist() == [[0, 1], [3, 4]]
+    assert Columns(None, (2, 0)).of_teacher(x).tolist() == [[2, 0], [5, 3]]
+    assert Columns().of_teacher(x) is x
