@@ -52,4 +52,4 @@ def batches(
     inputs = dataset.remove_columns("labels")
     for start in range(0, len(inputs), batch_size):
         rows = [inputs[i] for i in range(start, min(start + batch_size, len(inputs)))]
-        yield dict(collate(rows).to(device))
+        yield {name: value.to(device) for name, value in collate(rows).items()}
