@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import datasets
 import pytest
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from transformers import BertForSequenceClassification, Trainer
 
 # Accelerate collects garbage at the start of every training: a second each with all of transformers loaded. What is
@@ -26,6 +26,7 @@ def cheap_garbage_collection() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_accelerator_left_over() -> Iterator[None]:
-    """Mixed precision, above all, is kept in a singleton."""
+    """Mixed precision, and where in its data an interrupted training was, are kept in singletons."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -15,7 +15,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_distill import DataError, DistillationArguments, DistillationTrainer, SettingError, TeacherError
+from hf_distill.functional import DIVERGENCES
 from tests.heads import HEADS
+from tests.hub import tiny as tiny_hub
 from tests.hub.tiny import tokenizer
 from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make, padded, weights
 
@@ -125,9 +127,7 @@ def test_numbers_of_labels_that_differ(tmp_path) -> None:
 
 def renamed_tokenizer() -> Any:
     """The same size, but two words have changed places."""
-    from tests.hub import tiny
-
-    words = tiny.WORDS
+    words = tiny_hub.WORDS
     words[5], words[6] = words[6], words[5]
     try:
         return tokenizer()
@@ -290,9 +290,7 @@ def test_a_token_teacher_names_the_token(tmp_path) -> None:
     assert_same_bits(weights(student), weights(bert("TokenClassification")))
 
 
-@pytest.mark.parametrize(
-    "divergence", ["forward_kl", "reverse_kl", "total_variation", "mean_squared_error", "hard", "decoupled"]
-)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_whatever_the_divergence(tmp_path, divergence: str) -> None:
     student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=float("nan"))
     trainer = make(tmp_path, student, teacher, train_dataset=marked_examples(0), divergence=divergence)
@@ -342,12 +340,7 @@ def test_data_parallel_is_refused_with_the_line_to_use(tmp_path) -> None:
         make(tmp_path, student, teacher, args=args)
 
 
-def distilbert() -> Any:
-    return HEADS["distilbert_single_label"].make(seed=0)
-
-
-@pytest.mark.parametrize("data", [unlabelled(), examples(labels=None)], ids=["datasets", "list"])
-def test_a_column_that_the_teacher_needs_was_dropped(tmp_path, data: Any) -> None:
+def test_a_column_that_the_teacher_needs_was_dropped(tmp_path) -> None:
     """A text teacher of a speech student, whose `teacher_` columns a map() has dropped."""
     speech = HEADS["wav2vec2_audio_class"]
     student, teacher = speech.make(seed=0), HEADS["bert_single_label"].make(seed=1)
