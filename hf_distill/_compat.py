@@ -24,7 +24,7 @@ def prepare_for_evaluation(model: Any, accelerator: Any) -> Any:
         return model  # placed when it was loaded
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _with_deepspeed(model, accelerator)
-    if getattr(accelerator, "is_fsdp2", False) and accelerator.device.type != "cpu":
+    if getattr(accelerator, "is_fsdp2", False):
         return _with_fsdp2(model, accelerator)
     return model.to(accelerator.device)
 
