@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib
 import json
@@ -31,6 +32,7 @@ def main() -> None:
     if options.set != "fsdd":
         steps["encoder"] = encoder_folder(options.encoder)
     case = data_set.load(folder, **steps)
+    case = dataclasses.replace(case, alone=case.alone[: options.tries], distilled=case.distilled[: options.tries])
     found = protocol.run(case, seeds=options.seeds, folder=options.work_dir, say=lambda line: print(line, flush=True))
     found["machine"] = {
         "date": datetime.date.today().isoformat(),
@@ -55,6 +57,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, help="optimizer steps of the teacher")
     parser.add_argument("--student-steps", type=int, help="optimizer steps of each student")
     parser.add_argument("--work-dir", type=Path, help="keeps finished trainings; a run that was cut off goes on")
+    parser.add_argument(
+        "--tries", type=int, help="settings of a student that are tried with the first seed; default: all"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for every number that was measured")
     return parser.parse_args()
 
