@@ -59,3 +59,17 @@ def one_step(
     trainer.train()
     logged = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
     return weights(student), logged
+
+
+def asked_teacher(folder: Path | str, head: Head, *, count: int) -> dict[str, float]:
+    """What an evaluation with the teacher measures on `count` examples, three at a time."""
+    args = arguments(folder, alpha=0.5, temperature=3.0, evaluate_with_teacher=True, per_device_eval_batch_size=3)
+    trainer = DistillationTrainer(
+        model=head.make(seed=0).double(),
+        teacher_model=head.make(seed=1).double(),
+        args=args,
+        eval_dataset=head.examples(count),
+        data_collator=partial(in_double, head),
+    )
+    metrics = trainer.evaluate()
+    return {name: metrics[name] for name in ("eval_divergence", "eval_teacher_agreement")}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.heads import HEADS
-from tests.trainer.steps import one_step
+from tests.trainer.steps import asked_teacher, one_step
 from tests.trainer.tiny import update_difference, weights
-from tests.trainer.two_processes import cases
+from tests.trainer.two_processes import EVALUATED, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +34,7 @@ def from_two(tmp_path_factory) -> dict[Any, Any]:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     loaded = torch.load(path)
     assert loaded["processes"] == 2
-    return loaded["found"]
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,14 @@ def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
     if (name, alpha) not in from_one:
         from_one[name, alpha] = one_step(from_one["folder"], head, alpha=alpha, micro_batch=8, accumulation=1)
     expected, expected_logs = from_one[name, alpha]
-    state, logged = from_two[case]
+    state, logged = from_two["found"][case]
     assert update_difference(state, expected, weights(head.make(seed=0).double())) < 1e-6
     assert set(logged) == set(expected_logs) and "loss" in logged
     assert logged == pytest.approx(expected_logs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "count"), EVALUATED)
+def test_two_processes_ask_the_teacher_as_one_does(from_two, tmp_path, name: str, count: int) -> None:
+    """Also where the examples do not divide: one that a sampler repeats to fill up a batch counts once."""
+    expected = asked_teacher(tmp_path, HEADS[name], count=count)
+    assert from_two["evaluated"][name, count] == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""A program, not a test: one step of every head in each of several processes; process 0 writes what came out.
+"""A program, not a test: one step of every head, and evaluations, in each of several processes; process 0 writes.
 
 `torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`).
 """
@@ -16,9 +16,12 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.trainer.steps import alphas_of, one_step
+from tests.trainer.steps import alphas_of, asked_teacher, one_step
 
 CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
+
+
+EVALUATED = [("bert_single_label", 7), ("bert_tokens", 7), ("bert_span", 8), ("t5_seq2seq", 5)]  # head, examples
 
 
 def cases() -> list[tuple[str, float, int, int]]:
@@ -37,7 +40,7 @@ def main(path: str) -> None:
     gc.collect()
     gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
-    found = {}
+    found, evaluated = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             name, alpha, micro_batch, accumulation = case
@@ -45,9 +48,11 @@ def main(path: str) -> None:
                 folder, HEADS[name], alpha=alpha, micro_batch=micro_batch, accumulation=accumulation
             )
             found[case] = (state, logged)
+        for name, count in EVALUATED:
+            evaluated[name, count] = asked_teacher(folder, HEADS[name], count=count)
     rank, processes = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        torch.save({"processes": processes, "found": found}, f"{path}.partial")
+        torch.save({"processes": processes, "found": found, "evaluated": evaluated}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()
 
