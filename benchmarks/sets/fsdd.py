@@ -33,7 +33,7 @@ STUDENT = {
 }  # fmt: skip
 
 
-def load(folder: Path, *, teacher_steps: int = 1500, student_steps: int = 300) -> Case:
+def load(folder: Path, *, teacher_steps: int = 1500, student_steps: int = 900) -> Case:
     """The case. No dev split is published: recordings 5 to 9 of each speaker and digit are dev, 10 to 49 train."""
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=True, return_attention_mask=True)
     rows = read_recordings(folder / "train.parquet")
@@ -62,8 +62,8 @@ def load(folder: Path, *, teacher_steps: int = 1500, student_steps: int = 300) -
         make_student=lambda teacher, seed: make(STUDENT, seed),
         score=accuracy,
         teacher_settings=(Settings(1e-3),),
-        alone=(Settings(1e-3), Settings(3e-3)),
-        distilled=(Settings(1e-3, 0.9, 2.0), Settings(3e-3, 0.9, 2.0)),
+        alone=(Settings(3e-3), Settings(6e-3)),
+        distilled=(Settings(3e-3, 0.9, 2.0), Settings(6e-3, 0.9, 2.0)),
         teacher_steps=teacher_steps,
         student_steps=student_steps,
         lengths_of="input_values",

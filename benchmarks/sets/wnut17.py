@@ -16,7 +16,7 @@ from benchmarks.protocol import IGNORED, Case, Settings, from_first_and_last_lay
 LENGTH = 64
 
 
-def load(folder: Path, encoder: Path, *, teacher_steps: int = 318, student_steps: int = 212) -> Case:
+def load(folder: Path, encoder: Path, *, teacher_steps: int = 212, student_steps: int = 150) -> Case:
     """The case: teacher and students learn from the same labelled sentences; one label a word, on its first piece."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
