@@ -10,6 +10,7 @@ from rich.table import Table
 from hf_distill.compare.report import ModelResult, Report
 
 UNKNOWN = "-"
+_NARROW = {"parameters": "para-\nmeters", "p50 ms": "p50\nms", "p95 ms": "p95\nms", "speed-up": "speed\nup"}
 
 
 def _with_spread(mean: float | None, spread: float | None) -> str:
@@ -40,11 +41,12 @@ def _rows(report: Report) -> list[list[str]]:
 
 
 def terminal_table(report: Report) -> Table:
-    """The comparison as a rich table."""
-    table = Table(title=report.title, title_justify="left")
+    """The comparison as a rich table, which fits 80 columns."""
+    table = Table(title=report.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in _COLUMNS:
         left = heading == "model"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        narrow = _NARROW.get(heading, heading)
+        table.add_column(narrow, justify="left" if left else "right", no_wrap=True)
     for row in _rows(report):
         table.add_row(*row)
     return table

@@ -88,7 +88,7 @@ def test_a_whole_run(tmp_path, library):
     assert read_report(out) == report
     check_students(out)
     shown = screen.getvalue()
-    for text in ("student distilled, seed 4", "speed-up", "Made with --fast", "± "):
+    for text in ("student distilled, seed 4", "teacher", "Made with --fast", "± "):
         assert text in shown
     assert (out / quickstart.PLOT).read_bytes().startswith(b"\x89PNG")
 
