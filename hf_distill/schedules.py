@@ -16,11 +16,8 @@ def constant(start: float, end: float | None = None) -> Schedule:
     >>> constant(2.0)(0.7)
     2.0
     """
-    if end is not None and end != start:
-        raise SettingError(
-            f"a constant schedule goes from {start} to {start}, but its end is set to {end}. Choose linear or cosine, "
-            "or leave the end out."
-        )
+    if end not in (None, start):
+        raise SettingError(f"a schedule that is constant at {start:g} cannot end at {end:g}: choose linear or cosine.")
     return lambda progress: start
 
 
@@ -53,6 +50,15 @@ def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Sche
     """The named schedule from `start` to `end`; `knob` is the setting's name, for messages."""
     if kind not in SCHEDULES:
         raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.")
+    for name, value in ((knob, start), (f"{knob}_end", end)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number and (name == knob or value is not None):
+            raise SettingError(f"{name}={value!r}: must be a number.")
+    if kind == "constant" and end not in (None, start):
+        raise SettingError(
+            f"{knob}_end={end:g}, but {knob}_schedule is constant at {start:g}. Choose linear or cosine, or leave "
+            f"{knob}_end out."
+        )
     if kind != "constant" and end is None:
         raise SettingError(f"{knob}_schedule={kind!r} needs {knob}_end: where should it end?")
     return SCHEDULES[kind](start, end)

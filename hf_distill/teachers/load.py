@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import HfDistillError, SettingError, TeacherError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -66,12 +67,19 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
             f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
             "id like organisation/name."
         )
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise TeacherError(
+            f"teacher_model={path!r} holds a PEFT adapter, and what head its base is to get is not known here. Load "
+            "it with peft (AutoPeftModelFor....from_pretrained) and pass the model, or merge it first "
+            "(merge_and_unload, save_pretrained)."
+        )
+    wanted = as_dtype(dtype) or "auto"
     try:
         auto_class = _auto_class(path, kind)
-        model, loading = auto_class.from_pretrained(path, dtype=as_dtype(dtype) or "auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, TeacherError):
-            raise
+        model, loading = auto_class.from_pretrained(path, dtype=wanted, output_loading_info=True)
+    except HfDistillError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
     missing = sorted(name for name in loading["missing_keys"] if not name.endswith(_READ_IN_TRAINING_ONLY))
     if missing and kind != "embedding":
