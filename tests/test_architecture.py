@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +14,17 @@ PACKAGE = ROOT / "hf_distill"
 LINES_A_FILE, LINES_A_FUNCTION = 300, 60
 
 # A line may import from the lines above it. Parts of one line do not know each other, unless a + joins them.
+# Parts of the design that are yet to be built have their place already.
 LAYERS = (
     "errors",
-    "_compat | loss_sum | signals | schedules | counts | vocabulary | run_facts",
+    "_compat | loss_sum | signals | schedules | counts | layer_map | vocabulary | run_facts",
     "functional",
     "tasks",
-    "objectives | teachers | watch",
+    "objectives | teachers | views | students | watch",
     "distiller",
     "trainer + trainer_parts + arguments | compare | hub",
+    "chain",
+    "recipes",
     "cli",
 )
 LEVEL: dict[str, tuple[int, int]] = {}  # part → its line, and its place in it
@@ -69,7 +73,7 @@ def refused(importing: str, imported: str) -> str | None:
 
 
 def test_every_part_of_the_package_stands_in_a_layer() -> None:
-    assert {part_of(path) for path in FILES} - {"__init__"} == set(LEVEL)
+    assert {part_of(path) for path in FILES} - {"__init__"} <= set(LEVEL)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=name_of)
@@ -143,9 +147,10 @@ def test_nothing_catches_everything(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CHECKED, ids=name_of)
 def test_words_that_do_not_belong(path: Path) -> None:
-    words = ["TO" + "DO", "FIX" + "ME", "XX" + "X", "/" + "tmp/", "/" + "work/", "/" + "root/"]
+    paths = ["/" + "tmp/", "/" + "work/", "/" + "root/"]  # of a machine
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        assert not [word for word in words if word in line], f"line {number}: {line.strip()}"
+        assert not [word for word in paths if word in line], f"line {number}: {line.strip()}"
+        assert not re.search(r"(#|\"\"\"|^)\s*(TODO|FIXME|XXX)\b", line), f"line {number}: left undone"
         if "type: " + "ignore" in line:
             reason = line.split("type: " + "ignore", 1)[1].partition("]")[2]
             assert "#" in reason or "(" in reason, f"line {number}: an ignored type without a reason beside it"
