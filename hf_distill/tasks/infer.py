@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ def infer_kind(model: Any) -> str:
     model = unwrapped(model)
     for cls in type(model).__mro__:
         for kind, tables in _TABLES:
-            if cls.__name__ in _class_names(tables):
+            if cls.__name__ in _class_names(tables) and _is_meant(kind, cls.__name__):
                 return _narrowed(kind, model)
     raise SettingError(
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
@@ -107,8 +108,25 @@ def make_task(model: Any, task: Task | str | None) -> Task:
     return TASKS[task].from_model(unwrapped(model))
 
 
+# Heads in the causal-LM table whose own loss does not shift the labels; XLM is a masked LM.
+_NOT_CAUSAL = {"XLNetLMHeadModel", "ProphetNetForCausalLM", "CpmAntForCausalLM", "XLMWithLMHeadModel"}
+
+
+def _is_meant(kind: str, name: str) -> bool:
+    """The tables hold more than their names say: heads among the bare models, unshifted labels among the shifted."""
+    if kind == "embedding":
+        return re.search(r"For[A-Z]|Backbone$", name) is None
+    return kind != "causal_lm" or name not in _NOT_CAUSAL
+
+
 def _narrowed(kind: str, model: Any) -> str:
-    """A sequence classification head with one output, or declared so, is a regression."""
+    """What the config says beside the class.
+
+    Audio language models stand in the sequence-to-sequence tables, but have no decoder inputs and shift their labels.
+    A sequence classification head with one output, or declared so, is a regression.
+    """
+    if kind == "seq2seq" and not model.config.is_encoder_decoder:
+        return "causal_lm"
     if kind != "classification":
         return kind
     problem = getattr(model.config, "problem_type", None)
