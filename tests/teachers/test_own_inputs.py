@@ -1,4 +1,4 @@
-"""A teacher that reads something else than its student: another tokenizer, another modality, another forward."""
+"""A teacher that reads something else than its student: another tokenizer, another forward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorWithPadding, Wav2Vec2FeatureExtractor
+from transformers import DataCollatorWithPadding
 
 from hf_distill import DataError
 from tests.heads import HEADS
 from tests.hub.tiny import tokenizer
+from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
 from tests.trainer.tiny import (
     assert_moved,
     assert_same_bits,
@@ -28,29 +28,6 @@ from tests.trainer.tiny import (
     update_difference,
     weights,
 )
-
-WORDS = (
-    "put your own text here |",
-    "put text",
-    "own text here",
-    "here your |",
-    "text",
-    "put put put put",
-    "| |",
-    "own",
-)
-
-
-def heard_by(model: Any) -> list[dict[str, Any]]:
-    """Grows by what the model's forward is called with."""
-    seen: list[dict[str, Any]] = []
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(dict(given)), with_kwargs=True)
-    return seen
-
-
-def of_another_tokenizer() -> Any:
-    """A teacher that embeds the eleven words of `tests.hub.tiny`, where the student embeds 23."""
-    return bert(seed=1, vocab_size=11)
 
 
 def with_text() -> list[dict[str, Any]]:
@@ -168,104 +145,6 @@ def test_evaluation_and_prediction_with_teacher_columns(tmp_path, ask: bool) -> 
             logits = student(**padded(examples(5, labels=None))).logits
             expected = softened_kl(logits, teacher(**read).logits, 3.0).mean().item()
         assert metrics["test_divergence"] == pytest.approx(expected, rel=1e-4)
-
-
-# Another modality, at sequence level.
-
-
-def with_columns(name: str, **columns: list[Any]) -> list[dict[str, Any]]:
-    rows = HEADS[name].examples(8)
-    return [{**row, **{key: values[i] for key, values in columns.items()}} for i, row in enumerate(rows)]
-
-
-@pytest.mark.parametrize("name", ["wav2vec2_audio_class", "vit_image_class"])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_text_teacher_of_a_student_that_hears_or_sees(tmp_path, name: str, accumulation: int) -> None:
-    head, teacher = HEADS[name], of_another_tokenizer().double()
-    student = head.make(seed=0).double()
-    theirs, ours = heard_by(teacher), heard_by(student)
-
-    def collate(features: Any) -> Any:
-        return {k: v.double() if v.is_floating_point() else v for k, v in head.collate(features).items()}
-
-    cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    make(
-        tmp_path, student, teacher, train_dataset=with_columns(name, teacher_text=list(WORDS)), data_collator=collate,
-        teacher_processing_class=tokenizer(), max_steps=1, alpha=1.0, temperature=3.0,
-        train_sampling_strategy="sequential", **cut,
-    ).train()  # fmt: skip
-    assert len(theirs) == len(ours) == accumulation
-    assert all(set(given) <= {"input_ids", "attention_mask", "token_type_ids"} for given in theirs)
-    expected = head.make(seed=0).double().train()
-    batch = collate(head.examples(8))
-    batch.pop("labels")
-    read = tokenizer()(list(WORDS), padding=True, return_tensors="pt")
-    softened_kl(expected(**batch).logits, teacher(**read).logits.detach(), 3.0).mean().backward()
-    with torch.no_grad():
-        for parameter in expected.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
-    assert update_difference(weights(student), weights(expected), weights(head.make(seed=0).double())) < 1e-6
-
-
-RATE = 16_000
-
-
-def sounds(rate: int | None) -> list[Any]:
-    """Samples, as bare arrays or as the cells of a `datasets` audio column."""
-    waves = [np.random.default_rng(i).normal(size=60 + 5 * i).astype("float32") for i in range(8)]
-    return waves if rate is None else [{"array": wave, "sampling_rate": rate} for wave in waves]
-
-
-@pytest.mark.parametrize("rate", [None, RATE], ids=["arrays", "cells"])
-def test_an_audio_teacher_of_a_text_student(tmp_path, rate: int | None) -> None:
-    student, teacher = bert(), HEADS["wav2vec2_audio_class"].make(seed=1)
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)
-    seen = heard_by(teacher)
-    rows = [{**row, "teacher_audio": sound} for row, sound in zip(examples(), sounds(rate), strict=True)]
-    make(
-        tmp_path, student, teacher, train_dataset=rows, teacher_processing_class=extractor, max_steps=1,
-        per_device_train_batch_size=8, train_sampling_strategy="sequential",
-    ).train()  # fmt: skip
-    expected = extractor(sounds(None), sampling_rate=RATE, padding=True, return_tensors="pt")
-    assert torch.equal(seen[0]["input_values"], expected["input_values"])
-    assert torch.equal(seen[0]["attention_mask"], expected["attention_mask"])
-    assert_moved(weights(student), weights(bert()))
-
-
-def test_a_sampling_rate_that_the_teacher_does_not_read(tmp_path) -> None:
-    teacher = HEADS["wav2vec2_audio_class"].make(seed=1)
-    rows = [{**row, "teacher_audio": sound} for row, sound in zip(examples(), sounds(8_000), strict=True)]
-    student = bert()
-    trainer = make(
-        tmp_path, student, teacher, train_dataset=rows,
-        teacher_processing_class=Wav2Vec2FeatureExtractor(sampling_rate=RATE),
-    )  # fmt: skip
-    with pytest.raises(DataError, match=r"recorded at 8000 Hz, the teacher reads 16000 Hz.*cast_column") as raised:
-        trainer.train()
-    assert f"sampling_rate={RATE}" in str(raised.value)
-    assert_same_bits(weights(student), weights(bert()))
-
-
-class Pixels:
-    """Stands for an image processor: brightness from 0..255 to 0..1."""
-
-    def __call__(self, images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
-        assert return_tensors == "pt"
-        return {"pixel_values": torch.stack([torch.as_tensor(image).float() / 255 for image in images])}
-
-
-def test_an_image_teacher_of_a_text_student(tmp_path) -> None:
-    student, teacher = bert(), HEADS["vit_image_class"].make(seed=1)
-    seen = heard_by(teacher)
-    pictures = [np.full((3, 8, 8), 20 * i, dtype="uint8") for i in range(8)]
-    rows = [{**row, "teacher_image": picture} for row, picture in zip(examples(), pictures, strict=True)]
-    make(
-        tmp_path, student, teacher, train_dataset=rows, teacher_processing_class=Pixels(), max_steps=1,
-        per_device_train_batch_size=8, train_sampling_strategy="sequential",
-    ).train()  # fmt: skip
-    assert torch.allclose(seen[0]["pixel_values"][3], torch.full((3, 8, 8), 60 / 255))
-    assert_moved(weights(student), weights(bert()))
 
 
 # The same tokenizer, another forward.

@@ -32,15 +32,51 @@ def dropout_of(head: Head, rate: float) -> dict[str, float]:
     return {key: rate for key, value in head.settings.items() if "drop" in key and "layer" not in key and value == 0.0}
 
 
+def own_mean(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A `compute_loss_func` that does not look at the count that it is given: a mean over this micro-batch."""
+    logits, labels = rows_of(outputs, labels)
+    return 2 * torch.nn.functional.cross_entropy(logits, labels)
+
+
+def own_share(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The same, as transformers' documentation shows it: a sum, over the count that it is given."""
+    logits, labels = rows_of(outputs, labels)
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return 2 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count
+
+
+def rows_of(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return outputs["logits"].flatten(0, -2), labels.flatten()
+
+
+# Ways to say what the labels' loss is: keywords of the trainer and settings of its arguments.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "smoothed": ({}, {"label_smoothing_factor": 0.2}),
+    "own_mean": ({"compute_loss_func": own_mean}, {}),
+    "own_share": ({"compute_loss_func": own_share}, {}),
+    "not_across_devices": ({}, {"average_tokens_across_devices": False}),
+    "not_across_devices_own_share": ({"compute_loss_func": own_share}, {"average_tokens_across_devices": False}),
+}
+VARIED = [
+    (name, variant)
+    for name in ("bert_single_label", "bert_tokens", "llama_causal_lm", "t5_seq2seq")
+    for variant in VARIANTS
+    if variant != "plain" and not ("own" in variant and name == "llama_causal_lm")  # whose labels would be shifted
+]
+
+
 def one_step(
-    folder: Path | str, head: Head, *, alpha: float, micro_batch: int, accumulation: int, labelled: bool = True
+    folder: Path | str, head: Head, *, alpha: float, micro_batch: int, accumulation: int, variant: str = "plain"
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The weights after one plain SGD step on eight ragged examples, and what was logged."""
     student, teacher = head.make(seed=0).double(), head.make(seed=1).double()
     # The labels' loss of some heads depends on the padding; there every batch is padded alike.
     pad_to = head.longest if head.labels_see_padding and alpha < 1 else None
+    keywords, settings = VARIANTS[variant]
     args = arguments(
         folder,
+        **settings,
         alpha=alpha,
         temperature=3.0,
         max_steps=1,
@@ -53,8 +89,9 @@ def one_step(
         model=student,
         teacher_model=teacher,
         args=args,
-        train_dataset=head.examples(BATCH, labelled=labelled),
+        train_dataset=head.examples(BATCH),
         data_collator=partial(in_double, head, pad_to=pad_to),
+        **keywords,
     )
     trainer.train()
     logged = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.heads import HEADS
-from tests.trainer.steps import alphas_of, one_step
+from tests.trainer.steps import VARIED, alphas_of, one_step
 from tests.trainer.tiny import (
     arguments,
     assert_same_bits,
@@ -42,6 +42,28 @@ def test_where_the_labels_see_padding_the_teachers_term_does_not(tmp_path, name:
     whole, _ = one_step(tmp_path, head, alpha=1.0, micro_batch=8, accumulation=1)
     cut, _ = one_step(tmp_path, head, alpha=1.0, micro_batch=1, accumulation=8)
     assert update_difference(cut, whole, start) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIED)
+def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
+    head = HEADS[name]
+    start = weights(head.make(seed=0).double())
+    whole, logged = one_step(tmp_path, head, alpha=0.5, micro_batch=8, accumulation=1, variant=variant)
+    cut, cut_logged = one_step(tmp_path, head, alpha=0.5, micro_batch=2, accumulation=4, variant=variant)
+    assert update_difference(cut, whole, start) < 1e-6
+    assert cut_logged == pytest.approx(logged, rel=1e-4)
+
+
+def test_a_variant_is_another_loss(tmp_path) -> None:
+    """So that the test above tests what it says; the two ways to write one's own loss are one loss."""
+    head = HEADS["bert_tokens"]
+    found = {
+        variant: one_step(tmp_path, head, alpha=0.5, micro_batch=8, accumulation=1, variant=variant)[1]["loss/labels"]
+        for variant in ("plain", "smoothed", "own_mean", "own_share")
+    }
+    assert found["own_mean"] == pytest.approx(2 * found["plain"], rel=1e-5)
+    assert found["own_share"] == pytest.approx(2 * found["plain"], rel=1e-5)
+    assert found["smoothed"] != pytest.approx(found["plain"], rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])

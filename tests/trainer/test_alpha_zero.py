@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hf_distill import (
     SettingError,
 )
 from tests.heads import HEADS
-from tests.trainer.steps import NO_LOSS, dropout_of
+from tests.trainer.steps import NO_LOSS, VARIANTS, VARIED, dropout_of
 from tests.trainer.tiny import (
     arguments,
     assert_moved,
@@ -70,6 +71,30 @@ def test_every_head(tmp_path, name: str) -> None:
         )
         trainer.train()
         assert_moved(weights(student), start)
+        found.append(weights(student))
+    assert_same_bits(found[1], found[0])
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIED)
+def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
+    """Label smoothing of every shape, and losses of one's own, in one batch a step."""
+    head = HEADS[name]
+    keywords, settings = VARIANTS[variant]
+    # With label smoothing the labels do not reach the model, so that a decoder's inputs must be in the batch.
+    data = head.examples(8)
+    if head.kind == "seq2seq":
+        data = [{**e, "decoder_input_ids": [0, *e["labels"][:-1]]} for e in data]
+    fill = {**head.fill, "decoder_input_ids": 0}
+    padding = replace(head, fill=fill)
+    found = []
+    for trainer_class, kind, more in (
+        (Trainer, TrainingArguments, {}),
+        (DistillationTrainer, DistillationArguments, {"alpha": 0.0}),
+    ):
+        student = head.make(**dropout_of(head, DROPOUT))
+        args = arguments(tmp_path, kind, **settings, **more)
+        given = {"train_dataset": data, "data_collator": padding.collate, **keywords}
+        trainer_class(model=student, args=args, **given).train()
         found.append(weights(student))
     assert_same_bits(found[1], found[0])
 

@@ -230,6 +230,39 @@ def test_two_trainings_share_no_figure(tmp_path) -> None:
         assert entry["loss"] == pytest.approx(0.5 * entry["loss/labels"] + 0.5 * entry["loss/logits"], rel=1e-4)
 
 
+def test_a_bare_encoder_with_a_loss_of_its_own(tmp_path) -> None:
+    """Its labels are whatever the loss makes of them; the teacher's term is on the pooled hidden states."""
+    head = HEADS["bert_embedding"]
+    data = [{**e, "labels": float(i % 2)} for i, e in enumerate(head.examples(8))]
+
+    def pull(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return (outputs["last_hidden_state"][:, 0, 0] - labels).square().mean()
+
+    student = head.make(seed=0)
+    trainer = make(
+        tmp_path,
+        student,
+        head.make(seed=1),
+        train_dataset=data,
+        data_collator=head.collate,
+        compute_loss_func=pull,
+        label_names=["labels"],  # its forward knows none, so Trainer would drop them
+        logging_steps=1,
+        max_steps=1,
+        per_device_train_batch_size=8,
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    fresh, batch = head.make(seed=0), head.collate(data)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        hidden, theirs = fresh(**batch).last_hidden_state, head.make(seed=1)(**batch).last_hidden_state
+    kept = batch["attention_mask"][..., None]
+    apart = (hidden * kept).sum(1) / kept.sum(1) - (theirs * kept).sum(1) / kept.sum(1)
+    assert logged["loss/labels"] == pytest.approx((hidden[:, 0, 0] - labels).square().mean().item(), rel=1e-4)
+    assert logged["loss/logits"] == pytest.approx(apart.square().mean().item(), rel=1e-4)
+
+
 def test_compute_loss_called_by_hand_takes_the_batch_for_a_whole_step(tmp_path) -> None:
     student, teacher = bert(), bert(seed=1)
     trainer = make(tmp_path, student, teacher, alpha=0.25, temperature=3.0, gradient_accumulation_steps=4)

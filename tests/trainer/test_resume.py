@@ -102,6 +102,36 @@ def test_the_best_model_by_the_users_metric_is_loaded(tmp_path) -> None:
     assert_moved(load_file(best.with_name("checkpoint-4") / "model.safetensors"), kept)
 
 
+@pytest.mark.parametrize("name", ["vit_image_class", "t5_seq2seq", "wav2vec2_ctc_mean"])
+def test_the_best_model_of_other_families_is_loaded_too(tmp_path, name: str) -> None:
+    """Some are saved under other names of tensors than they hold."""
+    head, marks, seen = HEADS[name], iter([0.9, 0.1]), []
+    student = head.make(seed=0)
+
+    def mark(_: Any) -> dict[str, float]:
+        seen.append(weights(student))
+        return {"mark": next(marks)}
+
+    make(
+        tmp_path,
+        student,
+        head.make(seed=1),
+        train_dataset=head.examples(8),
+        eval_dataset=head.examples(2),
+        data_collator=head.collate,
+        compute_metrics=mark,
+        load_best_model_at_end=True,
+        metric_for_best_model="mark",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=2,
+    ).train()
+    assert_same_bits(weights(student), seen[0])
+    assert_moved(seen[1], seen[0])
+
+
 def test_the_best_model_by_agreement_with_the_teacher(tmp_path) -> None:
     trainer = make(
         tmp_path,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.heads import HEADS
 from tests.trainer.steps import asked_teacher, one_step
@@ -19,19 +20,28 @@ from tests.trainer.two_processes import EVALUATED, cases
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def from_two(tmp_path_factory) -> dict[Any, Any]:
-    """What two processes found; started once, for all heads."""
-    path = tmp_path_factory.mktemp("two") / "found.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launch(path: Path) -> None:
+    """Start two processes that write what they found to `path`."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(Path(__file__).with_name("two_processes.py")), str(path)],
+        [*start, str(Path(__file__).with_name("two_processes.py")), str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def from_two(tmp_path_factory) -> dict[str, Any]:
+    """What two processes found; started once for all heads, and once for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    path = folder / "two-processes.pt"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            launch(path)
     loaded = torch.load(path)
     assert loaded["processes"] == 2
     return loaded
@@ -39,17 +49,19 @@ def from_two(tmp_path_factory) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def from_one(tmp_path_factory) -> dict[Any, Any]:
-    """One batch of eight in this process, by head and alpha; made when first asked for."""
+    """One batch of eight in this process, by head, alpha and variant; made when first asked for."""
     return {"folder": tmp_path_factory.mktemp("one")}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
-    name, alpha, *_ = case
+    name, alpha, _, _, variant = case
     head = HEADS[name]
-    if (name, alpha) not in from_one:
-        from_one[name, alpha] = one_step(from_one["folder"], head, alpha=alpha, micro_batch=8, accumulation=1)
-    expected, expected_logs = from_one[name, alpha]
+    same = (name, alpha, variant)
+    if same not in from_one:
+        whole = {"micro_batch": 8, "accumulation": 1}
+        from_one[same] = one_step(from_one["folder"], head, alpha=alpha, variant=variant, **whole)
+    expected, expected_logs = from_one[same]
     state, logged = from_two["found"][case]
     assert update_difference(state, expected, weights(head.make(seed=0).double())) < 1e-6
     assert set(logged) == set(expected_logs) and "loss" in logged

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.trainer.steps import alphas_of, asked_teacher, one_step
+from tests.trainer.steps import VARIED, alphas_of, asked_teacher, one_step
 
 CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
 
@@ -24,15 +24,15 @@ CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twic
 EVALUATED = [("bert_single_label", 7), ("bert_tokens", 7), ("bert_span", 8), ("t5_seq2seq", 5)]  # head, examples
 
 
-def cases() -> list[tuple[str, float, int, int]]:
-    """Head, alpha, and the cut. Both terms at once; each alone for one head of each kind of count."""
+def cases() -> list[tuple[str, float, int, int, str]]:
+    """Head, alpha, the cut, and what the labels' loss is. Each term alone only for one head of each kind of count."""
     alone = ("bert_single_label", "llama_causal_lm", "hubert_ctc_sum")
     made = []
     for name in HEADS:
         for alpha in alphas_of(name):
             if alpha == 0.5 or name in alone or alphas_of(name) == (1.0,):
-                made += [(name, alpha, *cut) for cut in (CUTS if alpha == 0.5 else CUTS[1:])]
-    return made
+                made += [(name, alpha, *cut, "plain") for cut in (CUTS if alpha == 0.5 else CUTS[1:])]
+    return made + [(name, 0.5, *CUTS[1], variant) for name, variant in VARIED]
 
 
 def main(path: str) -> None:
@@ -43,10 +43,9 @@ def main(path: str) -> None:
     found, evaluated = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
-            name, alpha, micro_batch, accumulation = case
-            state, logged = one_step(
-                folder, HEADS[name], alpha=alpha, micro_batch=micro_batch, accumulation=accumulation
-            )
+            name, alpha, micro_batch, accumulation, variant = case
+            cut = {"micro_batch": micro_batch, "accumulation": accumulation}
+            state, logged = one_step(folder, HEADS[name], alpha=alpha, variant=variant, **cut)
             found[case] = (state, logged)
         for name, count in EVALUATED:
             evaluated[name, count] = asked_teacher(folder, HEADS[name], count=count)
