@@ -1,0 +1,247 @@
+"""Which student layer goes with which teacher layer: one definition, to start a student and to supervise it. No models.
+
+Layers are counted from 0, and are the blocks alone: the embeddings are no layer. The map that starts a student and the
+map that supervises it may differ (Distil-Whisper starts from the teacher's first and last layer, and matches others).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_distill.errors import SettingError
+
+
+class Link(NamedTuple):
+    """Student layer, teacher layer, and how much this link weighs."""
+
+    student: int
+    teacher: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Links between the layers of a student and those of a teacher.
+
+    A student layer may have several links (many teacher layers to one), or none (it is then not supervised).
+    `inherit` needs exactly one for each student layer: `sources()` gives them, or says what is wrong.
+
+    >>> print(LayerMap.even(6, 24))
+    6 of 24 layers: 0←0 1←5 2←9 3←14 4←18 5←23
+    """
+
+    student_layers: int
+    teacher_layers: int
+    links: tuple[Link, ...]
+
+    def __post_init__(self) -> None:
+        for name, count in (("student_layers", self.student_layers), ("teacher_layers", self.teacher_layers)):
+            _check_count(name, count)
+        if not self.links:
+            raise SettingError("LayerMap: the map is empty. Give at least one (student layer, teacher layer).")
+        links = tuple(Link(*link) for link in self.links)
+        resolved = tuple(
+            Link(
+                _resolved("student", link.student, self.student_layers),
+                _resolved("teacher", link.teacher, self.teacher_layers),
+                _checked_weight(link),
+            )
+            for link in links
+        )
+        object.__setattr__(self, "links", tuple(sorted(resolved)))
+        _refuse_repeats(self.links)
+
+    @classmethod
+    def even(cls, student_layers: int, teacher_layers: int) -> LayerMap:
+        """Evenly spaced, the first and the last included.
+
+        Student layer i of m goes with teacher layer i·(n-1)/(m-1), rounded to the nearest; exactly between two, to
+        the higher. One student layer goes with the first: it reads the embeddings, as it did in the teacher.
+
+        >>> LayerMap.even(3, 12).sources(), LayerMap.even(1, 6).sources()
+        ((0, 6, 11), (0,))
+        """
+        _check_sizes("even", student_layers, teacher_layers)
+        steps = max(student_layers - 1, 1)
+        chosen = [(2 * i * (teacher_layers - 1) + steps) // (2 * steps) for i in range(student_layers)]
+        return cls.of(chosen, teacher_layers)
+
+    @classmethod
+    def first(cls, student_layers: int, teacher_layers: int) -> LayerMap:
+        """The teacher's first layers: 3 of 12 are 0, 1, 2."""
+        _check_sizes("first", student_layers, teacher_layers)
+        return cls.of(range(student_layers), teacher_layers)
+
+    @classmethod
+    def last(cls, student_layers: int, teacher_layers: int) -> LayerMap:
+        """The teacher's last layers: 3 of 12 are 9, 10, 11."""
+        _check_sizes("last", student_layers, teacher_layers)
+        return cls.of(range(teacher_layers - student_layers, teacher_layers), teacher_layers)
+
+    @classmethod
+    def first_last(cls, student_layers: int, teacher_layers: int) -> LayerMap:
+        """Half from the teacher's beginning, half from its end; of an odd number, one more from the beginning.
+
+        >>> LayerMap.first_last(2, 32).sources(), LayerMap.first_last(3, 12).sources()
+        ((0, 31), (0, 1, 11))
+        """
+        _check_sizes("first_last", student_layers, teacher_layers)
+        from_end = student_layers // 2
+        chosen = [*range(student_layers - from_end), *range(teacher_layers - from_end, teacher_layers)]
+        return cls.of(chosen, teacher_layers)
+
+    @classmethod
+    def skip(cls, student_layers: int, teacher_layers: int, *, every: int | None = None) -> LayerMap:
+        """The last layer of every k: student layer i goes with teacher layer (i+1)·k - 1 (TinyBERT, PKD-skip).
+
+        `every` is k; without it, as large as fits: teacher_layers // student_layers.
+
+        >>> LayerMap.skip(4, 12).sources(), LayerMap.skip(4, 12, every=2).sources()
+        ((2, 5, 8, 11), (1, 3, 5, 7))
+        """
+        _check_sizes("skip", student_layers, teacher_layers)
+        largest = teacher_layers // student_layers
+        every = largest if every is None else every
+        if not _is_index(every) or not 1 <= every <= largest:
+            raise SettingError(
+                f"LayerMap.skip: every={every!r}. {student_layers} student layers and {teacher_layers} teacher layers "
+                f"allow whole numbers from 1 to {largest}."
+            )
+        return cls.of([(i + 1) * every - 1 for i in range(student_layers)], teacher_layers)
+
+    @classmethod
+    def of(cls, layers: Iterable[int], teacher_layers: int) -> LayerMap:
+        """The teacher layer of each student layer, in order; negative ones count from the end.
+
+        A teacher layer named twice is refused: it is mostly a slip (of 4 layers, 3 and -1 are one). `pairs` allows it.
+
+        >>> LayerMap.of([0, -2, -1], 12).sources()
+        (0, 10, 11)
+        """
+        _check_count("teacher_layers", teacher_layers)
+        given = list(layers)
+        seen: dict[int, int] = {}
+        for layer in given:
+            teacher = _resolved("teacher", layer, teacher_layers)
+            if teacher in seen:
+                raise SettingError(
+                    f"layers={given}: teacher layer {teacher} is named twice (as {seen[teacher]} and {layer}). Name "
+                    "each once, or say LayerMap.pairs([(student, teacher), ...]) to use a layer twice on purpose."
+                )
+            seen[teacher] = layer
+        links = tuple(Link(student, teacher) for student, teacher in enumerate(given))
+        return cls(len(given) or 1, teacher_layers, links)
+
+    @classmethod
+    def pairs(
+        cls, links: Sequence[tuple[int, int] | tuple[int, int, float]], student_layers: int, teacher_layers: int
+    ) -> LayerMap:
+        """Links as (student, teacher) or (student, teacher, weight); negative layers count from the end.
+
+        >>> LayerMap.pairs([(0, 5), (1, 10, 0.5), (1, -1, 0.5)], 2, 12).of_student(1)
+        (Link(student=1, teacher=10, weight=0.5), Link(student=1, teacher=11, weight=0.5))
+        """
+        for link in links:
+            if not isinstance(link, Sequence) or len(link) not in (2, 3):
+                raise SettingError(
+                    f"LayerMap.pairs: {link!r} is no link. Give (student layer, teacher layer) or "
+                    "(student layer, teacher layer, weight)."
+                )
+        return cls(student_layers, teacher_layers, tuple(Link(*link) for link in links))
+
+    def of_student(self, layer: int) -> tuple[Link, ...]:
+        """The links of one student layer; empty: it has none."""
+        layer = _resolved("student", layer, self.student_layers)
+        return tuple(link for link in self.links if link.student == layer)
+
+    def sources(self) -> tuple[int, ...]:
+        """The one teacher layer of each student layer, in order. Raises SettingError where there is none or several."""
+        for layer in range(self.student_layers):
+            found = [link.teacher for link in self.of_student(layer)]
+            if len(found) != 1:
+                raise SettingError(
+                    f"student layer {layer} goes with {_listed(found)} of the teacher; to copy layers it needs exactly "
+                    f"one. The map is: {self}"
+                )
+        return tuple(link.teacher for link in self.links)
+
+    def table(self) -> str:
+        """One row a student layer.
+
+        >>> print(LayerMap.pairs([(0, 1), (1, 2, 0.5), (1, 3, 0.5)], 3, 4).table())
+        student  teacher
+              0  1
+              1  2 (×0.5), 3 (×0.5)
+              2  -
+        """
+        rows = [f"{'student':>7}  teacher"]
+        for layer in range(self.student_layers):
+            rows.append(f"{layer:>7}  {', '.join(_teacher(link) for link in self.of_student(layer)) or '-'}")
+        return "\n".join(rows)
+
+    def __str__(self) -> str:
+        links = " ".join(f"{link.student}←{_teacher(link).replace(' ', '')}" for link in self.links)
+        return f"{self.student_layers} of {self.teacher_layers} layers: {links}"
+
+
+def _teacher(link: Link) -> str:
+    return str(link.teacher) if link.weight == 1 else f"{link.teacher} (×{link.weight:g})"
+
+
+def _listed(layers: list[int]) -> str:
+    return f"layers {', '.join(map(str, layers))}" if layers else "no layer"
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(name: str, count: int) -> None:
+    if not _is_index(count) or count < 1:
+        raise SettingError(f"{name}={count!r}: give a whole number of layers, at least 1.")
+
+
+def _check_sizes(constructor: str, student_layers: int, teacher_layers: int) -> None:
+    _check_count("student_layers", student_layers)
+    _check_count("teacher_layers", teacher_layers)
+    if student_layers > teacher_layers:
+        raise SettingError(
+            f"LayerMap.{constructor}: {student_layers} student layers cannot be taken from {teacher_layers} teacher "
+            "layers, each once. Ask for fewer, or name the layers with LayerMap.pairs."
+        )
+
+
+def _resolved(whose: str, layer: int, count: int) -> int:
+    """A layer's index from the front. Raises SettingError when there is no such layer."""
+    if not _is_index(layer):
+        raise SettingError(f"{whose} layer {layer!r}: give a whole number.")
+    if not -count <= layer < count:
+        raise SettingError(
+            f"{whose} layer {layer}: out of range. The {whose} has {count} layers: 0 to {count - 1}, or -{count} to -1 "
+            "counted from the end."
+        )
+    return layer % count
+
+
+def _checked_weight(link: Link) -> float:
+    weight = link.weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+        raise SettingError(
+            f"LayerMap: link {link.student}←{link.teacher} has weight {weight!r}. Give a number above 0, or leave the "
+            "link out."
+        )
+    return float(weight)
+
+
+def _refuse_repeats(links: tuple[Link, ...]) -> None:
+    seen: set[tuple[int, int]] = set()
+    for link in links:
+        if (link.student, link.teacher) in seen:
+            raise SettingError(
+                f"LayerMap: student layer {link.student} is linked to teacher layer {link.teacher} twice. "
+                "Give one link, with the weight it shall have."
+            )
+        seen.add((link.student, link.teacher))
