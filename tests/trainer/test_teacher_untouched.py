@@ -31,13 +31,13 @@ def with_dropout(seed: int = 1) -> Any:
 
 
 class TrainsTheTeacher(TrainerCallback):
-    """Someone else's code that puts the teacher into training mode between the steps."""
+    """Someone else's code that puts the teacher into training mode, and unfreezes it, between the steps."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.teacher.train()
+        self.teacher.train().requires_grad_(True)
 
     on_substep_end = on_step_begin
 
@@ -55,6 +55,8 @@ def test_in_evaluation_mode_in_every_step_whatever_others_do(tmp_path) -> None:
     seen = modes_seen(teacher)
     make(tmp_path, student, teacher, callbacks=[TrainsTheTeacher(teacher)], gradient_accumulation_steps=2).train()
     assert seen and not any(seen)
+    assert_same_bits(weights(teacher), weights(with_dropout()))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
     assert_moved(weights(student), weights(bert()))
 
 
