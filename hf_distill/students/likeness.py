@@ -12,7 +12,7 @@ from hf_distill.students.copying import Place, serves_all_layers
 from hf_distill.students.stacks import Stack, blocks
 
 # Which layer it is; what only training does; what is switched on and off.
-_MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|^gradient_checkpointing$|^_")
+_MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|checkpointing$|^_")
 
 
 def check_layers_alike(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tuple[int, ...]) -> None:

@@ -1,0 +1,156 @@
+"""Bad input to `inherit`: each is refused, and the message says what came and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_distill.errors import HfDistillError, SettingError, TeacherError
+from hf_distill.layer_map import LayerMap
+from hf_distill.students import inherit
+from tests.students.models import MODELS
+
+BERT, BART = "BertForMaskedLM", "BartForConditionalGeneration"
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "nothing": (BERT, {}, r"say which layers: layers=6"),
+    "out of range": (BERT, {"layers": [0, 4]}, r"layers: teacher layer 4: out of range. The teacher has 4 layers: 0"),
+    "empty": (BERT, {"layers": []}, r"layers: LayerMap: the map is empty"),
+    "twice": (BERT, {"layers": [3, -1]}, r"teacher layer 3 is named twice \(as 3 and -1\)"),
+    "too many": (BERT, {"layers": 5}, r"5 student layers cannot be taken from 4"),
+    "zero": (BERT, {"layers": 0}, r"student_layers=0"),
+    "text": (BERT, {"layers": "even"}, r"layers='even': give a number, a list of layers, or a LayerMap"),
+    "bool": (BERT, {"layers": True}, r"layers=True: give a number"),
+    "map of another teacher": (BERT, {"layers": LayerMap.even(2, 6)}, r"for 6 teacher layers, and there are 4"),
+    "many to one": (
+        BERT,
+        {"layers": LayerMap.pairs([(0, 1), (0, 2)], 1, 4)},
+        r"student layer 0 goes with layers 1, 2 of the teacher; to copy layers it needs exactly one",
+    ),
+    "a side it has not": (BERT, {"decoder_layers": 2}, r"decoder_layers= fits 0 .* 'bert.encoder.layer' \(4 layers\)"),
+    "both": (BERT, {"layers": 2, "encoder_layers": 2}, r"layers, encoder_layers together"),
+    "which side": (BART, {"layers": 2}, r"'model.decoder.layers' \(4 layers\). Say encoder_layers="),
+    "a side of it": (BART, {"decoder_layers": [0, 9]}, r"decoder_layers: teacher layer 9: out of range"),
+    "no such stack": (BERT, {"layers": 2, "stack": "bert.layers"}, r"no ModuleList of .*'bert.encoder.layer' \(4 × B"),
+    "stack without layers": (BART, {"encoder_layers": 2, "stack": "a"}, r"stack='a' goes with layers=, not with enc"),
+    "shared, a side": ("AlbertForMaskedLM", {"encoder_layers": 2}, r"this model has one stack. Say layers="),
+    "no stack to name": (
+        "Wav2Vec2ForCTC",
+        {"layers": 1, "stack": "wav2vec2.feature_extractor.conv_layers"},
+        r"no setting of Wav2Vec2Config that is 2 makes this list longer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case: str) -> None:
+    name, arguments, message = WRONG[case]
+    with pytest.raises(HfDistillError, match=message):
+        inherit(MODELS[name].make(), **arguments)
+
+
+class TowerConfig(hf.PreTrainedConfig):
+    model_type = "tower"
+    floors: int = 3
+    rooms: int = 3
+
+
+class Tower(hf.PreTrainedModel):
+    """Its layers are called by a name that nobody else uses, and it has another list of the same length."""
+
+    config_class = TowerConfig
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        self.rooms = nn.ModuleList([nn.Linear(2, 2) for _ in range(config.rooms)])
+        self.storeys = nn.ModuleList([nn.Linear(2, 2) for _ in range(config.floors)])
+        self.post_init()
+
+
+class NoLists(hf.PreTrainedModel):
+    config_class = TowerConfig
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(config)
+        self.only = nn.Linear(2, 2)
+        self.post_init()
+
+
+def test_a_stack_that_is_not_found_can_be_named() -> None:
+    teacher = Tower(TowerConfig())
+    with pytest.raises(TeacherError) as caught:
+        inherit(teacher, layers=2)
+    assert str(caught.value) == (
+        "inherit: no layer stack found in Tower: no usual setting of TowerConfig (num_hidden_layers, ...) makes one of "
+        "its lists of modules longer. Its lists of modules: 'rooms' (3 × Linear), 'storeys' (3 × Linear). Name one: "
+        "inherit(teacher, layers=..., stack='rooms')."
+    )
+    student = inherit(teacher, layers=[0, -1], stack="storeys")
+    assert (student.config.floors, student.config.rooms) == (2, 3)
+    assert torch.equal(student.storeys[1].weight, teacher.storeys[2].weight)
+
+
+def test_a_model_without_lists() -> None:
+    with pytest.raises(TeacherError, match="The model has no ModuleList at all"):
+        inherit(NoLists(TowerConfig()), layers=2)
+
+
+# PEFT 0.18 asks for a property by the name that transformers is giving up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_teachers() -> None:
+    peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    lora = peft.LoraConfig(target_modules=["query"], r=2)
+    wrapped = peft.get_peft_model(MODELS[BERT].make(), lora)
+    with pytest.raises(TeacherError, match=r"\(PeftModel\) has PEFT adapters.*merge_and_unload"):
+        inherit(wrapped, layers=2)
+    with_adapter = MODELS[BERT].make()
+    with_adapter.add_adapter(lora)
+    with pytest.raises(TeacherError, match="has PEFT adapters"):
+        inherit(with_adapter, layers=2)
+    assert inherit(wrapped.merge_and_unload(), layers=2).config.num_hidden_layers == 2
+
+
+def test_what_is_no_whole_model() -> None:
+    teacher = MODELS[BERT].make()
+    with pytest.raises(TeacherError, match=r"the teacher is a Sequential. Give a PreTrainedModel"):
+        inherit(nn.Sequential(teacher), layers=2)  # type: ignore[arg-type]  # the mistake under test
+    with pytest.raises(TeacherError, match=r"the teacher is a str"):
+        inherit("bert-base-uncased", layers=2)  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_quantised_and_offloaded_teachers() -> None:
+    teacher = MODELS[BERT].make()
+    teacher.is_quantized = True
+    with pytest.raises(TeacherError, match=r"the teacher is quantised. Load it without quantization_config"):
+        inherit(teacher, layers=2)
+    with pytest.raises(TeacherError, match=r"holds no floating-point values here .* without device_map"):
+        inherit(MODELS[BERT].make().to("meta"), layers=2)
+
+
+def test_teachers_changed_by_hand() -> None:
+    teacher = MODELS["BertForSequenceClassification"].make()
+    teacher.classifier = nn.Linear(16, 5)
+    with pytest.raises(
+        TeacherError, match=r"classifier.weight of the student has shape \(3, 16\).*\(5, 16\).*replaced"
+    ):
+        inherit(teacher, layers=2)
+    teacher = MODELS[BERT].make()
+    teacher.extra = nn.Linear(2, 2)
+    with pytest.raises(TeacherError, match=r"the student has no place for extra.weight, extra.bias of the teacher"):
+        inherit(teacher, layers=2)
+    teacher = MODELS[BERT].make()
+    del teacher.bert.encoder.layer[3]
+    with pytest.raises(HfDistillError, match=r"no layer stack found"):
+        inherit(teacher, layers=2)
+    teacher = MODELS[BERT].make()
+    teacher.cls.predictions.decoder.weight = nn.Parameter(torch.zeros(40, 16))
+    with pytest.raises(TeacherError, match=r"are tied by the config, and differ in the teacher"):
+        inherit(teacher, layers=2)
+
+
+def test_errors_are_settings_or_teachers() -> None:
+    with pytest.raises(SettingError):
+        inherit(MODELS[BERT].make(), layers=[9])
