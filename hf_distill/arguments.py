@@ -68,6 +68,10 @@ class _Distillation:
     )
 
     def __post_init__(self) -> None:
+        args: Any = self  # and so a TrainingArguments
+        metric = args.metric_for_best_model
+        if args.greater_is_better is None and metric is not None and metric.endswith("divergence"):
+            args.greater_is_better = False  # transformers takes all that does not end in "loss" for a score
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
         if isinstance(self.divergence_kwargs, str):
             raise SettingError(

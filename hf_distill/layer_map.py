@@ -147,8 +147,8 @@ class LayerMap:
         for link in links:
             if not isinstance(link, Sequence) or len(link) not in (2, 3):
                 raise SettingError(
-                    f"LayerMap.pairs: {link!r} is no link. Give (student layer, teacher layer) or "
-                    "(student layer, teacher layer, weight)."
+                    f"LayerMap.pairs: {link!r} is no link. Give (student layer, teacher layer) or (student layer, "
+                    "teacher layer, weight)."
                 )
         return cls(student_layers, teacher_layers, tuple(Link(*link) for link in links))
 
@@ -163,8 +163,8 @@ class LayerMap:
             found = [link.teacher for link in self.of_student(layer)]
             if len(found) != 1:
                 raise SettingError(
-                    f"student layer {layer} goes with {_listed(found)} of the teacher; to copy layers it needs exactly "
-                    f"one. The map is: {self}"
+                    f"student layer {layer} goes with {_listed(found)} of the teacher; to copy layers it needs "
+                    f"exactly one. The map is: {self}"
                 )
         return tuple(link.teacher for link in self.links)
 
@@ -220,8 +220,8 @@ def _resolved(whose: str, layer: int, count: int) -> int:
         raise SettingError(f"{whose} layer {layer!r}: give a whole number.")
     if not -count <= layer < count:
         raise SettingError(
-            f"{whose} layer {layer}: out of range. The {whose} has {count} layers: 0 to {count - 1}, or -{count} to -1 "
-            "counted from the end."
+            f"{whose} layer {layer}: out of range. The {whose} has {count} layers: 0 to {count - 1}, or -{count} to "
+            "-1 counted from the end."
         )
     return layer % count
 
@@ -241,7 +241,7 @@ def _refuse_repeats(links: tuple[Link, ...]) -> None:
     for link in links:
         if (link.student, link.teacher) in seen:
             raise SettingError(
-                f"LayerMap: student layer {link.student} is linked to teacher layer {link.teacher} twice. "
-                "Give one link, with the weight it shall have."
+                f"LayerMap: student layer {link.student} is linked to teacher layer {link.teacher} twice. Give one "
+                "link, with the weight it shall have."
             )
         seen.add((link.student, link.teacher))

@@ -270,6 +270,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
     ...     model=Bert(config), teacher_model=Bert(config), args=args, train_dataset=data
     ... )
     >>> trainer.train().global_step
+    {'train_runtime': ...}
     1
     """
 

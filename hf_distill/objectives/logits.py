@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.loss_sum import LossSum
@@ -88,6 +88,7 @@ class LogitsMatch:
         function, properties = self.divergence_for(task)
         kept = task.kept_rows(batch)
         q, p = task.select(student.logits, batch), task.select(teacher.logits, batch)
+        _refuse_other_rows(q, p, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
         keywords = dict(self.settings)
@@ -147,3 +148,16 @@ class LogitsMatch:
             DIVERGENCES[self._given](row, row, **self.settings)
         except TypeError as error:  # a string where a number belongs
             raise SettingError(f"divergence_kwargs={self.settings}: {error}") from error
+
+
+def _refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch) -> None:
+    """Rows are paired by position; with another number of them, row i would be compared with another position."""
+    rows = task.rows(batch)
+    if student.shape == teacher.shape and student.shape[0] == rows:
+        return
+    raise TeacherError(
+        f"the batch makes {rows} rows of {task.kind}, but the student gives {list(student.shape)} and the teacher "
+        f"{list(teacher.shape)} [rows, columns]. They must predict at the same positions: the same frame rate (CTC), "
+        "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and with equally many "
+        "columns."
+    )

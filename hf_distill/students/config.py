@@ -64,18 +64,45 @@ def with_layers(config: PreTrainedConfig, setting: DepthSetting, chosen: Sequenc
     new = copy.deepcopy(config)
     holder = setting.of(new)
     old = setting.value(config)
-    for name, values in _per_layer_lists(holder, old):
+    for name, values in _per_layer_lists(holder, setting, old):
         setattr(holder, name, [values[i] for i in chosen])
     setattr(holder, setting.name, len(chosen))
+    _recut_stages(holder, old, chosen)
     return new
 
 
-def _per_layer_lists(config: Any, layers: int) -> list[tuple[str, list[Any]]]:
+def _per_layer_lists(config: Any, setting: DepthSetting, layers: int) -> list[tuple[str, list[Any]]]:
     return [
         (name, list(value))
         for name, value in vars(config).items()
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == layers
+        if isinstance(value, (list, tuple)) and len(value) == layers and _speaks_of_layers(name, setting)
     ]
+
+
+def _speaks_of_layers(name: str, setting: DepthSetting) -> bool:
+    if name == "attention_window":  # Longformer; LED's is of the encoder
+        return "decoder" not in setting.name
+    other = {"encoder": "decoder", "decoder": "encoder"}
+    return "layer" in name and not any(side in setting.name and other[side] in name for side in other)
+
+
+def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
+    """A vision backbone's config names what comes in and what each layer puts out, and which of them are handed out.
+
+    Those of layers that are left behind are handed out no more; when none is left, the last layer's is.
+    """
+    names = vars(config).get("stage_names")
+    if (
+        not isinstance(names, list)
+        or len(names) != layers + 1
+        or not hasattr(config, "set_output_features_output_indices")
+    ):
+        return
+    out = {index % len(names) for index in config.out_indices}
+    sources = [0, *(layer + 1 for layer in chosen)]
+    config.stage_names = [names[0], *(f"stage{number}" for number in range(1, len(sources)))]
+    kept = [index for index, source in enumerate(sources) if source in out] or [len(chosen)]
+    config.set_output_features_output_indices(out_features=None, out_indices=kept)
 
 
 def check_it_can_be_read_back(config: PreTrainedConfig) -> None:

@@ -14,7 +14,7 @@ from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
 from hf_distill.students.config import check_it_can_be_read_back, with_layers
 from hf_distill.students.copying import Copied, copy_tensors, drop_absent_modules
-from hf_distill.students.likeness import check_layers_alike
+from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
 from hf_distill.students.report import InheritReport, StackReport
 from hf_distill.students.shared import NOTE, check_groups, depth_of, shares_layers
 from hf_distill.students.stacks import Stack, candidates, empty_like, find_stacks, named_stack
@@ -167,6 +167,7 @@ def _inherit(teacher: PreTrainedModel, maps: dict[Stack, LayerMap]) -> tuple[Pre
     student = _built(teacher, config)
     for stack, kept in sources.items():
         check_layers_alike(student, teacher, stack, kept)
+    check_the_rest_alike(student, teacher, sources)
     done = copy_tensors(student, teacher, sources)
     stacks = tuple(StackReport(one.name, str(one.setting), layer_map) for one, layer_map in maps.items())
     return student, _report(student, teacher, stacks, done, _finish(student, teacher, sources))
@@ -186,7 +187,10 @@ def _inherit_shared(teacher: PreTrainedModel, given: dict[str, Layers]) -> tuple
 
 def _built(teacher: PreTrainedModel, config: Any) -> PreTrainedModel:
     check_it_can_be_read_back(config)
-    student: PreTrainedModel = empty_like(teacher, config, "cpu")
+    try:
+        student: PreTrainedModel = empty_like(teacher, config, "cpu")
+    except (ValueError, IndexError, KeyError) as error:
+        raise TeacherError(f"inherit: {type(teacher).__name__} cannot be built with these layers: {error}") from error
     drop_absent_modules(student, teacher)
     return student
 
@@ -194,19 +198,27 @@ def _built(teacher: PreTrainedModel, config: Any) -> PreTrainedModel:
 def _finish(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ...]]) -> tuple[str, ...]:
     """What is no tensor: the mode, and how to generate. Returns notes."""
     student.eval()
+    out, before = (getattr(model.config, "out_indices", None) for model in (student, teacher))
+    notes = () if out == before else (f"config.out_indices: {out}; the teacher's: {before}.",)
     if getattr(teacher, "generation_config", None) is None:
-        return ()
+        return notes
     student.generation_config = copy.deepcopy(teacher.generation_config)
     heads = getattr(student.generation_config, "alignment_heads", None)
     kept = next((kept for stack, kept in sources.items() if stack.side == "decoder"), None)
     if not heads or kept is None:
-        return ()
+        return notes
     moved = [[kept.index(layer), head] for layer, head in heads if layer in kept]
     if moved:
         student.generation_config.alignment_heads = moved
-        return (f"generation_config.alignment_heads: {len(moved)} of {len(heads)} are in layers that were kept.",)
+        return (
+            *notes,
+            f"generation_config.alignment_heads: {len(moved)} of {len(heads)} are in layers that were kept.",
+        )
     del student.generation_config.alignment_heads
-    return ("generation_config.alignment_heads: none is in a layer that was kept; no word timestamps.",)
+    return (
+        *notes,
+        "generation_config.alignment_heads: none is in a layer that was kept; no word timestamps.",
+    )
 
 
 def _report(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from hf_distill.errors import TeacherError
 from hf_distill.students.copying import Place, serves_all_layers
-from hf_distill.students.stacks import Stack, blocks
+from hf_distill.students.stacks import Stack, blocks, module_lists
 
 # Which layer it is; what only training does; what is switched on and off.
 _MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|checkpointing$|^_")
@@ -28,6 +29,21 @@ def check_layers_alike(student: nn.Module, teacher: nn.Module, stack: Stack, kep
                     f"inherit: teacher layer {kept[layer]} cannot become student layer {layer} of {stack.name}: in the "
                     f"student's, {difference}. {_advice(layer, kept[layer])}"
                 )
+
+
+def check_the_rest_alike(student: nn.Module, teacher: nn.Module, cut: Iterable[Stack]) -> None:
+    """Raise TeacherError where another list of modules changed along with the stacks that were to be cut."""
+    paths = {path for stack in cut for path in stack.paths}
+    for path, length in module_lists(student).items():
+        if path in paths:
+            continue
+        pairs = zip(student.get_submodule(path).children(), teacher.get_submodule(path).children(), strict=False)
+        differences = [_difference(one, two, set()) for one, two in pairs]
+        if module_lists(teacher).get(path) != length or any(differences):
+            raise TeacherError(
+                f"inherit: cutting {', '.join(sorted(paths))} changes {path} of the model too "
+                f"({next(filter(None, differences), 'its length')}): one setting of the config speaks of both."
+            )
 
 
 def _advice(layer: int, source: int) -> str:

@@ -70,6 +70,9 @@ class Task:
         """`[n]` the label of each row, -100 where unknown; None: no such thing here."""
         return None
 
+    def learn_from(self, teacher_config: Any) -> None:
+        """What a teacher's config tells of the task that the student's does not."""
+
     def check_labels(self, batch: Batch) -> None:
         """Raise `DataError` for labels that this head cannot take (called once an optimizer step)."""
 
@@ -112,8 +115,8 @@ def output_named(name: str, outputs: Any) -> Tensor:
     if found is None:
         given = f"only {sorted(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
         raise DataError(
-            f"the model's output has no {name}: it gave {given}. Set return_dict=True, and leave out fused losses that "
-            "skip the logits (use_liger_kernel)."
+            f"the model's output has no {name}: it gave {given}. Set return_dict=True, and leave out fused losses "
+            "that skip the logits (use_liger_kernel)."
         )
     return found
 

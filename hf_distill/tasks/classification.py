@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, pick
 from hf_distill.vocabulary import Columns
+
+_SEVERAL = "multi_label_classification"
 
 
 class Classification(Task):
@@ -25,15 +27,32 @@ class Classification(Task):
 
     def __init__(self, config: Any) -> None:
         self._config = config
+        self._teachers_problem: str | None = None
 
     @classmethod
     def from_model(cls, model: Any) -> Classification:
         return cls(model.config)
 
+    def learn_from(self, teacher_config: Any) -> None:
+        """A fine-tuned teacher's config says which of the two it is; a fresh student's says so only after a labelled
+        step."""
+        self._teachers_problem = getattr(teacher_config, "problem_type", None)
+        self._problem()
+
+    def _problem(self) -> str | None:
+        ours, theirs = getattr(self._config, "problem_type", None), self._teachers_problem
+        if ours is not None and theirs is not None and (ours == _SEVERAL) != (theirs == _SEVERAL):
+            raise TeacherError(
+                f"the student's problem_type is {ours!r}, the teacher's {theirs!r}: one predicts one label, the other "
+                "several at once. Set config.problem_type of both to what the labels are (transformers takes float "
+                "labels for several at once)."
+            )
+        return ours or theirs
+
     def is_multi_label(self, batch: Batch) -> bool:
-        problem = getattr(self._config, "problem_type", None)
+        problem = self._problem()
         if problem is not None:
-            return problem == "multi_label_classification"
+            return problem == _SEVERAL
         labels = batch.get("labels")
         return labels is not None and labels.is_floating_point() and labels.dim() == 2
 

@@ -62,7 +62,7 @@ class ModelTeacher:
         self._put_to_use()
         if any(module.training for module in self.model.modules()):
             self.model.eval()
-        inputs = self._inputs(batch)
+        inputs = self._in_own_dtype(self._inputs(batch))
         with torch.no_grad(), self._precision():
             outputs = self.model(**inputs)
         return Signals(logits=task.read(outputs, batch, self.columns, teacher=True))
@@ -84,6 +84,7 @@ class ModelTeacher:
         elif task.kind == "embedding":
             _refuse_other_width(student.config, teacher.config)
         self._check_inputs(student, teacher, task, student_processor)
+        task.learn_from(getattr(teacher, "config", None))
 
     def place(self, accelerator: Any) -> None:
         self._put_to_use()
@@ -104,9 +105,21 @@ class ModelTeacher:
         self._in_use = True
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._accelerator is None or self._dtype is not None:
+        """The student's mixed precision, for a teacher held in full precision."""
+        if self._accelerator is None or self._dtype is not None or self._parameter_dtype() != torch.float32:
             return contextlib.nullcontext()
         return self._accelerator.autocast()
+
+    def _parameter_dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+
+    def _in_own_dtype(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Speech and image features in the dtype of a half-precision teacher."""
+        dtype = self._parameter_dtype()
+        return {
+            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         own = {
