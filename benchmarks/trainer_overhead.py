@@ -48,7 +48,7 @@ CLOCKS = ("wall clock", "processor time")
 
 
 class Setting:
-    """Models and batches, the same for every way; each way has its own copy of the student and keeps training it."""
+    """Models and batches. All ways train one and the same student: a copy elsewhere in memory can be slower."""
 
     def __init__(self, kind: str, *, batch: int, length: int, vocabulary: int, steps: int, tiny: bool) -> None:
         self.steps, self.batch = steps, batch
@@ -175,11 +175,11 @@ def trainer_block(setting: Setting, student: Any, *, ours: bool) -> list[Moment]
 
 def measure(setting: Setting, *, blocks: int, warm_up: int) -> dict[str, list[list[Moment]]]:
     """Way → block → seconds of each step. The order within a round rotates."""
-    students = {way: setting.make("student") for way in (BARE, HAND_WRITTEN, OURS)}
+    student = setting.make("student")
     ways: list[tuple[str, Callable[[], list[Moment]]]] = [
-        (BARE, lambda: bare_block(setting, students[BARE])),
-        (HAND_WRITTEN, lambda: trainer_block(setting, students[HAND_WRITTEN], ours=False)),
-        (OURS, lambda: trainer_block(setting, students[OURS], ours=True)),
+        (BARE, lambda: bare_block(setting, student)),
+        (HAND_WRITTEN, lambda: trainer_block(setting, student, ours=False)),
+        (OURS, lambda: trainer_block(setting, student, ours=True)),
     ]
     found: dict[str, list[list[Moment]]] = {way: [] for way, _ in ways}
     for turn in range(blocks):
