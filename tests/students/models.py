@@ -87,6 +87,7 @@ _T5_SIDES = _T5 | {"num_decoder_layers": 1}
 _SPOKEN = _SPEECH | {"classifier_proj_size": 8}
 _GROUP_NORM = _SPOKEN | {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
 _WAVLM = _SPOKEN | {"num_buckets": 8, "max_bucket_distance": 16}
+_LONGFORMER = _ROBERTA | {"attention_window": [4, 8, 4, 8]}
 _AST = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 4,
     "frequency_stride": 4, "time_stride": 4, "max_length": 20, "num_mel_bins": 8, "hidden_dropout_prob": 0.0,
@@ -156,6 +157,15 @@ MODELS: dict[str, Tiny] = {
             _tiny(hf.ASTForAudioClassification, _AST | _LABELS, "audio_spectrogram_transformer.layers", "spectrogram"),
             _tiny(hf.ViTForImageClassification, _VIT | _LABELS, "vit.layers", "image"),
             _tiny(hf.ViTModel, _VIT, "layers", "image"),
+            # Beyond what is promised: stages of a backbone, stochastic depth, and one window a layer.
+            _tiny(
+                hf.Dinov2ForImageClassification,
+                _VIT | _LABELS | {"drop_path_rate": 0.1},
+                "dinov2.encoder.layer",
+                "image",
+            ),
+            _tiny(hf.BeitForImageClassification, _VIT | _LABELS | {"drop_path_rate": 0.1}, "beit.layers", "image"),
+            _tiny(hf.LongformerForMaskedLM, _LONGFORMER, "longformer.encoder.layer"),
         ],
         "_group_norm": [
             _tiny(hf.Wav2Vec2ForCTC, _GROUP_NORM, "wav2vec2.encoder.layers", "sound"),

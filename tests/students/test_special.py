@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_distill.errors import TeacherError
+from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
 from hf_distill.students import inherit
 from hf_distill.students.stacks import find_stacks
@@ -221,3 +221,47 @@ def test_the_report_prints_what_was_done() -> None:
     assert sum("layer.1." in name or "layer.2." in name for name in report.left) == len(report.left) > 0
     assert "  bert.encoder.layer: 2 of 4 layers: 0←0 1←3" in str(report).splitlines()
     assert "fresh: nothing" in str(report)
+
+
+def test_the_stages_of_a_backbone_follow_their_layers() -> None:
+    teacher = MODELS["BeitForImageClassification"].make(out_indices=[1, 3, 4])
+    student, report = inherit(teacher, layers=[0, 2], return_report=True)
+    assert student.config.stage_names == ["stem", "stage1", "stage2"]
+    assert student.config.out_indices == [1, 2] and student.config.out_features == ["stage1", "stage2"]
+    assert report.notes == ("config.out_indices: [1, 2]; the teacher's: [1, 3, 4].",)
+    assert inherit(MODELS["BeitForImageClassification"].make(), layers=[0, 1]).config.out_indices == [2]
+
+
+def test_windows_follow_their_layers() -> None:
+    student = inherit(MODELS["LongformerForMaskedLM"].make(), layers=[0, 3])
+    assert student.config.attention_window == [4, 8]
+    assert [block.attention.self.one_sided_attn_window_size for block in student.longformer.encoder.layer] == [2, 4]
+
+
+def test_a_block_in_several_lists() -> None:
+    """XLM keeps attentions, feed-forward networks and norms of its layers in four lists."""
+    sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 4, "n_heads": 2, "max_position_embeddings": 32}
+    teacher = hf.XLMWithLMHeadModel(hf.XLMConfig(**sizes)).eval()
+    student = inherit(teacher, layers=[0, 3])
+    for name in ("attentions.{}.q_lin.weight", "ffns.{}.lin1.weight", "layer_norm2.{}.weight"):
+        ours, theirs = (model.transformer.get_parameter(name.format(n)) for model, n in ((student, 1), (teacher, 3)))
+        assert torch.equal(ours, theirs)
+    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+    assert_equal(outputs(inherit(teacher, layers=4), batch), outputs(teacher, batch))
+
+
+def test_one_of_two_stacks_that_are_no_sides() -> None:
+    vision = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
+    teacher = hf.CLIPModel(
+        hf.CLIPConfig(
+            text_config=vision | {"vocab_size": 40, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
+            vision_config=vision | {"image_size": 8, "patch_size": 4},
+            projection_dim=8,
+        )
+    )
+    with pytest.raises(
+        SettingError, match=r"fits 2 of .* 'text_model.encoder.layers' \(3 layers\), 'vision.* Say layers= and"
+    ):
+        inherit(teacher, layers=2)
+    student = inherit(teacher, layers=2, stack="vision_model.encoder.layers")
+    assert student.config.vision_config.num_hidden_layers == 2 and student.config.text_config.num_hidden_layers == 3
