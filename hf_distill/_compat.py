@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -95,3 +95,14 @@ def _saved_names(checkpoint: str) -> set[str] | None:
         return None
     with safe_open(whole, framework="pt") as tensors:
         return set(tensors.keys())
+
+
+def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether `Trainer.training_step` will divide by the accumulation steps whatever the class says.
+
+    Before transformers 5.19 there is no `loss_is_scaled_for_ga` to say that the loss is divided already.
+    """
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        return False
+    passes_on = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return not passes_on and trainer.compute_loss_func is None

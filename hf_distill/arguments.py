@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.errors import SettingError
@@ -60,7 +61,9 @@ class _Distillation:
     )
     evaluate_with_teacher: bool = field(
         default=False,
-        metadata={"help": "Evaluation also runs the teacher and reports agreement with it and the divergence."},
+        metadata={
+            "help": "Evaluation also runs the teacher: agreement with it, and the divergence, at the final temperature."
+        },
     )
     label_matching: str = field(
         default="by_name",
@@ -79,7 +82,8 @@ class _Distillation:
             )
         if self.label_matching not in LABEL_MATCHING:
             raise SettingError(f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
-        as_dtype(self.teacher_dtype)
+        if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
+            self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
         blend = blend_of(self)
         checked_schedule("alpha", blend["alpha"])
         temperature = checked_schedule("temperature", blend["temperature"])

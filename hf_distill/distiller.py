@@ -5,7 +5,6 @@ Works in any training loop. It knows no Trainer; what it learns of processes com
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Signals
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.vocabulary import Columns
 from hf_distill.watch import TeacherWatch
@@ -141,9 +140,9 @@ class Distiller:
             self.teacher.fit(student, task, student_processor=self._processor)
         self.task = task
         self._student = unwrapped(student)
-        known = inspect.signature(self._student.forward).parameters
-        theirs = () if self.teacher is None else self.teacher.inputs
-        self._teacher_only = {name for name in theirs if name not in known}
+        self._student_names = forward_names(student)
+        theirs = self.teacher.inputs if self.teacher is not None and self._student_names else ()
+        self._teacher_only = set(theirs) - set(self._student_names)
 
     def place(self, accelerator: Any) -> None:
         """Bring the teacher to where the batches are."""
@@ -212,7 +211,10 @@ class Distiller:
         counts = counts or self.count([batch], progress=progress)
         batch = self.prepare(batch) if self.alpha(progress) > 0 else batch
         with_labels = self.alpha(progress) < 1
-        outputs = student(**self.student_inputs(batch, labels=with_labels))
+        inputs = self.student_inputs(batch, labels=with_labels)
+        if "use_cache" in self._student_names:  # as the teacher: with a cache, packed sequences see each other
+            inputs.setdefault("use_cache", False)
+        outputs = student(**inputs)
         mean = outputs["loss"] if with_labels else None
         return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress)
 
@@ -265,7 +267,7 @@ class Distiller:
 
     def student_signals(self, outputs: Any, batch: Batch) -> Signals:
         columns = Columns() if self.teacher is None else self.teacher.columns
-        return Signals(logits=self.task.read(outputs, batch, columns, teacher=False))
+        return Signals(logits=self.task.read(outputs, batch, columns, teacher=False), columns=columns)
 
     def teacher_signals(self, batch: Batch) -> Signals:
         assert self.teacher is not None  # `fit` refuses alpha > 0 without a teacher

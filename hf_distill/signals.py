@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from hf_distill.vocabulary import Columns
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,11 @@ class Signals:
     Attributes:
         logits: predictions as the task reads them, leading axes first: `[b v]`, `[b t v]`, or
             `[b 2 t]` for spans; values rather than logits for regression and embeddings.
+        columns: which columns of the heads these are.
     """
 
     logits: Tensor
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from typing import Any
 
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
 
+from hf_distill._compat import divides_the_loss
 from hf_distill.arguments import blend_of, setting
 from hf_distill.counts import Counts
 from hf_distill.distiller import Distiller
@@ -19,6 +22,7 @@ from hf_distill.schedules import PROGRESS
 from hf_distill.tasks import make_task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.teachers import as_teacher
+from hf_distill.trainer_parts.after_step import AfterStep
 from hf_distill.trainer_parts.collation import RAW, TeacherInputsCollator
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
 from hf_distill.trainer_parts.publishing import PublishingMixin
@@ -27,6 +31,7 @@ from hf_distill.trainer_parts.refusals import refuse_data_parallel, refuse_seque
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
 
+logger = logging.getLogger(__name__)
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 
 
@@ -68,11 +73,12 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         self._counts: Counts | None = None
         self._micro_batches = self._micro_batches_left = 0
         self._step_progress = 0.0
+        self._in_training_step = False
         self._terms = RunningTerms()
         # With a model at hand everything is checked before Trainer makes a folder or a repository; what
         # this draws from the random generators is undone by Trainer's own seeding.
         if model is not None:
-            self.distiller = distiller or self._make_distiller(model, args, given.get("processing_class"))
+            self.distiller = self._make_distiller(model, args, given.get("processing_class"), distiller)
             refuse_unlabelled(
                 self.distiller, train_dataset=given.get("train_dataset"), data_collator=given.get("data_collator")
             )
@@ -91,18 +97,21 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         refuse_sequence_parallel(self)
         if model is None:
             with random_state_kept():
-                self.distiller = distiller or self._make_distiller(self.model, self.args, self.processing_class)
+                self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
         self.distiller.place(self.accelerator)
-        self.add_callback(_AfterStep(self))
+        self.add_callback(AfterStep(self))
         if self._teacher_processor is not None or self._has_teacher_columns():
             self.data_collator = TeacherInputsCollator(self.data_collator, self._teacher_processor)
 
-    def _make_distiller(self, student: Any, args: Any, processing_class: Any) -> Distiller:
-        blend = blend_of(args)
+    def _make_distiller(
+        self, student: Any, args: Any, processing_class: Any, given: Distiller | None = None
+    ) -> Distiller:
         evaluates = setting(args, "evaluate_with_teacher")
-        teacher = None
-        if self._teacher_setting is None and evaluates:
+        if evaluates and (self._teacher_setting if given is None else given.teacher) is None:
             raise SettingError("evaluate_with_teacher=True needs a teacher: pass teacher_model=.")
+        if given is not None:
+            return given
+        blend, teacher = blend_of(args), None
         if self._teacher_setting is not None and (evaluates or any(blend["alpha"](p) > 0 for p in PROGRESS)):
             teacher = as_teacher(
                 self._teacher_setting,
@@ -136,10 +145,24 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
         return super()._inner_training_loop(*positional, **keywords)
 
+    def training_step(self, *positional: Any, **keywords: Any) -> Any:
+        self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
+        try:
+            return super().training_step(*positional, **keywords)
+        finally:
+            self._in_training_step = False
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_progress = self._progress
+        if 0 < len(batches) < num_batches and not has_length(self.callback_handler.train_dataloader):
+            # Trainer would make no step of them, and leave their gradients to the first step of the next epoch.
+            logger.warning(
+                f"The epoch's last {len(batches)} micro-batches are too few for a step of {num_batches}; they are "
+                "left out. (The dataset has no length: with one, they would be a step of their own.)"
+            )
+            return [], None
         if batches:
             self._counts = self._count(batches)
             self._micro_batches = self._micro_batches_left = len(batches)
@@ -156,7 +179,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         Called outside of the training loop it takes the batch for a whole optimizer step.
         """
         distiller, progress = self.distiller, self._progress
-        if not model.training:
+        if not (model.training or self._in_training_step):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         in_loop = self._counts is not None and self._micro_batches_left > 0
         counts = self._counts if in_loop else self._count([inputs])
@@ -182,7 +205,10 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if in_loop:
             self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
             self._micro_batches_left -= 1
-        return (found.loss, outputs) if return_outputs else found.loss
+        loss = found.loss
+        if in_loop and divides_the_loss(self, num_items_in_batch):
+            loss = loss * self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
 
     def _own_num_items(self, batch: Any, num_items_in_batch: Any) -> Any:
         """This micro-batch's number of items, by `Trainer`'s rule: the head's loss then is its own mean."""
@@ -235,16 +261,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
             self.distiller = self._make_distiller(self.model, self.args, self.processing_class)
             self.distiller.place(self.accelerator)
         self.distiller.set_blend(**blend)
-
-
-class _AfterStep(TrainerCallback):
-    """Tells the teacher of each optimizer step."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        self._trainer.distiller.after_step(self._trainer.model)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

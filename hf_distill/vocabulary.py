@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError, TeacherError
@@ -19,23 +20,48 @@ LABEL_MATCHING = ("by_name", "by_index")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of each head to compare, in the student's order; None: all of them as they are."""
+    """Which columns of each head to compare: the first so many, the listed ones in the student's order, or all."""
 
     student: tuple[int, ...] | int | None = None
     teacher: tuple[int, ...] | int | None = None
+    _indices: dict[tuple[str, torch.device], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def of_student(self, x: Tensor) -> Tensor:
-        return _pick(x, self.student)
+        return self._pick(x, "student", self.student)
 
     def of_teacher(self, x: Tensor) -> Tensor:
-        return _pick(x, self.teacher)
+        return self._pick(x, "teacher", self.teacher)
 
+    def of_labels(self, labels: Tensor) -> Tensor:
+        """Label ids `[n]` as numbers of the compared columns; -100 for what is not compared.
 
-def _pick(x: Tensor, columns: tuple[int, ...] | int | None) -> Tensor:
-    """The first so many columns (a view), or the listed ones (a copy)."""
-    if columns is None:
-        return x
-    return x[..., :columns] if isinstance(columns, int) else x[..., list(columns)]
+        >>> Columns(student=(0, 2)).of_labels(torch.tensor([2, 1, -100])).tolist()
+        [1, -100, -100]
+        """
+        if self.student is None:
+            return labels
+        if isinstance(self.student, int):
+            return labels.masked_fill(labels >= self.student, -100)
+        compared = self._index("student", self.student, labels.device)
+        place = torch.full((int(max(self.student)) + 1,), -100, device=labels.device)
+        place[compared] = torch.arange(len(self.student), device=labels.device)
+        known = (labels >= 0) & (labels < len(place))
+        return torch.where(known, place[labels.clamp(0, len(place) - 1)], -100)
+
+    def _pick(self, x: Tensor, side: str, columns: tuple[int, ...] | int | None) -> Tensor:
+        if columns is None:
+            return x
+        if isinstance(columns, int):
+            return x[..., :columns]  # a view
+        return x.index_select(-1, self._index(side, columns, x.device))
+
+    def _index(self, side: str, columns: tuple[int, ...], device: torch.device) -> Tensor:
+        """Made once a device: a whole vocabulary is too long a list to move at every step."""
+        if (side, device) not in self._indices:
+            self._indices[side, device] = torch.tensor(columns, device=device)
+        return self._indices[side, device]
 
 
 def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Columns:
@@ -66,7 +92,8 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
         raise TeacherError(
             f"student and teacher label names differ: student {_names(student)}, teacher {_names(teacher)}. Set "
             "student.config.label2id and id2label to the teacher's names, or pass "
-            'label_matching="by_index" if you know that the order is the same.'
+            'label_matching="by_index" if you know that the order is the same (to DistillationArguments, or in a loop '
+            "of your own to ModelTeacher)."
         )
     in_student_order = sorted(student_ids, key=lambda name: student_ids[name])
     order = tuple(teacher_ids[name] for name in in_student_order)

@@ -36,7 +36,9 @@ def test_beyond_the_ends_they_stay(kind: str) -> None:
 
 
 def test_a_constant_with_another_end_contradicts_itself() -> None:
-    with pytest.raises(SettingError, match=r"alpha_end=1, but alpha_schedule is constant at 0.5. Choose linear or cosine"):
+    with pytest.raises(
+        SettingError, match=r"alpha_end=1, but alpha_schedule is constant at 0.5. Choose linear or cosine"
+    ):
         make_schedule("alpha", "constant", 0.5, 1.0)
     assert make_schedule("alpha", "constant", 0.5, 0.5)(1.0) == 0.5
 

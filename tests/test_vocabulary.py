@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from hf_distill import SettingError, TeacherError
 from hf_distill.vocabulary import Columns, label_ids, match_labels, match_vocabularies, tokenizer_difference
-from tests.tokenizers import bpe_tokenizer, tokenizer
+from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 
 def labels(names: Sequence[str]) -> BertConfig:

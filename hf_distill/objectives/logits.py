@@ -94,7 +94,9 @@ class LogitsMatch:
         keywords = dict(self.settings)
         if properties.wants_target:
             target = task.targets(batch)
-            keywords["target"] = target if target is None or kept is None else target[kept]
+            if target is not None:
+                target = student.columns.of_labels(target if kept is None else target[kept])
+            keywords["target"] = target
         if task.on_values or not properties.softens:
             return RowValues(function(q, p, **keywords), kept, q, p)
         t = self.temperature(progress)

@@ -80,6 +80,10 @@ class Task:
         """The batch with what both models must be given alike (decoder inputs)."""
         return batch
 
+    def can_compare(self, batch: Batch) -> bool:
+        """Whether a batch without labels shows where the rows are (it need not, for a decoder)."""
+        return True
+
     # What follows.
 
     def count(self, batch: Batch) -> Tensor:

@@ -31,7 +31,7 @@ class Classification(Task):
 
     @classmethod
     def from_model(cls, model: Any) -> Classification:
-        return cls(model.config)
+        return cls(getattr(model, "config", None))
 
     def learn_from(self, teacher_config: Any) -> None:
         """A fine-tuned teacher's config says which of the two it is; a fresh student's says so only after a labelled
@@ -66,8 +66,10 @@ class Classification(Task):
         return x.flatten(0, 1) if self.is_multi_label(batch) else x
 
     def rows(self, batch: Batch) -> int:
-        labels = self._config.num_labels if self.is_multi_label(batch) else 1
-        return batch_size(batch) * labels
+        if not self.is_multi_label(batch):
+            return batch_size(batch)
+        labels = batch.get("labels")
+        return batch_size(batch) * (self._config.num_labels if labels is None else labels.shape[1])
 
     def label_count(self, batch: Batch) -> Tensor:
         labels = batch["labels"]

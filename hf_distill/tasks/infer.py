@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import SettingError
@@ -60,8 +62,25 @@ _TABLES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """The transformers model inside a compiled or a PEFT model, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_names(model: Any) -> tuple[str, ...]:
+    """The arguments of a model's forward by name; of the class it derives from where its own only passes them on.
+
+    Empty where no forward names any: then nothing is known of what it reads.
+    """
+    for cls in type(unwrapped(model)).__mro__:
+        forward = vars(cls).get("forward")
+        if cls is nn.Module or forward is None:
+            continue
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        named = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        if named:
+            return named
+    return ()
 
 
 def infer_kind(model: Any) -> str:

@@ -101,6 +101,9 @@ class Seq2Seq(Task):
     def targets(self, batch: Batch) -> Tensor | None:
         return None if batch.get("labels") is None else batch["labels"].flatten()
 
+    def can_compare(self, batch: Batch) -> bool:
+        return batch.get("labels") is not None or batch.get("decoder_input_ids") is not None
+
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
         if batch.get("decoder_input_ids") is not None or batch.get("labels") is None:
             if batch.get("decoder_input_ids") is None:

@@ -14,7 +14,17 @@ from hf_distill.errors import HfDistillError, SettingError, TeacherError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "tekken.json",
+)
 
 # SpecAugment's mask: many published speech checkpoints lack it, and a teacher, never in training mode, never reads it.
 _READ_IN_TRAINING_ONLY = ("masked_spec_embed",)
@@ -92,13 +102,18 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
 
 
 def find_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer that lies in a teacher's folder, to compare with the student's; None where there is none.
+    """The tokenizer beside a teacher's weights, to compare with the student's; None where there is none.
 
-    Only local files are looked at: not knowing is no reason to ask the Hub.
+    For a Hub id it comes from where the weights have just come from.
     """
-    if not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
+    local = os.path.isdir(path)
+    if local and not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # none there, or one that needs a library that is not: then it is not known
+    return tokenizer if tokenizer.get_vocab() else None
 
 
 def _looks_local(path: str) -> bool:

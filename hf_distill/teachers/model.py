@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,19 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import prepare_for_evaluation
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.errors import DataError, TeacherError
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import infer_kind, unwrapped
-from hf_distill.vocabulary import (
-    Columns,
-    match_labels,
-    match_vocabularies,
-    tokenizer_difference,
-)
+from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.teachers import fitting
+from hf_distill.vocabulary import Columns
 
-_NEVER_GIVEN = ("labels", "start_positions", "end_positions", "kwargs", "args")
+_NEVER_GIVEN = ("labels", "start_positions", "end_positions")
 
 
 class ModelTeacher:
@@ -54,18 +49,21 @@ class ModelTeacher:
         self._dtype = dtype
         self._in_use = False
         self._accelerator: Any = None
-        self._reads_its_own = False
-        forward = inspect.signature(unwrapped(model).forward).parameters
-        self.inputs = tuple(name for name in forward if name not in _NEVER_GIVEN)
+        self._cannot_read_students: str | None = None
+        self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self._put_to_use()
         if any(module.training for module in self.model.modules()):
             self.model.eval()
         inputs = self._in_own_dtype(self._inputs(batch))
-        with torch.no_grad(), self._precision():
-            outputs = self.model(**inputs)
-        return Signals(logits=task.read(outputs, batch, self.columns, teacher=True))
+        try:
+            with torch.no_grad(), self._precision():
+                outputs = self.model(**inputs)
+        except (RuntimeError, IndexError) as error:
+            self._explain(error, inputs)
+            raise
+        return Signals(logits=task.read(outputs, batch, self.columns, teacher=True), columns=self.columns)
 
     def fit(self, student: nn.Module, task: Task, *, student_processor: Any = None) -> None:
         """Check that this model can teach that one, and pair the columns of their heads.
@@ -73,17 +71,23 @@ class ModelTeacher:
         Raises:
             TeacherError: the same object, shared weights, another kind of head, labels or vocabulary that do not match.
         """
-        student = unwrapped(student)
-        self._refuse_shared_weights(student)
-        teacher = unwrapped(self.model)
-        self._refuse_other_head(teacher, task)
-        if task.matched_by == "labels":
-            self.columns = match_labels(student.config, teacher.config, matching=self._label_matching)
-        elif task.matched_by == "vocabulary":
-            self._match_vocabulary(student, teacher, student_processor)
-        elif task.kind == "embedding":
-            _refuse_other_width(student.config, teacher.config)
-        self._check_inputs(student, teacher, task, student_processor)
+        student, teacher = unwrapped(student), unwrapped(self.model)
+        fitting.refuse_shared_weights(student, teacher)
+        fitting.refuse_other_head(teacher, task)
+        ours, theirs = fitting.tokenizer_in(student_processor), fitting.tokenizer_in(self._processor)
+        theirs = theirs or fitting.tokenizer_of(teacher)
+        self.columns = fitting.matched_columns(
+            student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
+        )
+        difference = fitting.input_difference(student, teacher, task, tokenizers=(ours, theirs))
+        if difference is not None and task.needs_same_inputs:
+            raise TeacherError(
+                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts positions "
+                "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
+                "the student from the teacher. (If only padded rows of the embeddings differ, pass processing_class= "
+                "and teacher_processing_class=.)"
+            )
+        self._cannot_read_students = difference
         task.learn_from(getattr(teacher, "config", None))
 
     def place(self, accelerator: Any) -> None:
@@ -129,7 +133,9 @@ class ModelTeacher:
             own.setdefault("decoder_input_ids", batch["decoder_input_ids"])
         main = getattr(unwrapped(self.model), "main_input_name", "input_ids")
         source: Mapping[str, Any] = own if main in own else batch
-        inputs = {name: source[name] for name in self.inputs if source.get(name) is not None}
+        # A forward that names nothing is given whatever the student is given.
+        known = self.inputs or tuple(n for n in source if n not in _NEVER_GIVEN and not n.startswith(TEACHER_PREFIX))
+        inputs = {name: source[name] for name in known if source.get(name) is not None}
         if main not in inputs and "inputs_embeds" not in inputs:
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
@@ -137,108 +143,23 @@ class ModelTeacher:
                 f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. "
                 "If a map() or a collator of yours dropped it, keep it there."
             )
-        if self._reads_its_own and source is batch:
+        if self._cannot_read_students is not None and source is batch:
             raise DataError(
-                f"the teacher has another tokenizer, so it cannot read the student's {main}. Give the dataset a "
-                f"column {TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's "
-                "inputs with teacher_processing_class."
+                f"the teacher has another tokenizer and cannot read the student's {main}: "
+                f"{self._cannot_read_students}. Give the dataset a column {TEACHER_PREFIX}text (or "
+                f"{TEACHER_PREFIX}{main}); the collator turns it into the teacher's inputs with "
+                "teacher_processing_class."
             )
+        if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end
+            inputs["use_cache"] = False
         return inputs
 
-    def _refuse_shared_weights(self, student: nn.Module) -> None:
-        if student is unwrapped(self.model):
+    def _explain(self, error: Exception, inputs: dict[str, Any]) -> None:
+        """Say whose forward failed, where that follows from the length of the input."""
+        config = getattr(unwrapped(self.model), "config", None)
+        longest, ids = getattr(config, "max_position_embeddings", None), inputs.get("input_ids")
+        if longest is not None and ids is not None and ids.shape[-1] > longest:
             raise TeacherError(
-                "student and teacher are the same object, so there is nothing to learn and freezing the one freezes "
-                "the other. Load the teacher apart, or pass copy.deepcopy(model)."
-            )
-        theirs = {id(p) for p in self.model.parameters()}
-        shared = [name for name, p in student.named_parameters() if id(p) in theirs]
-        if shared:
-            raise TeacherError(
-                f"student and teacher share weights ({shared[0]} and {len(shared) - 1} more): training the one "
-                "changes the other. Load the teacher apart."
-            )
-
-    def _refuse_other_head(self, teacher: nn.Module, task: Task) -> None:
-        try:
-            kind = infer_kind(teacher)
-        except SettingError:  # not a class of transformers: its outputs will tell
-            return
-        if kind != task.kind:
-            raise TeacherError(
-                f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for "
-                f"{task.kind}. Fine-tune a teacher with the student's kind of head."
-            )
-
-    def _match_vocabulary(self, student: Any, teacher: Any, student_processor: Any) -> None:
-        student_blank, teacher_blank = student.config.pad_token_id, teacher.config.pad_token_id
-        self.columns = match_vocabularies(
-            student_width=_head_width(student),
-            teacher_width=_head_width(teacher),
-            student_tokenizer=_tokenizer(student_processor),
-            teacher_tokenizer=_tokenizer(self._processor),
-            teacher_embeddings=_embeddings(teacher),
-        )
-        if infer_or_none(student) == "ctc" and student_blank != teacher_blank:
-            raise TeacherError(
-                f"student and teacher have different CTC blanks: pad_token_id {student_blank} and {teacher_blank}."
-            )
-
-    def _check_inputs(self, student: Any, teacher: Any, task: Task, student_processor: Any) -> None:
-        """Whether the teacher can read what the student reads; decided here, enforced on every batch."""
-        ours, theirs = _tokenizer(student_processor), _tokenizer(self._processor)
-        difference = None
-        if ours is not None and theirs is not None:
-            difference = tokenizer_difference(ours, theirs)
-        elif task.matched_by != "vocabulary":
-            sizes = _embeddings(student), _embeddings(teacher)
-            if None not in sizes and sizes[0] != sizes[1]:
-                difference = f"they embed {sizes[0]} and {sizes[1]} tokens"
-        if difference is None:
-            return
-        if task.needs_same_inputs:
-            raise TeacherError(
-                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts positions "
-                "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
-                "the student from the teacher. (If only padded rows of the embeddings differ, pass processing_class= "
-                "and teacher_processing_class=.)"
-            )
-        self._reads_its_own = True
-
-
-def infer_or_none(model: Any) -> str | None:
-    try:
-        return infer_kind(model)
-    except SettingError:
-        return None
-
-
-def _refuse_other_width(student: Any, teacher: Any) -> None:
-    if student.hidden_size != teacher.hidden_size:
-        raise TeacherError(
-            f"student and teacher embed in different widths ({student.hidden_size} and {teacher.hidden_size}), which "
-            "an embedding cannot bridge by itself. Give the student the teacher's hidden_size."
-        )
-
-
-def _head_width(model: Any) -> int:
-    head = model.get_output_embeddings()
-    head = getattr(model, "lm_head", None) if head is None else head
-    if head is not None and getattr(head, "weight", None) is not None:
-        return int(head.weight.shape[0])
-    return int(model.config.get_text_config(decoder=True).vocab_size)
-
-
-def _embeddings(model: Any) -> int | None:
-    """How many input ids a model of text can read; None for speech and images."""
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        return None
-    embeddings = model.get_input_embeddings()
-    weight = getattr(embeddings, "weight", None)
-    return int(weight.shape[0]) if isinstance(weight, Tensor) else None
-
-
-def _tokenizer(processor: Any) -> Any:
-    """The tokenizer in a processor, or the tokenizer itself; None for what has none."""
-    processor = getattr(processor, "tokenizer", processor)
-    return processor if hasattr(processor, "get_vocab") else None
+                f"the teacher's forward failed on an input of {ids.shape[-1]} positions; it knows {longest}. Truncate "
+                f"(max_length={longest}), or give it {TEACHER_PREFIX} columns of its own. It said: {error}"
+            ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class TeacherInputsCollator:
         elif "teacher_audio" in raw:
             extractor = getattr(self.processor, "feature_extractor", self.processor)
             waves = [np.asarray(_samples(sound, extractor.sampling_rate)) for sound in raw["teacher_audio"]]
-            made = extractor(waves, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt")
+            made = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt", **_padding(extractor))
         else:
             images = getattr(self.processor, "image_processor", self.processor)
             made = images(raw["teacher_image"], return_tensors="pt")
@@ -97,3 +98,9 @@ def _samples(sound: Any, sampling_rate: int) -> Any:
             f'dataset.cast_column("teacher_audio", datasets.Audio(sampling_rate={sampling_rate})).'
         )
     return sound["array"]
+
+
+def _padding(extractor: Any) -> dict[str, Any]:
+    """The extractor's own padding where it has one (Whisper's 30 seconds), else to the longest."""
+    knob = inspect.signature(extractor.__call__).parameters.get("padding")
+    return {} if knob is None else {"padding": knob.default or True}

@@ -32,6 +32,8 @@ class EvaluationMixin(_Trainer):
 
     def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
         inputs = self.distiller.student_inputs(inputs)
+        if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
+            num_items = None
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
         self._evaluated_outputs = outputs
         return (loss, outputs) if return_outputs else loss
@@ -40,14 +42,14 @@ class EvaluationMixin(_Trainer):
         """As the trainer's own, on the student's columns; with `evaluate_with_teacher`, the teacher is asked too."""
         self._evaluated_outputs = None
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
-        if self._teacher_metrics is not None:
-            self._compare_with_teacher(model, inputs)
+        self._compare_with_teacher(model, inputs)
         self._evaluated_outputs = None
         return found
 
     @torch.no_grad()
     def _compare_with_teacher(self, model: Any, inputs: Any) -> None:
-        assert self._teacher_metrics is not None
+        if self._teacher_metrics is None or not self.distiller.task.can_compare(inputs):
+            return
         batch = self.distiller.prepare(self._prepare_inputs(inputs))
         outputs = self._evaluated_outputs
         if outputs is None:  # no labels, or generation: the forward that is compared has not been made
@@ -56,7 +58,6 @@ class EvaluationMixin(_Trainer):
             self.distiller,
             outputs,
             batch,
-            progress=self._progress,
             gather=self.accelerator.gather_for_metrics,
         )
 

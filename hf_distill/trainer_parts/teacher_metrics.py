@@ -22,12 +22,12 @@ class TeacherMetrics:
     def __init__(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64)  # divergence, agreeing rows, rows
 
-    def add(self, distiller: Distiller, outputs: Any, batch: Batch, *, progress: float, gather: Any) -> None:
+    def add(self, distiller: Distiller, outputs: Any, batch: Batch, *, gather: Any) -> None:
         """Args: gather: `accelerator.gather_for_metrics`."""
         task, match = distiller.task, distiller.logits_match
         student = distiller.student_signals(outputs, batch)
         teacher = distiller.teacher_signals(batch)
-        found = match.per_row(student, teacher, task, batch, progress=progress)
+        found = match.per_row(student, teacher, task, batch, progress=1.0)
         agrees = found.student.argmax(-1) == found.teacher.argmax(-1)
         examples = batch_size(batch)
         rows_an_example = max(1, task.rows(batch) // examples)

@@ -12,7 +12,7 @@ from hf_distill.tasks import TASKS
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TASK_ROWS
-from tests.tokenizers import tokenizer
+from tests.tiny_tokenizers import tokenizer
 
 WITH_VOCABULARY = [case for case in CASES if TASK_ROWS[HEADS[case[0]].kind].not_widened is None]
 
