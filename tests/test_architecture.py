@@ -94,7 +94,7 @@ def test_imports_go_down(path: Path) -> None:
         ("functional", "tasks", "upward"),
         ("objectives", "teachers", "sideways"),
         ("hub", "trainer", "sideways"),
-        ("signals", "schedules", "sideways"),
+        ("loss_sum", "schedules", "sideways"),
         ("trainer", "trainer_parts", None),
         ("arguments", "trainer", None),
         ("cli", "errors", None),
