@@ -238,20 +238,17 @@ class Distiller:
         counts: Counts,
         *,
         labels_mean: Tensor | None,
-        labels_scale: float | None = None,
         progress: float = 0.0,
     ) -> DistillerOutput:
         """The loss, from the student's outputs and its own mean loss over this micro-batch.
 
         Args:
             labels_mean: None where alpha is 1.
-            labels_scale: as `counts.scale`, where the caller has scaled the labels' loss already.
         """
         alpha = self.alpha(progress)
         terms, loss = {}, None
         if labels_mean is not None:
-            scale = counts.scale if labels_scale is None else labels_scale
-            terms[LABELS] = self._labels_part(labels_mean, batch, counts) * scale
+            terms[LABELS] = self._labels_part(labels_mean, batch, counts) * counts.scale
             loss = terms[LABELS] if alpha == 0 else (1 - alpha) * terms[LABELS]
         if alpha > 0:
             totals = []

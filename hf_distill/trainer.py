@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -190,18 +192,11 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if with_labels:
             whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
             own = num_items_in_batch if whole_step else self._own_num_items(batch, num_items_in_batch)
-            mean, outputs = super().compute_loss(model, student_inputs, True, own)
+            with _unscaled(self.args):
+                mean, outputs = super().compute_loss(model, student_inputs, return_outputs=True, num_items_in_batch=own)
         else:
             mean, outputs = None, model(**student_inputs)
-        scaled = self._labels_already_scaled(num_items_in_batch)
-        found = distiller.blend(
-            outputs,
-            batch,
-            counts,
-            labels_mean=mean,
-            labels_scale=1.0 if scaled else None,
-            progress=progress,
-        )
+        found = distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress)
         if in_loop:
             self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
             self._micro_batches_left -= 1
@@ -218,11 +213,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if labels is None:
             labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
         return labels.ne(-100).sum().clamp(min=1)
-
-    def _labels_already_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether `Trainer.compute_loss` has multiplied by the number of processes (its own condition)."""
-        passes_on = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        return bool(self.args.average_tokens_across_devices and passes_on and num_items_in_batch is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""
@@ -261,6 +251,16 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
             self.distiller = self._make_distiller(self.model, self.args, self.processing_class)
             self.distiller.place(self.accelerator)
         self.distiller.set_blend(**blend)
+
+
+@contextlib.contextmanager
+def _unscaled(args: Any) -> Iterator[None]:
+    """Without `Trainer.compute_loss`'s own factor, the number of processes, which not every head accounts for."""
+    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = asked
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

@@ -63,10 +63,10 @@ class LogitsMatch:
     ) -> None:
         self.temperature = temperature or constant(2.0)
         self.settings = dict(settings or {})
-        self._given = divergence
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
             raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
+        self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
 
     def __call__(
@@ -112,10 +112,9 @@ class LogitsMatch:
         if task.on_values in self._chosen:
             return self._chosen[task.on_values]
         name = self.name_for(task)
-        if callable(self._given):
-            found = self._given, DivergenceProperties(paper="given by the user", on_values=True)
-        else:
-            found = DIVERGENCES[name], PROPERTIES[name]
+        function = self._given or DIVERGENCES[name]
+        # A function of the catalogue is what its name is, with settings bound to it (`partial`) or without.
+        found = function, PROPERTIES.get(name, DivergenceProperties(paper="given by the user", on_values=True))
         if task.on_values and not found[1].on_values:
             allowed = [n for n, properties in PROPERTIES.items() if properties.on_values]
             raise SettingError(
@@ -129,27 +128,35 @@ class LogitsMatch:
         """The divergence's name, for logs and cards."""
         if self._given is None:
             return "mean_squared_error" if task.on_values else "forward_kl"
-        return self._given if isinstance(self._given, str) else self._given.__name__
+        function = getattr(self._given, "func", self._given)
+        known = [name for name, catalogued in DIVERGENCES.items() if catalogued is function]
+        return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
 
     def _try_settings(self) -> None:
         """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
-        if not isinstance(self._given, str):
-            if self.settings and self._given is None:
+        if self._given is None:
+            if self.settings:
                 raise SettingError(
                     f"divergence_kwargs={self.settings} without a divergence: name the one they are for."
                 )
             return
-        knobs = inspect.signature(DIVERGENCES[self._given]).parameters.values()
+        knobs = inspect.signature(self._given).parameters.values()
         allowed = [knob.name for knob in knobs if knob.kind is knob.KEYWORD_ONLY]
         unknown = sorted(set(self.settings) - set(allowed))
         if unknown:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
-            raise SettingError(f"divergence_kwargs: {self._given} has no setting {', '.join(unknown)}; it {takes}.")
-        row = torch.zeros(1, 2)
+            name = getattr(self._given, "__name__", type(self._given).__name__)
+            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.")
+        rows = torch.zeros(2, 3)
         try:
-            DIVERGENCES[self._given](row, row, **self.settings)
+            found = self._given(rows, rows, **self.settings)
         except TypeError as error:  # a string where a number belongs
             raise SettingError(f"divergence_kwargs={self.settings}: {error}") from error
+        if tuple(found.shape) != (2,):
+            raise SettingError(
+                f"a divergence returns one number a row, [n]; given two rows, this one returned {list(found.shape)}. "
+                "Leave out the mean or the sum over rows."
+            )
 
 
 def _refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch) -> None:
