@@ -93,6 +93,58 @@ def test_a_stack_that_is_not_found_can_be_named() -> None:
     assert torch.equal(student.storeys[1].weight, teacher.storeys[2].weight)
 
 
+class SharingConfig(hf.PreTrainedConfig):
+    model_type = "sharing"
+    num_layers: int = 3
+    layer_kinds: list[str] | None = None
+
+
+class Kind(nn.Linear):
+    def __init__(self, kind: str) -> None:
+        super().__init__(2, 2)
+        self.kind = kind
+
+
+class Sharing(hf.PreTrainedModel):
+    """One list of kinds is for its layers and for something else too."""
+
+    config_class = SharingConfig
+
+    def __init__(self, config: SharingConfig) -> None:
+        super().__init__(config)
+        kinds = config.layer_kinds or ["plain"] * config.num_layers
+        self.layers = nn.ModuleList([Kind(kinds[i]) for i in range(config.num_layers)])
+        self.others = nn.ModuleList([Kind(kinds[i % len(kinds)]) for i in range(2)])
+        self.post_init()
+
+
+def test_a_cut_that_would_change_another_part() -> None:
+    teacher = Sharing(SharingConfig(layer_kinds=["a", "b", "c"]))
+    assert inherit(teacher, layers=[0, 1]).config.layer_kinds == ["a", "b"]
+    with pytest.raises(
+        TeacherError, match=r"cutting layers changes others of the model too \(kind is 'c', .* 'b'\): one set"
+    ):
+        inherit(teacher, layers=[0, 2])
+
+
+class StubbornConfig(SharingConfig):
+    kinds: tuple[str, ...] = ("a", "b", "c")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_layers = len(self.kinds)
+        super().__post_init__(**kwargs)
+
+
+def test_a_config_that_does_not_survive_saving() -> None:
+    class Stubborn(Sharing):
+        config_class = StubbornConfig
+
+    with pytest.raises(
+        TeacherError, match=r"StubbornConfig for the student reads back with other values in num_layers"
+    ):
+        inherit(Stubborn(StubbornConfig()), layers=2)
+
+
 def test_a_model_without_lists() -> None:
     with pytest.raises(TeacherError, match="The model has no ModuleList at all"):
         inherit(NoLists(TowerConfig()), layers=2)

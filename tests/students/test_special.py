@@ -265,3 +265,24 @@ def test_one_of_two_stacks_that_are_no_sides() -> None:
         inherit(teacher, layers=2)
     student = inherit(teacher, layers=2, stack="vision_model.encoder.layers")
     assert student.config.vision_config.num_hidden_layers == 2 and student.config.text_config.num_hidden_layers == 3
+
+
+def test_stochastic_depth_is_no_difference() -> None:
+    """Beit's layer 0 has an Identity where the others drop paths, in training alone."""
+    tiny = MODELS["BeitForImageClassification"]
+    student = inherit(tiny.make(), layers=[1, 3])
+    assert [type(block.drop_path).__name__ for block in student.beit.layers] == ["Identity", "BeitDropPath"]
+
+
+def test_buffers_are_the_teachers() -> None:
+    tiny = MODELS["LlamaForCausalLM"]
+    teacher = tiny.make()
+    teacher.model.rotary_emb.inv_freq.mul_(0.5)
+    assert_equal(outputs(inherit(teacher, layers=4), tiny.batch()), outputs(teacher, tiny.batch()))
+
+
+def test_a_default_device_does_not_matter() -> None:
+    teacher = MODELS["LlamaForCausalLM"].make()
+    with torch.device("meta"):
+        student = inherit(teacher, layers=2)
+    assert {tensor.device.type for tensor in (*student.parameters(), *student.buffers())} == {"cpu"}
