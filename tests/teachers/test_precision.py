@@ -1,0 +1,139 @@
+"""Teachers in half precision: speech and image features are cast to it; autocast is for full precision only."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from hf_distill import DistillationArguments, Distiller, ModelTeacher, SettingError
+from hf_distill.signals import Needs
+from tests.heads import HEADS
+from tests.teachers.reading import heard_by
+from tests.trainer.tiny import QUIET, assert_moved, bert, make, weights
+
+LISTENERS = ("whisper_seq2seq", "wav2vec2_ctc_mean", "wav2vec2_audio_class", "vit_image_class")
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+FEATURES = ("input_features", "input_values", "pixel_values")
+
+
+def by_hand(name: str, teacher: Any, batch: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    """The teacher's predictions, its features cast by hand; a Whisper's decoder starts with 1 and reads the labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if name == "whisper_seq2seq":
+        shifted = batch["labels"].roll(1, -1)
+        shifted[:, 0] = 1
+        inputs["decoder_input_ids"] = shifted.masked_fill(shifted == -100, 0)
+    inputs = {key: value.to(dtype) if key in FEATURES else value for key, value in inputs.items()}
+    with torch.no_grad():
+        return teacher(**inputs).logits
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("name", LISTENERS)
+def test_a_teacher_given_in_half_precision_hears_in_it(name: str, half: str) -> None:
+    head, dtype = HEADS[name], HALVES[half]
+    student, teacher, batch = head.make(0), head.make(1).eval().to(dtype), head.batch(4)
+    seen = heard_by(teacher)
+    distiller = Distiller(student, teacher, alpha=1.0)
+    prepared = distiller.prepare(batch)
+    found = distiller.teacher(distiller.task, prepared, Needs(logits=True)).logits
+    assert torch.equal(found, by_hand(name, teacher, batch, dtype))
+    given = seen[0]
+    assert all(value.dtype == dtype for key, value in given.items() if key in FEATURES)
+    assert not any(value.is_floating_point() for key, value in given.items() if key.endswith(("_ids", "_mask")))
+    assert all(value.dtype == torch.float32 for key, value in batch.items() if key in FEATURES)  # the student's still
+    distiller(student, batch).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("stored", HALVES)
+@pytest.mark.parametrize("name", LISTENERS)
+def test_a_folder_stored_in_half_precision_trains(tmp_path, name: str, stored: str) -> None:
+    head = HEADS[name]
+    path = str(tmp_path / "teacher")
+    head.make(1).to(HALVES[stored]).save_pretrained(path)
+    trainer = trained(tmp_path, name, path)
+    assert next(trainer.distiller.teacher.model.parameters()).dtype == HALVES[stored]
+
+
+@pytest.mark.parametrize("mixed", [{}, {"bf16": True}], ids=["full", "bf16"])
+@pytest.mark.parametrize("name", LISTENERS)
+def test_teacher_dtype_of_a_teacher_that_hears(tmp_path, name: str, mixed: dict[str, bool]) -> None:
+    trainer = trained(tmp_path, name, HEADS[name].make(1), teacher_dtype="bfloat16", **mixed)
+    assert next(trainer.distiller.teacher.model.parameters()).dtype == torch.bfloat16
+
+
+def trained(folder: Any, name: str, teacher: Any, **settings: Any) -> Any:
+    """One step, and an evaluation that asks the teacher."""
+    head = HEADS[name]
+    student = head.make(0)
+    trainer = make(
+        folder, student, teacher, train_dataset=head.examples(4), eval_dataset=head.examples(3),
+        data_collator=head.collate, max_steps=1, logging_steps=1, evaluate_with_teacher=True, **settings,
+    )  # fmt: skip
+    trainer.train()
+    assert_moved(weights(student), weights(head.make(0)))
+    assert all(torch.isfinite(value).all() for value in weights(student).values() if value.is_floating_point())
+    assert trainer.state.log_history[0]["loss/logits"] > 0
+    assert trainer.evaluate()["eval_divergence"] > 0
+    return trainer
+
+
+# Autocast.
+
+
+@pytest.mark.parametrize(
+    ("kept_in", "asked", "mixed", "autocast", "predicts_in"),
+    [
+        (torch.float32, None, True, True, torch.bfloat16),
+        (torch.float32, None, False, False, torch.float32),
+        (torch.float32, "auto", True, False, torch.float32),
+        (torch.float32, "float32", True, False, torch.float32),
+        (torch.float16, None, True, False, torch.float16),
+        (torch.bfloat16, None, True, False, torch.bfloat16),
+        (torch.float32, "float16", True, False, torch.float16),
+        (torch.float64, None, True, False, torch.float64),
+    ],
+)
+def test_autocast_is_for_teachers_in_full_precision_that_nobody_cast(
+    tmp_path, kept_in: torch.dtype, asked: str | None, mixed: bool, autocast: bool, predicts_in: torch.dtype
+) -> None:
+    teacher, found = bert(seed=1).to(kept_in), []
+    teacher.register_forward_hook(
+        lambda _, __, output: found.append((torch.is_autocast_enabled("cpu"), output.logits.dtype))
+    )
+    make(tmp_path, bert(), teacher, max_steps=1, bf16=mixed, teacher_dtype=asked).train()
+    assert set(found) == {(autocast, predicts_in)}
+
+
+def test_a_teacher_of_numbers_that_are_not_floating_is_given_what_it_was() -> None:
+    """Nothing to cast to: features stay as they are."""
+
+    class Counting(torch.nn.Module):
+        def forward(self, input_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            assert input_values.dtype == torch.float32
+            return {"logits": input_values[:, :3]}
+
+    head = HEADS["wav2vec2_audio_class"]
+    teacher = ModelTeacher(Counting(), label_matching="by_index")
+    teacher.model.main_input_name = "input_values"
+    assert Distiller(head.make(0), teacher, alpha=1.0)(head.make(0), head.batch(4)).loss > 0
+
+
+# The setting.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_dtype_object_is_kept_by_name(tmp_path, dtype: torch.dtype) -> None:
+    args = DistillationArguments(str(tmp_path), teacher_dtype=dtype, **QUIET)
+    assert args.teacher_dtype == str(dtype).removeprefix("torch.")
+    assert json.loads(args.to_json_string())["teacher_dtype"] == args.teacher_dtype
+
+
+@pytest.mark.parametrize("dtype", ["half", "int8", "torch.float16"])
+def test_a_dtype_that_does_not_exist(tmp_path, dtype: str) -> None:
+    with pytest.raises(SettingError, match=f"teacher_dtype='{dtype}': allowed are auto, float32, bfloat16, float16"):
+        DistillationArguments(str(tmp_path), teacher_dtype=dtype, **QUIET)
