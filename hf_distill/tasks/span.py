@@ -24,7 +24,10 @@ class Span(Task):
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
         logits = torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), 1)  # [b 2 t]
-        return logits.masked_fill(~self._readable(batch)[:, None], -torch.inf)
+        readable = self._readable(batch)
+        if logits.shape[-1] != readable.shape[1]:
+            return logits  # of another input: refused where the rows are compared
+        return logits.masked_fill(~readable[:, None], -torch.inf)
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1)
