@@ -1,0 +1,223 @@
+"""Is the teacher's tokenizer the student's? Found beside its weights, compared, and what of its ids the teacher reads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from hf_distill import DataError, Distiller, ModelTeacher, TeacherError
+from hf_distill.teachers.load import find_tokenizer
+from tests.heads import HEADS, VOCABULARY
+from tests.teachers.reading import heard_by
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import make, softened_kl
+
+VOCABULARIES = ("bert_masked_lm", "gpt2_causal_lm", "t5_seq2seq")
+POSITIONS = ("bert_tokens", "bert_span", "bert_multiple_choice")
+LOGGER = "hf_distill.teachers.fitting"
+
+
+def swapped() -> Any:
+    """As many words, but two have changed places: the same width, other tokens."""
+    return tokenizer({f"w{i}": i for i in range(VOCABULARY)} | {"w3": 4, "w4": 3})
+
+
+def saved(folder: Path, name: str, beside: Any = None) -> str:
+    """A teacher's folder, with a tokenizer or without."""
+    HEADS[name].make(1).save_pretrained(folder)
+    if beside is not None:
+        beside.save_pretrained(folder)
+    return str(folder)
+
+
+def in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, beside: Any = None) -> str:
+    """A Hub id, downloaded earlier: what `from_pretrained` reads without a network."""
+    commit = "0" * 40
+    repository = cache / "models--somebody--teacher"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    saved(repository / "snapshots" / commit, name, beside)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return "somebody/teacher"
+
+
+def build(folder: Path, name: str, teacher: Any, **settings: Any) -> Any:
+    given = {"processing_class": tokenizer(), "data_collator": HEADS[name].collate, "train_dataset": None}
+    return make(folder, HEADS[name].make(0), teacher, **{**given, **settings})
+
+
+# A Hub id.
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, *POSITIONS])
+def test_a_hub_ids_tokenizer_is_compared(tmp_path, monkeypatch, name: str) -> None:
+    teacher = in_the_cache(tmp_path / "cache", monkeypatch, name, swapped())
+    with pytest.raises(TeacherError, match=r"2 tokens have other ids, 'w3' is 3 for the student and 4"):
+        build(tmp_path, name, teacher)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_hub_id_with_the_same_tokenizer(tmp_path, monkeypatch, caplog, name: str) -> None:
+    teacher = in_the_cache(tmp_path / "cache", monkeypatch, name, tokenizer())
+    with caplog.at_level(logging.WARNING, LOGGER):
+        build(tmp_path, name, teacher)
+    assert not caplog.records
+
+
+WITHOUT = ("gpt2_causal_lm", "bert_masked_lm", "bert_tokens", "t5_seq2seq", "marian_seq2seq", "wav2vec2_ctc_mean")
+
+
+@pytest.mark.parametrize("name", [*WITHOUT, "wav2vec2_audio_class"])
+def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) -> None:
+    """transformers would make an empty one of the model's class: that is none."""
+    teacher = in_the_cache(tmp_path / "cache", monkeypatch, name)
+    assert find_tokenizer(teacher) is None
+    with caplog.at_level(logging.WARNING, LOGGER):
+        build(tmp_path, name, teacher)
+    if HEADS[name].kind in ("causal_lm", "masked_lm", "seq2seq", "ctc"):
+        assert "teacher's tokenizer is not known" in caplog.text
+
+
+@pytest.mark.parametrize("accent", ["given", "found"])
+def test_what_is_given_goes_before_what_is_found(tmp_path, accent: str) -> None:
+    path = saved(tmp_path / "teacher", "gpt2_causal_lm", swapped() if accent == "given" else tokenizer())
+    if accent == "given":
+        build(tmp_path, "gpt2_causal_lm", path, teacher_processing_class=tokenizer())
+        return
+    with pytest.raises(TeacherError, match="2 tokens have other ids"):
+        build(tmp_path, "gpt2_causal_lm", path, teacher_processing_class=swapped())
+
+
+# A model object.
+
+
+@pytest.mark.parametrize("name", [*VOCABULARIES, *POSITIONS])
+def test_a_model_that_was_loaded_from_a_folder_knows_its_tokenizer(tmp_path, name: str) -> None:
+    model = HEADS[name].model_class.from_pretrained(saved(tmp_path / "teacher", name, swapped()))
+    with pytest.raises(TeacherError, match="2 tokens have other ids"):
+        build(tmp_path, name, model)
+    with pytest.raises(TeacherError, match="2 tokens have other ids"):
+        Distiller(HEADS[name].make(0), model, processing_class=tokenizer())
+    same = HEADS[name].model_class.from_pretrained(saved(tmp_path / "same", name, tokenizer()))
+    build(tmp_path, name, same)
+
+
+def test_a_classifier_from_a_folder_does_not_read_the_students_ids(tmp_path) -> None:
+    """At sequence level another tokenizer is allowed, with inputs of its own."""
+    name = "bert_single_label"
+    model = HEADS[name].model_class.from_pretrained(saved(tmp_path / "teacher", name, swapped()))
+    trainer = build(tmp_path, name, model, train_dataset=HEADS[name].examples(4))
+    with pytest.raises(DataError, match=r"another tokenizer.*2 tokens have other ids.*teacher_text"):
+        trainer.train()
+
+
+def test_an_unknown_tokenizer_is_said_once_to_be_unknown(caplog) -> None:
+    head = HEADS["gpt2_causal_lm"]
+    with caplog.at_level(logging.WARNING, LOGGER):
+        distiller = Distiller(head.make(0), head.make(1), processing_class=tokenizer())
+        distiller(head.make(0), head.batch(4))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "was not compared with the student's" in caplog.text and "teacher_processing_class=" in caplog.text
+
+
+def test_nothing_is_said_where_there_is_nothing_to_compare_or_it_was(caplog) -> None:
+    head = HEADS["gpt2_causal_lm"]
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Distiller(head.make(0), head.make(1))
+        Distiller(head.make(0), ModelTeacher(head.make(1), processor=tokenizer()), processing_class=tokenizer())
+    assert not caplog.records
+
+
+def test_a_processor_is_asked_for_its_tokenizer() -> None:
+    class Processor:
+        tokenizer = swapped()
+
+    head = HEADS["gpt2_causal_lm"]
+    with pytest.raises(TeacherError, match="2 tokens have other ids"):
+        Distiller(head.make(0), ModelTeacher(head.make(1), processor=Processor()), processing_class=tokenizer())
+
+
+# Ids that the teacher cannot embed.
+
+MORE = {"added": ["<user>", "<bot>"]}  # ids 40 and 41
+
+
+@pytest.mark.parametrize("name", ["bert_single_label", "bert_regression", "bert_embedding"])
+def test_a_whole_sequence_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
+    head = HEADS[name]
+    student, teacher = head.make(0, vocab_size=42), head.make(1)
+    batch = head.batch(4)
+    batch["input_ids"][0, 0] = 41
+    distiller = Distiller(
+        student, ModelTeacher(teacher, processor=tokenizer()), alpha=1.0, processing_class=tokenizer(**MORE)
+    )
+    with pytest.raises(DataError, match=r"makes ids up to 41, the teacher embeds 40.*teacher_text"):
+        distiller(student, batch)
+    given = {"teacher_input_ids": batch["input_ids"].clamp(max=39), "teacher_attention_mask": batch["attention_mask"]}
+    seen = heard_by(teacher)
+    assert distiller(student, {**batch, **given}).loss > 0
+    assert int(seen[-1]["input_ids"].max()) < 40
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_positions_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
+    head = HEADS[name]
+    with pytest.raises(TeacherError, match=r"makes ids up to 41, the teacher embeds 40"):
+        Distiller(
+            head.make(0, vocab_size=42),
+            ModelTeacher(head.make(1), processor=tokenizer()),
+            processing_class=tokenizer(**MORE),
+        )
+
+
+@pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
+def test_a_teacher_with_padded_embeddings_reads_them(name: str) -> None:
+    """48 rows for 40 tokens: the student's two more have a place, and no message."""
+    head = HEADS[name]
+    student, teacher = head.make(0, vocab_size=42), head.make(1, vocab_size=48)
+    distiller = Distiller(
+        student,
+        ModelTeacher(teacher, processor=tokenizer()),
+        alpha=1.0,
+        temperature=2.0,
+        processing_class=tokenizer(**MORE),
+    )
+    batch = head.batch(4)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        ours, theirs = student(**batch).logits, teacher(**batch).logits
+    kept = labels != -100
+    expected = softened_kl(ours[kept], theirs[kept], 2.0).mean().item()
+    assert distiller(student, {**batch, "labels": labels}).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+# Positions that the teacher does not know.
+
+
+@pytest.mark.parametrize("name", ["bert_single_label", "gpt2_causal_lm"])
+def test_an_input_longer_than_the_teacher_reads(name: str) -> None:
+    head = HEADS[name]
+    short = {"n_positions": 8} if name.startswith("gpt2") else {"max_position_embeddings": 8}
+    student, batch = head.make(0), head.batch(4)
+    length = batch["input_ids"].shape[1]
+    assert length > 8
+    distiller = Distiller(student, head.make(1, **short), alpha=1.0)
+    with pytest.raises(TeacherError) as raised:
+        distiller(student, batch)
+    for word in ("the teacher's forward failed", f"{length} positions; it knows 8", "max_length=8", "teacher_ columns"):
+        assert word in str(raised.value), (word, str(raised.value))
+
+
+def test_another_failure_is_left_as_it_is() -> None:
+    head = HEADS["bert_single_label"]
+    student, batch = head.make(0), head.batch(4)
+    distiller = Distiller(student, head.make(1), alpha=1.0)
+    batch["attention_mask"] = batch["attention_mask"][:, :-1]
+    with pytest.raises(RuntimeError) as raised:
+        distiller.teacher(distiller.task, batch, distiller.logits_match.needs)
+    assert not isinstance(raised.value, TeacherError)
