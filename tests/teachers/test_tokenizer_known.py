@@ -1,4 +1,4 @@
-"""Is the teacher's tokenizer the student's? Found beside its weights, compared, and what of its ids the teacher reads."""
+"""Whether the teacher's tokenizer is the student's: found, compared, and which of its ids the teacher reads."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) 
         assert "teacher's tokenizer is not known" in caplog.text
 
 
-@pytest.mark.parametrize("accent", ["given", "found"])
-def test_what_is_given_goes_before_what_is_found(tmp_path, accent: str) -> None:
-    path = saved(tmp_path / "teacher", "gpt2_causal_lm", swapped() if accent == "given" else tokenizer())
-    if accent == "given":
+@pytest.mark.parametrize("right", ["given", "found"])
+def test_what_is_given_goes_before_what_is_found(tmp_path, right: str) -> None:
+    path = saved(tmp_path / "teacher", "gpt2_causal_lm", swapped() if right == "given" else tokenizer())
+    if right == "given":
         build(tmp_path, "gpt2_causal_lm", path, teacher_processing_class=tokenizer())
         return
     with pytest.raises(TeacherError, match="2 tokens have other ids"):
