@@ -1,4 +1,4 @@
-"""What an evaluation with the teacher is used for: the best checkpoint, curves over a run, predictions without labels."""
+"""What evaluating with the teacher is good for: the best checkpoint, curves over a run, data without labels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_the_checkpoint_with_the_lowest_divergence_is_kept(tmp_path, course: str
     """One run comes closer to the teacher with every step, one goes away from it: it climbs."""
     trainer = make(
         tmp_path, bert(), bert(seed=1), eval_dataset=examples(8), max_steps=3, alpha=1.0, save_strategy="steps",
-        save_steps=1, per_device_train_batch_size=8, learning_rate=0.02, load_best_model_at_end=True, metric_for_best_model="eval_divergence", **EACH_STEP,
+        save_steps=1, per_device_train_batch_size=8, learning_rate=0.02, load_best_model_at_end=True,
+        metric_for_best_model="eval_divergence", **EACH_STEP,
     )  # fmt: skip
     if course == "away":
         trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.02, maximize=True)
