@@ -181,3 +181,48 @@ def test_columns_pick_views_and_copies() -> None:
     assert Columns(2, None).of_student(x).tolist() == [[0, 1], [3, 4]]
     assert Columns(None, (2, 0)).of_teacher(x).tolist() == [[2, 0], [5, 3]]
     assert Columns().of_teacher(x) is x
+
+
+# Labels among the compared columns.
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"),
+    [
+        (Columns(), 6),
+        (Columns(4, 4), 6),
+        (Columns((0, 2, 5), (0, 2, 5)), 6),
+        (Columns((3, 1), (1, 3)), 4),
+        (Columns(None, (2, 0, 1)), 3),
+        (Columns((0,), (0,)), 6),
+    ],
+)
+def test_a_labels_column_holds_what_the_labels_own_column_held(columns: Columns, width: int) -> None:
+    ids = torch.tensor([*range(width), -100, 0, -100, width - 1])
+    logits = torch.arange(float(width)) * 10  # column i of the student's holds 10 i
+    picked = columns.of_student(logits).tolist()
+    found = columns.of_labels(ids).tolist()
+    assert found == [picked.index(10.0 * i) if 10.0 * i in picked else -100 for i in ids.tolist()]
+
+
+@pytest.mark.parametrize("columns", [Columns(2, 2), Columns((0, 2), (0, 2)), Columns((2, 0), (0, 2))])
+def test_labels_beyond_every_column_and_none_at_all(columns: Columns) -> None:
+    assert columns.of_labels(torch.tensor([7, 3, 1_000_000])).tolist() == [-100] * 3
+    empty = columns.of_labels(torch.empty(0, dtype=torch.long))
+    assert empty.shape == (0,) and empty.dtype == torch.long
+
+
+def test_columns_of_labels_leaves_its_argument_as_it_was() -> None:
+    ids = torch.tensor([0, 1, 2, -100])
+    for columns in (Columns(), Columns(1, 1), Columns((2, 0), (0, 2))):
+        columns.of_labels(ids)
+        assert ids.tolist() == [0, 1, 2, -100]
+
+
+def test_columns_are_equal_whatever_they_have_been_used_for() -> None:
+    """The index that is kept beside them is no part of what they say."""
+    used, fresh = Columns((0, 2), (2, 0)), Columns((0, 2), (2, 0))
+    used.of_student(torch.zeros(3))
+    used.of_labels(torch.tensor([2]))
+    assert used == fresh and repr(used) == repr(fresh)
+    assert Columns((0, 2), (2, 0)).of_teacher(torch.tensor([1.0, 2.0, 3.0])).tolist() == [3.0, 1.0]

@@ -109,4 +109,5 @@ def asked_teacher(folder: Path | str, head: Head, *, count: int) -> dict[str, fl
         data_collator=partial(in_double, head),
     )
     metrics = trainer.evaluate()
-    return {name: metrics[name] for name in ("eval_divergence", "eval_teacher_agreement")}
+    asked = ("eval_loss", "eval_divergence", "eval_teacher_agreement")
+    return {name: metrics[name] for name in asked if name in metrics}

@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 
 from tests.heads import HEADS
-from tests.trainer.steps import asked_teacher, one_step
+from tests.trainer.steps import asked_teacher, in_double, one_step
 from tests.trainer.tiny import update_difference, weights
-from tests.trainer.two_processes import EVALUATED, cases
+from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,4 +72,17 @@ def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
 def test_two_processes_ask_the_teacher_as_one_does(from_two, tmp_path, name: str, count: int) -> None:
     """Also where the examples do not divide: one that a sampler repeats to fill up a batch counts once."""
     expected = asked_teacher(tmp_path, HEADS[name], count=count)
-    assert from_two["evaluated"][name, count] == pytest.approx(expected, rel=1e-6)
+    found = from_two["evaluated"][name, count]
+    for figure in ("eval_divergence", "eval_teacher_agreement"):
+        assert found[figure] == pytest.approx(expected[figure], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", WHOLE_BATCHES)
+def test_two_processes_evaluate_to_the_plain_mean(from_two, tmp_path, name: str) -> None:
+    """Whether or not the head looks at `num_items_in_batch`: the mean of its own losses, as in one process."""
+    head, found = HEADS[name], from_two["evaluated"][name, 6]
+    student, rows = head.make(seed=0).double().eval(), head.examples(6)
+    with torch.no_grad():
+        losses = [student(**in_double(head, batch)).loss.item() for batch in (rows[:3], rows[3:])]
+    assert found["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert found == pytest.approx(asked_teacher(tmp_path, head, count=6), rel=1e-6)

@@ -22,6 +22,16 @@ CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twic
 
 
 EVALUATED = [("bert_single_label", 7), ("bert_tokens", 7), ("bert_span", 8), ("t5_seq2seq", 5)]  # head, examples
+WHOLE_BATCHES = (  # six examples of each: a batch of three a process
+    "bert_single_label",
+    "bert_multi_label",
+    "vit_image_class",
+    "bert_regression",
+    "wav2vec2_ctc_mean",
+    "bert_tokens",
+    "llama_causal_lm",
+    "t5_seq2seq",
+)
 
 
 def cases() -> list[tuple[str, float, int, int, str]]:
@@ -47,7 +57,7 @@ def main(path: str) -> None:
             cut = {"micro_batch": micro_batch, "accumulation": accumulation}
             state, logged = one_step(folder, HEADS[name], alpha=alpha, variant=variant, **cut)
             found[case] = (state, logged)
-        for name, count in EVALUATED:
+        for name, count in [*EVALUATED, *((name, 6) for name in WHOLE_BATCHES)]:
             evaluated[name, count] = asked_teacher(folder, HEADS[name], count=count)
     rank, processes = dist.get_rank(), dist.get_world_size()
     if rank == 0:
