@@ -250,6 +250,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if self.distiller.teacher is None and any(blend["alpha"](p) > 0 for p in PROGRESS):
             self.distiller = self._make_distiller(self.model, self.args, self.processing_class)
             self.distiller.place(self.accelerator)
+            self._signature_columns = None  # the teacher's inputs belong to them from now on
         self.distiller.set_blend(**blend)
 
 

@@ -79,6 +79,12 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
     """
     if matching not in LABEL_MATCHING:
         raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
+    for whose, config in (("student", student), ("teacher", teacher)):
+        if sorted(label_ids(config).values()) != list(range(config.num_labels)):
+            raise TeacherError(
+                f"the {whose}'s labels {label_ids(config)} do not number its {config.num_labels} columns from 0. Set "
+                f"{whose}.config.label2id and id2label to name each column once."
+            )
     if student.num_labels != teacher.num_labels:
         raise TeacherError(
             f"student and teacher have different numbers of labels: student {student.num_labels} {_names(student)}, "

@@ -17,6 +17,7 @@ from hf_distill.vocabulary import Columns
 Batch = Mapping[str, Any]
 IGNORED = -100
 TEACHER_PREFIX = "teacher_"
+_MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 
 
 class Task:
@@ -126,8 +127,9 @@ def output_named(name: str, outputs: Any) -> Tensor:
 
 
 def first_tensor(batch: Batch) -> Tensor:
-    """Any tensor of the student's inputs: for its device and its batch axis."""
-    for name, value in batch.items():
+    """A tensor with an entry an example: the main input where its name is known, else any."""
+    for name in (*_MAIN_INPUTS, *batch):
+        value = batch.get(name)
         if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(TEACHER_PREFIX):
             return value
     raise DataError(f"the batch holds no tensor, only {sorted(batch)}. Check the data collator.")

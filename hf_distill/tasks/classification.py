@@ -12,6 +12,10 @@ from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, ou
 from hf_distill.vocabulary import Columns
 
 _SEVERAL = "multi_label_classification"
+_ADVICE = (
+    "Set config.problem_type of both to what the labels are (transformers takes float labels for several at once), "
+    "and use a teacher that was trained for that."
+)
 
 
 class Classification(Task):
@@ -44,17 +48,20 @@ class Classification(Task):
         if ours is not None and theirs is not None and (ours == _SEVERAL) != (theirs == _SEVERAL):
             raise TeacherError(
                 f"the student's problem_type is {ours!r}, the teacher's {theirs!r}: one predicts one label, the other "
-                "several at once. Set config.problem_type of both to what the labels are (transformers takes float "
-                "labels for several at once)."
+                f"several at once. {_ADVICE}"
             )
         return ours or theirs
 
     def is_multi_label(self, batch: Batch) -> bool:
-        problem = self._problem()
-        if problem is not None:
-            return problem == _SEVERAL
-        labels = batch.get("labels")
-        return labels is not None and labels.is_floating_point() and labels.dim() == 2
+        problem, labels = self._problem(), batch.get("labels")
+        if problem is None:
+            return labels is not None and labels.is_floating_point() and labels.dim() == 2
+        if problem == _SEVERAL and labels is not None and labels.dim() == 1:
+            raise TeacherError(
+                f"there is one label an example, but problem_type is {problem!r} (the teacher's: "
+                f"{self._teachers_problem!r}): several at once. {_ADVICE}"
+            )
+        return problem == _SEVERAL
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
         logits = pick(output_named("logits", outputs), columns, teacher=teacher)  # [b v]

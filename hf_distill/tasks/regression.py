@@ -39,8 +39,7 @@ class Embedding(Task):
     """One row `[b d]` an example: the last hidden state, pooled over the attended positions.
 
     `pooling`: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders). A bare encoder has no
-    loss of its own, so
-    it trains with alpha=1, or with a `compute_loss_func`.
+    loss of its own, so it trains with alpha=1, or with a `compute_loss_func`.
     """
 
     kind = "embedding"

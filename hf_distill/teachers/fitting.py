@@ -75,11 +75,6 @@ def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Toke
     if widths[0] is None or widths[1] is None:
         return Columns()  # a head that is not found: the rows themselves are compared at the first step
     ours, theirs = tokenizers
-    if ours is not None and theirs is None:
-        logger.warning(
-            "The teacher's tokenizer is not known, so it was not compared with the student's. If it is another one, "
-            "the student learns permuted tokens: pass teacher_processing_class= to have it checked."
-        )
     columns = match_vocabularies(
         student_width=widths[0],
         teacher_width=widths[1],
@@ -102,6 +97,11 @@ def input_difference(student: Any, teacher: Any, task: Task, *, tokenizers: Toke
     ours_embedded, theirs_embedded = _embeddings(student), _embeddings(teacher)
     if ours_embedded is None or theirs_embedded is None:
         return None  # sound or images
+    if ours is not None and theirs is None:
+        logger.warning(
+            "The teacher's tokenizer is not known, so it was not compared with the student's. If it is another one, "
+            "the student learns from misread text: pass teacher_processing_class= to have it checked."
+        )
     if ours is None or theirs is None:
         if task.matched_by != "vocabulary" and ours_embedded != theirs_embedded:
             return f"they embed {ours_embedded} and {theirs_embedded} tokens"

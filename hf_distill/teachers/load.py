@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import cached_file
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError
 
@@ -106,14 +107,22 @@ def find_tokenizer(path: str | os.PathLike[str]) -> Any:
 
     For a Hub id it comes from where the weights have just come from.
     """
-    local = os.path.isdir(path)
-    if local and not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
-        return None
+    if not any(_has_file(path, name) for name in _TOKENIZER_FILES):
+        return None  # transformers would make an empty one of the model's class
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None  # none there, or one that needs a library that is not: then it is not known
-    return tokenizer if tokenizer.get_vocab() else None
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path))
+    except (OSError, ValueError, KeyError, ImportError, TypeError):
+        return None  # one that is damaged, or needs a library that is not there: then it is not known
+    return None if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) else tokenizer
+
+
+def _has_file(path: str | os.PathLike[str], name: str) -> bool:
+    if os.path.isdir(path):
+        return os.path.isfile(os.path.join(path, name))
+    try:
+        return cached_file(path, name) is not None
+    except OSError:  # not there, or neither in the cache nor in reach
+        return False
 
 
 def _looks_local(path: str) -> bool:

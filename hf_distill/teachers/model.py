@@ -24,9 +24,8 @@ _NEVER_GIVEN = ("labels", "start_positions", "end_positions")
 class ModelTeacher:
     """A transformers model, or anything that is called with keywords and returns an output with logits.
 
-    The model is frozen in place (`requires_grad_(False)`, `eval()`) once it is put to use. It reads its own
-    inputs, `teacher_*`
-    columns with the prefix taken off, where the batch has them, and else the student's.
+    The model is frozen in place (`requires_grad_(False)`, `eval()`) once it is put to use. It reads its own inputs,
+    `teacher_*` columns with the prefix taken off, where the batch has them, and else the student's.
 
     Args:
         model: the model. processor: its tokenizer or feature extractor, where it is not the student's.

@@ -76,8 +76,7 @@ class PublishingMixin:
         """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
 
         The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
-        `dataset_tags` and
-        `dataset` both name datasets, and a name in the Hub's spelling is linked.
+        `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
         """
         if not self.is_world_process_zero() or type(self).card_renderer is None:
             return
@@ -168,8 +167,7 @@ class PublishingMixin:
         """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
 
         The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
-        local paths), logs,
-        and whatever else lies in the output folder.
+        local paths), logs, and whatever else lies in the output folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
