@@ -95,13 +95,14 @@ def input_difference(student: Any, teacher: Any, task: Task, *, tokenizers: Toke
     """Why the teacher cannot read the student's input ids, in words; None where nothing says so."""
     ours, theirs = tokenizers
     ours_embedded, theirs_embedded = _embeddings(student), _embeddings(teacher)
-    if ours_embedded is None or theirs_embedded is None:
-        return None  # sound or images
-    if ours is not None and theirs is None:
+    is_text = ours_embedded is not None and theirs_embedded is not None  # else sound or images
+    if ours is not None and theirs is None and (is_text or task.matched_by == "vocabulary"):
         logger.warning(
             "The teacher's tokenizer is not known, so it was not compared with the student's. If it is another one, "
             "the student learns from misread text: pass teacher_processing_class= to have it checked."
         )
+    if ours_embedded is None or theirs_embedded is None:
+        return None
     if ours is None or theirs is None:
         if task.matched_by != "vocabulary" and ours_embedded != theirs_embedded:
             return f"they embed {ours_embedded} and {theirs_embedded} tokens"
