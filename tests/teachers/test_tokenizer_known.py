@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from hf_distill import DataError, Distiller, ModelTeacher, TeacherError
 from hf_distill.teachers.load import find_tokenizer
@@ -69,10 +71,10 @@ def test_a_hub_id_with_the_same_tokenizer(tmp_path, monkeypatch, caplog, name: s
     assert not caplog.records
 
 
-WITHOUT = ("gpt2_causal_lm", "bert_masked_lm", "bert_tokens", "t5_seq2seq", "marian_seq2seq", "wav2vec2_ctc_mean")
+WITHOUT = ("gpt2_causal_lm", "bert_masked_lm", "bert_tokens", "t5_seq2seq", "marian_seq2seq")
 
 
-@pytest.mark.parametrize("name", [*WITHOUT, "wav2vec2_audio_class"])
+@pytest.mark.parametrize("name", [*WITHOUT, "wav2vec2_ctc_mean", "whisper_seq2seq", "wav2vec2_audio_class"])
 def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) -> None:
     """transformers would make an empty one of the model's class: that is none."""
     teacher = in_the_cache(tmp_path / "cache", monkeypatch, name)
@@ -81,6 +83,18 @@ def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) 
         build(tmp_path, name, teacher)
     if HEADS[name].kind in ("causal_lm", "masked_lm", "seq2seq", "ctc"):
         assert "teacher's tokenizer is not known" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "GPT2Tokenizer", "Wav2Vec2CTCTokenizer"])
+def test_a_folder_with_the_settings_of_a_tokenizer_but_no_words(tmp_path, kind: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}), encoding="utf-8")
+    assert find_tokenizer(tmp_path) is None
+
+
+def test_a_byte_level_tokenizer_has_no_file_of_words(tmp_path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    found = find_tokenizer(tmp_path)
+    assert found is not None and found("a")["input_ids"] == ByT5Tokenizer()("a")["input_ids"]
 
 
 @pytest.mark.parametrize("right", ["given", "found"])
