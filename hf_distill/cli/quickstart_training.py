@@ -56,6 +56,7 @@ def train_distilled(
     trainer = DistillationTrainer(
         model=model,
         teacher_model=teacher,
+        teacher_processing_class=tokenizer,  # the same: so it is compared, and found to be
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
