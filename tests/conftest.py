@@ -1,4 +1,4 @@
-"""For every test: no network, one thread, a fixed seed. Warnings are errors by pyproject.toml."""
+"""For every test: no network, one thread, a fixed seed, and nothing of Accelerate from the test before."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set it to run on an accelerator
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc
 import random
+from collections.abc import Iterator
 
+import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from transformers import BertForSequenceClassification, Trainer
 from transformers.utils import logging
 
+# Accelerate collects garbage at the start of every training: a second each with all of transformers loaded. What is
+# imported by now stays anyway, so the collector need not look at it.
+KEPT = (datasets, transformers, BertForSequenceClassification, Trainer)
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 
@@ -28,3 +37,19 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left_over() -> Iterator[None]:
+    """Mixed precision, and where in its data an interrupted training was, are kept in singletons."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

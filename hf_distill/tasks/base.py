@@ -106,6 +106,23 @@ class Task:
         return None if keep is None else keep.nonzero().squeeze(-1)
 
 
+class PositionTask(Task):
+    """A row a position `[b t v]`; a subclass says by `keep` which positions count."""
+
+    def select(self, x: Tensor, batch: Batch) -> Tensor:
+        return x.flatten(0, 1)
+
+    def rows(self, batch: Batch) -> int:
+        keep = self.keep(batch)
+        assert keep is not None  # every subclass says so
+        return keep.numel()
+
+
+def labels_of_rows(batch: Batch) -> Tensor | None:
+    """`[n]` the labels, where each row has one; None without labels."""
+    return None if batch.get("labels") is None else batch["labels"].flatten()
+
+
 def pick(x: Tensor, columns: Columns, *, teacher: bool) -> Tensor:
     return columns.of_teacher(x) if teacher else columns.of_student(x)
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, TeacherError
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, pick
+from hf_distill.tasks.base import (
+    IGNORED,
+    Batch,
+    PositionTask,
+    Task,
+    attended,
+    batch_size,
+    labels_of_rows,
+    output_named,
+    pick,
+)
 from hf_distill.vocabulary import Columns
 
 _SEVERAL = "multi_label_classification"
@@ -103,7 +113,7 @@ class MultipleChoice(Task):
         return batch.get("labels")
 
 
-class TokenClassification(Task):
+class TokenClassification(PositionTask):
     """One row a token. `rows="labelled"` keeps tokens whose label is not -100 (first pieces of words, as a rule);
     `rows="attended"` all that the attention mask shows. Without labels the latter is all that is known.
     """
@@ -116,19 +126,13 @@ class TokenClassification(Task):
             raise SettingError(f"rows={rows!r}: allowed are 'labelled' and 'attended'.")
         self._rows = rows
 
-    def select(self, x: Tensor, batch: Batch) -> Tensor:
-        return x.flatten(0, 1)
-
     def keep(self, batch: Batch) -> Tensor:
         if self._rows == "labelled" and batch.get("labels") is not None:
             return (batch["labels"] != IGNORED).flatten()
         return attended(batch, "attention_mask", ("labels", "input_ids", "inputs_embeds")).flatten()
 
-    def rows(self, batch: Batch) -> int:
-        return self.keep(batch).numel()
-
     def targets(self, batch: Batch) -> Tensor | None:
-        return None if batch.get("labels") is None else batch["labels"].flatten()
+        return labels_of_rows(batch)
 
 
 def refuse_ignored(labels: Tensor, head: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
-from hf_distill.tasks.base import Batch, Task, attended
+from hf_distill.tasks.base import Batch, PositionTask, attended
 
 
-class CTC(Task):
+class CTC(PositionTask):
     """Frames `[b f v]`. How many are real follows from the samples (or input frames) by the student's own rule.
 
     With `config.ctc_loss_reduction="sum"` the head's loss is a sum over utterances, so the divergence is a sum over
@@ -41,18 +41,12 @@ class CTC(Task):
             )
         return cls(rule, sums_over_examples=model.config.ctc_loss_reduction == "sum")
 
-    def select(self, x: Tensor, batch: Batch) -> Tensor:
-        return x.flatten(0, 1)
-
     def keep(self, batch: Batch) -> Tensor:
         mask = attended(batch, "attention_mask", ("input_values", "input_features"))
         frames = int(self._frame_lengths(torch.tensor(mask.shape[1])))
         lengths = self._frame_lengths(mask.sum(-1)).to(mask.device)
         positions = torch.arange(frames, device=mask.device)
         return (positions < lengths[:, None]).flatten()
-
-    def rows(self, batch: Batch) -> int:
-        return self.keep(batch).numel()
 
     def label_count(self, batch: Batch) -> Tensor:
         labels = batch["labels"]

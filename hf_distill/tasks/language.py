@@ -8,31 +8,25 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended
+from hf_distill.tasks.base import IGNORED, Batch, PositionTask, attended, labels_of_rows
 
 
-class MaskedLM(Task):
+class MaskedLM(PositionTask):
     """The positions whose label is not -100, the masked ones; without labels, all that are attended."""
 
     kind = "masked_lm"
     matched_by = "vocabulary"
-
-    def select(self, x: Tensor, batch: Batch) -> Tensor:
-        return x.flatten(0, 1)
 
     def keep(self, batch: Batch) -> Tensor:
         if batch.get("labels") is not None:
             return (batch["labels"] != IGNORED).flatten()
         return attended(batch, "attention_mask", ("input_ids", "inputs_embeds")).flatten()
 
-    def rows(self, batch: Batch) -> int:
-        return self.keep(batch).numel()
-
     def targets(self, batch: Batch) -> Tensor | None:
-        return None if batch.get("labels") is None else batch["labels"].flatten()
+        return labels_of_rows(batch)
 
 
-class CausalLM(Task):
+class CausalLM(PositionTask):
     """Position i predicts token i + 1: logits lose their last position, labels their first.
 
     A collator that gives `shift_labels` (already shifted, padding-free batches) is taken at its word, as in `Trainer`.
@@ -59,9 +53,6 @@ class CausalLM(Task):
             keep = keep & mask[:, :-1].bool()
         return keep.flatten()
 
-    def rows(self, batch: Batch) -> int:
-        return self.keep(batch).numel()
-
     def label_count(self, batch: Batch) -> Tensor:
         labels = self._next_tokens(batch)
         assert labels is not None  # the labels term is only asked for where there are labels
@@ -80,26 +71,20 @@ class CausalLM(Task):
         return None if batch.get("labels") is None else batch["labels"][:, 1:]
 
 
-class Seq2Seq(Task):
+class Seq2Seq(PositionTask):
     """A row a decoder position: not shifted. Both models get the student's decoder inputs, made once from the
     labels."""
 
     kind = "seq2seq"
     matched_by = "vocabulary"
 
-    def select(self, x: Tensor, batch: Batch) -> Tensor:
-        return x.flatten(0, 1)
-
     def keep(self, batch: Batch) -> Tensor:
         if batch.get("labels") is not None:
             return (batch["labels"] != IGNORED).flatten()
         return attended(batch, "decoder_attention_mask", ("decoder_input_ids",)).flatten()
 
-    def rows(self, batch: Batch) -> int:
-        return self.keep(batch).numel()
-
     def targets(self, batch: Batch) -> Tensor | None:
-        return None if batch.get("labels") is None else batch["labels"].flatten()
+        return labels_of_rows(batch)
 
     def can_compare(self, batch: Batch) -> bool:
         return batch.get("labels") is not None or batch.get("decoder_input_ids") is not None
