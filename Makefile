@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# An isolated build for what has no wheel (seqeval): an old pip would run its setup.py here, and miss what that needs.
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --use-pep517 --constraint constraints.txt
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 # One BLAS thread for each test process: two processes with two threads each spin on two cores.
