@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 
@@ -28,6 +29,6 @@ def scale_of(accelerator: Any, same_batch: int) -> float:
     if accelerator is None:
         return 1.0
     divided_by = 1
-    if str(accelerator.distributed_type).rsplit(".", 1)[-1] != "DEEPSPEED":
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
         divided_by = accelerator.gradient_accumulation_steps
     return accelerator.num_processes // same_batch * float(divided_by)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class TokenClassification(PositionTask):
     """
 
     kind = "token_classification"
-    matched_by: ClassVar = "labels"
+    matched_by = "labels"
 
     def __init__(self, rows: str = "labelled") -> None:
         if rows not in ("labelled", "attended"):

@@ -90,13 +90,13 @@ class Seq2Seq(PositionTask):
         return batch.get("labels") is not None or batch.get("decoder_input_ids") is not None
 
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
-        if batch.get("decoder_input_ids") is not None or batch.get("labels") is None:
-            if batch.get("decoder_input_ids") is None:
-                raise DataError(
-                    "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is "
-                    f"otherwise not known. The batch has {sorted(batch)}."
-                )
+        if batch.get("decoder_input_ids") is not None:
             return batch
+        if batch.get("labels") is None:
+            raise DataError(
+                "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is otherwise "
+                f"not known. The batch has {sorted(batch)}."
+            )
         return {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
 
 

@@ -56,8 +56,7 @@ def matched_columns(student: Any, teacher: Any, task: Task, *, tokenizers: Token
             nameless = type(student if configs[0] is None else teacher).__name__
             raise TeacherError(
                 f"{nameless} has no config, so its labels have no names. Give it one with label2id, or, if the order "
-                "is the "
-                'same, pass label_matching="by_index" (in a loop of your own to ModelTeacher).'
+                'is the same, pass label_matching="by_index" (in a loop of your own to ModelTeacher).'
             )
     if task.matched_by == "vocabulary":
         return _matched_vocabulary(student, teacher, task, tokenizers)

@@ -14,9 +14,9 @@ from hf_distill.tasks.base import batch_size
 class TeacherMetrics:
     """Sums an example, gathered so that an example that a sampler repeated to fill up a batch counts once.
 
-    `teacher_agreement`: share of the rows that count whose most likely class is the same (None for values, which
-    have no class).
-    `divergence`: mean over the rows that count, temperature factor included.
+    `teacher_agreement`: share of the rows that count whose most likely class is the same (left out for values, which
+    have no class). `divergence`: mean over the rows that count, at the temperature that training ends with, its factor
+    included.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class TeacherMetrics:
         each = torch.stack((found.values.float(), agrees.float(), torch.ones_like(agrees).float()), 1)
         sums = torch.zeros(examples, 3, device=each.device)
         sums.index_add_(0, kept // rows_an_example, each)
-        self._sums += gather(sums).double().sum(0).cpu()
+        self._sums += gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
 
     def read(self, *, on_values: bool) -> dict[str, float]:
         """The metrics; nothing where no row counted."""

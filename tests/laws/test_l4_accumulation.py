@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from tests.heads import HEADS
@@ -130,7 +131,7 @@ def test_processes_that_see_the_same_batch_count_once() -> None:
 def test_deepspeed_does_not_divide_so_we_do_not_multiply() -> None:
     distiller = m.distiller_of("bert_tokens")
     accelerator = SimpleNamespace(
-        distributed_type="DistributedType.DEEPSPEED",
+        distributed_type=DistributedType.DEEPSPEED,
         gradient_accumulation_steps=4,
         num_processes=1,
         device=torch.device("cpu"),
