@@ -21,6 +21,7 @@ LAYERS = (
     "signals",
     "functional",
     "tasks",
+    "inside",
     "objectives | teachers | views | students | watch",
     "distiller",
     "trainer + trainer_parts + arguments | compare | hub",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.stacks import Stack
+from hf_distill.inside.stacks import Stack
 
 
 @dataclass

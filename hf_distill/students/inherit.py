@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_distill.errors import SettingError, TeacherError
+from hf_distill.inside.depth import check_it_can_be_read_back, with_layers
+from hf_distill.inside.shared import NOTE, check_groups, depth_of, shares_layers
+from hf_distill.inside.stacks import Stack, candidates, empty_like, find_stacks, named_stack
 from hf_distill.layer_map import LayerMap
-from hf_distill.students.config import check_it_can_be_read_back, with_layers
 from hf_distill.students.copying import Copied, copy_tensors, drop_absent_modules
 from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
 from hf_distill.students.report import InheritReport, StackReport
-from hf_distill.students.shared import NOTE, check_groups, depth_of, shares_layers
-from hf_distill.students.stacks import Stack, candidates, empty_like, find_stacks, named_stack
 
 logger = logging.getLogger(__name__)
 Layers = int | Sequence[int] | LayerMap

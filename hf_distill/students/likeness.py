@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from hf_distill.errors import TeacherError
+from hf_distill.inside.stacks import Stack, blocks, module_lists
 from hf_distill.students.copying import Place, serves_all_layers
-from hf_distill.students.stacks import Stack, blocks, module_lists
 
 # Which layer it is; what only training does; what is switched on and off.
 _MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|checkpointing$|^_")

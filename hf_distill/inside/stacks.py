@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.students.config import DepthSetting, any_depths, usual_depths, with_layers
+from hf_distill.inside.depth import DepthSetting, any_depths, usual_depths, with_layers
 
 # What a constructor may say to a setting that was only tried.
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)

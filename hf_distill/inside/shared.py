@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.config import DepthSetting
+from hf_distill.inside.depth import DepthSetting
 
 NOTE = "The layers share their weights: the student is faster than the teacher, and has as many parameters."
 
