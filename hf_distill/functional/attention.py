@@ -102,10 +102,10 @@ def _allowed(student: Tensor, teacher: Tensor, keys: Tensor, *, fill: float) -> 
             f"the student has {student.shape[1]} attention heads, the teacher {teacher.shape[1]}. Say which teacher "
             "head each student head learns from (map_heads), or compare relations, which need no equal heads."
         )
-    b, h, t, s = student.shape
-    if student.shape != teacher.shape or tuple(keys.shape) not in ((b, 1, t, s), (b, h, t, s)):
+    shape = tuple(student.shape)
+    if len(shape) != 4 or teacher.shape != shape or tuple(keys.shape) not in (shape, (shape[0], 1, *shape[2:])):
         raise SettingError(
-            f"student scores are {[b, h, t, s]}, teacher scores {list(teacher.shape)}, keys {list(keys.shape)}: scores "
+            f"student scores are {list(shape)}, teacher scores {list(teacher.shape)}, keys {list(keys.shape)}: scores "
             "must have one shape [b h t s], and keys [b 1 t s] or [b h t s]."
         )
     student, teacher = in_full_precision(student), in_full_precision(teacher)

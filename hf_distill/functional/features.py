@@ -18,6 +18,8 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
 
 Distance = Callable[..., Tensor]
+# What is shorter counts as zero: one over it would leave the range of fp32.
+TOO_SHORT = 1e-30
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def l1_cosine(student: Tensor, teacher: Tensor, *, cosine_weight: float = 1.0) -
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors along the last axis, each brought to length 1; a zero vector stays zero, with gradient 0.
+    """Vectors along the last axis, each brought to length 1; a zero vector becomes zero, with gradient 0.
 
     Neither very long nor very short vectors lose precision: each is first divided by its largest entry. NaN stays NaN.
 
@@ -205,7 +207,7 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     [[0.6000..., 0.8000...], [0.0, 0.0]]
     """
     largest = vectors.detach().abs().amax(-1, keepdim=True)
-    zero = largest == 0
+    zero = largest < TOO_SHORT
     # The result does not change with the length, so the factor may be taken as a constant.
     scaled = (vectors / largest.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
     return scaled / (scaled.square().sum(-1, keepdim=True) + zero).sqrt()

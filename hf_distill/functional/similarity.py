@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.errors import SettingError
-from hf_distill.functional.features import unit_vectors
+from hf_distill.functional.features import TOO_SHORT, unit_vectors
 from hf_distill.functional.rows import in_full_precision
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -84,7 +84,7 @@ def distance_relations(student: Tensor, teacher: Tensor) -> Tensor:
     Park et al. 2019 (section 3, RKD-D). They write a sum over the n (n − 1) ordered pairs of distinct examples; a share
     is the mean over its n − 1 partners, so sum / n is the paper's sum / (n (n − 1)). (Their code takes the mean over n²
     pairs, the diagonal included: (n − 1) / n of ours.) Does not change when one side is moved, rotated or scaled. The
-    gradient goes through the student's mean distance too. Memory: n².
+    gradient goes through the student's mean distance too. Memory: n² (in the backward pass on CUDA: n² d).
 
     Args:
         student: `[n d_s]`. teacher: `[n d_t]`.
@@ -164,9 +164,10 @@ def _distances(rows: Tensor) -> Tensor:
     """`[n n]`, of mean 1 over distinct pairs; all 0 where all rows are equal."""
     n = rows.shape[0]
     # Not by matrix products, which lose small distances; cdist's derivative at 0 is 0.
-    distances = torch.cdist(_to_unit_scale(rows), _to_unit_scale(rows), compute_mode="donot_use_mm_for_euclid_dist")
+    rows = _to_unit_scale(rows)
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / (n * (n - 1))
-    return distances / (mean + (mean.detach() == 0))
+    return distances / mean.masked_fill(mean.detach() < TOO_SHORT, 1.0)
 
 
 def _cosines(rows: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def _centered_table(rows: Tensor) -> Tensor:
 def _to_unit_scale(rows: Tensor) -> Tensor:
     """Divided by their largest entry, so that squares of squares stay in range; for what does not change with scale."""
     largest = rows.detach().abs().amax()
-    return rows / (largest + (largest == 0))
+    return rows / largest.masked_fill(largest < TOO_SHORT, 1.0)
 
 
 def _nothing_to_compare(student: Tensor, teacher: Tensor) -> Tensor:

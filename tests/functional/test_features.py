@@ -1,0 +1,298 @@
+"""Distances of vectors: numbers by hand, slow references, what each does not see, and where a root or norm is 0."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill import SettingError
+from hf_distill.functional.features import DISTANCE_PROPERTIES, DISTANCES, unit_vectors
+
+Vector = list[float]
+FREE = [name for name, stated in DISTANCE_PROPERTIES.items() if stated.scale_free]
+
+
+def vectors(n: int = 5, d: int = 6, *, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    drawn = spread * torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    return drawn[0], drawn[1]
+
+
+# Each distance once more, a number at a time.
+
+
+def length(x: Vector) -> float:
+    return math.sqrt(sum(a * a for a in x))
+
+
+def cosine_of(x: Vector, y: Vector) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / (length(x) * length(y))
+
+
+def mean_squared(x: Vector, y: Vector) -> float:
+    return sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(x)
+
+
+def normalized_squared(x: Vector, y: Vector) -> float:
+    return sum((a / length(x) - b / length(y)) ** 2 for a, b in zip(x, y, strict=True))
+
+
+def standard(x: Vector) -> Vector:
+    mean = sum(x) / len(x)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in x) / len(x))
+    return [(a - mean) / deviation for a in x]
+
+
+def smooth_l1(x: Vector, y: Vector, beta: float = 1.0) -> float:
+    gaps = [abs(a - b) for a, b in zip(x, y, strict=True)]
+    return sum(gap**2 / (2 * beta) if gap < beta else gap - beta / 2 for gap in gaps) / len(x)
+
+
+def l1_cosine(x: Vector, y: Vector, cosine_weight: float = 1.0) -> float:
+    l1 = sum(abs(a - b) for a, b in zip(x, y, strict=True)) / len(x)
+    return l1 - cosine_weight * math.log(1 / (1 + math.exp(-cosine_of(x, y))))
+
+
+REFERENCES: dict[str, Callable[..., float]] = {
+    "mean_squared": mean_squared,
+    "cosine": lambda x, y: 1 - cosine_of(x, y),
+    "normalized_squared": normalized_squared,
+    "standardized_squared": lambda x, y: mean_squared(standard(x), standard(y)),
+    "smooth_l1": smooth_l1,
+    "l1_cosine": l1_cosine,
+}
+SETTINGS: list[tuple[str, dict[str, float]]] = [
+    *((name, {}) for name in DISTANCES),
+    ("smooth_l1", {"beta": 0.3}),
+    ("l1_cosine", {"cosine_weight": 2.5}),
+    ("l1_cosine", {"cosine_weight": 0.0}),
+]
+EVERY = [pytest.param(name, settings, id=f"{name}{list(settings.values())}") for name, settings in SETTINGS]
+
+
+def test_every_distance_has_a_reference_and_states_its_knobs() -> None:
+    assert set(REFERENCES) == set(DISTANCES) == set(DISTANCE_PROPERTIES)
+    for name, distance in DISTANCES.items():
+        given = inspect.signature(distance).parameters.values()
+        knobs = [knob for knob in given if knob.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert tuple(knob.name for knob in knobs) == DISTANCE_PROPERTIES[name].knobs
+        assert all(knob.default is not inspect.Parameter.empty for knob in knobs)
+        assert DISTANCE_PROPERTIES[name].paper
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        # s = (1, 2, 2), t = (4, 4, 2). s − t = (−3, −2, 0): (9 + 4 + 0) / 3.
+        ("mean_squared", {}, 13 / 3),
+        # |s| = 3, |t| = 6, s · t = 4 + 8 + 4 = 16, the cosine 16 / 18 = 8 / 9.
+        ("cosine", {}, 1 / 9),
+        ("normalized_squared", {}, 2 - 2 * 8 / 9),
+        # Less the means 5/3 and 10/3: (−2, 1, 1) / 3 and (2, 2, −4) / 3. Squared lengths 6/9 and 24/9, product
+        # (−4 + 2 − 4) / 9 = −6/9, so the correlation is −6 / √(6 · 24) = −1/2, and 2 − 2 · (−1/2) = 3.
+        ("standardized_squared", {}, 3.0),
+        # (3 − 1/2 + 2 − 1/2 + 0) / 3; with beta = 4 all are below it: (9 + 4) / 8 / 3.
+        ("smooth_l1", {}, 4 / 3),
+        ("smooth_l1", {"beta": 4.0}, 13 / 24),
+        # (3 + 2 + 0) / 3, and −log(1 / (1 + e^(−8/9))).
+        ("l1_cosine", {}, 5 / 3 + math.log(1 + math.exp(-8 / 9))),
+        ("l1_cosine", {"cosine_weight": 2.0}, 5 / 3 + 2 * math.log(1 + math.exp(-8 / 9))),
+    ],
+)
+def test_by_hand(name: str, settings: dict[str, float], expected: float) -> None:
+    s, t = (torch.tensor([x], dtype=torch.float64) for x in ((1.0, 2.0, 2.0), (4.0, 4.0, 2.0)))
+    found = DISTANCES[name](s, t, **settings)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.01, 2.0, 100.0])
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_against_the_slow_reference(name: str, settings: dict[str, float], spread: float) -> None:
+    student, teacher = vectors(spread=spread)
+    pairs = zip(student.tolist(), teacher.tolist(), strict=True)
+    expected = [REFERENCES[name](x, y, **settings) for x, y in pairs]
+    assert DISTANCES[name](student, teacher, **settings).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_against_what_torch_has() -> None:
+    student, teacher = vectors()
+    expected = F.cosine_embedding_loss(student, teacher, torch.ones(5, dtype=torch.float64), reduction="none")
+    assert torch.allclose(DISTANCES["cosine"](student, teacher), expected, rtol=1e-12)
+    norms = [F.layer_norm(side, (6,), eps=0.0) for side in (student, teacher)]
+    expected = F.mse_loss(*norms, reduction="none").mean(-1)
+    assert torch.allclose(DISTANCES["standardized_squared"](student, teacher), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_gradient_by_finite_differences(name: str, settings: dict[str, float]) -> None:
+    student, teacher = (x.requires_grad_() for x in vectors(n=3, d=4))
+    assert torch.autograd.gradcheck(lambda s, t: DISTANCES[name](s, t, **settings), (student, teacher))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_at_equality(name: str) -> None:
+    student, _ = vectors()
+    leaf = student.clone().requires_grad_()
+    found = DISTANCES[name](leaf, student)
+    found.sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().max() < 1e-15
+    stated = DISTANCE_PROPERTIES[name]
+    if stated.zero_at_equality:
+        assert not found.any()
+    else:
+        assert (found > 0.1).all()
+    away = vectors()[1]
+    rises = [(DISTANCES[name](student + e * away, student) - found).sum().item() for e in (1e-4, 2e-4)]
+    power = 1 if stated.kinked else 2  # a kink rises at once, the others like a square
+    assert rises[1] / rises[0] == pytest.approx(2**power, rel=0.01)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_never_below_zero_and_no_row_hears_of_another(name: str) -> None:
+    student, teacher = vectors()
+    found = DISTANCES[name](student, teacher)
+    assert (found > 0).all()
+    alone = [DISTANCES[name](s[None], t[None]) for s, t in zip(student, teacher, strict=True)]
+    assert torch.equal(torch.cat(alone), found)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_length_matters_or_not_as_stated(name: str) -> None:
+    student, teacher = vectors()
+    found, scaled = DISTANCES[name](student, teacher), DISTANCES[name](7 * student, teacher)
+    assert torch.allclose(found, scaled, rtol=1e-12) is (name in FREE)
+
+
+def test_standardized_hears_of_no_shift_and_cosine_does() -> None:
+    student, teacher = vectors()
+    for name, same in (("standardized_squared", True), ("cosine", False)):
+        found, shifted = DISTANCES[name](student, teacher), DISTANCES[name](student + 3, teacher - 2)
+        assert torch.allclose(found, shifted, rtol=1e-10) is same
+
+
+@pytest.mark.parametrize(
+    ("name", "knob", "values"), [("smooth_l1", "beta", (0.5, 1.0)), ("l1_cosine", "cosine_weight", (0.0, 1.0))]
+)
+def test_every_knob_changes_value_and_gradient(name: str, knob: str, values: tuple[float, float]) -> None:
+    assert knob in DISTANCE_PROPERTIES[name].knobs
+    student, teacher = vectors()
+    found, pulls = [], []
+    for value in values:
+        leaf = student.clone().requires_grad_()
+        found.append(DISTANCES[name](leaf, teacher, **{knob: value}))
+        found[-1].sum().backward()
+        pulls.append(leaf.grad)
+    assert (found[0] - found[1]).abs().min() > 1e-3
+    assert not torch.allclose(*pulls)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+@pytest.mark.parametrize("what", [0.0, 1e-45, 3.0])
+def test_without_length_or_without_variance_nothing_is_nan(name: str, which: str, what: float) -> None:
+    """3.0 in every entry has no variance; 1e-45 is the least number of fp32, and one over it is none."""
+    student, teacher = (x.float() for x in vectors())
+    if which != "teacher":
+        student[1] = what
+    if which != "student":
+        teacher[1] = what
+    leaf = student.requires_grad_()
+    found = DISTANCES[name](leaf, teacher)
+    found.sum().backward()
+    assert torch.isfinite(found).all() and torch.isfinite(leaf.grad).all()
+    flat = what == 3.0 and name == "standardized_squared"
+    if which != "teacher" and name in FREE and (what < 1 or flat):
+        assert not leaf.grad[1].any()
+    if which == "both" and DISTANCE_PROPERTIES[name].zero_at_equality:
+        assert found[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cosine", 1.0), ("normalized_squared", 2.0), ("standardized_squared", 2.0)]
+)
+def test_a_zero_vector_counts_as_orthogonal(name: str, expected: float) -> None:
+    student, teacher = vectors()
+    zero = torch.zeros_like(student)
+    assert DISTANCES[name](zero, teacher).tolist() == pytest.approx([expected] * 5, rel=1e-12)
+    assert DISTANCES[name](student, zero).tolist() == pytest.approx([expected] * 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_squares_that_leave_the_range_of_fp32_do_not_matter(name: str, scale: float) -> None:
+    student, teacher = (x.float() for x in vectors())
+    leaf = (student * scale).requires_grad_()
+    found = DISTANCES[name](leaf, teacher * scale)
+    found.sum().backward()
+    assert torch.allclose(found, DISTANCES[name](student, teacher), rtol=1e-5)
+    assert torch.isfinite(leaf.grad).all() and leaf.grad.any()
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("what", [math.nan, math.inf])
+def test_no_number_is_heard(name: str, what: float) -> None:
+    for side in (0, 1):
+        pair: Any = [x.float() for x in vectors()]
+        pair[side][2, 1] = what
+        found = DISTANCES[name](*pair)
+        assert not torch.isfinite(found[2])
+        assert torch.isfinite(found[torch.arange(5) != 2]).all()
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_no_rows(name: str) -> None:
+    student = torch.zeros(0, 4, requires_grad=True)
+    found = DISTANCES[name](student, torch.zeros(0, 4))
+    assert found.shape == (0,)
+    found.sum().backward()
+    assert student.grad is not None and student.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_fp32(name: str, dtype: torch.dtype) -> None:
+    student, teacher = (x.to(dtype) for x in vectors())
+    leaf = student.clone().requires_grad_()
+    found = DISTANCES[name](leaf, teacher)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, DISTANCES[name](student.float(), teacher.float()))
+    assert torch.equal(found, DISTANCES[name](student, teacher.float()))  # each side on its own
+    found.sum().backward()
+    assert leaf.grad is not None and leaf.grad.dtype == dtype and torch.isfinite(leaf.grad).all()
+
+
+def test_unit_vectors_by_hand() -> None:
+    found = unit_vectors(torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], dtype=torch.float64))
+    assert found.tolist() == [pytest.approx([0.6, 0.8], rel=1e-15), [0.0, 0.0], [0.0, -1.0]]
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_widths_that_differ_are_refused(name: str) -> None:
+    """[5 1] would be broadcast without a word."""
+    message = r"student vectors are \[5, 1\], teacher vectors \[5, 6\].*Project the student's to the teacher's width"
+    with pytest.raises(SettingError, match=message):
+        DISTANCES[name](vectors(d=1)[0], vectors()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("smooth_l1", {"beta": 0.0}, r"beta=0.0: must lie in \(0, inf\)"),
+        ("smooth_l1", {"beta": -1.0}, r"beta=-1.0: must"),
+        ("smooth_l1", {"beta": math.nan}, r"beta=nan: must"),
+        ("smooth_l1", {"beta": math.inf}, r"beta=inf: must"),
+        ("l1_cosine", {"cosine_weight": -0.5}, r"cosine_weight=-0.5: must lie in \[0, inf\)"),
+        ("l1_cosine", {"cosine_weight": math.nan}, r"cosine_weight=nan: must"),
+    ],
+)
+def test_settings_that_cannot_be(name: str, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        DISTANCES[name](*vectors(), **settings)
