@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer
+from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
@@ -106,3 +108,28 @@ def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
         return False
     passes_on = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return not passes_on and trainer.compute_loss_func is None
+
+
+@contextlib.contextmanager
+def hearing_attention(listen: Callable[..., None]) -> Iterator[None]:
+    """Hear what every attention function is given, whichever was chosen; what it computes is not changed.
+
+    transformers has no public call for this: functions are looked up in `AttentionInterface` at each call, so that
+    lookup is where one can listen. `listen(module, query, key, mask, settings)`.
+    """
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        function = original(self, name, default)
+
+        def heard(module: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any, **settings: Any) -> Any:
+            listen(module, query, key, mask, settings)
+            return function(module, query, key, value, mask, *rest, **settings)
+
+        return heard
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[assignment, method-assign]  # and put back below
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original  # type: ignore[method-assign]  # as it was

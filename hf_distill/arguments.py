@@ -11,7 +11,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.errors import SettingError
 from hf_distill.objectives import LogitsMatch
-from hf_distill.schedules import checked_schedule, make_schedule
+from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
 from hf_distill.vocabulary import LABEL_MATCHING
 
@@ -24,10 +24,11 @@ class _Distillation:
         default=2.0,
         metadata={"help": "Divides the logits of both models before the divergence. Above 0; higher is softer."},
     )
-    alpha: float = field(
+    alpha: float | None = field(
         default=0.5,
         metadata={
-            "help": "Weight of the teacher's term, in [0, 1]; the labels' term weighs 1 - alpha. 0 is plain Trainer."
+            "help": "Weight of the teacher's term, in [0, 1]; the labels' term weighs 1 - alpha. 0 is plain Trainer; "
+            "None (in Python): the objectives alone."
         },
     )
     divergence: str | None = field(
@@ -65,6 +66,10 @@ class _Distillation:
             "help": "Evaluation also runs the teacher: agreement with it, and the divergence, at the final temperature."
         },
     )
+    projection_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projections that objectives learn. Default: learning_rate."},
+    )
     label_matching: str = field(
         default="by_name",
         metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
@@ -85,7 +90,10 @@ class _Distillation:
         if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
             self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
         blend = blend_of(self)
-        checked_schedule("alpha", blend["alpha"])
+        if blend["alpha"] is not None:
+            checked_schedule("alpha", blend["alpha"])
+        if self.projection_learning_rate is not None and not self.projection_learning_rate >= 0:
+            raise SettingError(f"projection_learning_rate={self.projection_learning_rate!r}: must be at least 0.")
         temperature = checked_schedule("temperature", blend["temperature"])
         LogitsMatch(blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature)
 
@@ -124,14 +132,15 @@ def blend_of(args: Any) -> Mapping[str, Any]:
     Raises:
         SettingError: a schedule that cannot be.
     """
-    blend = {
-        knob: make_schedule(
-            knob,
-            setting(args, f"{knob}_schedule"),
-            setting(args, knob),
-            setting(args, f"{knob}_end"),
-        )
-        for knob in ("temperature", "alpha")
-    }
+    blend = {knob: _schedule_of(args, knob) for knob in ("temperature", "alpha")}
     names = ("divergence", "divergence_kwargs")
     return {**blend, **{name: setting(args, name) for name in names}}
+
+
+def _schedule_of(args: Any, knob: str) -> Schedule | None:
+    kind, start, end = (setting(args, name) for name in (f"{knob}_schedule", knob, f"{knob}_end"))
+    if knob == "alpha" and start is None:
+        if kind != "constant" or end is not None:
+            raise SettingError(f"alpha=None (the objectives alone) has no schedule: alpha_schedule={kind!r}, {end!r}.")
+        return None
+    return make_schedule(knob, kind, start, end)

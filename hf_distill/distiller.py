@@ -6,6 +6,7 @@ Works in any training loop. It knows no Trainer; what it learns of processes com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
+from hf_distill.blend import LABELS, LOGITS, Blend, Objectives
 from hf_distill.counts import Counts, scale_of
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import SettingError
 from hf_distill.functional import Divergence
+from hf_distill.inside.recorder import Inside
+from hf_distill.learned import Learned
 from hf_distill.objectives import LabelsTerm, LogitsMatch, Objective
-from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
-from hf_distill.signals import Signals
+from hf_distill.schedules import Schedule
+from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.vocabulary import Columns
 from hf_distill.watch import TeacherWatch
-
-LABELS = "labels"
-LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DistillerOutput:
 
     Attributes:
         loss: scalar with a graph: call backward on it, once a micro-batch, without dividing it.
-        terms: each term before its weight, detached; `loss = (1 - alpha) * labels + alpha * logits`.
+        terms: each term before its weight, detached; `loss` is their weighted sum.
         outputs: what the student's forward returned.
     """
 
@@ -48,17 +49,21 @@ class DistillerOutput:
 class Distiller:
     """Blends the student's own loss on labels with its agreement with a teacher.
 
-    `loss = (1 - alpha) * labels + alpha * T^p * divergence`, each term a mean over the optimizer step.
+    `loss = (1 - alpha) * labels + alpha * T^p * divergence + Σ weight * objective`, each term a mean over the optimizer
+    step.
 
     Args:
         student: the model to train, before Accelerate or DDP wrap it.
-        teacher_model: a model, a folder or Hub id, or a `Teacher`; may be None where alpha is 0.
-        temperature: above 0, or a schedule. alpha: weight of the teacher's term in [0, 1], or a schedule.
+        teacher_model: a model, a folder or Hub id, or a `Teacher`; may be None where alpha is 0 and no objective asks.
+        temperature: above 0, or a schedule. alpha: weight of the teacher's term in [0, 1], or a schedule; None: neither
+        labels nor logits, the objectives alone.
         divergence: name in `DIVERGENCES` or a function; None: the task's own (forward_kl, or mean_squared_error on
         values).
         divergence_kwargs: its settings.
         task: name in `TASKS` or a Task; None: found from the student's class.
         processing_class: the student's tokenizer or processor, to compare with the teacher's.
+        objectives: one or more of `hf_distill.objectives`, beside the logits. seed: of what they learn (projections);
+        None: torch's own.
 
     Raises:
         SettingError, TeacherError: see the messages; nothing is changed then.
@@ -78,17 +83,20 @@ class Distiller:
         teacher_model: Any = None,
         *,
         temperature: float | Schedule = 2.0,
-        alpha: float | Schedule = 0.5,
+        alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
         divergence_kwargs: Mapping[str, Any] | None = None,
         task: Task | str | None = None,
         processing_class: Any = None,
+        objectives: Objectives = None,
+        seed: int | None = None,
     ) -> None:
         self._given_task = task
         self._processor = processing_class
-        self._labels_term = LabelsTerm()
-        self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch).logits)
-        self.objectives: dict[str, Objective] = {}
+        self._seed = torch.initial_seed() % 2**32 if seed is None else seed
+        self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch, Needs(logits=True)).predictions())
+        self.blending = Blend(objectives)
+        self.learned = Learned()
         self.set_blend(
             temperature=temperature,
             alpha=alpha,
@@ -103,24 +111,27 @@ class Distiller:
         self,
         *,
         temperature: float | Schedule = 2.0,
-        alpha: float | Schedule = 0.5,
+        alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
         divergence_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Choose the weights and the divergence anew (a hyperparameter search does, between trials).
+        """Choose alpha and the divergence anew (a hyperparameter search does, between trials).
 
         Raises:
             SettingError: a value that cannot be.
         """
-        softening = checked_schedule("temperature", temperature)
-        self.alpha = checked_schedule("alpha", alpha)
-        self.objectives[LOGITS] = LogitsMatch(divergence, settings=divergence_kwargs, temperature=softening)
+        self.blending.set(
+            temperature=temperature, alpha=alpha, divergence=divergence, divergence_kwargs=divergence_kwargs
+        )
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """By the name of their term, the logits' first."""
+        return self.blending.objectives
 
     @property
     def logits_match(self) -> LogitsMatch:
-        objective = self.objectives[LOGITS]
-        assert isinstance(objective, LogitsMatch)
-        return objective
+        return self.blending.logits_match
 
     def fit(self, student: nn.Module) -> None:
         """Learn where this student keeps its predictions and check that the teacher can teach it.
@@ -128,26 +139,37 @@ class Distiller:
         Raises:
             SettingError, TeacherError: it is left as it was before.
         """
-        task = make_task(student, self._given_task)
+        task, inside = make_task(student, self._given_task), Inside(student, "student")
         self.logits_match.divergence_for(task)
-        if self.teacher is None:
-            if any(self.alpha(p) > 0 for p in PROGRESS):
-                raise SettingError(
-                    f"alpha is {self.alpha(0.0):g} but there is no teacher. Pass teacher_model= (a model, a folder or "
-                    "a Hub id), or alpha=0 to train without one."
-                )
-        else:
-            self.teacher.fit(student, task, student_processor=self._processor)
+        asked = self.blending.ever_active()
+        if self.teacher is not None:
+            self.teacher.fit(
+                student,
+                task,
+                student_processor=self._processor,
+                compares_predictions=LOGITS in asked or self.blending.alpha is not None,
+                same_inputs=any(self.objectives[name].needs_same_inputs for name in asked if name != LOGITS),
+            )
+        elif asked:
+            raise SettingError(
+                f"{', '.join(asked)} (alpha, or the weight of an objective, is above 0), but there is no teacher. Pass "
+                "teacher_model= (a model, a folder or a Hub id), or alpha=0 to train without one."
+            )
+        if self.teacher is not None:
+            for name in asked:
+                self.objectives[name].fit(inside, self.teacher.inside, task, model=unwrapped(student), seed=self._seed)
+        self.learned.hold(self.blending.learned())
         self.task = task
-        self._student = unwrapped(student)
+        self._student, self._inside = unwrapped(student), inside
         self._student_names = forward_names(student)
         theirs = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(theirs) - set(self._student_names)
 
     def place(self, accelerator: Any) -> None:
-        """Bring the teacher to where the batches are."""
+        """Bring the teacher, and what is learned beside the student, to where the batches are."""
         if self.teacher is not None:
             self.teacher.place(accelerator)
+        self.learned.place(accelerator)
 
     def after_step(self, student: nn.Module) -> None:
         """Tell the teacher that the optimizer has made a step: one that is an average of students moves."""
@@ -156,7 +178,11 @@ class Distiller:
 
     def needs_labels(self) -> bool:
         """Whether any moment of the training uses labels."""
-        return any(self.alpha(p) < 1 for p in PROGRESS)
+        return self.blending.uses_labels()
+
+    def asks_teacher(self, progress: float = 0.0) -> bool:
+        """Whether the teacher is asked at this moment of the training."""
+        return bool(self.blending.active(progress))
 
     def count(
         self,
@@ -176,17 +202,9 @@ class Distiller:
         Raises:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
-        terms = self._terms_of(micro_batches[0], progress)
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        sums = []
-        for term in terms:
-            source = self._labels_term if term == LABELS else self.objectives[term]
-            counted = [source.count(self.task, batch).to(device) for batch in micro_batches]
-            sums.append(torch.stack(counted).sum())
-        if LABELS in terms:
-            for batch in micro_batches:
-                self.task.check_labels(batch)
-        vector = gathered_sum(torch.stack(sums), accelerator) / same_batch
+        terms, sums = self.blending.count(self.task, micro_batches, device, progress)
+        vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples:
             vector = torch.ones_like(vector)
         self._watch.begin_step(len(micro_batches))
@@ -209,14 +227,19 @@ class Distiller:
             progress: how much of the training is done, 0 → 1, for schedules.
         """
         counts = counts or self.count([batch], progress=progress)
-        batch = self.prepare(batch) if self.alpha(progress) > 0 else batch
-        with_labels = self.alpha(progress) < 1
+        batch = self.prepare(batch) if self.asks_teacher(progress) else batch
+        with_labels = self.blending.labels_weight(progress) > 0
         inputs = self.student_inputs(batch, labels=with_labels)
         if "use_cache" in self._student_names:  # as the teacher: with a cache, packed sequences see each other
             inputs.setdefault("use_cache", False)
-        outputs = student(**inputs)
+        with self.reading(progress) as inside:
+            outputs = student(**inputs)
         mean = outputs["loss"] if with_labels else None
-        return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress)
+        return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
+
+    def reading(self, progress: float = 0.0) -> AbstractContextManager[Mapping[Read, Any]]:
+        """Around the student's forward: gives what the objectives need of its inside, to be passed to `blend`."""
+        return self._inside.reading(self.blending.needs(progress)[0].reads)
 
     def prepare(self, batch: Batch) -> dict[str, Any]:
         """The batch with what both models must be given alike: decoder inputs, made by the student's rule."""
@@ -239,59 +262,38 @@ class Distiller:
         *,
         labels_mean: Tensor | None,
         progress: float = 0.0,
+        inside: Mapping[Read, Any] | None = None,
     ) -> DistillerOutput:
         """The loss, from the student's outputs and its own mean loss over this micro-batch.
 
         Args:
-            labels_mean: None where alpha is 1.
+            labels_mean: None where labels weigh nothing. inside: from `reading`.
         """
-        alpha = self.alpha(progress)
-        terms, loss = {}, None
-        if labels_mean is not None:
-            terms[LABELS] = self._labels_part(labels_mean, batch, counts) * counts.scale
-            loss = terms[LABELS] if alpha == 0 else (1 - alpha) * terms[LABELS]
-        if alpha > 0:
-            totals = []
-            student, teacher = self.student_signals(outputs, batch), self.teacher_signals(batch)
-            for name, objective in self.objectives.items():
-                found = objective(student, teacher, self.task, batch, progress=progress)
-                totals.append(found.value)
-                terms[name] = found.over(counts.denominators[name]) * counts.scale
-                loss = alpha * terms[name] if loss is None else loss + alpha * terms[name]
-            self._watch.look(self.task, batch, torch.stack(totals).sum())
-        assert loss is not None  # alpha lies in [0, 1], so one of the two terms is there
+        ours, theirs = self.blending.needs(progress)
+
+        def ask() -> tuple[Signals, Signals]:
+            return self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
+
+        labels = None if labels_mean is None else self._labels_part(labels_mean, batch, counts)
+        loss, terms, of_logits = self.blending.total(labels, ask, self.task, batch, counts, progress)
+        if of_logits is not None:
+            self._watch.look(self.task, batch, of_logits)
         return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)
 
-    def student_signals(self, outputs: Any, batch: Batch) -> Signals:
-        columns = Columns() if self.teacher is None else self.teacher.columns
-        return Signals(logits=self.task.read(outputs, batch, columns, teacher=False), columns=columns)
+    def student_signals(
+        self, outputs: Any, batch: Batch, needs: Needs | None = None, inside: Mapping[Read, Any] | None = None
+    ) -> Signals:
+        columns, logits = Columns() if self.teacher is None else self.teacher.columns, None
+        if needs is None or needs.logits:
+            logits = self.task.read(outputs, batch, columns, teacher=False)
+        return Signals(logits=logits, columns=columns, inside=inside or {})
 
-    def teacher_signals(self, batch: Batch) -> Signals:
-        assert self.teacher is not None  # `fit` refuses alpha > 0 without a teacher
-        needs = self.logits_match.needs
-        for objective in self.objectives.values():
-            needs = needs | objective.needs
-        return self.teacher(self.task, batch, needs)
+    def teacher_signals(self, batch: Batch, needs: Needs | None = None) -> Signals:
+        """Args: needs: None: its predictions."""
+        assert self.teacher is not None  # `fit` refuses to ask one that is not there
+        return self.teacher(self.task, batch, needs or Needs(logits=True))
 
     def _labels_part(self, mean: Tensor, batch: Batch, counts: Counts) -> Tensor:
         if self.task.sums_over_examples:
             return mean
-        return self._labels_term(mean, self.task, batch).over(counts.denominators[LABELS])
-
-    def _terms_of(self, batch: Batch, progress: float) -> list[str]:
-        alpha = self.alpha(progress)
-        terms = list(self.objectives) if alpha > 0 else []
-        if alpha < 1:
-            self.require_labels(batch)
-            terms.insert(0, LABELS)
-        return terms
-
-    def require_labels(self, columns: Any) -> None:
-        """Raise `DataError` where labels are needed and these columns hold none."""
-        names = self.task.label_names
-        if self.task.has_labels(columns):
-            return
-        raise DataError(
-            f"alpha < 1 weighs labels, but there is no {' and '.join(names)} in {sorted(columns)}. Give the dataset "
-            "labels, or pass alpha=1 to learn from the teacher alone."
-        )
+        return LabelsTerm()(mean, self.task, batch).over(counts.denominators[LABELS])

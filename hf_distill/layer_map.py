@@ -187,6 +187,35 @@ class LayerMap:
         return f"{self.student_layers} of {self.teacher_layers} layers: {links}"
 
 
+NAMED = ("even", "first", "last", "first_last", "skip")
+
+
+def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> LayerMap:
+    """The map that is meant: by the name of a constructor, as pairs, or whole.
+
+    Raises:
+        SettingError: no such name, a map of other models, a layer out of range, no pair at all.
+
+    >>> print(resolved_map([(-1, -1)], 2, 12))
+    2 of 12 layers: 1←11
+    """
+    if isinstance(layers, LayerMap):
+        if (layers.student_layers, layers.teacher_layers) != (student_layers, teacher_layers):
+            raise SettingError(
+                f"the map is for {layers.student_layers} student and {layers.teacher_layers} teacher layers; there are "
+                f"{student_layers} and {teacher_layers}. It is: {layers}"
+            )
+        return layers
+    if isinstance(layers, str):
+        if layers not in NAMED:
+            raise SettingError(f"{layers!r}: no such map. Allowed: {', '.join(NAMED)}, a LayerMap, or pairs.")
+        made: LayerMap = getattr(LayerMap, layers)(student_layers, teacher_layers)
+        return made
+    if isinstance(layers, Sequence):
+        return LayerMap.pairs(layers, student_layers, teacher_layers)
+    raise SettingError(f"{layers!r}: give {', '.join(NAMED)}, a LayerMap, or pairs (student layer, teacher layer).")
+
+
 def _teacher(link: Link) -> str:
     return str(link.teacher) if link.weight == 1 else f"{link.teacher} (×{link.weight:g})"
 

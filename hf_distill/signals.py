@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hf_distill.errors import SettingError
 from hf_distill.vocabulary import Columns
+
+HIDDEN, LAST_HIDDEN = "hidden", "last_hidden"
+ATTENTION = "attention"
+RELATED = ("queries", "keys", "values")
+EMBEDDINGS = -1  # as a layer: what the first block is given
+
+
+class Read(NamedTuple):
+    """One thing inside a model.
+
+    Attributes:
+        what: "hidden" (what a block puts out, `[b t d]`), "last_hidden" (what the head reads, after any last norm),
+            "attention" (an `AttentionRecord`), "queries", "keys" or "values" (all heads side by side, `[b t d]`).
+        layer: the block, from 0; -1 with "hidden": what the first block is given.
+        side: "encoder" or "decoder" of an encoder-decoder; None: its decoder, or the only stack.
+        stack: the path of the list of blocks, where the user names it.
+    """
+
+    what: str
+    layer: int = 0
+    side: str | None = None
+    stack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -14,20 +39,30 @@ class Signals:
     """What one model shows of one batch.
 
     Attributes:
-        logits: predictions as the task reads them, leading axes first: `[b v]`, `[b t v]`, or
-            `[b 2 t]` for spans; values rather than logits for regression and embeddings.
+        logits: predictions as the task reads them, leading axes first: `[b v]`, `[b t v]`, or `[b 2 t]` for spans;
+        values
+            rather than logits for regression and embeddings. None where no objective needs them.
         columns: which columns of the heads these are.
+        inside: what was read of the model's inside.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     columns: Columns = field(default_factory=Columns)
+    inside: Mapping[Read, Any] = field(default_factory=dict)
+
+    def predictions(self) -> Tensor:
+        """The logits, where there must be some."""
+        if self.logits is None:
+            raise SettingError("predictions were not asked for: alpha=None compares none.")
+        return self.logits
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be computed for an objective."""
+    """What must be computed of one model for an objective."""
 
-    logits: bool = True
+    logits: bool = False
+    reads: frozenset[Read] = frozenset()
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(logits=self.logits or other.logits)
+        return Needs(self.logits or other.logits, self.reads | other.reads)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -17,33 +15,43 @@ from transformers.trainer_utils import has_length
 
 from hf_distill._compat import divides_the_loss
 from hf_distill.arguments import blend_of, setting
+from hf_distill.blend import Objectives, uses_teacher
 from hf_distill.counts import Counts
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
-from hf_distill.schedules import PROGRESS
 from hf_distill.tasks import make_task
-from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.teachers import as_teacher
 from hf_distill.trainer_parts.after_step import AfterStep
-from hf_distill.trainer_parts.collation import RAW, TeacherInputsCollator
+from hf_distill.trainer_parts.collation import TeacherInputsCollator
+from hf_distill.trainer_parts.columns import ColumnsMixin
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
+from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
+from hf_distill.trainer_parts.learning import ForgetGradients, LearningMixin
 from hf_distill.trainer_parts.publishing import PublishingMixin
 from hf_distill.trainer_parts.random_state import random_state_kept
-from hf_distill.trainer_parts.refusals import refuse_data_parallel, refuse_sequence_parallel, refuse_unlabelled
+from hf_distill.trainer_parts.refusals import (
+    refuse_data_parallel,
+    refuse_other_views,
+    refuse_sequence_parallel,
+    refuse_two_blends,
+    refuse_unlabelled,
+)
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
+from hf_distill.trainer_parts.tells_epoch import TellsEpoch
 
 logger = logging.getLogger(__name__)
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 
 
-class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
+class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin):
     """Everything that a `Trainer` accepts, with the same meaning, and a teacher.
 
     Args:
         teacher_model: a model, a folder, a Hub id, or a `Teacher`; not needed where alpha is 0.
         teacher_processing_class: the teacher's tokenizer or feature extractor, where it is not the student's.
         task: a name in `hf_distill.tasks.TASKS` or a Task; None: from the student's class.
+        objectives: one or more of `hf_distill.objectives`, beside labels and logits, each with its weight.
         distiller: full control: a `Distiller` built by you for this student. Then `teacher_model` and the settings of
             the blend in `args` are not read.
 
@@ -53,7 +61,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
 
     # The terms already are divided by the counts of the whole optimizer step.
     loss_is_scaled_for_ga = True
-    _signature_columns: Any
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         teacher_model: Any = None,
         teacher_processing_class: Any = None,
         task: Any = None,
+        objectives: Objectives = None,
         distiller: Distiller | None = None,
         **keywords: Any,
     ) -> None:
@@ -71,6 +79,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         self._teacher_processor = teacher_processing_class
         self._task_setting = task
         self._teacher_setting = teacher_model
+        self._objectives_setting = objectives
         self._blend_is_ours = distiller is None
         self._counts: Counts | None = None
         self._micro_batches = self._micro_batches_left = 0
@@ -101,7 +110,9 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
             with random_state_kept():
                 self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
         self.distiller.place(self.accelerator)
-        self.add_callback(AfterStep(self))
+        for callback in (AfterStep, ForgetGradients, TellsEpoch):
+            self.add_callback(callback(self))
+        refuse_other_views(self.data_collator, self.distiller.task, has_teacher_columns=self._has_teacher_columns())
         if self._teacher_processor is not None or self._has_teacher_columns():
             self.data_collator = TeacherInputsCollator(self.data_collator, self._teacher_processor)
 
@@ -112,9 +123,12 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if evaluates and (self._teacher_setting if given is None else given.teacher) is None:
             raise SettingError("evaluate_with_teacher=True needs a teacher: pass teacher_model=.")
         if given is not None:
+            refuse_two_blends(self._objectives_setting)
             return given
         blend, teacher = blend_of(args), None
-        if self._teacher_setting is not None and (evaluates or any(blend["alpha"](p) > 0 for p in PROGRESS)):
+        if evaluates and blend["alpha"] is None:
+            raise SettingError("evaluate_with_teacher=True compares predictions, and alpha=None has none compared.")
+        if self._teacher_setting is not None and (evaluates or uses_teacher(blend["alpha"], self._objectives_setting)):
             teacher = as_teacher(
                 self._teacher_setting,
                 make_task(student, self._task_setting).kind,
@@ -122,24 +136,15 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
                 dtype=setting(args, "teacher_dtype"),
                 label_matching=setting(args, "label_matching"),
             )
-        return Distiller(student, teacher, task=self._task_setting, processing_class=processing_class, **blend)
-
-    # Data: which columns reach the models.
-
-    def _has_teacher_columns(self) -> bool:
-        several = isinstance(self.eval_dataset, dict)
-        datasets = [self.train_dataset, *(self.eval_dataset.values() if several else [self.eval_dataset])]
-        columns = [name for data in datasets for name in getattr(data, "column_names", None) or ()]
-        return any(name.startswith(TEACHER_PREFIX) for name in columns)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        is_first = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        teacher = self.distiller.teacher
-        if is_first and teacher is not None:
-            known = self._signature_columns
-            own = [f"{TEACHER_PREFIX}{name}" for name in teacher.inputs]
-            self._signature_columns = known + [n for n in (*teacher.inputs, *own, *RAW) if n not in known]
+        return Distiller(
+            student,
+            teacher,
+            task=self._task_setting,
+            processing_class=processing_class,
+            objectives=self._objectives_setting,
+            seed=None if args is None else args.seed,
+            **blend,
+        )
 
     # The loss.
 
@@ -186,17 +191,24 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         in_loop = self._counts is not None and self._micro_batches_left > 0
         counts = self._counts if in_loop else self._count([inputs])
         assert counts is not None
-        alpha = distiller.alpha(progress)
-        batch, with_labels = distiller.prepare(inputs) if alpha > 0 else inputs, alpha < 1
+        batch = distiller.prepare(inputs) if distiller.asks_teacher(progress) else inputs
+        with_labels = distiller.blending.labels_weight(progress) > 0
         student_inputs = distiller.student_inputs(batch, labels=with_labels)
-        if with_labels:
-            whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
-            own = num_items_in_batch if whole_step else self._own_num_items(batch, num_items_in_batch)
-            with _unscaled(self.args):
-                mean, outputs = super().compute_loss(model, student_inputs, return_outputs=True, num_items_in_batch=own)
-        else:
-            mean, outputs = None, model(**student_inputs)
-        found = distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress)
+        with distiller.reading(progress) as inside:
+            if with_labels:
+                whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
+                own = (
+                    num_items_in_batch
+                    if whole_step
+                    else own_num_items(batch, num_items_in_batch, shifts=self._loss_shifts_labels)
+                )
+                with unscaled(self.args):
+                    mean, outputs = super().compute_loss(
+                        model, student_inputs, return_outputs=True, num_items_in_batch=own
+                    )
+            else:
+                mean, outputs = None, model(**student_inputs)
+        found = distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
         if in_loop:
             self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
             self._micro_batches_left -= 1
@@ -204,15 +216,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if in_loop and divides_the_loss(self, num_items_in_batch):
             loss = loss * self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
-
-    def _own_num_items(self, batch: Any, num_items_in_batch: Any) -> Any:
-        """This micro-batch's number of items, by `Trainer`'s rule: the head's loss then is its own mean."""
-        if num_items_in_batch is None:
-            return None
-        labels = batch.get("shift_labels")
-        if labels is None:
-            labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
-        return labels.ne(-100).sum().clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""
@@ -227,11 +230,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
 
     def _moving_knobs(self) -> dict[str, float]:
         """Scheduled numbers, as the last optimizer step used them."""
-        knobs = {
-            "alpha": self.distiller.alpha,
-            "temperature": self.distiller.logits_match.temperature,
-        }
-        return {name: s(self._step_progress) for name, s in knobs.items() if s(0.0) != s(1.0)}
+        return {name: s(self._step_progress) for name, s in self.distiller.blending.knobs().items() if s(0.0) != s(1.0)}
 
     # Hyperparameter search: a new student, new settings.
 
@@ -247,28 +246,19 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, RestoringMixin):
         if trial is None or not self._blend_is_ours:
             return
         blend = blend_of(self.args)
-        if self.distiller.teacher is None and any(blend["alpha"](p) > 0 for p in PROGRESS):
+        if self.distiller.teacher is None and uses_teacher(blend["alpha"], self._objectives_setting):
             self.distiller = self._make_distiller(self.model, self.args, self.processing_class)
             self.distiller.place(self.accelerator)
             self._signature_columns = None  # the teacher's inputs belong to them from now on
         self.distiller.set_blend(**blend)
 
 
-@contextlib.contextmanager
-def _unscaled(args: Any) -> Iterator[None]:
-    """Without `Trainer.compute_loss`'s own factor, the number of processes, which not every head accounts for."""
-    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-    try:
-        yield
-    finally:
-        args.average_tokens_across_devices = asked
-
-
 class DistillationTrainer(DistillationMixin, Trainer):
     """`Trainer` with a teacher. Change one line of a fine-tuning script, and get a distilled student.
 
-    `loss = (1 - alpha) * labels + alpha * T^p * divergence`: each term a mean over the whole optimizer step (all
-    accumulated micro-batches, all processes). `alpha=0` is `Trainer`; `alpha=1` needs no labels.
+    `loss = (1 - alpha) * labels + alpha * T^p * divergence + Σ weight * objective`: each term a mean over the whole
+    optimizer step (all accumulated micro-batches, all processes). `alpha=0` without objectives is `Trainer`; `alpha=1`
+    needs no labels; `alpha=None` is the objectives alone.
 
     Args: `Trainer`'s, and `DistillationMixin`'s.
 

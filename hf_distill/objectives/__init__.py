@@ -1,9 +1,30 @@
 """What student and teacher should agree about, and what the labels say. Sums and counts, never means."""
 
+from hf_distill.objectives.attention import AttentionMatch
 from hf_distill.objectives.base import Objective
+from hf_distill.objectives.hidden import CosineEmbedding, HiddenMatch
 from hf_distill.objectives.labels import LabelsTerm
 from hf_distill.objectives.logits import LogitsMatch
+from hf_distill.objectives.relations import RelationMatch
+from hf_distill.objectives.similarity import SimilarityMatch
 
-OBJECTIVES: dict[str, type[Objective]] = {"logits": LogitsMatch}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "logits": LogitsMatch,
+    "hidden": HiddenMatch,
+    "cosine": CosineEmbedding,
+    "attention": AttentionMatch,
+    "relations": RelationMatch,
+    "similarity": SimilarityMatch,
+}
 
-__all__ = ["OBJECTIVES", "LabelsTerm", "LogitsMatch", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "AttentionMatch",
+    "CosineEmbedding",
+    "HiddenMatch",
+    "LabelsTerm",
+    "LogitsMatch",
+    "Objective",
+    "RelationMatch",
+    "SimilarityMatch",
+]

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.rows import in_full_precision
+from hf_distill.inside.recorder import Inside
 from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import Needs, Signals
@@ -52,7 +53,10 @@ class LogitsMatch:
         SettingError: no such divergence, or no such setting of it.
     """
 
-    needs = Needs(logits=True)
+    name = "logits"
+    needs = teacher_needs = Needs(logits=True)
+    needs_same_inputs = False  # the task knows
+    learned = None
 
     def __init__(
         self,
@@ -68,6 +72,21 @@ class LogitsMatch:
             raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
+
+    @property
+    def weight(self) -> Schedule:
+        """Its weight is alpha, which the blend knows."""
+        raise SettingError("the logits' term is weighted by alpha.")
+
+    @property
+    def couples_examples(self) -> bool:
+        """As the divergence does."""
+        name = next((n for n, f in DIVERGENCES.items() if f is getattr(self._given, "func", self._given)), None)
+        return name is not None and PROPERTIES[name].couples_rows
+
+    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+        """Nothing beside the divergence, which the task may refuse."""
+        self.divergence_for(task)
 
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
@@ -87,7 +106,7 @@ class LogitsMatch:
         they hold (NaN included) cannot matter."""
         function, properties = self.divergence_for(task)
         kept = task.kept_rows(batch)
-        q, p = task.select(student.logits, batch), task.select(teacher.logits, batch)
+        q, p = task.select(student.predictions(), batch), task.select(teacher.predictions(), batch)
         _refuse_other_rows(q, p, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)

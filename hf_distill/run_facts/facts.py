@@ -156,6 +156,8 @@ class RunFacts(_Facts):
     alpha: ScheduleFacts | None = None
     objectives: dict[str, float | None] = field(default_factory=dict)
     """Name -> weight; None for `labels` and `logits`, whose weights alpha gives."""
+    objective_settings: dict[str, str] = field(default_factory=dict)
+    """Name -> how it was made, in words."""
     datasets: tuple[DatasetFacts, ...] = ()
     """What it was trained on."""
     evaluations: tuple[EvaluationFacts, ...] = ()

@@ -97,6 +97,15 @@ class Task:
     def has_labels(self, batch: Batch) -> bool:
         return all(batch.get(name) is not None for name in self.label_names)
 
+    def require_labels(self, columns: Any) -> None:
+        """Raise `DataError` where these columns hold no labels."""
+        if self.has_labels(columns):
+            return
+        raise DataError(
+            f"alpha < 1 weighs labels, but there is no {' and '.join(self.label_names)} in {sorted(columns)}. Give the "
+            "dataset labels, or pass alpha=1 to learn from the teacher alone."
+        )
+
     def without_labels(self, batch: Batch) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in self.label_names}
 

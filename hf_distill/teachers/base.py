@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.vocabulary import Columns
@@ -18,15 +19,32 @@ class Teacher(Protocol):
     Attributes:
         inputs: what it reads of a batch, so that a `Trainer` does not drop these columns.
         columns: which columns of the student's head are compared with which of its own; known after `fit`.
+        inside: what it can show of its inside; None: nothing (a cache of logits).
     """
 
     inputs: tuple[str, ...]
     columns: Columns
 
+    @property
+    def inside(self) -> Inside | None: ...
+
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals: ...
 
-    def fit(self, student: nn.Module, task: Task, *, student_processor: Any = None) -> None:
-        """Check that it can teach this student, and pair the columns of their heads."""
+    def fit(
+        self,
+        student: nn.Module,
+        task: Task,
+        *,
+        student_processor: Any = None,
+        compares_predictions: bool = True,
+        same_inputs: bool = False,
+    ) -> None:
+        """Check that it can teach this student, and pair the columns of their heads.
+
+        Args:
+            compares_predictions: False: only its inside is asked for, so its head does not matter.
+            same_inputs: an objective compares position with position.
+        """
         ...
 
     def place(self, accelerator: Any) -> None:

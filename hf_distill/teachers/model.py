@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_distill._compat import prepare_for_evaluation
 from hf_distill.errors import DataError, TeacherError
+from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
@@ -49,6 +50,7 @@ class ModelTeacher:
         self._in_use = False
         self._accelerator: Any = None
         self._cannot_read_students: str | None = None
+        self.inside = Inside(model, "teacher")
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
@@ -57,31 +59,43 @@ class ModelTeacher:
             self.model.eval()
         inputs = self._in_own_dtype(self._inputs(batch))
         try:
-            with torch.no_grad(), self._precision():
+            with torch.no_grad(), self._precision(), self.inside.reading(needs.reads) as inside:
                 outputs = self.model(**inputs)
         except (RuntimeError, IndexError) as error:
             self._explain(error, inputs)
             raise
-        return Signals(logits=task.read(outputs, batch, self.columns, teacher=True), columns=self.columns)
+        logits = task.read(outputs, batch, self.columns, teacher=True) if needs.logits else None
+        return Signals(logits=logits, columns=self.columns, inside=inside)
 
-    def fit(self, student: nn.Module, task: Task, *, student_processor: Any = None) -> None:
-        """Check that this model can teach that one, and pair the columns of their heads.
+    def fit(
+        self,
+        student: nn.Module,
+        task: Task,
+        *,
+        student_processor: Any = None,
+        compares_predictions: bool = True,
+        same_inputs: bool = False,
+    ) -> None:
+        """Check that this model can teach that one, and pair the columns of their heads. See `Teacher.fit`.
 
         Raises:
             TeacherError: the same object, shared weights, another kind of head, labels or vocabulary that do not match.
         """
         student, teacher = unwrapped(student), unwrapped(self.model)
         fitting.refuse_shared_weights(student, teacher)
-        fitting.refuse_other_head(teacher, task)
+        if compares_predictions:
+            fitting.refuse_other_head(teacher, task)
         ours, theirs = fitting.tokenizer_in(student_processor), fitting.tokenizer_in(self._processor)
         theirs = theirs or fitting.tokenizer_of(teacher)
-        self.columns = fitting.matched_columns(
-            student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
-        )
+        if compares_predictions:
+            self.columns = fitting.matched_columns(
+                student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
+            )
         difference = fitting.input_difference(student, teacher, task, tokenizers=(ours, theirs))
-        if difference is not None and task.needs_same_inputs:
+        if difference is not None and (task.needs_same_inputs or same_inputs):
+            what = f"A {task.kind} head predicts" if task.needs_same_inputs else "An objective compares"
             raise TeacherError(
-                f"student and teacher have different tokenizers: {difference}. A {task.kind} head predicts positions "
+                f"student and teacher have different tokenizers: {difference}. {what} positions "
                 "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
                 "the student from the teacher. (If only padded rows of the embeddings differ, pass processing_class= "
                 "and teacher_processing_class=.)"

@@ -37,6 +37,11 @@ class TeacherInputsCollator:
             raise AttributeError(name)
         return getattr(self.collator, name)
 
+    def for_evaluation(self) -> TeacherInputsCollator:
+        """Around the collator that the user's own names for evaluation, where it augments."""
+        clean = getattr(self.collator, "for_evaluation", None)
+        return self if clean is None else TeacherInputsCollator(clean(), self.processor)
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         own, theirs = [], []
         for feature in features:
@@ -45,6 +50,8 @@ class TeacherInputsCollator:
         batch = self.collator(own)
         if theirs and theirs[0]:
             made = self._teacher_batch(theirs)
+            for name in [name for name in batch if name.startswith(TEACHER_PREFIX)]:
+                del batch[name]  # the clean example of an augmentation: the dataset's own columns win
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
         return batch
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,25 @@ class EvaluationMixin(_Trainer):
     def _progress(self) -> float:
         """How much of the training is done, 0 → 1."""
         return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+
+    def get_eval_dataloader(self, *positional: Any, **keywords: Any) -> Any:
+        """As the trainer's own, of data as they are: a collator that augments says what evaluates."""
+        with self._unaugmented():
+            return super().get_eval_dataloader(*positional, **keywords)
+
+    def get_test_dataloader(self, *positional: Any, **keywords: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._unaugmented():
+            return super().get_test_dataloader(*positional, **keywords)
+
+    @contextlib.contextmanager
+    def _unaugmented(self) -> Iterator[None]:
+        kept, clean = self.data_collator, getattr(self.data_collator, "for_evaluation", None)
+        self.data_collator = kept if clean is None else clean()
+        try:
+            yield
+        finally:
+            self.data_collator = kept
 
     def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
         inputs = self.distiller.student_inputs(inputs)

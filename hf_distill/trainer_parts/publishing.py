@@ -96,7 +96,9 @@ class PublishingMixin:
         match, task = self.distiller.logits_match, self.distiller.task
         divergence = match.name_for(task)
         _, properties = match.divergence_for(task)
-        has_teacher = self.distiller.teacher is not None and self.distiller.alpha(0.0) + self.distiller.alpha(1.0) > 0
+        blending = self.distiller.blending
+        asked = blending.ever_active() if self.distiller.teacher is not None else []
+        has_teacher, compares = bool(asked), "logits" in asked
         trained_on = tuple(
             fact
             for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(self.train_dataset)])
@@ -115,14 +117,13 @@ class PublishingMixin:
             teachers=self._teacher_facts() if has_teacher else (),
             base_model=base or (origin if looks_like_hub_id(origin) else None),
             processor=None if self.processing_class is None else type(self.processing_class).__name__,
-            divergence=divergence if has_teacher else None,
-            divergence_kwargs=match.settings if has_teacher else {},
-            temperature=self._schedule("temperature", match.temperature)
-            if has_teacher and properties.softens
-            else None,
+            divergence=divergence if compares else None,
+            divergence_kwargs=match.settings if compares else {},
+            temperature=self._schedule("temperature", match.temperature) if compares and properties.softens else None,
             temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
-            alpha=self._schedule("alpha", self.distiller.alpha),
-            objectives=self._objective_weights(has_teacher),
+            alpha=None if blending.alpha is None else self._schedule("alpha", blending.alpha),
+            objectives=self._objective_weights(asked),
+            objective_settings={name: repr(blending.objectives[name]) for name in asked if name != "logits"},
             datasets=trained_on,
             evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
             weights_step=best or self.state.global_step or None,
@@ -142,10 +143,11 @@ class PublishingMixin:
         kind = setting(self.args, f"{knob}_schedule")
         return ScheduleFacts(start=start, end=end, schedule=kind if self._blend_is_ours else "of the user's own")
 
-    def _objective_weights(self, has_teacher: bool) -> dict[str, float | None]:
+    def _objective_weights(self, asked: list[str]) -> dict[str, float | None]:
+        """At the start of the training; alpha gives those of labels and logits."""
         names = ["labels"] if self.distiller.needs_labels() else []
-        names += list(self.distiller.objectives) if has_teacher else []
-        return {name: None for name in names}
+        own = {name: self.distiller.blending.weight(name, 0.0) for name in asked if name != "logits"}
+        return {**dict.fromkeys([*names, *asked]), **own}
 
     def _teacher_facts(self) -> tuple[ModelFacts, ...]:
         teacher = self.distiller.teacher

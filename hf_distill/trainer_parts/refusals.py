@@ -6,6 +6,8 @@ from typing import Any
 
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.tasks import Task
+from hf_distill.views.collator import OTHER_TOKENS
 
 
 def refuse_data_parallel(args: Any, model: Any) -> None:
@@ -33,4 +35,21 @@ def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator
     if columns is None or data_collator is not None or not distiller.needs_labels():
         return
     if not {"label", "label_ids"} & set(columns):  # transformers' own collators rename these
-        distiller.require_labels({name: name for name in columns})
+        distiller.task.require_labels({name: name for name in columns})
+
+
+def refuse_two_blends(objectives: Any) -> None:
+    if objectives is not None:
+        raise SettingError("objectives= and distiller= together: give the objectives to the Distiller.")
+
+
+def refuse_other_views(collator: Any, task: Task, *, has_teacher_columns: bool) -> None:
+    """An augmentation after which student and teacher would be shown what must not be compared."""
+    if has_teacher_columns and getattr(collator, "student_only", None) is False:
+        raise SettingError(
+            "the dataset has columns of the teacher's own (teacher_text, ...), which the augmentation does not change: "
+            "the teacher would be shown another example than the student. Pass student_only=True if that is meant, or "
+            "augment before tokenizing twice (hf_distill.views.augment_dataset)."
+        )
+    if getattr(collator, "sentence_rows_only", False) and task.needs_same_inputs:
+        raise SettingError(OTHER_TOKENS.format(names="an augmentation of words"))

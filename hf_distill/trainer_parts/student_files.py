@@ -15,6 +15,7 @@ _STATE_FILES = (
     "scheduler*",
     "scaler*",
     "rng_state*",
+    "distill_state*",
     "training_args.bin",
     "trainer_state.json",
 )

@@ -197,7 +197,7 @@ def test_plain_training_arguments_use_the_defaults_and_so_need_a_teacher(tmp_pat
     trainer = DistillationTrainer(
         model=bert(), teacher_model=bert(seed=1), args=args, train_dataset=examples(), data_collator=padded
     )
-    assert trainer.distiller.alpha(0.3) == 0.5
+    assert trainer.distiller.blending.alpha(0.3) == 0.5
     assert trainer.distiller.logits_match.temperature(0.3) == 2.0
     trainer.train()
     assert trainer.state.global_step == 2

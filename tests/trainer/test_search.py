@@ -41,7 +41,7 @@ class Recorded:
 
     def objective(self, _: dict[str, float]) -> float:
         distiller = self.trainer.distiller
-        self.used.append((distiller.alpha(0.0), distiller.logits_match.temperature(0.0)))
+        self.used.append((distiller.blending.alpha(0.0), distiller.logits_match.temperature(0.0)))
         logged = [entry for entry in self.trainer.state.log_history if "loss" in entry][-1]
         self.logged = logged
         return float(logged["loss"])
@@ -114,7 +114,7 @@ def test_a_distiller_of_ones_own_keeps_its_blend_in_a_search_over_something_else
         n_trials=1,
         backend="optuna",
     )
-    assert trainer.distiller.alpha(0.0) == 0.9
+    assert trainer.distiller.blending.alpha(0.0) == 0.9
     assert trainer.distiller.logits_match.temperature(0.0) == 5.0
     assert trainer.distiller.logits_match.name_for(trainer.distiller.task) == "reverse_kl"
 

@@ -1,0 +1,190 @@
+"""Blend: the terms of the loss by name, how much each weighs at a moment of the training, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.counts import Counts
+from hf_distill.errors import SettingError
+from hf_distill.functional import Divergence
+from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
+from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
+from hf_distill.signals import Needs, Signals
+from hf_distill.tasks import Batch, Task
+
+LABELS = "labels"
+LOGITS = "logits"
+Objectives = Objective | Sequence[Objective] | Mapping[str, Objective] | None
+
+
+class Blend:
+    """`(1 - alpha) * labels + alpha * logits + Σ weight * objective`; with alpha None, the objectives alone.
+
+    Args:
+        objectives: one, several, or name → objective. Their own weights are beside alpha, and not normalised.
+
+    Raises:
+        SettingError: two terms of one name, or what is no objective.
+    """
+
+    def __init__(self, objectives: Objectives = None) -> None:
+        self.alpha: Schedule | None = None
+        self._others = _named(objectives)
+        self.objectives: dict[str, Objective] = dict(self._others)
+
+    def set(
+        self,
+        *,
+        temperature: float | Schedule,
+        alpha: float | Schedule | None,
+        divergence: str | Divergence | None,
+        divergence_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        """Choose alpha and what becomes of the logits; the other objectives stay."""
+        softening = checked_schedule("temperature", temperature)
+        schedule = None if alpha is None else checked_schedule("alpha", alpha)
+        match = LogitsMatch(divergence, settings=divergence_kwargs, temperature=softening)
+        if alpha is None and not self._others:
+            raise SettingError("alpha=None is a loss of the objectives alone, and there are none. Pass objectives=.")
+        self.alpha = schedule
+        self.objectives = {LOGITS: match, **self._others}
+
+    @property
+    def logits_match(self) -> LogitsMatch:
+        objective = self.objectives[LOGITS]
+        assert isinstance(objective, LogitsMatch)
+        return objective
+
+    def labels_weight(self, progress: float) -> float:
+        return 0.0 if self.alpha is None else 1 - self.alpha(progress)
+
+    def weight(self, name: str, progress: float) -> float:
+        """Of an objective's term."""
+        if name == LOGITS:
+            return 0.0 if self.alpha is None else self.alpha(progress)
+        return self.objectives[name].weight(progress)
+
+    def active(self, progress: float) -> list[str]:
+        """The objectives that weigh something now."""
+        return [name for name in self.objectives if self.weight(name, progress) > 0]
+
+    def ever_active(self) -> list[str]:
+        """The objectives that weigh something at some moment."""
+        return [name for name in self.objectives if any(self.weight(name, p) > 0 for p in PROGRESS)]
+
+    def uses_labels(self) -> bool:
+        return any(self.labels_weight(p) > 0 for p in PROGRESS)
+
+    def count(
+        self, task: Task, micro_batches: Sequence[Batch], device: Any, progress: float
+    ) -> tuple[list[str], Tensor]:
+        """The terms of this moment, and over how many rows each is, summed over these micro-batches.
+
+        Raises:
+            DataError: a label is needed and missing, or is one that the head cannot take.
+            SettingError: every term weighs 0.
+        """
+        terms = self.active(progress)
+        if self.labels_weight(progress) > 0:
+            task.require_labels(micro_batches[0])
+            for batch in micro_batches:
+                task.check_labels(batch)
+            terms.insert(0, LABELS)
+        if not terms:
+            raise SettingError(
+                f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
+                "objective a weight throughout."
+            )
+        sums = []
+        for term in terms:
+            source = LabelsTerm() if term == LABELS else self.objectives[term]
+            sums.append(torch.stack([source.count(task, batch).to(device) for batch in micro_batches]).sum())
+        return terms, torch.stack(sums)
+
+    def total(
+        self,
+        labels: Tensor | None,
+        ask: Callable[[], tuple[Signals, Signals]],
+        task: Task,
+        batch: Batch,
+        counts: Counts,
+        progress: float,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The loss of a micro-batch, its terms before their weights, and the logits' sum before it is divided.
+
+        Args:
+            labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
+        """
+        terms: dict[str, Tensor] = {}
+        weighted: list[Tensor] = []
+        of_logits = None
+        if labels is not None:
+            terms[LABELS] = labels * counts.scale
+            weight = self.labels_weight(progress)
+            weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
+        active = self.active(progress)
+        if active:
+            student, teacher = ask()
+            for name in active:
+                found = self.objectives[name](student, teacher, task, batch, progress=progress)
+                of_logits = found.value if name == LOGITS else of_logits
+                terms[name] = found.over(counts.denominators[name]) * counts.scale
+                weighted.append(self.weight(name, progress) * terms[name])
+        loss = weighted[0]
+        for part in weighted[1:]:
+            loss = loss + part
+        return loss, terms, of_logits
+
+    def needs(self, progress: float) -> tuple[Needs, Needs]:
+        """What must be computed of the student and of the teacher."""
+        student = teacher = Needs()
+        for name in self.active(progress):
+            student, teacher = student | self.objectives[name].needs, teacher | self.objectives[name].teacher_needs
+        return student, teacher
+
+    def knobs(self) -> dict[str, Schedule]:
+        """Whatever may move with the training, by the name it is logged under."""
+        moving = {} if self.alpha is None else {"alpha": self.alpha}
+        weights = {f"weight/{name}": one.weight for name, one in self._others.items()}
+        return {**moving, "temperature": self.logits_match.temperature, **weights}
+
+    def learned(self) -> nn.ModuleDict:
+        """What the objectives learn, by term."""
+        return nn.ModuleDict({name: o.learned for name, o in self.objectives.items() if o.learned is not None})
+
+
+def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
+    """Whether a teacher is asked at some moment."""
+    return bool(_named(objectives)) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
+
+
+def _named(objectives: Objectives) -> dict[str, Objective]:
+    if objectives is None:
+        return {}
+    if isinstance(objectives, Mapping):
+        pairs: Iterable[tuple[str, Any]] = objectives.items()
+    else:
+        several = objectives if isinstance(objectives, Sequence) else [objectives]
+        pairs = [(getattr(one, "name", type(one).__name__), one) for one in several]
+    named: dict[str, Objective] = {}
+    for name, one in pairs:
+        if not all(hasattr(one, part) for part in ("weight", "count", "fit", "needs")):
+            raise SettingError(
+                f"objectives: {one!r} is no objective. Give instances of {', '.join(o.__name__ for o in _ADDED)}, or "
+                "of your own class with the methods of hf_distill.objectives.Objective."
+            )
+        if isinstance(one, LogitsMatch):
+            raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
+        if name in named or name in (LABELS, LOGITS):
+            raise SettingError(
+                f"objectives: two terms are called {name!r}. Give one of them another name: HiddenMatch(..., name=...)."
+            )
+        named[name] = one
+    return named
+
+
+_ADDED = tuple(one for name, one in OBJECTIVES.items() if name != LOGITS)

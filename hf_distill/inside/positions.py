@@ -1,0 +1,92 @@
+"""Which positions of hidden states are real: tokens that are attended, frames that hold sound, every patch.
+
+Known from the batch alone, as a task's rows are. Where no mask can say so (images, Whisper's 30 seconds) each example
+has the same number of positions, and every one counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import IGNORED, attended, batch_size
+from hf_distill.tasks.infer import unwrapped
+
+_MASK = "attention_mask"
+
+
+class Positions:
+    """The positions of one side of a student.
+
+    Args:
+        model: the student, for its rule from samples to frames. side: as in `Read`.
+    """
+
+    def __init__(self, model: Any, task: Task, side: str | None = None) -> None:
+        model = unwrapped(model)
+        config = getattr(model, "config", None)
+        self._of_decoder = bool(getattr(config, "is_encoder_decoder", False)) and side != "encoder"
+        self._predicts_them = task.kind == "seq2seq"
+        rule = getattr(model, "_get_feat_extract_output_lengths", None)
+        self._frame_lengths = rule or getattr(model, "_get_subsampling_output_length", None)
+
+    def keep(self, batch: Batch) -> Tensor | None:
+        """`[b t]` bool; None: every position of every example."""
+        if self._of_decoder:
+            return self._of_decoder_inputs(batch)
+        if batch.get("input_ids") is not None or batch.get("inputs_embeds") is not None:
+            return _of_tokens(batch)
+        if batch.get("input_values") is not None or batch.get("input_features") is not None:
+            return self._of_frames(batch)
+        return None
+
+    def count(self, batch: Batch) -> Tensor:
+        """Scalar: how many positions count, or, where every one does, how many examples there are."""
+        keep = self.keep(batch)
+        return torch.tensor(batch_size(batch)) if keep is None else keep.sum()
+
+    def count_examples(self, batch: Batch) -> Tensor:
+        """Scalar: how many examples have a position that counts."""
+        keep = self.keep(batch)
+        return torch.tensor(batch_size(batch)) if keep is None else keep.any(-1).sum()
+
+    def _of_decoder_inputs(self, batch: Batch) -> Tensor:
+        if self._predicts_them and batch.get("labels") is not None:
+            return batch["labels"] != IGNORED
+        if batch.get("decoder_input_ids") is not None:
+            return attended(batch, "decoder_attention_mask", ("decoder_input_ids",))
+        return _of_tokens(batch)  # a decoder that is given what the encoder is (BART's classifier)
+
+    def _of_frames(self, batch: Batch) -> Tensor | None:
+        if self._frame_lengths is None or (batch.get("input_features") is not None and batch.get(_MASK) is None):
+            return None
+        mask = attended(batch, _MASK, ("input_values",))
+        frames = int(self._frame_lengths(torch.tensor(mask.shape[1])))
+        lengths = self._frame_lengths(mask.sum(-1)).to(mask.device)
+        return torch.arange(frames, device=mask.device) < lengths[:, None]
+
+
+def _of_tokens(batch: Batch) -> Tensor:
+    given = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"][..., 0]
+    mask = batch.get(_MASK)
+    if mask is None or mask.dim() == 4:  # one that also says who attends to whom (packed sequences)
+        keep = torch.ones(given.shape, dtype=torch.bool, device=given.device)
+    else:
+        keep = mask.bool()
+    return keep.flatten(0, -2)  # multiple choice: `[b choices t]`
+
+
+def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, whose: str, what: str) -> None:
+    """Raise DataError where a model shows other positions than the batch has."""
+    if keep is None or tuple(keep.shape) == tuple(shape):
+        return
+    raise DataError(
+        f"the batch has {list(keep.shape)} [examples, positions], but {what} of the {whose} are at {list(shape)}. "
+        "Student "
+        "and teacher must be given the same positions: the same tokenizer and padding, the same frame rate, and no "
+        "virtual tokens of prompt tuning."
+    )

@@ -1,0 +1,102 @@
+"""What objectives learn beside the student: kept alike on all processes, saved beside a checkpoint, never exported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_distill.errors import SettingError
+
+STATE_FILE = "distill_state.safetensors"
+
+
+class Learned:
+    """The projections of all objectives as one module, which is no part of the student.
+
+    In a loop of your own: give `parameters()` to the optimizer with the student's, call `synchronize(accelerator)`
+    after
+    the last backward of an optimizer step, and clip both together.
+    """
+
+    def __init__(self) -> None:
+        self.module: nn.Module = nn.ModuleDict()
+
+    def hold(self, module: nn.Module) -> None:
+        self.module = module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.module.parameters()
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self.module.parameters())
+
+    def place(self, accelerator: Any) -> None:
+        """On the accelerator's device; all processes start from process 0's values.
+
+        Raises:
+            SettingError: DeepSpeed and FSDP own the optimizer's parameters, and these are none of theirs.
+        """
+        if not self:
+            return
+        if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise SettingError(
+                f"learned projections with {accelerator.distributed_type.value}: it shards what the optimizer "
+                "holds and "
+                "knows the student alone. Use data parallelism (DDP), a student as wide as the teacher "
+                "(students.inherit) with projection='none', or RelationMatch, which learns nothing."
+            )
+        self.module.to(accelerator.device)
+        if accelerator.num_processes > 1:
+            for parameter in self.parameters():
+                broadcast(parameter.data, from_process=0)
+
+    @torch.no_grad()
+    def synchronize(self, accelerator: Any) -> None:
+        """Average the gradients over processes, as DDP does with the student's. Once an optimizer step."""
+        if accelerator.num_processes == 1:
+            return
+        for parameter in self.parameters():
+            if parameter.grad is None:  # a process whose micro-batches had nothing for it
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
+
+    def zero_grad(self) -> None:
+        self.module.zero_grad()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write them into a checkpoint's folder, whole or not at all."""
+        if not self:
+            return
+        target = Path(folder, STATE_FILE)
+        beside = target.with_name(f".{target.name}.partial")
+        save_file({name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}, beside)
+        os.replace(beside, target)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Read them back.
+
+        Raises:
+            SettingError: they are not there, or are of other objectives.
+        """
+        if not self:
+            return
+        source, names = Path(folder, STATE_FILE), ", ".join(self.module.state_dict())
+        if not source.is_file():
+            raise SettingError(
+                f"{os.fspath(folder)} has no {STATE_FILE}: it was saved without these objectives ({names}), or with "
+                "save_only_model=True. Resume from another checkpoint, or start anew from its model."
+            )
+        try:
+            self.module.load_state_dict(load_file(source))
+        except (RuntimeError, SafetensorError) as error:
+            raise SettingError(
+                f"{os.fspath(source)} does not fit the objectives of this run, which learn {names}: {error}"
+            ) from error

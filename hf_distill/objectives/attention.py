@@ -1,0 +1,121 @@
+"""Agreement of self-attention: scores before the softmax, or the probabilities after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.attention import attention_kl, map_heads, score_distance
+from hf_distill.inside.blocks import Blocks
+from hf_distill.inside.positions import check_positions
+from hf_distill.layer_map import Link
+from hf_distill.objectives.matching import InsideMatch, Layers
+from hf_distill.schedules import Schedule
+from hf_distill.signals import ATTENTION, Signals
+from hf_distill.tasks import Batch
+
+_COMPARED = {"scores": score_distance, "probabilities": attention_kl}
+Heads = str | Sequence[int] | Sequence[Sequence[int]]
+
+
+class AttentionMatch(InsideMatch):
+    """Student and teacher look at the same places: a distance of self-attention maps, head with head.
+
+    What is compared is computed here, from the queries and keys that the attention of a matched layer is given: so it
+    does not matter which implementation (SDPA, flash, eager) the models were loaded with, and none is changed. The
+    price: for each matched layer the scores `[b h t t]` of both models are computed a second time and held until the
+    backward; layers that are not matched cost nothing. Attention dropout is not in them. Queries and keys at padding,
+    and keys that the model's mask hides (the future, what is beyond a sliding window), are left out.
+
+    TinyBERT (Jiao et al. 2020, section 3.1, equation 7: "scores", all layers by `LayerMap.skip`) and MiniLM (Wang et
+    al. 2020, section 3.1: "probabilities", the last layer).
+
+    Args:
+        layers: see `InsideMatch`. compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
+        heads: for unequal numbers of heads, what each student head learns from: teacher heads, lists of them (their
+            scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
+
+    Raises:
+        SettingError: numbers of heads that differ without `heads`; attention that cannot be listened to (DeBERTa, MPNet
+            and WavLM compute their own).
+    """
+
+    default_name = "attention"
+    reads = (ATTENTION,)
+    shown = ("compare", "heads", "side")
+
+    def __init__(
+        self,
+        layers: Layers = "even",
+        *,
+        compare: str = "scores",
+        heads: Heads | None = None,
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str | None = None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        super().__init__(
+            layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
+        )
+        if compare not in _COMPARED:
+            raise SettingError(f"AttentionMatch: compare={compare!r}: allowed are {', '.join(_COMPARED)}.")
+        if isinstance(heads, str) and heads != "grouped":
+            raise SettingError(f"AttentionMatch: heads={heads!r}: give 'grouped', teacher heads, or lists of them.")
+        self.compare = compare
+        self.heads = heads
+
+    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+        if student.heads is not None and teacher.heads is not None:
+            self._head_map(student.heads, teacher.heads)
+
+    def _head_map(self, ours: int, theirs: int) -> Sequence[Any] | None:
+        """The teacher's heads of each student head; None: the same ones."""
+        if self.heads is None:
+            if ours == theirs:
+                return None
+            raise SettingError(
+                f"AttentionMatch: the student has {ours} attention heads, the teacher {theirs}. Pass heads= (for each "
+                "student head a teacher head, or a list of them; or 'grouped'), or use RelationMatch, which does not "
+                "compare head with head."
+            )
+        if self.heads == "grouped":
+            if theirs % ours:
+                raise SettingError(
+                    f"AttentionMatch: heads='grouped': {theirs} teacher heads cannot be shared out to {ours} student "
+                    "heads. Name them: one list of teacher heads for each student head."
+                )
+            size = theirs // ours
+            return [list(range(i * size, (i + 1) * size)) for i in range(ours)]
+        if len(self.heads) != ours:
+            raise SettingError(
+                f"AttentionMatch: heads names {len(self.heads)} student heads; the student has {ours}. Give one entry "
+                "for each."
+            )
+        map_heads(torch.zeros(1, theirs, 1, 1), self.heads)  # type: ignore[arg-type]  # not a str here
+        return list(self.heads)
+
+    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+        ours = student.inside[self._read(ATTENTION, link.student, 0)]
+        theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]
+        q, p = ours.scores(), theirs.scores()
+        for x, whose in ((q, "student"), (p, "teacher")):
+            check_positions(keep, (x.shape[0], x.shape[2]), whose=whose, what=f"attention of block {link.student}")
+        mapped = self._head_map(q.shape[1], p.shape[1])
+        p = p if mapped is None else map_heads(p, mapped)
+        keys = _shared_by_heads(ours.allowed()) & _shared_by_heads(theirs.allowed())
+        if keep is not None:
+            keys = keys & keep[:, None, :, None] & keep[:, None, None, :]
+        keys = keys.expand(q.shape[0], 1, *q.shape[2:])
+        values = _COMPARED[self.compare](q, p, keys)
+        return values.sum() * (1.0 if keep is not None else 1 / q.shape[2])
+
+
+def _shared_by_heads(allowed: Tensor) -> Tensor:
+    """`[b 1 t s]`: masks are the same for all heads; where one is not, what every head may see."""
+    return allowed if allowed.shape[1] == 1 else allowed.all(1, keepdim=True)

@@ -1,0 +1,186 @@
+"""Agreement of hidden states: any distance of vectors, layer with layer, through a learned projection where needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.features import DISTANCES, Distance
+from hf_distill.inside.blocks import Blocks
+from hf_distill.inside.positions import check_positions
+from hf_distill.layer_map import Link
+from hf_distill.objectives.matching import InsideMatch, Layers, kept_vectors, pooled
+from hf_distill.objectives.projections import Projections
+from hf_distill.schedules import Schedule
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
+from hf_distill.tasks import Batch, Task
+
+POSITIONS = ("all", "first", "last")
+
+
+class HiddenMatch(InsideMatch):
+    """A distance of the student's hidden states to the teacher's, at every position that is no padding.
+
+    Layer k is what block k puts out: transformers' `hidden_states[k + 1]`, except that models with a norm behind their
+    last block (GPT-2, Llama, ViT) show the last one there after that norm, and this is before it. Only the layers that
+    are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions.
+
+    FitNets (Romero et al. 2015, section 2.2), PKD (Sun et al. 2019, section 3: `distance="normalized_squared",
+    positions="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).
+    The papers average over padding too; here it is left out.
+
+    Args:
+        layers: see `InsideMatch`; None with `embeddings=True`: the embeddings alone.
+        distance: a name in `hf_distill.functional.features.DISTANCES`. settings: its keyword arguments.
+        projection: "auto" (learned, one a pair, where the widths differ), "linear" (always), "shared" (one for all
+            pairs), "none".
+        positions: "all" that count, or the "first" ([CLS]) or "last" of each example.
+        embeddings: also match what the first blocks are given.
+
+    Raises:
+        SettingError: no such distance, setting or layer; widths that differ without a projection.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification as Bert
+    >>> from hf_distill import Distiller
+    >>> def make(width):
+    ...     return Bert(BertConfig(hidden_size=width, num_hidden_layers=2, num_attention_heads=1, vocab_size=9))
+    >>> student, teacher = make(4), make(8)
+    >>> distiller = Distiller(student, teacher, objectives=HiddenMatch("even", weight=10.0))
+    >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
+    >>> sorted(distiller(student, batch).terms)
+    ['hidden', 'labels', 'logits']
+    """
+
+    default_name = "hidden"
+    reads = (HIDDEN,)
+    shown: tuple[str, ...] = ("distance", "settings", "projection", "positions", "embeddings", "side")
+
+    def __init__(
+        self,
+        layers: Layers | None = "even",
+        *,
+        distance: str = "mean_squared",
+        settings: Mapping[str, Any] | None = None,
+        projection: str = "auto",
+        positions: str = "all",
+        embeddings: bool = False,
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str | None = None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        if layers is None and not embeddings:
+            raise SettingError("HiddenMatch: layers=None matches nothing; it is for embeddings=True alone.")
+        super().__init__(
+            layers if layers is not None else [(0, 0)],
+            weight=weight,
+            side=side,
+            name=name,
+            student_stack=student_stack,
+            teacher_stack=teacher_stack,
+        )
+        if positions not in POSITIONS:
+            raise SettingError(f"HiddenMatch: positions={positions!r}: allowed are {', '.join(POSITIONS)}.")
+        self.distance = distance
+        self.settings = dict(settings or {})
+        self.projection = projection
+        self.positions = positions
+        self.embeddings = embeddings
+        self._blocks_too = layers is not None
+        self._function = _checked_distance(distance, self.settings)
+
+    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+        keys = [_key(link) for link in self._links()]
+        made = Projections(keys, student.width, teacher.width, kind=self.projection, seed=seed)
+        self.learned = of_dtype_and_place(made, model) if len(made.matrices) else None
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        return self._positions.count(batch) if self.positions == "all" else self._positions.count_examples(batch)
+
+    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+        what = self.reads[0]
+        ours = student.inside[self._read(what, link.student, 0)]
+        theirs = teacher.inside[self._read(what, link.teacher, 1)]
+        for x, whose in ((ours, "student"), (theirs, "teacher")):
+            check_positions(keep, x.shape[:2], whose=whose, what=f"hidden states of block {link.student}")
+        share = 1.0
+        if self.positions == "all":
+            (q, share), (p, _) = kept_vectors(ours, keep), kept_vectors(theirs, keep)
+        else:
+            q, p = pooled(ours, keep, self.positions), pooled(theirs, keep, self.positions)
+        if self.learned is not None:
+            q = self.learned(q, _key(link))
+        values = self._function(q, p.to(q.dtype) if p.dtype == torch.float64 else p, **self.settings)
+        return values.sum() * share
+
+    def _links(self) -> tuple[Link, ...]:
+        links = super()._links() if self._blocks_too else ()
+        return (Link(EMBEDDINGS, EMBEDDINGS), *links) if self.embeddings else links
+
+
+class CosineEmbedding(HiddenMatch):
+    """1 − cosine of the last hidden states, what the head reads, at every position that is no padding.
+
+    DistilBERT (Sanh et al. 2019, section 3: the cosine embedding loss, "to align the directions of the student and
+    teacher hidden states vectors"). Their code takes the mean over attended positions as well.
+
+    Args:
+        projection: as in `HiddenMatch`; "none" where widths agree, as in the paper.
+    """
+
+    default_name = "cosine"
+    reads = (LAST_HIDDEN,)
+    shown = ("projection", "side")
+
+    def __init__(
+        self,
+        *,
+        projection: str = "auto",
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str | None = None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        super().__init__(
+            [(-1, -1)],
+            distance="cosine",
+            projection=projection,
+            weight=weight,
+            side=side,
+            name=name,
+            student_stack=student_stack,
+            teacher_stack=teacher_stack,
+        )
+
+    def _read(self, what: str, layer: int, whose: int) -> Read:
+        return Read(what, 0, self.side, self.stacks[whose])
+
+
+def of_dtype_and_place(module: Projections, model: Any) -> Projections:
+    """In fp32 (fp64 for a student in fp64), where the student is."""
+    one = next(model.parameters())
+    return module.to(device=one.device, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32)
+
+
+def _key(link: Link) -> str:
+    return "embeddings" if link.student == EMBEDDINGS else f"{link.student}_{link.teacher}"
+
+
+def _checked_distance(name: str, settings: Mapping[str, Any]) -> Distance:
+    if name not in DISTANCES:
+        raise SettingError(f"HiddenMatch: distance={name!r}: no such distance. Allowed: {', '.join(DISTANCES)}.")
+    function = DISTANCES[name]
+    knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = sorted(set(settings) - set(knobs))
+    if unknown:
+        takes = f"takes {', '.join(knobs)}" if knobs else "takes no settings"
+        raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.")
+    function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # a value that cannot be fails now
+    return function

@@ -1,0 +1,153 @@
+"""What the objectives on a model's inside share: which layers, which positions, their weight. No losses here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.errors import SettingError, TeacherError
+from hf_distill.inside.positions import Positions
+from hf_distill.inside.recorder import Inside
+from hf_distill.layer_map import LayerMap, Link, resolved_map
+from hf_distill.loss_sum import LossSum
+from hf_distill.schedules import PROGRESS, Schedule, constant
+from hf_distill.signals import Needs, Read, Signals
+from hf_distill.tasks import Batch, Task
+
+Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
+
+
+class InsideMatch:
+    """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
+
+    Args:
+        layers: "even", "first", "last", "first_last" or "skip" (a `LayerMap` of all student blocks), a `LayerMap`, or
+            pairs (student, teacher) or (student, teacher, weight); negative ones count from the end.
+        weight: of the term in the loss, a number of at least 0 or a schedule.
+        side: "encoder" or "decoder" of an encoder-decoder; None: its decoder.
+        name: of the term; None: the class's own.
+        student_stack, teacher_stack: the path of the list of blocks, where it is not found.
+    """
+
+    default_name = "inside"
+    reads: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    needs_same_inputs = True
+    couples_examples = False
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        weight: float | Schedule,
+        side: str | None,
+        name: str | None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        self.layers = layers
+        self.weight = checked_weight(type(self).__name__, weight)
+        self.side = side
+        self.name = name or self.default_name
+        self.stacks = student_stack, teacher_stack
+        self.layer_map: LayerMap | None = None
+        self.needs = self.teacher_needs = Needs()
+        self.learned: nn.Module | None = None
+
+    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+        """Find the blocks of both, pair them, and refuse what cannot be compared.
+
+        Raises:
+            SettingError, TeacherError: see the messages.
+        """
+        if teacher is None:
+            raise TeacherError(
+                f"{type(self).__name__} reads the inside of the teacher, and this teacher shows none. Use a model as "
+                "teacher, or leave the objective out."
+            )
+        ours = student.blocks(self._side_of(student), self.stacks[0])
+        theirs = teacher.blocks(self._side_of(teacher), self.stacks[1])
+        try:
+            self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
+        except SettingError as error:
+            raise SettingError(f"{type(self).__name__}: layers: {error}") from error
+        self._positions = Positions(model, task, self.side)
+        self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
+        self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
+        self.check(ours, theirs, model=model, seed=seed)
+
+    def check(self, student: Any, teacher: Any, *, model: Any, seed: int) -> None:
+        """Refuse what cannot be compared, and make what is learned; `student`, `teacher`: their `Blocks`."""
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        return self._positions.count(batch)
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        keep = self._positions.keep(batch)
+        total = torch.stack(
+            [link.weight * self.of_link(student, teacher, link, keep, batch) for link in self._links()]
+        ).sum()
+        return LossSum(total, self.count(task, batch).to(total.device))
+
+    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+        """Scalar: one pair of blocks, summed over the positions that count. `keep`: `[b t]` bool, or None: all."""
+        raise NotImplementedError
+
+    def _links(self) -> tuple[Link, ...]:
+        assert self.layer_map is not None  # `fit` comes first
+        return self.layer_map.links
+
+    def _wanted(self) -> list[tuple[str, Link]]:
+        return [(what, link) for what in self.reads for link in self._links()]
+
+    def _read(self, what: str, layer: int, whose: int) -> Read:
+        return Read(what, layer, self.side, self.stacks[whose])
+
+    def _side_of(self, inside: Inside) -> str | None:
+        return self.side
+
+    def __repr__(self) -> str:
+        """As it was made, for logs and cards."""
+        knobs = [f"{knob}={getattr(self, knob)!r}" for knob in self.shown if getattr(self, knob) not in (None, {})]
+        layers = repr(self.layers) if self.layer_map is None else str(self.layer_map)
+        inner = ", ".join([f"layers {layers}", *knobs])
+        return f"{type(self).__name__}({inner})"
+
+
+def checked_weight(what: str, weight: float | Schedule) -> Schedule:
+    """A weight as a schedule. Raises SettingError for one below 0."""
+    if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+        raise SettingError(f"{what}: weight={weight!r}. Give a number of at least 0, or a function of progress 0 → 1.")
+    schedule = weight if callable(weight) else constant(float(weight))
+    for found in map(schedule, PROGRESS):
+        if not 0 <= found < float("inf"):
+            raise SettingError(f"{what}: weight={found!r}. It must be at least 0 and finite, at every moment.")
+    return schedule
+
+
+def kept_vectors(x: Tensor, keep: Tensor | None) -> tuple[Tensor, float]:
+    """`[b t d]` → `[n d]` of the positions that count, and what one of them is worth.
+
+    Where all count, an example counts as one (see `Positions.count`), so a position is worth 1 / t of it.
+    """
+    if keep is None:
+        return x.flatten(0, 1), 1 / x.shape[1]
+    return x.flatten(0, 1).index_select(0, keep.flatten().nonzero().squeeze(-1)), 1.0
+
+
+def pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
+    """`[b t d]` → `[m d]`, a vector for each example with a position that counts: their mean, the first or the last."""
+    if keep is None:
+        return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
+    examples = keep.any(-1).nonzero().squeeze(-1)
+    x, keep = x.index_select(0, examples), keep.index_select(0, examples)
+    if how == "mean":
+        return x.masked_fill(~keep[..., None], 0).sum(1) / keep.sum(1, keepdim=True)
+    positions = torch.arange(keep.shape[1], device=x.device)
+    chosen = torch.where(keep, positions, keep.shape[1]).amin(1) if how == "first" else (keep * positions).amax(1)
+    return x[torch.arange(x.shape[0], device=x.device), chosen]

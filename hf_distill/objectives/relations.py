@@ -1,0 +1,97 @@
+"""Agreement of relations between positions, as MiniLM has them: no constraint on widths or heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.relations import relation_kl
+from hf_distill.inside.blocks import Blocks
+from hf_distill.inside.positions import check_positions
+from hf_distill.layer_map import Link
+from hf_distill.objectives.matching import InsideMatch, Layers, checked_weight
+from hf_distill.schedules import Schedule
+from hf_distill.signals import RELATED, Signals
+from hf_distill.tasks import Batch
+
+
+class RelationMatch(InsideMatch):
+    """How positions relate to each other, by their queries, keys or values: KL from the teacher's relations.
+
+    Read by hooks on the projections of the matched layers, whatever the attention implementation. No learned
+    projection, no equal widths, no equal numbers of attention heads.
+
+    MiniLMv2 (Wang et al. 2021, section 3.1) takes queries, keys and values of one layer: the student's last, the
+    teacher's
+    last or, of large teachers, one below (`layers=[(-1, 20)]` of 24). MiniLM (Wang et al. 2020, section 3.2) takes the
+    values alone, beside the attention of that layer.
+
+    Args:
+        layers: see `InsideMatch`; the last of both by default.
+        relations: names among "queries", "keys", "values", or name → weight.
+        relation_heads: how many pieces the vectors are cut into; None: the attention heads of the teacher, or of the
+            student, whichever divides both widths. More pieces are finer (48 for a base-size teacher in the paper).
+
+    Raises:
+        SettingError: relation heads that do not divide both widths; a block whose projections are not known by name, or
+            are not called (WavLM).
+    """
+
+    default_name = "relations"
+    shown = ("relations", "relation_heads", "side")
+
+    def __init__(
+        self,
+        layers: Layers = ((-1, -1),),
+        *,
+        relations: Sequence[str] | Mapping[str, float] = RELATED,
+        relation_heads: int | None = None,
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str | None = None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        super().__init__(
+            layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
+        )
+        weights = dict(relations) if isinstance(relations, Mapping) else dict.fromkeys(relations, 1.0)
+        if isinstance(relations, str) or not weights or set(weights) - set(RELATED):
+            raise SettingError(f"RelationMatch: relations={relations!r}: name some of {', '.join(RELATED)}.")
+        for value in weights.values():
+            checked_weight("RelationMatch: relations", value)
+        if relation_heads is not None and (not isinstance(relation_heads, int) or relation_heads < 1):
+            raise SettingError(f"RelationMatch: relation_heads={relation_heads!r}: give a whole number of at least 1.")
+        self.relations = weights
+        self.relation_heads = relation_heads
+        self.reads = tuple(weights)
+        self._heads = relation_heads
+
+    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+        self._heads = self.relation_heads
+        if self._heads is None and student.width is not None and teacher.width is not None:
+            both = [n for n in (teacher.heads, student.heads) if n and not student.width % n and not teacher.width % n]
+            self._heads = both[0] if both else None
+        if self._heads is None:
+            raise SettingError(
+                f"RelationMatch: neither {teacher.heads} (the teacher's attention heads) nor {student.heads} (the "
+                f"student's) divides the widths {student.width} (student) and {teacher.width} (teacher). Pass "
+                "relation_heads=, a number that does."
+            )
+
+    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+        assert self._heads is not None  # `check` comes first
+        totals = []
+        for what, weight in self.relations.items():
+            ours = student.inside[self._read(what, link.student, 0)]
+            theirs = teacher.inside[self._read(what, link.teacher, 1)]
+            for x, whose in ((ours, "student"), (theirs, "teacher")):
+                check_positions(keep, x.shape[:2], whose=whose, what=f"{what} of block {link.student}")
+            mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if keep is None else keep
+            values = relation_kl(ours, theirs, mask, heads=self._heads)
+            totals.append(weight * values.sum() * (1.0 if keep is not None else 1 / ours.shape[1]))
+        return torch.stack(totals).sum()

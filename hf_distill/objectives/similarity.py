@@ -1,0 +1,74 @@
+"""Agreement of relations between examples: what is near what in the batch. Couples the examples of a micro-batch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.similarity import SIMILARITIES
+from hf_distill.inside.positions import check_positions
+from hf_distill.layer_map import Link
+from hf_distill.objectives.matching import InsideMatch, Layers, pooled
+from hf_distill.schedules import Schedule
+from hf_distill.signals import HIDDEN, Signals
+from hf_distill.tasks import Batch, Task
+
+POOLING = ("mean", "first", "last")
+
+
+class SimilarityMatch(InsideMatch):
+    """Examples that are alike to the teacher are alike to the student: hidden states, pooled to a vector an example.
+
+    It couples examples: each is compared with the others of its micro-batch alone. So with accumulation or several
+    processes the loss is the mean over micro-batches, weighted by their examples, of a loss over fewer pairs: it is not
+    that of one large batch, and no rescaling makes it so. Choose the micro-batch accordingly (an example alone gives
+    0).
+
+    Tung and Mori 2019 (similarity_preserving), Park et al. 2019 (distance_relations, angle_relations: RKD-D and RKD-A,
+    which they weigh 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
+
+    Args:
+        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`. layers: see `InsideMatch`; the last of both.
+        pooling: "mean" over the positions that count, or the "first" ([CLS]) or "last" of them.
+
+    Raises:
+        SettingError: no such comparison or pooling.
+    """
+
+    default_name = "similarity"
+    reads = (HIDDEN,)
+    couples_examples = True
+    shown = ("compare", "pooling", "side")
+
+    def __init__(
+        self,
+        compare: str = "similarity_preserving",
+        layers: Layers = ((-1, -1),),
+        *,
+        pooling: str = "mean",
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str | None = None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        super().__init__(
+            layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
+        )
+        if compare not in SIMILARITIES:
+            raise SettingError(f"SimilarityMatch: compare={compare!r}: allowed are {', '.join(SIMILARITIES)}.")
+        if pooling not in POOLING:
+            raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+        self.compare = compare
+        self.pooling = pooling
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        return self._positions.count_examples(batch)
+
+    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+        ours = student.inside[self._read(HIDDEN, link.student, 0)]
+        theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
+        for x, whose in ((ours, "student"), (theirs, "teacher")):
+            check_positions(keep, x.shape[:2], whose=whose, what=f"hidden states of block {link.student}")
+        rows = pooled(ours, keep, self.pooling), pooled(theirs, keep, self.pooling)
+        return SIMILARITIES[self.compare](*rows).sum()

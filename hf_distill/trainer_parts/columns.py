@@ -1,0 +1,37 @@
+"""Which columns of the datasets reach the models: the student's, as in `Trainer`, and the teacher's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+
+from hf_distill.tasks.base import TEACHER_PREFIX
+from hf_distill.trainer_parts.collation import RAW
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class ColumnsMixin(_Trainer):
+    """Keeps what the teacher reads."""
+
+    distiller: Any
+    _signature_columns: Any
+
+    def _has_teacher_columns(self) -> bool:
+        evaluated: Any = self.eval_dataset
+        datasets = [self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+        columns = [name for data in datasets for name in getattr(data, "column_names", None) or ()]
+        return any(name.startswith(TEACHER_PREFIX) for name in columns)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        is_first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        teacher = self.distiller.teacher
+        if is_first and teacher is not None:
+            known = self._signature_columns
+            own = [f"{TEACHER_PREFIX}{name}" for name in teacher.inputs]
+            self._signature_columns = known + [n for n in (*teacher.inputs, *own, *RAW) if n not in known]

@@ -1,0 +1,93 @@
+"""What objectives learn, in a `Trainer`: optimized and clipped with the student, alike on all processes, resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_distill.arguments import setting
+from hf_distill.errors import SettingError
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class LearningMixin(_Trainer):
+    """Trains `distiller.learned` with the student. Where nothing is learned it does nothing."""
+
+    distiller: Any
+    _micro_batches_left: int
+
+    def create_optimizer(self, *positional: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s, with a group for what the objectives learn."""
+        optimizer = super().create_optimizer(*positional, **keywords)
+        learned = list(self.distiller.learned.parameters())
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [parameter for parameter in learned if id(parameter) not in held]
+        if not missing:
+            return optimizer
+        if self.lr_scheduler is not None:
+            raise SettingError(
+                "the objectives learn projections, and the optimizer and the scheduler that were passed know nothing "
+                "of them. Give the optimizer distiller.learned.parameters() too (pass distiller= to the trainer), or "
+                "pass no scheduler."
+            )
+        group: dict[str, Any] = {"params": missing, "weight_decay": self.args.weight_decay}
+        rate = setting(self.args, "projection_learning_rate")
+        optimizer.add_param_group({**group, "lr": rate} if rate is not None else group)
+        return optimizer
+
+    def training_step(self, *positional: Any, **keywords: Any) -> Any:
+        loss = super().training_step(*positional, **keywords)
+        if self.distiller.learned and self._micro_batches_left == 0:
+            self.distiller.learned.synchronize(self.accelerator)
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._with_learned(model))
+
+    def _get_grad_norm(self, model: Any, *positional: Any, **keywords: Any) -> Any:
+        return super()._get_grad_norm(self._with_learned(model), *positional, **keywords)
+
+    def _with_learned(self, model: Any) -> Any:
+        return _Together(model, self.distiller.learned) if self.distiller.learned else model
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.distiller.learned.save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.distiller.learned.load(resume_from_checkpoint)
+
+
+class _Together:
+    """The parameters of the student and of what is learned, for a norm over both."""
+
+    def __init__(self, model: Any, learned: Any) -> None:
+        self._model, self._learned = model, learned
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return chain(self._model.parameters(), self._learned.parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class ForgetGradients(TrainerCallback):
+    """`Trainer` zeroes the gradients of its model alone."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        self._trainer.distiller.learned.zero_grad()
+
+    on_train_begin = on_step_end
