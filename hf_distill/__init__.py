@@ -11,6 +11,8 @@ from hf_distill.errors import (
     TeacherError,
 )
 from hf_distill.hub import write_card
+from hf_distill.layer_map import LayerMap
+from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, RelationMatch, SimilarityMatch
 from hf_distill.tasks import Task
 from hf_distill.teachers import ModelTeacher, Teacher
 from hf_distill.trainer import (
@@ -23,6 +25,8 @@ from hf_distill.trainer import (
 DistillationMixin.card_renderer = write_card
 
 __all__ = [
+    "AttentionMatch",
+    "CosineEmbedding",
     "Counts",
     "DataError",
     "DistillationArguments",
@@ -31,11 +35,15 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "HfDistillError",
+    "HiddenMatch",
+    "LayerMap",
     "MissingExtraError",
     "ModelTeacher",
+    "RelationMatch",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
+    "SimilarityMatch",
     "Task",
     "Teacher",
     "TeacherError",

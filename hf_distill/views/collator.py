@@ -15,8 +15,9 @@ from hf_distill.views.seam import after_collation, before_collation, checked, na
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 OTHER_TOKENS = (
-    "student_only=True, and {names} may put another word at a token. The batch's rows are tokens, so the teacher's row "
-    "would be about a word that the student is not shown. Leave student_only out: then both are shown the same words."
+    "student_only=True with an augmentation that may put another word at a token (WordReplacement), and rows that are "
+    "tokens: the teacher's row would be about a word that the student is not shown. Leave student_only out: then both "
+    "are shown the same words."
 )
 
 
@@ -77,7 +78,7 @@ class AugmentingCollator:
     @property
     def sentence_rows_only(self) -> bool:
         """Whether this is right only where a row is a whole example: the two models may see other words."""
-        return self.student_only and bool(self._changing_tokens())
+        return self.student_only and any(getattr(one, "changes_tokens", False) for one in self.augmentations)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, before its first batch is collated. `DistillationTrainer` does so.
@@ -111,9 +112,6 @@ class AugmentingCollator:
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in clean.items() if name not in LABELS})
         return batch
 
-    def _changing_tokens(self) -> list[str]:
-        return [name_of(one) for one in self.augmentations if getattr(one, "changes_tokens", False)]
-
     def _refuse_teacher_columns(self, examples: list[dict[str, Any]]) -> None:
         own = sorted({name for example in examples for name in example if name.startswith(TEACHER_PREFIX)})
         if own:
@@ -123,9 +121,8 @@ class AugmentingCollator:
             )
 
     def _refuse_other_tokens(self, examples: list[dict[str, Any]], clean: Mapping[str, Any]) -> None:
-        names = self._changing_tokens()
-        if names and ("start_positions" in clean or _has_labels_of_tokens(examples, clean)):
-            raise DataError(OTHER_TOKENS.format(names=", ".join(names)))
+        if self.sentence_rows_only and ("start_positions" in clean or _has_labels_of_tokens(examples, clean)):
+            raise DataError(OTHER_TOKENS)
 
 
 def _has_labels_of_tokens(examples: list[dict[str, Any]], batch: Mapping[str, Any]) -> bool:
