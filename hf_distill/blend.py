@@ -152,6 +152,11 @@ class Blend:
         weights = {f"weight/{name}": one.weight for name, one in self._others.items()}
         return {**moving, "temperature": self.logits_match.temperature, **weights}
 
+    def described(self, name: str) -> str:
+        """An objective in words, with its weight where that moves."""
+        start, end = self.weight(name, 0.0), self.weight(name, 1.0)
+        return repr(self.objectives[name]) + ("" if start == end else f", weight {start:g} → {end:g}")
+
     def learned(self) -> nn.ModuleDict:
         """What the objectives learn, by term."""
         return nn.ModuleDict({name: o.learned for name, o in self.objectives.items() if o.learned is not None})

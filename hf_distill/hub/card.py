@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_distill.hub import sections
 from hf_distill.hub.markdown import escape
 from hf_distill.hub.metadata import metadata
-from hf_distill.hub.papers import DIVERGENCES, HINTON, Paper
+from hf_distill.hub.papers import DIVERGENCES, HINTON, OBJECTIVES, Paper
 from hf_distill.hub.use import program
 from hf_distill.run_facts import RunFacts, without_paths
 
@@ -61,7 +61,9 @@ def _papers(facts: RunFacts) -> list[Paper]:
     if not facts.teachers:
         return []
     known = DIVERGENCES.get(facts.divergence or "")
-    return [HINTON] if known is None or known.paper is HINTON else [HINTON, known.paper]
+    matched = [OBJECTIVES.get(text.partition("(")[0]) for text in facts.objective_settings.values()]
+    found = [HINTON, None if known is None else known.paper, *matched]
+    return list(dict.fromkeys(paper for paper in found if paper is not None))
 
 
 def write_card(facts: RunFacts, output_dir: str | os.PathLike[str]) -> Path:

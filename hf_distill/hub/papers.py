@@ -122,3 +122,55 @@ DIVERGENCES: dict[str, Divergence] = {
     "decoupled": Divergence("target_weight KL(target or not) + others_weight KL(among the others), both p ‖ q", _DKD),
     "hard": Divergence("-log q(argmax p)", _DEIT),
 }
+
+_DISTILBERT = Paper(
+    "sanh2019distilbert",
+    "Sanh, Victor and Debut, Lysandre and Chaumond, Julien and Wolf, Thomas",
+    "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter",
+    "arXiv:1910.01108",
+    2019,
+    "https://arxiv.org/abs/1910.01108",
+)
+_TINYBERT = Paper(
+    "jiao2020tinybert",
+    "Jiao, Xiaoqi and Yin, Yichun and Shang, Lifeng and Jiang, Xin and Chen, Xiao and Li, Linlin and Wang, Fang and "
+    "Liu, Qun",
+    "TinyBERT: Distilling BERT for Natural Language Understanding",
+    "Findings of EMNLP 2020, arXiv:1909.10351",
+    2020,
+    "https://arxiv.org/abs/1909.10351",
+)
+_MINILMV2 = Paper(
+    "wang2021minilmv2",
+    "Wang, Wenhui and Bao, Hangbo and Huang, Shaohan and Dong, Li and Wei, Furu",
+    "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained Transformers",
+    "Findings of ACL 2021, arXiv:2012.15828",
+    2021,
+    "https://arxiv.org/abs/2012.15828",
+)
+_FITNETS = Paper(
+    "romero2015fitnets",
+    "Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and Gatta, Carlo and "
+    "Bengio, Yoshua",
+    "FitNets: Hints for Thin Deep Nets",
+    "ICLR 2015, arXiv:1412.6550",
+    2015,
+    "https://arxiv.org/abs/1412.6550",
+)
+_SIMILARITY = Paper(
+    "tung2019similarity",
+    "Tung, Frederick and Mori, Greg",
+    "Similarity-Preserving Knowledge Distillation",
+    "ICCV 2019, arXiv:1907.09682",
+    2019,
+    "https://arxiv.org/abs/1907.09682",
+)
+
+# By the class of an objective, as its settings begin.
+OBJECTIVES: dict[str, Paper] = {
+    "HiddenMatch": _FITNETS,
+    "CosineEmbedding": _DISTILBERT,
+    "AttentionMatch": _TINYBERT,
+    "RelationMatch": _MINILMV2,
+    "SimilarityMatch": _SIMILARITY,
+}

@@ -118,6 +118,8 @@ def loss(facts: RunFacts) -> str:
     if facts.objectives:
         names = (code(name) + _MEANING.get(name, "") for name in facts.objectives)
         lines += ["", f"Objectives: {', '.join(names)}."]
+    if facts.objective_settings:
+        lines += ["", *(f"- {code(name)}: {code(text)}" for name, text in facts.objective_settings.items())]
     if facts.divergence is None:
         return "\n".join(lines)
     known = DIVERGENCES.get(facts.divergence)
@@ -138,9 +140,10 @@ def _formula(facts: RunFacts) -> str:
     divergence = plain(facts.divergence or "divergence")
     power = facts.temperature_power if facts.temperature else 0
     softened = {0: "", 1: "T * ", 2: "T² * "}.get(power, f"T^{power} * ") + divergence
-    terms = ["(1 - alpha) * labels", f"alpha * {softened}"] if facts.alpha else []
+    blends = facts.alpha is not None and "logits" in facts.objectives
+    terms = ["(1 - alpha) * labels", f"alpha * {softened}"] if blends else []
     for name, weight in facts.objectives.items():
-        if facts.alpha and name in ("labels", "logits"):
+        if blends and name in ("labels", "logits"):
             continue
         term = softened if name == "logits" else plain(name)
         terms.append(term if weight is None else f"{weight:g} * {term}")
@@ -148,7 +151,8 @@ def _formula(facts: RunFacts) -> str:
 
 
 def _numbers(facts: RunFacts) -> Iterable[str]:
-    for symbol, schedule in (("alpha", facts.alpha), ("T", facts.temperature)):
+    alpha = facts.alpha if "logits" in facts.objectives else None  # without them labels weigh 1
+    for symbol, schedule in (("alpha", alpha), ("T", facts.temperature)):
         if schedule is not None:
             yield f"{symbol} = {_scheduled(schedule)}"
 

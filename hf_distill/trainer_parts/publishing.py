@@ -123,7 +123,7 @@ class PublishingMixin:
             temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
             alpha=None if blending.alpha is None else self._schedule("alpha", blending.alpha),
             objectives=self._objective_weights(asked),
-            objective_settings={name: repr(blending.objectives[name]) for name in asked if name != "logits"},
+            objective_settings={name: blending.described(name) for name in asked if name != "logits"},
             datasets=trained_on,
             evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
             weights_step=best or self.state.global_step or None,
