@@ -197,6 +197,8 @@ def test_shapes_that_do_not_fit(distance: Distance) -> None:
         distance(student, teacher, some_keys()[:, 0])
     with pytest.raises(SettingError, match=r"teacher scores \[2, 3, 4, 1\]"):  # would be broadcast without a word
         distance(student, teacher[..., :1], some_keys())
+    with pytest.raises(SettingError, match=r"student scores are \[3, 4, 5\]"):
+        distance(student[0], teacher[0], some_keys(heads=3)[0])
     with pytest.raises(SettingError, match=r"keys \[2, 2, 4, 5\]"):
         distance(student, teacher, some_keys(heads=2))
 
