@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from hf_distill.tasks import Batch, Task
 LABELS = "labels"
 LOGITS = "logits"
 Objectives = Objective | Sequence[Objective] | Mapping[str, Objective] | None
+
+
+@dataclass(frozen=True)
+class DistillerOutput:
+    """One micro-batch's part of the optimizer step's loss.
+
+    Attributes:
+        loss: scalar with a graph: call backward on it, once a micro-batch, without dividing it.
+        terms: each term before its weight, detached; `loss` is their weighted sum.
+        outputs: what the student's forward returned.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    outputs: Any
 
 
 class Blend:

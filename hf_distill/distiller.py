@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
-from hf_distill.blend import LABELS, LOGITS, Blend, Objectives
+from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, Objectives
 from hf_distill.counts import Counts, scale_of
 from hf_distill.errors import SettingError
 from hf_distill.functional import Divergence
@@ -27,23 +26,9 @@ from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import Teacher, as_teacher
+from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
 from hf_distill.watch import TeacherWatch
-
-
-@dataclass(frozen=True)
-class DistillerOutput:
-    """One micro-batch's part of the optimizer step's loss.
-
-    Attributes:
-        loss: scalar with a graph: call backward on it, once a micro-batch, without dividing it.
-        terms: each term before its weight, detached; `loss` is their weighted sum.
-        outputs: what the student's forward returned.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    outputs: Any
 
 
 class Distiller:
@@ -97,6 +82,7 @@ class Distiller:
         self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch, Needs(logits=True)).predictions())
         self.blending = Blend(objectives)
         self.learned = Learned()
+        self.reached: set[int] = set()  # see `unused_outputs`
         self.set_blend(
             temperature=temperature,
             alpha=alpha,
@@ -278,6 +264,9 @@ class Distiller:
         loss, terms, of_logits = self.blending.total(labels, ask, self.task, batch, counts, progress)
         if of_logits is not None:
             self._watch.look(self.task, batch, of_logits)
+        elif labels is None and several_processes():
+            self.reached |= parameters_of(loss)
+            loss = tied(loss, outputs)
         return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)
 
     def student_signals(

@@ -124,7 +124,8 @@ class _StackReading:
 
     def _related(self, read: Read, part: Callable[[Tensor], Tensor]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self._running == read.layer:
+            # The first call: DeBERTa calls the same modules again, with its relative positions.
+            if self._running == read.layer and read not in self._seen:
                 self._seen[read] = part(output)
 
         return hook

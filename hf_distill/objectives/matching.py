@@ -23,6 +23,9 @@ Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 class InsideMatch:
     """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
 
+    Its term is a mean over positions (of the whole optimizer step), except beside a CTC head whose own loss is a sum over
+    utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio does not change with the batch.
+
     Args:
         layers: "even", "first", "last", "first_last" or "skip" (a `LayerMap` of all student blocks), a `LayerMap`, or
             pairs (student, teacher) or (student, teacher, weight); negative ones count from the end.

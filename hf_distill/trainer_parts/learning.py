@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_distill.arguments import setting
 from hf_distill.errors import SettingError
+from hf_distill.unused_outputs import forget_gradients_but
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -45,8 +46,11 @@ class LearningMixin(_Trainer):
 
     def training_step(self, *positional: Any, **keywords: Any) -> Any:
         loss = super().training_step(*positional, **keywords)
-        if self.distiller.learned and self._micro_batches_left == 0:
+        if self._micro_batches_left == 0:
             self.distiller.learned.synchronize(self.accelerator)
+            if self.distiller.reached and self.model is not None:
+                forget_gradients_but(self.model.parameters(), self.distiller.reached)
+                self.distiller.reached = set()
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
