@@ -1,0 +1,208 @@
+"""Labels' term and divergence from hidden rows and output heads, never holding `[n v]` logits of either model.
+
+The gradients are made chunk by chunk in the forward: four products with a head in all (both sides' logits, the gradient
+at the hidden rows, the gradient at the head), nothing computed twice. Rows are gathered by the caller. Divergences that
+compare rows with each other, and heads with adapters inside, need the plain path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_distill.errors import SettingError
+from hf_distill.functional.fused_blocks import blend_block
+from hf_distill.functional.fused_chunks import HeadGradient, for_each_block, rows_a_block
+from hf_distill.functional.fused_inputs import (
+    FusedTeacher,
+    Head,
+    Labels,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherSparse,
+    Terms,
+    refuse_what_does_not_fit,
+)
+from hf_distill.functional.fused_job import Job
+from hf_distill.functional.fused_rows import Room
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """What came of the rows.
+
+    Attributes:
+        loss: scalar with the student's graph: labels_factor · labels_total + divergence_factor · T^p ·
+            divergence_total, with p of `PROPERTIES`. Its backward can run once.
+        labels_total, divergence_total: scalars without a graph; weights of rows are in them, factors and T^p not. 0
+            where there is no such term.
+        divergence_rows: `[n]` without a graph, before weights; None where there is no teacher.
+    """
+
+    loss: Tensor
+    labels_total: Tensor
+    divergence_total: Tensor
+    divergence_rows: Tensor | None
+
+
+@torch.compiler.disable
+def fused_linear_distillation(
+    student_hidden: Tensor,
+    student_head: Head,
+    *,
+    teacher: FusedTeacher | None,
+    terms: Terms,
+    labels: Labels | Tensor | None = None,
+    row_weights: Tensor | None = None,
+    budget_bytes: int | None = None,
+) -> FusedLoss:
+    """Cross-entropy with labels and a divergence from the teacher, as totals over the rows, with exact gradients.
+
+    The same numbers as the plain path (`DIVERGENCES` on whole logits, `cross_entropy`), with memory for a chunk of
+    rows. Products are in the inputs' type (that of autocast where it is on), everything else in fp32, and the
+    gradient of a 16-bit head is summed in fp32 over the chunks. Whatever needs no gradient costs no product.
+
+    Args:
+        student_hidden: `[n d]` rows that count. student_head: its head; tied or not makes no difference.
+        teacher: `TeacherHidden`, `TeacherLogits` or `TeacherSparse`, never written to; None: labels only.
+        terms: divergence, temperature, factors.
+        labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
+        row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
+        budget_bytes: for the logits of one chunk of both sides; None: 80 MiB in 16 bits, 256 MiB in 32; never more
+            than 512 rows.
+
+    Raises:
+        SettingError: a setting that cannot be, heads of different width without `columns`, neither labels nor teacher.
+        DataError: shapes or types that do not fit.
+
+    Gradients in the forward, chunk by chunk: Hsu et al. 2024, Liger Kernel, section 3.2, for a cross-entropy. Here
+    with any divergence, and without the teacher's logits.
+
+    >>> rows = torch.tensor([[2.0, 0.0, 1.0]], requires_grad=True)
+    >>> teacher = TeacherHidden(rows.detach(), Head(torch.eye(3)))
+    >>> found = fused_linear_distillation(rows, Head(torch.eye(3)), teacher=teacher, terms=Terms(temperature=2.0))
+    >>> found.loss.backward()
+    >>> found.divergence_total.item(), rows.grad.tolist()
+    (0.0, [[0.0, 0.0, 0.0]])
+    """
+    labels = Labels(labels) if isinstance(labels, Tensor) else labels
+    if labels is None and teacher is None:
+        raise SettingError("neither labels nor a teacher: there is nothing to learn from. Pass one of them.")
+    refuse_what_does_not_fit(student_hidden, student_head, teacher, labels, row_weights)
+    tensors = (student_hidden, student_head.weight, student_head.bias)
+    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    with torch.no_grad():
+        job = Job(student_hidden, student_head, teacher, terms, labels, row_weights, wants, budget_bytes)
+    loss, labels_total, divergence_total, divergence_rows = _Fused.apply(*tensors, job)
+    return FusedLoss(loss, labels_total, divergence_total, None if teacher is None else divergence_rows)
+
+
+class _Fused(torch.autograd.Function):
+    """Makes values and gradients in the forward; the backward multiplies them by what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = _Gradients(hidden, weight, bias, job)
+            of_labels, of_divergence = _run(hidden, job, gradients)
+        weights = None if job.labels is None else job.labels.weights
+        labels_total = _total(of_labels, weights)
+        divergence_total = _total(of_divergence, job.value_weights)
+        loss = job.labels_factor * labels_total + job.divergence_factor * divergence_total
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(labels_total, divergence_total, of_divergence)
+        return loss, labels_total, divergence_total, of_divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, from_above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the fused loss gave its gradients away in its first backward, to hold them only once. Call "
+                "fused_linear_distillation again for a second backward."
+            )
+        return (*gradients.hand_out(from_above), None)
+
+
+def _total(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum of the rows that weigh something: 0 · NaN is 0 here."""
+    if weights is None:
+        return values.sum()
+    return (values * weights).masked_fill(weights == 0, 0.0).sum()
+
+
+class _Gradients:
+    """The student's gradients as they grow, less the factor that all rows share."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> None:
+        self.job = job
+        self.hidden = torch.empty(hidden.shape, dtype=job.product.dtype, device=hidden.device) if job.wants[0] else None
+        self.head = HeadGradient(weight, job.product.dtype) if job.wants[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=job.full, device=hidden.device) if job.wants[2] else None
+        self.types = (hidden.dtype, None if bias is None else bias.dtype)
+
+    def add(self, at_logits: Tensor, hidden: Tensor, rows: slice) -> None:
+        """Of one chunk: `[m v]` at the logits, `[m d]` hidden rows."""
+        if self.hidden is not None:
+            torch.mm(at_logits, self.job.product.weight, out=self.hidden[rows])
+        if self.head is not None:
+            self.head.add(at_logits, hidden)
+        if self.bias is not None:
+            self.bias[: at_logits.shape[1]] += at_logits.sum(0, dtype=self.job.full)
+
+    def hand_out(self, from_above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """All three times the shared factor, in the types of what they belong to."""
+        factor = self.job.unit * from_above.to(self.job.full)
+        of_hidden, of_bias = (
+            None if x is None else (x.to(self.job.full) * factor).to(dtype)
+            for x, dtype in zip((self.hidden, self.bias), self.types, strict=True)
+        )
+        return of_hidden, None if self.head is None else self.head.hand_out(factor), of_bias
+
+
+def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tensor]:
+    """Every chunk: both sides' logits, their blocks, the gradients. Values of the labels' term and the divergence."""
+    n, product, of_teacher = hidden.shape[0], job.product, job.of_teacher
+    values = torch.zeros(2, n, dtype=job.full, device=hidden.device)
+    low = hidden.to(product.dtype)
+    ours = torch.empty(job.rows, product.columns, dtype=product.dtype, device=hidden.device)
+    theirs = None
+    if of_teacher is not None:
+        theirs = torch.empty(job.rows, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
+    block = rows_a_block(job.rows, product.columns, hidden.device)
+    rooms = [Room() for _ in range(torch.get_num_threads() if hidden.device.type == "cpu" else 1)]
+    for first in range(0, n, job.rows):
+        rows = slice(first, min(first + job.rows, n))
+        logits = product.into(ours, low[rows])
+        if of_teacher is not None and theirs is not None and isinstance(job.teacher, TeacherHidden):
+            of_teacher.into(theirs, job.teacher.hidden[rows].to(of_teacher.dtype))
+
+        def work(part: slice, room: Room, first: int = first, logits: Tensor = logits) -> None:
+            whole = slice(first + part.start, first + part.stop)
+            teacher = _teacher_block(job, theirs, part, whole)
+            found = blend_block(logits[part], teacher, job.work, whole, room)
+            for row, value in zip(values, found, strict=True):
+                if value is not None:
+                    row[whole] = value
+
+        for_each_block(rows.stop - first, block, work, rooms)
+        if job.work.wants_gradient:
+            gradients.add(logits, low[rows], rows)
+    return values[0], values[1]
+
+
+def _teacher_block(job: Job, theirs: Tensor | None, part: slice, whole: slice) -> Tensor | TeacherSparse | None:
+    """What the teacher shows of a block: `part` of the chunk, `whole` of the n rows."""
+    if theirs is not None:
+        return theirs[part]
+    if isinstance(job.teacher, TeacherLogits):
+        return job.teacher.logits[whole, : job.work.columns]
+    if isinstance(job.teacher, TeacherSparse):
+        tail = job.teacher.tail
+        return TeacherSparse(job.teacher.ids[whole], job.teacher.logits[whole], None if tail is None else tail[whole])
+    return None

@@ -1,0 +1,144 @@
+"""A block of rows of both sides: softened, compared, with the gradient at the softened logits. No labels, no products.
+
+Blocks are small enough to stay in a processor's cache while a dozen passes go over them, most of them in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.functional.fused_inputs import TeacherSparse
+from hf_distill.functional.fused_kernels import KERNELS, Pair
+from hf_distill.functional.properties import DIVERGENCES, PROPERTIES
+
+LEAST_TAIL = 1e-7  # of fp32 log-probabilities: what is left of 1 − Σ is rounding below this
+
+
+@dataclass(frozen=True)
+class Softening:
+    """How a chunk of products becomes softened logits: `x · before`, or `tanh(x · before) · after` where capped.
+
+    What of `before` is exact in the products' type went into the hidden rows already, which are fewer.
+    """
+
+    before: float = 1.0
+    capped: bool = False
+    after: float = 1.0
+
+
+class Room:
+    """Memory that one worker writes over again and again, by name."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, columns: int) -> Tensor:
+        """`[rows of like, columns]` in full precision, contiguous, with anything in it."""
+        size = like.shape[0] * columns
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = torch.empty(size, dtype=full_precision_of(like), device=like.device)
+        return kept[:size].view(like.shape[0], columns)
+
+
+def full_precision_of(rows: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def soften(rows: Tensor, how: Softening, room: Room, name: str, *, ours: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Softened logits `[r v]` in full precision, and where capped the slope 1 − tanh²; over `rows` if they are ours."""
+    v = rows.shape[1]
+    if ours and rows.dtype == full_precision_of(rows) and rows.is_contiguous():
+        x = rows
+    else:
+        x = room.take(name, rows, v).copy_(rows)
+    if how.before != 1.0:
+        x.mul_(how.before)
+    if not how.capped:
+        return x, None
+    x.tanh_()
+    slope = torch.mul(x, x, out=room.take(f"slope of {name}", rows, v)).neg_().add_(1)
+    return x.mul_(how.after), slope
+
+
+def softmax_(x: Tensor) -> Tensor:
+    """Softmax of each row over itself; returns the log of what it was divided by, `[r 1]`."""
+    largest = x.amax(-1, keepdim=True)
+    torch.softmax(x, -1, out=x)
+    return largest - x.amax(-1, keepdim=True).log_()  # at the largest logit, log q = logit − normaliser
+
+
+@dataclass
+class Compared:
+    """A divergence of a block.
+
+    Attributes:
+        value: `[r]`. gradient: `[r v]` at the softened student logits.
+        q: `[r v]` softened student probabilities, with the log of their normaliser `[r 1]` and a free `[r v]`; None
+            where they were not made.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    q: Tensor | None = None
+    log_normaliser: Tensor | None = None
+    free: Tensor | None = None
+
+
+def compare_in_place(name: str, student: Tensor, teacher: Tensor, settings: Mapping[str, Any], room: Room) -> Compared:
+    """One of the KL family, without −inf; both blocks of softened logits are written over."""
+    difference = torch.sub(teacher, student, out=room.take("difference", student, student.shape[1]))
+    log_normaliser = softmax_(student)
+    shift = log_normaliser - softmax_(teacher)
+    pair = Pair(student, teacher, difference, shift, lambda: room.take("more", student, student.shape[1]))
+    found = KERNELS[name](pair, **settings)
+    return Compared(found.value, found.gradient, student, log_normaliser, found.free)
+
+
+def compare_plainly(
+    name: str, student: Tensor, teacher: Tensor, settings: Mapping[str, Any], target: Tensor | None
+) -> Compared:
+    """Any divergence whose rows stand alone, with −inf, by the plain function and autograd; blocks are only read."""
+    if PROPERTIES[name].wants_target:
+        settings = {**settings, "target": target}
+    with torch.enable_grad():
+        leaf = student.detach().requires_grad_()
+        value = DIVERGENCES[name](leaf, teacher, **settings)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return Compared(value.detach(), gradient)
+
+
+def compare_sparsely(
+    name: str, student: Tensor, teacher: TeacherSparse, settings: Mapping[str, Any], *, temperature: float
+) -> Compared:
+    """The divergence of k columns and a bucket for the others; `student` is written over."""
+    full = full_precision_of(student)
+    theirs = teacher.logits.to(full) / temperature
+    tail = _tail_of(teacher, theirs).to(full)
+    ours = student.gather(1, teacher.ids)
+    others = student.scatter_(1, teacher.ids, -math.inf)
+    ours_tail = others.logsumexp(-1)
+    few = compare_plainly(
+        name, torch.cat((ours, ours_tail[:, None]), 1), torch.cat((theirs, tail[:, None]), 1), settings, None
+    )
+    none_left = ours_tail == -math.inf  # k = v: no other column, nothing to spread the bucket's gradient over
+    spread = others.sub_(ours_tail.masked_fill(none_left, 0.0)[:, None]).exp_().mul_(few.gradient[:, -1:])
+    return Compared(few.value, spread.scatter_(1, teacher.ids, few.gradient[:, :-1]))
+
+
+def _tail_of(teacher: TeacherSparse, softened: Tensor) -> Tensor:
+    if teacher.tail is not None:
+        return teacher.tail
+    return torch.log1p(-softened.exp().sum(-1).clamp(max=1 - LEAST_TAIL))
+
+
+def any_blocked(*rows: Tensor) -> bool:
+    """Whether some column is −inf. On an accelerator this waits for it."""
+    return any(bool(x.amin() == -math.inf) for x in rows if x.numel() > 0)
