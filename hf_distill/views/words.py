@@ -15,7 +15,9 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 
-_BEGIN_MARKS = ("▁", "Ġ")
+_BYTES = "Ġ"
+_BEGIN_MARKS = ("▁", _BYTES)
+_PART_OF_A_LETTER = "\ufffd"  # what a piece reads as that ends amid the bytes of a letter
 _NO_WORD = frozenset("[]<>|{}")  # "[unused1]", "<0x41>", "<|endoftext|>"
 _APART, _BEGINS, _GOES_ON = range(3)
 
@@ -34,18 +36,27 @@ class Words:
         self.tokenizer = tokenizer
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._goes_on, self._mark = _scheme(tokenizer, tokens)
+        texts = [self._letters(token) for token in tokens]
         special = set(tokenizer.all_special_ids)
-        self._kinds = [_APART if i in special else self._kind(token) for i, token in enumerate(tokens)]
+        self._kinds = [
+            _APART if token is None or i in special else self._kind(token, text)
+            for i, (token, text) in enumerate(zip(tokens, texts, strict=True))
+        ]
+        self._lettered = [any(letter.isalpha() for letter in text) and not _NO_WORD & set(text) for text in texts]
 
     def __len__(self) -> int:
         return len(self._kinds)
 
     def whole(self) -> Tensor:
         """`[v]` bool: the tokens that can stand as a word of their own."""
-        return torch.tensor([kind == _BEGINS for kind in self._kinds])
+        known = zip(self._kinds, self._lettered, strict=True)
+        return torch.tensor([kind == _BEGINS and lettered for kind, lettered in known])
 
     def positions(self, ids: Sequence[int], attended: Sequence[int] | None = None) -> list[list[int]]:
-        """The positions of each word, in order; special tokens, padding, numbers and punctuation are none."""
+        """The positions of each word, in order.
+
+        Special tokens, padding, punctuation, and what has a piece without letters ("3d", "sst2") are none.
+        """
         found: list[list[int]] = []
         inside = False
         for position, token in enumerate(ids):
@@ -55,7 +66,7 @@ class Words:
             elif kind == _GOES_ON and inside:
                 found[-1].append(position)
             inside = kind == _BEGINS or (kind == _GOES_ON and inside)
-        return found
+        return [word for word in found if all(self._lettered[ids[position]] for position in word)]
 
     def text(self, pieces: Sequence[int]) -> str:
         tokens = self.tokenizer.convert_ids_to_tokens(list(pieces))
@@ -66,12 +77,18 @@ class Words:
         ids = self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         return tuple(ids) if self.positions(ids) == [list(range(len(ids)))] else None
 
-    def _kind(self, token: str | None) -> int:
+    def _letters(self, token: str | None) -> str:
+        """A piece without its mark, and as text where pieces are bytes."""
         if token is None:
-            return _APART
+            return ""
+        if self._mark == _BYTES:
+            return self.tokenizer.convert_tokens_to_string([token]).strip()
+        return token.removeprefix(self._goes_on).removeprefix(self._mark)
+
+    def _kind(self, token: str, text: str) -> int:
         begins = not token.startswith(self._goes_on) if self._goes_on else token.startswith(self._mark)
-        text = token.removeprefix(self._mark if begins else self._goes_on)
-        if not any(letter.isalpha() for letter in text) or _NO_WORD & set(text):
+        punctuation = not any(letter.isalnum() or letter == _PART_OF_A_LETTER for letter in text)
+        if punctuation and (begins or self._mark):
             return _APART
         return _BEGINS if begins else _GOES_ON
 

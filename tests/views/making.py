@@ -12,7 +12,7 @@ from tests import tiny_tokenizers
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "play", "##ing", "##er", "see", ",", "7"]
-PIECES += ["fun", "sad", "act", "##th", "a", "the"]
+PIECES += ["##7", "[unused1]", "fun", "sad", "act", "##th", "a", "the"]
 
 
 def whole_words(count: int = 23) -> Any:
@@ -34,7 +34,28 @@ def word_pieces() -> Any:
 
 def byte_level() -> Any:
     """As GPT-2's and RoBERTa's: a space is the mark of a beginning."""
-    pieces = ["Ġgood", "good", "Ġfilm", "s", "Ġ", ",", "g", "o", "d", "f", "i", "l", "m", "Ġg", "go", "Ġgo", "Ġgoo"]
+    pieces = [
+        "Ġgood",
+        "good",
+        "Ġfilm",
+        "s",
+        "Ġ",
+        ",",
+        "g",
+        "o",
+        "d",
+        "f",
+        "i",
+        "l",
+        "m",
+        "Ġg",
+        "go",
+        "Ġgo",
+        "Ġgoo",
+        "âĢĶ",
+        "Ã",
+        "Ġ(",
+    ]
     ids = {piece: i for i, piece in enumerate(["<pad>", "<unk>", "<mask>", *pieces])}
     merges = [("Ġ", "g"), ("Ġg", "o"), ("Ġgo", "o"), ("Ġgoo", "d")]
     backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>"))

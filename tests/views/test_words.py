@@ -28,10 +28,11 @@ def test_what_is_no_word() -> None:
     ids = tokenizer.convert_tokens_to_ids(
         ["[CLS]", "good", ",", "7", "##th", "[MASK]", "play", "##ing", "[SEP]", "[UNK]", "film", "[PAD]"]
     )
-    # "7th" is a number; "film" is behind the end of the mask, and the pieces of "playing" are one word.
+    # "7th" has a number in it; "film" is behind the end of the mask, and the pieces of "playing" are one word.
     attended = [1] * 10 + [0, 0]
     assert Words(tokenizer).positions(ids, attended) == [[1], [6, 7]]
     assert Words(tokenizer).positions(ids) == [[1], [6, 7], [10]]
+    assert Words(tokenizer).positions(tokenizer.convert_tokens_to_ids(["film", "see", "##7"])) == [[0]]
 
 
 def test_where_a_beginning_is_marked() -> None:
@@ -43,6 +44,9 @@ def test_where_a_beginning_is_marked() -> None:
     assert words.positions(ids) == [[2, 3], [4]]
     assert words.text([ids[2], ids[3]]) == "films"
     assert words.pieces("good") == (ids[4],)
+    # A dash of three bytes ends a word; a part of an é makes it one that is not known; a bracket begins none.
+    ids = tokenizer.convert_tokens_to_ids(["Ġfilm", "âĢĶ", "Ġfilm", "Ã", "Ġ(", "s", "Ġ", "s", "Ġgood"])
+    assert words.positions(ids) == [[0], [8]]
     tokenizer = sentence_piece()
     ids = tokenizer.convert_tokens_to_ids(["▁good", ",", "▁film", "s", "▁", "s"])
     assert Words(tokenizer).positions(ids) == [[0], [2, 3]]
