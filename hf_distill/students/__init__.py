@@ -1,6 +1,18 @@
-"""Building the small model. So far: from chosen layers of its teacher. It trains nothing."""
+"""Building the small model: fewer layers of its teacher, thinner ones, or another architecture. It trains nothing."""
 
 from hf_distill.students.inherit import inherit
-from hf_distill.students.report import InheritReport, StackReport
+from hf_distill.students.narrow import narrow
+from hf_distill.students.report import FreshReport, InheritReport, NarrowReport, SizeReport, StackReport
+from hf_distill.students.trimming import TrimmedVocabulary, trim_vocabulary
 
-__all__ = ["InheritReport", "StackReport", "inherit"]
+__all__ = [
+    "FreshReport",
+    "InheritReport",
+    "NarrowReport",
+    "SizeReport",
+    "StackReport",
+    "TrimmedVocabulary",
+    "inherit",
+    "narrow",
+    "trim_vocabulary",
+]

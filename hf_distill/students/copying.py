@@ -72,7 +72,7 @@ def copy_tensors(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ...
     """
     done = Copied()
     of_teacher = dict(teacher.named_parameters(remove_duplicate=False))
-    _check_tied(student, of_teacher, sources)
+    check_tied(student, of_teacher, sources)
     missing = []
     for name, parameter in student.named_parameters():
         source = _source(name, of_teacher, student, teacher, sources)
@@ -159,7 +159,9 @@ def _copy_buffers(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ..
     return missing
 
 
-def _check_tied(student: Any, of_teacher: dict[str, Tensor], sources: dict[Stack, tuple[int, ...]]) -> None:
+def check_tied(
+    student: Any, of_teacher: dict[str, Tensor], sources: dict[Stack, tuple[int, ...]], call: str = "inherit"
+) -> None:
     """What is one tensor in the student must be equal in the teacher, or one of the two would be lost."""
     together: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in student.named_parameters(remove_duplicate=False):
@@ -170,7 +172,7 @@ def _check_tied(student: Any, of_teacher: dict[str, Tensor], sources: dict[Stack
             one, two = of_teacher[found[0]], of_teacher[other]
             if one is not two and not (one.shape == two.shape and torch.equal(one, two)):
                 raise TeacherError(
-                    f"inherit: {found[0]} and {other} are tied by the config, and differ in the teacher. Tie them "
+                    f"{call}: {found[0]} and {other} are tied by the config, and differ in the teacher. Tie them "
                     "(teacher.tie_weights()), or set teacher.config.tie_word_embeddings=False if they shall differ."
                 )
 

@@ -15,6 +15,7 @@ from hf_distill.inside.depth import check_it_can_be_read_back, with_layers
 from hf_distill.inside.shared import NOTE, check_groups, depth_of, shares_layers
 from hf_distill.inside.stacks import Stack, candidates, empty_like, find_stacks, named_stack
 from hf_distill.layer_map import LayerMap
+from hf_distill.students.checks import check_teacher
 from hf_distill.students.copying import Copied, copy_tensors, drop_absent_modules
 from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
 from hf_distill.students.report import InheritReport, StackReport
@@ -68,7 +69,7 @@ def inherit(
     >>> print(report.stacks[0].layer_map)
     3 of 12 layers: 0←0 1←6 2←11
     """
-    _check_teacher(teacher)
+    check_teacher(teacher, "inherit")
     wanted = {"layers": layers, "encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
     given = {name: value for name, value in wanted.items() if value is not None}
     if not given:
@@ -83,29 +84,6 @@ def inherit(
         student, report = _inherit(teacher, maps)
     logger.info("%s", report)
     return (student, report) if return_report else student
-
-
-def _check_teacher(teacher: Any) -> None:
-    if getattr(teacher, "peft_config", None) is not None:
-        raise TeacherError(
-            f"inherit: the teacher ({type(teacher).__name__}) has PEFT adapters. Merge them first: "
-            "teacher = peft_model.merge_and_unload()."
-        )
-    if not isinstance(teacher, PreTrainedModel):
-        raise TeacherError(
-            f"inherit: the teacher is a {type(teacher).__name__}. Give a PreTrainedModel, as from_pretrained returns "
-            "it, before it is compiled or wrapped for several processes."
-        )
-    if getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_quantizer", None) is not None:
-        raise TeacherError(
-            "inherit: the teacher is quantised. Load it without quantization_config, say with dtype=torch.bfloat16."
-        )
-    strange = [name for name, value in teacher.named_parameters() if value.is_meta or not value.is_floating_point()]
-    if strange:
-        raise TeacherError(
-            f"inherit: {strange[0]} of the teacher holds no floating-point values here (it is quantised, or offloaded "
-            "to disk). Load the teacher whole: from_pretrained(..., dtype=torch.bfloat16) without device_map."
-        )
 
 
 def _chosen(teacher: PreTrainedModel, given: dict[str, Layers], named: str | None) -> dict[Stack, str]:

@@ -1,0 +1,50 @@
+"""What every way to build a student asks of a teacher, and of the student's config. It builds nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_distill.errors import TeacherError
+
+
+def check_teacher(teacher: Any, call: str) -> None:
+    """Raise TeacherError for what is no whole PreTrainedModel with its values here."""
+    if getattr(teacher, "peft_config", None) is not None:
+        raise TeacherError(
+            f"{call}: the teacher ({type(teacher).__name__}) has PEFT adapters. Merge them first: "
+            "teacher = peft_model.merge_and_unload()."
+        )
+    if not isinstance(teacher, PreTrainedModel):
+        raise TeacherError(
+            f"{call}: the teacher is a {type(teacher).__name__}. Give a PreTrainedModel, as from_pretrained returns "
+            "it, before it is compiled or wrapped for several processes."
+        )
+    if getattr(teacher, "is_quantized", False) or getattr(teacher, "hf_quantizer", None) is not None:
+        raise TeacherError(
+            f"{call}: the teacher is quantised. Load it without quantization_config, say with dtype=torch.bfloat16."
+        )
+    strange = [name for name, value in teacher.named_parameters() if value.is_meta or not value.is_floating_point()]
+    if strange:
+        raise TeacherError(
+            f"{call}: {strange[0]} of the teacher holds no floating-point values here (it is quantised, or offloaded "
+            "to disk). Load the teacher whole: from_pretrained(..., dtype=torch.bfloat16) without device_map."
+        )
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise TeacherError where a config with other sizes says something else after it was written and read."""
+    written = config.to_dict()
+    try:
+        read = type(config).from_dict(copy.deepcopy(written)).to_dict()
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise TeacherError(
+            f"narrow: {type(config).__name__} for the student cannot be read back from what it writes: {error}."
+        ) from error
+    changed = sorted(name for name in written if read.get(name) != written[name])
+    if changed:
+        raise TeacherError(
+            f"narrow: {type(config).__name__} for the student reads back with other values in {', '.join(changed)}."
+        )

@@ -1,0 +1,209 @@
+"""A thinner student of the teacher's architecture: fewer heads, neurons, channels, tokens. It trains nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, overload
+
+from transformers import PreTrainedModel
+
+from hf_distill.errors import SettingError
+from hf_distill.students.calibration import Calibration
+from hf_distill.students.checks import check_teacher
+from hf_distill.students.cutting import Cut
+from hf_distill.students.importance import check_importance, keep_best
+from hf_distill.students.layout import Layout, layout_of
+from hf_distill.students.report import NarrowReport
+from hf_distill.students.symmetry import check_exchangeable
+from hf_distill.students.thinner import thinner
+from hf_distill.students.trimming import TrimmedVocabulary
+from hf_distill.students.units import find_groups
+from hf_distill.students.wiring import Wiring
+
+logger = logging.getLogger(__name__)
+Batches = Iterable[Mapping[str, Any]]
+
+
+@overload
+def narrow(
+    teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
+    intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
+    importance: str = ..., return_report: Literal[False] = ...,
+) -> PreTrainedModel: ...  # fmt: skip
+@overload
+def narrow(
+    teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
+    intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
+    importance: str = ..., return_report: Literal[True],
+) -> tuple[PreTrainedModel, NarrowReport]: ...  # fmt: skip
+
+
+def narrow(
+    teacher: PreTrainedModel,
+    *,
+    hidden: int | None = None,
+    heads: int | None = None,
+    key_value_heads: int | None = None,
+    intermediate: int | None = None,
+    vocabulary: TrimmedVocabulary | None = None,
+    data: Batches | None = None,
+    importance: str = "activation",
+    return_report: bool = False,
+) -> PreTrainedModel | tuple[PreTrainedModel, NarrowReport]:
+    """A new model of the teacher's class that holds the teacher's most important heads, neurons and channels.
+
+    Which axes of which tensors those are is found by experiment, and checked: exchanging two units must change nothing.
+    The config says the new sizes, tied weights stay tied, dtype and device are the teacher's. The student is in
+    evaluation mode, as after `from_pretrained`. The teacher and the random generators are left as they were.
+
+    Args:
+        hidden: channels of the hidden states. The same are kept everywhere.
+        heads: of each attention. A head keeps its size, so where a config cannot say a head's size (BERT, BART, GPT-2,
+            ...) `hidden` must be `heads` times that size.
+        key_value_heads: where several heads share one. As many as the teacher has, unless said; each then serves fewer.
+        intermediate: neurons of each feed-forward layer.
+        vocabulary: what `trim_vocabulary` gives: the tokens to keep.
+        data: batches (dicts of tensors) on which importance is measured, and the wiring of the model is seen. Needed
+            for all but `vocabulary`. With labels for importance="gradient".
+        importance: "activation" (Minitron) or "gradient" (Michel et al. 2019); see `students.importance`.
+        return_report: also return a NarrowReport.
+
+    Raises:
+        SettingError: for sizes that the teacher does not have or that do not fit together.
+        DataError: for data without batches, or without what importance needs.
+        TeacherError: for a teacher whose units cannot be told apart, or cannot be cut.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=40, hidden_size=16, num_attention_heads=4, num_key_value_heads=2)
+    >>> teacher = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, intermediate_size=32, **sizes))
+    >>> data = [{"input_ids": torch.tensor([[3, 4, 5, 6]])}]
+    >>> student, report = narrow(teacher, heads=2, intermediate=8, data=data, return_report=True)
+    >>> [str(size) for size in report.sizes]
+    ['config.num_attention_heads: 2 of 4', 'config.intermediate_size: 8 of 32']
+    """
+    check_teacher(teacher, "narrow")
+    check_importance(importance)
+    sizes = {"hidden": hidden, "heads": heads, "groups": key_value_heads, "intermediate": intermediate}
+    wanted = {kind: value for kind, value in sizes.items() if value is not None}
+    _check_given(wanted, vocabulary, data)
+    cuts: list[Cut] = []
+    values: dict[str, int] = {}
+    if wanted:
+        with Calibration(teacher, data or ()) as calibration:
+            layout, cuts, values = _chosen(calibration, wanted, importance)
+    else:
+        layout = layout_of(teacher, {"vocabulary"}, Wiring())
+    if vocabulary is not None:
+        layout, token_cut = _tokens(teacher, layout, vocabulary)
+        cuts.append(token_cut)
+        values["vocabulary"] = len(vocabulary.kept)
+    student, report = thinner(teacher, layout, cuts, values, vocabulary, importance if wanted else None)
+    logger.info("%s", report)
+    return (student, report) if return_report else student
+
+
+def _check_given(wanted: dict[str, int], vocabulary: Any, data: Any) -> None:
+    if not wanted and vocabulary is None:
+        raise SettingError("narrow: say what shall be smaller: hidden=, heads=, intermediate= and/or vocabulary=.")
+    for kind, value in wanted.items():
+        name = "key_value_heads" if kind == "groups" else kind
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SettingError(f"narrow: {name}={value!r}: give a whole number from 1.")
+    if vocabulary is not None and not isinstance(vocabulary, TrimmedVocabulary):
+        raise SettingError(
+            f"narrow: vocabulary= is a {type(vocabulary).__name__}. Give students.trim_vocabulary(tokenizer, texts), "
+            "which also makes the matching tokenizer."
+        )
+    if wanted and data is None:
+        raise SettingError(
+            f"narrow: {', '.join(sorted(wanted))}: which units matter is measured on data. Pass data=, some batches "
+            "(dicts of tensors) as the teacher reads them."
+        )
+    if "groups" in wanted and "heads" not in wanted:
+        raise SettingError("narrow: key_value_heads= goes with heads=: each key-value head serves some heads.")
+
+
+def _chosen(
+    calibration: Calibration, wanted: dict[str, int], importance: str
+) -> tuple[Layout, list[Cut], dict[str, int]]:
+    teacher, wiring = calibration.teacher, calibration.wiring()
+    kinds = set(wanted) - {"groups"}
+    layout = layout_of(teacher, kinds, wiring)
+    values = _fitting(teacher, layout, wanted)
+    groups = find_groups(layout, wiring, kinds)
+    for group in groups:
+        if group.parts > 1 and values["hidden"] % group.parts:
+            raise SettingError(
+                f"narrow: hidden={values['hidden']}: a convolution of {type(teacher).__name__} works in {group.parts} "
+                f"groups, so hidden must be a multiple of {group.parts}."
+            )
+    check_exchangeable(teacher, groups, calibration.first)
+    scores = calibration.scores(groups, importance)
+    blocks = values.get("groups", 1)
+    cuts = [
+        (group, keep_best(score, group, values[group.kind], blocks))
+        for group, score in zip(groups, scores, strict=True)
+    ]
+    return layout, cuts, values
+
+
+def _fitting(teacher: PreTrainedModel, layout: Layout, wanted: dict[str, int]) -> dict[str, int]:
+    """The student's sizes, or SettingError where they are too large or do not fit together."""
+    values = dict(wanted)
+    for kind, value in wanted.items():
+        if kind not in layout.sizes or (kind == "groups" and not layout.groups):
+            raise SettingError(f"narrow: {type(teacher).__name__} has no key-value heads that several heads share.")
+        name = "key_value_heads" if kind == "groups" else kind
+        for setting, largest in layout.sizes[kind].values.items():
+            if value > largest:
+                raise SettingError(f"narrow: {name}={value}: the teacher has {largest} ({setting}). Say at most that.")
+    if "heads" in layout.sizes and {"hidden", "heads"} & wanted.keys():
+        if layout.head_setting is None:
+            _check_head_size(teacher, layout, wanted)
+        if "heads" in wanted and layout.groups:
+            values["groups"] = _key_value_heads(layout, wanted)
+    return values
+
+
+def _check_head_size(teacher: PreTrainedModel, layout: Layout, wanted: dict[str, int]) -> None:
+    size, name = layout.head_size or 1, type(teacher.config).__name__
+    hidden = wanted.get("hidden", layout.sizes["hidden"].value)
+    heads = wanted.get("heads", layout.sizes["heads"].value)
+    if hidden == heads * size:
+        return
+    why = f"A head keeps its size of {size}, and {name} cannot say another one than hidden / heads"
+    if "hidden" in wanted and hidden % size:
+        below = max(hidden // size, 1) * size
+        raise SettingError(f"narrow: hidden={hidden} is no multiple of {size}. {why}. Say hidden={below}, say.")
+    if "hidden" in wanted:
+        raise SettingError(f"narrow: hidden={hidden} with {heads} heads. {why}. Say heads={hidden // size} with it.")
+    raise SettingError(f"narrow: heads={heads} with hidden={hidden}. {why}. Say hidden={heads * size} with it.")
+
+
+def _key_value_heads(layout: Layout, wanted: dict[str, int]) -> int:
+    """How many key-value heads the student has: those of the teacher, or one a head where they were one a head."""
+    heads, groups = layout.sizes["heads"].value, layout.sizes["groups"].value
+    asked = wanted.get("groups", wanted["heads"] if heads == groups else groups)
+    if heads == groups and asked != wanted["heads"]:
+        raise SettingError(f"narrow: key_value_heads={asked}: in the teacher each head has its own. Leave it out.")
+    if wanted["heads"] % asked:
+        fits = [n for n in range(1, min(groups, wanted["heads"]) + 1) if wanted["heads"] % n == 0]
+        raise SettingError(
+            f"narrow: heads={wanted['heads']} cannot share {asked} key-value heads equally. Say key_value_heads= one "
+            f"of {', '.join(map(str, fits))}, or heads= a multiple of {asked}."
+        )
+    if wanted["heads"] // asked > heads // groups:
+        raise SettingError(
+            f"narrow: heads={wanted['heads']} on {asked} key-value heads are {wanted['heads'] // asked} each, and in "
+            f"the teacher only {heads // groups} use the same one. Say heads={asked * (heads // groups)} at most."
+        )
+    return asked
+
+
+def _tokens(teacher: PreTrainedModel, layout: Layout, vocabulary: TrimmedVocabulary) -> tuple[Layout, Cut]:
+    tokens = layout_of(teacher, {"vocabulary"}, Wiring())
+    layout.sizes.update(tokens.sizes)
+    layout.vocabulary = tokens.vocabulary
+    return layout, vocabulary.cut(layout)
