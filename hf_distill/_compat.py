@@ -122,9 +122,10 @@ def hearing_attention(listen: Callable[..., None]) -> Iterator[None]:
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = original(self, name, default)
 
-        def heard(module: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any, **settings: Any) -> Any:
+        def heard(module: Any, query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
+            mask = rest[1] if len(rest) > 1 else settings.get("attention_mask")  # after the values
             listen(module, query, key, mask, settings)
-            return function(module, query, key, value, mask, *rest, **settings)
+            return function(module, query, key, *rest, **settings)
 
         return heard
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class Blend:
 
     def __init__(self, objectives: Objectives = None) -> None:
         self.alpha: Schedule | None = None
-        self._others = _named(objectives)
+        # Copies: what one learns of a run stays with the run, though several are made with the same object.
+        self._others = {name: copy.copy(one) for name, one in _named(objectives).items()}
         self.objectives: dict[str, Objective] = dict(self._others)
 
     def set(
@@ -160,7 +162,7 @@ class Blend:
         student = teacher = Needs()
         for name in self.active(progress):
             student, teacher = student | self.objectives[name].needs, teacher | self.objectives[name].teacher_needs
-        return student, teacher
+        return student, replace(teacher, temperature=self.logits_match.temperature(progress))
 
     def knobs(self) -> dict[str, Schedule]:
         """Whatever may move with the training, by the name it is logged under."""
@@ -200,6 +202,11 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
             )
         if isinstance(one, LogitsMatch):
             raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
+        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise SettingError(
+                f"objectives: {name!r} cannot be the name of a term: a word without dots, and none that torch's "
+                "ModuleDict uses (keys, values, ...)."
+            )
         if name in named or name in (LABELS, LOGITS):
             raise SettingError(
                 f"objectives: two terms are called {name!r}. Give one of them another name: HiddenMatch(..., name=...)."

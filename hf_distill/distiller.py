@@ -48,7 +48,8 @@ class Distiller:
         task: name in `TASKS` or a Task; None: found from the student's class.
         processing_class: the student's tokenizer or processor, to compare with the teacher's.
         objectives: one or more of `hf_distill.objectives`, beside the logits. seed: of what they learn (projections);
-        None: torch's own.
+        None: torch's own. compare_predictions: demand a teacher whose predictions can be compared, even where no term
+        does so (an evaluation may).
 
     Raises:
         SettingError, TeacherError: see the messages; nothing is changed then.
@@ -75,9 +76,11 @@ class Distiller:
         processing_class: Any = None,
         objectives: Objectives = None,
         seed: int | None = None,
+        compare_predictions: bool = False,
     ) -> None:
         self._given_task = task
         self._processor = processing_class
+        self._compares_anyway = compare_predictions
         self._seed = torch.initial_seed() % 2**32 if seed is None else seed
         self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch, Needs(logits=True)).predictions())
         self.blending = Blend(objectives)
@@ -133,7 +136,7 @@ class Distiller:
                 student,
                 task,
                 student_processor=self._processor,
-                compares_predictions=LOGITS in asked or self.blending.alpha is not None,
+                compares_predictions=LOGITS in asked or not asked or self._compares_anyway,
                 same_inputs=any(self.objectives[name].needs_same_inputs for name in asked if name != LOGITS),
             )
         elif asked:
@@ -142,14 +145,15 @@ class Distiller:
                 "teacher_model= (a model, a folder or a Hub id), or alpha=0 to train without one."
             )
         if self.teacher is not None:
+            theirs = getattr(self.teacher, "inside", None)
             for name in asked:
-                self.objectives[name].fit(inside, self.teacher.inside, task, model=unwrapped(student), seed=self._seed)
+                self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside
         self._student_names = forward_names(student)
-        theirs = self.teacher.inputs if self.teacher is not None and self._student_names else ()
-        self._teacher_only = set(theirs) - set(self._student_names)
+        read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
+        self._teacher_only = set(read) - set(self._student_names)
 
     def place(self, accelerator: Any) -> None:
         """Bring the teacher, and what is learned beside the student, to where the batches are."""
@@ -191,7 +195,7 @@ class Distiller:
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
-        if self.task.sums_over_examples:
+        if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):
             vector = torch.ones_like(vector)
         self._watch.begin_step(len(micro_batches))
         return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
@@ -278,9 +282,10 @@ class Distiller:
         return Signals(logits=logits, columns=columns, inside=inside or {})
 
     def teacher_signals(self, batch: Batch, needs: Needs | None = None) -> Signals:
-        """Args: needs: None: its predictions."""
+        """Args: needs: None: its predictions, as the end of the training would soften them."""
         assert self.teacher is not None  # `fit` refuses to ask one that is not there
-        return self.teacher(self.task, batch, needs or Needs(logits=True))
+        needs = needs or Needs(logits=True, temperature=self.logits_match.temperature(1.0))
+        return self.teacher(self.task, batch, needs)
 
     def _labels_part(self, mean: Tensor, batch: Batch, counts: Counts) -> Tensor:
         if self.task.sums_over_examples:

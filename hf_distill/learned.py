@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hf_distill.errors import SettingError
 
@@ -64,21 +64,16 @@ class Learned:
         if accelerator.num_processes == 1:
             return
         for parameter in self.parameters():
-            if parameter.grad is None:  # a process whose micro-batches had nothing for it
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
+            if parameter.grad is not None:  # None where the objective weighs nothing now, on every process alike
+                parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
 
     def zero_grad(self) -> None:
         self.module.zero_grad()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write them into a checkpoint's folder, whole or not at all."""
-        if not self:
-            return
-        target = Path(folder, STATE_FILE)
-        beside = target.with_name(f".{target.name}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}, beside)
-        os.replace(beside, target)
+        if self:
+            save_state(self.module.state_dict(), folder, STATE_FILE)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Read them back.
@@ -88,15 +83,37 @@ class Learned:
         """
         if not self:
             return
-        source, names = Path(folder, STATE_FILE), ", ".join(self.module.state_dict())
-        if not source.is_file():
-            raise SettingError(
-                f"{os.fspath(folder)} has no {STATE_FILE}: it was saved without these objectives ({names}), or with "
-                "save_only_model=True. Resume from another checkpoint, or start anew from its model."
-            )
+        names = ", ".join(self.module.state_dict())
+        state = load_state(folder, STATE_FILE, what=f"what these objectives learn ({names})")
         try:
-            self.module.load_state_dict(load_file(source))
-        except (RuntimeError, SafetensorError) as error:
+            self.module.load_state_dict(state)
+        except RuntimeError as error:
             raise SettingError(
-                f"{os.fspath(source)} does not fit the objectives of this run, which learn {names}: {error}"
+                f"{Path(folder, STATE_FILE)} does not fit the objectives of this run, which learn {names}: {error}"
             ) from error
+
+
+def save_state(state: Mapping[str, Tensor], folder: str | os.PathLike[str], name: str) -> None:
+    """Tensors into a file of a checkpoint, whole or not at all."""
+    target = Path(folder, name)
+    beside = target.with_name(f".{name}.partial")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, beside)
+    os.replace(beside, target)
+
+
+def load_state(folder: str | os.PathLike[str], name: str, *, what: str) -> dict[str, Tensor]:
+    """The tensors of such a file.
+
+    Raises:
+        SettingError: it is not there, or is damaged.
+    """
+    source = Path(folder, name)
+    if not source.is_file():
+        raise SettingError(
+            f"{os.fspath(folder)} has no {name}, which holds {what}: it was saved without them, or with "
+            "save_only_model=True. Resume from another checkpoint, or start anew from its model."
+        )
+    try:
+        return load_file(source)
+    except SafetensorError as error:
+        raise SettingError(f"{source} is damaged ({error}). Resume from another checkpoint.") from error

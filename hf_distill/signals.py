@@ -59,10 +59,17 @@ class Signals:
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be computed of one model for an objective."""
+    """What must be computed of one model for an objective.
+
+    Attributes:
+        logits: its predictions. reads: of its inside.
+        temperature: that the predictions will be softened with; a teacher of several models averages at it.
+    """
 
     logits: bool = False
     reads: frozenset[Read] = frozenset()
+    temperature: float = 1.0
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.logits or other.logits, self.reads | other.reads)
+        softened = self if self.logits else other
+        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature)

@@ -143,6 +143,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
             processing_class=processing_class,
             objectives=self._objectives_setting,
             seed=None if args is None else args.seed,
+            compare_predictions=evaluates,
             **blend,
         )
 
@@ -239,6 +240,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
         model = super().call_model_init(trial)
         if hasattr(self, "distiller"):
             self.distiller.fit(model)
+            self.distiller.learned.place(self.accelerator)
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:

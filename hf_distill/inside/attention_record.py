@@ -38,6 +38,9 @@ class AttentionRecord:
             scores = scores + self.bias
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.mask is not None and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
+            added = self.mask[..., : keys.shape[-2]]  # BEiT hands its bias over in the mask
+            scores = scores + added.masked_fill(added <= _hidden(added), 0.0)
         return scores
 
     def allowed(self) -> Tensor:
@@ -46,10 +49,15 @@ class AttentionRecord:
         device = self.queries.device
         if self.mask is not None and self.mask.dim() == 4:
             mask = self.mask[..., :s]
-            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            return mask if mask.dtype == torch.bool else mask > _hidden(mask)
         allowed = torch.ones(t, s, dtype=torch.bool, device=device)
         if self.causal:
             allowed = allowed.tril(s - t)
         if self.mask is not None and self.mask.dim() == 2:  # flash attention is told of padding alone
             return allowed[None, None] & self.mask[:, None, None, :s].bool()
         return allowed[None, None]
+
+
+def _hidden(mask: Tensor) -> float:
+    """What an additive mask says of a key that may not be attended to: this or less."""
+    return torch.finfo(mask.dtype).min / 2

@@ -14,6 +14,7 @@ from hf_distill.inside.stacks import Stack, find_stacks, module_lists
 from hf_distill.tasks.infer import unwrapped
 
 SIDES = ("encoder", "decoder")
+_TIME_FIRST = ("xlnet",)  # with as many examples as positions a mask would fit the wrong way round, unnoticed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Blocks:
         owner: the model whose output is the last hidden state: the nearest `PreTrainedModel` around the list.
         width: of the stream between blocks; None where no config says so.
         heads: attention heads; None where no config says so.
+        of_decoder: it reads decoder inputs: the decoder of an encoder-decoder.
     """
 
     path: str
@@ -35,6 +37,7 @@ class Blocks:
     owner: nn.Module
     width: int | None
     heads: int | None
+    of_decoder: bool
     shared: bool = False
 
 
@@ -51,8 +54,13 @@ def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack:
     model = unwrapped(model)
     if side is not None and side not in SIDES:
         raise SettingError(f"side={side!r}: allowed are 'encoder' and 'decoder', or None.")
+    if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:
+        raise SettingError(
+            f"the {whose} ({type(model).__name__}) computes on [time, example], not [example, time]; its inside cannot "
+            "be read here. Compare its predictions alone."
+        )
     if stack is not None:
-        return _named(model, stack, whose)
+        return _named(model, stack, whose, side)
     if not isinstance(model, PreTrainedModel):
         raise SettingError(_not_found(model, whose, "it is no model of transformers, so its config cannot be asked"))
     if shares_layers(model):
@@ -81,7 +89,7 @@ def _of_side(model: Any, stacks: list[Stack], side: str | None, whose: str) -> S
     )
 
 
-def _named(model: nn.Module, path: str, whose: str) -> Blocks:
+def _named(model: nn.Module, path: str, whose: str, side: str | None) -> Blocks:
     lists = module_lists(model)
     try:
         found = model.get_submodule(path)
@@ -92,7 +100,10 @@ def _named(model: nn.Module, path: str, whose: str) -> Blocks:
             f"{whose}_stack={path!r}: {type(model).__name__} has no list of modules of that name. {_listed(lists)}"
         )
     modules = tuple(found.children())
-    return _blocks(model, path, modules, len(modules))
+    blocks = _blocks(model, path, modules, len(modules), wanted=side)
+    if side is not None and model.config.is_encoder_decoder and blocks.of_decoder != (side == "decoder"):  # type: ignore[union-attr]  # an encoder-decoder has a config
+        raise SettingError(f"{whose}_stack={path!r} is of the other side than side={side!r} says.")
+    return blocks
 
 
 def _shared(model: Any) -> Blocks:
@@ -103,7 +114,13 @@ def _shared(model: Any) -> Blocks:
 
 
 def _blocks(
-    model: nn.Module, path: str, modules: tuple[nn.Module, ...], length: int, *, shared: bool = False
+    model: nn.Module,
+    path: str,
+    modules: tuple[nn.Module, ...],
+    length: int,
+    *,
+    wanted: str | None = None,
+    shared: bool = False,
 ) -> Blocks:
     owner = model
     parts = path.split(".")
@@ -114,7 +131,8 @@ def _blocks(
             break
     config = getattr(owner, "config", None)
     side = next((part for part in parts if part in SIDES), None)
-    heads = getattr(config, f"{side}_attention_heads", None) if getattr(config, "is_encoder_decoder", False) else None
+    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    heads = getattr(config, f"{side}_attention_heads", None) if two_sided else None
     return Blocks(
         path,
         modules,
@@ -122,6 +140,7 @@ def _blocks(
         owner,
         width=_whole(config, "hidden_size"),
         heads=heads or _whole(config, "num_attention_heads"),
+        of_decoder=two_sided and (side or wanted or "decoder") == "decoder",
         shared=shared,
     )
 

@@ -23,13 +23,12 @@ class Positions:
     """The positions of one side of a student.
 
     Args:
-        model: the student, for its rule from samples to frames. side: as in `Read`.
+        model: the student, for its rule from samples to frames. of_decoder: as `Blocks` has it.
     """
 
-    def __init__(self, model: Any, task: Task, side: str | None = None) -> None:
+    def __init__(self, model: Any, task: Task, *, of_decoder: bool = False) -> None:
         model = unwrapped(model)
-        config = getattr(model, "config", None)
-        self._of_decoder = bool(getattr(config, "is_encoder_decoder", False)) and side != "encoder"
+        self._of_decoder = of_decoder
         self._predicts_them = task.kind == "seq2seq"
         rule = getattr(model, "_get_feat_extract_output_lengths", None)
         self._frame_lengths = rule or getattr(model, "_get_subsampling_output_length", None)

@@ -89,6 +89,7 @@ class _StackReading:
         self._attention = {read.layer: read for read in reads if read.what == ATTENTION}
         self._calls = 0
         self._running = -1
+        self._ran: set[int] = set()
         self._stream: Tensor | None = None
         self._listened: set[int] = set()
 
@@ -122,17 +123,18 @@ class _StackReading:
             hook = source.module.register_forward_hook(self._related(read, source.part))
             hooks.callback(hook.remove)
 
-    def _related(self, read: Read, part: Callable[[Tensor], Tensor]) -> Any:
+    def _related(self, read: Read, part: Callable[[Tensor, Tensor], Tensor]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             # The first call: DeBERTa calls the same modules again, with its relative positions.
             if self._running == read.layer and read not in self._seen:
-                self._seen[read] = part(output)
+                self._seen[read] = part(inputs[0], output)
 
         return hook
 
     def _before(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             self._running = self._calls if self._blocks.shared else index
+            self._ran.add(self._running)
             stream = args[0] if args else keywords.get("hidden_states")
             if not isinstance(stream, Tensor):
                 return
@@ -187,25 +189,26 @@ class _StackReading:
 
     def _not_seen(self, read: Read) -> str:
         where = f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
+        if read.what != LAST_HIDDEN and read.layer not in self._ran:
+            return (
+                f"{where}: the block did not run in this forward. Where layerdrop left it out, set layerdrop to 0 in "
+                "the config (HiddenMatch reads what went past it, unless all blocks were left out)."
+            )
         if read.what == ATTENTION:
             return (
                 f"{where}: its attention does not go through transformers' AttentionInterface (DeBERTa, MPNet and "
-                "WavLM "
-                "compute their own), so its scores cannot be read. Use RelationMatch or HiddenMatch."
+                "WavLM compute their own), so its scores cannot be read. Use RelationMatch or HiddenMatch."
             )
-        if read.what in RELATED:
-            return (
-                f"{where}: the module is there and was not called (WavLM hands its weights to a function; a block that "
-                "layerdrop left out runs nothing). Set layerdrop to 0 in the config, or use HiddenMatch."
-            )
-        return f"{where}: the block did not run in this forward. Was the model called at all?"
+        return (
+            f"{where}: the module is there and was not called (WavLM hands its weights to a function). Use HiddenMatch."
+        )
 
     def _refuse_cut_graphs(self) -> None:
         trained = any(p.requires_grad for p in self._blocks.owner.parameters())
         for read in self._reads:
             value = self._seen[read]
-            tensor = value.queries if isinstance(value, AttentionRecord) else value
-            if trained and read.layer != EMBEDDINGS and not tensor.requires_grad:
+            tensors = [value.queries, value.keys] if isinstance(value, AttentionRecord) else [value]
+            if trained and read.layer != EMBEDDINGS and not any(x.requires_grad for x in tensors):
                 raise SettingError(
                     f"{read.what} of block {read.layer} of the student has no gradient: gradient checkpointing with "
                     "use_reentrant=True hides it, or what is below that block is frozen. Pass "

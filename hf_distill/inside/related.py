@@ -17,15 +17,17 @@ _NAMES = {
     "values": ("value", "v_proj", "v_lin", "v", "value_proj", "v_linear", "linear_v", "wv"),
 }
 _FUSED = ("c_attn", "Wqkv", "qkv", "qkv_proj")
+# Heads or partitions lie interleaved there, not queries, keys and values side by side.
+_INTERLEAVED = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
 # Attention to another sequence is no relation within this one.
 _CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn", "multihead_attn")
 
 
 class Source(NamedTuple):
-    """A module, and what of its output is meant."""
+    """A module, and what is meant of its output (given its input, too)."""
 
     module: nn.Module
-    part: Callable[[Tensor], Tensor]
+    part: Callable[[Tensor, Tensor], Tensor]
 
 
 def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source:
@@ -38,7 +40,7 @@ def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source
     found = [m for name, m in own.items() if name.rpartition(".")[2] in _NAMES[what]]
     if len(found) == 1:
         return Source(found[0], _whole)
-    fused = [m for name, m in own.items() if name.rpartition(".")[2] in _FUSED]
+    fused = [m for name, m in own.items() if name.rpartition(".")[2] in _FUSED and not _interleaves(block, name)]
     if not found and len(fused) == 1:
         return Source(fused[0], _third(RELATED.index(what)))
     names = [name for name in own if name and not any(True for _ in own[name].children())]
@@ -48,16 +50,20 @@ def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source
     )
 
 
-def _whole(output: Tensor) -> Tensor:
+def _interleaves(block: nn.Module, path: str) -> bool:
+    return type(block.get_submodule(path.rpartition(".")[0])).__name__ in _INTERLEAVED
+
+
+def _whole(given: Tensor, output: Tensor) -> Tensor:
     return output
 
 
-def _third(index: int) -> Callable[[Tensor], Tensor]:
-    def part(output: Tensor) -> Tensor:
-        if output.shape[-1] % 3:
+def _third(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def part(given: Tensor, output: Tensor) -> Tensor:
+        if output.shape[-1] != 3 * given.shape[-1]:
             raise SettingError(
-                f"a fused projection gives {output.shape[-1]} numbers a position, which are not three equal parts "
-                "(grouped keys and values). Its relations cannot be told apart; use HiddenMatch."
+                f"a fused projection makes {output.shape[-1]} numbers of {given.shape[-1]}, which are not three equal "
+                "parts (grouped keys and values). Its relations cannot be told apart; use HiddenMatch."
             )
         return output.chunk(3, dim=-1)[index]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
+from hf_distill.functional.rows import in_full_precision
 from hf_distill.inside.positions import Positions
 from hf_distill.inside.recorder import Inside
 from hf_distill.layer_map import LayerMap, Link, resolved_map
@@ -23,8 +24,9 @@ Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 class InsideMatch:
     """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
 
-    Its term is a mean over positions (of the whole optimizer step), except beside a CTC head whose own loss is a sum over
-    utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio does not change with the batch.
+    Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
+    whose own loss is a sum over utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio
+    does not change with the batch. The trainer works on a copy; it is `trainer.distiller.objectives[name]`.
 
     Args:
         layers: "even", "first", "last", "first_last" or "skip" (a `LayerMap` of all student blocks), a `LayerMap`, or
@@ -77,7 +79,7 @@ class InsideMatch:
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
-        self._positions = Positions(model, task, self.side)
+        self._positions = Positions(model, task, of_decoder=ours.of_decoder)
         self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
         self.check(ours, theirs, model=model, seed=seed)
@@ -145,6 +147,7 @@ def kept_vectors(x: Tensor, keep: Tensor | None) -> tuple[Tensor, float]:
 
 def pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
     """`[b t d]` → `[m d]`, a vector for each example with a position that counts: their mean, the first or the last."""
+    x = in_full_precision(x)
     if keep is None:
         return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
     examples = keep.any(-1).nonzero().squeeze(-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
+from hf_distill.functional.rows import in_full_precision
 from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick
 from hf_distill.tasks.classification import refuse_ignored
 from hf_distill.vocabulary import Columns
@@ -56,7 +57,7 @@ class Embedding(Task):
         hidden = output_named("last_hidden_state", outputs)  # [b t d]
         mask = self._mask(hidden, batch, teacher=teacher)  # [b t]
         if self._pooling == "mean":
-            summed = hidden.masked_fill(~mask[..., None], 0).sum(1)
+            summed = in_full_precision(hidden).masked_fill(~mask[..., None], 0).sum(1)  # fp16 ends at 65504
             pooled = summed / mask.sum(1, keepdim=True).clamp(min=1)
         else:
             positions = torch.arange(mask.shape[1], device=mask.device)

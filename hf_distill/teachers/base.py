@@ -6,7 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.vocabulary import Columns
@@ -19,14 +18,14 @@ class Teacher(Protocol):
     Attributes:
         inputs: what it reads of a batch, so that a `Trainer` does not drop these columns.
         columns: which columns of the student's head are compared with which of its own; known after `fit`.
-        inside: what it can show of its inside; None: nothing (a cache of logits).
+
+    It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `state()` and
+    `load_state(state)` (name → tensor), where training changes it: then a checkpoint holds it, and a resumed run goes
+    on from there.
     """
 
     inputs: tuple[str, ...]
     columns: Columns
-
-    @property
-    def inside(self) -> Inside | None: ...
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals: ...
 

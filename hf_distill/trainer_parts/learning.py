@@ -11,7 +11,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_distill.arguments import setting
 from hf_distill.errors import SettingError
+from hf_distill.learned import load_state, save_state
 from hf_distill.unused_outputs import forget_gradients_but
+
+TEACHER_FILE = "distill_teacher.safetensors"
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -66,10 +69,22 @@ class LearningMixin(_Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.distiller.learned.save(output_dir)
+            state = self._teacher_state()
+            if state:
+                save_state(state, output_dir, TEACHER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.distiller.learned.load(resume_from_checkpoint)
+        if self._teacher_state():
+            self.distiller.teacher.load_state(
+                load_state(resume_from_checkpoint, TEACHER_FILE, what="the moving teacher")
+            )
+
+    def _teacher_state(self) -> dict[str, Any]:
+        """Of a teacher that training changes (an average of students); empty for one that stays."""
+        state = getattr(self.distiller.teacher, "state", None)
+        return {} if state is None else state()
 
 
 class _Together:
