@@ -1,4 +1,4 @@
-"""Which axes of which tensors follow a model's width, heads, neurons and tokens, by experiment. It groups none of them."""
+"""Which axes of which tensors follow a model's width, heads, neurons and tokens, by experiment. It groups none."""
 
 from __future__ import annotations
 

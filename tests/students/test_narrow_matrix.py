@@ -1,0 +1,196 @@
+"""`narrow` for every architecture: what is kept computes what it did, files read back, and the teacher stays."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hf_distill.errors import HfDistillError
+from hf_distill.students import inherit, narrow
+from tests.students.models import MODELS, Tiny
+from tests.students.narrow_models import (
+    HIDDEN,
+    MAKES_HEADS,
+    N_HEADS,
+    NEURONS,
+    READS_HEADS,
+    READS_NEURONS,
+    inner_axes,
+    is_free,
+    masked,
+    refused,
+    sizes_for,
+    teacher_of,
+)
+from tests.students.test_matrix import outputs
+
+NAMES = list(MODELS)
+CUTTABLE = [name for name in NAMES if refused(name, "hidden") is None]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert one.keys() == two.keys() and one
+    for key, value in one.items():
+        assert_close(value, two[key], rtol=tolerance, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def read_back(student: Any, tiny: Tiny, folder: Path) -> Any:
+    student.save_pretrained(folder)
+    again, loading = tiny.model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return again.eval()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if refused(name, "intermediate") is None])
+def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    teacher, batch = teacher_of(name), tiny.batch()
+    neurons = 64 if "GPT2" in name else NEURONS
+    student, report = narrow(teacher, intermediate=12, data=[batch], return_report=True)
+    masks = {module: torch.zeros(neurons) for module in report.kept}
+    for module, kept in report.kept.items():
+        assert len(kept) == 12 and list(kept) == sorted(set(kept))
+        masks[module][list(kept)] = 1
+    hooks = masked(teacher, READS_NEURONS, masks)
+    assert len(hooks) == len(masks)  # the table of names, made by hand, and what was found agree
+    theirs = outputs(teacher, batch)
+    for hook in hooks:
+        hook.remove()
+    same(outputs(student, batch), theirs)
+    same(outputs(read_back(student, tiny, tmp_path), batch), outputs(student, batch), 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if is_free(name)])
+def test_kept_heads_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    teacher, batch = teacher_of(name), tiny.batch()
+    student, report = narrow(teacher, heads=2, data=[batch], return_report=True)
+    masks = {}
+    for names, kept in report.kept.items():
+        for module in names.split(", "):  # T5: all layers of a side share a table of positions, so they keep the same
+            width = teacher.get_submodule(module).weight.shape[1]
+            mask = torch.zeros(N_HEADS, width // N_HEADS)
+            mask[list(kept)] = 1
+            masks[module] = mask.flatten()
+    hooks = masked(teacher, READS_HEADS, masks)
+    assert len(hooks) == len(masks)
+    theirs = outputs(teacher, batch)
+    for hook in hooks:
+        hook.remove()
+    same(outputs(student, batch), theirs)
+    same(outputs(read_back(student, tiny, tmp_path), batch), outputs(student, batch), 1e-6)
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> None:
+    """Hidden states and heads together. By hand: what is 16 long is cut to the kept channels, except along heads."""
+    tiny = MODELS[name]
+    teacher, batch = teacher_of(name), tiny.batch()
+    student, report = narrow(teacher, **sizes_for(name), data=[batch], return_report=True)
+    theirs = teacher.state_dict()
+    compared = 0
+    for tensor_name, ours in student.state_dict().items():
+        module = tensor_name.rpartition(".")[0]
+        if is_free(name) and (inner_axis(teacher, module) is not None or "relative_attention_bias" in module):
+            continue  # the test of heads has them
+        if "pos_conv_embed" in tensor_name:
+            continue  # a convolution in groups, of which a test of its own speaks
+        expected = theirs[tensor_name]
+        for axis, (size, left) in enumerate(zip(expected.shape, ours.shape, strict=True)):
+            if size != left:
+                expected = expected.index_select(axis, positions(teacher, tensor_name, axis, size, report.kept))
+        assert torch.equal(ours, expected), tensor_name
+        compared += ours.shape != theirs[tensor_name].shape
+    assert compared > 5
+    same(outputs(read_back(student, tiny, tmp_path), batch), outputs(student, batch), 1e-6)
+
+
+def inner_axis(model: Any, module: str) -> int | None:
+    """The axis of a matrix along which heads lie; GPT-2 keeps its matrices the other way round."""
+    axes = inner_axes(module)
+    if "Conv1D" in type(model.get_submodule(module)).__name__:
+        return next((1 - axis for axis in axes), None)
+    return next(iter(axes), None)
+
+
+def positions(model: Any, name: str, axis: int, size: int, kept: dict[str, tuple[int, ...]]) -> torch.Tensor:
+    """The kept positions of an axis, in one or more blocks of 16: heads of 4 along heads, else the channels."""
+    module, _, part = name.rpartition(".")
+    heads = {reader: ids for readers, ids in kept.items() for reader in readers.split(", ")}
+    channels = torch.tensor(heads.pop("hidden states"))
+    if "relative_attention_bias" in module:
+        return torch.tensor(next(iter(heads.values())))
+    inner = inner_axis(model, module)
+    made_here = MAKES_HEADS.search(module) is not None
+    if inner is not None and (made_here if part == "bias" else axis == inner):
+        (ids,) = {tuple(ids) for reader, ids in heads.items() if same_attention(reader, module)}
+        channels = torch.cat([torch.arange(4) + 4 * head for head in ids])
+    return torch.cat([channels + start for start in range(0, size, HIDDEN)])
+
+
+def same_attention(reader: str, module: str) -> bool:
+    """Whether two matrices are of one attention: by layer, and by whether it looks at the encoder."""
+    ends = [re.sub(r"(output\.dense|self\.\w+|[^.]+)$", "", name) for name in (reader, module)]
+    return ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
+def test_all_units_give_the_teacher(name: str) -> None:
+    tiny = MODELS[name]
+    teacher, batch = teacher_of(name), tiny.batch()
+    student = narrow(teacher, hidden=HIDDEN, heads=N_HEADS, data=[batch])
+    same(outputs(student, batch), outputs(teacher, batch), 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if refused(name, "hidden") or refused(name, "intermediate")])
+def test_what_cannot_be_cut_is_refused(name: str) -> None:
+    for kind, sizes in (("hidden", sizes_for(name)), ("intermediate", {"intermediate": 12})):
+        message = refused(name, kind)
+        if message is not None:
+            with pytest.raises(HfDistillError, match=message):
+                narrow(teacher_of(name), **sizes, data=[MODELS[name].batch()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_depth_and_width_compose_in_both_orders(name: str, tmp_path: Path) -> None:
+    """The neurons of a layer are chosen by what that layer computes, so the two orders may choose others: both run."""
+    tiny = MODELS[name]
+    teacher, batch = teacher_of(name), tiny.batch()
+    sizes = {} if refused(name, "hidden") else dict(sizes_for(name))
+    sizes |= {} if refused(name, "intermediate") else {"intermediate": 12}
+    depth = dict.fromkeys(tiny.stacks, 2 if name.startswith("Longformer") else 1)
+    thin_then_short = inherit(narrow(teacher, **sizes, data=[batch]), **depth)
+    short_then_thin = narrow(inherit(teacher, **depth), **sizes, data=[batch])
+    ours, others = thin_then_short.state_dict(), short_then_thin.state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in others.items()}
+    assert thin_then_short.config.to_dict() == short_then_thin.config.to_dict()
+    same(outputs(read_back(short_then_thin, tiny, tmp_path), batch), outputs(short_then_thin, batch), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForMaskedLM", "T5ForConditionalGeneration", "Wav2Vec2ForCTC", "LlamaForCausalLM"]
+)
+def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
+    tiny = MODELS[name]
+    teacher = teacher_of(name).train()
+    teacher.requires_grad_(False)
+    before, config = copy.deepcopy(teacher.state_dict()), teacher.config.to_dict()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    student = narrow(teacher, **sizes_for(name), intermediate=12, data=[tiny.batch()])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+    assert all(module.training for module in teacher.modules()) and teacher.config.to_dict() == config
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not student.training and any(parameter.requires_grad for parameter in student.parameters())
+    theirs = {tensor.data_ptr() for tensor in before.values()} | {p.data_ptr() for p in teacher.parameters()}
+    assert not any(parameter.data_ptr() in theirs for parameter in student.parameters())
