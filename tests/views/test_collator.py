@@ -88,8 +88,10 @@ def test_the_generators_of_the_training_are_left_alone() -> None:
     collate = AugmentingCollator(padded, Augmentation(all_of_them, moves_positions=False))
     collate(examples(2))
     assert state() == before
+    random.random(), np.random.rand(), torch.rand(())
     collate(examples(2))
     assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]  # all three are seeded
+    before = state()
     with pytest.raises(ZeroDivisionError), seeded(1):
         torch.rand(3)
         raise ZeroDivisionError
