@@ -22,6 +22,9 @@ LONGEST = 11  # tokens, of any example
 LONGEST_SOUND = 96  # samples
 MEL, FRAMES = 8, 20  # what a tiny Whisper listens to
 Example = dict[str, Any]
+# What configs call the number of blocks, and their width.
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_WIDTHS = ("hidden_size", "dim", "n_embd", "d_model")
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,15 @@ class Head:
     may_ignore: bool = False
     labels_see_padding: bool = False
 
-    def make(self, seed: int = 0, **settings: Any) -> Any:
+    def make(self, seed: int = 0, *, layers: int | None = None, width: int | None = None, **settings: Any) -> Any:
         """A model, by seed. Every parameter is shaken, so that no bias is 0 and logits are far from uniform.
 
-        The global random generator is left alone.
+        `layers` and `width`, where they are not the head's own: of all its stacks. The global random generator is left
+        alone.
         """
+        for value, names in ((layers, _DEPTHS), (width, _WIDTHS)):
+            if value is not None:
+                settings = {**{name: value for name in names if name in self.settings}, **settings}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model_class(self.config_class(**{**self.settings, **settings}))

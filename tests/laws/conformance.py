@@ -1,4 +1,4 @@
-"""The conformance tables: a row for every task, divergence, objective and schedule that exists.
+"""The conformance tables: a row for every task, divergence and schedule that exists; objectives: `objective_rows.py`.
 
 `test_conformance.py` compares them with the catalogues, so a new member without a row fails the suite. Where a law
 does not hold for a member, its row says why; nowhere else is anything left out.
@@ -142,8 +142,6 @@ DIVERGENCE_ROWS: dict[str, DivergenceRow] = {
     ),
     "hard": DivergenceRow(not_zero_at_equality="a cross-entropy with the teacher's argmax; 0 where both are one-hot"),
 }
-
-OBJECTIVE_ROWS: dict[str, str] = {"logits": "every law here runs on it"}
 
 # name → arguments, and the values at progress 0, 0.5 and 1
 SCHEDULE_ROWS: dict[str, tuple[tuple[float, float], tuple[float, float, float]]] = {

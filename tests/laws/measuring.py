@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill import Distiller
+from hf_distill import Distiller, ModelTeacher
 from hf_distill.objectives import LogitsMatch
 from hf_distill.schedules import constant
 from hf_distill.signals import Signals
@@ -17,6 +17,7 @@ from hf_distill.tasks import Task
 from hf_distill.vocabulary import Columns
 from tests.heads import HEADS, Example
 from tests.laws.conformance import DIVERGENCE_ROWS, Batch
+from tests.laws.objective_rows import Case
 
 
 @functools.cache
@@ -47,21 +48,62 @@ def distiller_of(name: str, divergence: str | None = None, *, teacher: Any = Non
     return Distiller(student_of(name), teacher or teacher_of(name), divergence=divergence, **settings)
 
 
+# For objectives on the inside: two layers learn from three, through projections from width 16 to 24.
+
+
+@functools.cache
+def deep_student_of(name: str) -> Any:
+    """In float64 and training mode. Shared: no test may change its weights."""
+    return HEADS[name].make(1, layers=2).double().train()
+
+
+@functools.cache
+def wide_teacher_of(name: str, width: int = 24) -> ModelTeacher:
+    """Deeper, and wider where `width` says so, in float64. Shared as well."""
+    return ModelTeacher(HEADS[name].make(2, layers=3, width=width).double())
+
+
+def inside_distiller(name: str, objectives: Any, *, teacher: Any = None, **settings: Any) -> Distiller:
+    """The objectives alone, unless alpha says otherwise."""
+    settings = {"alpha": None, "seed": 3, **settings}
+    return Distiller(deep_student_of(name), teacher or wide_teacher_of(name), objectives=objectives, **settings)
+
+
+@functools.cache
+def distiller_for(case: Case) -> Distiller:
+    """The case's objective alone, as its row makes it. Shared: its projections are never trained."""
+    return inside_distiller(case.head, case.make())
+
+
+def shown(distiller: Distiller, name: str, batch: Batch) -> tuple[Batch, Signals, Signals]:
+    """A batch as both models are given it, and what they show of their inside."""
+    batch, student = distiller.prepare(batch), deep_student_of(name)
+    needs, teacher_needs = distiller.blending.needs(0.0)
+    with torch.no_grad(), distiller.reading() as inside:
+        outputs = student(**distiller.student_inputs(batch, labels=False))
+    return (
+        batch,
+        distiller.student_signals(outputs, batch, needs, inside),
+        distiller.teacher_signals(batch, teacher_needs),
+    )
+
+
 def step(distiller: Distiller, student: Any, micro_batches: Sequence[Batch], **keywords: Any) -> tuple[float, Tensor]:
-    """One optimizer step's loss, and its gradient as one vector."""
+    """One optimizer step's loss, and its gradient as one vector: the student's, then that of what objectives learn."""
     counts = distiller.count(micro_batches, **keywords)
     student.zero_grad(set_to_none=True)
+    distiller.learned.zero_grad()
     total = 0.0
     for batch in micro_batches:
         loss = distiller(student, batch, counts=counts).loss
         loss.backward()
         total += loss.item()
-    return total, gradient_of(student)
+    return total, gradient_of(student, distiller.learned.module)
 
 
-def gradient_of(model: Any) -> Tensor:
-    """All of a model's gradients as one vector; 0 where there is none."""
-    every = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+def gradient_of(*models: Any) -> Tensor:
+    """All gradients of the models as one vector; 0 where there is none."""
+    every = [p.grad if p.grad is not None else torch.zeros_like(p) for model in models for p in model.parameters()]
     return torch.cat([gradient.flatten().double() for gradient in every])
 
 

@@ -8,11 +8,14 @@ import pytest
 
 from hf_distill import Distiller, SettingError
 from hf_distill.functional import DIVERGENCES, PROPERTIES
+from hf_distill.functional.features import DISTANCE_PROPERTIES, DISTANCES
+from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_PROPERTIES
 from hf_distill.objectives import OBJECTIVES
 from hf_distill.schedules import SCHEDULES
 from hf_distill.tasks import TASKS
 from tests.heads import HEADS
 from tests.laws import conformance as table
+from tests.laws.objective_rows import OBJECTIVE_ROWS
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ from tests.laws import conformance as table
     [
         (TASKS, table.TASK_ROWS),
         (DIVERGENCES, table.DIVERGENCE_ROWS),
-        (OBJECTIVES, table.OBJECTIVE_ROWS),
+        (OBJECTIVES, OBJECTIVE_ROWS),
         (SCHEDULES, table.SCHEDULE_ROWS),
     ],
     ids=["tasks", "divergences", "objectives", "schedules"],
@@ -63,6 +66,36 @@ def test_rows_agree_with_the_properties_that_the_library_states(name: str) -> No
     assert stated.couples_rows == bool(row.a_row_alone)
     assert stated.on_values == (name in table.VALUE_DIVERGENCES)
     assert stated.paper
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_knob_of_an_objective_has_another_value_or_a_reason(name: str) -> None:
+    row = OBJECTIVE_ROWS[name]
+    if row.tested_elsewhere is not None:
+        return
+    knobs = set(inspect.signature(OBJECTIVES[name].__init__).parameters) - {"self"}
+    assert set(row.knobs) | set(row.not_knobs) == knobs
+    assert not set(row.knobs) & set(row.not_knobs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_says_of_itself_what_the_table_says(name: str) -> None:
+    row = OBJECTIVE_ROWS[name]
+    assert bool(row.variants) == (row.tested_elsewhere is None)
+    for make in row.variants.values():
+        objective = make()
+        assert type(objective) is OBJECTIVES[name] and objective.name == name
+        assert objective.couples_examples == (row.couples_examples is not None)
+        assert objective.needs_same_inputs
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "stated"), [(DISTANCES, DISTANCE_PROPERTIES), (SIMILARITIES, SIMILARITY_PROPERTIES)]
+)
+def test_every_distance_and_similarity_is_a_variant(catalogue: dict, stated: dict) -> None:
+    rows = OBJECTIVE_ROWS["hidden" if catalogue is DISTANCES else "similarity"]
+    assert set(catalogue) <= set(rows.variants)
+    assert set(rows.at_equality) == {name for name in catalogue if not getattr(stated[name], "zero_at_equality", True)}
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -1,0 +1,180 @@
+"""The conformance table of the objectives on a model's inside, and the cases that the laws walk.
+
+The first variant of each runs over every head, and on the encoder's side of those that have one; the others over a head
+whose positions are masked and one whose positions all count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from hf_distill.functional.features import DISTANCES
+from hf_distill.functional.similarity import SIMILARITIES
+from hf_distill.objectives import (
+    OBJECTIVES,
+    AttentionMatch,
+    CosineEmbedding,
+    HiddenMatch,
+    RelationMatch,
+    SimilarityMatch,
+)
+from tests.heads import HEADS
+
+Maker = Callable[..., Any]
+
+
+class Knob(NamedTuple):
+    """A setting with another value: `settings` it is changed from, `changed`, and what the teacher must be like.
+
+    `on`: a head where it can be seen; None: any.
+    """
+
+    changed: Mapping[str, Any]
+    settings: Mapping[str, Any] = {}
+    same_width: bool = False
+    on: str | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """What the laws must know of an objective.
+
+    Attributes:
+        variants: name → how to make it; all their keywords can be overridden.
+        knobs: constructor settings → how another value of them changes the loss (L8).
+        not_knobs: constructor settings that are not of the loss, and what they are.
+        couples_examples: why accumulation is not the large batch (L4), and what holds instead.
+        at_equality: variant → its value there, and why it is not 0 (L1).
+        tested_elsewhere: why the laws of the inside do not run on it.
+    """
+
+    variants: dict[str, Maker] = field(default_factory=dict)
+    knobs: dict[str, Knob] = field(default_factory=dict)
+    not_knobs: dict[str, str] = field(default_factory=dict)
+    couples_examples: str | None = None
+    at_equality: dict[str, tuple[float, str]] = field(default_factory=dict)
+    tested_elsewhere: str | None = None
+
+
+_NAMES = {
+    "name": "what the term is called",
+    "student_stack": "where the blocks are, for models in which they are not found",
+    "teacher_stack": "where the blocks are, for models in which they are not found",
+}
+_ENCODER_KNOB = Knob({"side": "encoder"}, on="bart_seq2seq")
+_DOUBLED = Knob({"weight": 2.0})
+_PAIRS = ((0, 0), (1, 2, 0.5), (1, 1, 0.5))  # many to one, with weights
+
+OBJECTIVE_ROWS: dict[str, ObjectiveRow] = {
+    "logits": ObjectiveRow(tested_elsewhere="every other law here runs on it"),
+    "hidden": ObjectiveRow(
+        variants={
+            "embeddings": partial(HiddenMatch, layers="even", embeddings=True),
+            "embeddings_alone": partial(HiddenMatch, layers=None, embeddings=True),
+            "pairs": partial(HiddenMatch, layers=_PAIRS),
+            "shared": partial(HiddenMatch, layers="skip", projection="shared"),
+            "first": partial(HiddenMatch, layers="last", positions="first"),
+            "last": partial(HiddenMatch, layers="last", positions="last"),
+            **{name: partial(HiddenMatch, layers="first_last", distance=name) for name in DISTANCES},
+        },
+        knobs={
+            "layers": Knob({"layers": "last"}, {"layers": "first"}),
+            "distance": Knob({"distance": "cosine"}),
+            "settings": Knob({"settings": {"beta": 0.1}}, {"distance": "smooth_l1"}),
+            "projection": Knob({"projection": "linear"}, {"projection": "none"}, same_width=True),
+            "positions": Knob({"positions": "first"}),
+            "embeddings": Knob({"embeddings": True}),
+            "weight": _DOUBLED,
+            "side": _ENCODER_KNOB,
+        },
+        not_knobs=_NAMES,
+        at_equality={"l1_cosine": (0.31326168751822283, "log(1 + 1/e): the log sigmoid of a cosine of 1")},
+    ),
+    "cosine": ObjectiveRow(
+        variants={"plain": CosineEmbedding},
+        knobs={
+            "projection": Knob({"projection": "linear"}, {"projection": "none"}, same_width=True),
+            "weight": _DOUBLED,
+            "side": _ENCODER_KNOB,
+        },
+        not_knobs=_NAMES,
+    ),
+    "attention": ObjectiveRow(
+        variants={
+            "scores": partial(AttentionMatch, layers="even"),
+            "probabilities": partial(AttentionMatch, layers="last", compare="probabilities"),
+            "swapped": partial(AttentionMatch, layers="last", heads=(1, 0)),
+        },
+        knobs={
+            "layers": Knob({"layers": "last"}, {"layers": "first"}),
+            "compare": Knob({"compare": "probabilities"}),
+            "heads": Knob({"heads": (1, 0)}),
+            "weight": _DOUBLED,
+            "side": _ENCODER_KNOB,
+        },
+        not_knobs=_NAMES,
+    ),
+    "relations": ObjectiveRow(
+        variants={
+            "all": RelationMatch,
+            "values": partial(RelationMatch, layers=[(0, 0), (1, 2)], relations=("values",)),
+            "weighted": partial(RelationMatch, relations={"queries": 2.0, "values": 0.5}, relation_heads=4),
+        },
+        knobs={
+            "layers": Knob({"layers": "first"}),
+            "relations": Knob({"relations": {"queries": 1.0, "keys": 1.0, "values": 2.0}}),
+            "relation_heads": Knob({"relation_heads": 4}),
+            "weight": _DOUBLED,
+            "side": _ENCODER_KNOB,
+        },
+        not_knobs=_NAMES,
+    ),
+    "similarity": ObjectiveRow(
+        variants={name: partial(SimilarityMatch, compare=name) for name in SIMILARITIES},
+        knobs={
+            "compare": Knob({"compare": "distance_relations"}),
+            "layers": Knob({"layers": "first"}),
+            "pooling": Knob({"pooling": "first"}),
+            "weight": _DOUBLED,
+            "side": _ENCODER_KNOB,
+        },
+        not_knobs=_NAMES,
+        couples_examples="each example is compared with the others of its micro-batch; the update is the mean over "
+        "micro-batches, weighted by their examples",
+    ),
+}
+
+MASKED_AND_NOT = ("bert_tokens", "vit_image_class")
+TWO_SIDED = ("t5_seq2seq", "bart_seq2seq", "whisper_seq2seq")
+
+
+class Case(NamedTuple):
+    head: str
+    objective: str
+    variant: str
+    side: str | None = None
+
+    def make(self, **settings: Any) -> Any:
+        """The objective, new."""
+        sided = {"side": self.side} if self.side else {}
+        return OBJECTIVE_ROWS[self.objective].variants[self.variant](**{**sided, **settings})
+
+    def __str__(self) -> str:
+        return "-".join(part for part in self if part)
+
+
+def _cases() -> list[Case]:
+    made = []
+    for objective in OBJECTIVES:
+        for index, variant in enumerate(OBJECTIVE_ROWS[objective].variants):
+            made += [Case(head, objective, variant) for head in HEADS if index == 0 or head in MASKED_AND_NOT]
+            made += [Case(head, objective, variant, "encoder") for head in TWO_SIDED if index == 0]
+    return made
+
+
+INSIDE = _cases()
+APART = [case for case in INSIDE if OBJECTIVE_ROWS[case.objective].couples_examples is None]
+COUPLED = [case for case in INSIDE if OBJECTIVE_ROWS[case.objective].couples_examples is not None]

@@ -1,0 +1,53 @@
+"""L1 inside: a student equal to its teacher, dropout off: every objective's term is 0, or what its row states, gradient 0."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from hf_distill.signals import Signals
+from tests.heads import HEADS
+from tests.laws import measuring as m
+from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case
+
+ROUNDING = 1e-9
+
+
+@pytest.mark.parametrize("case", INSIDE, ids=str)
+def test_equal_models_have_nothing_to_learn(case: Case) -> None:
+    if case.variant in OBJECTIVE_ROWS[case.objective].at_equality:
+        return equal_and_as_stated(case)
+    student = m.deep_student_of(case.head)
+    settings = {"layers": [(0, 0), (1, 1)]} if case.variant in ("pairs", "values") else {}
+    if case.variant == "swapped":  # heads that are crossed are not equal
+        settings["heads"] = (0, 1)
+    distiller = m.inside_distiller(case.head, case.make(**settings), teacher=copy.deepcopy(student))
+    assert not distiller.learned  # widths agree, so nothing stands between the two
+    loss, gradient = m.step(distiller, student, [m.collated(case.head, HEADS[case.head].examples(4))])
+    assert abs(loss) < ROUNDING
+    assert gradient.norm() < ROUNDING * 100
+
+
+def equal_and_as_stated(case: Case) -> None:
+    """Not 0, and with a kink: rounding would have its full slope, so the two show the same bits."""
+    student = m.deep_student_of(case.head)
+    distiller = m.inside_distiller(case.head, case.make(), teacher=copy.deepcopy(student))
+    batch, ours, _ = m.shown(distiller, case.head, m.collated(case.head, HEADS[case.head].examples(4)))
+    leaves = {read: x.clone().requires_grad_() for read, x in ours.inside.items()}
+    objective: Any = distiller.objectives[case.objective]
+    found = objective(Signals(None, inside=leaves), ours, distiller.task, batch)
+    found.value.backward()
+    expected, _ = OBJECTIVE_ROWS[case.objective].at_equality[case.variant]
+    assert (found.value / found.count).item() == pytest.approx(expected * len(leaves), rel=1e-12)
+    assert all(x.grad.abs().max() < ROUNDING for x in leaves.values())
+
+
+@pytest.mark.parametrize("case", INSIDE, ids=str)
+def test_different_models_have_something_to_learn(case: Case) -> None:
+    """So that the law above is not kept by a term that is always 0."""
+    batch = m.collated(case.head, HEADS[case.head].examples(4))
+    loss, gradient = m.step(m.distiller_for(case), m.deep_student_of(case.head), [batch])
+    assert loss > 2e-5
+    assert gradient.isfinite().all() and gradient.norm() > 1e-4

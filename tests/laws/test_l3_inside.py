@@ -1,0 +1,99 @@
+"""L3 inside: more padding changes neither value nor gradient, and what stands at padded positions is never looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.signals import ATTENTION, Signals
+from tests.heads import HEADS
+from tests.laws import measuring as m
+from tests.laws.objective_rows import INSIDE, Case
+
+DIFFERENT = ("bert_tokens", "t5_seq2seq", "wav2vec2_ctc_mean")  # in what counts: tokens, a decoder's positions, frames
+PADDED = [case for case in INSIDE if HEADS[case.head].pads]
+
+
+@pytest.mark.parametrize("case", PADDED, ids=str)
+def test_more_padding_changes_nothing(case: Case) -> None:
+    head, student = HEADS[case.head], m.deep_student_of(case.head)
+    distiller, examples = m.distiller_for(case), head.examples(4)
+    loss, gradient = m.step(distiller, student, [m.collated(case.head, examples)])
+    padded_loss, padded = m.step(distiller, student, [m.collated(case.head, examples, head.longest + 9)])
+    assert padded_loss == pytest.approx(loss, rel=1e-7)
+    assert m.difference(padded, gradient) < 1e-6
+
+
+@pytest.mark.parametrize("case", [case for case in INSIDE if case.variant in ("embeddings", "plain", "all")], ids=str)
+def test_labels_do_not_say_which_positions_count(case: Case) -> None:
+    """Every token that is attended does, labelled or not: only a decoder, which is made of its labels, needs them."""
+    head = HEADS[case.head]
+    if head.kind == "seq2seq":
+        return
+    distiller = m.distiller_for(case)
+    with_labels, without = (
+        m.step(distiller, m.deep_student_of(case.head), [m.collated(case.head, head.examples(4, labelled=labelled))])
+        for labelled in (True, False)
+    )
+    assert with_labels[0] == without[0]
+    assert torch.equal(with_labels[1], without[1])
+
+
+def spoilt(signals: Signals, keep: Tensor, garbage: float) -> Signals:
+    """Garbage in everything that was read, at every position that does not count."""
+
+    def spoil(what: str, value: Any) -> Any:
+        if what != ATTENTION:
+            return value.masked_fill(~keep[..., None], garbage)
+        of_heads = ~keep[:, None, :, None]
+        return dataclasses.replace(
+            value, queries=value.queries.masked_fill(of_heads, garbage), keys=value.keys.masked_fill(of_heads, garbage)
+        )
+
+    return Signals(None, inside={read: spoil(read.what, value) for read, value in signals.inside.items()})
+
+
+def with_gradient(signals: Signals) -> tuple[Signals, list[Tensor]]:
+    """The same values, as leaves."""
+    inside: dict[Any, Any] = {}
+    leaves = []
+    for read, value in signals.inside.items():
+        if isinstance(value, AttentionRecord):
+            pair = [x.detach().clone().requires_grad_() for x in (value.queries, value.keys)]
+            inside[read] = dataclasses.replace(value, queries=pair[0], keys=pair[1])
+            leaves += pair
+        else:
+            inside[read] = value.detach().clone().requires_grad_()
+            leaves.append(inside[read])
+    return Signals(None, inside=inside), leaves
+
+
+def measured(distiller: Any, case: Case, batch: Any, ours: Signals, theirs: Signals) -> tuple[float, int, list[Tensor]]:
+    student, leaves = with_gradient(ours)
+    found = distiller.objectives[case.objective](student, theirs, distiller.task, batch)
+    found.value.backward()
+    return found.value.item(), int(found.count), [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
+@pytest.mark.parametrize("case", [case for case in PADDED if case.head in DIFFERENT], ids=str)
+def test_positions_that_do_not_count_are_never_looked_at(case: Case, garbage: float) -> None:
+    batch = m.collated(case.head, HEADS[case.head].examples(4))
+    distiller = m.distiller_for(case)
+    batch, ours, theirs = m.shown(distiller, case.head, batch)
+    keep = distiller.objectives[case.objective]._positions.keep(batch)
+    assert not keep.all()
+    total, count, gradients = measured(distiller, case, batch, ours, theirs)
+    found, found_count, found_gradients = measured(
+        distiller, case, batch, *(spoilt(signals, keep, garbage) for signals in (ours, theirs))
+    )
+    exact = case.objective != "attention"  # whose products are summed in another order
+    assert found_count == count
+    assert found == total if exact else found == pytest.approx(total, rel=1e-12)
+    for before, after in zip(gradients, found_gradients, strict=True):
+        assert torch.equal(after, before) if exact else torch.allclose(after, before, rtol=1e-12, atol=1e-14)
