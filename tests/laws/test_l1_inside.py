@@ -1,4 +1,4 @@
-"""L1 inside: a student equal to its teacher, dropout off: every objective's term is 0, or what its row states, gradient 0."""
+"""L1 inside: a student equal to its teacher: every objective's term is 0, or what its row states; its gradient is 0."""
 
 from __future__ import annotations
 

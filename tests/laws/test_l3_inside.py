@@ -1,4 +1,4 @@
-"""L3 inside: more padding changes neither value nor gradient, and what stands at padded positions is never looked at."""
+"""L3 inside: more padding changes neither value nor gradient; what stands at padded positions is never looked at."""
 
 from __future__ import annotations
 
