@@ -63,10 +63,10 @@ def test_examples_that_are_the_same_get_other_copies() -> None:
 
 def test_it_is_found_again_by_its_fingerprint() -> None:
     """Also after it has been used, which fills memories; and not when anything is another."""
-    augment = WordReplacement(whole_words(), masked_lm=masked_lm(WORDS), embeddings=torch.eye(WORDS), probability=0.5)
+    augment = WordReplacement(whole_words(), embeddings=torch.eye(WORDS), probability=0.5)
     first = augment_dataset(data(), augment, copies=2)._fingerprint
     assert augment_dataset(data(), augment, copies=2)._fingerprint == first
-    again = WordReplacement(whole_words(), masked_lm=masked_lm(WORDS), embeddings=torch.eye(WORDS), probability=0.5)
+    again = WordReplacement(whole_words(), embeddings=torch.eye(WORDS), probability=0.5)
     assert augment_dataset(data(), again, copies=2)._fingerprint == first
     others = [
         augment_dataset(data(), augment, copies=3),

@@ -101,6 +101,14 @@ def test_neighbours_by_hand() -> None:
     assert len(Neighbours(Words(whole_words()), table, 100)([1])) == WORDS - 3  # all there are
 
 
+def test_neighbours_are_those_of_the_table_as_it_was() -> None:
+    """A student's own embeddings are trained; what is augmented must not follow."""
+    table = torch.randn(WORDS, 6, generator=torch.Generator().manual_seed(3))
+    before, live = Neighbours(Words(whole_words()), table.clone(), 4), Neighbours(Words(whole_words()), table, 4)
+    table.copy_(torch.randn(WORDS, 6, generator=torch.Generator().manual_seed(4)))
+    assert [live([word]) for word in range(1, 20)] == [before([word]) for word in range(1, 20)]
+
+
 def test_a_word_of_several_pieces_has_their_mean() -> None:
     tokenizer = word_pieces()
     table = torch.zeros(len(tokenizer), 3)
