@@ -1,15 +1,22 @@
-"""One optimizer step of any head, cut into micro-batches in any way. Used by tests and by a child process."""
+"""Optimizer steps of any head, cut into micro-batches in any way. Used by tests and by a child process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_distill import DistillationTrainer
+from hf_distill import (
+    AttentionMatch,
+    CosineEmbedding,
+    DistillationTrainer,
+    HiddenMatch,
+    RelationMatch,
+    SimilarityMatch,
+)
 from tests.heads import Head
 from tests.trainer.tiny import PLAIN_STEP, arguments, weights
 
@@ -111,3 +118,56 @@ def asked_teacher(folder: Path | str, head: Head, *, count: int) -> dict[str, fl
     metrics = trainer.evaluate()
     asked = ("eval_loss", "eval_divergence", "eval_teacher_agreement")
     return {name: metrics[name] for name in asked if name in metrics}
+
+
+# Objectives on the inside, whose projections are trained beside the student.
+
+WHOLE = 3 * BATCH  # examples, for three steps: a mistake in what a step leaves behind shows in the next
+
+OBJECTIVES_OF: dict[str, Callable[[], list[Any]]] = {
+    "projected": lambda: [HiddenMatch("even", embeddings=True, weight=2.0), CosineEmbedding()],
+    "attention": lambda: [AttentionMatch("last"), RelationMatch()],
+    # Nothing in the first step, so that its projections have no gradient there.
+    "scheduled": lambda: [HiddenMatch("even", weight=lambda progress: float(progress > 0.1))],
+    "lower_block": lambda: [HiddenMatch([(0, 0)])],  # with alpha=None nothing asks the upper block and the head
+    "similarity": lambda: [SimilarityMatch(), SimilarityMatch("centered_kernel_alignment", name="cka")],
+}
+
+
+def inside_steps(
+    folder: Path | str, head: Head, *, kind: str, alpha: float | None, micro_batch: int, accumulation: int, optim: str
+) -> dict[str, Any]:
+    """The weights of student and projections after three clipped steps, and what was logged of each."""
+    student, teacher = head.make(0, layers=2).double(), head.make(1, layers=3, width=inside_width(head, alpha)).double()
+    args = arguments(
+        folder,
+        alpha=alpha,
+        max_steps=3,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        adam_epsilon=1e-4,  # some gradients are 0 but for rounding, which a small one blows up
+        **{**PLAIN_STEP, "optim": optim, "learning_rate": 0.01, "max_grad_norm": 0.05, "weight_decay": 0.1},
+    )
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=head.examples(WHOLE),
+        data_collator=partial(in_double, head),
+        objectives=OBJECTIVES_OF[kind](),
+    )
+    trainer.train()
+    names = ("grad_norm", "weight/hidden")
+    logged = [
+        {key: value for key, value in entry.items() if key.startswith("loss") or key in names}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return {"student": weights(student), "learned": weights(trainer.distiller.learned.module), "logged": logged}
+
+
+def inside_width(head: Head, alpha: float | None) -> int | None:
+    """Another than the student's, so that something is learned; an embedding that is compared bridges no widths."""
+    return None if head.kind == "embedding" and alpha is not None else 24

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from hf_distill import SettingError
+from hf_distill.learned import STATE_FILE
 from tests.heads import HEADS
-from tests.trainer.steps import NO_LOSS, dropout_of
+from tests.trainer.steps import NO_LOSS, OBJECTIVES_OF, dropout_of
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, weights
 
 SCHEDULES = {
@@ -65,6 +67,63 @@ def test_every_head(tmp_path, name: str) -> None:
     resumed = make(tmp_path / "resumed", head.make(seed=5, **dropout), head.make(seed=1), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-1"))
     assert_same_bits(weights(resumed.model), weights(whole.model))
+
+
+INSIDE = [("bert_tokens", kind) for kind in OBJECTIVES_OF]
+INSIDE += [(name, "projected") for name in ("llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean", "vit_image_class")]
+
+
+def with_objectives(folder: Path, name: str, kind: str | None, *, seed: int = 0, **settings: Any) -> Any:
+    """Two layers, with dropout, that learn from three through projections, by AdamW."""
+    head = HEADS[name]
+    given = {"train_dataset": head.examples(8), "data_collator": head.collate, **RUN, "max_steps": 3, **settings}
+    student, teacher = head.make(seed, layers=2, **dropout_of(head, 0.3)), head.make(1, layers=3, width=24)
+    return make(folder, student, teacher, objectives=OBJECTIVES_OF[kind]() if kind else None, **given)
+
+
+@pytest.mark.parametrize(("name", "kind"), INSIDE)
+def test_projections_are_resumed_with_everything_else(tmp_path, name: str, kind: str) -> None:
+    whole = with_objectives(tmp_path / "whole", name, kind)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-1"
+    resumed = with_objectives(tmp_path / "resumed", name, kind, seed=5)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_bits(weights(resumed.model), weights(whole.model))
+    learned = weights(whole.distiller.learned.module)
+    assert_same_bits(weights(resumed.distiller.learned.module), learned)
+    assert (checkpoint / STATE_FILE).is_file() == bool(learned)
+    assert bool(learned) == (kind in ("projected", "scheduled", "lower_block"))
+    if learned:
+        assert_moved(learned, load_file(checkpoint / STATE_FILE))
+
+
+def test_a_checkpoint_without_projections_is_refused(tmp_path) -> None:
+    with_objectives(tmp_path, "bert_tokens", None, max_steps=1).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert not (checkpoint / STATE_FILE).exists()
+    again = with_objectives(tmp_path / "again", "bert_tokens", "lower_block")
+    with pytest.raises(SettingError) as raised:
+        again.train(resume_from_checkpoint=str(checkpoint))
+    said = str(raised.value)
+    assert said.startswith(f"{checkpoint} has no distill_state.safetensors") and "save_only_model=True" in said
+    assert "(hidden.matrices.0_0.weight)" in said  # what was looked for
+    assert said.endswith("Resume from another checkpoint, or start anew from its model.")
+
+
+def test_a_checkpoint_with_projections_of_other_objectives_is_refused(tmp_path) -> None:
+    with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    again = with_objectives(tmp_path / "again", "bert_tokens", "projected")
+    with pytest.raises(SettingError, match=r"does not fit the objectives of this run, which learn .*cosine\."):
+        again.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_broken_file_of_projections_is_refused(tmp_path) -> None:
+    with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    (checkpoint / STATE_FILE).write_bytes(b"half of it")
+    with pytest.raises(SettingError, match=r"distill_state\.safetensors is damaged .* Resume from another ch"):
+        with_objectives(tmp_path / "again", "bert_tokens", "lower_block").train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_from_the_last_checkpoint_of_the_output_folder(tmp_path) -> None:

@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 
 from tests.heads import HEADS
-from tests.trainer.steps import asked_teacher, in_double, one_step
-from tests.trainer.tiny import update_difference, weights
-from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases
+from tests.trainer.steps import asked_teacher, in_double, inside_steps, one_step
+from tests.trainer.tiny import assert_same_bits, update_difference, weights
+from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,3 +86,27 @@ def test_two_processes_evaluate_to_the_plain_mean(from_two, tmp_path, name: str)
         losses = [student(**in_double(head, batch)).loss.item() for batch in (rows[:3], rows[3:])]
     assert found["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert found == pytest.approx(asked_teacher(tmp_path, head, count=6), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", inside_cases(), ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_train_projections_as_one_does(from_two, tmp_path, case) -> None:
+    """Three clipped steps: the norm is that of student and projections together, and no process has its own.
+
+    With alpha=None nothing asks the head, which DDP would wait for. Where examples are coupled, one process is given
+    the same micro-batches.
+    """
+    name, kind, alpha, optim = case
+    head, found = HEADS[name], from_two["inside"][case]
+    cut = {"micro_batch": 2, "accumulation": 4} if kind == "similarity" else {"micro_batch": 8, "accumulation": 1}
+    expected = inside_steps(tmp_path, head, kind=kind, alpha=alpha, optim=optim, **cut)
+    start = weights(head.make(0, layers=2).double())
+    assert update_difference(found["student"], expected["student"], start) < 1e-6
+    of_first, of_second = (learned[case] for learned in from_two["learned"])
+    assert_same_bits(of_second, of_first)
+    assert set(of_first) == set(expected["learned"])
+    for matrix, value in expected["learned"].items():
+        assert (of_first[matrix] - value).abs().max() < 1e-6 * value.abs().max()
+    assert len(found["logged"]) == len(expected["logged"]) == 3
+    for ours, theirs in zip(found["logged"], expected["logged"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert all(entry["grad_norm"] > 0.1 for entry in expected["logged"] if kind == "projected")  # so clipping bites

@@ -1,4 +1,4 @@
-"""A program, not a test: one step of every head, and evaluations, in each of several processes; process 0 writes.
+"""A program, not a test: steps of every head, and evaluations, in each of several processes; process 0 writes.
 
 `torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`).
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.trainer.steps import VARIED, alphas_of, asked_teacher, one_step
+from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
 
 CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
 
@@ -45,12 +45,23 @@ def cases() -> list[tuple[str, float, int, int, str]]:
     return made + [(name, 0.5, *CUTS[1], variant) for name, variant in VARIED]
 
 
+def inside_cases() -> list[tuple[str, str, float | None, str]]:
+    """Head, which objectives, alpha, optimizer."""
+    several = ("bert_tokens", "llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean", "vit_image_class")
+    made: list[tuple[str, str, float | None, str]] = [(name, "projected", 0.5, "adamw_torch") for name in several]
+    made += [(name, "projected", None, "adamw_torch") for name in (*several, "bert_embedding")]
+    made += [("bert_tokens", "projected", alpha, "sgd") for alpha in (None, 0.0, 1.0)]
+    made += [("bert_tokens", kind, 0.5, "adamw_torch") for kind in ("attention", "scheduled", "similarity")]
+    made += [("t5_seq2seq", "attention", None, "adamw_torch"), ("bert_embedding", "projected", 1.0, "adamw_torch")]
+    return [*made, *(("bert_tokens", kind, None, "adamw_torch") for kind in ("lower_block", "similarity"))]
+
+
 def main(path: str) -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
-    found, evaluated = {}, {}
+    found, evaluated, inside = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             name, alpha, micro_batch, accumulation, variant = case
@@ -59,9 +70,16 @@ def main(path: str) -> None:
             found[case] = (state, logged)
         for name, count in [*EVALUATED, *((name, 6) for name in WHOLE_BATCHES)]:
             evaluated[name, count] = asked_teacher(folder, HEADS[name], count=count)
+        for name, kind, alpha, optim in inside_cases():
+            cut = {"micro_batch": 2, "accumulation": 2}
+            own = inside_steps(folder, HEADS[name], kind=kind, alpha=alpha, optim=optim, **cut)
+            inside[name, kind, alpha, optim] = own
     rank, processes = dist.get_rank(), dist.get_world_size()
+    learned: list[object] = [None] * processes
+    dist.all_gather_object(learned, {case: own["learned"] for case, own in inside.items()})
     if rank == 0:
-        torch.save({"processes": processes, "found": found, "evaluated": evaluated}, f"{path}.partial")
+        all_found = {"found": found, "evaluated": evaluated, "inside": inside, "learned": learned}
+        torch.save({"processes": processes, **all_found}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()
 
