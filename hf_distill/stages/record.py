@@ -1,0 +1,147 @@
+"""The files that make stages resumable: what a stage is, written when it begins, and what came of it, when it ends.
+
+Each is written whole or not at all. Students and checkpoints are the trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+
+from hf_distill.errors import SettingError
+from hf_distill.presets.base import Stage
+from hf_distill.schedules import PROGRESS
+from hf_distill.stages.result import FINISHED_BEFORE, StageResult
+
+BEGUN, FINISHED, STATE = "stage.json", "stage_finished.json", "trainer_state.json"
+# Of the arguments, what decides about the student. Where it is saved and what is logged may change.
+_DECIDE = (
+    *("temperature", "temperature_schedule", "temperature_end", "alpha", "alpha_schedule", "alpha_end"),
+    *("divergence", "divergence_kwargs", "projection_learning_rate"),
+    *("label_matching", "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "optim"),
+    *("lr_scheduler_type", "warmup_steps", "max_grad_norm", "seed", "data_seed", "label_smoothing_factor"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+
+
+def described(stage: Stage, args: Any) -> dict[str, Any]:
+    """What a stage is, as JSON: its name, its objectives with their weights, and the arguments that decide."""
+    objectives = [f"{_weight(one)} × {one.name}: {_without_address(one)}" for one in stage.make_objectives()]
+    names = dict.fromkeys([*_DECIDE, *stage.arguments])
+    arguments = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    return {"name": stage.name, "objectives": objectives, "arguments": arguments}
+
+
+def _without_address(objective: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(objective))
+
+
+def _weight(objective: Any) -> str:
+    values = [objective.weight(progress) for progress in PROGRESS]
+    return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{value:g}" for value in values)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def write(folder: str, name: str, content: Mapping[str, Any]) -> None:
+    """As JSON, whole or not at all."""
+    target = Path(folder, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.partial")
+    beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    os.replace(beside, target)
+
+
+def read(folder: str, name: str) -> Any:
+    """None where there is none."""
+    path = Path(folder, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def finished(stage: Stage, folder: str) -> StageResult | None:
+    """What came of a stage that is finished."""
+    found = read(folder, FINISHED)
+    if found is None:
+        return None
+    output = TrainOutput(found["global_step"], found["training_loss"], found["metrics"])
+    return StageResult(stage.name, folder, output, found["log_history"], FINISHED_BEFORE)
+
+
+def outcome(result: StageResult) -> dict[str, Any]:
+    """What `finished` reads."""
+    output = result.output
+    return {
+        "global_step": output.global_step,
+        "training_loss": output.training_loss,
+        "metrics": output.metrics,
+        "log_history": result.log_history,
+    }
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The last one that was written to the end: the state is what `Trainer` writes last."""
+    newest_first = sorted(Path(folder).glob("checkpoint-*"), key=_step, reverse=True)
+    return next((str(path) for path in newest_first if _is_whole(path)), None)
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def check_what_was_begun(
+    described_stages: list[dict[str, Any]], folders: list[str], output_dir: str, *, resume: bool
+) -> None:
+    """Refuse to go on from other stages than these, or to begin where others were begun.
+
+    Raises:
+        SettingError: it names what differs.
+    """
+    begun = sorted(os.path.join(output_dir, path.parent.name) for path in Path(output_dir).glob(f"*/{BEGUN}"))
+    if begun and not resume:
+        names = ", ".join(Path(folder).name for folder in begun)
+        raise SettingError(
+            f"{output_dir} holds stages of an earlier call: {names}. Pass resume_from_checkpoint=True to go on with "
+            "them, or another output_dir."
+        )
+    strangers = [Path(folder).name for folder in begun if folder not in folders]
+    if strangers:
+        raise SettingError(
+            f"{output_dir} holds {', '.join(strangers)}, and the stages now are "
+            f"{', '.join(Path(folder).name for folder in folders)}. Give the stages that were begun, in their order, "
+            "or another output_dir."
+        )
+    for now, folder in zip(described_stages, folders, strict=True):
+        before = read(folder, BEGUN)
+        if before is not None and before != now:
+            raise SettingError(
+                f"stage {now['name']!r} is not the one that was begun in {folder}: "
+                f"{'; '.join(_differences(before, now))}. Give it as it was, or another output_dir."
+            )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    if before["objectives"] != now["objectives"]:
+        found.append(f"objectives were {before['objectives']}, are {now['objectives']}")
+    names = dict.fromkeys([*before["arguments"], *now["arguments"]])
+    for name in names:
+        old, new = before["arguments"].get(name, "not given"), now["arguments"].get(name, "not given")
+        if old != new:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
