@@ -126,7 +126,7 @@ class Distiller:
         """Learn where this student keeps its predictions and check that the teacher can teach it.
 
         Raises:
-            SettingError, TeacherError: it is left as it was before.
+            SettingError, TeacherError: the student is as it was.
         """
         task, inside = make_task(student, self._given_task), Inside(student, "student")
         self.logits_match.divergence_for(task)

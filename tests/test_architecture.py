@@ -23,9 +23,9 @@ LAYERS = (
     "tasks",
     "inside",
     "objectives | teachers | views | students | watch",
-    "distiller + blend",
+    "distiller + blend | presets",
     "trainer + trainer_parts + arguments | compare | hub",
-    "chain",
+    "chain + stages",
     "recipes",
     "cli",
 )

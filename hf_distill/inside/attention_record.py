@@ -18,6 +18,7 @@ class AttentionRecord:
         queries: `[b h t d]`. keys: `[b g s d]`, g groups of heads (g = h without grouped keys).
         scaling: of the product. bias: `[b|1 h t s]` added to it (T5), or None. softcap: of the scores, or None.
         mask: what the attention function was given: additive, bool, or None. causal: no key behind its query.
+        window: how many keys back a query sees, where the mask does not say so; None: all.
     """
 
     queries: Tensor
@@ -27,10 +28,18 @@ class AttentionRecord:
     softcap: float | None
     mask: Tensor | None
     causal: bool
+    window: int | None = None
 
-    def scores(self) -> Tensor:
-        """`[b h t s]`: before mask and softmax, in full precision."""
+    def scores(self, keep: Tensor | None = None) -> Tensor:
+        """`[b h t s]`: before mask and softmax, in full precision.
+
+        Args:
+            keep: `[b t]` bool, the positions that count; what lies elsewhere is not read. None: all.
+        """
         queries, keys = in_full_precision(self.queries), in_full_precision(self.keys)
+        if keep is not None:  # filled first: 0 · NaN is NaN, in the gradient too
+            elsewhere = ~keep[:, None, :, None]
+            queries, keys = queries.masked_fill(elsewhere, 0.0), keys.masked_fill(elsewhere, 0.0)
         if keys.shape[1] != queries.shape[1]:
             keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
         scores = queries @ keys.transpose(-1, -2) * self.scaling
@@ -53,6 +62,8 @@ class AttentionRecord:
         allowed = torch.ones(t, s, dtype=torch.bool, device=device)
         if self.causal:
             allowed = allowed.tril(s - t)
+        if self.window is not None:
+            allowed = allowed.triu(s - t - self.window + 1)
         if self.mask is not None and self.mask.dim() == 2:  # flash attention is told of padding alone
             return allowed[None, None] & self.mask[:, None, None, :s].bool()
         return allowed[None, None]

@@ -166,6 +166,7 @@ class _StackReading:
         read = self._attention.get(self._running)
         if read is None or id(module) not in self._listened:
             return
+        _refuse_hidden_masks(module, mask, settings)
         causal = settings.get("is_causal")
         scaling = settings.get("scaling")
         self._seen[read] = AttentionRecord(
@@ -176,6 +177,7 @@ class _StackReading:
             softcap=settings.get("softcap"),
             mask=mask if isinstance(mask, Tensor) else None,
             causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
+            window=settings.get("sliding_window"),
         )
 
     def finish(self) -> None:
@@ -218,3 +220,21 @@ class _StackReading:
 
 def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _refuse_hidden_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
+    """Attention whose mask is not to be seen here: pairs would be compared that never attend to each other."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
+    positions = settings.get("position_ids")
+    packed = name.startswith("flash") and positions is not None and bool((positions.diff(dim=-1) < 0).any())
+    if mask is not None and not isinstance(mask, Tensor):
+        why = f"the mask is a {type(mask).__name__} (flex attention), which hides it"
+    elif packed or settings.get("cu_seq_lens_q") is not None:
+        why = "sequences are packed under flash attention, and which key is of which sequence is hidden"
+    elif settings.get("s_aux") is not None:
+        why = "it has attention sinks, which are no scores of keys; no implementation shows them. Use RelationMatch"
+    else:
+        return
+    raise SettingError(
+        f"AttentionMatch on {type(module).__name__}: {why}. Load the model with attn_implementation='sdpa', if it can be."
+    )

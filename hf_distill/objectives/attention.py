@@ -13,7 +13,7 @@ from hf_distill.functional.attention import attention_kl, map_heads, score_dista
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers
+from hf_distill.objectives.matching import InsideMatch, Layers, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
 from hf_distill.tasks import Batch
@@ -40,8 +40,10 @@ class AttentionMatch(InsideMatch):
             scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
 
     Raises:
-        SettingError: numbers of heads that differ without `heads`; attention that cannot be listened to (DeBERTa, MPNet
-            and WavLM compute their own).
+        SettingError: numbers of heads that differ without `heads`; attention that cannot be listened to (DeBERTa,
+        MPNet,
+            WavLM, BLOOM and others compute their own), or whose mask cannot be seen (flex attention, packed sequences
+            under flash attention).
     """
 
     default_name = "attention"
@@ -103,9 +105,10 @@ class AttentionMatch(InsideMatch):
     def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
         ours = student.inside[self._read(ATTENTION, link.student, 0)]
         theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]
-        q, p = ours.scores(), theirs.scores()
-        for x, whose in ((q, "student"), (p, "teacher")):
-            check_positions(keep, (x.shape[0], x.shape[2]), whose=whose, what=f"attention of block {link.student}")
+        for record, whose in ((ours, "student"), (theirs, "teacher")):
+            for x, what in ((record.queries, "queries"), (record.keys, "keys")):
+                check_positions(keep, (x.shape[0], x.shape[2]), whose=whose, what=where(what, link, whose))
+        q, p = ours.scores(keep), theirs.scores(keep)
         mapped = self._head_map(q.shape[1], p.shape[1])
         p = p if mapped is None else map_heads(p, mapped)
         keys = _shared_by_heads(ours.allowed()) & _shared_by_heads(theirs.allowed())

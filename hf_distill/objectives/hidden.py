@@ -14,7 +14,7 @@ from hf_distill.functional.features import DISTANCES, Distance
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, kept_vectors, pooled
+from hf_distill.objectives.matching import InsideMatch, Layers, kept_vectors, pooled, where
 from hf_distill.objectives.projections import Projections
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
@@ -108,7 +108,7 @@ class HiddenMatch(InsideMatch):
         ours = student.inside[self._read(what, link.student, 0)]
         theirs = teacher.inside[self._read(what, link.teacher, 1)]
         for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(keep, x.shape[:2], whose=whose, what=f"hidden states of block {link.student}")
+            check_positions(keep, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
         share = 1.0
         if self.positions == "all":
             (q, share), (p, _) = kept_vectors(ours, keep), kept_vectors(theirs, keep)
@@ -127,7 +127,7 @@ class HiddenMatch(InsideMatch):
 class CosineEmbedding(HiddenMatch):
     """1 − cosine of the last hidden states, what the head reads, at every position that is no padding.
 
-    DistilBERT (Sanh et al. 2019, section 3: the cosine embedding loss, "to align the directions of the student and
+    DistilBERT (Sanh et al. 2019, section 2: the cosine embedding loss, "to align the directions of the student and
     teacher hidden states vectors"). Their code takes the mean over attended positions as well.
 
     Args:

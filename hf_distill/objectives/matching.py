@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
+from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import Positions
 from hf_distill.inside.recorder import Inside
 from hf_distill.layer_map import LayerMap, Link, resolved_map
 from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import PROGRESS, Schedule, constant
-from hf_distill.signals import Needs, Read, Signals
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 
 Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
@@ -79,6 +80,7 @@ class InsideMatch:
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
+        _refuse_layerdrop(self, ours)
         self._positions = Positions(model, task, of_decoder=ours.of_decoder)
         self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
@@ -122,6 +124,27 @@ class InsideMatch:
         layers = repr(self.layers) if self.layer_map is None else str(self.layer_map)
         inner = ", ".join([f"layers {layers}", *knobs])
         return f"{type(self).__name__}({inner})"
+
+
+def where(what: str, link: Link, whose: str) -> str:
+    """For messages."""
+    layer = link.student if whose == "student" else link.teacher
+    return f"{what} of {'the embeddings' if layer == EMBEDDINGS else f'block {layer}'}"
+
+
+def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
+    """A block that is left out at random computes no attention; what went past it is its hidden state."""
+    if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
+        return
+    config = getattr(student.owner, "config", None)
+    rate = getattr(student.owner, "layerdrop", None) or getattr(config, "layerdrop", None)
+    if rate:
+        raise SettingError(
+            f"{type(objective).__name__}: the student leaves out blocks at random (layerdrop={rate}), and a block that "
+            f"is left out has no {objective.reads[0]}. Load it with layerdrop=0 (of an encoder-decoder "
+            "encoder_layerdrop "
+            "and decoder_layerdrop), or use HiddenMatch."
+        )
 
 
 def checked_weight(what: str, weight: float | Schedule) -> Schedule:

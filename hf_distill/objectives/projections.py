@@ -13,8 +13,8 @@ PROJECTIONS = ("auto", "linear", "shared", "none")
 class Projections(nn.Module):
     """`[n d_student]` → `[n d_teacher]`, one matrix a key, or one for all; none where the widths agree.
 
-    FitNets (Romero et al. 2015, section 2.2) regress with a layer of their own a pair; TinyBERT (Jiao et al. 2020,
-    section 3.1) shares one. No bias.
+    FitNets (Romero et al. 2015, section 2.2) regress with a layer of their own a pair; the code of
+    TinyBERT (Jiao et al. 2020) shares one. No bias.
 
     Args:
         kind: "auto" (where widths differ, one a key), "linear" (always, one a key), "shared" (one for all keys, where

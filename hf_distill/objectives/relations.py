@@ -13,7 +13,7 @@ from hf_distill.functional.relations import relation_kl
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, checked_weight
+from hf_distill.objectives.matching import InsideMatch, Layers, checked_weight, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
 from hf_distill.tasks import Batch
@@ -90,7 +90,7 @@ class RelationMatch(InsideMatch):
             ours = student.inside[self._read(what, link.student, 0)]
             theirs = teacher.inside[self._read(what, link.teacher, 1)]
             for x, whose in ((ours, "student"), (theirs, "teacher")):
-                check_positions(keep, x.shape[:2], whose=whose, what=f"{what} of block {link.student}")
+                check_positions(keep, x.shape[:2], whose=whose, what=where(what, link, whose))
             mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if keep is None else keep
             values = relation_kl(ours, theirs, mask, heads=self._heads)
             totals.append(weight * values.sum() * (1.0 if keep is not None else 1 / ours.shape[1]))

@@ -8,7 +8,7 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.similarity import SIMILARITIES
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, pooled
+from hf_distill.objectives.matching import InsideMatch, Layers, pooled, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task
@@ -69,6 +69,6 @@ class SimilarityMatch(InsideMatch):
         ours = student.inside[self._read(HIDDEN, link.student, 0)]
         theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
         for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(keep, x.shape[:2], whose=whose, what=f"hidden states of block {link.student}")
+            check_positions(keep, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
         rows = pooled(ours, keep, self.pooling), pooled(theirs, keep, self.pooling)
         return SIMILARITIES[self.compare](*rows).sum()

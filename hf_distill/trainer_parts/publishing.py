@@ -32,7 +32,7 @@ from hf_distill.run_facts import (
 )
 from hf_distill.schedules import Schedule
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers import ModelTeacher
+from hf_distill.teachers import Ensemble, ModelTeacher
 from hf_distill.trainer_parts.student_files import CARD, copied, moved
 
 
@@ -150,12 +150,16 @@ class PublishingMixin:
         return {**dict.fromkeys([*names, *asked]), **own}
 
     def _teacher_facts(self) -> tuple[ModelFacts, ...]:
-        teacher = self.distiller.teacher
-        if not isinstance(teacher, ModelTeacher):
-            return (ModelFacts(class_name=type(teacher).__name__),)
-        model = self.accelerator.unwrap_model(teacher.model)
-        origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-        return (model_facts(model, hub_id=origin),)
+        """Each teacher of an ensemble; of a teacher that is no model of its own, what it is."""
+        teacher, found = self.distiller.teacher, []
+        for one in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
+            if type(one) is not ModelTeacher:
+                found.append(ModelFacts(class_name=type(one).__name__))
+                continue
+            model = self.accelerator.unwrap_model(one.model)
+            origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+            found.append(model_facts(model, hub_id=origin))
+        return tuple(found)
 
     def push_to_hub(
         self,

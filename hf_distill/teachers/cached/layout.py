@@ -1,0 +1,169 @@
+"""Where along its axes a task's predictions belong to an example: cut them out of a batch, lay them into another.
+
+Axes: b batch, t time, v columns; p positions, of all examples one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import batch_size, output_named
+from hf_distill.teachers.cached.keys import MASK, decoder_lengths
+from hf_distill.vocabulary import Columns
+
+Axis = Literal["example", "input", "decoder", "frames"]
+AXES: tuple[str, ...] = get_args(Axis)
+
+_AXIS_OF_KIND: dict[str, Axis] = {
+    "classification": "example",
+    "regression": "example",
+    "multiple_choice": "example",
+    "embedding": "example",
+    "token_classification": "input",
+    "span": "input",
+    "masked_lm": "input",
+    "causal_lm": "input",
+    "seq2seq": "decoder",
+    "ctc": "frames",
+}
+
+
+def axis_of(task: Task) -> Axis:
+    """What the predictions of a task run along.
+
+    Raises:
+        SettingError: a task of the user's own, of which that is not known.
+    """
+    if task.kind not in _AXIS_OF_KIND:
+        raise SettingError(
+            f"a cache does not know what the predictions of a {task.kind} task run along. Supported: "
+            f"{', '.join(_AXIS_OF_KIND)}. Use the live teacher for other tasks."
+        )
+    return _AXIS_OF_KIND[task.kind]
+
+
+class RawRead(Task):
+    """Reads a model's own output, before columns are matched: `[b v]` or `[b t v]`.
+
+    A span's two rows are two columns `[b t 2]`, so that they too run along the input; an embedding is pooled.
+    """
+
+    kind = "raw"
+    matched_by = "width"
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+        if self._task.kind == "span":
+            return torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), -1)
+        if self._task.kind == "embedding":
+            return self._task.read(outputs, batch, Columns(), teacher=True)
+        logits = output_named("logits", outputs)
+        return logits[:, None] if logits.dim() == 1 else logits
+
+
+def as_outputs(task: Task, laid: Tensor) -> dict[str, Tensor]:
+    """What `task.read` takes, from what `RawRead` gave."""
+    if task.kind == "span":
+        return {"start_logits": laid[..., 0], "end_logits": laid[..., 1]}
+    if task.kind == "embedding":
+        return {"last_hidden_state": laid[:, None]}  # one position: pooling it changes nothing
+    return {"logits": laid}
+
+
+def real_positions(axis: Axis, batch: Batch, length: int | None = None, task: Task | None = None) -> Tensor | None:
+    """`[b t]` bool, on the CPU: which positions are no padding; None: one row an example, or not known here.
+
+    Args:
+        length: t, where the predictions are at hand. task: needed for frames, whose number follows from its rule.
+    """
+    if axis == "example":
+        return None
+    if axis == "frames":
+        return None if task is None else _required_keep(task, batch).view(batch_size(batch), -1).cpu()
+    if axis == "input":
+        mask = batch.get(MASK)
+        if mask is not None and mask.dim() == 2:
+            return mask.bool().cpu()
+        return torch.ones(batch_size(batch), length or _width_of_input(batch), dtype=torch.bool)
+    lengths, width = decoder_lengths(batch), length or _width_of_decoder(batch)
+    if lengths is None:
+        return torch.ones(batch_size(batch), width, dtype=torch.bool)
+    return torch.arange(width) < torch.from_numpy(lengths)[:, None]
+
+
+def cut(predictions: Tensor, real: Tensor | None) -> tuple[Tensor, np.ndarray]:
+    """`[b t v]` → the real positions `[p v]` of all examples one after the other, and how many each has `[b]`.
+
+    Raises:
+        DataError: the predictions have another length than what they are of.
+    """
+    if real is None:
+        return predictions, np.ones(predictions.shape[0], dtype=np.int64)
+    if predictions.shape[:2] != real.shape:
+        raise DataError(
+            f"the teacher's predictions are {list(predictions.shape)}, the batch has {list(real.shape)} positions. A "
+            "cache needs a position of output for each of the input (or of the decoder, or each frame)."
+        )
+    return predictions[real.to(predictions.device)], real.sum(1).numpy()
+
+
+def lay(rows: Tensor, counts: np.ndarray, real: Tensor | None, axis: Axis) -> Tensor:
+    """`[p w]` → `[b t w]`, 0 where nothing belongs; `[b w]` where a row is an example. The inverse of `cut`.
+
+    Raises:
+        DataError: an example of the batch has another number of positions than the cache holds of it.
+    """
+    if axis == "example":
+        return rows
+    if real is None:  # frames: from the left; the task knows how many there are in all
+        real = torch.arange(int(counts.max(initial=0))) < torch.from_numpy(counts)[:, None]
+    else:
+        refuse_other_lengths(real.sum(1).numpy(), counts)
+    laid = rows.new_zeros(*real.shape, rows.shape[-1])
+    laid[real] = rows
+    return laid
+
+
+def lengthened(laid: Tensor, length: int) -> Tensor:
+    """`[b t w]` with zeros up to `length` positions."""
+    missing = length - laid.shape[1]
+    return laid if missing <= 0 else torch.cat([laid, laid.new_zeros(laid.shape[0], missing, laid.shape[2])], 1)
+
+
+def refuse_other_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
+    differing = np.flatnonzero(of_batch != of_cache)
+    if differing.size:
+        i = int(differing[0])
+        raise TeacherError(
+            f"example {i} of the batch has {of_batch[i]} positions, the cache holds {of_cache[i]} of it. Student and "
+            "cached teacher must predict at the same positions: the same frame rate (CTC), labels of the same length "
+            "(sequence to sequence), an augmentation that moves no positions."
+        )
+
+
+def _required_keep(task: Task, batch: Batch) -> Tensor:
+    keep = task.keep(batch)
+    assert keep is not None  # a task with frames says which are real
+    return keep
+
+
+def _width_of_input(batch: Batch) -> int:
+    for name in ("input_ids", "inputs_embeds", "input_values", "input_features"):
+        if batch.get(name) is not None:
+            return int(batch[name].shape[1])
+    raise DataError(f"the batch has no input that positions could be told of, only {sorted(batch)}.")
+
+
+def _width_of_decoder(batch: Batch) -> int:
+    for name in ("labels", "decoder_input_ids"):
+        if batch.get(name) is not None:
+            return int(batch[name].shape[1])
+    raise DataError(f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}.")

@@ -1,0 +1,117 @@
+"""What is kept of a row of the teacher's predictions, and in how many bytes. Files are elsewhere.
+
+Axes: p positions, v columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_distill.errors import SettingError
+
+_ARROW_TYPE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # Arrow knows no bfloat16
+
+
+@dataclass(frozen=True)
+class Field:
+    """So many numbers a position, as they lie on the disk."""
+
+    dtype: Any
+    width: int
+
+    @property
+    def bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * self.width)
+
+
+class Store(Protocol):
+    """What a kind of cache keeps of each row. `name` and the settings stand in the manifest."""
+
+    @property
+    def name(self) -> str: ...
+
+    def settings(self) -> dict[str, Any]: ...
+
+    def fields(self, columns: int) -> dict[str, Field]:
+        """What is written, for a head of so many columns."""
+        ...
+
+    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+        """`[p v]` → for each field `[p width]`."""
+        ...
+
+    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
+        """One field as it was read, as a tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """All columns, as they are.
+
+    Args:
+        dtype: "float16" (3 digits; up to 65,504), "bfloat16" (2 digits, any size) or "float32".
+
+    Raises:
+        SettingError: another dtype.
+
+    >>> Dense().fields(3)["logits"].bytes
+    6
+    """
+
+    dtype: str = "float16"
+    name = "dense"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _ARROW_TYPE:
+            raise SettingError(f"Dense(dtype={self.dtype!r}): allowed are {', '.join(_ARROW_TYPE)}.")
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fields(self, columns: int) -> dict[str, Field]:
+        return {"logits": Field(_ARROW_TYPE[self.dtype], columns)}
+
+    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+        kept = rows.detach().to(getattr(torch, self.dtype)).cpu()
+        self._refuse_overflow(rows, kept)
+        return {"logits": kept.view(torch.uint16).numpy() if self.dtype == "bfloat16" else kept.numpy()}
+
+    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(stored)
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+
+    def _refuse_overflow(self, rows: Tensor, kept: Tensor) -> None:
+        if self.dtype == "float16" and bool((kept.isinf() & ~rows.detach().cpu().isinf()).any()):
+            raise SettingError(
+                f"the teacher's logits reach {rows.abs().max().item():.3g}, float16 ends at 65504. Pass "
+                'store=Dense("bfloat16") or Dense("float32").'
+            )
+
+
+STORES: dict[str, Any] = {"dense": Dense}
+
+
+def store_from(description: Mapping[str, Any]) -> Store:
+    """The store that a manifest names.
+
+    Raises:
+        SettingError: written by a version that knows more of them.
+    """
+    settings = {name: value for name, value in description.items() if name != "name"}
+    if description.get("name") not in STORES:
+        raise SettingError(
+            f"the cache keeps {description.get('name')!r}, which this version does not know; it knows "
+            f"{', '.join(STORES)}. Update hf-distill."
+        )
+    return STORES[description["name"]](**settings)
+
+
+def described(store: Store) -> dict[str, Any]:
+    return {"name": store.name, **store.settings()}

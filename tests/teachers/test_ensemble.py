@@ -1,0 +1,185 @@
+"""Several teachers as one: the means by their formulas, weights by row, offload, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_distill import Distiller, SettingError, TeacherError
+from hf_distill.signals import Needs
+from hf_distill.teachers import Ensemble
+from tests.heads import HEADS
+from tests.laws import measuring as m
+from tests.trainer.tiny import assert_same_bits, bert, make, weights
+
+SINGLE = [name for name, head in HEADS.items() if head.kind not in ("regression", "embedding")]
+
+
+def teachers_of(name: str, count: int = 3) -> list[Any]:
+    return [HEADS[name].make(seed).double() for seed in range(10, 10 + count)]
+
+
+def said(name: str, teachers: list[Any], temperature: float = 2.0, **settings: Any) -> tuple[Tensor, list[Tensor], Any]:
+    """What the ensemble says, and each of them alone, on the rows that the task selects."""
+    student = m.student_of(name)
+    distiller = Distiller(student, Ensemble(teachers, **settings), alpha=1.0, temperature=temperature)
+    batch = distiller.prepare(m.collated(name, HEADS[name].examples()))
+    task, ensemble = distiller.task, distiller.teacher
+    needs = Needs(logits=True, temperature=temperature)
+    together = task.select(ensemble(task, batch, needs).predictions(), batch)
+    alone = [task.select(one(task, batch, needs).predictions(), batch) for one in ensemble.teachers]
+    return together, alone, (task, batch)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_mean_of_probabilities_is_that_at_the_temperature(name: str) -> None:
+    for temperature in (1.0, 4.0):
+        together, alone, _ = said(name, teachers_of(name), temperature)
+        expected = sum((one / temperature).softmax(-1) for one in alone) / 3
+        torch.testing.assert_close((together / temperature).softmax(-1), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_mean_of_logits_is_the_geometric_mean(name: str) -> None:
+    together, alone, _ = said(name, teachers_of(name), mean="logits", weights=[1, 2, 5])
+    product = sum(w * one.log_softmax(-1).nan_to_num(neginf=-1e30) for w, one in zip((1, 2, 5), alone, strict=True))
+    torch.testing.assert_close(together.softmax(-1), (product / 8).softmax(-1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert_regression", "bert_embedding"])
+def test_values_are_averaged_as_they_are(name: str) -> None:
+    together, alone, _ = said(name, teachers_of(name), weights=[1, 1, 2])
+    torch.testing.assert_close(together, (alone[0] + alone[1] + 2 * alone[2]) / 4, rtol=1e-12, atol=1e-12)
+    with pytest.raises(
+        SettingError, match="weights='best' are found from probabilities, and this task predicts values"
+    ):
+        said(name, teachers_of(name), weights="best")
+
+
+def test_weights_of_a_row_by_hand() -> None:
+    """Two teachers on a row of two classes at T = 1: p1 = (3/4, 1/4), p2 = (1/2, 1/2); the label is class 1."""
+    name = "bert_single_label"
+    logits = [torch.tensor([[math.log(3.0), 0.0]]).double(), torch.zeros(1, 2).double()]
+    log_p = torch.stack(logits).log_softmax(-1)
+    batch = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([1])}
+
+    def weights_of(kind: str, labels: int = 1) -> list[float]:
+        ensemble = Ensemble([bert(), bert()], weights=kind)
+        found = ensemble._log_weights(log_p, m.task_of(name), {**batch, "labels": torch.tensor([labels])})
+        return found.exp().flatten().tolist()
+
+    assert weights_of("confidence") == pytest.approx([0.6, 0.4])  # 3/4 : 1/2
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # and log 2
+    of_first = math.exp(-entropy) / (math.exp(-entropy) + 0.5)
+    assert weights_of("entropy") == pytest.approx([of_first, 1 - of_first])
+    assert weights_of("labels") == pytest.approx([1 / 3, 2 / 3])  # 1/4 : 1/2
+    assert weights_of("labels", -100) == pytest.approx([0.5, 0.5])
+    assert weights_of("best") == pytest.approx([0.0, 1.0])
+    assert weights_of("best", -100) == pytest.approx([1.0, 0.0])  # the more confident one
+
+
+@pytest.mark.parametrize("name", ["bert_tokens", "llama_causal_lm", "bert_span", "t5_seq2seq", "bert_masked_lm"])
+def test_the_best_teacher_is_found_where_the_labels_are(name: str) -> None:
+    """Also where rows are shifted, or two an example."""
+    together, alone, (task, batch) = said(name, teachers_of(name), temperature=1.0, weights="best")
+    target = task.targets(batch)
+    of_label = torch.stack([one.log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0] for one in alone])
+    best = of_label.argmax(0)
+    known = (target >= 0) & task.keep(batch)
+    assert known.sum() > 3 and len(set(best[known].tolist())) > 1
+    for row in known.nonzero().flatten().tolist():
+        torch.testing.assert_close(together[row].softmax(-1), alone[best[row]][row].softmax(-1))
+
+
+def test_equal_teachers_are_one_teacher() -> None:
+    name = "bert_tokens"
+    teacher, batch = m.teacher_of(name), m.collated(name, HEADS[name].examples())
+    expected, gradient = m.step(m.distiller_of(name), m.student_of(name), [batch])
+    for weights_ in (None, "confidence", "entropy", "labels", "best", [3, 1]):
+        for mean in ("probabilities", "logits"):
+            twins = Ensemble([copy.deepcopy(teacher), copy.deepcopy(teacher)], mean=mean, weights=weights_)
+            loss, found = m.step(m.distiller_of(name, teacher=twins), m.student_of(name), [batch])
+            assert loss == pytest.approx(expected, rel=1e-12)
+            assert m.difference(found, gradient) < 1e-10
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "labels"}, {"mean": "logits"}])
+def test_accumulation_changes_nothing(settings: dict) -> None:
+    name = "bert_tokens"
+    distiller = m.distiller_of(name, teacher=Ensemble(teachers_of(name), **settings))
+    examples = HEADS[name].examples()
+    _, gradient = m.step(distiller, m.student_of(name), [m.collated(name, examples)])
+    parts = [m.collated(name, examples[i : i + 2]) for i in range(0, 8, 2)]
+    assert m.difference(m.step(distiller, m.student_of(name), parts)[1], gradient) < 1e-6
+
+
+def test_trained_with_and_the_teachers_stay_as_they_were(tmp_path) -> None:
+    teachers = [bert(seed=1), bert(seed=2)]
+    before = [weights(teacher) for teacher in teachers]
+    trainer = make(tmp_path, bert(), Ensemble(teachers))
+    trainer.train()
+    for teacher, was in zip(teachers, before, strict=True):
+        assert_same_bits(weights(teacher), was)
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    trainer.create_model_card()
+    assert (tmp_path / "out" / "README.md").read_text().count("a local model") >= 2
+
+
+def test_offload_asks_one_at_a_time() -> None:
+    moves: list[tuple[str, str]] = []
+    name = "bert_single_label"
+    ensemble = Ensemble(teachers_of(name, 2), offload="cpu")
+    distiller = Distiller(m.student_of(name), ensemble, alpha=1.0)
+    for index, teacher in enumerate(ensemble.teachers):
+        record_moves(teacher.model, str(index), moves)
+    cpu = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"), num_processes=1, is_fsdp2=False)
+    distiller.place(SimpleNamespace(**vars(cpu), autocast=torch.no_grad))
+    assert moves == []
+    distiller(m.student_of(name), m.collated(name, HEADS[name].examples(2)))
+    assert moves == [("0", "device"), ("0", "away"), ("1", "device"), ("1", "away")]
+
+
+def record_moves(model: Any, name: str, moves: list[tuple[str, str]]) -> None:
+    real = model.to
+
+    def to(where: Any) -> Any:
+        moves.append((name, "away" if where == "cpu" else "device"))
+        return real(where)
+
+    model.to = to
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": "median"}, "mean='median': allowed are probabilities, logits"),
+        ({"weights": "loudest"}, "weights='loudest': allowed are confidence, entropy, labels, best, or numbers"),
+        ({"weights": [1.0]}, "give one number above 0 for each of 2 teachers"),
+        ({"weights": [1.0, 0.0]}, "give one number above 0 for each of 2 teachers"),
+        ({"offload": "disk"}, "offload='disk': allowed are None and 'cpu'"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Ensemble([bert(), bert()], **settings)
+
+
+def test_one_is_no_ensemble() -> None:
+    for one in (bert(), [bert()], "a/path"):
+        with pytest.raises(SettingError, match="at least two teachers, as a list"):
+            Ensemble(one)
+
+
+def test_teachers_that_predict_different_things() -> None:
+    student = bert()
+    names = {"id2label": {0: "LABEL_0", 1: "LABEL_1", 2: "other"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1, "other": 2}}
+    odd = bert(seed=1)
+    odd.config.id2label, odd.config.label2id = names["id2label"], names["label2id"]
+    with pytest.raises(TeacherError):
+        Distiller(student, Ensemble([bert(seed=2), odd]))
