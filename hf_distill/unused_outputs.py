@@ -45,6 +45,10 @@ def parameters_of(loss: Tensor) -> set[int]:
 
 @torch.no_grad()
 def forget_gradients_but(parameters: Iterable[nn.Parameter], kept: set[int]) -> None:
+    """Set gradients that are exactly 0 to None, of parameters that the loss was not seen to depend on.
+
+    That they are 0 is asked too: a function that hides its parameters (reentrant checkpointing) is not seen through.
+    """
     for parameter in parameters:
-        if id(parameter) not in kept:
+        if id(parameter) not in kept and parameter.grad is not None and not bool(parameter.grad.any()):
             parameter.grad = None

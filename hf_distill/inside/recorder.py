@@ -236,5 +236,5 @@ def _refuse_hidden_masks(module: nn.Module, mask: Any, settings: dict[str, Any])
     else:
         return
     raise SettingError(
-        f"AttentionMatch on {type(module).__name__}: {why}. Load the model with attn_implementation='sdpa', if it can be."
+        f"AttentionMatch on {type(module).__name__}: {why}. Else load the model with attn_implementation='sdpa'."
     )

@@ -1,5 +1,6 @@
 """Building the small model: fewer layers of its teacher, thinner ones, or another architecture. It trains nothing."""
 
+from hf_distill.students.fresh import fresh
 from hf_distill.students.inherit import inherit
 from hf_distill.students.narrow import narrow
 from hf_distill.students.report import FreshReport, InheritReport, NarrowReport, SizeReport, StackReport
@@ -12,6 +13,7 @@ __all__ = [
     "SizeReport",
     "StackReport",
     "TrimmedVocabulary",
+    "fresh",
     "inherit",
     "narrow",
     "trim_vocabulary",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
@@ -39,7 +40,7 @@ def check_config(config: PreTrainedConfig) -> None:
     written = config.to_dict()
     try:
         read = type(config).from_dict(copy.deepcopy(written)).to_dict()
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
         raise TeacherError(
             f"narrow: {type(config).__name__} for the student cannot be read back from what it writes: {error}."
         ) from error

@@ -73,13 +73,19 @@ def sizes_of(teacher: PreTrainedModel, kind: str) -> Sizes | None:
     return Sizes(kind, list(found), found) if found else None
 
 
-def layout_of(teacher: PreTrainedModel, kinds: set[str], wiring: Wiring) -> Layout:
-    """Try every size that is to change, on the meta device."""
+def all_sizes(teacher: PreTrainedModel, kinds: set[str]) -> dict[str, Sizes]:
+    """The settings of every kind; TeacherError where one of `kinds` has none."""
     sizes = {kind: one for kind in ("hidden", "heads", "groups", "intermediate", "vocabulary")
              if (one := sizes_of(teacher, kind)) is not None}  # fmt: skip
     for kind in kinds:
         if kind not in sizes:
             raise TeacherError(f"narrow: no usual setting of {type(teacher.config).__name__} says its {kind} size.")
+    return sizes
+
+
+def layout_of(teacher: PreTrainedModel, kinds: set[str], wiring: Wiring) -> Layout:
+    """Try every size that is to change, on the meta device."""
+    sizes = all_sizes(teacher, kinds)
     open_sizes = {s: v for one in sizes.values() for s, v in one.values.items() if s.value(teacher.config) is None}
     layout = Layout(sizes, changed(teacher.config, open_sizes))
     if kinds & {"hidden", "heads"} and {"hidden", "heads"} <= sizes.keys():

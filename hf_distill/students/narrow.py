@@ -13,7 +13,7 @@ from hf_distill.students.calibration import Calibration
 from hf_distill.students.checks import check_teacher
 from hf_distill.students.cutting import Cut
 from hf_distill.students.importance import check_importance, keep_best
-from hf_distill.students.layout import Layout, layout_of
+from hf_distill.students.layout import Layout, all_sizes, layout_of
 from hf_distill.students.report import NarrowReport
 from hf_distill.students.symmetry import check_exchangeable
 from hf_distill.students.thinner import thinner
@@ -128,8 +128,9 @@ def _check_given(wanted: dict[str, int], vocabulary: Any, data: Any) -> None:
 def _chosen(
     calibration: Calibration, wanted: dict[str, int], importance: str
 ) -> tuple[Layout, list[Cut], dict[str, int]]:
-    teacher, wiring = calibration.teacher, calibration.wiring()
-    kinds = set(wanted) - {"groups"}
+    teacher, kinds = calibration.teacher, set(wanted) - {"groups"}
+    all_sizes(teacher, kinds)  # before anything is computed
+    wiring = calibration.wiring()
     layout = layout_of(teacher, kinds, wiring)
     values = _fitting(teacher, layout, wanted)
     groups = find_groups(layout, wiring, kinds)

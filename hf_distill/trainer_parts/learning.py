@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import Trainer, TrainerCallback
 
 from hf_distill.arguments import setting
@@ -51,7 +52,7 @@ class LearningMixin(_Trainer):
         loss = super().training_step(*positional, **keywords)
         if self._micro_batches_left == 0:
             self.distiller.learned.synchronize(self.accelerator)
-            if self.distiller.reached and self.model is not None:
+            if self.distiller.reached and self.model is not None and isinstance(self.model_wrapped, DDP):
                 forget_gradients_but(self.model.parameters(), self.distiller.reached)
                 self.distiller.reached = set()
         return loss

@@ -43,7 +43,7 @@ def teacher_of(name: str, layers: int = 2, **settings: Any) -> Any:
     own = {key: N_HEADS for key in HEADS if key in tiny.settings}
     if "num_key_value_heads" in tiny.settings:
         own["num_key_value_heads"] = 2
-    return tiny.make(layers=4 if name.startswith("Longformer") else layers, **own, **settings)
+    return tiny.make(layers=4 if name.startswith("Longformer") else layers, **{**own, **settings})
 
 
 def refused(name: str, kind: str) -> str | None:
