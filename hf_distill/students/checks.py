@@ -42,7 +42,7 @@ def check_config(config: PreTrainedConfig) -> None:
         read = type(config).from_dict(copy.deepcopy(written)).to_dict()
     except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
         raise TeacherError(
-            f"narrow: {type(config).__name__} for the student cannot be read back from what it writes: {error}."
+            f"narrow: {type(config).__name__} does not allow these sizes together: {' '.join(str(error).split())}"
         ) from error
     changed = sorted(name for name in written if read.get(name) != written[name])
     if changed:
