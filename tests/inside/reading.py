@@ -1,0 +1,63 @@
+"""What the tests of reading share: tiny models of many architectures, their sides, and reading one forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers as hf
+
+from hf_distill.inside.recorder import Inside
+from hf_distill.signals import Read
+from tests.heads import _LLAMA
+from tests.students.models import LAYERS, MODELS, Tiny
+
+_WINDOWED = _LLAMA | {
+    "head_dim": 8, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+_BEIT = MODELS["BeitForImageClassification"].settings
+READ_TOO = {
+    "Gemma2ForCausalLM": Tiny(
+        hf.Gemma2ForCausalLM,
+        _WINDOWED | {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 4},
+        {"layers": "model.layers"},
+    ),
+    "Gemma3ForCausalLM": Tiny(hf.Gemma3ForCausalLM, _WINDOWED, {"layers": "model.layers"}),
+    "Beit_biased": Tiny(
+        hf.BeitForImageClassification, _BEIT | {"use_relative_position_bias": True}, {"layers": "beit.layers"}, "image"
+    ),
+}
+ALL = MODELS | READ_TOO
+
+
+def sides_of(name: str) -> tuple[str | None, ...]:
+    return ("encoder", "decoder") if len(ALL[name].stacks) == 2 else (None,)
+
+
+def with_sides(names: Iterable[str]) -> list[tuple[str, str | None]]:
+    return [(name, side) for name in names for side in sides_of(name)]
+
+
+@functools.cache
+def model_of(name: str, attention: str | None = None) -> Any:
+    """In evaluation mode, and shared: no test may change it. `attention`: the implementation it is loaded with."""
+    return ALL[name].make() if attention is None else ALL[name].make(attn_implementation=attention)
+
+
+def reads(what: str, side: str | None = None, layers: Iterable[int] = range(LAYERS)) -> list[Read]:
+    return [Read(what, layer, side) for layer in layers]
+
+
+@torch.no_grad()
+def read(model: Any, wanted: Iterable[Read], batch: dict[str, Any], **keywords: Any) -> tuple[Any, Any]:
+    """What one forward shows, and what it returns."""
+    with Inside(model, "student").reading(set(wanted)) as seen:
+        outputs = model(**batch, **keywords)
+    return seen, outputs
+
+
+def of_side(outputs: Any, what: str, side: str | None) -> Any:
+    """`hidden_states` or `attentions` as transformers gives them."""
+    return outputs[what] if side is None else outputs[f"{side}_{what}"]

@@ -1,0 +1,115 @@
+"""The scores that are read, masked and after their softmax, are the attentions of the eager implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hf_distill import SettingError
+from hf_distill.functional.rows import BLOCKED
+from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.signals import Read
+from tests.inside.reading import ALL, model_of, of_side, read, reads, with_sides
+from tests.inside.test_hidden import first_tensor
+
+OWN = ("Deberta", "MPNet", "WavLM", "Longformer")  # compute their own attention
+NO_SDPA = ("Gemma2",)
+HEARD = [name for name in ALL if not name.startswith(OWN)]
+
+
+def implementation_of(name: str) -> str:
+    return "eager" if name.startswith(NO_SDPA) else "sdpa"
+
+
+@pytest.mark.parametrize(("name", "side"), with_sides(HEARD))
+def test_scores_are_the_attention_of_the_eager_model(name: str, side: str | None) -> None:
+    """With padding, causal masks, grouped keys, T5's bias, BEiT's in its mask, windows and Gemma-2's soft cap."""
+    model, batch = model_of(name, implementation_of(name)), ALL[name].batch()
+    assert model.config._attn_implementation == implementation_of(name)
+    seen, outputs = read(model, reads("attention", side), batch)
+    with torch.no_grad():
+        shown = model_of(name, "eager")(**batch, output_attentions=True)
+        unread = model(**batch)
+    assert torch.equal(first_tensor(outputs), first_tensor(unread))
+    for layer, expected in enumerate(of_side(shown, "attentions", side)):
+        record = seen[Read("attention", layer, side)]
+        found = record.scores().masked_fill(~record.allowed(), BLOCKED).softmax(-1)
+        assert found.shape == expected.shape
+        apart = (found - expected).abs()
+        mask = batch.get("attention_mask")
+        if mask is not None and side != "decoder":  # a padded query attends somewhere or other
+            apart = apart * mask.bool()[:, None, :, None]
+        assert apart.max() < 1e-5, f"block {layer}"
+
+
+def test_what_is_not_in_the_scores_would_be_seen() -> None:
+    """The comparison above says something of each of these: without it, it fails."""
+
+    def differs(name: str, side: str | None = None, **without: object) -> float:
+        model, batch = model_of(name, implementation_of(name)), ALL[name].batch()
+        record = read(model, reads("attention", side), batch)[0][Read("attention", 0, side)]
+        other = dataclasses.replace(record, **without)
+        return (record.scores() - other.scores()).abs().max().item()
+
+    assert differs("T5ForConditionalGeneration", "encoder", bias=None) > 0.01
+    assert differs("T5ForConditionalGeneration", "decoder", bias=None) > 0.01
+    assert differs("Gemma2ForCausalLM", softcap=None) > 0.01
+    assert differs("Gemma2ForCausalLM", scaling=8**-0.5) > 0.01
+    assert differs("Beit_biased", mask=None) > 0.01
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "BertModel"])
+def test_the_implementation_that_was_loaded_does_not_matter(name: str) -> None:
+    batch = ALL[name].batch()
+    keep = batch["attention_mask"].bool()
+    records = [read(model_of(name, how), reads("attention"), batch)[0] for how in ("eager", "sdpa")]
+    pairs = keep[:, None, :, None] & keep[:, None, None, :]
+    for one in reads("attention"):
+        eager, sdpa = (found[one] for found in records)
+        torch.testing.assert_close(eager.scores(), sdpa.scores(), atol=1e-5, rtol=1e-5)
+        assert torch.equal(eager.allowed() & pairs, sdpa.allowed() & pairs)
+
+
+def test_windows_differ_from_block_to_block() -> None:
+    name = "Gemma3ForCausalLM"
+    batch = {"input_ids": ALL[name].batch()["input_ids"]}
+    seen, _ = read(model_of(name, "sdpa"), reads("attention"), batch)
+    sliding, full = (seen[Read("attention", layer)].allowed()[0, 0] for layer in (0, 1))
+    before = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert torch.equal(full, before)
+    assert torch.equal(sliding, before & ~before.tril(-3))  # itself and the two before it
+
+
+@pytest.mark.parametrize(("name", "side"), with_sides(name for name in ALL if name.startswith(OWN)))
+def test_attention_that_cannot_be_heard_is_refused(name: str, side: str | None) -> None:
+    with pytest.raises(
+        SettingError, match=r"attention of block 2 of the student \(.*\): its attention does not go thr"
+    ):
+        read(model_of(name), [Read("attention", 2, side)], ALL[name].batch())
+
+
+def record(**changed: object) -> AttentionRecord:
+    """Two heads of queries over one group of keys, three positions."""
+    queries = torch.arange(6.0).view(1, 2, 3, 1)
+    plain = AttentionRecord(queries, torch.ones(1, 1, 3, 1), 1.0, bias=None, softcap=None, mask=None, causal=False)
+    return dataclasses.replace(plain, **changed)
+
+
+def test_allowed_of_every_kind_of_mask() -> None:
+    everything = torch.ones(3, 3, dtype=torch.bool)
+    additive = torch.zeros(1, 1, 3, 3).masked_fill(everything.triu(1), torch.finfo(torch.float32).min)
+    assert torch.equal(record().allowed()[0, 0], everything)
+    assert torch.equal(record(causal=True).allowed()[0, 0], everything.tril())
+    assert torch.equal(record(mask=additive).allowed()[0, 0], everything.tril())
+    assert torch.equal(record(mask=everything.tril()[None, None]).allowed()[0, 0], everything.tril())
+    padding = torch.tensor([[1, 1, 0]])  # what flash attention is given
+    assert torch.equal(record(mask=padding, causal=True).allowed()[0, 0], everything.tril() & padding.bool())
+
+
+def test_scores_by_hand() -> None:
+    """q·k·scaling + bias, then the soft cap c·tanh(x / c); the one group of keys serves both heads."""
+    torch.testing.assert_close(record(scaling=2.0).scores()[0, :, :, 0], torch.tensor([[0.0, 2, 4], [6, 8, 10]]))
+    found = record(bias=torch.ones(1, 2, 3, 3), softcap=2.0).scores()[0, 0, :, 0]
+    torch.testing.assert_close(found, 2 * torch.tanh(torch.tensor([1.0, 2.0, 3.0]) / 2))
