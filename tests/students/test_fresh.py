@@ -1,0 +1,148 @@
+"""`fresh`: which class is built, which rows of embeddings are whose, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch.testing import assert_close
+
+from hf_distill.errors import HfDistillError, SettingError
+from hf_distill.students import fresh
+from tests.heads import _BERT, _DISTILBERT, _GPT2, _LLAMA, _VIT
+from tests.students.models import MODELS
+from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
+
+NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
+# The teacher → the config of another architecture → the class by hand.
+COUNTERPARTS: list[tuple[str, Any, str]] = [
+    ("BertForSequenceClassification", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForSequenceClassification"),
+    ("BertForMaskedLM", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForMaskedLM"),
+    ("BertForPreTraining", hf.ElectraConfig(**_BERT, embedding_size=8), "ElectraForPreTraining"),
+    ("RobertaForTokenClassification", hf.BertConfig(**_BERT), "BertForTokenClassification"),
+    ("DistilBertForQuestionAnswering", hf.BertConfig(**_BERT), "BertForQuestionAnswering"),
+    ("BertForMultipleChoice", hf.ElectraConfig(**_BERT), "ElectraForMultipleChoice"),
+    ("BertModel", hf.DistilBertConfig(**_DISTILBERT), "DistilBertModel"),
+    ("LlamaForCausalLM", hf.GPT2Config(**_GPT2), "GPT2LMHeadModel"),
+    ("ViTForImageClassification", hf.BeitConfig(**_VIT), "BeitForImageClassification"),
+]
+
+
+@pytest.mark.parametrize(("teacher", "config", "expected"), COUNTERPARTS, ids=lambda value: str(value)[:24])
+def test_a_config_is_built_with_the_teachers_head(teacher: str, config: Any, expected: str) -> None:
+    student, report = fresh(config, teacher=MODELS[teacher].make(layers=1), return_report=True)
+    assert type(student).__name__ == expected == report.architecture and report.teacher == teacher
+    assert report.embeddings == () and set(report.fresh) == {name for name, _ in student.named_parameters()}
+    assert not student.training
+
+
+def test_labels_come_from_the_teacher() -> None:
+    teacher = MODELS["BertForSequenceClassification"].make(layers=1, **NAMED)
+    student, report = fresh(hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, return_report=True)
+    assert student.config.id2label == NAMED["id2label"] and student.config.label2id == NAMED["label2id"]
+    assert "The labels are the teacher's" in str(report)
+    own = hf.DistilBertConfig(**_DISTILBERT, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    assert fresh(own, teacher=teacher).config.id2label == {0: "a", 1: "b"}
+
+
+def test_embeddings_go_by_token_and_not_by_id() -> None:
+    """The student's tokenizer has the words in another order, and two that the teacher has not."""
+    teacher = MODELS["BertForMaskedLM"].make(layers=1)
+    words = {"w0": 0, "new": 1, "w7": 2, "w3": 3, "other": 4, "w39": 5}
+    before = fresh_weights(hf.DistilBertConfig(**_DISTILBERT), teacher)
+    torch.manual_seed(5)
+    student, report = fresh(
+        hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, student_tokenizer=tokenizer(words),
+        teacher_tokenizer=tokenizer(), return_report=True,
+    )  # fmt: skip
+    ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
+    assert torch.equal(ours[[0, 2, 3, 5]], theirs[[0, 7, 3, 39]])
+    assert torch.equal(ours[[1, 4, 6]], before[[1, 4, 6]])
+    assert (report.tokens, report.missing) == (4, 2)
+    assert set(report.embeddings) == {"distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"}
+    assert student.vocab_projector.weight is ours and ours.requires_grad
+    assert str(report).startswith("DistilBertForMaskedLM: ") and "4 tokens from the teacher, 2 fresh" in str(report)
+
+
+def fresh_weights(config: Any, teacher: Any) -> torch.Tensor:
+    """The embeddings as the seed starts them."""
+    torch.manual_seed(5)
+    weight: torch.Tensor = fresh(config, teacher=teacher).get_input_embeddings().weight
+    return weight.detach().clone()
+
+
+def test_narrower_embeddings_keep_the_products_of_rows() -> None:
+    """Rows of the teacher that lie in 8 of 16 directions: all their products stay. Else: the best there is in 8.
+
+    The best approximation of rank 8 leaves the sum of the squares of the other singular values (Eckart and Young).
+    """
+    teacher = MODELS["BertForMaskedLM"].make(layers=1)
+    rows = teacher.get_input_embeddings().weight
+    config = hf.LlamaConfig(**{**_LLAMA, "hidden_size": 8})
+    both = {"student_tokenizer": tokenizer(), "teacher_tokenizer": tokenizer(), "reduce": "svd"}
+    student = hf.LlamaForCausalLM(config)
+    assert fresh(student, teacher=teacher, **both) is student
+    lost = (rows.double() @ rows.double().T - gram(student)).diagonal().sum()
+    assert_close(lost, torch.linalg.svdvals(rows.double())[8:].square().sum())
+    with torch.no_grad():
+        rows.copy_(torch.randn(40, 8) @ torch.randn(8, 16))
+    assert_close(gram(fresh(student, teacher=teacher, **both)), rows.double() @ rows.double().T, rtol=1e-4, atol=1e-4)
+
+
+def gram(model: Any) -> torch.Tensor:
+    rows = model.get_input_embeddings().weight.detach().double()
+    return rows @ rows.T
+
+
+def test_the_teacher_stays() -> None:
+    teacher = MODELS["BertForMaskedLM"].make(layers=1).train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = hf.BertForMaskedLM(hf.BertConfig(**_BERT)).train()
+    same = fresh(student, teacher=teacher, student_tokenizer=tokenizer(), teacher_tokenizer=tokenizer())
+    assert same is student and student.training and teacher.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert student.get_input_embeddings().weight.data_ptr() != teacher.get_input_embeddings().weight.data_ptr()
+
+
+WORDS = {"student_tokenizer": tokenizer(), "teacher_tokenizer": tokenizer()}
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config says nothing about the head. Pass teacher="),
+    "no counterpart": (hf.ViTConfig(**_VIT), {}, r"no class of ViTConfig has the head of BertForMaskedLM"),
+    "a name": ("distilbert", {}, r"the student is a str. Give a config or a PreTrainedModel"),
+    "one tokenizer": (hf.BertConfig(**_BERT), {"student_tokenizer": tokenizer()}, r"give both student_"),
+    "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"no embeddings to copy"),
+    "other kind": (
+        hf.BertConfig(**_BERT), {**WORDS, "student_tokenizer": bpe_tokenizer([])},
+        r"cut words in different ways: the student's is BPE, the teacher's WordLevel",
+    ),
+    "nothing shared": (
+        hf.BertConfig(**_BERT), {**WORDS, "student_tokenizer": tokenizer({"x": 0})}, r"have no token in common",
+    ),
+    "too few rows": (
+        hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, and its embeddings have 30 .* to 40 or more"
+    ),
+    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16.*say reduce='svd'"),
+    "wider": (
+        hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* cannot be made wider"
+    ),
+    "reduce": (hf.BertConfig(**_BERT), {"reduce": "pca"}, r"reduce='pca': allowed are 'svd' and None"),
+    "no tokens": (hf.ViTModel(hf.ViTConfig(**_VIT)), WORDS, r"the student \(ViTModel\) reads no tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refusals(case: str) -> None:
+    student, arguments, message = WRONG[case]
+    teacher = MODELS["BertForMaskedLM"].make(layers=1)
+    with pytest.raises(HfDistillError, match=message):
+        fresh(student, **{"teacher": teacher, **arguments})
+
+
+def test_nothing_is_written_when_it_is_refused() -> None:
+    student = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_LLAMA, "hidden_size": 8}))
+    before = student.get_input_embeddings().weight.detach().clone()
+    with pytest.raises(SettingError):
+        fresh(student, teacher=MODELS["BertForMaskedLM"].make(layers=1), **WORDS)
+    assert torch.equal(student.get_input_embeddings().weight, before)

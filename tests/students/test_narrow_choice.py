@@ -1,0 +1,275 @@
+"""What `narrow` keeps: scores against slow references, dead units, groups of heads; and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch.testing import assert_close
+
+from hf_distill.errors import DataError, HfDistillError, TeacherError
+from hf_distill.students import narrow
+from tests.students.models import MODELS
+from tests.students.narrow_models import N_HEADS, teacher_of
+
+BERT, LLAMA, T5 = "BertForSequenceClassification", "LlamaForCausalLM", "T5EncoderModel"
+
+
+def inputs_of(model: Any, module: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a module reads."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    return seen[0]
+
+
+def test_activation_is_the_size_of_what_a_neuron_gives() -> None:
+    """By hand: neuron j of position n gives x_nj times column j of the matrix that reads it; padding does not count."""
+    teacher, batch = teacher_of(BERT, layers=1), MODELS[BERT].batch()
+    teacher.requires_grad_(False)
+    module = "bert.encoder.layer.0.output.dense"
+    x, w = inputs_of(teacher, module, batch).double(), teacher.get_submodule(module).weight.double()
+    scores = []
+    for j in range(32):
+        read = [(b, t) for b in range(2) for t in range(6) if batch["attention_mask"][b, t]]
+        scores.append(sum(float((x[b, t, j] * w[:, j]).square().sum()) for b, t in read))
+    best = sorted(range(32), key=lambda j: -scores[j])[:7]
+    _, report = narrow(teacher, intermediate=7, data=[batch], return_report=True)
+    assert report.kept[module] == tuple(sorted(best)) and report.importance == "activation"
+    everywhere = dict(batch, attention_mask=torch.ones_like(batch["attention_mask"]))
+    assert not torch.equal(x, inputs_of(teacher, module, everywhere).double())
+
+
+def test_activation_is_the_size_of_what_a_head_gives() -> None:
+    """By hand, over two batches: the block of a head times its columns of the matrix that reads it."""
+    teacher = teacher_of("ViTForImageClassification", layers=1)
+    image = MODELS["ViTForImageClassification"].batch()
+    batches = [image, {"pixel_values": image["pixel_values"].flip(0)[:1] * 2}]
+    module = "vit.layers.0.attention.o_proj"
+    w = teacher.get_submodule(module).weight.double()
+    scores = torch.zeros(N_HEADS)
+    for batch in batches:
+        x = inputs_of(teacher, module, batch).double()
+        for head in range(N_HEADS):
+            block = slice(4 * head, 4 * head + 4)
+            scores[head] += (x[..., block] @ w[:, block].T).square().sum()
+    _, report = narrow(teacher, heads=2, data=iter(batches), return_report=True)
+    assert report.kept[module] == tuple(sorted(scores.argsort(descending=True)[:2].tolist()))
+
+
+@pytest.mark.parametrize("kind", ["heads", "intermediate"])
+def test_gradient_is_the_change_of_the_loss_by_the_gate(kind: str) -> None:
+    """By finite differences in float64: the units of each example are scaled by 1 ± 1e-4, and the loss looked at."""
+    name = "ViTForImageClassification"
+    teacher = teacher_of(name, layers=1).double().requires_grad_(False)
+    batch = {"pixel_values": MODELS[name].batch()["pixel_values"].double(), "labels": torch.tensor([2, 0])}
+    module = {"heads": "vit.layers.0.attention.o_proj", "intermediate": "vit.layers.0.mlp.fc2"}[kind]
+    units = {"heads": N_HEADS, "intermediate": 32}[kind]
+    scores = torch.zeros(units, dtype=torch.float64)
+    for unit in range(units):
+        for example in range(2):
+            one = {key: value[example : example + 1] for key, value in batch.items()}
+            up, down = (loss_with_gate(teacher, module, units, unit, gate, one) for gate in (1 + 1e-4, 1 - 1e-4))
+            scores[unit] += abs(up - down) / 2e-4
+    for keep in (1, 2, 3):
+        _, report = narrow(teacher, **{kind: keep}, data=[batch], importance="gradient", return_report=True)
+        assert report.kept[module] == tuple(sorted(scores.argsort(descending=True)[:keep].tolist()))
+    assert "chosen by gradient" in str(report)
+
+
+def loss_with_gate(model: Any, module: str, units: int, unit: int, gate: float, batch: Any) -> float:
+    def scaled(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        gates = torch.ones(units, 1, dtype=torch.float64)
+        gates[unit] = gate
+        return ((args[0].unflatten(-1, (units, -1)) * gates).flatten(-2), *args[1:])
+
+    hook = model.get_submodule(module).register_forward_pre_hook(scaled)
+    loss = float(model(**batch).loss)
+    hook.remove()
+    return loss
+
+
+@pytest.mark.parametrize("importance", ["activation", "gradient"])
+def test_dead_units_are_not_kept(importance: str) -> None:
+    """Heads 0 and 2 give nothing, neurons are never on or never read, channels are 0 throughout."""
+    teacher = teacher_of(LLAMA, num_key_value_heads=4)
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.self_attn.v_proj.weight[[0, 1, 2, 3, 8, 9, 10, 11]] = 0
+            layer.mlp.up_proj.weight[:10] = 0
+            layer.mlp.down_proj.weight[:, 10:18] = 0
+            for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                matrix.weight[[1, 5, 6]] = 0
+        teacher.model.embed_tokens.weight[:, [1, 5, 6]] = 0
+    batch = MODELS[LLAMA].batch()
+    batch["labels"] = batch["input_ids"]
+    _, report = narrow(
+        teacher, hidden=12, heads=2, intermediate=14, data=[batch], importance=importance, return_report=True
+    )
+    for layer in range(2):
+        assert report.kept[f"model.layers.{layer}.self_attn.o_proj"] == (1, 3)
+        assert report.kept[f"model.layers.{layer}.mlp.down_proj"] == tuple(range(18, 32))
+    assert len(report.kept["hidden states"]) == 12 and not {1, 5, 6} & set(report.kept["hidden states"])
+
+
+def test_channels_that_are_zero_change_only_the_mean_square() -> None:
+    """RMSNorm divides by the root of the mean over channels: without the 8 of 16 that are 0 it is √2 times as large.
+
+    With norm weights larger by √2 to make up for that (and no eps), the student is the teacher.
+    """
+    teacher = teacher_of(LLAMA, rms_norm_eps=0.0)
+    dead = [0, 1, 2, 3, 4, 5, 6, 7]
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.self_attn.o_proj.weight[dead] = 0
+            layer.mlp.down_proj.weight[dead] = 0
+        teacher.model.embed_tokens.weight[:, dead] = 0
+    batch = MODELS[LLAMA].batch()
+    student = narrow(teacher, hidden=8, data=[batch])
+    with torch.no_grad():
+        for module_name, module in student.named_modules():
+            if module_name.endswith("norm"):
+                module.weight.mul_(2**0.5)
+        assert_close(student(**batch).logits, teacher(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_share_a_key_value_head() -> None:
+    """Of 4 heads on 2 the best of each pair; on 1 both of the better pair. The pairs are (0, 1) and (2, 3)."""
+    teacher = teacher_of(LLAMA, layers=1)
+    with torch.no_grad():
+        for head, factor in enumerate((3.0, 2.0, 0.5, 1.0)):
+            teacher.model.layers[0].self_attn.o_proj.weight[:, 4 * head : 4 * head + 4] = factor * torch.eye(16)[:, :4]
+    batch = MODELS[LLAMA].batch()
+    scores = inputs_of(teacher, "model.layers.0.self_attn.o_proj", batch).unflatten(-1, (4, 4)).square()
+    scores = scores[batch["attention_mask"].bool()].sum((0, 2)) * torch.tensor([9.0, 4.0, 0.25, 1.0])
+    of_pairs = [int(scores[:2].argmax()), 2 + int(scores[2:].argmax())]
+    spread, report = narrow(teacher, heads=2, data=[batch], return_report=True)
+    assert report.kept["model.layers.0.self_attn.o_proj"] == tuple(of_pairs)
+    assert (spread.config.num_attention_heads, spread.config.num_key_value_heads) == (2, 2)
+    pair, report = narrow(teacher, heads=2, key_value_heads=1, data=[batch], return_report=True)
+    better = (0, 1) if scores[:2].sum() > scores[2:].sum() else (2, 3)
+    assert report.kept["model.layers.0.self_attn.o_proj"] == better
+    assert (pair.config.num_key_value_heads, pair.config.head_dim) == (1, 4)
+    attention, theirs = pair.model.layers[0].self_attn, teacher.model.layers[0].self_attn
+    start = 4 * (better[0] // 2)
+    assert torch.equal(attention.k_proj.weight, theirs.k_proj.weight[start : start + 4])
+    assert torch.equal(attention.q_proj.weight, theirs.q_proj.weight[4 * better[0] : 4 * better[0] + 8])
+
+
+def test_a_convolution_in_groups_keeps_equally_many_of_each() -> None:
+    """Its weight, of which length and direction are stored apart, is the teacher's weight at those places."""
+    name = "Wav2Vec2ForCTC"
+    teacher = teacher_of(name)
+    student, report = narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()], return_report=True)
+    kept = report.kept["hidden states"]
+    halves = [[c for c in kept if c < 8], [c - 8 for c in kept if c >= 8]]
+    assert [len(half) for half in halves] == [6, 6]
+    ours, theirs = (model.wav2vec2.encoder.pos_conv_embed.conv.weight for model in (student, teacher))
+    parts = [half[rows][:, rows] for half, rows in zip(theirs.split(8), halves, strict=True)]
+    assert_close(ours, torch.cat(parts))
+
+
+def test_whisper_keeps_the_alignment_heads_that_stay() -> None:
+    name = "WhisperForConditionalGeneration"
+    teacher = teacher_of(name)
+    teacher.generation_config.alignment_heads = [[0, head] for head in range(4)] + [[1, 2]]
+    student, report = narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()], return_report=True)
+    kept = report.kept["model.decoder.layers.0.encoder_attn.out_proj"]
+    other = report.kept["model.decoder.layers.1.encoder_attn.out_proj"]
+    expected = [[0, 0], [0, 1], [0, 2]] + ([[1, other.index(2)]] if 2 in other else [])
+    assert len(kept) == 3 and student.generation_config.alignment_heads == expected
+    assert f"alignment_heads: {len(expected)} of 5 were kept" in str(report)
+
+
+DATA = [MODELS[BERT].batch()]
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "nothing": (BERT, {}, r"say what shall be smaller: hidden=, heads=, intermediate= and/or vocabulary="),
+    "no data": (BERT, {"intermediate": 8}, r"intermediate: which units matter is measured on data. Pass data="),
+    "empty data": (BERT, {"intermediate": 8, "data": []}, r"data= gave no batch"),
+    "strange data": (BERT, {"intermediate": 8, "data": ["a"]}, r"data= gave a str. Give an iterable of batches"),
+    "other columns": (BERT, {"intermediate": 8, "data": [{"x": torch.ones(1)}]}, r"columns x, and BertForSeq.* reads"),
+    "zero": (BERT, {"intermediate": 0, "data": DATA}, r"intermediate=0: give a whole number from 1"),
+    "text": (BERT, {"hidden": "8", "data": DATA}, r"hidden='8': give a whole number"),
+    "bool": (BERT, {"heads": True, "data": DATA}, r"heads=True: give a whole number"),
+    "too many neurons": (BERT, {"intermediate": 33, "data": DATA}, r"33: the teacher has 32 \(config.inter"),
+    "too wide": (BERT, {"hidden": 20, "heads": 4, "data": DATA}, r"20: the teacher has 16 \(config.hid"),
+    "too many heads": (BERT, {"heads": 5, "data": DATA}, r"heads=5: the teacher has 4 \(config.num_attention_heads\)"),
+    "heads alone": (BERT, {"heads": 2, "data": DATA}, r"heads=2 with hidden=16. A head keeps .* hidden=8"),
+    "hidden alone": (BERT, {"hidden": 8, "data": DATA}, r"hidden=8 with 4 heads. A head keeps .* Say heads=2 with it"),
+    "not a multiple": (BERT, {"hidden": 10, "heads": 2, "data": DATA}, r"hidden=10 is no multiple of 4. .* hidden=8"),
+    "importance": (BERT, {"intermediate": 8, "importance": "size"}, r"importance='size': allowed are activation and"),
+    "no loss": (BERT, {"intermediate": 8, "data": DATA, "importance": "gradient"}, r"needs a loss, .* with labels"),
+    "no groups": (BERT, {"hidden": 8, "heads": 2, "key_value_heads": 1, "data": DATA}, r"no key-value heads"),
+    "groups alone": (LLAMA, {"key_value_heads": 1, "data": DATA}, r"key_value_heads= goes with heads="),
+    "groups do not divide": (LLAMA, {"heads": 3, "data": DATA}, r"heads=3 cannot share 2 key-value heads .* one of 1"),
+    "groups too small": (LLAMA, {"heads": 3, "key_value_heads": 1, "data": DATA}, r"are 3 each, and .* only 2 use"),
+    "the config's own rule": (LLAMA, {"hidden": 13, "data": DATA}, r"does not allow .* \(13\) is not a multiple"),
+    "width of embeddings": ("ElectraForMaskedLM", {"hidden": 8, "heads": 2, "data": DATA}, r"not fill the student"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments(case: str) -> None:
+    name, arguments, message = WRONG[case]
+    with pytest.raises(HfDistillError, match=message):
+        narrow(teacher_of(name, layers=1), **arguments)
+
+
+def test_unknown_arguments_and_strange_teachers() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layers'"):
+        narrow(teacher_of(BERT), layers=2)  # type: ignore[call-overload]  # the mistake under test
+    with pytest.raises(TeacherError, match=r"narrow: the teacher is a str"):
+        narrow("bert-base-uncased", hidden=8)  # type: ignore[call-overload]  # the mistake under test
+    clip = hf.CLIPConfig(text_config={"vocab_size": 40}, vision_config={"image_size": 8, "patch_size": 4})
+    with torch.device("meta"):
+        two_towers = hf.CLIPModel(clip)
+    two_towers = two_towers.to_empty(device="cpu")
+    with pytest.raises(HfDistillError, match=r"CLIPModel has several models inside"):
+        narrow(two_towers, intermediate=8, data=[{"input_ids": torch.ones(1, 3, dtype=torch.long)}])
+    teacher = teacher_of("Wav2Vec2ForCTC", num_conv_pos_embedding_groups=4, num_conv_pos_embeddings=4)
+    narrow(teacher, hidden=12, heads=3, data=[MODELS["Wav2Vec2ForCTC"].batch()])
+    with pytest.raises(HfDistillError, match=r"hidden=12: a convolution .* works in 8 groups, .* multiple of 8"):
+        teacher = teacher_of("Wav2Vec2ForCTC", num_conv_pos_embedding_groups=8)
+        narrow(teacher, hidden=12, heads=3, data=[MODELS["Wav2Vec2ForCTC"].batch()])
+
+
+def test_a_teacher_changed_by_hand_is_refused() -> None:
+    teacher = teacher_of(BERT)
+    teacher.classifier = torch.nn.Linear(16, 5)
+    with pytest.raises(TeacherError, match=r"the teacher does not fill the student: classifier.weight \(3, 16\)"):
+        narrow(teacher, intermediate=8, data=DATA)
+
+
+def test_a_layout_that_is_not_known_is_refused() -> None:
+    """GPT-NeoX keeps query, key and value of each head together: cut as three blocks it would be nonsense."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1, "bos_token_id": 1}
+    teacher = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, intermediate_size=32, eos_token_id=2))
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    with pytest.raises(TeacherError, match=r"the heads units of GPTNeoXForCausalLM cannot be cut: exchanging some"):
+        narrow(teacher, hidden=8, heads=2, data=[batch])
+    assert narrow(teacher, intermediate=8, data=[batch]).config.intermediate_size == 8
+
+
+def test_data_may_hold_more_columns_and_gaps() -> None:
+    _, report = narrow(teacher_of(BERT), intermediate=8, data=[{**DATA[0], "idx": torch.ones(2)}], return_report=True)
+    assert len(report.kept) == 2 and report.fresh == () and "config.intermediate_size: 8 of 32" in str(report)
+    teacher = teacher_of(T5)
+    assert narrow(teacher, heads=2, hidden=6, data=DATA).config.d_kv == teacher.config.d_kv
+
+
+def test_a_width_that_sets_a_factor_is_noted() -> None:
+    teacher = teacher_of("BartForConditionalGeneration", scale_embedding=True)
+    data = [MODELS["BartForConditionalGeneration"].batch()]
+    _, report = narrow(teacher, hidden=4, heads=1, data=data, return_report=True)
+    assert any("embed_scale is 2, in the teacher 4" in note for note in report.notes)
+
+
+def test_an_error_in_a_forward_puts_modes_back() -> None:
+    teacher = teacher_of(BERT).train()
+    with pytest.raises(DataError):
+        narrow(teacher, intermediate=8, data=DATA, importance="gradient")
+    assert all(module.training for module in teacher.modules())
