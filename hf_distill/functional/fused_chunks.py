@@ -17,7 +17,7 @@ from hf_distill.functional.fused_inputs import Head
 from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
 
 MIB = 2**20
-BUDGET_16_BITS, BUDGET = 80 * MIB, 256 * MIB
+BUDGET_16_BITS, BUDGET = 128 * MIB, 256 * MIB
 MOST_ROWS = 512  # products gain nothing from more
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
@@ -39,8 +39,8 @@ def fresh(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> 
 def rows_a_chunk(n: int, bytes_a_row: int, budget: int) -> int:
     """As many rows as fit the budget, a round number of them, at least one.
 
-    >>> rows_a_chunk(2048, 2 * 2 * 131072, 80 * 2**20)
-    160
+    >>> rows_a_chunk(2048, 2 * 2 * 131072, 128 * 2**20)
+    256
     """
     rows = max(1, min(budget // bytes_a_row, MOST_ROWS))
     if rows > ROUND_ROWS:

@@ -195,6 +195,12 @@ def _refuse_a_head_that_does_not_fit(whose: str, hidden: Tensor, head: Head) -> 
 def compared_columns(terms: Terms, student_width: int, teacher: FusedTeacher) -> int:
     """How many leading columns the divergence compares."""
     if isinstance(teacher, TeacherSparse):
+        if teacher.tail is None and terms.temperature != 1:
+            raise SettingError(
+                "sparse targets without a tail are log-probabilities at temperature 1; the temperature is "
+                f"{terms.temperature}. Pass tail=, the log of the sum of exp(logit / T) over all other columns: it "
+                "cannot be had from probabilities at another temperature."
+            )
         columns = student_width if terms.columns is None else terms.columns
         return _at_most(columns, student_width, "student's head")
     width = teacher.head.weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[1]

@@ -72,7 +72,7 @@ def fused_linear_distillation(
         terms: divergence, temperature, factors.
         labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
         row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 80 MiB in 16 bits, 256 MiB in 32; never more
+        budget_bytes: for the logits of one chunk of both sides; None: 128 MiB in 16 bits, 256 MiB in 32; never more
             than 512 rows.
 
     Raises:

@@ -1,0 +1,92 @@
+"""What the fused loss refuses, and how it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_distill import SettingError
+from hf_distill.errors import DataError
+from hf_distill.functional.fused_inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms
+from hf_distill.functional.fused_linear import fused_linear_distillation
+
+ROWS, HEAD = torch.zeros(3, 4), Head(torch.zeros(5, 4))
+SAME = TeacherLogits(torch.zeros(3, 5))
+KNOWN = torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"divergence": "forward"}, r"divergence='forward': no such divergence. Allowed: .*forward_kl, reverse_kl"),
+        ({"divergence": "dist"}, r"divergence='dist' compares rows with each other, so it cannot be taken chunk by"),
+        ({"divergence": "jensen_shannon", "settings": {"beta": 2.0}}, r"beta=2.0: must lie in \[0, 1\]"),
+        ({"settings": {"beta": 0.5}}, r"settings=\{'beta': 0.5\} of divergence='forward_kl': .*unexpected keyword"),
+        ({"temperature": 0.0}, r"temperature=0.0: must be a number above 0"),
+        ({"temperature": float("nan")}, r"temperature=nan: must be a number above 0"),
+    ],
+)
+def test_terms_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Terms(**knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"bias": torch.zeros(4)}, r"a head is a weight \[v d\] and a bias \[v\]; got \[5, 4\] and \[4\]"),
+        ({"logit_scale": -1.0}, r"logit_scale=-1.0: must be a number above 0"),
+        ({"softcap": 0.0}, r"softcap=0.0: must be a number above 0"),
+    ],
+)
+def test_heads_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Head(torch.zeros(5, 4), **knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"teacher": None}, r"neither labels nor a teacher"),
+        ({"teacher": TeacherLogits(torch.zeros(3, 6))}, r"student and teacher have 5 and 6 columns. Pass columns="),
+        ({"terms": Terms(columns=6)}, r"columns=6: must lie in \[1, 5\], the width of the narrower head"),
+        ({"labels": Labels(KNOWN, smoothing=1.0)}, r"smoothing=1.0: must lie in \[0, 1\)"),
+        (
+            {"teacher": TeacherSparse(KNOWN[:, None], torch.zeros(3, 1)), "terms": Terms(temperature=2.0)},
+            r"sparse targets without a tail are log-probabilities at temperature 1; the temperature is 2.0",
+        ),
+    ],
+)
+def test_settings_that_contradict(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        fused_linear_distillation(ROWS, HEAD, **{"teacher": SAME, "terms": Terms(), **knobs})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (
+            {"student_hidden": torch.zeros(1, 3, 4)},
+            r"hidden rows are \[1, 3, 4\] and its head is \[5, 4\]: rows \[n 4\]",
+        ),
+        ({"student_hidden": torch.zeros(3, 6)}, r"the student's hidden rows are \[3, 6\] and its head is \[5, 4\]"),
+        ({"student_hidden": ROWS.bfloat16()}, r"hidden rows are torch.bfloat16 and its head is torch.float32"),
+        ({"teacher": TeacherHidden(torch.zeros(3, 2), HEAD)}, r"the teacher's hidden rows are \[3, 2\]"),
+        ({"teacher": TeacherHidden(torch.zeros(2, 4), HEAD)}, r"hidden rows are \[2, 4\]; the student has 3 rows"),
+        (
+            {"teacher": TeacherLogits(torch.zeros(4, 5))},
+            r"logits are \[4, 5\]; the student has 3 rows, so \[3 columns\]",
+        ),
+        ({"teacher": TeacherSparse(KNOWN[:, None], torch.zeros(3, 2))}, r"ids \[3, 1\] and logits \[3, 2\] differ"),
+        ({"row_weights": torch.ones(2)}, r"row_weights: shape \[2\]; one a row is needed, \[3\]"),
+        ({"labels": torch.tensor([0, 1])}, r"labels: shape \[2\]; one a row is needed, \[3\]"),
+        ({"labels": torch.tensor([0, 1, 5])}, r"label 5: the student's head has columns 0 to 4; -100 is none"),
+        ({"labels": torch.tensor([0, -1, 4])}, r"label -1: the student's head has columns 0 to 4"),
+    ],
+)
+def test_data_that_do_not_fit(knobs: dict[str, Any], message: str) -> None:
+    given = {"student_hidden": ROWS, "student_head": HEAD, "teacher": SAME, "terms": Terms(), **knobs}
+    with pytest.raises(DataError, match=message):
+        fused_linear_distillation(given.pop("student_hidden"), given.pop("student_head"), **given)

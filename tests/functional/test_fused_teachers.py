@@ -1,0 +1,145 @@
+"""What the teacher may show the fused loss beside hidden rows: logits with −inf, k columns and a tail, nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.functional import DIVERGENCES, PROPERTIES
+from hf_distill.functional.fused_inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
+from hf_distill.functional.fused_linear import fused_linear_distillation
+from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
+
+SOFTENED = [name for name in fusable() if PROPERTIES[name].softens]
+
+
+def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **knobs: Any) -> Any:
+    case = setting(name, settings, **knobs)
+    assert isinstance(case.teacher, TeacherHidden)
+    case.teacher = TeacherLogits(logits_of(case.teacher.hidden, case.teacher.head).detach())
+    return case
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_logits_as_they_are_and_left_as_they_were(name: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    case = given_logits(name, settings, dtype=dtype, padding=(0, 2))
+    before = case.teacher.logits.clone()
+    compare(case, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-11 if dtype == torch.float64 else 2e-5)
+    assert torch.equal(case.teacher.logits, before)
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_blocked_columns_on_either_side(name: str, settings: dict[str, Any]) -> None:
+    """−inf in the teacher's rows here and there, and in the student's bias: a column that nobody may predict."""
+    case = given_logits(name, settings, bias=True)
+    for row, column in ((0, 1), (2, 0), (3, 4), (5, 5), (5, 0)):
+        case.teacher.logits[row, column] = -math.inf
+    with torch.no_grad():
+        case.head.bias[8] = -math.inf
+    case.labels = replace(case.labels, ids=torch.tensor([1, -100, 3, 4, 0, 5, 7]))
+    compare(case)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_teacher_that_says_no_number_is_heard_where_it_counts(bad: float) -> None:
+    for name in fusable():
+        case = given_logits(name)
+        case.teacher.logits[3, 1] = bad
+        found = case.run()
+        assert not torch.isfinite(found.loss) and not torch.isfinite(found.divergence_rows[3])
+        assert torch.isfinite(found.divergence_rows[torch.arange(7) != 3]).all()
+        weights = torch.ones(7, dtype=torch.float64)
+        weights[3] = 0.0
+        found = case.run(row_weights=weights)
+        assert torch.isfinite(found.loss)
+        assert all(torch.isfinite(gradient).all() for gradient in case.gradients(found.loss))
+
+
+def test_equal_heads_and_rows_give_exactly_nothing() -> None:
+    rows = torch.randn(5, 4, requires_grad=True)
+    head = Head(torch.randn(300, 4, requires_grad=True), torch.randn(300))
+    teacher = TeacherHidden(rows.detach(), Head(head.weight.detach(), head.bias))
+    for name, settings in (case.values for case in FAMILY):
+        loss = fused_linear_distillation(rows, head, teacher=teacher, terms=Terms(name, settings, temperature=2.0)).loss
+        gradients = torch.autograd.grad(loss, (rows, head.weight))
+        assert abs(loss.item()) < 1e-6
+        assert max(gradient.abs().max().item() for gradient in gradients) < 1e-6
+
+
+def test_labels_alone() -> None:
+    case = setting(bias=True, smoothing=0.2)
+    case.teacher = None
+    compare(case)
+    assert case.run().divergence_rows is None and case.run().divergence_total == 0
+
+
+def coarse(rows: Tensor, ids: Tensor) -> Tensor:
+    """`[n v]` logits to `[n k + 1]`: the listed columns, and the log of the sum of the others'."""
+    listed = torch.zeros_like(rows, dtype=torch.bool).scatter(1, ids, True)
+    return torch.cat((rows.gather(1, ids), rows.masked_fill(listed, -math.inf).logsumexp(-1, keepdim=True)), 1)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 11])
+@pytest.mark.parametrize("name", SOFTENED)
+def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> None:
+    """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
+    case = given_logits(name, labels=False, bias=True, row_weights=True)
+    t, logits = case.terms.temperature, case.teacher.logits
+    ids = logits.topk(k).indices
+    outcomes = coarse(logits / t, ids)
+    case.teacher = TeacherSparse(ids, logits.gather(1, ids), outcomes[:, -1])
+    found = case.run()
+    student = logits_of(case.hidden, case.head) / t
+    ours = coarse(student, ids) if k < 11 else student.gather(1, ids)
+    expected = DIVERGENCES[name](ours, outcomes[:, : ours.shape[1]])
+    total = (expected * case.row_weights).sum()
+    loss = 0.7 * t ** PROPERTIES[name].temperature_power * total
+    torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=1e-12)
+    for mine, plain in zip(case.gradients(found.loss), case.gradients(loss), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_sparse_log_probabilities_bring_their_own_tail() -> None:
+    case = given_logits("forward_kl", temperature=1.0)
+    log_p = case.teacher.logits.log_softmax(-1)
+    top = log_p.topk(3)
+    whole = TeacherSparse(top.indices, top.values, coarse(log_p, top.indices)[:, -1])
+    case.teacher = whole
+    expected = case.run()
+    case.teacher = replace(whole, tail=None)
+    torch.testing.assert_close(case.run().loss, expected.loss, rtol=1e-9, atol=0.0)
+    case.teacher = TeacherSparse(top.indices, top.values.exp().div(top.values.exp().sum(-1, keepdim=True)).log())
+    assert torch.isfinite(case.run().loss)  # nothing is left to 1: the tail is what rounding leaves
+
+
+def test_autocast_takes_products_in_its_type_and_gives_fp32_gradients_unrounded() -> None:
+    case = setting(dtype=torch.float32, n=40, v=149, bias=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.run()
+        student = F.linear(case.hidden, case.head.weight, case.head.bias)
+        assert student.dtype == torch.bfloat16
+    gradients = case.gradients(found.loss)
+    exact = case.gradients(case.run().loss)
+    for gradient, right in zip(gradients, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        assert 0 < (gradient - right).norm() / right.norm() < 0.02
+
+
+def test_a_second_backward_is_refused_and_a_tied_weight_gets_both_gradients() -> None:
+    weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    hidden = 2 * weight[:3]  # as embeddings
+    labels = torch.tensor([1, 2, 5])
+    loss = fused_linear_distillation(hidden, Head(weight), teacher=None, terms=Terms(), labels=labels).loss
+    plain = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    (expected,) = torch.autograd.grad(plain, weight, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="gave its gradients away in its first backward"):
+        loss.backward()
