@@ -134,7 +134,10 @@ def _find_heads(teacher: PreTrainedModel, layout: Layout, wiring: Wiring) -> Non
     for name in HEAD_SIZES:
         setting = Setting(holder, heads.settings[0].of(layout.config).attribute_map.get(name, name))
         size = setting.value(layout.config) or hidden.value // heads.value
-        config = changed(layout.config, {setting: size})
+        try:
+            config = changed(layout.config, {setting: size})
+        except AttributeError:  # a config that works it out and cannot be told
+            continue
         found = grown(teacher, config, twice)
         readers = {(name, wiring.input_axis[name]) for name in wiring.reading}
         if found and readers and readers <= found.keys() and grown(teacher, config, {setting: 2 * size}):

@@ -88,6 +88,18 @@ def narrow(
     sizes = {"hidden": hidden, "heads": heads, "groups": key_value_heads, "intermediate": intermediate}
     wanted = {kind: value for kind, value in sizes.items() if value is not None}
     _check_given(wanted, vocabulary, data)
+    student, report = _narrow(teacher, wanted, vocabulary, data, importance)
+    logger.info("%s", report)
+    return (student, report) if return_report else student
+
+
+def _narrow(
+    teacher: PreTrainedModel,
+    wanted: dict[str, int],
+    vocabulary: TrimmedVocabulary | None,
+    data: Batches | None,
+    importance: str,
+) -> tuple[PreTrainedModel, NarrowReport]:
     cuts: list[Cut] = []
     values: dict[str, int] = {}
     if wanted:
@@ -99,9 +111,7 @@ def narrow(
         layout, token_cut = _tokens(teacher, layout, vocabulary)
         cuts.append(token_cut)
         values["vocabulary"] = len(vocabulary.kept)
-    student, report = thinner(teacher, layout, cuts, values, vocabulary, importance if wanted else None)
-    logger.info("%s", report)
-    return (student, report) if return_report else student
+    return thinner(teacher, layout, cuts, values, vocabulary, importance if wanted else None)
 
 
 def _check_given(wanted: dict[str, int], vocabulary: Any, data: Any) -> None:

@@ -30,7 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Settings that are cut along with one of the above where they are as large.
 ALONG: dict[str, tuple[str, ...]] = {
-    "hidden": ("embedding_size", "pooler_hidden_size", "output_hidden_size"),
+    "hidden": ("embedding_size", "pooler_hidden_size", "output_hidden_size", "word_embed_proj_dim"),
     "vocabulary": ("decoder_vocab_size",),
 }
 # A head's size, where a config can say it by itself; some models read a name that their config does not declare.
@@ -101,11 +101,13 @@ def grown(teacher: PreTrainedModel, config: PreTrainedConfig, values: Mapping[Se
         after = shapes(empty_like(teacher, changed(config, values), "meta"))
     except _REFUSALS:
         return None
+    if before.keys() != after.keys():
+        return None  # another model, not a larger one
     found: dict[Place, int] = {}
     for name, shape in before.items():
-        other = after.get(name)
-        if other is None or len(other) != len(shape):
-            return None  # another model, not a larger one
+        other = after[name]
+        if len(other) != len(shape):
+            return None
         found |= {(name, axis): b - a for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b}
     return found
 
