@@ -21,6 +21,8 @@ from hf_distill.errors import DataError
 MANIFEST, PLAN, INDEX, CARD = "manifest.json", "unfinished.json", "index.arrow", "README.md"
 STATE, INFO = "state.json", "dataset_info.json"  # what datasets.load_from_disk reads
 PARTIAL = ".partial"
+RECEIPTS = "shard-*.json"
+FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 1
 
 
 class DiskFull(OSError):
@@ -80,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_arrow(path: Path, columns: Mapping[str, pa.Array]) -> None:
     """One record batch as an Arrow stream, uncompressed: the same columns, the same bytes."""
     batch = pa.record_batch(list(columns.values()), names=list(columns))
-    with written_beside(path) as file, pa.PythonFile(file, "w") as sink, pa.ipc.new_stream(sink, batch.schema) as out:
+    with written_beside(path) as file, pa.ipc.new_stream(file, batch.schema) as out:
         out.write_batch(batch)
 
 

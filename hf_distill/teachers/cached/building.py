@@ -1,0 +1,333 @@
+"""The pass of a teacher over a dataset: shard by shard, resumable to the byte, by several processes.
+
+What is found out before stands in `planning.py`, what closes it in `finishing.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.tasks import Task, make_task
+from hf_distill.teachers.cached import files, fingerprints, planning, size
+from hf_distill.teachers.cached.bar import Bar
+from hf_distill.teachers.cached.drawn import refuse_drawn
+from hf_distill.teachers.cached.finishing import finish, is_finished
+from hf_distill.teachers.cached.keys import content_keys
+from hf_distill.teachers.cached.planning import Source
+from hf_distill.teachers.cached.stores import Store, store_from
+from hf_distill.teachers.load import as_dtype, load_teacher
+from hf_distill.teachers.model import ModelTeacher
+
+logger = logging.getLogger(__name__)
+_MEASURED = "measured"  # in the plan: what a resumed pass takes over and does not measure again
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the pass is made; see `TeacherCache.build`."""
+
+    batch_size: int
+    store: Store | None
+    shard_examples: int | None
+    num_workers: int
+    say: Callable[[str], None] | None
+    progress: bool
+
+
+class Builder:
+    """One process's part of a pass."""
+
+    def __init__(self, source: Source, folder: Path, state: Any, settings: Settings) -> None:
+        self.source = source
+        self.folder = folder
+        self.state = state
+        self.settings = settings
+        self.plan: dict[str, Any] = {}
+        self._now: dict[str, Any] | None = None
+
+    @classmethod
+    def prepared(
+        cls,
+        teacher: Any,
+        dataset: Any,
+        folder: Path,
+        *,
+        student: Any,
+        task: Task | str | None,
+        collator: Callable[..., Any] | None,
+        processor: Any,
+        dtype: str | None,
+        accelerator: Any,
+        settings: Settings,
+    ) -> Builder:
+        """Raises:
+        SettingError, TeacherError: see the messages; nothing is written.
+        """
+        if settings.batch_size < 1 or (settings.shard_examples or 1) < 1:
+            raise SettingError(
+                f"batch_size={settings.batch_size}, shard_examples={settings.shard_examples}: at least 1."
+            )
+        state = accelerator or PartialState()
+        model = _as_model_teacher(teacher, student, task, dtype)
+        learner = student if student is not None else model.model
+        chosen = collator or planning.default_collator(processor)
+        refuse_drawn(chosen)
+        made = make_task(learner, task)
+        made.learn_from(getattr(model.model, "config", None))
+        if accelerator is not None:
+            model.place(accelerator)
+        else:
+            model.model.to(state.device)
+        return cls(Source(model, made, learner, dataset, chosen, processor), folder, state, settings)
+
+    def run(self) -> None:
+        """Raises:
+        DataError: see `TeacherCache.build`.
+        """
+        if self._is_built():
+            return
+        self._begin()
+        mine = range(self.state.process_index, self.plan["shard_count"], self.state.num_processes)
+        done = [number for number in mine if self._is_done(number)]
+        try:
+            self._make([number for number in mine if number not in done], done=done)
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                finish(self.folder, self.plan)
+            self.state.wait_for_everyone()
+        except files.DiskFull as error:
+            raise DataError(self._full(error)) from error
+
+    # Before the pass.
+
+    def _is_built(self) -> bool:
+        """Raises:
+        DataError: the folder holds a cache of something else, or what is no cache.
+        """
+        if not (self.folder / files.MANIFEST).is_file():
+            self._refuse_foreign()
+            return False
+        self._refuse_other_plan(files.read_json(self.folder / files.MANIFEST), self._planned(), "a cache")
+        self._say(f"{self.folder} is built already.")
+        return True
+
+    def _begin(self) -> None:
+        """Announce it, and agree on the plan: that of the folder, if the pass goes on."""
+        plan = self._planned()
+        if (self.folder / files.PLAN).is_file():
+            self.plan = files.read_json(self.folder / files.PLAN)
+            self._refuse_other_plan(self.plan, plan, "an unfinished cache")
+        else:
+            self.plan = self._sized(plan)
+        self.state.wait_for_everyone()  # nobody has written yet what others look for
+        if self.state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for beside in self.folder.glob(f"*{files.PARTIAL}-*"):  # of a pass that was killed
+                beside.unlink()
+            if not (self.folder / files.PLAN).is_file():
+                self._write(files.PLAN, self.plan)
+        self.state.wait_for_everyone()
+
+    def _planned(self) -> dict[str, Any]:
+        """What is asked for now, found out once."""
+        if self._now is None:
+            plan = planning.made_plan(
+                self.source,
+                store=self.settings.store,
+                batch_size=self.settings.batch_size,
+                device=self.state.device,
+            )
+            self._now = {**plan, "shard_asked": self.settings.shard_examples}
+        return self._now
+
+    def _sized(self, plan: dict[str, Any]) -> dict[str, Any]:
+        axis, batch_size = plan["predictions"]["axis"], self.settings.batch_size
+        fields = store_from(plan["store"]).fields(plan["predictions"]["columns"])
+        positions = planning.positions_of_an_example(self.source, axis, batch_size=batch_size)
+        count = plan["dataset"]["examples"]
+        found = size.Size(count, positions, size.bytes_a_position(fields))
+        free = size.free_bytes(self.folder)
+        self._say(f"The teacher's cache takes {size.announced(found, self.folder, free=free)}.")
+        size.refuse_too_large(found, self.folder, free=free)
+        change = planning.change_by_padding(self.source, axis, batch_size=batch_size, device=self.state.device)
+        remark = planning.padding_remark(change, plan)
+        if remark is not None:
+            logger.warning(f"About the teacher's cache: {remark}")
+        examples = planning.shard_size(self.settings.shard_examples, found.total / count, count, batch_size)
+        measured = {"positions_an_example": positions, "change_by_padding": change}
+        return {**plan, "shard_examples": examples, "shard_count": -(-count // examples), _MEASURED: measured}
+
+    def _refuse_other_plan(self, there: dict[str, Any], now: dict[str, Any], what: str) -> None:
+        differing = fingerprints.differences({name: there.get(name) for name in now}, now)
+        finished = "shards" in there  # then it does not matter which versions made it
+        differing = [line for line in differing if not line.startswith("versions") or not finished]
+        differing = [line for line in differing if not line.startswith("dataset.content")]
+        if differing:
+            raise DataError(
+                f"{self.folder} holds {what} of something else: {'; '.join(differing[:4])}"
+                f"{'; and more' if len(differing) > 4 else ''}. Choose another folder, delete this one, or call it "
+                "with what it was begun with."
+            )
+
+    def _refuse_foreign(self) -> None:
+        if (self.folder / files.PLAN).is_file() or not self.folder.exists():
+            return
+        if not self.folder.is_dir() or any(not path.name.startswith(".") for path in self._entries()):
+            raise DataError(f"{self.folder} holds something that is no cache. Give a new or an empty folder.")
+
+    def _entries(self) -> Iterator[Path]:
+        return (path for path in self.folder.iterdir() if files.PARTIAL not in path.name)
+
+    # The pass.
+
+    def _indices(self, shard: int) -> range:
+        start, count = shard * self.plan["shard_examples"], self.plan["dataset"]["examples"]
+        return range(start, min(count, start + self.plan["shard_examples"]))
+
+    def _batches(self, shards: list[int]) -> list[list[int]]:
+        """The same whoever makes them: batches do not reach over the end of a shard."""
+        size_ = self.settings.batch_size
+        return [list(r[at : at + size_]) for r in map(self._indices, shards) for at in range(0, len(r), size_)]
+
+    def _loaded(self, shards: list[int]) -> Iterator[dict[str, Any]]:
+        loader: DataLoader[Any] = DataLoader(
+            _Examples(self.source),  # type: ignore[arg-type]  # what a Dataset must have, it has
+            batch_sampler=self._batches(shards),
+            collate_fn=_as_dict_of(self.source.collator),
+            num_workers=self.settings.num_workers,
+            generator=torch.Generator(),  # that of the training is left alone
+        )
+        return iter(loader)
+
+    def _is_done(self, shard: int) -> bool:
+        """Whether an earlier pass finished it.
+
+        Raises:
+            DataError: it did, and of other examples than the dataset now has.
+        """
+        if not is_finished(self.folder, shard):
+            return False
+        written = files.read_arrow(self.folder / files.shard_name(shard))
+        there = np.stack([files.numbers(written.column("high")), files.numbers(written.column("low"))], 1)
+        now = np.concatenate([self._keys(batch) for batch in self._loaded([shard])])
+        if not np.array_equal(there, now):
+            at = int(np.flatnonzero((there != now).any(1))[0]) + self._indices(shard)[0]
+            raise DataError(
+                f"example {at} of the dataset is another one than when {self.folder} was begun. Give the dataset that "
+                "it was begun with, or choose another folder."
+            )
+        return True
+
+    def _keys(self, batch: dict[str, Any]) -> np.ndarray:
+        return content_keys(batch, self.plan["inputs"]["columns"], main=self.source.main)
+
+    def _make(self, shards: list[int], *, done: list[int]) -> None:
+        store = store_from(self.plan["store"])
+        shown = self.settings.progress and self.state.is_main_process and bool(shards)
+        batches = self._loaded(shards)
+        total, before = len(self._batches([*done, *shards])), len(self._batches(done))
+        with Bar(total=total, finished=before, shown=shown) as bar:
+            for shard in shards:
+                parts = []
+                for _ in range(0, len(self._indices(shard)), self.settings.batch_size):
+                    parts.append(self._part(next(batches), store))
+                    bar.advance(parts[-1]["positions"])
+                self._write_shard(shard, parts)
+
+    def _part(self, batch: dict[str, Any], store: Store) -> dict[str, np.ndarray]:
+        keys = self._keys(batch)
+        raw, prepared = self.source.ask(batch, self.state.device)
+        rows, counts = self.source.cut(raw, prepared, self.plan["predictions"]["axis"])
+        if rows.shape[1] != self.plan["predictions"]["columns"]:
+            raise DataError(
+                f"the teacher predicts {rows.shape[1]} columns here and {self.plan['predictions']['columns']} at the "
+                "start: examples must have equally many (choices)."
+            )
+        return {"high": keys[:, 0], "low": keys[:, 1], "positions": counts.astype(np.int32), **store.encode(rows)}
+
+    def _write_shard(self, shard: int, parts: list[dict[str, np.ndarray]]) -> None:
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        plain = ("high", "low", "positions")
+        columns = {name: files.plain_array(whole[name]) for name in plain}
+        for name in whole:
+            if name not in plain:
+                columns[name] = files.list_array(whole[name], whole["positions"] * whole[name].shape[1])
+        path = self.folder / files.shard_name(shard)
+        files.write_arrow(path, columns)
+        receipt = {
+            "file": path.name,
+            "examples": len(whole["positions"]),
+            "positions": int(whole["positions"].sum()),
+            "bytes": path.stat().st_size,
+            "blake2b": fingerprints.of_file(path),
+        }
+        files.write_json(self.folder / files.receipt_name(shard), receipt)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        try:
+            files.write_json(self.folder / name, content)
+        except files.DiskFull as error:
+            raise DataError(self._full(error)) from error
+
+    def _full(self, error: files.DiskFull) -> str:
+        done = len(list(self.folder.glob(files.RECEIPTS)))
+        free = size.readable(size.free_bytes(self.folder))
+        return (
+            f"the disk is full ({error.strerror}; {free} free at {self.folder}). {done} of "
+            f"{self.plan['shard_count']} shards are finished and stay. Free space and make the same call again: it "
+            "goes on with the next shard."
+        )
+
+    def _say(self, text: str) -> None:
+        if self.state.is_main_process:
+            (self.settings.say or logger.info)(text)
+
+
+class _Examples:
+    """A map-style dataset of what the collator takes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source.example(index)
+
+
+class _as_dict_of:
+    """A collator whose batches are plain dicts, also in a worker process."""
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        return dict(self.collator(features))
+
+
+def _as_model_teacher(teacher: Any, student: Any, task: Task | str | None, dtype: str | None) -> ModelTeacher:
+    if isinstance(teacher, ModelTeacher):
+        return teacher
+    if isinstance(teacher, torch.nn.Module):
+        return ModelTeacher(teacher, dtype=as_dtype(dtype))
+    if isinstance(teacher, (str, Path)):
+        if student is None and task is None:
+            raise SettingError(
+                f"teacher={str(teacher)!r}: which head it is to be loaded with is not known. Pass student= or task=."
+            )
+        kind = task if isinstance(task, str) else make_task(student, task).kind
+        return ModelTeacher(load_teacher(teacher, kind, dtype=dtype), dtype=as_dtype(dtype))
+    raise SettingError(
+        f"a cache is built of one model, not of a {type(teacher).__name__}. Give a model, a folder or a Hub id."
+    )

@@ -1,0 +1,271 @@
+"""TeacherCache: a finished cache on the disk: opened and checked, examples found by key, published as a dataset.
+
+How one is built stands in `building.py`; who teaches from it, in `teacher.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError, TeacherError
+from hf_distill.tasks import Batch, Task
+from hf_distill.teachers.cached import files, fingerprints, layout
+from hf_distill.teachers.cached.building import Builder, Settings
+from hf_distill.teachers.cached.keys import CACHED_PREFIX, content_keys
+from hf_distill.teachers.cached.size import readable
+from hf_distill.teachers.cached.stores import Store, store_from
+
+POSITIONS = f"{CACHED_PREFIX}positions"
+
+
+def is_cache(path: Any) -> bool:
+    """Whether a folder is a cache, finished or not."""
+    folder = Path(path)
+    return any((folder / name).is_file() for name in (files.PLAN, files.INDEX)) or (
+        (folder / files.MANIFEST).is_file() and files.read_json(folder / files.MANIFEST).get("format") == files.FORMAT
+    )
+
+
+class TeacherCache:
+    """What a teacher says of every example of a dataset, by the content of the example.
+
+    Args:
+        path: a folder that `TeacherCache.build` filled, or a copy of one.
+        verify: compare every file with its checksum (it is read once from end to end); else its size alone.
+
+    Attributes:
+        manifest: who the teacher is, of what dataset, and how it is kept.
+
+    Raises:
+        DataError: no cache, an unfinished one, or a file that is missing, cut off or changed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = _opened(self.path)
+        self.store: Store = store_from(self.manifest["store"])
+        self.main: str = self.manifest["inputs"]["main"]
+        self.columns: tuple[str, ...] = tuple(self.manifest["inputs"]["columns"])
+        self.axis: layout.Axis = self.manifest["predictions"]["axis"]
+        self._verify(checksums=verify)
+        self._map()
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Any,
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        student: Any = None,
+        task: Task | str | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        processing_class: Any = None,
+        batch_size: int = 32,
+        store: Store | None = None,
+        dtype: str | None = None,
+        shard_examples: int | None = None,
+        num_workers: int = 0,
+        accelerator: Any = None,
+        say: Callable[[str], None] | None = None,
+        progress: bool = True,
+    ) -> TeacherCache:
+        """One pass of the teacher over a dataset. Interrupted at any point, the same call goes on where it was.
+
+        Several processes (`accelerate launch`, `torchrun`) each make a part of the shards. The bytes do not depend on
+        how often it was interrupted, nor on how many processes there are.
+
+        Args:
+            teacher: a model, or a folder or Hub id. dataset: with a length, of the examples that a Trainer is given.
+            student: the model that is to learn, where its head is of a class that is not the teacher's. task: instead.
+            data_collator, processing_class: as in the training; the default collator is Trainer's.
+            batch_size: consecutive examples; part of what the cache is, where predictions depend on padding.
+            store: what is kept; `Dense()` by default.
+            dtype: of the teacher, as `teacher_dtype` of the trainer.
+            shard_examples: examples in a file; None: as many as make 64 MB.
+            accelerator: None: processes and device as Accelerate finds them.
+            say: what the announcements are given to (size, what was found); None: the log.
+            progress: a bar with tokens a second and the time left.
+
+        Raises:
+            DataError: it does not fit onto the disk, the disk is full (what is finished stays), or the folder holds a
+                cache of something else.
+            SettingError, TeacherError: see the messages.
+
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification as Bert
+        >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+        >>> data = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
+        >>> cache = TeacherCache.build(Bert(config), data, tempfile.mkdtemp(), progress=False)
+        >>> len(cache), cache.manifest["store"]["name"]
+        (2, 'dense')
+        """
+        settings = Settings(
+            batch_size=batch_size,
+            store=store,
+            shard_examples=shard_examples,
+            num_workers=num_workers,
+            say=say,
+            progress=progress,
+        )
+        builder = Builder.prepared(
+            teacher,
+            dataset,
+            Path(path),
+            student=student,
+            task=task,
+            collator=data_collator,
+            processor=processing_class,
+            dtype=dtype,
+            accelerator=accelerator,
+            settings=settings,
+        )
+        builder.run()
+        return cls(path, verify=False)
+
+    def __len__(self) -> int:
+        return int(self.manifest["dataset"]["examples"])
+
+    def __repr__(self) -> str:
+        return f"TeacherCache({len(self):,} examples, {self.store.name}, {readable(self.bytes)})"
+
+    @property
+    def bytes(self) -> int:
+        return int(sum(shard["bytes"] for shard in self.manifest["shards"]))
+
+    # Finding examples.
+
+    def look_up(self, batch: Batch, task: Task | None = None) -> dict[str, Tensor]:
+        """What the teacher said of the rows of a batch, laid out as the batch is padded, on the CPU.
+
+        Returns:
+            for each field of the store, `teacher_cached_<field>`: `[b t width]`, or `[b width]` where a row is an
+            example; where the number of frames is for the task to know, also `teacher_cached_positions` `[b]`.
+
+        Raises:
+            DataError: an example that is not in the cache, or columns are missing that it is keyed by.
+            TeacherError: an example with another number of positions than it had.
+        """
+        where = self._find(content_keys(batch, self.columns, main=self.main))
+        if bool((where < 0).any()):
+            self._refuse_missing(where)
+        counts, fields = self._gather(where)
+        real = layout.real_positions(self.axis, batch, task=task)
+        laid = {
+            f"{CACHED_PREFIX}{name}": layout.lay(self.store.tensor(name, values), counts, real, self.axis)
+            for name, values in fields.items()
+        }
+        return laid if self.axis != "frames" else {**laid, POSITIONS: torch.from_numpy(counts)}
+
+    def has(self, batch: Batch) -> np.ndarray:
+        """`[b]` bool: which rows of a batch are in the cache."""
+        return self._find(content_keys(batch, self.columns, main=self.main)) >= 0
+
+    def _find(self, keys: np.ndarray) -> np.ndarray:
+        """`[b 2]` → `[b]` place in the index, -1 where there is none."""
+        places = np.searchsorted(self._high, keys[:, 0])
+        found = np.full(len(keys), -1, dtype=np.int64)
+        for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
+            while place < len(self._high) and self._high[place] == key[0]:
+                if self._low[place] == key[1]:
+                    found[i] = place
+                    break
+                place += 1
+        return found
+
+    def _gather(self, where: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Copied out of the memory map: how many positions each example has, and their numbers one after the other."""
+        spans = []
+        for shard, row in zip(self._shard[where].tolist(), self._row[where].tolist(), strict=True):
+            starts = self._starts[shard]
+            spans.append((shard, int(starts[row]), int(starts[row + 1])))
+        counts = np.array([end - start for _, start, end in spans], dtype=np.int64)
+        fields = {}
+        for name, width in self._widths.items():
+            pieces = [self._values[shard][name][start * width : end * width] for shard, start, end in spans]
+            fields[name] = np.concatenate(pieces).reshape(-1, width)
+        return counts, fields
+
+    def _refuse_missing(self, where: np.ndarray) -> None:
+        missing = np.flatnonzero(where < 0)
+        masked = "" if self.manifest["inputs"]["masked"] else " (the cache was built without attention_mask)"
+        raise DataError(
+            f"{len(missing)} of the {len(where)} examples of a batch are not in the teacher's cache (the first is "
+            f"number {missing[0]} of the batch). It holds {len(self):,} examples, each known by the content of "
+            f"{', '.join(self.columns)} without padding. Either the example was not in the dataset that the cache was "
+            "built of, or it is another one since (other text, other truncation, another tokenizer): build the cache "
+            "of this dataset. Or it is changed while training (masks, crops or augmentation drawn anew each time): "
+            "change it once before (hf_distill.views.augment_dataset) and build the cache of that, or use the live "
+            f"teacher. Or padding is taken for content, where no attention_mask tells them apart{masked}: have the "
+            "processor return it, or pad to one fixed length."
+        )
+
+    # Files.
+
+    def _verify(self, *, checksums: bool) -> None:
+        described = [*self.manifest["shards"], self.manifest["index"]]
+        for one in described:
+            path = self.path / one["file"]
+            if not path.is_file():
+                raise DataError(f"{path} is missing: the cache is not whole. Copy it again, or build it again.")
+            size = path.stat().st_size
+            if size != one["bytes"]:
+                raise DataError(
+                    f"{path} has {size:,} bytes, the manifest says {one['bytes']:,}: it was cut off or changed. Copy "
+                    "it again, or delete the folder and build the cache again."
+                )
+            if checksums and fingerprints.of_file(path) != one["blake2b"]:
+                raise DataError(
+                    f"{path} is not what was written: its checksum differs from the manifest's. Copy it again, or "
+                    "delete the folder and build the cache again."
+                )
+
+    def _map(self) -> None:
+        index = files.read_arrow(self.path / files.INDEX)
+        self._high, self._low = files.numbers(index.column("high")), files.numbers(index.column("low"))
+        self._shard, self._row = files.numbers(index.column("shard")), files.numbers(index.column("row"))
+        self._widths: dict[str, int] = {
+            name: field.width for name, field in self.store.fields(self.manifest["predictions"]["columns"]).items()
+        }
+        self._starts: list[np.ndarray] = []
+        self._values: list[dict[str, np.ndarray]] = []
+        for one in self.manifest["shards"]:
+            shard: pa.RecordBatch = files.read_arrow(self.path / one["file"])
+            counts = files.numbers(shard.column("positions"))
+            self._starts.append(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+            self._values.append({name: files.list_values(shard.column(name)) for name in self._widths})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked: they map the files themselves."""
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], verify=False)  # type: ignore[misc]  # opened anew
+
+
+def _opened(folder: Path) -> dict[str, Any]:
+    if (folder / files.MANIFEST).is_file():
+        manifest = files.read_json(folder / files.MANIFEST)
+        if manifest.get("format") != files.FORMAT or manifest.get("format_version", 0) > files.FORMAT_VERSION:
+            raise DataError(
+                f"{folder / files.MANIFEST} is of {manifest.get('format')!r}, version "
+                f"{manifest.get('format_version')}; this version of hf-distill reads {files.FORMAT!r}, version "
+                f"{files.FORMAT_VERSION}. Update hf-distill, or build the cache again."
+            )
+        return manifest
+    if (folder / files.PLAN).is_file():
+        plan = files.read_json(folder / files.PLAN)
+        done = len(list(folder.glob(files.RECEIPTS)))
+        raise DataError(
+            f"{folder} is an unfinished cache: {done} of {plan['shard_count']} shards are there. Call "
+            "TeacherCache.build with the same arguments: it goes on where it was."
+        )
+    raise TeacherError(f"{folder} holds no teacher cache (no {files.MANIFEST}). Build one: TeacherCache.build(...).")

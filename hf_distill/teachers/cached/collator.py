@@ -1,0 +1,45 @@
+"""A collator that looks up what the teacher said, in the worker that makes the batch: training does not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_distill.teachers.cached.cache import TeacherCache
+from hf_distill.teachers.cached.drawn import refuse_drawn
+
+
+class CachedCollator:
+    """The user's collator, with `teacher_cached_*` columns beside what it makes: aligned with the batch's padding.
+
+    For evaluation it is the user's collator alone: evaluation does not ask the teacher, and its examples need not be
+    in the cache.
+
+    Args:
+        collator: makes a batch of examples. cache: where to look.
+
+    Raises:
+        SettingError: a collator that draws masks or augmentations at run time, for both models.
+    """
+
+    def __init__(self, collator: Callable[..., Any], cache: TeacherCache) -> None:
+        refuse_drawn(collator)
+        self.collator = collator
+        self.cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
+        if name in ("collator", "cache"):  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def for_evaluation(self) -> Callable[..., Any]:
+        clean = getattr(self.collator, "for_evaluation", None)
+        return self.collator if clean is None else clean()
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        batch = self.collator(features)
+        if "decoder_input_ids" in self.cache.columns and "decoder_input_ids" not in batch:
+            return batch  # the training makes them of the labels, and looks up then
+        batch.update(self.cache.look_up(batch))
+        return batch
