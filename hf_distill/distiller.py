@@ -140,9 +140,11 @@ class Distiller:
                 same_inputs=any(self.objectives[name].needs_same_inputs for name in asked if name != LOGITS),
             )
         elif asked:
+            alpha = self.blending.alpha
+            why = f"alpha is {alpha(0.0):g}" if LOGITS in asked and alpha else f"{', '.join(asked)} ask for a teacher"
             raise SettingError(
-                f"{', '.join(asked)} (alpha, or the weight of an objective, is above 0), but there is no teacher. Pass "
-                "teacher_model= (a model, a folder or a Hub id), or alpha=0 to train without one."
+                f"{why} but there is no teacher. Pass teacher_model= (a model, a folder or a Hub id), or alpha=0 and no "
+                "objectives to train without one."
             )
         if self.teacher is not None:
             theirs = getattr(self.teacher, "inside", None)

@@ -11,7 +11,9 @@ from hf_distill.functional.attention import attention_kl
 from hf_distill.functional.rows import in_full_precision
 
 
-def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, heads: int) -> Tensor:
+def relation_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, heads: int, segments: Tensor | None = None
+) -> Tensor:
     """KL(teacher's relation ‖ student's relation) at each position, mean over the relation heads.
 
     The relation of position i to the others is softmax_j(x_i · x_j / √(d / heads)), within each relation head. x are
@@ -25,6 +27,7 @@ def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, heads: int) -
         student: `[b t d_s]`. teacher: `[b t d_t]`.
         mask: `[b t]` bool, true where there is something to attend to.
         heads: the number of relation heads; must divide d_s and d_t.
+        segments: `[b t]`, which of several packed sequences a position is of; only its own are related to it. None: one.
 
     Returns:
         `[b t]`. Memory: `[b heads t t]`, a few times.
@@ -42,6 +45,8 @@ def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, heads: int) -
     """
     _refuse_what_does_not_fit(student, teacher, mask, heads)
     pairs = (mask[:, :, None] & mask[:, None, :])[:, None]  # [b 1 t t]
+    if segments is not None:
+        pairs = pairs & (segments[:, :, None] == segments[:, None, :])[:, None]
     return attention_kl(_scores(student, mask, heads), _scores(teacher, mask, heads), pairs)
 
 

@@ -37,7 +37,7 @@ class Blocks:
     owner: nn.Module
     width: int | None
     heads: int | None
-    of_decoder: bool
+    of_decoder: bool = False
     shared: bool = False
 
 
@@ -129,6 +129,9 @@ def _blocks(
         if isinstance(candidate, PreTrainedModel):
             owner = candidate
             break
+    whole = getattr(model, "base_model_prefix", None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) and whole and parts[0] == whole:
+        owner = model.get_submodule(whole)  # what ends the encoder may not be all that the head reads after (DINOv2)
     config = getattr(owner, "config", None)
     side = next((part for part in parts if part in SIDES), None)
     two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

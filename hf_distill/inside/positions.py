@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_distill.errors import DataError
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import IGNORED, attended, batch_size
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, batch_size
 from hf_distill.tasks.infer import unwrapped
 
 _MASK = "attention_mask"
@@ -42,6 +42,21 @@ class Positions:
         if batch.get("input_values") is not None or batch.get("input_features") is not None:
             return self._of_frames(batch)
         return None
+
+    def segments(self, batch: Batch) -> Tensor | None:
+        """`[b t]`: which sequence a position is of, where several are packed into a row; None: a row is one."""
+        ids = batch.get("position_ids")
+        if self._of_decoder or ids is None or ids.dim() != 2 or batch.get(_MASK) is not None:
+            return None
+        return (ids == 0).cumsum(-1)
+
+    def refuse_packed(self, batch: Batch, what: str) -> None:
+        """Raise DataError where a row may hold several examples, for what needs one a row."""
+        if self.segments(batch) is not None:
+            raise DataError(
+                f"{what} needs an example a row, but this batch has position_ids and no attention_mask: several may be "
+                "packed into one. Leave packing out, or use HiddenMatch or RelationMatch on all positions."
+            )
 
     def count(self, batch: Batch) -> Tensor:
         """Scalar: how many positions count, or, where every one does, how many examples there are."""
@@ -76,6 +91,9 @@ def _of_tokens(batch: Batch) -> Tensor:
         keep = torch.ones(given.shape, dtype=torch.bool, device=given.device)
     else:
         keep = mask.bool()
+    theirs = batch.get(f"{TEACHER_PREFIX}{_MASK}")
+    if theirs is not None and theirs.shape == keep.shape:
+        keep = keep & theirs.bool()  # what both are shown
     return keep.flatten(0, -2)  # multiple choice: `[b choices t]`
 
 

@@ -13,10 +13,9 @@ from hf_distill.functional.attention import attention_kl, map_heads, score_dista
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
-from hf_distill.tasks import Batch
 
 _COMPARED = {"scores": score_distance, "probabilities": attention_kl}
 Heads = str | Sequence[int] | Sequence[Sequence[int]]
@@ -102,7 +101,8 @@ class AttentionMatch(InsideMatch):
         map_heads(torch.zeros(1, theirs, 1, 1), self.heads)  # type: ignore[arg-type]  # not a str here
         return list(self.heads)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+        keep = kept.mask
         ours = student.inside[self._read(ATTENTION, link.student, 0)]
         theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]
         for record, whose in ((ours, "student"), (theirs, "teacher")):
@@ -116,7 +116,7 @@ class AttentionMatch(InsideMatch):
             keys = keys & keep[:, None, :, None] & keep[:, None, None, :]
         keys = keys.expand(q.shape[0], 1, *q.shape[2:])
         values = _COMPARED[self.compare](q, p, keys)
-        return values.sum() * (1.0 if keep is not None else 1 / q.shape[2])
+        return values.sum() * kept.share(q.shape[2])
 
 
 def _shared_by_heads(allowed: Tensor) -> Tensor:

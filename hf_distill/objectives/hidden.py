@@ -14,7 +14,7 @@ from hf_distill.functional.features import DISTANCES, Distance
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, kept_vectors, pooled, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
 from hf_distill.objectives.projections import Projections
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
@@ -101,19 +101,21 @@ class HiddenMatch(InsideMatch):
         self.learned = of_dtype_and_place(made, model) if len(made.matrices) else None
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        return self._positions.count(batch) if self.positions == "all" else self._positions.count_examples(batch)
+        if self.positions == "all":
+            return self._positions.count(batch)
+        self._positions.refuse_packed(batch, f"positions={self.positions!r}")
+        return self._positions.count_examples(batch)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
         what = self.reads[0]
         ours = student.inside[self._read(what, link.student, 0)]
         theirs = teacher.inside[self._read(what, link.teacher, 1)]
         for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(keep, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
-        share = 1.0
+            check_positions(kept.mask, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
         if self.positions == "all":
-            (q, share), (p, _) = kept_vectors(ours, keep), kept_vectors(theirs, keep)
+            share, q, p = kept.share(ours.shape[1]), kept.vectors(ours), kept.vectors(theirs)
         else:
-            q, p = pooled(ours, keep, self.positions), pooled(theirs, keep, self.positions)
+            share, q, p = 1.0, kept.pooled(ours, self.positions), kept.pooled(theirs, self.positions)
         if self.learned is not None:
             q = self.learned(q, _key(link))
         values = self._function(q, p.to(q.dtype) if p.dtype == torch.float64 else p, **self.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,14 +96,12 @@ class InsideMatch:
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        keep = self._positions.keep(batch)
-        total = torch.stack(
-            [link.weight * self.of_link(student, teacher, link, keep, batch) for link in self._links()]
-        ).sum()
+        kept = Kept(self._positions.keep(batch), self._positions.segments(batch))
+        total = torch.stack([link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]).sum()
         return LossSum(total, self.count(task, batch).to(total.device))
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
-        """Scalar: one pair of blocks, summed over the positions that count. `keep`: `[b t]` bool, or None: all."""
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+        """Scalar: one pair of blocks, summed over the positions that count."""
         raise NotImplementedError
 
     def _links(self) -> tuple[Link, ...]:
@@ -158,25 +157,39 @@ def checked_weight(what: str, weight: float | Schedule) -> Schedule:
     return schedule
 
 
-def kept_vectors(x: Tensor, keep: Tensor | None) -> tuple[Tensor, float]:
-    """`[b t d]` → `[n d]` of the positions that count, and what one of them is worth.
+class Kept:
+    """The positions that count, as a mask and as indices, each found once (on an accelerator that waits for it)."""
 
-    Where all count, an example counts as one (see `Positions.count`), so a position is worth 1 / t of it.
-    """
-    if keep is None:
-        return x.flatten(0, 1), 1 / x.shape[1]
-    return x.flatten(0, 1).index_select(0, keep.flatten().nonzero().squeeze(-1)), 1.0
+    def __init__(self, mask: Tensor | None, segments: Tensor | None) -> None:
+        self.mask = mask
+        self.segments = segments
 
+    @functools.cached_property
+    def _positions(self) -> Tensor:
+        assert self.mask is not None
+        return self.mask.flatten().nonzero().squeeze(-1)
 
-def pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
-    """`[b t d]` → `[m d]`, a vector for each example with a position that counts: their mean, the first or the last."""
-    x = in_full_precision(x)
-    if keep is None:
-        return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
-    examples = keep.any(-1).nonzero().squeeze(-1)
-    x, keep = x.index_select(0, examples), keep.index_select(0, examples)
-    if how == "mean":
-        return x.masked_fill(~keep[..., None], 0).sum(1) / keep.sum(1, keepdim=True)
-    positions = torch.arange(keep.shape[1], device=x.device)
-    chosen = torch.where(keep, positions, keep.shape[1]).amin(1) if how == "first" else (keep * positions).amax(1)
-    return x[torch.arange(x.shape[0], device=x.device), chosen]
+    @functools.cached_property
+    def _examples(self) -> Tensor:
+        assert self.mask is not None
+        return self.mask.any(-1).nonzero().squeeze(-1)
+
+    def share(self, positions: int) -> float:
+        """What a position is worth: where all count, an example counts as one (see `Positions.count`)."""
+        return 1.0 if self.mask is not None else 1 / positions
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """`[b t d]` → `[n d]` of the positions that count."""
+        return x.flatten(0, 1) if self.mask is None else x.flatten(0, 1).index_select(0, self._positions)
+
+    def pooled(self, x: Tensor, how: str) -> Tensor:
+        """`[b t d]` → `[m d]`: of each example with a position that counts their mean, the first or the last."""
+        x = in_full_precision(x)
+        if self.mask is None:
+            return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
+        x, keep = x.index_select(0, self._examples), self.mask.index_select(0, self._examples)
+        if how == "mean":
+            return x.masked_fill(~keep[..., None], 0).sum(1) / keep.sum(1, keepdim=True)
+        positions = torch.arange(keep.shape[1], device=x.device)
+        chosen = torch.where(keep, positions, keep.shape[1]).amin(1) if how == "first" else (keep * positions).amax(1)
+        return x[torch.arange(x.shape[0], device=x.device), chosen]

@@ -13,17 +13,17 @@ from hf_distill.functional.relations import relation_kl
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, checked_weight, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers, checked_weight, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
-from hf_distill.tasks import Batch
 
 
 class RelationMatch(InsideMatch):
     """How positions relate to each other, by their queries, keys or values: KL from the teacher's relations.
 
     Read by hooks on the projections of the matched layers, whatever the attention implementation. No learned
-    projection, no equal widths, no equal numbers of attention heads.
+    projection, no equal widths, no equal numbers of attention heads. Each position is related to all that count, of a
+    decoder also to those behind it; of packed sequences to those of its own.
 
     MiniLMv2 (Wang et al. 2021, section 3.1) takes queries, keys and values of one layer: the student's last, the
     teacher's
@@ -83,15 +83,15 @@ class RelationMatch(InsideMatch):
                 "relation_heads=, a number that does."
             )
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
         assert self._heads is not None  # `check` comes first
         totals = []
         for what, weight in self.relations.items():
             ours = student.inside[self._read(what, link.student, 0)]
             theirs = teacher.inside[self._read(what, link.teacher, 1)]
             for x, whose in ((ours, "student"), (theirs, "teacher")):
-                check_positions(keep, x.shape[:2], whose=whose, what=where(what, link, whose))
-            mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if keep is None else keep
-            values = relation_kl(ours, theirs, mask, heads=self._heads)
-            totals.append(weight * values.sum() * (1.0 if keep is not None else 1 / ours.shape[1]))
+                check_positions(kept.mask, x.shape[:2], whose=whose, what=where(what, link, whose))
+            mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if kept.mask is None else kept.mask
+            values = relation_kl(ours, theirs, mask, heads=self._heads, segments=kept.segments)
+            totals.append(weight * values.sum() * kept.share(ours.shape[1]))
         return torch.stack(totals).sum()

@@ -8,7 +8,7 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.similarity import SIMILARITIES
 from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Layers, pooled, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task
@@ -63,12 +63,13 @@ class SimilarityMatch(InsideMatch):
         self.pooling = pooling
 
     def count(self, task: Task, batch: Batch) -> Tensor:
+        self._positions.refuse_packed(batch, "SimilarityMatch")
         return self._positions.count_examples(batch)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, keep: Tensor | None, batch: Batch) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
         ours = student.inside[self._read(HIDDEN, link.student, 0)]
         theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
         for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(keep, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
-        rows = pooled(ours, keep, self.pooling), pooled(theirs, keep, self.pooling)
+            check_positions(kept.mask, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
+        rows = kept.pooled(ours, self.pooling), kept.pooled(theirs, self.pooling)
         return SIMILARITIES[self.compare](*rows).sum()
