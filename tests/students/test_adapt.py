@@ -25,8 +25,9 @@ OBJECTIVES = {"objectives": [HiddenMatch("even"), RelationMatch(relation_heads=2
 
 def student(seed: int = 0, **changed: Any) -> Any:
     """Half as wide as the teacher, with LoRA on queries and values that is no longer zero."""
-    made = adapt(bert(seed=seed, num_hidden_layers=2, **changed), targets=["query", "value"], rank=2)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        made = adapt(bert(seed=seed, num_hidden_layers=2, **changed), targets=["query", "value"], rank=2)
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
@@ -60,8 +61,9 @@ def test_the_adapter_and_the_fresh_head_are_trained_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("name", "targets", "head"),
     [
-        ("distilbert_single_label", ["q_lin"], ("pre_classifier", "classifier")),  # PEFT's own list has no
-        pre_classifier ("bert_tokens", ["query"], ("classifier",)),
+        # PEFT's own list has no pre_classifier.
+        ("distilbert_single_label", ["q_lin"], ("pre_classifier", "classifier")),
+        ("bert_tokens", ["query"], ("classifier",)),
         ("bert_span", ["query"], ("qa_outputs",)),
         ("bert_multiple_choice", ["query"], ("classifier",)),
         ("wav2vec2_audio_class", ["q_proj"], ("projector", "classifier")),
@@ -141,7 +143,7 @@ def test_distilled_and_resumed(tmp_path, alpha: float | None) -> None:
     assert all("lora_" in n or "classifier" in n for n in load_file(checkpoint / "adapter_model.safetensors"))
     other = student(dropout=0.3)
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
+        for parameter in other.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
     resumed = make(tmp_path / "resumed", other, teacher(), **given)
@@ -188,8 +190,8 @@ def refused(message: str, *given: Any, plain: Any = None, **named: Any) -> None:
         ({"target_modules": ["query"], "inference_mode": True}, "inference_mode=True trains nothing. Set it to Fal"),
         ({"target_modules": ["query"], "task_type": "CAUSAL_LM"}, "'CAUSAL_LM' is not that of .*it is 'SEQ_CLS'"),
         ({"target_modules": ["query"], "task_type": "TOKEN_CLS"}, "'TOKEN_CLS' is not that of BertForSequen"),
-        ({"target_modules": "no.*such"}, "LORA: Target modules no.*such not found.* Linear modules of the student"),
-        ({"target_modules": []}, "No `target_modules` passed"),
+        ({"target_modules": "no.*such"}, "LORA: No modules were targeted.* Linear modules of the student: "),
+        ({"target_modules": []}, "LORA: No modules were targeted"),
     ],
 )  # fmt: skip
 def test_configs_that_target_nothing_or_something_else(config: dict[str, Any], message: str) -> None:
@@ -205,12 +207,13 @@ def test_settings_that_cannot_be() -> None:
     refused("config='dora'. Give 'lora', or a PeftConfig", "dora")
     refused("rank=0. Give a whole number", rank=0)
     refused("targets= and rank= are of config='lora'", peft.LoraConfig(target_modules=["query"]), rank=4)
-    refused("has no modules beside its encoder", targets=["query"], train_head=True,
-    plain=HEADS["bert_embedding"].make(0)) speech = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    bare = _unfrozen(HEADS["bert_embedding"].make(0))
+    refused("has no modules beside its encoder", targets=["query"], train_head=True, plain=bare)
+    speech = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
     refused("leave task_type out", speech, plain=_unfrozen(HEADS["wav2vec2_audio_class"].make(0)))
-    with pytest.raises(SettingError, match="has adapters already. Merge them first"):
+    with pytest.raises(SettingError, match=r"has adapters already\. Merge them first"):
         adapt(student().get_base_model())
-    with pytest.raises(SettingError, match="is a Linear. Give a PreTrainedModel"):
+    with pytest.raises(SettingError, match=r"is a Linear\. Give a PreTrainedModel"):
         adapt(torch.nn.Linear(1, 1))
 
 
@@ -219,14 +222,14 @@ def _unfrozen(model: Any) -> Any:
 
 
 def test_what_cannot_be_merged(tmp_path) -> None:
-    with pytest.raises(SettingError, match="a BertForSequenceClassification has no adapter. Save it"):
+    with pytest.raises(SettingError, match=r"a BertForSequenceClassification has no adapter\. Save it"):
         save_merged(bert(), tmp_path)
     tokens = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = adapt(bert(), tokens)
-    with pytest.raises(SettingError, match="PROMPT_TUNING adds to the input, not to the weights. Save the adapter
-        alone"): save_merged(model, tmp_path)
+    with pytest.raises(SettingError, match="PROMPT_TUNING adds to the input, not to the weights"):
+        save_merged(model, tmp_path)
     quantised = student()
     quantised.get_base_model().is_quantized = True
     with pytest.raises(SettingError, match="the base is quantised, and merging would round the adapter away"):
