@@ -115,6 +115,9 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
         refuse_other_views(self.data_collator, self.distiller.task, has_teacher_columns=self._has_teacher_columns())
         if self._teacher_processor is not None or self._has_teacher_columns():
             self.data_collator = TeacherInputsCollator(self.data_collator, self._teacher_processor)
+        looks_up = getattr(self.distiller.teacher, "collator", None)
+        if looks_up is not None:
+            self.data_collator = looks_up(self.data_collator)
 
     def _make_distiller(
         self, student: Any, args: Any, processing_class: Any, given: Distiller | None = None

@@ -94,9 +94,9 @@ class _StackReading:
         self._listened: set[int] = set()
 
     def attach(self, hooks: contextlib.ExitStack) -> None:
-        read = {read.layer for read in self._reads if read.what == ATTENTION or read.what in RELATED}
+        heard = {read.layer for read in self._reads if read.what == ATTENTION or read.what in RELATED}
         for index, module in enumerate(self._blocks.modules):
-            if not (self._hidden or index in read or self._blocks.shared):
+            if not (self._hidden or index in heard or self._blocks.shared):
                 continue  # hidden states: all, as any may be left out by layerdrop
             for hook in (
                 module.register_forward_pre_hook(self._before(index), with_kwargs=True),

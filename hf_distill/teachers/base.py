@@ -21,7 +21,7 @@ class Teacher(Protocol):
 
     It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `state()` and
     `load_state(state)` (name → tensor), where training changes it: then a checkpoint holds it, and a resumed run goes
-    on from there.
+    on from there; `collator(collator)`, where its answers can be fetched by the data loader's workers.
     """
 
     inputs: tuple[str, ...]

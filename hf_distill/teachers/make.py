@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_distill.errors import TeacherError
 from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.cached import CachedTeacher, TeacherCache, is_cache
 from hf_distill.teachers.load import as_dtype, find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
 
@@ -21,7 +22,7 @@ def as_teacher(
     dtype: str | None = None,
     label_matching: str = "by_name",
 ) -> Teacher:
-    """A Teacher, from one, from a model, or from a folder or Hub id.
+    """A Teacher, from one, from a model, from a folder or Hub id, or from a cache (a `TeacherCache` or its folder).
 
     Args:
         kind: the student's kind of head. processor: the teacher's tokenizer, where it is not in the folder.
@@ -32,6 +33,10 @@ def as_teacher(
     """
     if isinstance(teacher_model, nn.Module):
         model = teacher_model
+    elif isinstance(teacher_model, TeacherCache) or (
+        isinstance(teacher_model, (str, os.PathLike)) and is_cache(teacher_model)
+    ):
+        return CachedTeacher(teacher_model, label_matching=label_matching)
     elif isinstance(teacher_model, (str, os.PathLike)):
         model = load_teacher(teacher_model, kind, dtype=dtype)
         processor = processor or find_tokenizer(teacher_model)

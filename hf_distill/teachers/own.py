@@ -56,6 +56,7 @@ class MovingAverage(ModelTeacher):
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 average.float()
                 break
+        accelerator = self._accelerator
         super().__init__(average, processor=student_processor)
         self._steps = 0
         super().fit(
@@ -65,6 +66,8 @@ class MovingAverage(ModelTeacher):
             compares_predictions=compares_predictions,
             same_inputs=same_inputs,
         )
+        if accelerator is not None:  # a new student of the same run
+            self.place(accelerator)
 
     def place(self, accelerator: Any) -> None:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
