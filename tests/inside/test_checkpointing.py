@@ -64,7 +64,7 @@ def test_the_gradients_are_those_without_it(models, reentrant: bool) -> None:
 
 
 def test_blocks_really_run_twice(models) -> None:
-    """So that the test above says something: with checkpointing what is in a block is computed again in the backward."""
+    """So that the test above says something: what is in a block is computed again in the backward."""
     name, student, _ = models
     runs: list[object] = []
     block = Inside(student, "student").blocks().modules[0]

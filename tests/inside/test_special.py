@@ -204,7 +204,7 @@ def test_only_matched_layers_are_kept() -> None:
 
 
 def test_nothing_asked_nothing_hooked() -> None:
-    model = model_of("BertForMaskedLM")
+    model = ALL["BertForMaskedLM"].make()
     with Inside(model, "student").reading(set()) as seen:
         assert hooks_of(model) == 0
     assert not seen

@@ -1,0 +1,61 @@
+"""Signals written by hand for an objective, without a model: what its blocks are, and what they show of one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.inside.blocks import Blocks
+from hf_distill.signals import Read, Signals
+from hf_distill.tasks import TASKS
+
+
+class Shown:
+    """Stands for `Inside`: blocks of a width and with heads, and no model behind them."""
+
+    def __init__(self, length: int, width: int, heads: int = 1, *, two_sided: bool = False) -> None:
+        self.made = Blocks("blocks", (), length, nn.Module(), width=width, heads=heads, of_decoder=False)
+        self.two_sided = two_sided
+        self.asked: list[tuple[str | None, str | None]] = []
+
+    def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
+        self.asked.append((side, stack))
+        return dataclasses.replace(self.made, of_decoder=self.two_sided and side != "encoder")
+
+
+def fitted(objective: Any, student: Shown, teacher: Shown, *, kind: str = "token_classification") -> Any:
+    """The objective after it has learned of both models; of the student it asks the dtype of its parameters."""
+    objective.fit(student, teacher, TASKS[kind](), model=nn.Linear(1, 1).double(), seed=0)
+    return objective
+
+
+def found(
+    objective: Any,
+    student: Mapping[Read, Any],
+    teacher: Mapping[Read, Any],
+    batch: Mapping[str, Tensor],
+    *,
+    kind: str = "token_classification",
+) -> tuple[float, int]:
+    """Its sum and its count."""
+    result = objective(Signals(None, inside=student), Signals(None, inside=teacher), TASKS[kind](), batch)
+    return result.value.item(), int(result.count)
+
+
+def doubles(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def attended(*rows: list[int]) -> dict[str, Tensor]:
+    """A batch of tokens with this mask."""
+    mask = torch.tensor(rows)
+    return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
+
+
+def hidden(layer: int, *rows: Any, side: str | None = None) -> dict[Read, Tensor]:
+    """`[b t d]` of one block."""
+    return {Read("hidden", layer, side): doubles(*rows)}

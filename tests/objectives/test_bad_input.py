@@ -1,0 +1,334 @@
+"""What an objective cannot compare is refused before the first step, with a message that says the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hf_distill import (
+    AttentionMatch,
+    CosineEmbedding,
+    DataError,
+    Distiller,
+    HiddenMatch,
+    LayerMap,
+    RelationMatch,
+    SettingError,
+    SimilarityMatch,
+    TeacherError,
+)
+from hf_distill.inside.recorder import Inside
+from hf_distill.objectives import LogitsMatch
+from tests.heads import _BERT, HEADS, LABELS
+from tests.objectives.by_hand import Shown, fitted
+
+HEAD = HEADS["bert_tokens"]
+
+
+def refused(make: Callable[[], Any], *words: str, error: type[Exception] = SettingError) -> None:
+    with pytest.raises(error) as raised:
+        make()
+    said = str(raised.value)
+    for word in words:
+        assert word in said, (word, said)
+
+
+# When it is built.
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HiddenMatch(None), ("layers=None matches nothing", "embeddings=True")),
+        (lambda: HiddenMatch(distance="l2"), ("distance='l2': no such distance", "mean_squared, cosine")),
+        (lambda: HiddenMatch(settings={"beta": 1.0}), ("mean_squared has no setting beta", "takes no settings")),
+        (
+            lambda: HiddenMatch(distance="smooth_l1", settings={"betta": 1.0}),
+            ("smooth_l1 has no setting betta", "it takes beta"),
+        ),
+        (lambda: HiddenMatch(distance="smooth_l1", settings={"beta": 0.0}), ("beta=0.0: must lie in (0, inf)",)),
+        (lambda: HiddenMatch(positions="cls"), ("positions='cls': allowed are all, first, last",)),
+        (lambda: AttentionMatch(compare="kl"), ("compare='kl': allowed are scores, probabilities",)),
+        (lambda: AttentionMatch(heads="mean"), ("heads='mean': give 'grouped', teacher heads, or lists",)),
+        (lambda: RelationMatch(relations="values"), ("relations='values': name some of queries, keys, values",)),
+        (lambda: RelationMatch(relations=()), ("relations=(): name some of",)),
+        (lambda: RelationMatch(relations={"outputs": 1.0}), ("name some of queries, keys, values",)),
+        (lambda: RelationMatch(relations={"keys": -1.0}), ("weight=-1.0", "at least 0")),
+        (lambda: RelationMatch(relation_heads=0), ("relation_heads=0: give a whole number of at least 1",)),
+        (lambda: SimilarityMatch("rkd"), ("compare='rkd': allowed are similarity_preserving, distance_relations",)),
+        (lambda: SimilarityMatch(pooling="max"), ("pooling='max': allowed are mean, first, last",)),
+    ],
+)
+def test_a_setting_that_cannot_be(make: Callable[[], Any], words: tuple[str, ...]) -> None:
+    refused(make, *words)
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding, AttentionMatch, RelationMatch, SimilarityMatch])
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), True, "1", None, lambda progress: 0.5 - progress])
+def test_a_weight_that_cannot_be(objective: Any, weight: Any) -> None:
+    refused(lambda: objective(weight=weight), objective.__name__, "at least 0")
+
+
+# When it meets the models.
+
+TWO_OF_THREE = Shown(2, 16, 2), Shown(3, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([(0, 3)], ("teacher layer 3: out of range. The teacher has 3 layers: 0 to 2, or -3 to -1",)),
+        ([(2, 0)], ("student layer 2: out of range. The student has 2 layers",)),
+        ([(0, -4)], ("teacher layer -4: out of range",)),
+        ([], ("the map is empty",)),
+        ([(0, 0), (0, 0)], ("student layer 0 is linked to teacher layer 0 twice",)),
+        ([(0, 0, 0.0)], ("has weight 0.0. Give a number above 0",)),
+        ([(0,)], ("(0,) is no link",)),
+        ("middle", ("'middle': no such map. Allowed: even, first, last, first_last, skip",)),
+        (LayerMap.even(2, 12), ("the map is for 2 student and 12 teacher layers; there are 2 and 3",)),
+        (3, ("3: give even,",)),
+    ],
+)
+@pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch])
+def test_layers_that_are_not_there(objective: Any, layers: Any, words: tuple[str, ...]) -> None:
+    refused(lambda: fitted(objective(layers), *TWO_OF_THREE), f"{objective.__name__}: layers:", *words)
+
+
+def test_a_student_deeper_than_its_teacher_needs_pairs() -> None:
+    deeper = Shown(3, 16, 2), Shown(2, 16, 2)
+    refused(lambda: fitted(HiddenMatch(), *deeper), "3 student layers cannot be taken from 2 teacher layers", "pairs")
+    assert fitted(HiddenMatch([(2, 1)]), *deeper).layer_map.links
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding])
+def test_widths_that_differ_without_a_projection(objective: Any) -> None:
+    other = Shown(2, 16), Shown(2, 24)
+    refused(
+        lambda: fitted(objective(projection="none"), *other),
+        "hidden states are 16 wide, the teacher's 24, and projection='none'",
+        "RelationMatch, which needs none",
+    )
+    refused(lambda: fitted(objective(projection="mlp"), *other), "projection='mlp': allowed are auto, linear, shared")
+    unknown: Any = Shown(2, None), Shown(2, 24)  # type: ignore[arg-type]  # no config says so
+    refused(lambda: fitted(objective(), *unknown), "no config tells how wide", "(student: None, teacher: 24)")
+
+
+@pytest.mark.parametrize(
+    ("heads", "numbers", "words"),
+    [
+        (None, (2, 4), ("the student has 2 attention heads, the teacher 4. Pass heads=", "use RelationMatch")),
+        ("grouped", (2, 3), ("heads='grouped': 3 teacher heads cannot be shared out to 2 student heads",)),
+        ([0], (2, 4), ("heads names 1 student heads; the student has 2. Give one entry for each",)),
+        ([0, 4], (2, 4), ("the teacher has 4 heads, 0 to 3; there is no [4]",)),
+        ([[0], []], (2, 4), ("name at least one teacher head for each student head",)),
+    ],
+)
+def test_head_counts_that_differ(heads: Any, numbers: tuple[int, int], words: tuple[str, ...]) -> None:
+    ours, theirs = (Shown(1, 24, number) for number in numbers)
+    refused(lambda: fitted(AttentionMatch(heads=heads), ours, theirs), *words)
+
+
+def test_relation_heads_that_divide_nothing() -> None:
+    """Known only when the vectors are seen: grouped keys are narrower than the model."""
+    head = HEADS["llama_causal_lm"]
+    student, teacher = head.make(1, layers=2), head.make(2, layers=2)
+    distiller = Distiller(student, teacher, alpha=None, objectives=RelationMatch(relation_heads=16))
+    refused(lambda: distiller(student, head.batch(2)), "heads=16: relation heads must divide", "These do: 1, 2, 4, 8.")
+
+
+def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
+    class OnlyLogits:
+        inputs = ("input_ids",)
+        columns: Any = None
+        inside = None
+
+        def __call__(self, task: Any, batch: Any, needs: Any) -> Any: ...
+        def fit(self, student: Any, task: Any, **_: Any) -> None: ...
+        def place(self, accelerator: Any) -> None: ...
+        def after_step(self, student: Any) -> None: ...
+
+    refused(
+        lambda: Distiller(HEAD.make(1), OnlyLogits(), objectives=RelationMatch()),
+        "RelationMatch reads the inside of the teacher, and this teacher shows none. Use a model as teacher",
+        error=TeacherError,
+    )
+
+
+# Stacks.
+
+
+class Homemade(nn.Module):
+    """Called with keywords, with logits in its output, and no model of transformers."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, width)
+        self.tower = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.out = nn.Linear(width, LABELS)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> dict[str, torch.Tensor]:
+        x = self.words(input_ids)
+        for block in self.tower:
+            x = block(x)
+        return {"logits": self.out(x)}
+
+
+def homemade(objective: Any, **settings: Any) -> Any:
+    settings = {"task": "token_classification", "alpha": None, **settings}
+    return Distiller(Homemade(16, 2), Homemade(16, 3), objectives=objective, **settings)
+
+
+def test_a_model_whose_blocks_cannot_be_found_and_naming_them() -> None:
+    refused(
+        lambda: homemade(HiddenMatch()),
+        "no stack of blocks found in the student (Homemade)",
+        "Its lists of modules: 'tower' (2)",
+        "Name one with student_stack=",
+    )
+    refused(lambda: homemade(HiddenMatch(student_stack="tower")), "in the teacher (Homemade)", "teacher_stack=")
+    refused(
+        lambda: homemade(HiddenMatch(student_stack="towers", teacher_stack="tower")),
+        "student_stack='towers': Homemade has no list of modules of that name. Its lists of modules: 'tower' (2)",
+    )
+    named = HiddenMatch([(1, 2)], student_stack="tower", teacher_stack="tower", projection="none")
+    distiller = homemade(named)
+    student: Any = Homemade(16, 2)
+    distiller.fit(student)
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
+    found = distiller(student, {"input_ids": ids, "attention_mask": mask})
+    teacher = distiller.teacher.model
+    with torch.no_grad():
+        ours = student.tower[1](student.tower[0](student.words(ids)))
+        theirs = teacher.tower[2](teacher.tower[1](teacher.tower[0](teacher.words(ids))))
+    assert found.loss.item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-5)
+
+
+def test_a_module_without_a_list() -> None:
+    refused(
+        lambda: Distiller(nn.Linear(2, 2), HEAD.make(), objectives=HiddenMatch(), task="masked_lm", alpha=None),
+        "no stack of blocks found in the student (Linear)",
+        "It has no list of modules at all",
+    )
+
+
+def test_a_model_of_two_towers_is_asked_which() -> None:
+    sides = {name: {key: v for key, v in _BERT.items() if "dropout" not in key} for name in ("text", "vision")}
+    config = hf.CLIPConfig(
+        text_config=sides["text"], vision_config={**sides["vision"], "image_size": 8, "patch_size": 4}
+    )
+    refused(
+        lambda: Inside(hf.CLIPModel(config), "student").blocks(),
+        "the student (CLIPModel) has several stacks of blocks: 'text_model.encoder.layers' (1 blocks)",
+        "'vision_model.encoder.layers' (1 blocks)",
+        "Name it: student_stack='text_model.encoder.layers'",
+    )
+
+
+def test_a_side_that_is_none() -> None:
+    refused(
+        lambda: Distiller(HEAD.make(1), HEAD.make(2), objectives=HiddenMatch(side="left")),
+        "side='left': allowed are 'encoder' and 'decoder', or None",
+    )
+
+
+# When it meets a batch.
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch])
+def test_positions_that_are_not_the_students(objective: Any) -> None:
+    """Teacher columns of another length; the logits' own check is not there with alpha=None."""
+    student, teacher, batch = HEAD.make(1), HEAD.make(2), HEAD.batch(4)
+    batch["teacher_input_ids"] = torch.ones(4, batch["input_ids"].shape[1] + 2, dtype=torch.long)
+    distiller = Distiller(student, teacher, alpha=None, objectives=objective())
+    refused(
+        lambda: distiller(student, batch),
+        f"the batch has {list(batch['input_ids'].shape)} [examples, positions]",
+        "of the teacher are at",
+        "the same tokenizer and padding",
+        error=DataError,
+    )
+
+
+def test_frames_of_another_rate() -> None:
+    head = HEADS["wav2vec2_ctc_mean"]
+    student, teacher = head.make(1), head.make(2, conv_stride=(4, 2))
+    distiller = Distiller(student, teacher, alpha=None, objectives=HiddenMatch())
+    refused(lambda: distiller(student, head.batch(2)), "of the teacher are at", "the same frame rate", error=DataError)
+
+
+def test_other_tokenizers_are_refused_for_what_compares_positions() -> None:
+    """Also for a classifier, whose predictions alone could be compared."""
+    head = HEADS["bert_single_label"]
+    student, teacher = head.make(1), head.make(2, vocab_size=50)
+    refused(
+        lambda: Distiller(student, teacher, objectives=HiddenMatch()),
+        "student and teacher have different tokenizers: they embed 40 and 50 tokens",
+        "An objective compares positions of the input",
+        error=TeacherError,
+    )
+
+
+# As parts of a loss.
+
+
+@pytest.mark.parametrize(
+    ("objectives", "words"),
+    [
+        ([HiddenMatch(), HiddenMatch()], ("two terms are called 'hidden'", "HiddenMatch(..., name=...)")),
+        ([HiddenMatch(name="labels")], ("labels",)),
+        ([HiddenMatch(name="logits")], ("logits",)),
+        ([LogitsMatch()], ("the logits' term is there already. Say divergence=, temperature=, alpha=",)),
+        ({"a": LogitsMatch()}, ("the logits' term is there already",)),
+        ([HiddenMatch], ("is no objective", "HiddenMatch, CosineEmbedding, AttentionMatch")),
+        ("hidden", ("'h' is no objective",)),
+        ([None], ("None is no objective",)),
+    ],
+)
+def test_what_is_no_list_of_objectives(objectives: Any, words: tuple[str, ...]) -> None:
+    refused(lambda: Distiller(HEAD.make(1), HEAD.make(2), objectives=objectives), *words)
+
+
+@pytest.mark.parametrize("objectives", [None, [], {}])
+def test_alpha_none_is_a_loss_of_objectives(objectives: Any) -> None:
+    refused(
+        lambda: Distiller(HEAD.make(1), HEAD.make(2), alpha=None, objectives=objectives),
+        "alpha=None is a loss of the objectives alone, and there are none. Pass objectives=",
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, None])
+def test_objectives_need_a_teacher(alpha: float | None) -> None:
+    """Also where alpha alone would not."""
+    refused(
+        lambda: Distiller(HEAD.make(1), None, alpha=alpha, objectives=HiddenMatch()),
+        "there is no teacher",
+        "Pass teacher_model=",
+        "hidden" if alpha != 0.5 else "alpha is 0.5",
+    )
+
+
+def test_every_term_at_weight_zero() -> None:
+    distiller = Distiller(
+        HEAD.make(1), HEAD.make(2), alpha=None, objectives=HiddenMatch(weight=lambda progress: progress)
+    )
+    refused(
+        lambda: distiller.count([HEAD.batch(2)], progress=0.0),
+        "at 0% of the training every term weighs 0, so there is no loss",
+    )
+    assert set(distiller.count([HEAD.batch(2)], progress=0.5).denominators) == {"hidden"}
+
+
+def test_what_an_objective_says_of_itself_is_a_line() -> None:
+    """For logs and cards: as it was made, and once it has met the models which layers go together."""
+    objective = HiddenMatch("skip", distance="cosine")
+    assert repr(objective).startswith("HiddenMatch(layers 'skip', distance='cosine'")
+    distiller = Distiller(HEAD.make(1, layers=2), HEAD.make(2, layers=4), objectives=objective)
+    fitted_one = repr(distiller.objectives["hidden"])
+    assert re.match(r"HiddenMatch\(layers 2 of 4 layers: 0←1 1←3, distance='cosine'", fitted_one)
+    assert objective.layer_map is None  # the user's own is left as it was, for another distiller
