@@ -1,0 +1,82 @@
+"""Projections are in no file of the student: not in its state, a saved model or a push; beside a checkpoint alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_distill import HiddenMatch, RelationMatch
+from hf_distill.learned import STATE_FILE
+from tests.trainer.test_objectives import student, teacher
+from tests.trainer.tiny import arguments, assert_same_bits, examples, make, padded, weights
+
+SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "adamw_torch"}
+
+
+def files(folder: str | Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Any, Any, Path]:
+    """A trainer with projections after two steps with checkpoints, beside a `Trainer` that saved as well."""
+    folder = tmp_path_factory.mktemp("saved")
+    ours = make(folder / "ours", student(), teacher(), objectives=HiddenMatch(embeddings=True), **SAVES)
+    args = arguments(folder / "theirs", TrainingArguments, **SAVES)
+    theirs = Trainer(model=student(), args=args, train_dataset=examples(), data_collator=padded)
+    for trainer in (ours, theirs):
+        trainer.train()
+        trainer.save_model(str(folder / type(trainer).__name__))
+    ours.accelerator.save_state(str(folder / "state"))
+    return ours, theirs, folder
+
+
+def test_they_are_no_part_of_the_students_state(saved) -> None:
+    ours, theirs, _ = saved
+    assert set(ours.model.state_dict()) == set(theirs.model.state_dict())
+    assert not {id(p) for p in ours.model.parameters()} & {id(p) for p in ours.distiller.learned.parameters()}
+
+
+def test_a_saved_model_is_the_students_alone(saved) -> None:
+    ours, theirs, folder = saved
+    mine = folder / type(ours).__name__
+    assert files(mine) == files(folder / type(theirs).__name__)
+    assert set(load_file(mine / "model.safetensors")) == set(load_file(folder / "Trainer" / "model.safetensors"))
+    again, info = AutoModelForSequenceClassification.from_pretrained(mine, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_bits(weights(again), weights(ours.model))
+
+
+def test_a_checkpoint_has_one_file_more(saved) -> None:
+    ours, theirs, _ = saved
+    found, expected = files(ours.args.output_dir), files(theirs.args.output_dir)
+    assert found - expected == {f"checkpoint-{step}/{STATE_FILE}" for step in (1, 2)} and not expected - found
+    checkpoint = Path(ours.args.output_dir) / "checkpoint-2"
+    assert set(load_file(checkpoint / "model.safetensors")) == set(ours.model.state_dict())
+    learned = weights(ours.distiller.learned.module)
+    assert set(learned) == {f"hidden.matrices.{pair}.weight" for pair in ("embeddings", "0_0", "1_2")}
+    kept = load_file(checkpoint / STATE_FILE)
+    assert set(kept) == set(learned)
+    assert_same_bits({name: kept[name] for name in learned}, learned)
+
+
+def test_objectives_that_learn_nothing_leave_no_file(tmp_path) -> None:
+    trainer = make(tmp_path, student(), teacher(), objectives=RelationMatch(), **SAVES)
+    trainer.train()
+    assert not any(STATE_FILE in name for name in files(trainer.args.output_dir))
+
+
+def test_a_model_only_checkpoint_has_none(tmp_path) -> None:
+    trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), **SAVES, save_only_model=True)
+    trainer.train()
+    assert not any(STATE_FILE in name for name in files(trainer.args.output_dir))
+
+
+def test_accelerate_does_not_know_them(saved) -> None:
+    ours, _, folder = saved
+    held = [set(load_file(path)) for path in (folder / "state").rglob("*.safetensors")]
+    assert held == [set(ours.model.state_dict())]
