@@ -164,21 +164,24 @@ class Runs:
 
 
 def measure(data: Data, options: argparse.Namespace) -> dict[str, Any]:
-    """All runs, seed by seed. The rate of a start is chosen with the labels alone and the first seed."""
+    """All runs, seed by seed. A start's rate is chosen with labels alone and the first seed; of equals, the first."""
     common = {"steps": options.steps, "batch": options.batch, "examples": len(data.train)}
     runs = Runs(data, options.runs, common)
-    rates, tried = {}, {}
-    for start in STARTS:
+    losses = [loss for loss in LOSSES if loss == LABELS or loss in options.losses]
+    rates, tried, before = {}, {}, {}
+    for start in options.starts:
+        before[start] = accuracy(data, make_student(data.teacher, start, options.seeds[0]), data.dev)
         found = [runs(start, LABELS, options.seeds[0], rate, None, held_out=True) for rate in options.learning_rates]
         rates[start] = max(found, key=lambda run: run["held_out"])["learning_rate"]
         tried[start] = {f"{run['learning_rate']:g}": run["held_out"] for run in found}
     done = []
     for seed in options.seeds:
-        for loss in LOSSES:
+        for loss in losses:
             teacher = SharedTeacher(data.teacher) if LOSSES[loss][0] else None
-            done += [runs(start, loss, seed, rates[start], teacher) for start in STARTS]
+            done += [runs(start, loss, seed, rates[start], teacher) for start in options.starts]
     teachers = accuracy(data, data.teacher, data.dev)
-    return {**common, "seeds": options.seeds, "rates": rates, "held_out": tried, "teacher_dev": teachers, "runs": done}
+    told = {"starts": options.starts, "losses": losses, "rates": rates, "held_out": tried, "before": before}
+    return {**common, **told, "teacher_dev": teachers, "runs": done}
 
 
 def of(found: dict[str, Any], start: str, loss: str) -> list[float]:
@@ -192,21 +195,17 @@ def gains(found: dict[str, Any], start: str, loss: str) -> list[float]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The tables: accuracy, and gains of the losses; then what the starts and the losses are worth."""
-    lines = table("dev accuracy", [[protocol.spread(of(found, start, loss)) for loss in LOSSES] for start in STARTS])
-    others = [loss for loss in LOSSES if loss != LABELS]
-    cells = [["", *(signed(gains(found, start, loss)) for loss in others)] for start in STARTS]
-    lines += ["", *table("minus labels alone, same start and seed", cells), ""]
-    inherited = [start for start in STARTS if start != RANDOM]
-    for start in inherited:
-        pooled = [
-            a - b for loss in LOSSES for a, b in zip(of(found, start, loss), of(found, RANDOM, loss), strict=True)
-        ]
-        lines.append(f"- {start}, minus {RANDOM} with the same loss and seed: {signed(pooled)}, {counted(pooled)}.")
-    for loss in others:
-        pooled = [gain for start in inherited for gain in gains(found, start, loss)]
-        lines.append(f"- {loss}, minus labels alone, starts from the teacher: {signed(pooled)}, {counted(pooled)}.")
-    lines += ["", "Learning rates, chosen with labels alone and the first seed; accuracy on the held-out sentences:"]
+    """The tables: accuracy, and gains of the losses; then what each is worth, and how rates were chosen."""
+    starts, losses = found["starts"], found["losses"]
+    trained = {start: [protocol.spread(of(found, start, loss)) for loss in losses] for start in starts}
+    cells = [[f"{found['before'][start]:.4f}", *trained[start]] for start in starts]
+    lines = table(found, ["dev accuracy", "before any step", *losses], cells)
+    others = [loss for loss in losses if loss != LABELS]
+    if others:
+        cells = [[signed(gains(found, start, loss)) for loss in others] for start in starts]
+        lines += ["", *table(found, ["minus labels alone, same start and seed", *others], cells)]
+    lines += ["", *effects(found, others), ""]
+    lines.append("Learning rates, chosen with labels alone and the first seed; accuracy on the held-out sentences:")
     for start, tried in found["held_out"].items():
         figures = ", ".join(f"{rate} {value:.4f}" for rate, value in tried.items())
         lines.append(f"{start} {found['rates'][start]:g} ({figures});")
@@ -218,15 +217,29 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def effects(found: dict[str, Any], others: Sequence[str]) -> list[str]:
+    """A line each: starts against the random one, and losses against labels alone where a start is the teacher's."""
+    lines = []
+    inherited = [start for start in found["starts"] if start != RANDOM]
+    for start in inherited if RANDOM in found["starts"] else []:
+        pairs = [zip(of(found, start, loss), of(found, RANDOM, loss), strict=True) for loss in found["losses"]]
+        pooled = [a - b for pair in pairs for a, b in pair]
+        lines.append(f"- {start}, minus {RANDOM} with the same loss and seed: {signed(pooled)}, {counted(pooled)}.")
+    for loss in others if inherited else []:
+        pooled = [gain for start in inherited for gain in gains(found, start, loss)]
+        lines.append(f"- {loss}, minus labels alone, starts from the teacher: {signed(pooled)}, {counted(pooled)}.")
+    return lines
+
+
 def counted(values: Sequence[float]) -> str:
     """How many are better, and how many worse."""
     return f"better in {sum(x > 0 for x in values)} of {len(values)}, worse in {sum(x < 0 for x in values)}"
 
 
-def table(corner: str, cells: Sequence[Sequence[str]]) -> list[str]:
-    """Starts down, losses across."""
-    rows = [f"| {start} | {' | '.join(row)} |" for start, row in zip(STARTS, cells, strict=True)]
-    return [f"| {corner} | {' | '.join(LOSSES)} |", f"| --- |{' ---: |' * len(LOSSES)}", *rows]
+def table(found: dict[str, Any], head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Starts down."""
+    rows = [f"| {start} | {' | '.join(row)} |" for start, row in zip(found["starts"], cells, strict=True)]
+    return [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}", *rows]
 
 
 def signed(values: Sequence[float]) -> str:
@@ -254,6 +267,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="folder with sst2/; or $HF_DISTILL_DATA")
     parser.add_argument("--encoder", help="folder of a pretrained BERT encoder (default: the installed MiniLM package)")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=list(STARTS), metavar="START", help=f"{[*STARTS]}"
+    )
+    parser.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), metavar="LOSS", help=f"{[*LOSSES]}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first chooses the learning rates")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a student")
     parser.add_argument("--batch", type=int, default=16)

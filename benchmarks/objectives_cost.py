@@ -278,7 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12, help="of both models")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest example")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each way that are counted")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each way that are counted")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--one-process", action="store_true", help="no process a way: the peak of processes is left out"
