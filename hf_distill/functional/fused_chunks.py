@@ -6,7 +6,6 @@ Nothing here knows what is done to a block.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,19 +20,8 @@ BUDGET_16_BITS, BUDGET = 128 * MIB, 256 * MIB
 MOST_ROWS = 512  # products gain nothing from more
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
-HUGE = 4 * MIB  # from here on memory is asked for in huge pages
 TILE = 2048  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
 PIECE = 8 * TILE  # rows of the head in one piece of its fp32 sum
-
-
-def fresh(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[rows columns]` of 0, in huge pages where Linux gives them: first touches of small ones cost 5 % of a call."""
-    size = rows * columns * dtype.itemsize
-    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)  # unmapped with the tensor
 
 
 def rows_a_chunk(n: int, bytes_a_row: int, budget: int) -> int:
@@ -105,7 +93,8 @@ class HeadGradient:
         full = full_precision_of(weight)
         self._piece = PIECE if weight.dtype != full else max(v, 1)
         self._pieces = [
-            fresh(min(self._piece, v - first), d, full, weight.device) for first in range(0, v, self._piece)
+            torch.zeros(min(self._piece, v - first), d, dtype=full, device=weight.device)
+            for first in range(0, v, self._piece)
         ]
         self._tile = torch.empty(min(TILE, v), d, dtype=dtype, device=weight.device) if self._low else None
 
@@ -128,7 +117,7 @@ class HeadGradient:
         pieces, self._pieces = self._pieces, []
         if self._like.dtype == pieces[0].dtype:
             return pieces[0].mul_(factor)
-        out = fresh(self._like.shape[0], self._like.shape[1], self._like.dtype, self._like.device)
+        out = torch.empty_like(self._like)
         for number in range(len(pieces)):
             piece, pieces[number] = pieces[number], torch.empty(0)
             out[number * self._piece : (number + 1) * self._piece].copy_(piece.mul_(factor))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.fused_blocks import blend_block
-from hf_distill.functional.fused_chunks import HeadGradient, for_each_block, fresh, rows_a_block
+from hf_distill.functional.fused_chunks import HeadGradient, for_each_block, rows_a_block
 from hf_distill.functional.fused_inputs import (
     FusedTeacher,
     Head,
@@ -170,10 +170,10 @@ def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tenso
     n, product, of_teacher = hidden.shape[0], job.product, job.of_teacher
     values = torch.zeros(2, n, dtype=job.full, device=hidden.device)
     low = hidden.to(product.dtype)
-    ours = fresh(job.rows, product.columns, product.dtype, hidden.device)
+    ours = torch.empty(job.rows, product.columns, dtype=product.dtype, device=hidden.device)
     theirs = None
     if of_teacher is not None:
-        theirs = fresh(job.rows, of_teacher.columns, of_teacher.dtype, hidden.device)
+        theirs = torch.empty(job.rows, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
     block = rows_a_block(job.rows, product.columns, hidden.device)
     rooms = [Room() for _ in range(torch.get_num_threads() if hidden.device.type == "cpu" else 1)]
     for first in range(0, n, job.rows):
