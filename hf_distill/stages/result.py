@@ -15,7 +15,7 @@ class StageResult:
     """One stage.
 
     Attributes:
-        name: as given. folder: with its student, its checkpoints and its card.
+        name: as given. folder: with its student (in `student`), its checkpoints and its card.
         output: what `Trainer.train` returned. log_history: what it logged.
         how: "trained", "resumed" (from a checkpoint of its own) or "finished before".
     """

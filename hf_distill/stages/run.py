@@ -28,6 +28,9 @@ from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.student_files import CARD
 
+# In a folder of its own: Trainer takes folders beside an adapter, checkpoints say, for more adapters.
+_STUDENT = "student"
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -59,8 +62,8 @@ def train_in_stages(
 ) -> StagesResult:
     """Train the same student in several stages, each with its own objectives, arguments, optimizer and folder.
 
-    `<output_dir>/1-<name>`, `2-<name>`, ... hold the checkpoints and the student of each stage, `output_dir` that of
-    the last. A summary is printed. In one process or several (DDP); the folders must be seen by all.
+    `<output_dir>/1-<name>`, `2-<name>`, ... hold the checkpoints of each stage and its student (in `student`),
+    `output_dir` that of the last. A summary is printed. In one process or several (DDP), which all see the folders.
 
     Args:
         stages: a Preset, or stages in order. model: the student, a model; it is trained in place.
@@ -218,12 +221,12 @@ def _run(trainer: Any, one: _Planned, stage_is: dict[str, Any], student_of: str 
 def _load_student(trainer: Any, folder: str) -> None:
     """The weights alone: what objectives learned in another stage stays there."""
     with random_state_kept():
-        RestoringMixin._load_from_checkpoint(trainer, folder)
+        RestoringMixin._load_from_checkpoint(trainer, os.path.join(folder, _STUDENT))
 
 
 def _keep(trainer: Any, one: _Planned, result: StageResult, *, final: str | None) -> None:
     """Save the student, with a card, and then say that the stage is finished."""
-    trainer.save_model(one.folder, _internal_call=True)  # the flag: and do not push
+    trainer.save_model(os.path.join(one.folder, _STUDENT), _internal_call=True)  # the flag: and do not push
     trainer.create_model_card(model_name=None if final is None else Path(final).absolute().name)
     if final is not None:
         trainer.save_model(final, _internal_call=True)

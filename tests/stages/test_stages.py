@@ -13,6 +13,8 @@ from transformers import BertForSequenceClassification, TrainerCallback
 import hf_distill.stages.run as module
 from hf_distill import HiddenMatch
 from hf_distill.presets import Preset, Stage
+from hf_distill.students.adapt import adapt
+from tests.heads import HEADS
 from tests.stages.tiny_stages import run, stages, student, teacher
 from tests.trainer.tiny import assert_moved, assert_same_bits, weights
 
@@ -49,7 +51,7 @@ def test_each_stage_has_its_folder_and_the_last_student_is_in_the_output_folder(
     assert [stage.output.global_step for stage in result.stages] == [3, 3]
     assert [stage.how for stage in result.stages] == ["trained", "trained"]
     assert result.trainer.model is whole["model"]
-    for saved in (folder, folder / "2-logits"):
+    for saved in (folder, folder / "2-logits" / "student"):
         assert_same_bits(weights(BertForSequenceClassification.from_pretrained(saved)), weights(whole["model"]))
     assert (folder / "README.md").read_text().startswith("---") and (folder / "1-inside" / "README.md").is_file()
     assert not list(folder.rglob("*.partial"))
@@ -69,7 +71,7 @@ def test_each_stage_has_its_own_objectives_arguments_and_optimizer(whole) -> Non
 
 
 def test_the_first_stage_leaves_the_head_alone_and_the_second_goes_on_from_its_student(whole) -> None:
-    after = weights(BertForSequenceClassification.from_pretrained(whole["folder"] / "1-inside"))
+    after = weights(BertForSequenceClassification.from_pretrained(whole["folder"] / "1-inside" / "student"))
     start, end = whole["start"], weights(whole["model"])
     head = [name for name in start if name.startswith(("classifier", "bert.pooler"))]
     assert len(head) == 4
@@ -232,3 +234,35 @@ def test_the_student_carries_no_projection_and_no_gradient(whole) -> None:
     assert not list((whole["folder"]).glob("*/distill_state*"))
     assert (whole["folder"] / "1-inside" / "checkpoint-3" / "distill_state.safetensors").is_file()
     assert all(p.grad is None or not torch.any(p.grad) for p in whole["model"].parameters())
+
+
+def _adapted(seed: int) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return adapt(student(), targets=["query", "value"], rank=2)
+
+
+def _vit(seed: int) -> Any:
+    return HEADS["vit_image_class"].make(seed)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("kind", ["adapted", "vit"])
+def test_a_student_that_is_saved_otherwise_goes_on_too(tmp_path, kind: str) -> None:
+    """An adapter alone in the folder; or tensors under other names than they are held by."""
+    made, given = _adapted, {}
+    listed = stages()
+    if kind == "vit":
+        head = HEADS["vit_image_class"]
+        made, given = _vit, {"train_dataset": head.examples(8), "data_collator": head.collate, "teacher_model": _vit(1)}
+        listed = [Stage("labels", (), {"alpha": 0.0}), Stage("logits", (), {"alpha": 1.0})]
+    else:
+        pytest.importorskip("peft", reason="an optional extra")
+    whole, first, second = made(0), made(0), made(7)
+    start = weights(whole)
+    run(tmp_path / "whole", whole, listed, **given)
+    run(tmp_path / "parts", first, listed[:1], **given)
+    run(tmp_path / "parts", second, listed, resume_from_checkpoint=True, **given)
+    assert_same_bits(weights(second), weights(whole))
+    assert_moved(weights(whole), start)
+    assert_moved(weights(whole), weights(first))
