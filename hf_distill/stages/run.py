@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hf_distill.stages.result import FINISHED_BEFORE, StageResult, StagesResult
 from hf_distill.stages.settings import check_keywords, checked_stages, stage_arguments
 from hf_distill.tasks import make_task
 from hf_distill.teachers import as_teacher
-from hf_distill.teachers.load import load_teacher
+from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.trainer import DistillationMixin, DistillationTrainer
 from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.restoring import RestoringMixin
@@ -121,15 +121,15 @@ def _train(
     results = [record.finished(one.stage, one.folder) for one in plan]
     # The last trainer is made even where nothing is left to train: it holds the student, to evaluate or push.
     made = [one for one, result in zip(plan, results, strict=True) if result is None or one is plan[-1]]
-    teacher = _loaded(teacher_model, model, made)
-    _check_distillers(made, model, teacher)
+    teacher_of = _teachers(teacher_model, model, made)
+    _check_distillers(made, model, teacher_of)
     trained: list[StageResult] = []
     trainer: Any = None
     for one, result, stage_is in zip(plan, results, what, strict=True):
         if result is None or one is plan[-1]:
             trainer = trainer_class(
                 model=model,
-                teacher_model=teacher,
+                teacher_model=teacher_of(one),
                 args=one.args,
                 objectives=one.stage.make_objectives(),
                 **one.keywords,
@@ -163,30 +163,35 @@ def _check_call(model: Any, trainer_class: Any, resume: Any) -> None:
         )
 
 
-def _loaded(teacher_model: Any, model: Any, stages: Sequence[_Planned]) -> Any:
-    """The teacher, read once where it is a folder or Hub id that a stage asks."""
+def _teachers(teacher_model: Any, model: Any, stages: Sequence[_Planned]) -> Callable[[_Planned], Any]:
+    """The teacher of each stage; read once, with its tokenizer, where it is a folder or Hub id that a stage asks."""
     if not isinstance(teacher_model, (str, os.PathLike)) or not any(one.needs_teacher for one in stages):
-        return teacher_model
-    first = stages[0]
-    kind = make_task(model, first.keywords.get("task")).kind
+        return lambda one: teacher_model
+    kind = make_task(model, stages[0].keywords.get("task")).kind
     with random_state_kept():
-        return load_teacher(teacher_model, kind, dtype=setting(first.args, "teacher_dtype"))
+        loaded = load_teacher(teacher_model, kind, dtype=setting(stages[0].args, "teacher_dtype"))
+        tokenizer = find_tokenizer(teacher_model)
+    return lambda one: _as_teacher(loaded, model, one, tokenizer)
 
 
-def _check_distillers(stages: Sequence[_Planned], model: Any, teacher: Any) -> None:
+def _as_teacher(teacher: Any, model: Any, one: _Planned, tokenizer: Any = None) -> Any:
+    """As the trainer makes one of what it is given."""
+    return as_teacher(
+        teacher,
+        make_task(model, one.keywords.get("task")).kind,
+        processor=one.keywords.get("teacher_processing_class") or tokenizer,
+        dtype=setting(one.args, "teacher_dtype"),
+        label_matching=setting(one.args, "label_matching"),
+    )
+
+
+def _check_distillers(stages: Sequence[_Planned], model: Any, teacher_of: Callable[[_Planned], Any]) -> None:
     """What a later stage cannot do is said before the first one trains."""
     for one in stages:
         task, processor = (one.keywords.get(name) for name in ("task", "processing_class"))
+        objectives, teacher = one.stage.make_objectives(), teacher_of(one)
         try:
-            asked = None
-            if teacher is not None and one.needs_teacher:
-                asked = as_teacher(
-                    teacher,
-                    make_task(model, task).kind,
-                    processor=one.keywords.get("teacher_processing_class"),
-                    label_matching=setting(one.args, "label_matching"),
-                )
-            objectives = one.stage.make_objectives()
+            asked = _as_teacher(teacher, model, one) if teacher is not None and one.needs_teacher else None
             Distiller(
                 model, asked, task=task, processing_class=processor, objectives=objectives, seed=0, **blend_of(one.args)
             )

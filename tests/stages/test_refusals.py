@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertTokenizer
 
+import hf_distill.stages.run as module
 from hf_distill import AttentionMatch, HiddenMatch, SettingError, TeacherError
 from hf_distill.presets import Stage
 from hf_distill.stages import train_in_stages
@@ -116,3 +118,28 @@ def test_what_is_not_begun_may_change(tmp_path) -> None:
     args = arguments(tmp_path, logging_steps=5)
     result = train_in_stages([stages(max_steps=1)[0], later], args=args, resume_from_checkpoint=True, **given)
     assert [one.how for one in result.stages] == ["finished before", "trained"]
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_as_the_trainer_refuses_it(tmp_path, monkeypatch) -> None:
+    """The tokenizer is looked for where the teacher is named: that name need not be a folder."""
+    asked = []
+
+    def other_tokenizer(name: str) -> Any:
+        asked.append(name)
+        return words(first="b")
+
+    teacher().save_pretrained(tmp_path / "teacher")
+    loaded = module.load_teacher(tmp_path / "teacher", "classification", dtype=None)
+    loaded.config._name_or_path = "org/teacher"  # of the Hub
+    monkeypatch.setattr(module, "load_teacher", lambda *_, **__: loaded)
+    monkeypatch.setattr(module, "find_tokenizer", other_tokenizer)
+    mine = {"teacher_model": "org/teacher", "processing_class": words(first="a")}
+    refused(tmp_path, "stage 'inside': student and teacher have different tokenizers", stages(), TeacherError, **mine)
+    assert asked == ["org/teacher"]
+
+
+def words(first: str) -> Any:
+    letters = [first, *(letter for letter in "abcdefghijklmnop" if letter != first)]
+    return BertTokenizer(
+        vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters])}
+    )
