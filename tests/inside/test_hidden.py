@@ -13,7 +13,6 @@ from tests.students.models import LAYERS
 # A norm stands behind the last block, and transformers shows what comes out of that in its place.
 NORM_SHOWN = ("GPT2", "Llama", "Qwen", "Gemma", "ModernBert", "T5", "Whisper")
 CONVOLVED = "DebertaV2"  # a convolution follows the first block, and is in hidden_states[1]
-ENDS_BEFORE_THE_NORM = ("Dinov2ForImageClassification",)  # its encoder is a model of its own, which has no last norm
 WINDOWS = "Longformer"  # pads to its attention window inside, and shows it without
 
 
@@ -54,7 +53,7 @@ def test_last_hidden_is_what_the_head_reads(name: str, side: str | None) -> None
     base = model.base_model
     if side is None and "last_hidden_state" in outputs:
         expected = outputs["last_hidden_state"]
-    elif base is model or name in ("BertForMultipleChoice", *ENDS_BEFORE_THE_NORM):  # no model inside; folded choices
+    elif base is model or name == "BertForMultipleChoice":  # no model inside; folded choices
         expected = of_side(outputs, "hidden_states", side)[-1]
     else:
         with torch.no_grad():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_distill import SettingError
 from hf_distill.inside.blocks import Blocks
 from hf_distill.signals import Read, Signals
 from hf_distill.tasks import TASKS
@@ -59,3 +61,12 @@ def attended(*rows: list[int]) -> dict[str, Tensor]:
 def hidden(layer: int, *rows: Any, side: str | None = None) -> dict[Read, Tensor]:
     """`[b t d]` of one block."""
     return {Read("hidden", layer, side): doubles(*rows)}
+
+
+def refused(make: Callable[[], Any], *words: str, error: type[Exception] = SettingError) -> None:
+    """It raises, and says all of this."""
+    with pytest.raises(error) as raised:
+        make()
+    said = str(raised.value)
+    for word in words:
+        assert word in said, (word, said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,24 +18,14 @@ from hf_distill import (
     HiddenMatch,
     LayerMap,
     RelationMatch,
-    SettingError,
     SimilarityMatch,
     TeacherError,
 )
 from hf_distill.inside.recorder import Inside
-from hf_distill.objectives import LogitsMatch
 from tests.heads import _BERT, HEADS, LABELS
-from tests.objectives.by_hand import Shown, fitted
+from tests.objectives.by_hand import Shown, fitted, refused
 
 HEAD = HEADS["bert_tokens"]
-
-
-def refused(make: Callable[[], Any], *words: str, error: type[Exception] = SettingError) -> None:
-    with pytest.raises(error) as raised:
-        make()
-    said = str(raised.value)
-    for word in words:
-        assert word in said, (word, said)
 
 
 # When it is built.
@@ -272,63 +261,3 @@ def test_other_tokenizers_are_refused_for_what_compares_positions() -> None:
         "An objective compares positions of the input",
         error=TeacherError,
     )
-
-
-# As parts of a loss.
-
-
-@pytest.mark.parametrize(
-    ("objectives", "words"),
-    [
-        ([HiddenMatch(), HiddenMatch()], ("two terms are called 'hidden'", "HiddenMatch(..., name=...)")),
-        ([HiddenMatch(name="labels")], ("labels",)),
-        ([HiddenMatch(name="logits")], ("logits",)),
-        ([LogitsMatch()], ("the logits' term is there already. Say divergence=, temperature=, alpha=",)),
-        ({"a": LogitsMatch()}, ("the logits' term is there already",)),
-        ([HiddenMatch], ("is no objective", "HiddenMatch, CosineEmbedding, AttentionMatch")),
-        ("hidden", ("'h' is no objective",)),
-        ([None], ("None is no objective",)),
-    ],
-)
-def test_what_is_no_list_of_objectives(objectives: Any, words: tuple[str, ...]) -> None:
-    refused(lambda: Distiller(HEAD.make(1), HEAD.make(2), objectives=objectives), *words)
-
-
-@pytest.mark.parametrize("objectives", [None, [], {}])
-def test_alpha_none_is_a_loss_of_objectives(objectives: Any) -> None:
-    refused(
-        lambda: Distiller(HEAD.make(1), HEAD.make(2), alpha=None, objectives=objectives),
-        "alpha=None is a loss of the objectives alone, and there are none. Pass objectives=",
-    )
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, None])
-def test_objectives_need_a_teacher(alpha: float | None) -> None:
-    """Also where alpha alone would not."""
-    refused(
-        lambda: Distiller(HEAD.make(1), None, alpha=alpha, objectives=HiddenMatch()),
-        "there is no teacher",
-        "Pass teacher_model=",
-        "hidden" if alpha != 0.5 else "alpha is 0.5",
-    )
-
-
-def test_every_term_at_weight_zero() -> None:
-    distiller = Distiller(
-        HEAD.make(1), HEAD.make(2), alpha=None, objectives=HiddenMatch(weight=lambda progress: progress)
-    )
-    refused(
-        lambda: distiller.count([HEAD.batch(2)], progress=0.0),
-        "at 0% of the training every term weighs 0, so there is no loss",
-    )
-    assert set(distiller.count([HEAD.batch(2)], progress=0.5).denominators) == {"hidden"}
-
-
-def test_what_an_objective_says_of_itself_is_a_line() -> None:
-    """For logs and cards: as it was made, and once it has met the models which layers go together."""
-    objective = HiddenMatch("skip", distance="cosine")
-    assert repr(objective).startswith("HiddenMatch(layers 'skip', distance='cosine'")
-    distiller = Distiller(HEAD.make(1, layers=2), HEAD.make(2, layers=4), objectives=objective)
-    fitted_one = repr(distiller.objectives["hidden"])
-    assert re.match(r"HiddenMatch\(layers 2 of 4 layers: 0←1 1←3, distance='cosine'", fitted_one)
-    assert objective.layer_map is None  # the user's own is left as it was, for another distiller

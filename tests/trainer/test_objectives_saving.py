@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_distill import HiddenMatch, RelationMatch
 from hf_distill.learned import STATE_FILE
+from hf_distill.trainer_parts import publishing
 from tests.trainer.test_objectives import student, teacher
 from tests.trainer.tiny import arguments, assert_same_bits, examples, make, padded, weights
 
@@ -80,3 +81,31 @@ def test_accelerate_does_not_know_them(saved) -> None:
     ours, _, folder = saved
     held = [set(load_file(path)) for path in (folder / "state").rglob("*.safetensors")]
     assert held == [set(ours.model.state_dict())]
+
+
+class Uploads:
+    """Stands for `HfApi`: writes down what is uploaded."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def __call__(self) -> Uploads:
+        return self
+
+    def upload_folder(self, **keywords: Any) -> None:
+        self.found.append(keywords)
+
+
+def test_a_push_does_not_carry_them(tmp_path, monkeypatch) -> None:
+    """Even with the file lying in the output folder; what the Hub then holds: tests/hub."""
+    uploads = Uploads()
+    monkeypatch.setattr(publishing, "HfApi", uploads)
+    trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), max_steps=1)
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = "someone/student", None
+    trainer.distiller.learned.save(trainer.args.output_dir)
+    trainer.push_to_hub(finetuned_from="someone/base")
+    [upload] = uploads.found
+    assert (Path(upload["folder_path"]) / STATE_FILE).is_file()
+    assert set(upload["allow_patterns"]) == {"config.json", "model.safetensors", "README.md"}
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(trainer.model.state_dict())
