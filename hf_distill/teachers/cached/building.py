@@ -21,7 +21,7 @@ from hf_distill.tasks import Task, make_task
 from hf_distill.teachers.cached import files, fingerprints, planning, size
 from hf_distill.teachers.cached.bar import Bar
 from hf_distill.teachers.cached.drawn import refuse_drawn
-from hf_distill.teachers.cached.finishing import finish, is_finished
+from hf_distill.teachers.cached.finishing import finish, is_finished, tidy
 from hf_distill.teachers.cached.keys import content_keys
 from hf_distill.teachers.cached.planning import Source
 from hf_distill.teachers.cached.stores import Store, store_from
@@ -118,6 +118,8 @@ class Builder:
             self._refuse_foreign()
             return False
         self._refuse_other_plan(files.read_json(self.folder / files.MANIFEST), self._planned(), "a cache")
+        if self.state.is_main_process:
+            tidy(self.folder)  # if it was killed right before
         self._say(f"{self.folder} is built already.")
         return True
 
@@ -137,6 +139,7 @@ class Builder:
             if not (self.folder / files.PLAN).is_file():
                 self._write(files.PLAN, self.plan)
         self.state.wait_for_everyone()
+        self.plan = files.read_json(self.folder / files.PLAN)  # as a resumed pass reads it
 
     def _planned(self) -> dict[str, Any]:
         """What is asked for now, found out once."""

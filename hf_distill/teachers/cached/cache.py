@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import torch
@@ -140,6 +141,32 @@ class TeacherCache:
     @property
     def bytes(self) -> int:
         return int(sum(shard["bytes"] for shard in self.manifest["shards"]))
+
+    def dataset(self) -> datasets.Dataset:
+        """The cache as an ordinary dataset: keys, and the numbers that are kept of each example."""
+        return datasets.load_from_disk(str(self.path))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload it as a dataset with a card; returns the commit's address. `CachedTeacher.from_hub` reads it.
+
+        Args: as `huggingface_hub.HfApi.upload_folder`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        shards = [one["file"] for one in self.manifest["shards"]]
+        commit = api.upload_folder(
+            folder_path=self.path,
+            repo_id=repo_id,
+            repo_type="dataset",
+            revision=revision,
+            allow_patterns=[*shards, files.INDEX, files.STATE, files.INFO, files.CARD, files.MANIFEST],
+            commit_message="What a teacher said, cached by hf-distill",
+        )
+        return str(commit.commit_url)
 
     # Finding examples.
 

@@ -42,9 +42,14 @@ def finish(folder: Path, plan: dict[str, Any]) -> None:
     with files.written_beside(folder / files.CARD) as file:
         file.write(card_of(manifest).encode())
     files.write_json(folder / files.MANIFEST, manifest)
-    for number in range(plan["shard_count"]):
-        (folder / files.receipt_name(number)).unlink()
-    (folder / files.PLAN).unlink()
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Away with what only an unfinished cache needs."""
+    for path in [*folder.glob(files.RECEIPTS), *folder.glob(f"*{files.PARTIAL}-*"), folder / files.PLAN]:
+        if path.exists():
+            path.unlink()
 
 
 def _write_index(folder: Path, receipts: list[dict[str, Any]]) -> np.ndarray:

@@ -137,7 +137,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
         "predictions": {"axis": axis, "columns": int(rows.shape[1])},
         "preprocessing": fingerprints.of_collator(source.collator),
         "padding": {"batch_size": batch_size, "side": _padding_side(batch, source.main)},
-        "dataset": {"examples": count, "first": fingerprints.of_keys(keys)},
+        "dataset": {"examples": count, "first": fingerprints.of_keys(keys[:1])},
         "versions": fingerprints.versions(),
     }
 

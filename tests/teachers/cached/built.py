@@ -1,0 +1,55 @@
+"""Caches of tiny teachers, and what their folders hold, for the tests of this folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_distill.teachers.cached import CachedTeacher, Dense, TeacherCache
+from tests.heads import HEADS, Example, Head
+
+EXAMPLES = 20
+
+
+def build(folder: Path, head: Head, teacher: Any, examples: list[Example], **changed: Any) -> TeacherCache:
+    """Shards of six, batches of three, all digits."""
+    settings = {
+        "student": head.make(1),
+        "data_collator": head.collate,
+        "batch_size": 3,
+        "shard_examples": 6,
+        "store": Dense("float32"),
+        "progress": False,
+    }
+    return TeacherCache.build(teacher, examples, folder, **{**settings, **changed})
+
+
+def made(folder: Path, name: str, **changed: Any) -> tuple[Head, Any, list[Example], CachedTeacher]:
+    """A head, a teacher, twenty examples, and the teacher's cache of them."""
+    head = HEADS[name]
+    teacher, examples = head.make(2), head.examples(EXAMPLES)
+    return head, teacher, examples, CachedTeacher(build(folder, head, teacher, examples, **changed))
+
+
+def shuffled(examples: list[Example], count: int, seed: int = 0) -> list[Example]:
+    """Some of the examples in another order."""
+    return random.Random(seed).sample(examples, count)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def left_padded(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """Causal examples, padded on the left."""
+    longest = max(len(one["input_ids"]) for one in examples)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
+    for one in examples:
+        missing = longest - len(one["input_ids"])
+        rows["input_ids"].append([0] * missing + one["input_ids"])
+        rows["labels"].append([-100] * missing + one["labels"])
+        rows["attention_mask"].append([0] * missing + [1] * len(one["input_ids"]))
+    return {name: torch.tensor(values) for name, values in rows.items()}
