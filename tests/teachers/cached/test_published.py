@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import huggingface_hub.constants as hub_constants
 import numpy as np
 import pytest
@@ -46,8 +45,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DatasetHub]
         monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hub_constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "downloads"))
-        monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", hub.url, raising=False)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr(
+            hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
         yield hub
 
 
@@ -78,8 +79,10 @@ def test_pushed_and_read_by_its_id(tmp_path: Path, hub: DatasetHub) -> None:
 
 
 def test_the_card_lets_datasets_read_it(tmp_path: Path) -> None:
-    """As `load_dataset` does with the card's `data_files`: the shards are plain Arrow."""
+    """As `load_dataset` does with a repository: by the card's `data_files`. The shards are plain Arrow."""
     _, _, _, cached = made(tmp_path / "cache", NAME)
+    (tmp_path / "cache" / "state.json").rename(tmp_path / "state.json")  # it would have us use load_from_disk
     loaded = datasets.load_dataset(str(tmp_path / "cache"), cache_dir=str(tmp_path / "there"), split="train")
+    (tmp_path / "state.json").rename(tmp_path / "cache" / "state.json")
     kept = cached.cache.dataset()
     assert len(loaded) == 20 and np.array_equal(loaded[7]["logits"], kept[7]["logits"])
