@@ -13,8 +13,10 @@ from hf_distill.errors import (
 from hf_distill.hub import write_card
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, RelationMatch, SimilarityMatch
+from hf_distill.presets import Preset, Stage
+from hf_distill.stages import train_in_stages
 from hf_distill.tasks import Task
-from hf_distill.teachers import ModelTeacher, Teacher
+from hf_distill.teachers import AdaptersOff, CachedTeacher, Ensemble, ModelTeacher, MovingAverage, Teacher, TeacherCache
 from hf_distill.trainer import (
     DistillationMixin,
     DistillationTrainer,
@@ -25,7 +27,9 @@ from hf_distill.trainer import (
 DistillationMixin.card_renderer = write_card
 
 __all__ = [
+    "AdaptersOff",
     "AttentionMatch",
+    "CachedTeacher",
     "CosineEmbedding",
     "Counts",
     "DataError",
@@ -34,17 +38,23 @@ __all__ = [
     "DistillationTrainer",
     "Distiller",
     "DistillerOutput",
+    "Ensemble",
     "HfDistillError",
     "HiddenMatch",
     "LayerMap",
     "MissingExtraError",
     "ModelTeacher",
+    "MovingAverage",
+    "Preset",
     "RelationMatch",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
     "SimilarityMatch",
+    "Stage",
     "Task",
     "Teacher",
+    "TeacherCache",
     "TeacherError",
+    "train_in_stages",
 ]

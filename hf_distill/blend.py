@@ -94,6 +94,17 @@ class Blend:
         """The objectives that weigh something at some moment."""
         return [name for name in self.objectives if any(self.weight(name, p) > 0 for p in PROGRESS)]
 
+    def refuse_without_teacher(self) -> None:
+        """Raise SettingError where some term asks for a teacher."""
+        asked, alpha = self.ever_active(), self.alpha
+        if not asked:
+            return
+        why = f"alpha is {alpha(0.0):g}" if LOGITS in asked and alpha else f"{', '.join(asked)} ask for a teacher"
+        raise SettingError(
+            f"{why} but there is no teacher. Pass teacher_model= (a model, a folder or a Hub id), or alpha=0 and no "
+            "objectives to train without one."
+        )
+
     def uses_labels(self) -> bool:
         return any(self.labels_weight(p) > 0 for p in PROGRESS)
 
@@ -132,14 +143,14 @@ class Blend:
         counts: Counts,
         progress: float,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The loss of a micro-batch, its terms before their weights, and the logits' sum before it is divided.
+        """The loss of a micro-batch, its terms before their weights, and the sum of what the teacher was compared in.
 
         Args:
             labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
         """
         terms: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
-        of_logits = None
+        compared: Tensor | None = None
         if labels is not None:
             terms[LABELS] = labels * counts.scale
             weight = self.labels_weight(progress)
@@ -149,13 +160,18 @@ class Blend:
             student, teacher = ask()
             for name in active:
                 found = self.objectives[name](student, teacher, task, batch, progress=progress)
-                of_logits = found.value if name == LOGITS else of_logits
+                compared = found.value.detach() if compared is None else compared + found.value.detach()
+                if name not in counts.denominators:
+                    raise SettingError(
+                        f"{name} weighs something at {progress:.0%} of the training, and was not counted. Give count() "
+                        "the same progress= as the call."
+                    )
                 terms[name] = found.over(counts.denominators[name]) * counts.scale
                 weighted.append(self.weight(name, progress) * terms[name])
         loss = weighted[0]
         for part in weighted[1:]:
             loss = loss + part
-        return loss, terms, of_logits
+        return loss, terms, compared
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """What must be computed of the student and of the teacher."""
@@ -195,13 +211,13 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
         pairs = [(getattr(one, "name", type(one).__name__), one) for one in several]
     named: dict[str, Objective] = {}
     for name, one in pairs:
+        if isinstance(one, LogitsMatch):
+            raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
         if not all(hasattr(one, part) for part in ("weight", "count", "fit", "needs")):
             raise SettingError(
                 f"objectives: {one!r} is no objective. Give instances of {', '.join(o.__name__ for o in _ADDED)}, or "
                 "of your own class with the methods of hf_distill.objectives.Objective."
             )
-        if isinstance(one, LogitsMatch):
-            raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
             raise SettingError(
                 f"objectives: {name!r} cannot be the name of a term: a word without dots, and none that torch's "

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from hf_distill._compat import gathered_sum
 from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, Objectives
 from hf_distill.counts import Counts, scale_of
-from hf_distill.errors import SettingError
 from hf_distill.functional import Divergence
 from hf_distill.inside.recorder import Inside
 from hf_distill.learned import Learned
 from hf_distill.objectives import LabelsTerm, LogitsMatch, Objective
-from hf_distill.schedules import Schedule
+from hf_distill.schedules import PROGRESS, Schedule
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
@@ -82,7 +81,7 @@ class Distiller:
         self._processor = processing_class
         self._compares_anyway = compare_predictions
         self._seed = torch.initial_seed() % 2**32 if seed is None else seed
-        self._watch = TeacherWatch(lambda batch: self.teacher_signals(batch, Needs(logits=True)).predictions())
+        self._watch = TeacherWatch()
         self.blending = Blend(objectives)
         self.learned = Learned()
         self.reached: set[int] = set()  # see `unused_outputs`
@@ -140,13 +139,11 @@ class Distiller:
                 same_inputs=any(self.objectives[name].needs_same_inputs for name in asked if name != LOGITS),
             )
         elif asked:
-            alpha = self.blending.alpha
-            why = f"alpha is {alpha(0.0):g}" if LOGITS in asked and alpha else f"{', '.join(asked)} ask for a teacher"
-            raise SettingError(
-                f"{why} but there is no teacher. Pass teacher_model= (a model, a folder or a Hub id), or alpha=0 and no "
-                "objectives to train without one."
-            )
+            self.blending.refuse_without_teacher()
         if self.teacher is not None:
+            if hasattr(self.teacher, "check_needs"):
+                for moment in PROGRESS:
+                    self.teacher.check_needs(self.blending.needs(moment)[1])
             theirs = getattr(self.teacher, "inside", None)
             for name in asked:
                 self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
@@ -156,6 +153,10 @@ class Distiller:
         self._student_names = forward_names(student)
         read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(read) - set(self._student_names)
+
+    def is_for(self, student: nn.Module) -> bool:
+        """Whether `fit` has seen this student."""
+        return self._student is unwrapped(student)
 
     def place(self, accelerator: Any) -> None:
         """Bring the teacher, and what is learned beside the student, to where the batches are."""
@@ -267,10 +268,10 @@ class Distiller:
             return self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
 
         labels = None if labels_mean is None else self._labels_part(labels_mean, batch, counts)
-        loss, terms, of_logits = self.blending.total(labels, ask, self.task, batch, counts, progress)
-        if of_logits is not None:
-            self._watch.look(self.task, batch, of_logits)
-        elif labels is None and several_processes():
+        loss, terms, compared = self.blending.total(labels, ask, self.task, batch, counts, progress)
+        if compared is not None:
+            self._watch.look(self.task, batch, compared, lambda suspect: self.teacher_signals(suspect, theirs))
+        if labels is None and not ours.logits and several_processes():
             self.reached |= parameters_of(loss)
             loss = tied(loss, outputs)
         return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)

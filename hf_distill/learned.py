@@ -82,6 +82,11 @@ class Learned:
             SettingError: they are not there, or are of other objectives.
         """
         if not self:
+            if Path(folder, STATE_FILE).is_file():
+                raise SettingError(
+                    f"{os.fspath(folder)} was saved with objectives that learn (it has {STATE_FILE}), and this run has "
+                    "none. Pass the same objectives, or start anew from its model."
+                )
             return
         names = ", ".join(self.module.state_dict())
         state = load_state(folder, STATE_FILE, what=f"what these objectives learn ({names})")

@@ -64,7 +64,7 @@ def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Sche
     return SCHEDULES[kind](start, end)
 
 
-PROGRESS = tuple(step / 10 for step in range(11))  # where a schedule's values are checked
+PROGRESS = tuple(step / 200 for step in range(201))  # where a schedule's values are checked
 
 
 def checked_schedule(knob: str, value: float | Schedule) -> Schedule:

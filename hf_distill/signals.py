@@ -35,6 +35,23 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SparseRows:
+    """What a teacher lists of each row, and how likely everything else is together.
+
+    Attributes:
+        ids: `[... k]` of the compared columns; -1 where a row lists fewer than k.
+        log_probabilities: `[... k]` at `temperature`; -inf where nothing is listed.
+        log_tail: `[...]` log of the probability of all other columns; -inf where a row lists them all.
+        temperature: that the logits were divided by. Another one would need the tail's own shape, which is not here.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class Signals:
     """What one model shows of one batch.
 
@@ -44,17 +61,28 @@ class Signals:
             rather than logits for regression and embeddings. None where no objective needs them.
         columns: which columns of the heads these are.
         inside: what was read of the model's inside.
+        sparse: predictions in place of logits, leading axes as theirs, of a teacher that does not tell all columns.
     """
 
     logits: Tensor | None
     columns: Columns = field(default_factory=Columns)
     inside: Mapping[Read, Any] = field(default_factory=dict)
+    sparse: SparseRows | None = None
 
     def predictions(self) -> Tensor:
         """The logits, where there must be some."""
+        if self.logits is None and self.sparse is not None:
+            raise SettingError(
+                "this teacher tells only its likeliest columns, and what asks needs all of them (an ensemble, or an "
+                "objective of your own). Use a teacher that tells its logits."
+            )
         if self.logits is None:
             raise SettingError("predictions were not asked for: alpha=None compares none.")
         return self.logits
+
+    def to_look_at(self) -> Tensor:
+        """What may be no number: of a teacher that lists some columns, what it lists of them."""
+        return self.predictions() if self.sparse is None else self.sparse.log_probabilities
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from hf_distill.trainer_parts.publishing import PublishingMixin
 from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.refusals import (
     refuse_data_parallel,
+    refuse_other_student,
     refuse_other_views,
     refuse_sequence_parallel,
     refuse_two_blends,
@@ -127,6 +128,9 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
             raise SettingError("evaluate_with_teacher=True needs a teacher: pass teacher_model=.")
         if given is not None:
             refuse_two_blends(self._objectives_setting)
+            if not given.is_for(student):
+                refuse_other_student(has_model_init=getattr(self, "model_init", None) is not None)
+                given.fit(student)
             return given
         blend, teacher = blend_of(args), None
         if evaluates and blend["alpha"] is None:

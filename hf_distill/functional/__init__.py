@@ -12,16 +12,20 @@ from hf_distill.functional.divergences import (
     skewed_reverse_kl,
     total_variation,
 )
+from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.properties import (
     DIVERGENCES,
     PROPERTIES,
     Divergence,
     DivergenceProperties,
 )
+from hf_distill.functional.similarity import SIMILARITIES
 
 __all__ = [
+    "DISTANCES",
     "DIVERGENCES",
     "PROPERTIES",
+    "SIMILARITIES",
     "Divergence",
     "DivergenceProperties",
     "decoupled",

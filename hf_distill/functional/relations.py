@@ -27,7 +27,7 @@ def relation_kl(
         student: `[b t d_s]`. teacher: `[b t d_t]`.
         mask: `[b t]` bool, true where there is something to attend to.
         heads: the number of relation heads; must divide d_s and d_t.
-        segments: `[b t]`, which of several packed sequences a position is of; only its own are related to it. None: one.
+        segments: `[b t]`, which of several packed sequences a position is of, related to its own only. None: one.
 
     Returns:
         `[b t]`. Memory: `[b heads t t]`, a few times.

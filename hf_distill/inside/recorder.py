@@ -194,6 +194,11 @@ class _StackReading:
 
     def _not_seen(self, read: Read) -> str:
         where = f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
+        if not self._ran:
+            return (
+                f"{where}: no block ran. The model that was called is not the {self._whose} that the distiller was "
+                "made for (make it with this one, or call distiller.fit), or layerdrop left out every block."
+            )
         if read.what != LAST_HIDDEN and read.layer not in self._ran:
             return (
                 f"{where}: the block did not run in this forward. Where layerdrop left it out, set layerdrop to 0 in "

@@ -13,10 +13,11 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.rows import in_full_precision
+from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes
 from hf_distill.inside.recorder import Inside
 from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import Schedule, constant
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 
 
@@ -27,14 +28,23 @@ class RowValues:
     Attributes:
         values: `[m]`, temperature factor included.
         kept: `[m]` index of each into the task's n rows, or None: all of them.
-        teacher: `[m v]` the teacher's rows, to be looked at when something is wrong.
-        student: `[m v]` the student's.
+        student: `[m v]` the student's rows.
+        teacher: `[m v]` the teacher's; of one that lists some columns, `[m k+1]`, the last for all others.
+        ids: `[m k]` the listed columns; None: all, in order.
     """
 
     values: Tensor
     kept: Tensor | None
     student: Tensor
     teacher: Tensor
+    ids: Tensor | None = None
+
+    def agrees(self) -> Tensor:
+        """`[m]` bool: whether the likeliest column is the same."""
+        if self.ids is None:
+            return self.student.argmax(-1) == self.teacher.argmax(-1)
+        best = self.teacher[..., :-1].argmax(-1, keepdim=True)  # of the listed ones: the tail is no column
+        return self.student.argmax(-1) == self.ids.gather(-1, best).squeeze(-1)
 
 
 class LogitsMatch:
@@ -104,6 +114,8 @@ class LogitsMatch:
     ) -> RowValues:
         """The divergence of each row that counts; rows that do not are never looked at, so what
         they hold (NaN included) cannot matter."""
+        if teacher.sparse is not None:
+            return self._per_outcome(student, teacher.sparse, task, batch, progress)
         function, properties = self.divergence_for(task)
         kept = task.kept_rows(batch)
         q, p = task.select(student.predictions(), batch), task.select(teacher.predictions(), batch)
@@ -121,6 +133,38 @@ class LogitsMatch:
         t = self.temperature(progress)
         values = function(in_full_precision(q) / t, in_full_precision(p) / t, **keywords)
         return RowValues(values * t**properties.temperature_power, kept, q, p)
+
+    def _per_outcome(
+        self, student: Signals, teacher: SparseRows, task: Task, batch: Batch, progress: float
+    ) -> RowValues:
+        """Over the columns that the teacher lists, and one outcome for all others."""
+        function, properties = self.divergence_for(task)
+        t, kept = self.temperature(progress), task.kept_rows(batch)
+        self._refuse_for_sparse(task, teacher.temperature, t)
+        q, *listed = (
+            task.select(x, batch)
+            for x in (student.predictions(), teacher.ids, teacher.log_probabilities, teacher.log_tail)
+        )
+        _refuse_other_rows(q, listed[0], task, batch, columns=False)
+        if kept is not None:
+            q, *listed = (x.index_select(0, kept) for x in (q, *listed))
+        ids, p = listed[0], outcomes(listed[1], listed[2])
+        values = function(bucketed(in_full_precision(q) / t, ids), p, **self.settings)
+        return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
+
+    def _refuse_for_sparse(self, task: Task, theirs: float, ours: float) -> None:
+        name = self.name_for(task)
+        if name not in ON_OUTCOMES:
+            raise SettingError(
+                f"divergence={name!r} needs every column, and this teacher lists its likeliest and the probability of "
+                f"the rest together. Allowed with it: {', '.join(ON_OUTCOMES)}."
+            )
+        if theirs != ours:
+            raise SettingError(
+                f"temperature={ours:g}: this teacher's probabilities are those at temperature {theirs:g}, and "
+                "softening them anew would need every column, of which it lists some. Pass "
+                f"temperature={theirs:g}, constant through the training."
+            )
 
     def divergence_for(self, task: Task) -> tuple[Divergence, DivergenceProperties]:
         """The function and its properties; what is left open is chosen by the task.
@@ -178,10 +222,11 @@ class LogitsMatch:
             )
 
 
-def _refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch) -> None:
+def _refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
     """Rows are paired by position; with another number of them, row i would be compared with another position."""
     rows = task.rows(batch)
-    if student.shape == teacher.shape and student.shape[0] == rows:
+    same = student.shape == teacher.shape if columns else student.shape[0] == teacher.shape[0]
+    if same and student.shape[0] == rows:
         return
     raise TeacherError(
         f"the batch makes {rows} rows of {task.kind}, but the student gives {list(student.shape)} and the teacher "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
+from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.inside.blocks import Blocks
 from hf_distill.inside.positions import Positions
 from hf_distill.inside.recorder import Inside
@@ -82,6 +83,7 @@ class InsideMatch:
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
         _refuse_layerdrop(self, ours)
+        _refuse_split_heads(self, ours, theirs)
         self._positions = Positions(model, task, of_decoder=ours.of_decoder)
         self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
@@ -97,7 +99,11 @@ class InsideMatch:
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
         kept = Kept(self._positions.keep(batch), self._positions.segments(batch))
-        total = torch.stack([link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]).sum()
+        first = next(iter(student.inside.values()))
+        device = (first.queries if isinstance(first, AttentionRecord) else first).device
+        with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
+            parts = [link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]
+        total = torch.stack(parts).sum()
         return LossSum(total, self.count(task, batch).to(total.device))
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
@@ -144,6 +150,17 @@ def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
             "encoder_layerdrop "
             "and decoder_layerdrop), or use HiddenMatch."
         )
+
+
+def _refuse_split_heads(objective: InsideMatch, student: Blocks, teacher: Blocks) -> None:
+    if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
+        return
+    for blocks, whose in ((student, "student"), (teacher, "teacher")):
+        if (getattr(blocks.owner, "_tp_size", None) or 1) > 1:
+            raise SettingError(
+                f"{type(objective).__name__}: tensor parallelism splits the {whose}'s heads over processes, so none "
+                "sees all of them. Use HiddenMatch, or data parallelism."
+            )
 
 
 def checked_weight(what: str, weight: float | Schedule) -> Schedule:

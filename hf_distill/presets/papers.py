@@ -145,7 +145,8 @@ def pkd(
         (
             f"Their code takes beta={beta:g} times a mean over {student_layers - 1} layers and {width} numbers; "
             f"equation 7 of the paper, and this, sum over them, so the weight here is {weight:.4g}.",
-            "The logits' term is a KL divergence times T², as in their code; the paper has a cross-entropy without T².",
+            "The logits' term is a KL divergence times T²; the paper has a cross-entropy without T², and their code "
+            "divides by the number of classes too, so that their alpha is less than it says.",
         ),
     )
 

@@ -100,8 +100,9 @@ def _fill(student: Any, teacher: Any, done: dict[str, Tensor]) -> list[str]:
     sources = _tensors(teacher)
     saved = set(student.state_dict())
     whole, missing = [], []
-    named = [*student.named_parameters(), *student.named_buffers()]
-    for name, tensor in named:
+    # A buffer that is not saved is worked out from the config, now as at loading (Gemma's scale of its embeddings).
+    buffers = [(name, buffer) for name, buffer in student.named_buffers() if name in saved]
+    for name, tensor in [*student.named_parameters(), *buffers]:
         source = done.get(name, sources.get(name))
         if source is not None and source.shape == tensor.shape:
             tensor.data = source.clone() if name not in done else source.contiguous()

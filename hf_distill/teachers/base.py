@@ -19,9 +19,10 @@ class Teacher(Protocol):
         inputs: what it reads of a batch, so that a `Trainer` does not drop these columns.
         columns: which columns of the student's head are compared with which of its own; known after `fit`.
 
-    It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `state()` and
-    `load_state(state)` (name → tensor), where training changes it: then a checkpoint holds it, and a resumed run goes
-    on from there; `collator(collator)`, where its answers can be fetched by the data loader's workers.
+    It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `check_needs(needs)`, which
+    raises SettingError for what it cannot be asked; `collator(collator)`, where its answers can be fetched by the data
+    loader's workers; `state()` and `load_state(state)` (name → tensor), where training changes it: then a checkpoint
+    holds it, and a resumed run goes on from there.
     """
 
     inputs: tuple[str, ...]

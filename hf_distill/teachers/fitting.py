@@ -146,5 +146,8 @@ def _embeddings(model: Any) -> int | None:
     find = getattr(model, "get_input_embeddings", None)
     if find is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None
-    weight = getattr(find(), "weight", None)
+    try:
+        weight = getattr(find(), "weight", None)
+    except NotImplementedError:  # CLIP: two towers
+        return None
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_distill.arguments import setting
 from hf_distill.errors import SettingError
-from hf_distill.learned import load_state, save_state
+from hf_distill.learned import STATE_FILE, load_state, save_state
 from hf_distill.unused_outputs import forget_gradients_but
 
 TEACHER_FILE = "distill_teacher.safetensors"
@@ -81,6 +82,12 @@ class LearningMixin(_Trainer):
             self.distiller.teacher.load_state(
                 load_state(resume_from_checkpoint, TEACHER_FILE, what="the moving teacher")
             )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is not None and os.path.isfile(os.path.join(best, STATE_FILE)):
+            self.distiller.learned.load(best)
 
     def _teacher_state(self) -> dict[str, Any]:
         """Of a teacher that training changes (an average of students); empty for one that stays."""

@@ -53,3 +53,12 @@ def refuse_other_views(collator: Any, task: Task, *, has_teacher_columns: bool) 
         )
     if getattr(collator, "sentence_rows_only", False) and task.needs_same_inputs:
         raise SettingError(OTHER_TOKENS.format(names="an augmentation of words"))
+
+
+def refuse_other_student(*, has_model_init: bool) -> None:
+    """A distiller of another student; one that `model_init` made may be learned of."""
+    if not has_model_init:
+        raise SettingError(
+            "the distiller was made for another student than model=. Make it with this one, or call "
+            "distiller.fit(model) first."
+        )

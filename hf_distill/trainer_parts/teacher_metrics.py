@@ -28,7 +28,7 @@ class TeacherMetrics:
         student = distiller.student_signals(outputs, batch)
         teacher = distiller.teacher_signals(batch)
         found = match.per_row(student, teacher, task, batch, progress=1.0)
-        agrees = found.student.argmax(-1) == found.teacher.argmax(-1)
+        agrees = found.agrees()
         examples = batch_size(batch)
         rows_an_example = max(1, task.rows(batch) // examples)
         kept = found.kept
