@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPTS = ("heads_under_accumulation", "init_ablation", "objectives_cost", "real_data", "trainer_overhead")
+SCRIPTS = (
+    "heads_under_accumulation",
+    "init_ablation",
+    "large_vocabulary",
+    "objectives_cost",
+    "real_data",
+    "trainer_overhead",
+)
 
 
 def run(script: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
