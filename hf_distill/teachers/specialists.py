@@ -1,0 +1,263 @@
+"""A generalist and specialists of its confusable classes as one teacher. `specializing.py` makes specialists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from hf_distill.errors import SettingError, TeacherError
+from hf_distill.functional.groups import agreed_with_groups
+from hf_distill.functional.rows import in_full_precision
+from hf_distill.signals import Needs, Signals
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.infer import unwrapped
+from hf_distill.teachers import fitting
+from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.make import as_teacher
+from hf_distill.teachers.model import ModelTeacher
+from hf_distill.vocabulary import Columns, label_ids
+
+Classes = Sequence[int | str]
+
+
+class Specialists:
+    """A teacher whose generalist is corrected by specialists, each of a few classes and a dustbin for all others.
+
+    For each row those specialists are asked that know one of the generalist's most probable classes; the answer is the
+    distribution q over all classes that minimises `KL(p_g, q) + Σ KL(p_m, q)`. Hinton et al. 2015, section 5.4 (solved
+    exactly, see `functional.groups`). A specialist runs where a row of the batch asks for it.
+
+    It is solved at the temperature of the moment. There a dustbin is softened as the classes that it holds (in the
+    proportions of the generalist), not as one class: specialists that agree with the generalist change nothing, at any
+    temperature. At 1 this is the paper's.
+
+    Args:
+        generalist: as `teacher_model` takes it. Classification of one label, a row an example or a token.
+        specialists: classes → a model, a folder or a Hub id. Classes are the generalist's label names or ids. The
+            head has one column more than classes; label names say which is which (the one that is no class is the
+            dustbin), or, where they are transformers' default names, the classes' order with the dustbin last.
+        dustbin_bias: added to each dustbin's logit, in the order of `specialists`: `SpecialistSet.dustbin_bias`. None:
+            nothing, for specialists that were trained on data as it is, or are corrected already.
+        most_probable: how many of the generalist's classes ask for specialists (the paper's n, there 1).
+
+    Raises:
+        SettingError, TeacherError: see the messages.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification as Bert
+    >>> from hf_distill import Distiller
+    >>> size = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> student, generalist, specialist = (Bert(BertConfig(**size, num_labels=n)) for n in (4, 4, 3))
+    >>> distiller = Distiller(student, Specialists(generalist, {(0, 2): specialist}))
+    >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
+    >>> sorted(distiller(student, batch).terms)
+    ['labels', 'logits']
+    """
+
+    def __init__(
+        self,
+        generalist: Any,
+        specialists: Mapping[Classes, Any],
+        *,
+        dustbin_bias: Sequence[float] | None = None,
+        most_probable: int = 1,
+    ) -> None:
+        if not isinstance(specialists, Mapping) or not specialists:
+            raise SettingError("Specialists: give {classes: specialist, ...} with at least one, after the generalist.")
+        for classes in specialists:
+            if not isinstance(classes, tuple) or not classes or len(set(classes)) != len(classes):
+                raise SettingError(f"Specialists: classes {classes!r}: give a tuple of different label names or ids.")
+        bias = [0.0] * len(specialists) if dustbin_bias is None else [float(one) for one in dustbin_bias]
+        if len(bias) != len(specialists):
+            raise SettingError(
+                f"Specialists: {len(bias)} numbers in dustbin_bias for {len(specialists)} specialists. Give one for "
+                "each, in their order."
+            )
+        if not isinstance(most_probable, int) or most_probable < 1:
+            raise SettingError(f"Specialists: most_probable={most_probable!r}: must be a whole number, at least 1.")
+        self._given_generalist, self._given = generalist, list(specialists.items())
+        self._bias, self._most_probable = bias, most_probable
+        self._accelerator: Any = None
+        self._members = torch.zeros(0, 0, dtype=torch.bool)  # [m v]
+        self._orders: list[Tensor] = []  # of each specialist: its columns in the order of the classes, dustbin last
+        self._generalist: Teacher | None = None
+        self._specialists: list[ModelTeacher] = []
+        self.columns = Columns()
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The generalist, then the specialists; none before `fit`."""
+        return [] if self._generalist is None else [self._generalist, *self._specialists]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What any of them reads; known after `fit`."""
+        return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
+
+    def fit(
+        self,
+        student: nn.Module,
+        task: Task,
+        *,
+        student_processor: Any = None,
+        compares_predictions: bool = True,
+        same_inputs: bool = False,
+    ) -> None:
+        """The generalist must be able to teach this student, and each specialist know its classes.
+
+        Raises:
+            TeacherError: another kind of head, or labels that do not match.
+        """
+        if task.matched_by != "labels" or task.on_values:
+            raise TeacherError(
+                f"Specialists: a {task.kind} head has no classes to be a specialist of. They are for classification of "
+                "one label: a sequence, an image, a sound, or each token."
+            )
+        if self._generalist is None:
+            self._specialists = [_as_model_teacher(model, task.kind, classes) for classes, model in self._given]
+            self._generalist = as_teacher(self._given_generalist, task.kind)
+        for specialist in self._specialists:  # before the generalist: what the task learns of configs is of the last
+            fitting.refuse_other_head(unwrapped(specialist.model), task)
+            specialist.fit(
+                student, task, student_processor=student_processor, compares_predictions=False, same_inputs=same_inputs
+            )
+        self._generalist.fit(
+            student,
+            task,
+            student_processor=student_processor,
+            compares_predictions=compares_predictions,
+            same_inputs=same_inputs,
+        )
+        self.columns = Columns(student=self._generalist.columns.student)
+        if compares_predictions:
+            self._pair_columns(student)
+
+    def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
+        assert self._generalist is not None  # `fit` comes first
+        logits = self._ask(self._generalist, task, batch, needs.temperature)  # [... v]
+        if logits.shape[-1] != self._members.shape[1]:
+            raise TeacherError(
+                f"Specialists: rows of {logits.shape[-1]} columns for {self._members.shape[1]} labels: several labels "
+                "an example, where each is a yes or no of its own, have no confusable classes. Use one label."
+            )
+        rows = logits.reshape(-1, logits.shape[-1])
+        log_q = self._agreed(rows, task, batch, needs.temperature)
+        return Signals(logits=(needs.temperature * log_q).view(logits.shape), columns=self.columns)
+
+    def place(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        for teacher in self.teachers:
+            teacher.place(accelerator)
+
+    def after_step(self, student: nn.Module) -> None:
+        for teacher in self.teachers:
+            teacher.after_step(student)
+
+    def state(self) -> dict[str, Tensor]:
+        """The generalist's, where training changes it."""
+        own: dict[str, Tensor] = getattr(self._generalist, "state", dict)()
+        return own
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._generalist.load_state(state)  # type: ignore[union-attr]  # it had a state, so it is there and takes one
+
+    def _ask(self, teacher: Teacher, task: Task, batch: Batch, temperature: float) -> Tensor:
+        needs = Needs(logits=True, temperature=temperature)
+        return in_full_precision(teacher(task, batch, needs).predictions())
+
+    def _agreed(self, logits: Tensor, task: Task, batch: Batch, temperature: float) -> Tensor:
+        """`[n v]`: the log of the agreed distribution."""
+        members = self._members = self._members.to(logits.device)
+        log_told = (logits / temperature).log_softmax(-1)
+        probable = logits.topk(min(self._most_probable, logits.shape[-1])).indices  # [n k]
+        asked = members.T[probable].any(1)  # [n m]
+        log_rest = torch.full(asked.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
+        for number, specialist in enumerate(self._specialists):
+            if not self._is_sharded() and not bool(asked[:, number].any()):
+                continue
+            special = members[number]
+            said = self._ask(specialist, task, batch, temperature)
+            said = said.reshape(-1, said.shape[-1])[:, self._orders[number].to(said.device)]  # [n k+1]
+            dustbin = (said[:, -1:] + self._bias[number]) / temperature + _spread(logits[:, ~special], temperature)
+            log_p = torch.cat((said[:, :-1] / temperature, dustbin), -1).log_softmax(-1).to(logits.dtype)
+            log_p = log_p.masked_fill(~asked[:, number, None], -torch.inf)
+            log_told[:, special] = torch.logaddexp(log_told[:, special], log_p[:, :-1])
+            log_rest[:, number] = log_p[:, -1]
+        return agreed_with_groups(log_told, log_rest, members)
+
+    def _is_sharded(self) -> bool:
+        """Then every process must run every model, whatever its rows ask for."""
+        kind = getattr(self._accelerator, "distributed_type", None)
+        return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+    def _pair_columns(self, student: Any) -> None:
+        assert self._generalist is not None
+        config = getattr(unwrapped(student), "config", None)
+        if config is None:
+            raise TeacherError("Specialists: the student has no config, so its labels have no names. Give it one.")
+        order = self._generalist.columns.teacher
+        order = order if isinstance(order, tuple) else tuple(range(config.num_labels))  # the generalist's ids in place
+        named = getattr(unwrapped(getattr(self._generalist, "model", student)), "config", config)
+        members, orders = [], []
+        for (classes, _), specialist in zip(self._given, self._specialists, strict=True):
+            ids = [_id_of(one, classes, label_ids(named), len(order)) for one in classes]
+            if len(ids) >= len(order):
+                raise TeacherError(f"Specialists: {classes!r} are all classes, so there is no rest for a dustbin.")
+            special = torch.tensor([index in ids for index in order])
+            names = {index: name for name, index in label_ids(named).items()}
+            own = _own_columns(specialist, [names[index] for index in ids], classes)
+            in_place = [own[ids.index(index)] for index in order if index in ids]
+            members.append(special)
+            orders.append(torch.tensor([*in_place, own[-1]]))
+        self._members, self._orders = torch.stack(members), orders
+
+
+def _spread(rest: Tensor, temperature: float) -> Tensor:
+    """`[n 1]` the log of how much more a dustbin weighs when it is softened as its classes; 0 at temperature 1."""
+    if temperature == 1:
+        return rest.new_zeros(len(rest), 1)
+    return (rest.log_softmax(-1) / temperature).logsumexp(-1, keepdim=True)
+
+
+def _as_model_teacher(model: Any, kind: str, classes: Classes) -> ModelTeacher:
+    teacher = as_teacher(model, kind)
+    if not isinstance(teacher, ModelTeacher):
+        raise TeacherError(
+            f"Specialists: the specialist of {classes!r} is a {type(teacher).__name__}. Give a model, a folder or a "
+            "Hub id; a specialist's head has columns of its own."
+        )
+    return teacher
+
+
+def _id_of(one: int | str, classes: Classes, ids: Mapping[str, int], count: int) -> int:
+    found = ids.get(one) if isinstance(one, str) else one
+    if not isinstance(found, int) or not 0 <= found < count:
+        raise TeacherError(
+            f"Specialists: {one!r} in {classes!r} is no label of the generalist. It has ids 0 to {count - 1}: "
+            f"{', '.join(sorted(ids, key=lambda name: ids[name])[:8])}{', …' if len(ids) > 8 else ''}."
+        )
+    return found
+
+
+def _own_columns(specialist: ModelTeacher, names: list[str], classes: Classes) -> list[int]:
+    """The specialist's columns of these classes, then that of its dustbin."""
+    config = getattr(unwrapped(specialist.model), "config", None)
+    width = None if config is None else config.num_labels
+    if width != len(names) + 1:
+        raise TeacherError(
+            f"Specialists: the specialist of {classes!r} has {width} labels; it must have {len(names) + 1}: one for "
+            "each class, and the dustbin. `specialist_head` makes such a head."
+        )
+    ids = label_ids(config)
+    if ids == {f"LABEL_{index}": index for index in range(len(ids))}:  # numbers of columns, not names of classes
+        return list(range(len(ids)))
+    if set(names) < set(ids):
+        (dustbin,) = set(ids) - set(names)
+        return [*(ids[name] for name in names), ids[dustbin]]
+    raise TeacherError(
+        f"Specialists: the specialist of {classes!r} has labels {sorted(ids)}; expected {names} and a dustbin. Set its "
+        "config.label2id and id2label to the generalist's names."
+    )
