@@ -76,8 +76,8 @@ class InsideMatch:
                 f"{type(self).__name__} reads the inside of the teacher, and this teacher shows none. Use a model as "
                 "teacher, or leave the objective out."
             )
-        ours = student.blocks(self._side_of(student), self.stacks[0])
-        theirs = teacher.blocks(self._side_of(teacher), self.stacks[1])
+        ours = student.blocks(self.side, self.stacks[0])
+        theirs = teacher.blocks(self.side, self.stacks[1])
         try:
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
@@ -120,9 +120,6 @@ class InsideMatch:
     def _read(self, what: str, layer: int, whose: int) -> Read:
         return Read(what, layer, self.side, self.stacks[whose])
 
-    def _side_of(self, inside: Inside) -> str | None:
-        return self.side
-
     def __repr__(self) -> str:
         """As it was made, for logs and cards."""
         knobs = [f"{knob}={getattr(self, knob)!r}" for knob in self.shown if getattr(self, knob) not in (None, {})]
@@ -146,9 +143,8 @@ def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
     if rate:
         raise SettingError(
             f"{type(objective).__name__}: the student leaves out blocks at random (layerdrop={rate}), and a block that "
-            f"is left out has no {objective.reads[0]}. Load it with layerdrop=0 (of an encoder-decoder "
-            "encoder_layerdrop "
-            "and decoder_layerdrop), or use HiddenMatch."
+            f"is left out has no {objective.reads[0]}. Load it with layerdrop=0 (of an encoder-decoder: "
+            "encoder_layerdrop=0, decoder_layerdrop=0), or use HiddenMatch."
         )
 
 

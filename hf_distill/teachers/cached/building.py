@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks import Task, make_task
 from hf_distill.teachers.cached import files, fingerprints, planning, size
 from hf_distill.teachers.cached.bar import Bar
@@ -251,12 +251,23 @@ class Builder:
         keys = self._keys(batch)
         raw, prepared = self.source.ask(batch, self.state.device)
         rows, counts = self.source.cut(raw, prepared, self.plan["predictions"]["axis"])
+        self._refuse_no_numbers(rows, counts)
         if rows.shape[1] != self.plan["predictions"]["columns"]:
             raise DataError(
                 f"the teacher predicts {rows.shape[1]} columns here and {self.plan['predictions']['columns']} at the "
                 "start: examples must have equally many (choices)."
             )
         return {"high": keys[:, 0], "low": keys[:, 1], "positions": counts.astype(np.int32), **store.encode(rows)}
+
+    def _refuse_no_numbers(self, rows: torch.Tensor, counts: np.ndarray) -> None:
+        wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
+        if bool(wrong.any()):
+            position = int(wrong.nonzero()[0])
+            example = int(np.searchsorted(np.cumsum(counts), position, side="right"))
+            raise TeacherError(
+                f"the teacher's logits hold NaN or infinity in example {example} of a batch, at position {position} of "
+                "it all. Look at that input; a half-precision teacher may overflow: try dtype='float32' or 'bfloat16'."
+            )
 
     def _write_shard(self, shard: int, parts: list[dict[str, np.ndarray]]) -> None:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
