@@ -212,7 +212,7 @@ def test_a_model_that_was_not_called() -> None:
     with (
         pytest.raises(
             SettingError,
-            match=r"of block 1 of the teacher \(bert\.encoder\.layer\): no block ran\. The model that was called is not",
+            match=r"of block 1 of the teacher \(bert\.encoder\.layer\): no block ran\. The model that was",
         ),
         Inside(model_of("BertForMaskedLM"), "teacher").reading({Read("hidden", 1)}),
     ):
