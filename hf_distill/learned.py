@@ -49,8 +49,7 @@ class Learned:
         if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise SettingError(
                 f"learned projections with {accelerator.distributed_type.value}: it shards what the optimizer "
-                "holds and "
-                "knows the student alone. Use data parallelism (DDP), a student as wide as the teacher "
+                "holds and knows the student alone. Use data parallelism (DDP), a student as wide as the teacher "
                 "(students.inherit) with projection='none', or RelationMatch, which learns nothing."
             )
         self.module.to(accelerator.device)

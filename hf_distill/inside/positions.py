@@ -103,7 +103,6 @@ def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, whose: str, 
         return
     raise DataError(
         f"the batch has {list(keep.shape)} [examples, positions], but {what} of the {whose} are at {list(shape)}. "
-        "Student "
-        "and teacher must be given the same positions: the same tokenizer and padding, the same frame rate, and no "
-        "virtual tokens of prompt tuning."
+        "Student and teacher must be given the same positions: the same tokenizer and padding, the same frame rate, "
+        "and no virtual tokens of prompt tuning."
     )

@@ -105,8 +105,7 @@ class Ensemble:
             raise TeacherError(
                 "Ensemble: the teachers share different columns of their heads with the student "
                 f"({', '.join(sorted(map(str, compared)))}), so their predictions cannot be averaged. Use teachers "
-                "with "
-                "the same labels or vocabulary."
+                "with the same labels or vocabulary."
             )
         self.columns = Columns(student=self.teachers[0].columns.student)
 
@@ -167,8 +166,7 @@ class Ensemble:
         if isinstance(self._weights, str):
             raise SettingError(
                 f"Ensemble: weights={self._weights!r} are found from probabilities, and this task predicts values. "
-                "Give a "
-                "number for each teacher."
+                "Give a number for each teacher."
             )
         return self._weights or [1 / count] * count
 

@@ -73,8 +73,7 @@ class MovingAverage(ModelTeacher):
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise SettingError(
                 f"MovingAverage with {accelerator.distributed_type.value}: no process holds the whole student, of "
-                "which "
-                "this is an average. Use data parallelism (DDP)."
+                "which this is an average. Use data parallelism (DDP)."
             )
         super().place(accelerator)
 
@@ -145,8 +144,7 @@ class AdaptersOff:
         if not hasattr(student, "disable_adapter"):
             raise TeacherError(
                 f"AdaptersOff: the student is a {type(student).__name__}, which has no adapters to switch off. "
-                "Make it a "
-                "PEFT model (peft.get_peft_model), or pass a teacher."
+                "Make it a PEFT model (peft.get_peft_model), or pass a teacher."
             )
         self._teacher = _Unfrozen(student)
 
