@@ -4,5 +4,6 @@ from hf_distill.teachers.cached.cache import TeacherCache, is_cache
 from hf_distill.teachers.cached.collator import CachedCollator
 from hf_distill.teachers.cached.stores import Dense
 from hf_distill.teachers.cached.teacher import CachedTeacher
+from hf_distill.teachers.cached.topk import TopK
 
-__all__ = ["CachedCollator", "CachedTeacher", "Dense", "TeacherCache", "is_cache"]
+__all__ = ["CachedCollator", "CachedTeacher", "Dense", "TeacherCache", "TopK", "is_cache"]

@@ -22,12 +22,15 @@ from hf_distill.tasks.language import decoder_inputs
 from hf_distill.teachers.cached import files, fingerprints, layout
 from hf_distill.teachers.cached.keys import MASK, content_keys, key_columns, read_by_teacher
 from hf_distill.teachers.cached.stores import Dense, Store, described
+from hf_distill.teachers.cached.topk import TopK
+from hf_distill.teachers.fitting import tokenizer_in
 from hf_distill.teachers.model import ModelTeacher
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 64  # examples whose length is measured
 SHARD_BYTES = 64_000_000
+_LARGE = 4096  # columns from which not all are kept, unless asked for
 _SEES_PADDING = 1e-3  # of the largest prediction; half precision alone makes more than rounding, see `_threshold`
 _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
@@ -85,6 +88,19 @@ def default_collator(processor: Any) -> Callable[..., Any]:
     return default_data_collator
 
 
+def default_store(task: Task, columns: int) -> Store:
+    """All columns of a small head; of a large vocabulary the likeliest, and the others as one."""
+    return TopK() if task.matched_by == "vocabulary" and columns > _LARGE else Dense()
+
+
+def kept_columns(source: Source, store: Store, width: int) -> int:
+    """Of a head of this width: where only the likeliest are listed, without columns that pad a vocabulary."""
+    tokenizer = tokenizer_in(source.processor)
+    if not isinstance(store, TopK) or tokenizer is None:
+        return width
+    return min(width, int(max(tokenizer.get_vocab().values())) + 1)
+
+
 def task_settings(task: Task) -> dict[str, Any]:
     """Settings of a task that change what is cached."""
     return {"pooling": vars(task)["_pooling"]} if task.kind == "embedding" else {}
@@ -120,7 +136,11 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "hf_distill.views.augment_dataset, with a collator that only pads."
         )
     rows, _ = source.cut(raw, prepared, axis)
-    chosen = store or Dense()
+    chosen = store or default_store(source.task, rows.shape[1])
+    if isinstance(chosen, TopK) and source.task.matched_by != "vocabulary":
+        raise SettingError(
+            f"TopK lists the likeliest tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
+        )
     return {
         "format": files.FORMAT,
         "format_version": files.FORMAT_VERSION,
@@ -134,7 +154,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "masked": MASK in read_by_teacher(batch, source.main),
             "decoder": decoder_rule(source.task, unwrapped(source.student)),
         },
-        "predictions": {"axis": axis, "columns": int(rows.shape[1])},
+        "predictions": {"axis": axis, "columns": kept_columns(source, chosen, int(rows.shape[1]))},
         "preprocessing": fingerprints.of_collator(source.collator),
         "padding": {"batch_size": batch_size, "side": _padding_side(batch, source.main)},
         "dataset": {"examples": count, "first": fingerprints.of_keys(keys[:1])},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
@@ -22,6 +22,7 @@ from hf_distill.teachers.cached.cache import POSITIONS, TeacherCache
 from hf_distill.teachers.cached.collator import CachedCollator
 from hf_distill.teachers.cached.keys import CACHED_PREFIX
 from hf_distill.teachers.cached.planning import decoder_rule, task_settings
+from hf_distill.teachers.cached.topk import TopK
 from hf_distill.vocabulary import Columns
 
 logger = logging.getLogger(__name__)
@@ -71,19 +72,34 @@ class CachedTeacher:
 
     def collator(self, collator: Callable[..., Any]) -> CachedCollator:
         """That collator, with the answers beside what it makes: for the training's data loader."""
+        if isinstance(collator, CachedCollator) and collator.cache is self.cache:
+            return collator
         return CachedCollator(collator, self.cache)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
+        self.check_needs(needs)
+        if not needs.logits:
+            return Signals(logits=None, columns=self.columns)
+        laid = self._answers(task, batch)
+        if isinstance(self.cache.store, TopK):
+            kept, tail = self.cache.store.at_temperature(laid["log_probabilities"], laid["tails"], needs.temperature)
+            listed = SparseRows(laid["ids"].long(), kept, tail, needs.temperature)
+            return Signals(logits=None, columns=self.columns, sparse=listed)
+        logits = task.read(layout.as_outputs(task, laid["logits"].float()), batch, self.columns, teacher=True)
+        return Signals(logits=logits, columns=self.columns)
+
+    def check_needs(self, needs: Needs) -> None:
+        """Raises SettingError: for what it cannot be asked."""
         if needs.reads:
             raise SettingError(
                 "an objective asks for the teacher's inside, and a cached teacher holds its predictions alone. Use the "
                 "live teacher, or leave the objective out."
             )
-        if not needs.logits:
-            return Signals(logits=None, columns=self.columns)
-        laid = self._answers(task, batch)
-        logits = task.read(layout.as_outputs(task, laid["logits"].float()), batch, self.columns, teacher=True)
-        return Signals(logits=logits, columns=self.columns)
+        store, columns = self.cache.store, self.cache.manifest["predictions"]["columns"]
+        if not needs.logits or not isinstance(store, TopK) or store.k >= columns:
+            return
+        if needs.temperature not in store.temperatures:
+            store.refuse_temperature(needs.temperature)
 
     def fit(
         self,
@@ -112,6 +128,7 @@ class CachedTeacher:
                 tokenizers=(tokenizer, tokenizer if known else None),
                 label_matching=self._label_matching,
             )
+            self._refuse_other_columns()
         task.learn_from(self._remembered().config)
 
     def place(self, accelerator: Any) -> None:
@@ -167,6 +184,17 @@ class CachedTeacher:
                 f"the cache was built with another teacher: its weights have the fingerprint {there} "
                 f"({self.cache.manifest['teacher']['class']}), those of the teacher that is asked for "
                 f"{now} ({type(unwrapped(teacher)).__name__}). Build a cache of this teacher, or ask for the other."
+            )
+
+    def _refuse_other_columns(self) -> None:
+        """What is listed by number of column must be listed of the columns that are compared."""
+        width = self.cache.manifest["predictions"]["columns"]
+        if isinstance(self.cache.store, TopK) and self.columns.teacher not in (None, width):
+            compared = self.columns.teacher
+            raise TeacherError(
+                f"the cache lists the likeliest of {width} columns, and student and teacher share "
+                f"{compared if isinstance(compared, int) else 'some'} of them: what is listed may not be there. Build "
+                "it with processing_class= (the student's tokenizer), or keep all: store=Dense()."
             )
 
     def _refuse_other_task(self, student: Any, task: Task) -> None:

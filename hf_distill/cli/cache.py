@@ -1,0 +1,147 @@
+"""`hf-distill cache`: ask a teacher once about a dataset, or say what a cache holds. The work is `TeacherCache`'s."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.console import Console
+
+from hf_distill.cli.progress import quiet_libraries
+from hf_distill.errors import DataError, SettingError
+from hf_distill.tasks import TASKS
+from hf_distill.teachers import Dense, TeacherCache, TopK, load_teacher
+from hf_distill.teachers.load import DTYPES, find_tokenizer
+
+_INTERRUPTED = 130  # as the command itself
+_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values")
+
+
+def add_command(commands: Any) -> None:
+    """Add `cache` to the subcommands of a parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "cache",
+        help="ask a teacher once about a dataset, so that training need not run it",
+        description="Builds a folder of what a teacher predicts for every example of a dataset, or says what such a "
+        "folder holds. A build that is interrupted goes on when the same command is given again. For several "
+        "processes: accelerate launch -m hf_distill.cli.main cache build ...",
+    )
+    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    _add_build(kinds)
+    show: argparse.ArgumentParser = kinds.add_parser("show", help="check a cache's files, and say what it holds")
+    show.add_argument("folder", type=Path, metavar="CACHE", help="a folder that `cache build` filled")
+    show.set_defaults(run=_show)
+
+
+def _add_build(kinds: Any) -> None:
+    build: argparse.ArgumentParser = kinds.add_parser(
+        "build",
+        help="ask the teacher about every example",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    build.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of the model")
+    build.add_argument("dataset", metavar="DATASET", help="folder of save_to_disk, or Hub id")
+    build.add_argument("folder", type=Path, metavar="CACHE", help="the folder to fill")
+    build.add_argument("--task", choices=sorted(TASKS), required=True, help="the kind of head")
+    build.add_argument("--name", help="configuration of the dataset")
+    build.add_argument("--split", default="train", help="which split of the dataset")
+    build.add_argument("--text-column", help="text to tokenize, where the dataset is not tokenized")
+    build.add_argument("--text-pair-column", help="second text of each example")
+    build.add_argument("--max-length", type=int, help="tokens an example is cut to; else what the tokenizer says")
+    build.add_argument("--batch-size", type=int, default=32, help="consecutive examples in a forward")
+    build.add_argument("--top-k", type=int, help="of each row keep so many columns, and the others as one; else all")
+    build.add_argument("--temperature", type=float, nargs="+", default=[1.0, 2.0], help="to train at, with --top-k")
+    build.add_argument("--store-dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of logits")
+    build.add_argument("--teacher-dtype", choices=DTYPES, help="of the teacher's weights; else the checkpoint's own")
+    build.add_argument("--workers", type=int, default=0, help="processes that make batches")
+    build.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    console = Console()
+    try:
+        cache = _built(arguments, console)
+    except KeyboardInterrupt:
+        console.print("Stopped. The shards that are finished stay; the same command goes on with the next.")
+        raise SystemExit(_INTERRUPTED) from None
+    console.print(f"{cache!r} in {arguments.folder}", highlight=False)
+    console.print("To train with it: DistillationTrainer(teacher_model=CachedTeacher(folder), ...)", highlight=False)
+
+
+def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
+    with quiet_libraries():
+        tokenizer = find_tokenizer(arguments.teacher)
+        data = _tokenized(_loaded(arguments), tokenizer, arguments)
+        teacher = load_teacher(arguments.teacher, arguments.task, dtype=arguments.teacher_dtype)
+        return TeacherCache.build(
+            teacher,
+            data,
+            arguments.folder,
+            task=arguments.task,
+            processing_class=tokenizer,
+            batch_size=arguments.batch_size,
+            store=_store(arguments),
+            num_workers=arguments.workers,
+            say=lambda text: console.print(text, highlight=False),
+        )
+
+
+def _store(arguments: argparse.Namespace) -> Dense | TopK:
+    if arguments.top_k is None:
+        return Dense(arguments.store_dtype)
+    return TopK(arguments.top_k, temperatures=tuple(arguments.temperature), dtype=arguments.store_dtype)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    cache, console = TeacherCache(arguments.folder), Console()
+    manifest = cache.manifest
+    for line in (
+        f"{cache!r}, every checksum is right",
+        f"teacher: {manifest['teacher']['class']}, weights {manifest['teacher']['weights']}",
+        f"head: {manifest['task']['kind']}, {manifest['predictions']['columns']} columns",
+        f"keyed by: {', '.join(manifest['inputs']['columns'])}",
+        f"rows of predictions: {manifest['positions']:,}",
+        f"files: {len(manifest['shards'])} shards, built with "
+        + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
+    ):
+        console.print(line, highlight=False)
+
+
+def _loaded(arguments: argparse.Namespace) -> Any:
+    if Path(arguments.dataset).is_dir() and (Path(arguments.dataset) / "state.json").is_file():
+        return datasets.load_from_disk(arguments.dataset)
+    try:
+        if (Path(arguments.dataset) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(arguments.dataset)[arguments.split]
+        return datasets.load_dataset(arguments.dataset, arguments.name, split=arguments.split)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"dataset {arguments.dataset!r}, split {arguments.split!r}, cannot be loaded: {error}. Give a folder that "
+            "Dataset.save_to_disk wrote, or a Hub id (with --name and --split)."
+        ) from error
+
+
+def _tokenized(data: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
+    """As it is, where it has what a model reads; else its text as the teacher's tokenizer cuts it."""
+    if arguments.text_column is None:
+        if not set(_INPUTS) & set(data.column_names):
+            raise SettingError(
+                f"the dataset has the columns {', '.join(data.column_names)}, none of which a model reads "
+                f"({', '.join(_INPUTS)}). Say which is text: --text-column."
+            )
+        return data
+    wanted = [name for name in (arguments.text_column, arguments.text_pair_column) if name is not None]
+    missing = [name for name in wanted if name not in data.column_names]
+    if missing or tokenizer is None:
+        what = f"no column {', '.join(missing)}" if missing else f"no tokenizer beside {arguments.teacher!r}"
+        raise SettingError(
+            f"--text-column: there is {what}. The dataset has {', '.join(data.column_names)}; the teacher's folder "
+            "must hold its tokenizer, or the dataset be tokenized."
+        )
+    return data.map(
+        lambda some: tokenizer(*(some[name] for name in wanted), truncation=True, max_length=arguments.max_length),
+        batched=True,
+        desc=None,
+    )

@@ -1,0 +1,81 @@
+"""`hf-distill cache`: built of a folder and a dataset on the disk, shown, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from hf_distill.cli.main import main
+from hf_distill.teachers import CachedTeacher
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import bert, make
+
+TEXTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10", "w2 w2"]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    folder = tmp_path / "teacher"
+    bert(seed=1, vocab_size=40).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    folder = tmp_path / "texts"
+    datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 2, 0]}).save_to_disk(folder)
+    return str(folder)
+
+
+def run(*arguments: str) -> int:
+    return main(["cache", *arguments])
+
+
+def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture) -> None:
+    folder = str(tmp_path / "cache")
+    build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text", "--batch-size", "3")
+    assert run(*build) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "takes about 200 B in all: 4 examples of 1.0 positions, 6 bytes a position" in said
+    assert "tokens/s" in said and "TeacherCache(4 examples, dense," in said
+    assert run("show", folder) == 0
+    shown = capsys.readouterr().out
+    assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
+    words = tokenizer()
+    data = datasets.load_from_disk(texts).map(lambda one: words(one["text"]), desc=None)
+    trainer = make(
+        tmp_path,
+        bert(vocab_size=40),
+        CachedTeacher(folder),
+        train_dataset=data,
+        processing_class=words,
+        data_collator=None,
+    )
+    assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--text-column", "words"), "--text-column: there is no column words. The dataset has text, label"),
+        ((), "the dataset has the columns text, label, none of which a model reads (input_ids,"),
+    ],
+)
+def test_refused(
+    tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture, changed: tuple[str, ...], message: str
+) -> None:
+    assert run("build", teacher, texts, str(tmp_path / "cache"), "--task", "classification", *changed) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_no_dataset_or_no_cache(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert run("build", teacher, empty, str(tmp_path / "cache"), "--task", "classification") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert run("show", empty) == 2
+    assert "holds no teacher cache" in capsys.readouterr().err
