@@ -86,15 +86,12 @@ class TopK:
     def at_temperature(self, log_probabilities: Tensor, tails: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[... k]` softened, and the tail's `[...]`: together they sum to 1.
 
-        Raises:
-            SettingError: a temperature that the tail is not kept for.
+        At a temperature that the tail is not kept for there must be none: see `refuse_temperature`.
         """
         if temperature in self.temperatures:
             tail = tails[..., self.temperatures.index(temperature), None]
-        elif bool((tails == -torch.inf).all()):  # nothing is left out: any temperature is exact
-            tail = tails[..., :1]
         else:
-            self.refuse_temperature(temperature)
+            tail = torch.full_like(tails[..., :1], -torch.inf)
         both = torch.cat([log_probabilities.float() / temperature, tail], -1).log_softmax(-1)
         return both[..., :-1], both[..., -1]
 
