@@ -32,8 +32,7 @@ class ServedTeacher:
     At each position it tells its k likeliest tokens; all others are one outcome more, with what is left of the
     probability. The divergence is over these k + 1 outcomes: at most that of the whole distributions, and equal to it
     where k is the whole vocabulary. Probabilities are those at temperature 1, and softening them would need the tail's
-    own shape: another temperature is refused, unless the server tells every column. It is asked at every step;
-    a cache of it is asked once.
+    own shape: another temperature is refused, unless the server tells every column. It is asked at every step.
 
     The address and the key are in no log, card, checkpoint or message. The key is read from the environment.
 
