@@ -45,27 +45,36 @@ def test_l10_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert_moved(weights(whole.model), before)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_answers_come_with_the_batch(tmp_path: Path, workers: int) -> None:
-    """Made by the data loader, in this process or in its workers: the training is the same as looking up in it."""
+def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
+    """Or are looked up when the loss asks: the training is the same."""
     cached = cache_of(tmp_path / "cache", bert(seed=1), examples(11))
     given = {"train_dataset": examples(11), "max_steps": 4}
     plain = make(tmp_path / "plain", bert(), cached, **given)
+    plain.data_collator = padded
     plain.train()
-    wrapped = make(
-        tmp_path / "wrapped",
-        bert(),
-        cached,
-        data_collator=cached.collator(padded),
-        dataloader_num_workers=workers,
-        **given,
-    )
+    assert cached._told
+    wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.collator(padded), **given)
     seen = []
     told, cached._tell_once = cached._tell_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
     wrapped.train()
     cached._tell_once = told  # type: ignore[method-assign]  # as it was
     assert not seen
     assert_same_bits(weights(wrapped.model), weights(plain.model))
+
+
+def test_a_folder_as_teacher_model_and_workers(tmp_path: Path) -> None:
+    """The trainer finds out that it is a cache, and has its data loader look up."""
+    live = cache_of(tmp_path / "cache", bert(seed=1), examples(11))
+    given = {"train_dataset": examples(11), "max_steps": 3}
+    trained = []
+    for number, one in enumerate((str(tmp_path / "cache"), live.cache, live)):
+        trainer = make(tmp_path / str(number), bert(), one, dataloader_num_workers=number, **given)
+        assert "teacher_cached_logits" in next(iter(trainer.get_train_dataloader()))
+        assert "teacher_cached_logits" not in next(iter(trainer.get_eval_dataloader(examples(2))))
+        trainer.train()
+        trained.append(weights(trainer.model))
+    assert_same_bits(trained[1], trained[0])
+    assert_same_bits(trained[2], trained[0])
 
 
 def test_it_learns_what_the_live_teacher_teaches(tmp_path: Path) -> None:
