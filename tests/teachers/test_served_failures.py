@@ -178,10 +178,11 @@ def test_a_failure_that_stays_has_a_name_and_tells_no_secret(
     monkeypatch.setenv("TEACHER_KEY", SECRET)
     teacher = served(server, timeout_s=0.3, api_key_env="TEACHER_KEY")
     distiller, batch = distiller_of(teacher), batch_of()
-    server.faults = [fault] * 4
+    server.faults, asked = [fault] * 4, len(server.asked)
     with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError, match=said) as caught:
         distiller.teacher_signals(batch)
     assert server.asked[-1][1]["Authorization"] == f"Bearer {SECRET}"
+    assert len(server.asked) - asked == (1 if fault in (401, 307) else 2)
     for text in ("".join(traceback.format_exception(caught.value)), caplog.text, repr(teacher)):
         assert SECRET not in text and "127.0.0.1" not in text and str(server.port) not in text
     chain: BaseException | None = caught.value

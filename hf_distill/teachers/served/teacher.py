@@ -83,7 +83,7 @@ class ServedTeacher:
         self._api, self._model, self._k = APIS[api], model, top_logprobs
         self._tokenizer = fitting.tokenizer_in(tokenizer)
         self._batch_size, self._max_concurrency = batch_size, max_concurrency
-        base = url[: -len("/v1")] if api == "sglang" and str(url).endswith("/v1") else url
+        base = str(url).rstrip("/").removesuffix("/v1") if api == "sglang" else url
         self._endpoint = Endpoint(base, timeout_s=timeout_s, retries=retries, api_key_env=api_key_env)
         self._columns_of_tokens = np.zeros(0, dtype=np.int64)
         self._tells_all = False
@@ -161,11 +161,8 @@ class ServedTeacher:
         """The rows of each prompt, in order; at most `max_concurrency` requests are under way."""
         starts = range(0, len(prompts), self._batch_size)
         parts = [prompts[start : start + self._batch_size] for start in starts]
-        pool = ThreadPoolExecutor(self._max_concurrency, thread_name_prefix="teacher")
-        try:
-            answers = list(pool.map(self._score, parts))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a failure the rest is not asked any more
+        with ThreadPoolExecutor(self._max_concurrency, thread_name_prefix="teacher") as pool:
+            answers = list(pool.map(self._score, parts))  # after a failure the rest is not asked any more
         return list(itertools.chain.from_iterable(answers))
 
     def _score(self, prompts: Sequence[Tokens]) -> list[list[Row]]:
