@@ -113,7 +113,7 @@ def test_a_chain_that_was_moved_goes_on(tmp_path) -> None:
     [
         (
             [Link("helper", lambda: student(2)), *links()[1:]],
-            "holds 1-assistant, and the links now are 1-helper, 2-half",
+            "holds 1-assistant, and the links now are 1-helper",
         ),
         ([Link("assistant", lambda: student(2), {"alpha": 0.9})], "link 'assistant': stage 'training' is not the one"),
         ([Link("assistant", lambda: student(3))], "link 'assistant': in .* had .* parameters, and has"),
