@@ -87,16 +87,18 @@ class Builder:
             model.model.to(state.device)
         return cls(Source(model, made, learner, dataset, chosen, processor), folder, state, settings)
 
-    def run(self) -> None:
-        """Raises:
-        DataError: see `TeacherCache.build`.
+    def run(self) -> bool:
+        """Whether there was anything to do.
+
+        Raises:
+            DataError: see `TeacherCache.build`.
         """
         if self._is_built():
-            return
+            return False
         self._begin()
         mine = range(self.state.process_index, self.plan["shard_count"], self.state.num_processes)
         shown = self.settings.progress and self.state.is_main_process
-        whole = Pass(self.source, self.folder, self.plan, self.state.device, num_workers=self.settings.num_workers)
+        whole = self._pass(self.plan)
         done = [number for number in mine if whole.is_done(number)]
         try:
             whole.make([number for number in mine if number not in done], done=done, shown=shown)
@@ -106,6 +108,10 @@ class Builder:
             self.state.wait_for_everyone()
         except files.DiskFull as error:
             raise DataError(self._full(error)) from error
+        return True
+
+    def _pass(self, plan: dict[str, Any]) -> Pass:
+        return Pass(self.source, self.folder, plan, self.state.device, num_workers=self.settings.num_workers)
 
     # Before the pass.
 
@@ -116,7 +122,14 @@ class Builder:
         if not (self.folder / files.MANIFEST).is_file():
             self._refuse_foreign()
             return False
-        self._refuse_other_plan(files.read_json(self.folder / files.MANIFEST), self._planned(), "a cache")
+        manifest = files.read_json(self.folder / files.MANIFEST)
+        self._refuse_other_plan(manifest, self._planned(), "a cache")
+        if self._pass(manifest).content() != manifest["dataset"]["content"]:
+            raise DataError(
+                f"{self.folder} holds a cache of other examples, or of the same in another order. To train on part of "
+                "what it holds, or in another order, open it: TeacherCache(folder). For other examples choose another "
+                "folder, or delete this one."
+            )
         if self.state.is_main_process:
             tidy(self.folder)  # if it was killed right before
         self._say(f"{self.folder} is built already.")

@@ -109,14 +109,7 @@ class TeacherCache:
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
-        settings = Settings(
-            batch_size=batch_size,
-            store=store,
-            shard_examples=shard_examples,
-            num_workers=num_workers,
-            say=say,
-            progress=progress,
-        )
+        settings = Settings(batch_size, store, shard_examples, num_workers, say, progress)
         builder = Builder.prepared(
             teacher,
             dataset,
@@ -129,8 +122,8 @@ class TeacherCache:
             accelerator=accelerator,
             settings=settings,
         )
-        builder.run()
-        return cls(path, verify=False)
+        fresh = builder.run()
+        return cls(path, verify=not fresh)
 
     def __len__(self) -> int:
         return int(self.manifest["dataset"]["examples"])

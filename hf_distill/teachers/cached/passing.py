@@ -77,6 +77,11 @@ class Pass:
             )
         return True
 
+    def content(self) -> str:
+        """The fingerprint of all examples as the dataset now has them; the teacher is not asked."""
+        every = list(range(self.plan["shard_count"]))
+        return fingerprints.of_keys(np.concatenate([self._keys(batch) for batch in self._loaded(every)]))
+
     def _keys(self, batch: dict[str, Any]) -> np.ndarray:
         return content_keys(batch, self.plan["inputs"]["columns"], main=self.source.main)
 

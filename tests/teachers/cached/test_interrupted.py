@@ -114,6 +114,16 @@ def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:
     assert contents(tmp_path) == before and len(asked) == 1 and said == [f"{tmp_path} is built already."]
 
 
+def test_a_built_cache_of_other_examples_is_no_answer(tmp_path: Path) -> None:
+    head, teacher, examples, _ = made(tmp_path, NAME)
+    before = contents(tmp_path)
+    changed = [*examples[:9], {**examples[9], "input_ids": examples[9]["input_ids"][::-1]}, *examples[10:]]
+    for other in (changed, [examples[0], *examples[:0:-1]]):
+        with pytest.raises(DataError, match=r"a cache of other examples, or of the same in another order\. To train"):
+            build(tmp_path, head, teacher, other)
+    assert contents(tmp_path) == before
+
+
 def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[NAME]
     teacher, examples = head.make(2), head.examples(20)
