@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_distill.errors import DataError
+from hf_distill.students.components import Components
 from hf_distill.students.importance import on_device, scores_of
 from hf_distill.students.units import Group
 from hf_distill.students.wiring import Wiring, watch
@@ -67,9 +68,17 @@ class Calibration:
         """What works with what in the teacher."""
         return watch(self.teacher, lambda: self.first(self.teacher))
 
-    def scores(self, groups: list[Group], importance: str) -> list[Tensor]:
-        """The importance of all units, over all batches."""
-        return scores_of(self.teacher, groups, self._all(), lambda batch: self.teacher(**batch), importance)
+    def scores(self, groups: list[Group], importance: str, components: Components | None = None) -> list[Tensor]:
+        """The importance of all units, over all batches. `components` see the same batches: there may be no others."""
+
+        def forward(batch: Mapping[str, Any]) -> Any:
+            if components is not None:
+                components.batch = batch
+            return self.teacher(**batch)
+
+        how = importance if groups else "activation"  # no units, no gradient
+        with contextlib.nullcontext() if components is None else components:
+            return scores_of(self.teacher, groups, self._all(), forward, how)
 
     def _all(self) -> Iterator[dict[str, Any]]:
         return chain([self._first], (self._readable(batch) for batch in self._batches))

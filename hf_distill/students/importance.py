@@ -82,7 +82,7 @@ def _by_activation(
     def see(name: str, tensor: Tensor) -> Tensor:
         axis = readers[name]
         x = _split(tensor.detach(), axis, units[name]).float()
-        x = x[_attended(batch, name, len(x)).to(x.device)]
+        x = x[attended(batch, name, len(x)).to(x.device)]
         w = tables[name].detach().float().movedim(axis.dim, -1)
         w = w.reshape(-1, axis.outer, units[name], axis.size)
         moments = torch.einsum("nous,nour->ousr", x, x)
@@ -124,7 +124,7 @@ def _by_gradient(
         seen[name] = seen.get(name, torch.zeros(units[name], dtype=torch.float64)) + found.double().cpu()
 
 
-def _attended(batch: Batch, name: str, rows: int) -> Tensor:
+def attended(batch: Batch, name: str, rows: int) -> Tensor:
     """Positions that are no padding, `[rows]`; all where the batch does not say so for this many."""
     side = "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask"
     mask = batch.get(side)

@@ -19,6 +19,7 @@ from hf_distill.students.checks import check_teacher
 from hf_distill.students.copying import Copied, copy_tensors, drop_absent_modules
 from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
 from hf_distill.students.report import InheritReport, StackReport
+from hf_distill.students.ties import own_heads, set_apart
 
 logger = logging.getLogger(__name__)
 Layers = int | Sequence[int] | LayerMap
@@ -170,6 +171,7 @@ def _built(teacher: PreTrainedModel, config: Any) -> PreTrainedModel:
     except (ValueError, IndexError, KeyError) as error:
         raise TeacherError(f"inherit: {type(teacher).__name__} cannot be built with these layers: {error}") from error
     drop_absent_modules(student, teacher)
+    set_apart(student, own_heads(student, teacher))
     return student
 
 

@@ -14,7 +14,10 @@ from hf_distill.students.checks import check_teacher
 from hf_distill.students.cutting import Cut
 from hf_distill.students.importance import check_importance, keep_best
 from hf_distill.students.layout import Layout, all_sizes, layout_of
+from hf_distill.students.projection import Projected
 from hf_distill.students.report import NarrowReport
+from hf_distill.students.rotation import Rotation
+from hf_distill.students.streams import find_stream
 from hf_distill.students.symmetry import check_exchangeable
 from hf_distill.students.thinner import thinner
 from hf_distill.students.trimming import TrimmedVocabulary
@@ -29,13 +32,13 @@ Batches = Iterable[Mapping[str, Any]]
 def narrow(
     teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
     intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
-    importance: str = ..., return_report: Literal[False] = ...,
+    importance: str = ..., width: str = ..., return_report: Literal[False] = ...,
 ) -> PreTrainedModel: ...  # fmt: skip
 @overload
 def narrow(
     teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
     intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
-    importance: str = ..., return_report: Literal[True],
+    importance: str = ..., width: str = ..., return_report: Literal[True],
 ) -> tuple[PreTrainedModel, NarrowReport]: ...  # fmt: skip
 
 
@@ -49,6 +52,7 @@ def narrow(
     vocabulary: TrimmedVocabulary | None = None,
     data: Batches | None = None,
     importance: str = "activation",
+    width: str = "importance",
     return_report: bool = False,
 ) -> PreTrainedModel | tuple[PreTrainedModel, NarrowReport]:
     """A new model of the teacher's class that holds the teacher's most important heads, neurons and channels.
@@ -58,7 +62,7 @@ def narrow(
     evaluation mode, as after `from_pretrained`. The teacher and the random generators are left as they were.
 
     Args:
-        hidden: channels of the hidden states. The same are kept everywhere.
+        hidden: channels of the hidden states. The same are kept everywhere; see `width`.
         heads: of each attention. A head keeps its size, so where a config cannot say a head's size (BERT, BART, GPT-2,
             ...) `hidden` must be `heads` times that size.
         key_value_heads: where several heads share one. As many as the teacher has, unless said; each then serves fewer.
@@ -67,6 +71,10 @@ def narrow(
         data: batches (dicts of tensors) on which importance is measured, and the wiring of the model is seen. Needed
             for all but `vocabulary`. With labels for importance="gradient".
         importance: "activation" (Minitron) or "gradient" (Michel et al. 2019); see `students.importance`.
+        width: "importance": the best channels are kept. "projection": the hidden states are rotated to their principal
+            components on `data`, and the leading ones are kept (SliceGPT, Ashkboos et al. 2024, section 3; there with
+            a basis a block, here with one, so that the architecture stays). For models with an RMSNorm before each
+            block: Llama, Qwen, Mistral, Gemma, T5. A tied head gets weights of its own.
         return_report: also return a NarrowReport.
 
     Raises:
@@ -88,7 +96,8 @@ def narrow(
     sizes = {"hidden": hidden, "heads": heads, "groups": key_value_heads, "intermediate": intermediate}
     wanted = {kind: value for kind, value in sizes.items() if value is not None}
     _check_given(wanted, vocabulary, data)
-    student, report = _narrow(teacher, wanted, vocabulary, data, importance)
+    _check_width(width, hidden)
+    student, report = _narrow(teacher, wanted, vocabulary, data, importance, width == "projection")
     logger.info("%s", report)
     return (student, report) if return_report else student
 
@@ -99,19 +108,29 @@ def _narrow(
     vocabulary: TrimmedVocabulary | None,
     data: Batches | None,
     importance: str,
+    project: bool,
 ) -> tuple[PreTrainedModel, NarrowReport]:
     cuts: list[Cut] = []
     values: dict[str, int] = {}
+    projection = None
     if wanted:
         with Calibration(teacher, data or ()) as calibration:
-            layout, cuts, values = _chosen(calibration, wanted, importance)
+            layout, cuts, values, projection = _chosen(calibration, wanted, importance, project)
     else:
         layout = layout_of(teacher, {"vocabulary"}, Wiring())
+    chosen = bool(cuts)
     if vocabulary is not None:
         layout, token_cut = _tokens(teacher, layout, vocabulary)
         cuts.append(token_cut)
         values["vocabulary"] = len(vocabulary.kept)
-    return thinner(teacher, layout, cuts, values, vocabulary, importance if wanted else None)
+    return thinner(teacher, layout, cuts, values, vocabulary, importance if chosen else None, projection)
+
+
+def _check_width(width: Any, hidden: int | None) -> None:
+    if width not in ("importance", "projection"):
+        raise SettingError(f"narrow: width={width!r}: allowed are importance and projection.")
+    if width == "projection" and hidden is None:
+        raise SettingError("narrow: width='projection' says how hidden= is made smaller. Give hidden= with it.")
 
 
 def _check_given(wanted: dict[str, int], vocabulary: Any, data: Any) -> None:
@@ -136,28 +155,34 @@ def _check_given(wanted: dict[str, int], vocabulary: Any, data: Any) -> None:
 
 
 def _chosen(
-    calibration: Calibration, wanted: dict[str, int], importance: str
-) -> tuple[Layout, list[Cut], dict[str, int]]:
+    calibration: Calibration, wanted: dict[str, int], importance: str, project: bool
+) -> tuple[Layout, list[Cut], dict[str, int], Projected | None]:
     teacher, kinds = calibration.teacher, set(wanted) - {"groups"}
     all_sizes(teacher, kinds)  # before anything is computed
     wiring = calibration.wiring()
     layout = layout_of(teacher, kinds, wiring)
     values = _fitting(teacher, layout, wanted)
     groups = find_groups(layout, wiring, kinds)
+    rotation = None
+    if project:
+        (channels,) = (group for group in groups if group.kind == "hidden")
+        groups.remove(channels)
+        rotation = Rotation(calibration, layout, find_stream(teacher, channels, wiring), values["hidden"])
     for group in groups:
         if group.parts > 1 and values["hidden"] % group.parts:
             raise SettingError(
                 f"narrow: hidden={values['hidden']}: a convolution of {type(teacher).__name__} works in {group.parts} "
                 f"groups, so hidden must be a multiple of {group.parts}."
             )
-    check_exchangeable(teacher, groups, calibration.first)
-    scores = calibration.scores(groups, importance)
+    if groups:
+        check_exchangeable(teacher, groups, calibration.first)
+    scores = calibration.scores(groups, importance, rotation.components if rotation else None)
     blocks = values.get("groups", 1)
     cuts = [
         (group, keep_best(score, group, values[group.kind], blocks))
         for group, score in zip(groups, scores, strict=True)
     ]
-    return layout, cuts, values
+    return layout, cuts, values, rotation.projected() if rotation else None
 
 
 def _fitting(teacher: PreTrainedModel, layout: Layout, wanted: dict[str, int]) -> dict[str, int]:

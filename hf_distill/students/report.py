@@ -77,9 +77,13 @@ class NarrowReport:
         sizes: settings of the config that changed.
         kept: where the units lie → which of the teacher's were kept, in the student's order. Heads and neurons go by
             the matrix that reads them; channels are under "hidden states", tokens under "tokens".
-        cut: parameters and buffers that are smaller than the teacher's. copied: those that are equal.
+            Empty for channels that were projected.
+        cut: parameters and buffers that are smaller than the teacher's, or in another basis. copied: those that are
+            equal.
         fresh: what has no source. Empty: `narrow` refuses rather than start something at random.
         importance: how the units were chosen; None: no choice was needed.
+        projected: which share of the hidden states on the data, each with mean square 1, lies in the directions kept;
+            None: the width was not projected.
         student_parameters, teacher_parameters: how many numbers, tied ones once.
         notes: what else a reader should know.
     """
@@ -94,6 +98,7 @@ class NarrowReport:
     student_parameters: int
     teacher_parameters: int
     notes: tuple[str, ...] = ()
+    projected: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -101,6 +106,8 @@ class NarrowReport:
             f"({self.student_parameters / self.teacher_parameters:.0%})"
         ]
         lines += [f"  {size}" for size in self.sizes]
+        if self.projected is not None:
+            lines.append(f"  hidden states projected: the student holds {self.projected:.1%} of them")
         if self.importance is not None:
             lines.append(f"  chosen by {self.importance}")
         fresh = ", ".join(self.fresh) or "nothing"

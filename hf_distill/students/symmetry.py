@@ -22,9 +22,9 @@ _TOLERANCE = 1e-3  # of float32, through many layers; a wrong layout changes the
 
 def check_exchangeable(teacher: nn.Module, groups: list[Group], forward: Callable[[Any], Any]) -> None:
     """Raise TeacherError where exchanging the units of a kind changes what the model computes."""
-    model = _shaken(teacher)
+    model = shaken(teacher)
     generator = torch.Generator().manual_seed(0)
-    before = _outputs(forward(model))
+    before = outputs_of(forward(model))
     named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for kind in sorted({group.kind for group in groups}):
         cuts = [(group, _shuffled(group, generator)) for group in groups if group.kind == kind]
@@ -32,24 +32,29 @@ def check_exchangeable(teacher: nn.Module, groups: list[Group], forward: Callabl
         changed = cut(values, cuts)
         for name, tensor in changed.items():
             named[name].data = tensor
-        after = _outputs(forward(model))
+        after = outputs_of(forward(model))
         for name in changed:
             named[name].data = values[name]
         _compare(before, after, cuts if kind == "hidden" else [], kind, type(teacher).__name__)
 
 
-def _shaken(teacher: nn.Module) -> Any:
+def shaken(teacher: nn.Module) -> Any:
     """A float32 copy with random weights: large enough that every part matters."""
     model = copy.deepcopy(teacher).float().eval()
+    shake(model)
+    return model
+
+
+def shake(model: nn.Module) -> None:
+    """Random weights in place, from a generator of its own."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if parameter.dim() < 2:
-                parameter.mul_(0).add_(1 + 0.5 * noise)
+                parameter.copy_(1 + 0.5 * noise)
             else:
-                parameter.mul_(0).add_(noise / parameter[0].numel() ** 0.5)
-    return model
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
 def _shuffled(group: Group, generator: torch.Generator) -> Tensor:
@@ -62,17 +67,18 @@ def _shuffled(group: Group, generator: torch.Generator) -> Tensor:
     return torch.cat([block * group.shares + one for block, one in zip(blocks, inside, strict=True)])
 
 
-def _outputs(given: Any) -> dict[str, Tensor]:
+def outputs_of(given: Any) -> dict[str, Tensor]:
+    """The floating-point tensors among what a model gives."""
     values = given.items() if hasattr(given, "items") else enumerate(given)
     return {str(name): one for name, one in values if isinstance(one, Tensor) and one.is_floating_point()}
 
 
 def _compare(before: dict[str, Tensor], after: dict[str, Tensor], channels: list[Cut], kind: str, model: str) -> None:
     for name, one in before.items():
-        errors = [_difference(after[name], one)]
+        errors = [difference(after[name], one)]
         for group, order in channels:
             if one.shape[-1:] == (group.units,):
-                errors.append(_difference(after[name], one[..., order.to(one.device)]))
+                errors.append(difference(after[name], one[..., order.to(one.device)]))
         if not min(errors) < _TOLERANCE:
             raise TeacherError(
                 f"narrow: the {kind} units of {model} cannot be cut: exchanging some of them changes its {name} "
@@ -81,7 +87,8 @@ def _compare(before: dict[str, Tensor], after: dict[str, Tensor], channels: list
             )
 
 
-def _difference(one: Tensor, two: Tensor) -> float:
+def difference(one: Tensor, two: Tensor) -> float:
+    """Relative difference of two tensors; infinite where their shapes, or the places that are not finite, differ."""
     finite = torch.isfinite(two)
     if one.shape != two.shape or not torch.equal(finite, torch.isfinite(one)):
         return float("inf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +16,10 @@ from hf_distill.students.checks import check_config
 from hf_distill.students.copying import check_tied, drop_absent_modules
 from hf_distill.students.cutting import Cut, cut
 from hf_distill.students.layout import Layout
+from hf_distill.students.projection import Projected
 from hf_distill.students.report import NarrowReport, SizeReport
 from hf_distill.students.sizes import Setting, along, changed
+from hf_distill.students.ties import own_heads, set_apart
 from hf_distill.students.token_ids import renumber
 from hf_distill.students.trimming import TrimmedVocabulary
 
@@ -28,17 +31,21 @@ def thinner(
     values: dict[str, int],
     vocabulary: TrimmedVocabulary | None,
     importance: str | None,
+    projection: Projected | None = None,
 ) -> tuple[PreTrainedModel, NarrowReport]:
-    """The student with the kept units, and what was done."""
+    """The student with the kept units (and the projected hidden states), and what was done."""
     _check_kept_by_saving(teacher, cuts)
     config, sizes = _config(teacher, layout, values)
     notes = [] if vocabulary is None else renumber(config, vocabulary.places, "config")
     check_config(config)
-    student = _built(teacher, config)
-    check_tied(student, dict(teacher.named_parameters(remove_duplicate=False)), {}, "narrow")
-    done = cut(_tensors(teacher), cuts)
+    student = built(teacher, config, projection.apart if projection else ())
+    new = projection.tensors if projection else {}
+    tensors = _tensors(teacher) | new
+    check_tied(student, tensors, {}, "narrow")
+    done = new | cut(tensors, cuts)
     whole = _fill(student, teacher, done)
-    notes += _other_scales(student, teacher) + _generation(student, teacher, cuts, vocabulary)
+    notes += projection.notes(student) if projection else _other_scales(student, teacher)
+    notes += _generation(student, teacher, cuts, vocabulary)
     student.eval()
     report = NarrowReport(
         architecture=type(teacher).__name__,
@@ -48,6 +55,7 @@ def thinner(
         copied=tuple(whole),
         fresh=(),
         importance=importance,
+        projected=projection.share if projection else None,
         student_parameters=sum(parameter.numel() for parameter in student.parameters()),
         teacher_parameters=sum(parameter.numel() for parameter in teacher.parameters()),
         notes=tuple(notes),
@@ -72,12 +80,15 @@ def _config(teacher: Any, layout: Layout, values: dict[str, int]) -> tuple[Any, 
     return changed(layout.config, new), tuple(reports)
 
 
-def _built(teacher: Any, config: Any) -> Any:
+def built(teacher: Any, config: Any, apart: Iterable[str] = ()) -> Any:
+    """An empty student of the teacher's class. `apart`: heads that shall have weights of their own."""
     try:
         student = empty_like(teacher, config, "cpu")
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
         raise TeacherError(f"narrow: {type(teacher).__name__} cannot be built with these sizes: {error}") from error
     drop_absent_modules(student, teacher)
+    own = {name for name in apart if name in student.all_tied_weights_keys}
+    set_apart(student, sorted(own.union(own_heads(student, teacher))))
     return student
 
 
