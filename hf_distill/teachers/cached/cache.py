@@ -89,23 +89,19 @@ class TeacherCache:
             student: the model that is to learn, where its head is of a class that is not the teacher's. task: instead.
             data_collator, processing_class: as in the training; the default collator is Trainer's.
             batch_size: consecutive examples; part of what the cache is, where predictions depend on padding.
-            store: what is kept; `Dense()` by default.
-            dtype: of the teacher, as `teacher_dtype` of the trainer.
-            shard_examples: examples in a file; None: as many as make 64 MB.
+            store: None: `TopK()` for a vocabulary of more than 4,096 columns, else `Dense()`.
+            dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file; None: as many as make 64 MB.
             accelerator: None: processes and device as Accelerate finds them.
-            say: what the announcements are given to (size, what was found); None: the log.
-            progress: a bar with tokens a second and the time left.
+            say: is given the announcements; None: the log does. progress: a bar, with tokens/s and the time left.
 
         Raises:
-            DataError: it does not fit onto the disk, the disk is full (what is finished stays), or the folder holds a
-                cache of something else.
+            DataError: it does not fit, the disk is full (what is finished stays), or the folder holds something else.
             SettingError, TeacherError: see the messages.
 
         >>> import tempfile
         >>> from transformers import BertConfig, BertForSequenceClassification as Bert
         >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
-        >>> data = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}]
-        >>> cache = TeacherCache.build(Bert(config), data, tempfile.mkdtemp(), progress=False)
+        >>> cache = TeacherCache.build(Bert(config), [{"input_ids": [1, 2]}] * 2, tempfile.mkdtemp(), progress=False)
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
