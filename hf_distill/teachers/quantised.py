@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # has no types; Accelerate brings it
+import psutil
 import torch
 from torch import Tensor, nn
 
