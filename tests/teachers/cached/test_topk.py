@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.schedules import linear
-from hf_distill.teachers import CachedTeacher, TopK
+from hf_distill.teachers import CachedTeacher, Dense, TopK
+from hf_distill.teachers.cached.planning import default_store
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, made, shuffled
@@ -167,3 +168,9 @@ def test_half_precision_of_log_probabilities(tmp_path: Path) -> None:
         student = head.make(1)
         losses.append(Distiller(student, cached, alpha=1.0)(student, head.collate(examples)).loss.item())
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+def test_it_is_the_default_of_a_large_vocabulary_alone() -> None:
+    language, classes = (m.task_of(name) for name in ("llama_causal_lm", "bert_single_label"))
+    assert default_store(language, 4097) == TopK() and default_store(language, 4096) == Dense()
+    assert default_store(classes, 21_000) == Dense()
