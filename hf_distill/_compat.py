@@ -134,3 +134,8 @@ def hearing_attention(listen: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.get_interface = original  # type: ignore[method-assign]  # as it was
+
+
+def forget_preparation(model: Any) -> None:
+    """Let another Accelerator prepare a model that one has unwrapped: else it takes it as it is, without autocast."""
+    vars(model).pop("_is_accelerate_prepared", None)

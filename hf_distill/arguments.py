@@ -13,7 +13,10 @@ from hf_distill.errors import SettingError
 from hf_distill.objectives import LogitsMatch
 from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
+from hf_distill.teachers.quantised_loading import as_setting
 from hf_distill.vocabulary import LABEL_MATCHING
+
+_DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # given as JSON on the command line
 
 
 @dataclass
@@ -60,6 +63,17 @@ class _Distillation:
             "precision."
         },
     )
+    teacher_quantization: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "int8_dynamic (on a CPU), or a quantization_config of transformers, as JSON: "
+            '{"quant_method": "bitsandbytes", "load_in_4bit": true}. Compared once with full precision.'
+        },
+    )
+    teacher_device_map: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Where the teacher's parts go, as from_pretrained takes it: auto, or JSON."},
+    )
     evaluate_with_teacher: bool = field(
         default=False,
         metadata={
@@ -89,6 +103,7 @@ class _Distillation:
             raise SettingError(f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
         if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
             self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
+        self.teacher_quantization = as_setting(self.teacher_quantization)
         blend = blend_of(self)
         if blend["alpha"] is not None:
             checked_schedule("alpha", blend["alpha"])
@@ -111,14 +126,14 @@ class DistillationArguments(_Distillation, TrainingArguments):
     0.5
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "divergence_kwargs"]  # noqa: RUF012 as in TrainingArguments
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
 
 
 @dataclass
 class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "divergence_kwargs"]  # noqa: RUF012 as in TrainingArguments
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
 
 
 def setting(args: Any, name: str) -> Any:

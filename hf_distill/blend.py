@@ -94,6 +94,10 @@ class Blend:
         """The objectives that weigh something at some moment."""
         return [name for name in self.objectives if any(self.weight(name, p) > 0 for p in PROGRESS)]
 
+    def compares_positions(self) -> bool:
+        """Whether an objective compares position with position; of the logits the task knows."""
+        return any(self.objectives[name].needs_same_inputs for name in self.ever_active())
+
     def refuse_without_teacher(self) -> None:
         """Raise SettingError where some term asks for a teacher."""
         asked, alpha = self.ever_active(), self.alpha

@@ -136,7 +136,7 @@ class Distiller:
                 task,
                 student_processor=self._processor,
                 compares_predictions=LOGITS in asked or not asked or self._compares_anyway,
-                same_inputs=any(self.objectives[name].needs_same_inputs for name in asked if name != LOGITS),
+                same_inputs=self.blending.compares_positions(),
             )
         elif asked:
             self.blending.refuse_without_teacher()

@@ -113,7 +113,7 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
         self.distiller.place(self.accelerator)
         for callback in (AfterStep, ForgetGradients, TellsEpoch):
             self.add_callback(callback(self))
-        refuse_other_views(self.data_collator, self.distiller.task, has_teacher_columns=self._has_teacher_columns())
+        refuse_other_views(self.data_collator, self.distiller, has_teacher_columns=self._has_teacher_columns())
         if self._teacher_processor is not None or self._has_teacher_columns():
             self.data_collator = TeacherInputsCollator(self.data_collator, self._teacher_processor)
         looks_up = getattr(self.distiller.teacher, "collator", None)
@@ -142,6 +142,8 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
                 processor=self._teacher_processor,
                 dtype=setting(args, "teacher_dtype"),
                 label_matching=setting(args, "label_matching"),
+                quantization=setting(args, "teacher_quantization"),
+                device_map=setting(args, "teacher_device_map"),
             )
         return Distiller(
             student,

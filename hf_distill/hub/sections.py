@@ -40,6 +40,8 @@ def link(hub_id: str) -> str:
 
 def named(model: ModelFacts) -> str:
     """A model in one phrase: its Hub id or "a local model", its class and its size."""
+    if model.described:
+        return escape(model.described)
     known = [code(model.class_name)] if model.class_name else []
     if model.parameters is not None:
         known.append(f"{number(model.parameters)} parameters")
@@ -80,7 +82,7 @@ def models(facts: RunFacts) -> str:
     several = len(facts.teachers) > 1
     heads = [f"Teacher {i + 1}" if several else "Teacher" for i in range(len(facts.teachers))]
     where = [link(facts.repo_id) if facts.repo_id else escape(facts.name)]
-    where += [link(teacher.hub_id) if teacher.hub_id else _LOCAL for teacher in facts.teachers]
+    where += [link(one.hub_id) if one.hub_id else escape(one.described or _LOCAL) for one in facts.teachers]
     rows = [
         ("Name", where),
         ("Class", [code(m.class_name) if m.class_name else "" for m in everyone]),
@@ -118,6 +120,8 @@ def loss(facts: RunFacts) -> str:
     if facts.objectives:
         names = (code(name) + _MEANING.get(name, "") for name in facts.objectives)
         lines += ["", f"Objectives: {', '.join(names)}."]
+    if facts.joined:
+        lines += ["", f"The teachers speak as one: {escape(facts.joined)}."]
     if facts.objective_settings:
         lines += ["", *(f"- {code(name)}: {code(text)}" for name, text in facts.objective_settings.items())]
     if facts.divergence is None:

@@ -52,6 +52,8 @@ class ModelFacts(_Facts):
     main_input: str = "input_ids"
     adapter: str | None = None
     """The PEFT method ("LORA"), when what is saved is an adapter."""
+    described: str | None = None
+    """What it is, in words, when it is no model of its own (an average of the student)."""
 
     def __post_init__(self) -> None:
         if not looks_like_hub_id(self.hub_id):
@@ -143,6 +145,8 @@ class RunFacts(_Facts):
     """The Hub repository the student is pushed to, `user/name`, once it is known."""
     teachers: tuple[ModelFacts, ...] = ()
     """Empty when no teacher ran (alpha = 0)."""
+    joined: str | None = None
+    """How several teachers speak as one."""
     base_model: str | None = None
     """The Hub id of what the student was fine-tuned from; a path becomes None."""
     processor: str | None = None

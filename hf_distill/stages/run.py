@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import DistributedType
 from torch import nn
 
+from hf_distill._compat import forget_preparation
 from hf_distill.arguments import blend_of, setting
 from hf_distill.blend import uses_teacher
 from hf_distill.distiller import Distiller
@@ -241,7 +242,7 @@ def _keep(trainer: Any, one: _Planned, result: StageResult, *, final: str | None
             shutil.copyfile(card, beside)
             os.replace(beside, Path(final, CARD))
     # Mixed precision wraps the forward; the next stage wraps it for itself.
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    forget_preparation(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         record.write(one.folder, record.FINISHED, record.outcome(result))

@@ -111,7 +111,10 @@ def adapt(
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             adapted = peft.get_peft_model(student, made)
     except ValueError as error:
-        raise SettingError(f"adapt: {made.peft_type.value}: {error} {_linear_modules(student)}") from error
+        reason = str(error).rstrip(".")
+        if isinstance(config, str) and targets is None:
+            reason = f"PEFT has no choice of modules for {type(student).__name__}. Pass targets=, or 'all-linear'"
+        raise SettingError(f"adapt: {made.peft_type.value}: {reason}. {_linear_modules(student)}") from error
     report = _report(adapted, student, made, head, kind)
     return (adapted, report) if return_report else adapted
 

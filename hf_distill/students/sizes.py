@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -36,7 +37,10 @@ ALONG: dict[str, tuple[str, ...]] = {
 # A head's size, where a config can say it by itself; some models read a name that their config does not declare.
 HEAD_SIZES = ("head_dim", "d_kv", "attention_head_size")
 # What a constructor may say to a size that was only tried.
-_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
+_REFUSALS = (
+    ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
 Place = tuple[str, int]  # a tensor's name, and one of its axes
 
 

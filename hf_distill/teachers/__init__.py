@@ -7,6 +7,10 @@ from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.teachers.own import AdaptersOff, MovingAverage
+from hf_distill.teachers.quantised import QuantisedTeacher, quantise_dynamically
+from hf_distill.teachers.served import ServedTeacher
+from hf_distill.teachers.specialists import Specialists
+from hf_distill.teachers.specializing import SpecialistSet, confusable_classes, specialist_head, specialist_set
 
 __all__ = [
     "AdaptersOff",
@@ -15,9 +19,17 @@ __all__ = [
     "Ensemble",
     "ModelTeacher",
     "MovingAverage",
+    "QuantisedTeacher",
+    "ServedTeacher",
+    "SpecialistSet",
+    "Specialists",
     "Teacher",
     "TeacherCache",
     "TopK",
     "as_teacher",
+    "confusable_classes",
     "load_teacher",
+    "quantise_dynamically",
+    "specialist_head",
+    "specialist_set",
 ]

@@ -72,6 +72,7 @@ class Ensemble:
         self._weights = _checked(weights, len(self._given))
         self._offload = offload
         self._accelerator: Any = None
+        self._settings: dict[str, Any] = {}
         self.teachers: list[Teacher] = []
         self.columns = Columns()
 
@@ -79,6 +80,10 @@ class Ensemble:
     def inputs(self) -> tuple[str, ...]:
         """What any of them reads; known after `fit`."""
         return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
+
+    def made_with(self, **settings: Any) -> None:
+        """Keyword arguments of `as_teacher`, for those of them that are no Teacher yet."""
+        self._settings = settings
 
     def fit(
         self,
@@ -91,7 +96,7 @@ class Ensemble:
     ) -> None:
         """Each of them must be able to teach this student. See `Teacher.fit`."""
         if not self.teachers:
-            self.teachers = [as_teacher(one, task.kind) for one in self._given]
+            self.teachers = [as_teacher(one, task.kind, **self._settings) for one in self._given]
         for teacher in self.teachers:
             teacher.fit(
                 student,
@@ -108,6 +113,25 @@ class Ensemble:
                 "with the same labels or vocabulary."
             )
         self.columns = Columns(student=self.teachers[0].columns.student)
+        if task.on_values:
+            self._fixed(len(self.teachers))
+
+    def check_needs(self, needs: Needs) -> None:
+        """Raise SettingError for what one of them cannot be asked, before the first step."""
+        if needs.reads:
+            raise SettingError("an Ensemble shows nothing of its teachers' inside. Leave the objectives on it out.")
+        for teacher in self.teachers:
+            check = getattr(teacher, "check_needs", None)
+            if check is not None:
+                check(Needs(logits=needs.logits, temperature=needs.temperature))
+
+    def described(self) -> str:
+        """How they are joined, for the card."""
+        said = "the mean of their probabilities" if self._mean == "probabilities" else "the mean of their logits"
+        if self._weights is None:
+            return said
+        weights = self._weights if isinstance(self._weights, str) else ", ".join(f"{w:.3g}" for w in self._weights)
+        return f"{said}, weighted by {weights}"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         said = [self._ask(teacher, task, batch, needs) for teacher in self.teachers]
@@ -159,7 +183,7 @@ class Ensemble:
             return temperature * torch.logsumexp(log_p + log_weights, 0)
         weights = log_weights.exp()
         # A column that one of them blocks is blocked for all: 0 · −inf would be NaN.
-        blocked = (logits == -torch.inf).any(0)
+        blocked = ((logits == -torch.inf) & (weights > 0)).any(0)
         return (weights * logits.masked_fill(logits == -torch.inf, 0)).sum(0).masked_fill(blocked, -torch.inf)
 
     def _fixed(self, count: int) -> list[float]:

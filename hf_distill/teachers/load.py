@@ -61,12 +61,20 @@ def as_dtype(name: str | torch.dtype | None) -> Any:
     return getattr(torch, name)
 
 
-def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None = None) -> Any:
+def load_teacher(
+    path: str | os.PathLike[str],
+    kind: str,
+    *,
+    dtype: str | None = None,
+    quantization_config: Any = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> Any:
     """The model at `path`, with the Auto class of this kind of head, in `dtype` (default: the checkpoint's own).
 
     Args:
         path: a folder, or a Hub id (the only case that may use the network).
         kind: a name in `TASKS`: the head of the student.
+        quantization_config, device_map: as `from_pretrained`.
 
     Raises:
         TeacherError: nothing there, no model, or weights missing from the checkpoint: a head that
@@ -84,13 +92,17 @@ def load_teacher(path: str | os.PathLike[str], kind: str, *, dtype: str | None =
             "it with peft (AutoPeftModelFor....from_pretrained) and pass the model, or merge it first "
             "(merge_and_unload, save_pretrained)."
         )
-    wanted = as_dtype(dtype) or "auto"
+    options: dict[str, Any] = {"dtype": as_dtype(dtype) or "auto"}
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if device_map is not None:
+        options["device_map"] = device_map
     try:
         auto_class = _auto_class(path, kind)
-        model, loading = auto_class.from_pretrained(path, dtype=wanted, output_loading_info=True)
+        model, loading = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except HfDistillError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
     missing = sorted(name for name in loading["missing_keys"] if not name.endswith(_READ_IN_TRAINING_ONLY))
     if missing and kind != "embedding":

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from hf_distill.errors import TeacherError
+from hf_distill.errors import SettingError, TeacherError
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cached import CachedTeacher, TeacherCache, is_cache
 from hf_distill.teachers.load import as_dtype, find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.quantised_loading import quantised_teacher, refuse_quantization
 
 
 def as_teacher(
@@ -21,16 +22,33 @@ def as_teacher(
     processor: Any = None,
     dtype: str | None = None,
     label_matching: str = "by_name",
+    quantization: Any = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Teacher:
     """A Teacher, from one, from a model, from a folder or Hub id, or from a cache (a `TeacherCache` or its folder).
 
     Args:
         kind: the student's kind of head. processor: the teacher's tokenizer, where it is not in the folder.
         dtype: as `load_teacher`; a model that is given is cast in place, once it is put to use.
+        quantization: "int8_dynamic", or what `from_pretrained` takes as `quantization_config`, also as a dict.
+        device_map: as `from_pretrained`.
 
     Raises:
         TeacherError: none of these, or it cannot be loaded.
+        SettingError: quantization or device_map of what is not loaded here.
     """
+    from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
+    refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
+    if quantization is not None:
+        return quantised_teacher(
+            teacher_model,
+            kind,
+            quantization=quantization,
+            device_map=device_map,
+            dtype=dtype,
+            processor=processor or (find_tokenizer(teacher_model) if from_path else None),
+            label_matching=label_matching,
+        )
     if isinstance(teacher_model, nn.Module):
         model = teacher_model
     elif isinstance(teacher_model, TeacherCache) or (
@@ -38,9 +56,18 @@ def as_teacher(
     ):
         return CachedTeacher(teacher_model, label_matching=label_matching)
     elif isinstance(teacher_model, (str, os.PathLike)):
-        model = load_teacher(teacher_model, kind, dtype=dtype)
+        model = load_teacher(teacher_model, kind, dtype=dtype, device_map=device_map)
+        dtype = dtype if device_map is None or dtype is None else "auto"  # it has it, and cannot be cast where it lies
         processor = processor or find_tokenizer(teacher_model)
     elif isinstance(teacher_model, Teacher):
+        if hasattr(teacher_model, "made_with"):  # of several, what is said of the teacher holds for each
+            if (processor, dtype, label_matching) != (None, None, "by_name"):
+                teacher_model.made_with(processor=processor, dtype=dtype, label_matching=label_matching)
+        elif dtype is not None:
+            raise SettingError(
+                f"teacher_dtype={dtype!r} is for a model, a folder or a Hub id. This teacher is a "
+                f"{type(teacher_model).__name__} already: give it its dtype where it is made."
+            )
         return teacher_model
     else:
         raise TeacherError(

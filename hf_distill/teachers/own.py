@@ -87,6 +87,10 @@ class MovingAverage(ModelTeacher):
         for kept, buffer in zip(self.model.buffers(), student.buffers(), strict=True):
             kept.copy_(buffer)
 
+    def described(self) -> str:
+        """For the card."""
+        return f"a moving average of the student itself (decay {self.decay:g})"
+
     def state(self) -> dict[str, Tensor]:
         """The average and how many steps it has seen."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -148,6 +152,10 @@ class AdaptersOff:
             )
         self._teacher = _Unfrozen(student)
 
+    def described(self) -> str:
+        """For the card."""
+        return "the base model itself, its adapters switched off"
+
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         teacher = self._known()
         with _as_it_was(teacher.model), teacher.model.disable_adapter():
@@ -177,10 +185,13 @@ class _Unfrozen(ModelTeacher):
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Every module's mode, whatever happens between."""
+    """Every module's mode, and what is trained, whatever happens between."""
     modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter, was in trained:  # PEFT leaves every parameter of an active adapter trainable
+            parameter.requires_grad_(was)

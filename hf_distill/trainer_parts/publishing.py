@@ -33,6 +33,7 @@ from hf_distill.run_facts import (
 from hf_distill.schedules import Schedule
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import Ensemble, ModelTeacher
+from hf_distill.teachers.quantised import QuantisedTeacher
 from hf_distill.trainer_parts.student_files import CARD, copied, moved
 
 
@@ -115,6 +116,7 @@ class PublishingMixin:
             student=model_facts(student),
             repo_id=self.hub_model_id,
             teachers=self._teacher_facts() if has_teacher else (),
+            joined=self.distiller.teacher.described() if isinstance(self.distiller.teacher, Ensemble) else None,
             base_model=base or (origin if looks_like_hub_id(origin) else None),
             processor=None if self.processing_class is None else type(self.processing_class).__name__,
             divergence=divergence if compares else None,
@@ -153,12 +155,18 @@ class PublishingMixin:
         """Each teacher of an ensemble; of a teacher that is no model of its own, what it is."""
         teacher, found = self.distiller.teacher, []
         for one in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
-            if type(one) is not ModelTeacher:
-                found.append(ModelFacts(class_name=type(one).__name__))
+            if not isinstance(one, QuantisedTeacher) and type(one) is not ModelTeacher:
+                words = one.described() if hasattr(one, "described") else None
+                found.append(ModelFacts(class_name=type(one).__name__, described=words))
                 continue
+            assert isinstance(one, ModelTeacher)
             model = self.accelerator.unwrap_model(one.model)
             origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-            found.append(model_facts(model, hub_id=origin))
+            if isinstance(one, QuantisedTeacher):  # packed weights cannot be counted
+                hub_id = origin if looks_like_hub_id(origin) else None
+                found.append(ModelFacts(hub_id=hub_id, class_name=type(unwrapped(model)).__name__))
+            else:
+                found.append(model_facts(model, hub_id=origin))
         return tuple(found)
 
     def push_to_hub(

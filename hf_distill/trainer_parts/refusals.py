@@ -6,7 +6,6 @@ from typing import Any
 
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
-from hf_distill.tasks import Task
 from hf_distill.views.collator import OTHER_TOKENS
 
 
@@ -43,7 +42,7 @@ def refuse_two_blends(objectives: Any) -> None:
         raise SettingError("objectives= and distiller= together: give the objectives to the Distiller.")
 
 
-def refuse_other_views(collator: Any, task: Task, *, has_teacher_columns: bool) -> None:
+def refuse_other_views(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
     """An augmentation after which student and teacher would be shown what must not be compared."""
     if has_teacher_columns and getattr(collator, "student_only", None) is False:
         raise SettingError(
@@ -51,7 +50,8 @@ def refuse_other_views(collator: Any, task: Task, *, has_teacher_columns: bool) 
             "the teacher would be shown another example than the student. Pass student_only=True if that is meant, or "
             "augment before tokenizing twice (hf_distill.views.augment_dataset)."
         )
-    if getattr(collator, "sentence_rows_only", False) and task.needs_same_inputs:
+    compares_positions = distiller.task.needs_same_inputs or distiller.blending.compares_positions()
+    if getattr(collator, "sentence_rows_only", False) and compares_positions:
         raise SettingError(OTHER_TOKENS.format(names="an augmentation of words"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from hf_distill.students import narrow
 from tests.students.models import MODELS
 from tests.students.narrow_models import N_HEADS, teacher_of
+from tests.students.projection_models import OTHERS
 
 BERT, LLAMA, T5 = "BertForSequenceClassification", "LlamaForCausalLM", "T5EncoderModel"
 
@@ -197,6 +199,18 @@ def test_a_width_that_sets_a_factor_is_noted() -> None:
     data = [MODELS["BartForConditionalGeneration"].batch()]
     _, report = narrow(teacher, hidden=4, heads=1, data=data, return_report=True)
     assert any("embed_scale is 2, in the teacher 4" in note for note in report.notes)
+
+
+def test_a_factor_in_a_buffer_is_the_students(tmp_path: Path) -> None:
+    """Gemma 2 multiplies its embeddings by √hidden, which no file holds: in memory as after reading the file."""
+    teacher, batch = OTHERS["Gemma2"].make(2), OTHERS["Gemma2"].batch()
+    student, report = narrow(teacher, hidden=12, heads=2, data=[batch], return_report=True)
+    student.save_pretrained(tmp_path)
+    again = OTHERS["Gemma2"].model_class.from_pretrained(tmp_path).eval()
+    assert float(student.model.embed_tokens.embed_scale) == pytest.approx(12**0.5)
+    assert any("embed_scale is 3.4641, in the teacher 4" in note for note in report.notes)
+    with torch.no_grad():
+        assert_close(again(**batch).logits, student(**batch).logits)
 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.signals import Needs
-from hf_distill.teachers import Ensemble
+from hf_distill.teachers import Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.trainer.tiny import assert_same_bits, bert, make, weights
@@ -153,6 +153,23 @@ def record_moves(model: Any, name: str, moves: list[tuple[str, str]]) -> None:
         return real(where)
 
     model.to = to
+
+
+def test_what_the_trainer_knows_of_its_teacher_reaches_each(tmp_path) -> None:
+    teachers = [bert(seed=1), bert(seed=2)]
+    make(tmp_path, bert(), Ensemble(teachers), teacher_dtype="bfloat16", label_matching="by_index").train()
+    assert {p.dtype for teacher in teachers for p in teacher.parameters()} == {torch.bfloat16}
+    with pytest.raises(
+        SettingError, match="This teacher is a MovingAverage already: give it its dtype where it is made"
+    ):
+        make(tmp_path, bert(), MovingAverage(), teacher_dtype="bfloat16")
+
+
+def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
+    ensemble = Ensemble([bert(), bert()], mean="logits", weights="best")
+    logits = [torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])]
+    batch = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([0])}
+    assert ensemble._averaged(logits, m.task_of("bert_single_label"), batch, 1.0).tolist() == [[3.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_restored_even_when_the_forward_raises() -> None:
     assert any(p.requires_grad for name, p in student.named_parameters() if "lora" in name)
 
 
+def test_what_was_frozen_in_an_adapter_stays_frozen() -> None:
+    student, _ = adapted()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    trained = {name: p.requires_grad for name, p in student.named_parameters()}
+    distiller = Distiller(student, AdaptersOff(), alpha=1.0)
+    distiller.teacher_signals(in_double(HEADS["llama_causal_lm"], HEADS["llama_causal_lm"].examples(2)))
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == trained
+
+
 def test_the_same_as_a_second_copy_of_the_base() -> None:
     """Value and gradient, also through gradient checkpointing, whose backward runs the student again."""
     head = HEADS["llama_causal_lm"]

@@ -24,6 +24,9 @@ OWN = {
     "teacher_dtype": "bfloat16",
     "evaluate_with_teacher": True,
     "label_matching": "by_index",
+    "projection_learning_rate": 0.01,
+    "teacher_quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "teacher_device_map": {"": "cpu"},
 }
 QUIET = {"report_to": "none", "use_cpu": True}
 
