@@ -22,8 +22,7 @@ class Learned:
     """The projections of all objectives as one module, which is no part of the student.
 
     In a loop of your own: give `parameters()` to the optimizer with the student's, call `synchronize(accelerator)`
-    after
-    the last backward of an optimizer step, and clip both together.
+    after the last backward of an optimizer step, and clip both together.
     """
 
     def __init__(self) -> None:

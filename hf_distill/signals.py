@@ -57,8 +57,7 @@ class Signals:
 
     Attributes:
         logits: predictions as the task reads them, leading axes first: `[b v]`, `[b t v]`, or `[b 2 t]` for spans;
-        values
-            rather than logits for regression and embeddings. None where no objective needs them.
+            values rather than logits for regression and embeddings. None where no objective needs them.
         columns: which columns of the heads these are.
         inside: what was read of the model's inside.
         sparse: predictions in place of logits, leading axes as theirs, of a teacher that does not tell all columns.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from hf_distill.errors import TeacherError
@@ -110,9 +111,10 @@ def check_it_can_be_read_back(config: PreTrainedConfig) -> None:
     written = config.to_dict()
     try:
         read = type(config).from_dict(copy.deepcopy(written)).to_dict()
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
         raise TeacherError(
-            f"inherit: {type(config).__name__} for the student cannot be read back from what it writes: {error}. "
+            f"inherit: {type(config).__name__} for the student cannot be read back from what it writes: "
+            f"{' '.join(str(error).split())}. "
             "Its layers are described by a setting that cannot be cut to the student's layers."
         ) from error
     changed = sorted(name for name in written if read.get(name) != written[name])

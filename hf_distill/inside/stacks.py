@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
@@ -20,7 +21,17 @@ from hf_distill.errors import SettingError, TeacherError
 from hf_distill.inside.depth import DepthSetting, any_depths, usual_depths, with_layers
 
 # What a constructor may say to a setting that was only tried.
-_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)

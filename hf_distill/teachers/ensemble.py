@@ -105,7 +105,7 @@ class Ensemble:
                 compares_predictions=compares_predictions,
                 same_inputs=same_inputs,
             )
-        compared = {_columns_of_student(teacher.columns) for teacher in self.teachers}
+        compared = {teacher.columns.student for teacher in self.teachers}
         if len(compared) > 1:
             raise TeacherError(
                 "Ensemble: the teachers share different columns of their heads with the student "
@@ -224,10 +224,6 @@ def _labels_in_place(logits: Tensor, task: Task, batch: Batch, columns: Columns)
     if labels is not None:
         placed[task.select(where, batch).flatten()] = columns.of_labels(labels)
     return placed.view(*leading, 1)
-
-
-def _columns_of_student(columns: Columns) -> Any:
-    return columns.student
 
 
 def _checked(weights: Sequence[float] | str | None, count: int) -> list[float] | str | None:

@@ -25,7 +25,7 @@ class MovingAverage(ModelTeacher):
     Tarvainen and Valpola 2017 (section 2): after each optimizer step, average = d · average + (1 - d) · student, with
     d = min(decay, 1 - 1 / (step + 1)) so that the start is forgotten, as in their code. Buffers are copied. The average
     is kept in fp32 (in bf16 it would stand still), is saved with each checkpoint and goes on from there at resume. It
-    costs one copy of the student.
+    costs one copy of the student, of a PEFT student with its base.
 
     Args:
         decay: in [0, 1); 0.99 early and 0.999 later in the paper.
