@@ -1,6 +1,7 @@
 """hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train."""
 
 from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
+from hf_distill.chain import Chain, Link
 from hf_distill.counts import Counts
 from hf_distill.distiller import Distiller, DistillerOutput
 from hf_distill.errors import (
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptersOff",
     "AttentionMatch",
     "CachedTeacher",
+    "Chain",
     "CosineEmbedding",
     "Counts",
     "DataError",
@@ -42,6 +44,7 @@ __all__ = [
     "HfDistillError",
     "HiddenMatch",
     "LayerMap",
+    "Link",
     "MissingExtraError",
     "ModelTeacher",
     "MovingAverage",

@@ -60,14 +60,7 @@ def as_teacher(
         dtype = dtype if device_map is None or dtype is None else "auto"  # it has it, and cannot be cast where it lies
         processor = processor or find_tokenizer(teacher_model)
     elif isinstance(teacher_model, Teacher):
-        if hasattr(teacher_model, "made_with"):  # of several, what is said of the teacher holds for each
-            if (processor, dtype, label_matching) != (None, None, "by_name"):
-                teacher_model.made_with(processor=processor, dtype=dtype, label_matching=label_matching)
-        elif dtype is not None:
-            raise SettingError(
-                f"teacher_dtype={dtype!r} is for a model, a folder or a Hub id. This teacher is a "
-                f"{type(teacher_model).__name__} already: give it its dtype where it is made."
-            )
+        _hand_on(teacher_model, processor=processor, dtype=dtype, label_matching=label_matching)
         return teacher_model
     else:
         raise TeacherError(
@@ -80,3 +73,15 @@ def as_teacher(
         label_matching=label_matching,
         dtype=as_dtype(dtype),
     )
+
+
+def _hand_on(teacher: Any, *, processor: Any, dtype: str | None, label_matching: str) -> None:
+    """What is said of the teacher holds for each of several; one that is made already has its dtype."""
+    if hasattr(teacher, "made_with"):
+        if (processor, dtype, label_matching) != (None, None, "by_name"):
+            teacher.made_with(processor=processor, dtype=dtype, label_matching=label_matching)
+    elif dtype is not None:
+        raise SettingError(
+            f"teacher_dtype={dtype!r} is for a model, a folder or a Hub id. This teacher is a {type(teacher).__name__} "
+            "already: give it its dtype where it is made."
+        )
