@@ -16,6 +16,7 @@ SCRIPTS = (
     "large_vocabulary",
     "objectives_cost",
     "real_data",
+    "teacher_cost",
     "trainer_overhead",
 )
 
