@@ -36,19 +36,41 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseRows:
-    """What a teacher lists of each row, and how likely everything else is together.
+    """What a teacher lists of each row, and how likely everything else is together; or, with weights, a sample of it.
 
     Attributes:
-        ids: `[... k]` of the compared columns; -1 where a row lists fewer than k.
-        log_probabilities: `[... k]` at `temperature`; -inf where nothing is listed.
-        log_tail: `[...]` log of the probability of all other columns; -inf where a row lists them all.
+        ids: `[... k]` of the compared columns, each at most once a row; -1 where a row lists fewer than k.
+        log_probabilities: `[... k]` at `temperature`; -inf where nothing is listed. With weights only their weighted
+            sum of a row matters, so a store may give each column the row's mean; finite everywhere.
+        log_tail: `[...]` log of the probability of all others; -inf where a row lists them all, and with weights.
         temperature: that the logits were divided by. Another one would need the tail's own shape, which is not here.
+        weights: `[... k]`, 0 where nothing is listed. The target is then Σ_k w_k δ(id_k): its expectation over the
+            draws is the teacher's distribution, so what is linear in the teacher's probabilities is unbiased.
     """
 
     ids: Tensor
     log_probabilities: Tensor
     log_tail: Tensor
     temperature: float = 1.0
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Unmade:
+    """Predictions that are not made yet: an output head, and what it is given.
+
+    logits = softcap · tanh(x / softcap), x = logit_scale · (hidden · weightᵀ + bias).
+
+    Attributes:
+        hidden: `[b t d]`. weight: `[v d]`. bias: `[v]`, or None.
+        logit_scale, softcap: what the model does to the logits after its head; softcap None: nothing.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +83,14 @@ class Signals:
         columns: which columns of the heads these are.
         inside: what was read of the model's inside.
         sparse: predictions in place of logits, leading axes as theirs, of a teacher that does not tell all columns.
+        unmade: what the logits would be made of, in their place, where `Needs.unmade` said that this will do.
     """
 
     logits: Tensor | None
     columns: Columns = field(default_factory=Columns)
     inside: Mapping[Read, Any] = field(default_factory=dict)
     sparse: SparseRows | None = None
+    unmade: Unmade | None = None
 
     def predictions(self) -> Tensor:
         """The logits, where there must be some."""
@@ -91,12 +115,16 @@ class Needs:
     Attributes:
         logits: its predictions. reads: of its inside.
         temperature: that the predictions will be softened with; a teacher of several models averages at it.
+        unmade: instead of logits, what they are made of will do (a teacher may give the logits all the same).
     """
 
     logits: bool = False
     reads: frozenset[Read] = frozenset()
     temperature: float = 1.0
+    unmade: bool = False
 
     def __or__(self, other: Needs) -> Needs:
+        """Both: logits where one of them needs them made."""
         softened = self if self.logits else other
-        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature)
+        unmade = all(one.unmade for one in (self, other) if one.logits) and (self.unmade or other.unmade)
+        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature, unmade)

@@ -1,7 +1,8 @@
-"""Rows of which only some columns are known: they become k + 1 outcomes, the last of which is all other columns.
+"""Rows of which only some columns are known: k + 1 outcomes, the last of which is all others; or weighted samples.
 
 Any f-divergence of the k + 1 outcomes is at most that of all columns, and the student's own preferences within the
-tail are left alone: its gradient moves the tail only as a whole. Axes: n rows, v columns, k listed columns.
+tail are left alone: its gradient moves the tail only as a whole. Weighted samples say something of every column, in
+expectation. Axes: n rows, v columns, k listed columns.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ ON_OUTCOMES = (
     "skewed_reverse_kl",
     "total_variation",
 )
+# Linear in the teacher's probabilities: of an unbiased estimate of these, an unbiased value and gradient.
+ON_SAMPLES = ("forward_kl",)
 
 
 def bucketed(rows: Tensor, ids: Tensor) -> Tensor:
@@ -50,3 +53,32 @@ def bucketed(rows: Tensor, ids: Tensor) -> Tensor:
 def outcomes(log_probabilities: Tensor, log_tail: Tensor) -> Tensor:
     """`[n k]` and `[n]` → `[n k+1]`, in the order of `bucketed`."""
     return in_full_precision(torch.cat((log_probabilities, log_tail[..., None]), -1))
+
+
+def sampled_forward_kl(rows: Tensor, ids: Tensor, log_probabilities: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k w_k (log p_k − log q_k), q over all columns: forward KL of a teacher of whom weighted samples are known.
+
+    With weights whose expectation is p, value and gradient in the rows are unbiased for those of KL(p ‖ q). One draw
+    may be below 0, and at q = p its value is 0 but its gradient is not. Anshumann et al. 2025 (Sparse Logit Sampling,
+    section 3) take the cross-entropy of the same targets: this differs by what does not depend on the student.
+
+    Args:
+        rows: `[n v]`, already divided by the temperature. ids: `[n k]`; -1: none.
+        log_probabilities, weights: `[n k]`. Of columns that the student blocks (-inf) nothing is asked.
+
+    Returns:
+        `[n]`.
+
+    >>> rows = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    >>> kept = torch.tensor([[0, 2]])
+    >>> value = sampled_forward_kl(rows, kept, torch.tensor([[0.8, 0.1]]).log(), torch.tensor([[0.75, 0.25]]))
+    >>> round(value.item(), 4)
+    0.1234
+    """
+    rows = in_full_precision(rows)
+    known = rows.gather(-1, ids.clamp(min=0))
+    listed = (ids >= 0) & (known > -torch.inf)
+    known = torch.where(listed, known, 0.0)
+    difference = torch.where(listed, in_full_precision(log_probabilities), 0.0) - known
+    weights = torch.where(listed, in_full_precision(weights), 0.0)
+    return (weights * (difference + rows.logsumexp(-1, keepdim=True))).sum(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes
+from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
 from hf_distill.inside.recorder import Inside
 from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import Schedule, constant
@@ -29,7 +29,8 @@ class RowValues:
         values: `[m]`, temperature factor included.
         kept: `[m]` index of each into the task's n rows, or None: all of them.
         student: `[m v]` the student's rows.
-        teacher: `[m v]` the teacher's; of one that lists some columns, `[m k+1]`, the last for all others.
+        teacher: `[m v]` the teacher's; of one that lists some columns, `[m k+1]`, the last for all others; of one that
+            samples, logs of the weights, and nothing for the others.
         ids: `[m k]` the listed columns; None: all, in order.
     """
 
@@ -137,23 +138,34 @@ class LogitsMatch:
     def _per_outcome(
         self, student: Signals, teacher: SparseRows, task: Task, batch: Batch, progress: float
     ) -> RowValues:
-        """Over the columns that the teacher lists, and one outcome for all others."""
+        """Over the columns that the teacher lists, and one outcome for all others; or over its weighted samples."""
         function, properties = self.divergence_for(task)
         t, kept = self.temperature(progress), task.kept_rows(batch)
-        self._refuse_for_sparse(task, teacher.temperature, t)
-        q, *listed = (
-            task.select(x, batch)
-            for x in (student.predictions(), teacher.ids, teacher.log_probabilities, teacher.log_tail)
-        )
+        self._refuse_for_sparse(task, teacher, t)
+        told = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
+        q, *listed = (task.select(x, batch) for x in (student.predictions(), *told) if x is not None)
         _refuse_other_rows(q, listed[0], task, batch, columns=False)
         if kept is not None:
             q, *listed = (x.index_select(0, kept) for x in (q, *listed))
-        ids, p = listed[0], outcomes(listed[1], listed[2])
-        values = function(bucketed(in_full_precision(q) / t, ids), p, **self.settings)
+        ids, log_p, log_tail, *weights = listed
+        rows = in_full_precision(q) / t
+        if weights:
+            p = outcomes(weights[0].log(), torch.full_like(log_tail, -torch.inf))
+            values = sampled_forward_kl(rows, ids, log_p, weights[0])
+        else:
+            p = outcomes(log_p, log_tail)
+            values = function(bucketed(rows, ids), p, **self.settings)
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
-    def _refuse_for_sparse(self, task: Task, theirs: float, ours: float) -> None:
-        name = self.name_for(task)
+    def _refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
+        name, theirs = self.name_for(task), teacher.temperature
+        if teacher.weights is not None and name not in ON_SAMPLES:
+            raise SettingError(
+                f"divergence={name!r} is not linear in the teacher's probabilities, and of this teacher there are "
+                "weighted samples: whatever is not linear would be wrong also on average. Allowed with it: "
+                f"{', '.join(ON_SAMPLES)}. For {name}, use a cache with Dense, or with TopK where it is one of "
+                f"{', '.join(ON_OUTCOMES)}."
+            )
         if name not in ON_OUTCOMES:
             raise SettingError(
                 f"divergence={name!r} needs every column, and this teacher lists its likeliest and the probability of "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_distill.functional import DIVERGENCES
-from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes
+from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
 
 
 def merged(log_p, ids):
@@ -84,3 +84,44 @@ def test_blocked():
     assert torch.isfinite(q.grad).all() and torch.isfinite(v).all()
     e = DIVERGENCES["forward_kl"](bucketed(torch.zeros(0, 5), torch.zeros(0, 2, dtype=torch.long)), torch.zeros(0, 3))
     assert e.shape == (0,)
+
+
+def value_and_gradient(q, ids, lp, weights):
+    q = q.detach().requires_grad_()
+    value = sampled_forward_kl(q, ids, lp, weights)
+    return value.detach(), torch.autograd.grad(value.sum(), q)[0]
+
+
+def test_weighted_samples_are_forward_kl_on_average():
+    """Exactly: the mean over every outcome of one draw, each as often as it is drawn. Proposals p^0.5, weights p / r."""
+    q, p = rows(seed=1).requires_grad_(), rows(seed=2)
+    log_p = p.log_softmax(-1)
+    want = DIVERGENCES["forward_kl"](q, p)
+    (gw,) = torch.autograd.grad(want.sum(), q)
+    proposal = (0.5 * log_p).softmax(-1)
+    values, gradients = torch.zeros(6, dtype=torch.float64), torch.zeros_like(gw)
+    for column in range(9):
+        ids = torch.full((6, 1), column)
+        weights = log_p.exp()[:, column, None] / proposal[:, column, None]
+        value, gradient = value_and_gradient(q, ids, log_p[:, column, None], weights)
+        values += proposal[:, column] * value
+        gradients += proposal[:, column, None] * gradient
+    torch.testing.assert_close(values, want.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradients, gw, rtol=1e-12, atol=1e-13)
+
+
+def test_weighted_samples_where_nothing_is_listed_or_the_student_blocks():
+    q, p = rows(seed=1), rows(seed=2)
+    log_p = p.log_softmax(-1)
+    ids, weights = p.topk(3).indices, torch.full((6, 3), 1 / 3, dtype=torch.float64)
+    lp = log_p.gather(-1, ids)
+    want = value_and_gradient(q, ids, lp, weights)
+    padded = [torch.cat([x, torch.full((6, 2), fill, dtype=x.dtype)], -1) for x, fill in ((ids, -1), (lp, -torch.inf))]
+    got = value_and_gradient(q, *padded, torch.cat([weights, torch.zeros(6, 2, dtype=torch.float64)], -1))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    blocked = q.scatter(-1, ids[:, :1], -torch.inf)
+    value, gradient = value_and_gradient(blocked, ids, lp, weights)
+    rest = value_and_gradient(blocked, ids[:, 1:], lp[:, 1:], weights[:, 1:])
+    assert torch.isfinite(value).all() and (gradient.gather(-1, ids[:, :1]) == 0).all()
+    torch.testing.assert_close((value, gradient), rest, rtol=1e-13, atol=1e-15)
