@@ -17,6 +17,7 @@ from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
+from hf_distill.teachers.base import Lesson
 
 LABELS = "labels"
 LOGITS = "logits"
@@ -100,7 +101,7 @@ class Blend:
 
     def refuse_without_teacher(self) -> None:
         """Raise SettingError where some term asks for a teacher."""
-        asked, alpha = self.ever_active(), self.alpha
+        asked, alpha = [name for name in self.ever_active() if needs_teacher(self.objectives[name])], self.alpha
         if not asked:
             return
         why = f"alpha is {alpha(0.0):g}" if LOGITS in asked and alpha else f"{', '.join(asked)} ask for a teacher"
@@ -146,11 +147,14 @@ class Blend:
         batch: Batch,
         counts: Counts,
         progress: float,
+        *,
+        only: str | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The loss of a micro-batch, its terms before their weights, and the sum of what the teacher was compared in.
 
         Args:
             labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
+            only: this one of the objectives; None: all.
         """
         terms: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
@@ -159,7 +163,7 @@ class Blend:
             terms[LABELS] = labels * counts.scale
             weight = self.labels_weight(progress)
             weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
-        active = self.active(progress)
+        active = [name for name in self.active(progress) if only in (None, name)]
         if active:
             student, teacher = ask()
             for name in active:
@@ -176,6 +180,17 @@ class Blend:
         for part in weighted[1:]:
             loss = loss + part
         return loss, terms, compared
+
+    def lesson(self, student: Signals, task: Task, batch: Batch, counts: Counts, progress: float) -> Lesson:
+        """This micro-batch for a teacher that learns of it."""
+        heard = Signals(logits=student.predictions().detach(), columns=student.columns)
+
+        def loss_of(labels_mean: Tensor | None, own: Signals) -> Tensor:
+            labels = None if labels_mean is None else labels_part(labels_mean, task, batch, counts)
+            return self.total(labels, lambda: (own, heard), task, batch, counts, progress, only=LOGITS)[0]
+
+        uses_labels, temperature = self.labels_weight(progress) > 0, self.logits_match.temperature(progress)
+        return Lesson(heard, task, batch, temperature, progress, uses_labels, counts.scale, loss_of)
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """What must be computed of the student and of the teacher."""
@@ -202,7 +217,18 @@ class Blend:
 
 def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
     """Whether a teacher is asked at some moment."""
-    return bool(_named(objectives)) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
+    others = _named(objectives).values()
+    return any(map(needs_teacher, others)) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
+
+
+def needs_teacher(objective: Objective) -> bool:
+    """Whether an objective compares with a teacher; most do, and do not say so."""
+    return getattr(objective, "needs_teacher", True)
+
+
+def labels_part(mean: Tensor, task: Task, batch: Batch, counts: Counts) -> Tensor:
+    """What a model's own mean loss over this micro-batch is of the step's."""
+    return mean if task.sums_over_examples else LabelsTerm()(mean, task, batch).over(counts.denominators[LABELS])
 
 
 def _named(objectives: Objectives) -> dict[str, Objective]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
-from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, Objectives
+from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, Objectives, labels_part
 from hf_distill.counts import Counts, scale_of
 from hf_distill.functional import Divergence
+from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.recorder import Inside
 from hf_distill.learned import Learned
-from hf_distill.objectives import LabelsTerm, LogitsMatch, Objective
+from hf_distill.objectives import LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task, make_task
@@ -140,16 +141,16 @@ class Distiller:
             )
         elif asked:
             self.blending.refuse_without_teacher()
-        if self.teacher is not None:
-            if hasattr(self.teacher, "check_needs"):
-                for moment in PROGRESS:
-                    self.teacher.check_needs(self.blending.needs(moment)[1])
-            theirs = getattr(self.teacher, "inside", None)
-            for name in asked:
-                self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
+        if self.teacher is not None and hasattr(self.teacher, "check_needs"):
+            for moment in PROGRESS:
+                self.teacher.check_needs(self.blending.needs(moment)[1])
+        theirs = getattr(self.teacher, "inside", None)
+        for name in asked:
+            self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside
+        self._check_packing = PackingCheck(self._student)
         self._student_names = forward_names(student)
         read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(read) - set(self._student_names)
@@ -196,6 +197,7 @@ class Distiller:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
+        self._check_packing(micro_batches[0], self.task, self.teacher, self.blending.needs(progress)[1])
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):
@@ -267,13 +269,16 @@ class Distiller:
         def ask() -> tuple[Signals, Signals]:
             return self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
 
-        labels = None if labels_mean is None else self._labels_part(labels_mean, batch, counts)
+        labels = None if labels_mean is None else labels_part(labels_mean, self.task, batch, counts)
         loss, terms, compared = self.blending.total(labels, ask, self.task, batch, counts, progress)
         if compared is not None:
             self._watch.look(self.task, batch, compared, lambda suspect: self.teacher_signals(suspect, theirs))
         if labels is None and not ours.logits and several_processes():
             self.reached |= parameters_of(loss)
             loss = tied(loss, outputs)
+        hear = getattr(self.teacher, "hear", None)
+        if hear is not None and torch.is_grad_enabled():
+            hear(self.blending.lesson(self.student_signals(outputs, batch), self.task, batch, counts, progress))
         return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)
 
     def student_signals(
@@ -286,11 +291,8 @@ class Distiller:
 
     def teacher_signals(self, batch: Batch, needs: Needs | None = None) -> Signals:
         """Args: needs: None: its predictions, as the end of the training would soften them."""
+        if needs is not None and not (needs.logits or needs.reads):  # what is active asks the student alone
+            return Signals(None)
         assert self.teacher is not None  # `fit` refuses to ask one that is not there
         needs = needs or Needs(logits=True, temperature=self.logits_match.temperature(1.0))
         return self.teacher(self.task, batch, needs)
-
-    def _labels_part(self, mean: Tensor, batch: Batch, counts: Counts) -> Tensor:
-        if self.task.sums_over_examples:
-            return mean
-        return LabelsTerm()(mean, self.task, batch).over(counts.denominators[LABELS])

@@ -24,6 +24,8 @@ class Objective(Protocol):
         couples_examples: an example's share depends on the others of its micro-batch. Then accumulation and several
             processes compare within micro-batches, and the results are weighted by their examples.
         learned: what is trained with the student and is no part of it; None: nothing.
+
+    It may have `needs_teacher = False`, where it asks the student alone: then it runs without a teacher too.
     """
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -22,7 +24,8 @@ class Teacher(Protocol):
     It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `check_needs(needs)`, which
     raises SettingError for what it cannot be asked; `collator(collator)`, where its answers can be fetched by the data
     loader's workers; `state()` and `load_state(state)` (name → tensor), where training changes it: then a checkpoint
-    holds it, and a resumed run goes on from there.
+    holds it, and a resumed run goes on from there; `hear(lesson)`, where it learns of each micro-batch of the training,
+    after it was asked (`Lesson`).
     """
 
     inputs: tuple[str, ...]
@@ -54,3 +57,26 @@ class Teacher(Protocol):
     def after_step(self, student: nn.Module) -> None:
         """After an optimizer step: an average moves; a frozen teacher does nothing."""
         ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A micro-batch of the training, for a teacher that learns of it.
+
+    Attributes:
+        student: its predictions, detached. task, batch: as the teacher was asked with.
+        temperature: that predictions are softened with now. progress: of the training, 0 → 1.
+        uses_labels: whether labels weigh something now.
+        scale: in `loss_of`: because processes are averaged and Accelerate divides by its accumulation steps.
+        loss_of: its own mean loss on the labels (None where they weigh nothing) and its own predictions → what the
+            student's loss would be with the roles exchanged, of labels and logits alone.
+    """
+
+    student: Signals
+    task: Task
+    batch: Batch
+    temperature: float
+    progress: float
+    uses_labels: bool
+    scale: float
+    loss_of: Callable[[Tensor | None, Signals], Tensor]
