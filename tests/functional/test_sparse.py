@@ -93,7 +93,7 @@ def value_and_gradient(q, ids, lp, weights):
 
 
 def test_weighted_samples_are_forward_kl_on_average():
-    """Exactly: the mean over every outcome of one draw, each as often as it is drawn. Proposals p^0.5, weights p / r."""
+    """Exactly: the mean over every outcome of one draw, each as often as drawn. Proposals r ∝ p^0.5, weights p / r."""
     q, p = rows(seed=1).requires_grad_(), rows(seed=2)
     log_p = p.log_softmax(-1)
     want = DIVERGENCES["forward_kl"](q, p)
