@@ -45,6 +45,21 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(q, p)
 
 
+@catalogued(DivergenceProperties(paper="Jeffreys 1946; Liang et al. 2021, R-Drop, section 2"))
+def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p ‖ q) + KL(q ‖ p): the same either way round.
+
+    Twice the divergence of Liang et al. 2021 (section 2), which takes the mean of the two directions and has a gradient
+    on both sides; here it is on the student's side alone.
+
+    >>> one, other = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> jeffreys(one, other).item() == jeffreys(other, one).item()
+    True
+    """
+    q, p = _log_probabilities(student, teacher)
+    return _kl(p, q) + _kl(q, p)
+
+
 @catalogued(DivergenceProperties(paper="Agarwal et al. 2024, GKD, section 2"))
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
     """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q.

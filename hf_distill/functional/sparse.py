@@ -16,6 +16,7 @@ from hf_distill.functional.rows import BLOCKED, in_full_precision
 ON_OUTCOMES = (
     "forward_kl",
     "reverse_kl",
+    "jeffreys",
     "jensen_shannon",
     "skewed_forward_kl",
     "skewed_reverse_kl",

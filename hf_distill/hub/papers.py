@@ -100,6 +100,15 @@ _DKD = Paper(
     2022,
     "https://arxiv.org/abs/2203.08679",
 )
+_R_DROP = Paper(
+    "liang2021rdrop",
+    "Liang, Xiaobo and Wu, Lijun and Li, Juntao and Wang, Yue and Meng, Qi and Qin, Tao and Chen, Wei and Zhang, Min "
+    "and Liu, Tie-Yan",
+    "R-Drop: Regularized Dropout for Neural Networks",
+    "NeurIPS 2021, arXiv:2106.14448",
+    2021,
+    "https://arxiv.org/abs/2106.14448",
+)
 _DEIT = Paper(
     "touvron2021deit",
     "Touvron, Hugo and Cord, Matthieu and Douze, Matthijs and Massa, Francisco and "
@@ -113,6 +122,7 @@ _DEIT = Paper(
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence("KL(p ‖ q)", HINTON),
     "reverse_kl": Divergence("KL(q ‖ p)", _MINILLM),
+    "jeffreys": Divergence("KL(p ‖ q) + KL(q ‖ p)", _R_DROP),
     "jensen_shannon": Divergence("β KL(p ‖ m) + (1 - β) KL(q ‖ m), where m = β p + (1 - β) q", _GKD),
     "skewed_forward_kl": Divergence("KL(p ‖ skew p + (1 - skew) q)", _DISTILLM),
     "skewed_reverse_kl": Divergence("KL(q ‖ skew q + (1 - skew) p)", _DISTILLM),

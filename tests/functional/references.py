@@ -28,6 +28,12 @@ def reverse_kl(q: Row, p: Row) -> float:
     return kl(probabilities(q), probabilities(p))
 
 
+def jeffreys(q: Row, p: Row) -> float:
+    """Σ (p − q) log(p / q), Jeffreys's own form."""
+    q, p = probabilities(q), probabilities(p)
+    return float(np.sum((p - q) * (np.log(p) - np.log(q))))
+
+
 def jensen_shannon(q: Row, p: Row, beta: float = 0.5) -> float:
     q, p = probabilities(q), probabilities(p)
     m = beta * p + (1 - beta) * q
@@ -81,6 +87,7 @@ def intra(student: np.ndarray, teacher: np.ndarray) -> float:
 A_ROW: dict[str, Any] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
+    "jeffreys": jeffreys,
     "jensen_shannon": jensen_shannon,
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,

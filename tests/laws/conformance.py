@@ -126,6 +126,7 @@ _TWO_COLUMNS = "two points always correlate at +1 or −1, so the part within a 
 DIVERGENCE_ROWS: dict[str, DivergenceRow] = {
     "forward_kl": DivergenceRow(),
     "reverse_kl": DivergenceRow(),
+    "jeffreys": DivergenceRow(),
     "jensen_shannon": DivergenceRow(knobs={"beta": 0.2}),
     "skewed_forward_kl": DivergenceRow(knobs={"skew": 0.4}),
     "skewed_reverse_kl": DivergenceRow(knobs={"skew": 0.4}),
