@@ -20,7 +20,6 @@ from hf_distill.teachers.cached.finishing import is_finished
 from hf_distill.teachers.cached.keys import content_keys
 from hf_distill.teachers.cached.planning import Source
 from hf_distill.teachers.cached.stores import Store, store_from
-from hf_distill.teachers.cached.topk import TopK
 
 
 class Pass:
@@ -102,7 +101,7 @@ class Pass:
         keys = self._keys(batch)
         raw, prepared = self.source.ask(batch, self.device)
         rows, counts = self.source.cut(raw, prepared, self.plan["predictions"]["axis"])
-        if isinstance(store, TopK):
+        if store.lists_columns:
             rows = rows[:, : self.plan["predictions"]["columns"]]
         _refuse_no_numbers(rows, counts)
         if rows.shape[1] != self.plan["predictions"]["columns"]:
@@ -110,7 +109,8 @@ class Pass:
                 f"the teacher predicts {rows.shape[1]} columns here and {self.plan['predictions']['columns']} at the "
                 "start: examples must have equally many (choices)."
             )
-        return {"high": keys[:, 0], "low": keys[:, 1], "positions": counts.astype(np.int32), **store.encode(rows)}
+        fields = store.encode(rows, keys, counts)
+        return {"high": keys[:, 0], "low": keys[:, 1], "positions": counts.astype(np.int32), **fields}
 
     def _write_shard(self, shard: int, parts: list[dict[str, np.ndarray]]) -> None:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

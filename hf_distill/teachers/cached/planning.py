@@ -94,9 +94,9 @@ def default_store(task: Task, columns: int) -> Store:
 
 
 def kept_columns(source: Source, store: Store, width: int) -> int:
-    """Of a head of this width: where only the likeliest are listed, without columns that pad a vocabulary."""
+    """Of a head of this width: where only some are listed, without columns that pad a vocabulary."""
     tokenizer = tokenizer_in(source.processor)
-    if not isinstance(store, TopK) or tokenizer is None:
+    if not store.lists_columns or tokenizer is None:
         return width
     return min(width, int(max(tokenizer.get_vocab().values())) + 1)
 
@@ -137,9 +137,9 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
         )
     rows, _ = source.cut(raw, prepared, axis)
     chosen = store or default_store(source.task, rows.shape[1])
-    if isinstance(chosen, TopK) and source.task.matched_by != "vocabulary":
+    if chosen.lists_columns and source.task.matched_by != "vocabulary":
         raise SettingError(
-            f"TopK lists the likeliest tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
+            f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
         )
     return {
         "format": files.FORMAT,

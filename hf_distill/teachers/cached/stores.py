@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
+from hf_distill.signals import SparseRows
 
 _ARROW_TYPE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # Arrow knows no bfloat16
 
@@ -36,18 +37,35 @@ class Store(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def lists_columns(self) -> bool:
+        """Whether it names columns of a vocabulary by their number, and does not keep all of them."""
+        ...
+
     def settings(self) -> dict[str, Any]: ...
 
     def fields(self, columns: int) -> dict[str, Field]:
         """What is written, for a head of so many columns."""
         ...
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
-        """`[p v]` → for each field `[p width]`."""
+    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """`[p v]` → for each field `[p width]`.
+
+        Args:
+            keys: `[b 2]` of the examples. counts: `[b]` how many of the positions each has. For what is drawn.
+        """
         ...
 
     def tensor(self, name: str, stored: np.ndarray) -> Tensor:
         """One field as it was read, as a tensor."""
+        ...
+
+    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows | None:
+        """What is told of the rows, from fields `[... width]`; None: `logits` are all there is to it."""
+        ...
+
+    def check_temperature(self, temperature: float, columns: int) -> None:
+        """Raises SettingError: a head of so many columns cannot be trained at this temperature with what is kept."""
         ...
 
 
@@ -67,6 +85,7 @@ class Dense:
 
     dtype: str = "float16"
     name = "dense"
+    lists_columns = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _ARROW_TYPE:
@@ -78,7 +97,7 @@ class Dense:
     def fields(self, columns: int) -> dict[str, Field]:
         return {"logits": Field(_ARROW_TYPE[self.dtype], columns)}
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         kept = rows.detach().to(getattr(torch, self.dtype)).cpu()
         self._refuse_overflow(rows, kept)
         return {"logits": kept.view(torch.uint16).numpy() if self.dtype == "bfloat16" else kept.numpy()}
@@ -87,12 +106,23 @@ class Dense:
         tensor = torch.from_numpy(stored)
         return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
 
+    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> None:
+        return None
+
+    def check_temperature(self, temperature: float, columns: int) -> None:
+        """Any will do."""
+
     def _refuse_overflow(self, rows: Tensor, kept: Tensor) -> None:
         if self.dtype == "float16" and bool((kept.isinf() & ~rows.detach().cpu().isinf()).any()):
             raise SettingError(
                 f"the teacher's logits reach {rows.abs().max().item():.3g}, float16 ends at 65504. Pass "
                 'store=Dense("bfloat16") or Dense("float32").'
             )
+
+
+def id_type(columns: int) -> Any:
+    """Of a column's number: 2 bytes up to 65,536 columns, else 4."""
+    return np.uint16 if columns <= 1 << 16 else np.int32
 
 
 STORES: dict[str, Any] = {"dense": Dense}

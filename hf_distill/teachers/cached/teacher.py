@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.signals import Needs, Signals, SparseRows
+from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
@@ -22,7 +22,6 @@ from hf_distill.teachers.cached.cache import POSITIONS, TeacherCache
 from hf_distill.teachers.cached.collator import CachedCollator
 from hf_distill.teachers.cached.keys import CACHED_PREFIX
 from hf_distill.teachers.cached.planning import decoder_rule, task_settings
-from hf_distill.teachers.cached.topk import TopK
 from hf_distill.vocabulary import Columns
 
 logger = logging.getLogger(__name__)
@@ -81,9 +80,8 @@ class CachedTeacher:
         if not needs.logits:
             return Signals(logits=None, columns=self.columns)
         laid = self._answers(task, batch)
-        if isinstance(self.cache.store, TopK):
-            kept, tail = self.cache.store.at_temperature(laid["log_probabilities"], laid["tails"], needs.temperature)
-            listed = SparseRows(laid["ids"].long(), kept, tail, needs.temperature)
+        listed = self.cache.store.sparse_rows(laid, needs.temperature)
+        if listed is not None:
             return Signals(logits=None, columns=self.columns, sparse=listed)
         logits = task.read(layout.as_outputs(task, laid["logits"].float()), batch, self.columns, teacher=True)
         return Signals(logits=logits, columns=self.columns)
@@ -95,11 +93,8 @@ class CachedTeacher:
                 "an objective asks for the teacher's inside, and a cached teacher holds its predictions alone. Use the "
                 "live teacher, or leave the objective out."
             )
-        store, columns = self.cache.store, self.cache.manifest["predictions"]["columns"]
-        if not needs.logits or not isinstance(store, TopK) or store.k >= columns:
-            return
-        if needs.temperature not in store.temperatures:
-            store.refuse_temperature(needs.temperature)
+        if needs.logits:
+            self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
 
     def fit(
         self,
@@ -189,10 +184,10 @@ class CachedTeacher:
     def _refuse_other_columns(self) -> None:
         """What is listed by number of column must be listed of the columns that are compared."""
         width = self.cache.manifest["predictions"]["columns"]
-        if isinstance(self.cache.store, TopK) and self.columns.teacher not in (None, width):
+        if self.cache.store.lists_columns and self.columns.teacher not in (None, width):
             compared = self.columns.teacher
             raise TeacherError(
-                f"the cache lists the likeliest of {width} columns, and student and teacher share "
+                f"the cache lists some of {width} columns, and student and teacher share "
                 f"{compared if isinstance(compared, int) else 'some'} of them: what is listed may not be there. Build "
                 "it with processing_class= (the student's tokenizer), or keep all: store=Dense()."
             )

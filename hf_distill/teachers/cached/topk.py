@@ -8,6 +8,7 @@ Axes: p positions, v columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.teachers.cached.stores import STORES, Field
+from hf_distill.signals import SparseRows
+from hf_distill.teachers.cached.stores import STORES, Field, id_type
 
-_LARGE = 1 << 16  # ids above do not fit into 16 bit
 _ARROW = {"float16": np.float16, "float32": np.float32}
 
 
@@ -45,6 +46,7 @@ class TopK:
     temperatures: tuple[float, ...] = (1.0, 2.0)
     dtype: str = "float16"
     name = "top_k"
+    lists_columns = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -62,12 +64,12 @@ class TopK:
     def fields(self, columns: int) -> dict[str, Field]:
         kept = min(self.k, columns)
         return {
-            "ids": Field(np.uint16 if columns <= _LARGE else np.int32, kept),
+            "ids": Field(id_type(columns), kept),
             "log_probabilities": Field(_ARROW[self.dtype], kept),
             "tails": Field(np.float32, len(self.temperatures)),
         }
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         """ids, their log-probabilities at temperature 1, and log Σ p^(1/T) over all others for each temperature."""
         log_p = in_full_precision(rows.detach()).log_softmax(-1)
         kept, ids = log_p.topk(min(self.k, log_p.shape[-1]), dim=-1)
@@ -83,10 +85,14 @@ class TopK:
     def tensor(self, name: str, stored: np.ndarray) -> Tensor:
         return torch.from_numpy(stored.astype(np.int32) if name == "ids" else stored)
 
+    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
+        kept, tail = self.at_temperature(laid["log_probabilities"], laid["tails"], temperature)
+        return SparseRows(laid["ids"].long(), kept, tail, temperature)
+
     def at_temperature(self, log_probabilities: Tensor, tails: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[... k]` softened, and the tail's `[...]`: together they sum to 1.
 
-        At a temperature that the tail is not kept for there must be none: see `refuse_temperature`.
+        At a temperature that the tail is not kept for there must be none: see `check_temperature`.
         """
         if temperature in self.temperatures:
             tail = tails[..., self.temperatures.index(temperature), None]
@@ -95,10 +101,9 @@ class TopK:
         both = torch.cat([log_probabilities.float() / temperature, tail], -1).log_softmax(-1)
         return both[..., :-1], both[..., -1]
 
-    def refuse_temperature(self, temperature: float) -> None:
-        """Raises:
-        SettingError: always.
-        """
+    def check_temperature(self, temperature: float, columns: int) -> None:
+        if self.k >= columns or temperature in self.temperatures:
+            return
         known = ", ".join(f"{t:g}" for t in self.temperatures)
         raise SettingError(
             f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns of each row and the rest as "

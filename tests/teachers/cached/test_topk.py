@@ -154,9 +154,7 @@ def test_settings(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingError, match=message):
             TopK(**wrong)
-    with pytest.raises(
-        SettingError, match=r"TopK lists the likeliest tokens of a vocabulary, and token_classification"
-    ):
+    with pytest.raises(SettingError, match=r"TopK lists tokens of a vocabulary, and token_classification"):
         made(tmp_path, "bert_tokens", store=TopK(2))
 
 
