@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,20 @@ def as_text(row: dict[str, Any]) -> str:
 
 def with_own_tokens(data: Data) -> Data:
     """Only the embeddings of tokens that occur: outputs stay the same, and the optimizer has half as much to do."""
-    splits = (data.train, data.held_out, data.dev)
+    renamed = only_own_tokens((data.train, data.held_out, data.dev), (data.teacher,))
+    return Data(*renamed, data.teacher, data.collator)
+
+
+def only_own_tokens(splits: Sequence[Features], models: Iterable[Any]) -> list[Features]:
+    """The splits with tokens numbered anew; these models, in place, with the embeddings of those that occur."""
     kept = sorted({0, *(i for rows in splits for row in rows for i in row["input_ids"])})  # 0 pads
     new = {old: i for i, old in enumerate(kept)}
-    renamed = [[{**row, "input_ids": [new[i] for i in row["input_ids"]]} for row in rows] for rows in splits]
-    embeddings = data.teacher.get_input_embeddings()
-    fewer = nn.Embedding.from_pretrained(embeddings.weight.detach()[kept].clone(), freeze=False, padding_idx=0)
-    data.teacher.set_input_embeddings(fewer)
-    data.teacher.config.vocab_size = len(kept)
-    return Data(*renamed, data.teacher, data.collator)
+    for model in models:
+        embeddings = model.get_input_embeddings()
+        fewer = nn.Embedding.from_pretrained(embeddings.weight.detach()[kept].clone(), freeze=False, padding_idx=0)
+        model.set_input_embeddings(fewer)
+        model.config.vocab_size = len(kept)
+    return [[{**row, "input_ids": [new[i] for i in row["input_ids"]]} for row in rows] for rows in splits]
 
 
 def made_up(options: argparse.Namespace) -> Data:

@@ -17,6 +17,7 @@ SCRIPTS = (
     "objectives_cost",
     "real_data",
     "teacher_cost",
+    "teacher_kinds",
     "trainer_overhead",
 )
 
