@@ -10,9 +10,10 @@ import datasets
 from rich.console import Console
 
 from hf_distill.cli.progress import quiet_libraries
+from hf_distill.cli.stores import add_store_options, store_of
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import TASKS
-from hf_distill.teachers import Dense, TeacherCache, TopK, load_teacher
+from hf_distill.teachers import TeacherCache, load_teacher
 from hf_distill.teachers.load import DTYPES, find_tokenizer
 
 _INTERRUPTED = 130  # as the command itself
@@ -51,9 +52,7 @@ def _add_build(kinds: Any) -> None:
     build.add_argument("--text-pair-column", help="second text of each example")
     build.add_argument("--max-length", type=int, help="tokens an example is cut to; else what the tokenizer says")
     build.add_argument("--batch-size", type=int, default=32, help="consecutive examples in a forward")
-    build.add_argument("--top-k", type=int, help="of each row keep so many columns, and the others as one; else all")
-    build.add_argument("--temperature", type=float, nargs="+", default=[1.0, 2.0], help="to train at, with --top-k")
-    build.add_argument("--store-dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of logits")
+    add_store_options(build)
     build.add_argument("--teacher-dtype", choices=DTYPES, help="of the teacher's weights; else the checkpoint's own")
     build.add_argument("--workers", type=int, default=0, help="processes that make batches")
     build.set_defaults(run=_build)
@@ -82,16 +81,10 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
             task=arguments.task,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,
-            store=_store(arguments),
+            store=store_of(arguments),
             num_workers=arguments.workers,
             say=lambda text: console.print(text, highlight=False),
         )
-
-
-def _store(arguments: argparse.Namespace) -> Dense | TopK:
-    if arguments.top_k is None:
-        return Dense(arguments.store_dtype)
-    return TopK(arguments.top_k, temperatures=tuple(arguments.temperature), dtype=arguments.store_dtype)
 
 
 def _show(arguments: argparse.Namespace) -> None:

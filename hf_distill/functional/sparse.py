@@ -60,8 +60,8 @@ def sampled_forward_kl(rows: Tensor, ids: Tensor, log_probabilities: Tensor, wei
     """Σ_k w_k (log p_k − log q_k), q over all columns: forward KL of a teacher of whom weighted samples are known.
 
     With weights whose expectation is p, value and gradient in the rows are unbiased for those of KL(p ‖ q). One draw
-    may be below 0, and at q = p its value is 0 but its gradient is not. Anshumann et al. 2025 (Sparse Logit Sampling,
-    section 3) take the cross-entropy of the same targets: this differs by what does not depend on the student.
+    may be below 0, and at q = p its value is 0 but its gradient is not. The method is that of
+    Anshumann et al. 2025, Sparse Logit Sampling; log p is taken off so that the value is a divergence's.
 
     Args:
         rows: `[n v]`, already divided by the temperature. ids: `[n k]`; -1: none.

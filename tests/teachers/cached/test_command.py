@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import datasets
 import pytest
 
+from hf_distill import SettingError
 from hf_distill.cli.main import main
-from hf_distill.teachers import CachedTeacher
+from hf_distill.cli.stores import add_store_options, store_of
+from hf_distill.teachers.cached import CachedTeacher, Dense, Hybrid, Sampled, TopK
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert, make
 
@@ -79,3 +82,40 @@ def test_what_is_no_dataset_or_no_cache(tmp_path: Path, teacher: str, capsys: py
     assert "cannot be loaded" in capsys.readouterr().err
     assert run("show", empty) == 2
     assert "holds no teacher cache" in capsys.readouterr().err
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_store_options(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "store"),
+    [
+        ("", Dense()),
+        ("--store-dtype bfloat16", Dense("bfloat16")),
+        ("--top-k 5", TopK(5)),
+        ("--store top_k --temperature 1 3", TopK(temperatures=(1.0, 3.0))),
+        ("--store sampled --samples 8 --proposal-power 0.5 --seed 3", Sampled(8, 1.0, 0.5, seed=3)),
+        ("--store hybrid --top-k 4 --temperature 2 --store-dtype float32", Hybrid(4, temperature=2.0, dtype="float32")),
+    ],
+)
+def test_the_store_of_the_options(arguments: str, store: object) -> None:
+    assert store_of(parsed(*arguments.split())) == store
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--samples 8",
+            "--samples with --store dense: that store has no such option. It is for --store sampled, hybrid",
+        ),
+        ("--store top_k --proposal-power 0.5", "--proposal-power with --store top_k: .* for --store sampled"),
+        ("--store sampled --temperature 1 2", "--temperature 1 2: draws hold for one temperature"),
+    ],
+)
+def test_options_of_another_store(arguments: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        store_of(parsed(*arguments.split()))
