@@ -74,6 +74,13 @@ class _Distillation:
         default=None,
         metadata={"help": "Where the teacher's parts go, as from_pretrained takes it: auto, or JSON."},
     )
+    materialize_logits: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether training makes logits over a vocabulary whole. False: never, losses and gradients are made "
+            "from hidden states, chunk by chunk; True: always; default: not where the vocabulary is large."
+        },
+    )
     evaluate_with_teacher: bool = field(
         default=False,
         metadata={

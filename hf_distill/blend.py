@@ -39,6 +39,18 @@ class DistillerOutput:
     outputs: Any
 
 
+@dataclass(frozen=True)
+class Made:
+    """Terms that were made within the student's forward, without whole logits.
+
+    Attributes:
+        loss: their weighted sum, scalar with a graph. terms: each before its weight, detached.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
 class Blend:
     """`(1 - alpha) * labels + alpha * logits + Σ weight * objective`; with alpha None, the objectives alone.
 
@@ -149,21 +161,22 @@ class Blend:
         progress: float,
         *,
         only: str | None = None,
+        made: Made | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The loss of a micro-batch, its terms before their weights, and the sum of what the teacher was compared in.
 
         Args:
             labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
-            only: this one of the objectives; None: all.
+            only: this one of the objectives; None: all. made: terms that are there already.
         """
-        terms: dict[str, Tensor] = {}
-        weighted: list[Tensor] = []
-        compared: Tensor | None = None
+        terms: dict[str, Tensor] = {} if made is None else dict(made.terms)
+        weighted: list[Tensor] = [] if made is None else [made.loss]
+        compared = terms.get(LOGITS)
         if labels is not None:
             terms[LABELS] = labels * counts.scale
             weight = self.labels_weight(progress)
             weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
-        active = [name for name in self.active(progress) if only in (None, name)]
+        active = [name for name in self.active(progress) if only in (None, name) and name not in terms]
         if active:
             student, teacher = ask()
             for name in active:

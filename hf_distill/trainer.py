@@ -11,12 +11,9 @@ import os
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import has_length
 
-from hf_distill._compat import divides_the_loss
 from hf_distill.arguments import blend_of, setting
 from hf_distill.blend import Objectives, uses_teacher
-from hf_distill.counts import Counts
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
 from hf_distill.tasks import make_task
@@ -25,8 +22,8 @@ from hf_distill.trainer_parts.after_step import AfterStep
 from hf_distill.trainer_parts.collation import TeacherInputsCollator
 from hf_distill.trainer_parts.columns import ColumnsMixin
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
-from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
 from hf_distill.trainer_parts.learning import ForgetGradients, LearningMixin
+from hf_distill.trainer_parts.loss import LossMixin
 from hf_distill.trainer_parts.publishing import PublishingMixin
 from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.refusals import (
@@ -45,7 +42,7 @@ logger = logging.getLogger(__name__)
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 
 
-class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin):
+class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin):
     """Everything that a `Trainer` accepts, with the same meaning, and a teacher.
 
     Args:
@@ -59,9 +56,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
     Raises:
         SettingError, TeacherError, DataError: before anything is written.
     """
-
-    # The terms already are divided by the counts of the whole optimizer step.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -82,10 +76,6 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
         self._teacher_setting = teacher_model
         self._objectives_setting = objectives
         self._blend_is_ours = distiller is None
-        self._counts: Counts | None = None
-        self._micro_batches = self._micro_batches_left = 0
-        self._step_progress = 0.0
-        self._in_training_step = False
         self._terms = RunningTerms()
         # With a model at hand everything is checked before Trainer makes a folder or a repository; what
         # this draws from the random generators is undone by Trainer's own seeding.
@@ -153,79 +143,9 @@ class DistillationMixin(PublishingMixin, EvaluationMixin, ColumnsMixin, Learning
             objectives=self._objectives_setting,
             seed=None if args is None else args.seed,
             compare_predictions=evaluates,
+            materialize_logits=setting(args, "materialize_logits"),
             **blend,
         )
-
-    # The loss.
-
-    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
-        self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
-        return super()._inner_training_loop(*positional, **keywords)
-
-    def training_step(self, *positional: Any, **keywords: Any) -> Any:
-        self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
-        try:
-            return super().training_step(*positional, **keywords)
-        finally:
-            self._in_training_step = False
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_progress = self._progress
-        if 0 < len(batches) < num_batches and not has_length(self.callback_handler.train_dataloader):
-            # Trainer would make no step of them, and leave their gradients to the first step of the next epoch.
-            logger.warning(
-                f"The epoch's last {len(batches)} micro-batches are too few for a step of {num_batches}; they are "
-                "left out. (The dataset has no length: with one, they would be a step of their own.)"
-            )
-            return [], None
-        if batches:
-            self._counts = self._count(batches)
-            self._micro_batches = self._micro_batches_left = len(batches)
-        return batches, num_items
-
-    def _count(self, batches: list[Any]) -> Counts:
-        return self.distiller.count(batches, self.accelerator, progress=self._progress, same_batch=self.get_tp_size())
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """In training, the blend; in evaluation, the plain task loss, as `Trainer`'s.
-
-        Called outside of the training loop it takes the batch for a whole optimizer step.
-        """
-        distiller, progress = self.distiller, self._progress
-        if not (model.training or self._in_training_step):
-            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
-        in_loop = self._counts is not None and self._micro_batches_left > 0
-        counts = self._counts if in_loop else self._count([inputs])
-        assert counts is not None
-        batch = distiller.prepare(inputs) if distiller.asks_teacher(progress) else inputs
-        with_labels = distiller.blending.labels_weight(progress) > 0
-        student_inputs = distiller.student_inputs(batch, labels=with_labels)
-        with distiller.reading(progress) as inside:
-            if with_labels:
-                whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
-                own = (
-                    num_items_in_batch
-                    if whole_step
-                    else own_num_items(batch, num_items_in_batch, shifts=self._loss_shifts_labels)
-                )
-                with unscaled(self.args):
-                    mean, outputs = super().compute_loss(
-                        model, student_inputs, return_outputs=True, num_items_in_batch=own
-                    )
-            else:
-                mean, outputs = None, model(**student_inputs)
-        found = distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
-        if in_loop:
-            self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
-            self._micro_batches_left -= 1
-        loss = found.loss
-        if in_loop and divides_the_loss(self, num_items_in_batch):
-            loss = loss * self.current_gradient_accumulation_steps
-        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""

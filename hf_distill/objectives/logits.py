@@ -120,7 +120,7 @@ class LogitsMatch:
         function, properties = self.divergence_for(task)
         kept = task.kept_rows(batch)
         q, p = task.select(student.predictions(), batch), task.select(teacher.predictions(), batch)
-        _refuse_other_rows(q, p, task, batch)
+        refuse_other_rows(q, p, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
         keywords = dict(self.settings)
@@ -141,10 +141,10 @@ class LogitsMatch:
         """Over the columns that the teacher lists, and one outcome for all others; or over its weighted samples."""
         function, properties = self.divergence_for(task)
         t, kept = self.temperature(progress), task.kept_rows(batch)
-        self._refuse_for_sparse(task, teacher, t)
+        self.refuse_for_sparse(task, teacher, t)
         told = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
         q, *listed = (task.select(x, batch) for x in (student.predictions(), *told) if x is not None)
-        _refuse_other_rows(q, listed[0], task, batch, columns=False)
+        refuse_other_rows(q, listed[0], task, batch, columns=False)
         if kept is not None:
             q, *listed = (x.index_select(0, kept) for x in (q, *listed))
         ids, log_p, log_tail, *weights = listed
@@ -157,7 +157,8 @@ class LogitsMatch:
             values = function(bucketed(rows, ids), p, **self.settings)
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
-    def _refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
+    def refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
+        """Raise SettingError for a divergence or a temperature that what this teacher lists does not do for."""
         name, theirs = self.name_for(task), teacher.temperature
         if teacher.weights is not None and name not in ON_SAMPLES:
             raise SettingError(
@@ -199,6 +200,11 @@ class LogitsMatch:
         self._chosen[task.on_values] = found
         return found
 
+    def catalogued(self, task: Task) -> str | None:
+        """The divergence's name in `DIVERGENCES`; None for a function of the user's, and one with settings bound."""
+        name = self.name_for(task)
+        return name if name in DIVERGENCES and self._given in (None, DIVERGENCES[name]) else None
+
     def name_for(self, task: Task) -> str:
         """The divergence's name, for logs and cards."""
         if self._given is None:
@@ -234,7 +240,7 @@ class LogitsMatch:
             )
 
 
-def _refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
+def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
     """Rows are paired by position; with another number of them, row i would be compared with another position."""
     rows = task.rows(batch)
     same = student.shape == teacher.shape if columns else student.shape[0] == teacher.shape[0]

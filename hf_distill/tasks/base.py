@@ -31,6 +31,8 @@ class Task:
         needs_same_inputs: rows are positions of the input, so both models must read the same one.
         label_names: the columns that hold the labels.
         sums_over_examples: the head's own loss is a sum over examples, not a mean (CTC "sum").
+        over_vocabulary: rows are predicted tokens, made by an output head from hidden states of the same positions,
+            and the head's own loss is the cross-entropy of `targets`.
     """
 
     kind: ClassVar[str]
@@ -39,6 +41,7 @@ class Task:
     needs_same_inputs: ClassVar[bool] = True
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     sums_over_examples: bool = False
+    over_vocabulary: ClassVar[bool] = False
 
     @classmethod
     def from_model(cls, model: Any) -> Task:

@@ -16,6 +16,7 @@ class MaskedLM(PositionTask):
 
     kind = "masked_lm"
     matched_by = "vocabulary"
+    over_vocabulary = True
 
     def keep(self, batch: Batch) -> Tensor:
         if batch.get("labels") is not None:
@@ -34,6 +35,7 @@ class CausalLM(PositionTask):
 
     kind = "causal_lm"
     matched_by = "vocabulary"
+    over_vocabulary = True
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         if batch.get("shift_labels") is not None:
@@ -77,6 +79,7 @@ class Seq2Seq(PositionTask):
 
     kind = "seq2seq"
     matched_by = "vocabulary"
+    over_vocabulary = True
 
     def keep(self, batch: Batch) -> Tensor:
         if batch.get("labels") is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from hf_distill._compat import prepare_for_evaluation
 from hf_distill.errors import DataError, TeacherError
+from hf_distill.inside.output_head import OutputHead
 from hf_distill.inside.recorder import Inside
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Signals, Unmade
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import fitting
 from hf_distill.vocabulary import Columns
 
+logger = logging.getLogger(__name__)
 _NEVER_GIVEN = ("labels", "start_positions", "end_positions")
 
 
@@ -51,19 +54,24 @@ class ModelTeacher:
         self._accelerator: Any = None
         self._cannot_read_students: str | None = None
         self.inside = Inside(model, "teacher")
+        self._head: OutputHead | None = None
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self._put_to_use()
-        if any(module.training for module in self.model.modules()):
-            self.model.eval()
+        self._set_mode()
         inputs = self._in_own_dtype(self._inputs(batch))
         try:
             with torch.no_grad(), self._precision(), self.inside.reading(needs.reads) as inside:
-                outputs = self.model(**inputs)
+                head = self._head_for(needs, inputs)
+                heard: list[Unmade] = []
+                with contextlib.nullcontext() if head is None else head.listened(heard):
+                    outputs = self.model(**inputs)
         except (RuntimeError, IndexError) as error:
             self._explain(error, inputs)
             raise
+        if head is not None:
+            return Signals(None, columns=self.columns, inside=inside, unmade=heard[0])
         logits = task.read(outputs, batch, self.columns, teacher=True) if needs.logits else None
         return Signals(logits=logits, columns=self.columns, inside=inside)
 
@@ -91,9 +99,12 @@ class ModelTeacher:
             self.columns = fitting.matched_columns(
                 student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
             )
+        else:
+            self.columns = fitting.known_columns(task, (ours, theirs))
+        needs_same_inputs = task.needs_same_inputs and compares_predictions
         difference = fitting.input_difference(student, teacher, task, tokenizers=(ours, theirs))
-        if difference is not None and (task.needs_same_inputs or same_inputs):
-            what = f"A {task.kind} head predicts" if task.needs_same_inputs else "An objective compares"
+        if difference is not None and (needs_same_inputs or same_inputs):
+            what = f"A {task.kind} head predicts" if needs_same_inputs else "An objective compares"
             raise TeacherError(
                 f"student and teacher have different tokenizers: {difference}. {what} positions "
                 "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
@@ -111,6 +122,19 @@ class ModelTeacher:
     def after_step(self, student: nn.Module) -> None:
         """Nothing: it is frozen."""
 
+    def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
+        """The output head, where what it is given will do in place of the logits, and can be had."""
+        if not (needs.logits and needs.unmade):
+            return None
+        if self._head is None:
+            self._head = OutputHead(self.model)
+            if self._head.refusal is None and not self._head.is_sharded():
+                found = self._head.trial(inputs, {})
+                self._head.refusal = found if isinstance(found, str) else None
+            if self._head.refusal is not None:
+                logger.info(f"The teacher's logits are made whole: {self._head.refusal}.")
+        return None if self._head.refusal is not None or self._head.is_sharded() else self._head
+
     def _put_to_use(self) -> None:
         """Freeze and cast: only now, so that a run that is refused leaves the user's model as it was."""
         if self._in_use:
@@ -120,6 +144,10 @@ class ModelTeacher:
         if isinstance(self._dtype, torch.dtype):
             self.model.to(self._dtype)
         self._in_use = True
+
+    def _set_mode(self) -> None:
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """The student's mixed precision, for a teacher held in full precision."""

@@ -1,0 +1,197 @@
+"""A model's output head taken over for one forward, so that its logits are never made. No losses here.
+
+What the model does to the logits after the head (a scale, a soft cap, a bias) is read from its config, and then tried:
+one example through the model, some of its positions, against the formula. What does not agree is not taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_distill.signals import Unmade
+from hf_distill.tasks.base import output_named
+from hf_distill.tasks.infer import unwrapped
+
+POSITIONS = 16  # tried of one example
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; 16 bits: 5e-2
+
+
+class OutputHead:
+    """The last product of a model, hidden rows times the weight of a vocabulary.
+
+    Attributes:
+        refusal: why its work cannot be taken over, or None.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+    >>> head, heard = OutputHead(model), []
+    >>> with head.listened(heard):
+    ...     _ = model(torch.tensor([[1, 2, 3]]))
+    >>> heard[0].hidden.shape, heard[0].weight.shape
+    (torch.Size([1, 3, 4]), torch.Size([9, 4]))
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = unwrapped(model)
+        find = getattr(self._model, "get_output_embeddings", None)
+        self._module: Any = None if find is None else find()
+        self._work: Callable[[Unmade], Tensor] | None = None
+        self.refusal = self._why_not()
+
+    @property
+    def columns(self) -> int:
+        """How many there are; 0 where there is no such head."""
+        return int(getattr(self._module, "out_features", 0))
+
+    def is_sharded(self) -> bool:
+        """Whether the weight is in pieces now, between forwards (FSDP2, tensor parallelism, ZeRO-3)."""
+        weight = self._module.weight
+        return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+
+    @contextlib.contextmanager
+    def taken_over(self, work: Callable[[Unmade], Tensor]) -> Iterator[None]:
+        """Around a forward: where the head would make logits, `work` is called and its scalar stands in for them.
+
+        The scalar carries the graph: what waits for gradients from the model's outputs (DDP, FSDP) sees them come. It
+        runs within the head's own hooks and within autocast, and the logits of the output are one number, repeated.
+        """
+        self._work = work
+        self._module.forward = self._forward  # the same function each time: a compiled model is compiled once
+        try:
+            yield
+        finally:
+            del self._module.forward
+            self._work = None
+
+    @contextlib.contextmanager
+    def listened(self, heard: list[Unmade]) -> Iterator[None]:
+        """Around a forward without gradient: what the head was given is appended, and no logits are made."""
+
+        def listen(given: Unmade) -> Tensor:
+            heard.append(given)
+            return given.hidden.new_zeros(())
+
+        with self.taken_over(listen):
+            yield
+
+    def _why_not(self) -> str | None:
+        name, module = type(self._model).__name__, self._module
+        if module is None:
+            return f"{name}.get_output_embeddings() names no output head"
+        if type(module) is not nn.Linear:
+            return (
+                f"the output head of {name} is a {type(module).__module__}.{type(module).__name__}, and not a plain "
+                "nn.Linear (an adapter on it, or quantised: leave it out of both)"
+            )
+        if "forward" in vars(module):
+            return f"the output head of {name} has another forward already (Accelerate's offloading puts it there)"
+        return None
+
+    @torch.compiler.disable
+    def _forward(self, hidden: Tensor) -> Tensor:
+        assert self._work is not None  # `taken_over` put it there
+        scalar = self._work(self._unmade(hidden))
+        # Not a view: models write into their logits.
+        return scalar.to(hidden.dtype).expand(*[1] * (hidden.dim() - 1), self.columns).clone()
+
+    def _unmade(self, hidden: Tensor) -> Unmade:
+        scale, softcap = _after_the_head(self._model.config)
+        bias, later = self._module.bias, getattr(self._model, "final_logits_bias", None)
+        if isinstance(later, Tensor):  # BART, Marian, Pegasus
+            bias = later.flatten() if bias is None else bias + later.flatten()
+        return Unmade(hidden, self._module.weight, bias, scale, softcap)
+
+    # The trial.
+
+    @torch.no_grad()
+    def trial(self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor]) -> Trial | str:
+        """Some positions of one example through the model as it is; or why its head cannot be taken over.
+
+        Args:
+            inputs: what the model is called with, without labels. labelled: its labels `[b t]` by their names; of an
+                example that has some, if there is one.
+        """
+        example, start = _labelled_place(labelled)
+        known = {name: x[example : example + 1, start : start + POSITIONS] for name, x in labelled.items()}
+        one = {name: x[example : example + 1] if _has_examples(x) else x for name, x in inputs.items()}
+        heard: list[tuple[Unmade, Tensor]] = []
+        made: list[Tensor] = []
+
+        def some(hidden: Tensor) -> Tensor:
+            part = self._unmade(hidden[:, start : start + POSITIONS])
+            heard.append((part, logits_of(part)))
+            made.append(nn.functional.linear(part.hidden, self._module.weight, self._module.bias))
+            return made[0]
+
+        was = self._model.training
+        modes = [(module, module.training) for module in self._model.modules()] if was else []
+        self._model.eval()
+        self._module.forward = some
+        try:
+            outputs = self._model(**one, **known)
+        finally:
+            del self._module.forward
+            for module, mode in modes:
+                module.training = mode
+        name = type(self._model).__name__
+        if len(heard) != 1 or heard[0][0].hidden.dim() != 3:
+            return f"{name} does not call its output head once, on [batch, time, width]"
+        said, expected, low = output_named("logits", outputs).float(), heard[0][1].float(), made[0].dtype
+        if said.shape != expected.shape or not _close(said, expected, low):
+            return f"{name} does more to its logits after the output head than scale them, cap them or add a bias"
+        return Trial(said, known, outputs.get("loss") if known else None, low)
+
+
+class Trial:
+    """What a model said of some positions of one example.
+
+    Attributes:
+        logits: `[1 t v]`. labels: `[1 t]` each, by name. loss: the model's own, of these labels; None without.
+    """
+
+    def __init__(self, logits: Tensor, labels: Mapping[str, Tensor], loss: Tensor | None, dtype: torch.dtype) -> None:
+        self.logits, self.labels, self.loss, self._dtype = logits, labels, loss, dtype
+
+    def loss_is(self, value: Tensor) -> bool:
+        """Whether the model's own loss is this one, to rounding."""
+        return self.loss is None or _close(self.loss.float(), value.float(), self._dtype)
+
+
+def _has_examples(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _labelled_place(labelled: Mapping[str, Tensor]) -> tuple[int, int]:
+    """An example with labels, and where its first stands, less one (a causal head predicts from there)."""
+    for labels in labelled.values():
+        known = (labels != -100).nonzero()
+        if len(known):
+            return int(known[0, 0]), max(0, int(known[0, 1]) - 1)
+    return 0, 0
+
+
+def logits_of(unmade: Unmade) -> Tensor:
+    """`[b t v]`, made after all."""
+    x = nn.functional.linear(unmade.hidden, unmade.weight, unmade.bias) * unmade.logit_scale
+    return x if unmade.softcap is None else torch.tanh(x / unmade.softcap) * unmade.softcap
+
+
+def _after_the_head(config: Any) -> tuple[float, float | None]:
+    """The factor on the logits, and their soft cap, as transformers' configs name them."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(text, name, None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return scale, getattr(text, "final_logit_softcapping", None)
+
+
+def _close(said: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    largest = expected.abs().amax().clamp(min=1e-6)
+    return bool((said - expected).abs().amax() <= _TOLERANCE.get(dtype, 5e-2) * largest)

@@ -1,0 +1,113 @@
+"""Whether a model keeps sequences apart that are packed into one row: found by experiment, once, before the first step.
+
+transformers separates packed sequences by their `position_ids` where a model's mask is made of them. Some models make
+it without (OPT, BLOOM), and recurrent ones (Mamba) know no mask: each sequence then sees those before it, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError
+from hf_distill.signals import Needs
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.generating import evaluating
+from hf_distill.tasks.infer import forward_names
+
+_LENGTHS = (2, 3)  # of the two sequences that are tried
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+_LONGEST = ("max_length_q", "max_length_k")
+
+
+class PackingCheck:
+    """Tries student and teacher when the first packed batch comes, and never again.
+
+    Args:
+        student: without what wraps it.
+    """
+
+    def __init__(self, student: Any) -> None:
+        self._student = student
+        self._done = False
+
+    def __call__(self, batch: Batch, task: Task, teacher: Any, needs: Needs) -> None:
+        """Try both models, if this batch may hold packed sequences.
+
+        Args:
+            teacher: a Teacher, None: there is none. needs: what it is asked for at the moment.
+
+        Raises:
+            DataError: what one of two packed sequences makes of its tokens changes with the other's.
+        """
+        if self._done or not may_be_packed(batch) or batch.get("input_ids") is None:
+            return
+        self._done = True
+        device = next(self._student.parameters()).device
+        uncached = {"use_cache": False} if "use_cache" in forward_names(self._student) else {}
+
+        def ask_student(tried: Batch) -> list[Tensor]:
+            with torch.no_grad(), evaluating(self._student):
+                return list(_of_positions(self._student(**tried, **uncached)))
+
+        def ask_teacher(tried: Batch) -> list[Tensor]:
+            shown = teacher(task, tried, needs)
+            return list(_of_positions({"logits": shown.logits, **{str(k): v for k, v in shown.inside.items()}}))
+
+        _refuse_leak(ask_student, batch, self._student, "student", device)
+        looks_up = hasattr(teacher, "collator")  # a cache: it does not know of these two, and refuses rows it never saw
+        if teacher is not None and not looks_up and (needs.logits or needs.reads):
+            _refuse_leak(ask_teacher, batch, getattr(teacher, "model", teacher), "teacher", device)
+
+
+def may_be_packed(batch: Batch) -> bool:
+    """Whether rows may hold several sequences: they are numbered, and no mask says otherwise."""
+    ids = batch.get("position_ids")
+    return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
+
+
+def _refuse_leak(
+    ask: Callable[[Batch], list[Tensor]], batch: Batch, model: Any, whose: str, device: torch.device
+) -> None:
+    """The first of two sequences is changed; the second must not notice."""
+    first, second = (ask(_two_sequences(batch, tokens, device)) for tokens in ((1, 2), (2, 3)))
+    for one, other in zip(first, second, strict=True):
+        apart = (one - other)[:, _LENGTHS[0] :].abs().max()
+        if bool(apart > 1e-5 * one.abs().max()):
+            raise DataError(
+                f"several sequences are packed into a row, and the {whose} ({type(model).__name__}) lets each see "
+                "those before it: what it makes of a sequence changed with the one packed before. Use a collator that "
+                "pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
+                "position_ids (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
+            )
+
+
+def _two_sequences(batch: Batch, first: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """Two sequences in a row, told apart by whatever this batch tells them apart by."""
+    start = int(batch["position_ids"].min())
+
+    def row(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    positions = [start + i for length in _LENGTHS for i in range(length)]
+    made: dict[str, Any] = {
+        "input_ids": row([*first, 3, 1, 2])[None],
+        "position_ids": row(positions)[None],
+    }
+    if batch.get("seq_idx") is not None:
+        made["seq_idx"] = row([0] * _LENGTHS[0] + [1] * _LENGTHS[1], batch["seq_idx"].dtype)[None]
+    for name in _BOUNDARIES:
+        if batch.get(name) is not None:
+            made[name] = row([0, _LENGTHS[0], sum(_LENGTHS)], batch[name].dtype)
+    return made | {name: max(_LENGTHS) for name in _LONGEST if batch.get(name) is not None}
+
+
+def _of_positions(outputs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """What a model says at each position `[1 t *]`."""
+    for name in outputs:
+        value = outputs[name]
+        if name != "loss" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == sum(_LENGTHS):
+            yield value.float()

@@ -1,0 +1,117 @@
+"""The loss of a training step: rows counted before any forward, the blend of each micro-batch. No mathematics."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from hf_distill._compat import divides_the_loss
+from hf_distill.blend import DistillerOutput
+from hf_distill.counts import Counts
+from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
+from hf_distill.trainer_parts.running_terms import RunningTerms
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+logger = logging.getLogger(__name__)
+
+
+class LossMixin(_Trainer):
+    """Training steps on the blend; in evaluation, the plain task loss."""
+
+    distiller: Any
+    # The terms already are divided by the counts of the whole optimizer step.
+    loss_is_scaled_for_ga = True
+    _counts: Counts | None = None
+    _micro_batches = _micro_batches_left = 0
+    _step_progress = 0.0
+    _in_training_step = False
+    _terms: RunningTerms
+    _progress: float
+    _evaluation_loss: Any
+
+    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
+        self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
+        return super()._inner_training_loop(*positional, **keywords)
+
+    def training_step(self, *positional: Any, **keywords: Any) -> Any:
+        self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
+        try:
+            return super().training_step(*positional, **keywords)
+        finally:
+            self._in_training_step = False
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_progress = self._progress
+        if 0 < len(batches) < num_batches and not has_length(self.callback_handler.train_dataloader):
+            # Trainer would make no step of them, and leave their gradients to the first step of the next epoch.
+            logger.warning(
+                f"The epoch's last {len(batches)} micro-batches are too few for a step of {num_batches}; they are "
+                "left out. (The dataset has no length: with one, they would be a step of their own.)"
+            )
+            return [], None
+        if batches:
+            self._counts = self._count(batches)
+            self._micro_batches = self._micro_batches_left = len(batches)
+        return batches, num_items
+
+    def _count(self, batches: list[Any]) -> Counts:
+        return self.distiller.count(batches, self.accelerator, progress=self._progress, same_batch=self.get_tp_size())
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """In training, the blend; in evaluation, the plain task loss, as `Trainer`'s.
+
+        Called outside of the training loop it takes the batch for a whole optimizer step.
+        """
+        distiller, progress = self.distiller, self._progress
+        if not (model.training or self._in_training_step):
+            return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
+        in_loop = self._counts is not None and self._micro_batches_left > 0
+        counts = self._counts if in_loop else self._count([inputs])
+        assert counts is not None
+        batch = distiller.prepare(inputs) if distiller.asks_teacher(progress) else inputs
+        found = None if return_outputs else self._without_logits(model, batch, counts, progress)
+        if found is None:
+            whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
+            found = self._with_logits(model, batch, counts, progress, num_items_in_batch, whole_step=whole_step)
+        if in_loop:
+            self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
+            self._micro_batches_left -= 1
+        loss = found.loss
+        if in_loop and divides_the_loss(self, num_items_in_batch):
+            loss = loss * self.current_gradient_accumulation_steps
+        return (loss, found.outputs) if return_outputs else loss
+
+    def _without_logits(self, model: Any, batch: Any, counts: Counts, progress: float) -> DistillerOutput | None:
+        return self.distiller.without_logits(
+            model,
+            batch,
+            counts,
+            progress=progress,
+            smoothing=self.args.label_smoothing_factor,
+            own_loss=self.compute_loss_func is not None,
+        )
+
+    def _with_logits(
+        self, model: Any, batch: Any, counts: Counts, progress: float, num_items: Any, *, whole_step: bool
+    ) -> DistillerOutput:
+        distiller = self.distiller
+        with_labels = distiller.blending.labels_weight(progress) > 0
+        inputs = distiller.student_inputs(batch, labels=with_labels)
+        with distiller.reading(progress) as inside:
+            if with_labels:
+                own = num_items if whole_step else own_num_items(batch, num_items, shifts=self._loss_shifts_labels)
+                with unscaled(self.args):
+                    mean, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=own)
+            else:
+                mean, outputs = None, model(**inputs)
+        return distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
