@@ -91,6 +91,7 @@ class HiddenMatch(InsideMatch):
         self.settings = dict(settings or {})
         self.projection = projection
         self.positions = positions
+        self.pools = None if positions == "all" else positions
         self.embeddings = embeddings
         self._blocks_too = layers is not None
         self._function = _checked_distance(distance, self.settings)

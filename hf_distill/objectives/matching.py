@@ -45,6 +45,7 @@ class InsideMatch:
     shown: tuple[str, ...] = ()
     needs_same_inputs = True
     couples_examples = False
+    pools: str | None = None  # "first", "last" or "mean": of each example's hidden states this vector alone is compared
 
     def __init__(
         self,

@@ -60,7 +60,7 @@ class SimilarityMatch(InsideMatch):
         if pooling not in POOLING:
             raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
         self.compare = compare
-        self.pooling = pooling
+        self.pooling = self.pools = pooling
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         self._positions.refuse_packed(batch, "SimilarityMatch")
