@@ -1,9 +1,10 @@
 """hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train."""
 
 from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
+from hf_distill.blend import DistillerOutput
 from hf_distill.chain import Chain, Link
 from hf_distill.counts import Counts
-from hf_distill.distiller import Distiller, DistillerOutput
+from hf_distill.distiller import Distiller
 from hf_distill.errors import (
     DataError,
     HfDistillError,
@@ -13,7 +14,14 @@ from hf_distill.errors import (
 )
 from hf_distill.hub import write_card
 from hf_distill.layer_map import LayerMap
-from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, RelationMatch, SimilarityMatch
+from hf_distill.objectives import (
+    AttentionMatch,
+    CosineEmbedding,
+    HiddenMatch,
+    RelationMatch,
+    SimilarityMatch,
+    UniversalLogitMatch,
+)
 from hf_distill.presets import Preset, Stage
 from hf_distill.stages import train_in_stages
 from hf_distill.tasks import Task
@@ -59,5 +67,6 @@ __all__ = [
     "Teacher",
     "TeacherCache",
     "TeacherError",
+    "UniversalLogitMatch",
     "train_in_stages",
 ]

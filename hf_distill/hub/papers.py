@@ -175,6 +175,14 @@ _SIMILARITY = Paper(
     2019,
     "https://arxiv.org/abs/1907.09682",
 )
+_UNIVERSAL = Paper(
+    "boizard2024universal",
+    "Boizard, Nicolas and El Haddad, Kevin and Hudelot, C{\\'e}line and Colombo, Pierre",
+    "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+    "arXiv:2402.12030",
+    2024,
+    "https://arxiv.org/abs/2402.12030",
+)
 
 # By the class of an objective, as its settings begin.
 OBJECTIVES: dict[str, Paper] = {
@@ -183,4 +191,5 @@ OBJECTIVES: dict[str, Paper] = {
     "AttentionMatch": _TINYBERT,
     "RelationMatch": _MINILMV2,
     "SimilarityMatch": _SIMILARITY,
+    "UniversalLogitMatch": _UNIVERSAL,
 }

@@ -7,6 +7,7 @@ from hf_distill.objectives.labels import LabelsTerm
 from hf_distill.objectives.logits import LogitsMatch
 from hf_distill.objectives.relations import RelationMatch
 from hf_distill.objectives.similarity import SimilarityMatch
+from hf_distill.objectives.universal_logit import UniversalLogitMatch
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "logits": LogitsMatch,
@@ -15,6 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "attention": AttentionMatch,
     "relations": RelationMatch,
     "similarity": SimilarityMatch,
+    "universal_logit": UniversalLogitMatch,
 }
 
 __all__ = [
@@ -27,4 +29,5 @@ __all__ = [
     "Objective",
     "RelationMatch",
     "SimilarityMatch",
+    "UniversalLogitMatch",
 ]

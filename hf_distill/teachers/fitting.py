@@ -90,6 +90,14 @@ def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Toke
     return columns
 
 
+def known_columns(task: Task, tokenizers: Tokenizers) -> Columns:
+    """Of heads whose columns are not paired: over a vocabulary, those that each one's own tokenizer can write."""
+    if task.matched_by != "vocabulary":
+        return Columns()
+    known = [None if one is None else max(one.get_vocab().values()) + 1 for one in tokenizers]
+    return Columns(*known)
+
+
 def input_difference(student: Any, teacher: Any, task: Task, *, tokenizers: Tokenizers) -> str | None:
     """Why the teacher cannot read the student's input ids, in words; None where nothing says so."""
     ours, theirs = tokenizers

@@ -12,15 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import TEACHER_PREFIX
+from hf_distill.trainer_parts.answers import padded_as, with_answers_marked
 
-RAW = ("teacher_text", "teacher_text_pair", "teacher_audio", "teacher_image")
+RAW = ("teacher_text", "teacher_text_pair", "teacher_prompt", "teacher_audio", "teacher_image")
 
 
 class TeacherInputsCollator:
     """The user's collator for the student's columns; the teacher's are made beside it.
 
-    `teacher_text` (and `teacher_text_pair`), `teacher_audio` and `teacher_image` go through the teacher's
-    processing class; ready `teacher_input_ids` and the like are padded by it. The student never sees either.
+    `teacher_text` (and `teacher_text_pair`; or `teacher_prompt`, what it begins with and is no answer),
+    `teacher_audio` and `teacher_image` go through the teacher's processing class; ready `teacher_input_ids`,
+    `teacher_labels` and the like are padded by it. The student never sees either.
 
     Args:
         collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or
@@ -71,6 +73,8 @@ class TeacherInputsCollator:
         if "teacher_text" in raw:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
             pairs = raw.get("teacher_text_pair")
+            if "teacher_prompt" in raw:
+                return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
             made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
         elif "teacher_audio" in raw:
             extractor = getattr(self.processor, "feature_extractor", self.processor)
@@ -84,7 +88,9 @@ class TeacherInputsCollator:
     def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
         if isinstance(getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase):
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            return dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
+            labels = ready.pop("labels", None)
+            made = dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
+            return made if labels is None else {**made, "labels": padded_as(made["attention_mask"], labels)}
         try:
             return {name: torch.as_tensor(np.asarray(values)) for name, values in ready.items()}
         except ValueError as error:

@@ -33,5 +33,5 @@ class ColumnsMixin(_Trainer):
         teacher = self.distiller.teacher
         if is_first and teacher is not None:
             known = self._signature_columns
-            own = [f"{TEACHER_PREFIX}{name}" for name in teacher.inputs]
+            own = [f"{TEACHER_PREFIX}{name}" for name in (*teacher.inputs, "labels")]
             self._signature_columns = known + [n for n in (*teacher.inputs, *own, *RAW) if n not in known]

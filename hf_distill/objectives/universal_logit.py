@@ -1,0 +1,141 @@
+"""Agreement of predictions over different vocabularies: how sure both are, not of what. Answers are paired by place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.functional.rows import in_full_precision
+from hf_distill.functional.universal import sorted_distance
+from hf_distill.inside.packing import may_be_packed
+from hf_distill.inside.recorder import Inside
+from hf_distill.loss_sum import LossSum
+from hf_distill.objectives.matching import checked_weight
+from hf_distill.schedules import Schedule, checked_schedule
+from hf_distill.signals import Needs, Signals
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended
+
+KINDS = ("causal_lm", "seq2seq")
+
+
+class UniversalLogitMatch:
+    """T · the distance of the sorted probabilities, of the k-th row that counts of an example and the teacher's k-th.
+
+    For a teacher with another tokenizer, which reads `teacher_*` columns: give `alpha=0` (or None), since the logits'
+    term compares token with token. The teacher's rows are those that `teacher_labels` mark; of two answers of unequal
+    length the longer one's end is left out. Without `teacher_*` columns both read the same batch.
+
+    Boizard et al. 2024, Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, section
+    3, which adds 1.5 times this to the cross-entropy of labels. There the rows are summed over; here the mean is over
+    all pairs of the optimizer step. There T is 1.
+
+    Args:
+        weight: of its term, a number or a schedule.
+        temperature: softens both; T in front keeps the gradient from shrinking with it.
+
+    Raises:
+        SettingError: a weight below 0, a temperature of 0 or less; (in `fit`) a head that writes no text.
+        DataError: (when counted) rows of the teacher that cannot be told.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_distill import Distiller
+    >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> student, teacher = (LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape)) for size in (9, 12))
+    >>> distiller = Distiller(student, teacher, alpha=0, objectives=UniversalLogitMatch(weight=1.5))
+    >>> ids, theirs = torch.tensor([[1, 5, 6]]), torch.tensor([[1, 7, 8, 9]])
+    >>> batch = {"input_ids": ids, "labels": ids, "teacher_input_ids": theirs, "teacher_labels": theirs}
+    >>> sorted(distiller(student, batch).terms)
+    ['labels', 'universal_logit']
+    """
+
+    needs = teacher_needs = Needs(logits=True)
+    needs_same_inputs = False
+    couples_examples = False
+    learned = None
+
+    def __init__(
+        self,
+        *,
+        weight: float | Schedule = 1.0,
+        temperature: float | Schedule = 1.0,
+        name: str = "universal_logit",
+    ) -> None:
+        self.weight = checked_weight(type(self).__name__, weight)
+        self.temperature = checked_schedule("temperature", temperature)
+        self.name = name
+
+    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: object, seed: int) -> None:
+        if task.kind not in KINDS:
+            raise SettingError(
+                f"UniversalLogitMatch compares written texts, and the student is trained for {task.kind}. Allowed: "
+                f"{', '.join(KINDS)}."
+            )
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        theirs = self._teachers(task, batch)
+        return torch.minimum(_counted(task, batch).sum(1), _counted(task, theirs).sum(1)).sum()
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        theirs = self._teachers(task, batch)
+        ours_kept, theirs_kept = _counted(task, batch), _counted(task, theirs)
+        pairs = torch.minimum(ours_kept.sum(1), theirs_kept.sum(1))
+        q = task.select(student.predictions(), batch).index_select(0, _first(ours_kept, pairs))
+        p = task.select(teacher.predictions(), theirs).index_select(0, _first(theirs_kept, pairs))
+        t = self.temperature(progress)
+        found = sorted_distance(in_full_precision(q) / t, in_full_precision(p) / t)
+        return LossSum(t * found.sum(), pairs.sum())
+
+    def _teachers(self, task: Task, batch: Batch) -> Batch:
+        """The batch as the teacher reads it."""
+        own = {
+            name.removeprefix(TEACHER_PREFIX): value for name, value in batch.items() if name.startswith(TEACHER_PREFIX)
+        }
+        if not own:
+            return batch
+        if may_be_packed(batch):
+            raise DataError(
+                "several texts may be packed into one row, and the teacher's are not, so which are the same is not "
+                "known. Use a collator that pads."
+            )
+        if task.kind == "seq2seq" and (own.get("labels") is None or own.get("decoder_input_ids") is None):
+            raise DataError(
+                "a sequence-to-sequence teacher with another tokenizer needs teacher_labels and "
+                f"teacher_decoder_input_ids, its own; the batch has {sorted(batch)}."
+            )
+        if own.get("labels") is None and _has_prompt(batch):
+            raise DataError(
+                "the labels leave out prompts, and which of the teacher's tokens are answers is not known. Give the "
+                "dataset a column teacher_prompt beside teacher_text (where it begins), or teacher_labels beside "
+                "teacher_input_ids."
+            )
+        return own
+
+    def __repr__(self) -> str:
+        """As it was made, for logs and cards."""
+        return f"{type(self).__name__}(temperature={self.temperature(0.0):g})"
+
+
+def _has_prompt(batch: Batch) -> bool:
+    """Whether some token that is read is not to be predicted, but for the first."""
+    if batch.get("labels") is None:
+        return False
+    read = attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))
+    return bool((read[:, :-1] & read[:, 1:] & (batch["labels"][:, 1:] == IGNORED)).any())
+
+
+def _counted(task: Task, batch: Batch) -> Tensor:
+    """`[b r]` bool: which rows of each example count."""
+    keep = task.keep(batch)
+    assert keep is not None  # tasks over a vocabulary say so
+    examples = next(batch[name] for name in ("labels", "input_ids", "decoder_input_ids") if batch.get(name) is not None)
+    return keep.view(examples.shape[0], -1)
+
+
+def _first(counted: Tensor, pairs: Tensor) -> Tensor:
+    """Indices into all rows: of each example the first so many that count, in order."""
+    chosen = counted & (counted.cumsum(1) <= pairs[:, None])
+    return chosen.flatten().nonzero().squeeze(-1)

@@ -1,0 +1,214 @@
+"""UniversalLogitMatch: by hand from unpadded texts, the laws, and raw texts through the trainer to the same number."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorForSeq2Seq
+
+from hf_distill import DataError, Distiller, ModelTeacher, SettingError, TeacherError, UniversalLogitMatch
+from tests.functional.test_universal import slow
+from tests.heads import HEADS
+from tests.laws.measuring import difference, gradient_of, step
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import arguments, make
+
+LLAMA = HEADS["llama_causal_lm"]
+OURS, THEIRS = 40, 50  # columns of the two heads
+Example = dict[str, list[int]]
+
+
+@functools.cache
+def student() -> Any:
+    return LLAMA.make(1).double()
+
+
+@functools.cache
+def teacher(padding: int = 0) -> Any:
+    wide, found = LLAMA.make(2, vocab_size=THEIRS).double(), LLAMA.make(2, vocab_size=THEIRS + padding).double()
+    values = wide.state_dict()
+    with torch.no_grad():
+        for name, value in found.state_dict().items():
+            value[tuple(slice(size) for size in values[name].shape)] = values[name]
+    return found
+
+
+def examples(count: int = 8) -> list[Example]:
+    """The same answers in two tokenizers: other ids, and another number of them."""
+    rng, made = random.Random(3), []
+    for _ in range(count):
+        one: Example = {}
+        for prefix, size in (("", OURS), ("teacher_", THEIRS)):
+            prompt = [rng.randrange(3, size) for _ in range(rng.randint(1, 4))]
+            answer = [rng.randrange(3, size) for _ in range(rng.randint(1, 5))]
+            one |= {f"{prefix}input_ids": prompt + answer, f"{prefix}labels": [-100] * len(prompt) + answer}
+        made.append(one)
+    return made
+
+
+def collated(rows: list[Example], *, more: int = 0) -> dict[str, torch.Tensor]:
+    """The student's padded on the right, the teacher's on the left (rotary positions then differ by rounding)."""
+    batch = {}
+    for prefix, side in (("", "right"), ("teacher_", "left")):
+        for name, filled in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+            values = [[1] * len(r[f"{prefix}input_ids"]) if "mask" in name else r[f"{prefix}{name}"] for r in rows]
+            tensors = [torch.tensor(one) for one in values]
+            made = pad_sequence(tensors, batch_first=True, padding_value=filled, padding_side=side)
+            batch[prefix + name] = torch.nn.functional.pad(
+                made, (0, more) if side == "right" else (more, 0), value=filled
+            )
+    return batch
+
+
+def by_hand(rows: list[Example], temperature: float = 1.0) -> float:
+    """The mean of the paper's distance over pairs of answer tokens, each text read alone."""
+    found = []
+    for one in rows:
+        sides = []
+        for prefix, model in (("", student()), ("teacher_", teacher())):
+            ids, labels = torch.tensor([one[f"{prefix}input_ids"]]), one[f"{prefix}labels"]
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0]
+            sides.append([logits[i - 1] / temperature for i, label in enumerate(labels) if label != -100 and i > 0])
+        found += [temperature * slow(q.tolist(), p.tolist()) for q, p in zip(*sides, strict=False)]
+    return sum(found) / len(found)
+
+
+def distiller(taught_by: Any = None, *, alpha: float | None = None, **settings: Any) -> Distiller:
+    return Distiller(student(), taught_by or teacher(), alpha=alpha, objectives=UniversalLogitMatch(**settings))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_it_is_the_papers_distance_of_answers_by_place(temperature: float) -> None:
+    rows = examples()
+    found = distiller(temperature=temperature)(student(), collated(rows)).loss.item()
+    assert found == pytest.approx(by_hand(rows, temperature), rel=1e-6)
+    assert distiller(weight=1.5, temperature=temperature)(student(), collated(rows)).loss.item() == 1.5 * found
+
+
+def test_beside_labels() -> None:
+    batch, ours = collated(examples()), distiller(alpha=0, weight=1.5)
+    found = ours(student(), batch)
+    assert found.loss.item() == pytest.approx(found.terms["labels"].item() + 1.5 * by_hand(examples()), rel=1e-6)
+    inputs = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
+    assert found.terms["labels"].item() == pytest.approx(student()(**inputs).loss.item())
+
+
+def test_equal_models_that_read_the_same_have_nothing_to_learn() -> None:
+    """L1."""
+    batch = LLAMA.collate(LLAMA.examples())
+    loss, gradient = step(distiller(LLAMA.make(1).double()), student(), [batch])
+    assert loss == 0 and gradient.abs().max() == 0
+    assert step(distiller(LLAMA.make(2).double()), student(), [batch])[0] > 0.01
+
+
+def test_without_an_answer_it_is_0_and_learns_nothing() -> None:
+    """L2."""
+    for name in ("labels", "teacher_labels"):
+        batch = collated(examples())
+        batch[name] = torch.full_like(batch[name], -100)
+        loss, gradient = step(distiller(), student(), [batch])
+        assert loss == 0 and gradient.abs().max() == 0
+
+
+def test_padding_and_prompts_that_do_not_count_change_nothing() -> None:
+    """L3."""
+    rows = examples()
+    expected = step(distiller(), student(), [collated(rows)])
+    found = step(distiller(), student(), [collated(rows, more=3)])
+    assert found[0] == pytest.approx(expected[0], rel=1e-6) and difference(found[1], expected[1]) < 1e-6
+
+
+def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
+    """L5: of logits that are small beside it. (Over unequal vocabularies it is 0 there: 1 / 40 > 1 / 50 throughout.)"""
+    batch, found = LLAMA.collate(LLAMA.examples()), []
+    for temperature in (1e3, 1e4):
+        found.append(step(distiller(LLAMA.make(2).double(), temperature=temperature), student(), [batch])[1])
+    assert difference(found[1], found[0]) < 0.02 and found[0].norm() > 1e-3
+
+
+def test_the_large_batch_is_its_micro_batches() -> None:
+    """L4: each with another number of pairs."""
+    rows, ours = examples(), distiller(alpha=0)
+    expected = step(ours, student(), [collated(rows)])
+    assert gradient_of(student()).norm() > 0.1
+    for cut in (1, 3):
+        micro_batches = [collated(rows[start : start + cut]) for start in range(0, len(rows), cut)]
+        found = step(ours, student(), micro_batches)
+        assert found[0] == pytest.approx(expected[0], rel=1e-6) and difference(found[1], expected[1]) < 1e-6
+
+
+def test_a_padded_head_says_the_same() -> None:
+    """L7: the columns that its tokenizer cannot write are left out."""
+    found = []
+    for padding in (0, 6):
+        taught_by = ModelTeacher(teacher(padding), processor=tokenizer({f"t{i}": i for i in range(THEIRS)}))
+        ours = Distiller(
+            student(), taught_by, alpha=None, objectives=UniversalLogitMatch(), processing_class=tokenizer(OURS)
+        )
+        found.append(step(ours, student(), [collated(examples())]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+    assert difference(found[1][1], found[0][1]) < 1e-9
+
+
+def raw_texts() -> tuple[list[dict[str, Any]], list[Example]]:
+    """Texts whose words both tokenizers know by other ids, and what should become of them."""
+    raw, made = [], []
+    for prompt, answer in (("w3 w4 w5", "w6 w7"), ("w8", "w9 w10 w11"), ("w12 w13", "w14")):
+        ours, theirs = ([int(word[1:]) for word in part.split()] for part in (prompt, answer))
+        one = {"input_ids": ours + theirs, "labels": [-100] * len(ours) + theirs}
+        raw.append({**one, "teacher_text": f"{prompt} {answer}", "teacher_prompt": f"{prompt} "})
+        other = {f"teacher_{name}": [v if v == -100 else THEIRS - v for v in value] for name, value in one.items()}
+        made.append({**one, **other})
+    return raw, made
+
+
+def test_raw_texts_through_the_trainer(tmp_path) -> None:
+    """A teacher whose tokenizer gives other ids reads `teacher_text`; or its ids are in the dataset, with labels."""
+    raw, made = raw_texts()
+    processor = tokenizer({f"w{i}": THEIRS - i for i in range(1, THEIRS)} | {"[PAD]": 0}, padding="[PAD]")
+    expected = by_hand(made)
+    for rows in (raw, made):
+        data = Dataset.from_list([{**row, "not_read": "x"} for row in rows])
+        trainer = make(
+            tmp_path, LLAMA.make(1).double(), teacher(), teacher_processing_class=processor, train_dataset=data,
+            processing_class=tokenizer(OURS), data_collator=DataCollatorForSeq2Seq(tokenizer(OURS)),
+            objectives=UniversalLogitMatch(weight=2.0), alpha=0.0, max_steps=1, logging_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        assert logged["loss/universal_logit"] == pytest.approx(expected, rel=1e-5)
+        assert logged["loss"] == pytest.approx(logged["loss/labels"] + 2 * expected, rel=1e-5)
+
+
+def test_refusals(tmp_path) -> None:
+    batch = collated(examples())
+    unmarked = {name: value for name, value in batch.items() if name != "teacher_labels"}
+    with pytest.raises(DataError, match="which of the teacher's tokens are answers is not known"):
+        distiller()(student(), unmarked)
+    packed = {name: value for name, value in batch.items() if name != "attention_mask"}
+    packed["position_ids"] = torch.arange(packed["input_ids"].shape[1])[None].expand_as(packed["input_ids"])
+    with pytest.raises(DataError, match="several texts may be packed into one row, and the teacher's are not"):
+        distiller()(student(), packed)
+    own = ModelTeacher(teacher(), processor=tokenizer({f"t{i}": i for i in range(THEIRS)}))
+    with pytest.raises(TeacherError, match="different tokenizers"):  # the logits' term compares token with token
+        Distiller(student(), own, processing_class=tokenizer(OURS), objectives=UniversalLogitMatch())
+    with pytest.raises(SettingError, match="compares written texts, and the student is trained for masked_lm"):
+        head = HEADS["bert_masked_lm"]
+        Distiller(head.make(1), head.make(2), alpha=None, objectives=UniversalLogitMatch())
+    raw, _ = raw_texts()
+    raw[1]["teacher_prompt"] = "another"
+    trainer = make(
+        tmp_path, LLAMA.make(1), LLAMA.make(2), teacher_processing_class=tokenizer(OURS), train_dataset=raw,
+        objectives=UniversalLogitMatch(), args=arguments(tmp_path, alpha=None, remove_unused_columns=False),
+        processing_class=tokenizer(OURS), data_collator=DataCollatorForSeq2Seq(tokenizer(OURS)),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="teacher_text begins with 'w8 w9 w10 w11', its teacher_prompt is 'another'"):
+        trainer.train()
