@@ -29,6 +29,7 @@ class Blocks:
         width: of the stream between blocks; None where no config says so.
         heads: attention heads; None where no config says so.
         of_decoder: it reads decoder inputs: the decoder of an encoder-decoder.
+        split_heads: tensor parallelism has shared out the attention heads over processes.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Blocks:
     heads: int | None
     of_decoder: bool = False
     shared: bool = False
+    split_heads: bool = False
 
 
 def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack: str | None = None) -> Blocks:
@@ -145,6 +147,7 @@ def _blocks(
         heads=heads or _whole(config, "num_attention_heads"),
         of_decoder=two_sided and (side or wanted or "decoder") == "decoder",
         shared=shared,
+        split_heads=(getattr(model, "_tp_size", None) or 1) > 1,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from hf_distill.tasks import Batch, Task
 Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
 
-class InsideMatch:
+class InsideMatch(ABC):
     """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
 
     Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
@@ -90,7 +91,7 @@ class InsideMatch:
         self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
         self.check(ours, theirs, model=model, seed=seed)
 
-    def check(self, student: Any, teacher: Any, *, model: Any, seed: int) -> None:
+    def check(self, student: Any, teacher: Any, *, model: Any, seed: int) -> None:  # noqa: B027 most need none
         """Refuse what cannot be compared, and make what is learned; `student`, `teacher`: their `Blocks`."""
 
     def count(self, task: Task, batch: Batch) -> Tensor:
@@ -107,9 +108,9 @@ class InsideMatch:
         total = torch.stack(parts).sum()
         return LossSum(total, self.count(task, batch).to(total.device))
 
+    @abstractmethod
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
         """Scalar: one pair of blocks, summed over the positions that count."""
-        raise NotImplementedError
 
     def _links(self) -> tuple[Link, ...]:
         assert self.layer_map is not None  # `fit` comes first
@@ -153,7 +154,7 @@ def _refuse_split_heads(objective: InsideMatch, student: Blocks, teacher: Blocks
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
     for blocks, whose in ((student, "student"), (teacher, "teacher")):
-        if (getattr(blocks.owner, "_tp_size", None) or 1) > 1:
+        if blocks.split_heads:
             raise SettingError(
                 f"{type(objective).__name__}: tensor parallelism splits the {whose}'s heads over processes, so none "
                 "sees all of them. Use HiddenMatch, or data parallelism."

@@ -156,6 +156,12 @@ class Ensemble:
         return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Raises SettingError: of other teachers, or of these in another order."""
+        if set(state) != set(self.state()):
+            raise SettingError(
+                "the saved state is of another Ensemble: of other teachers, or of these in another order. Resume with "
+                "the same list."
+            )
         for index, teacher in enumerate(self.teachers):
             start = f"{index}."
             own = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}

@@ -82,6 +82,11 @@ class LearningMixin(_Trainer):
             self.distiller.teacher.load_state(
                 load_state(resume_from_checkpoint, TEACHER_FILE, what="the moving teacher")
             )
+        elif os.path.isfile(os.path.join(resume_from_checkpoint, TEACHER_FILE)):
+            raise SettingError(
+                f"{resume_from_checkpoint} was saved with a teacher that training changes (it has {TEACHER_FILE}), and "
+                "this run's stays. Pass the same kind of teacher, or start anew from the saved student."
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
