@@ -101,12 +101,13 @@ class Hybrid:
         tail = laid["tail"]
         both = torch.cat([laid["log_probabilities"].float(), tail], -1).log_softmax(-1)  # rounding left it beside 1
         kept, share = both[..., :-1], both[..., -1:].exp() / self.samples
+        impossible = kept == -torch.inf  # listed where fewer are possible than are listed
         chosen, shares = merged(laid["drawn"].long(), share.expand(laid["drawn"].shape))
         chosen = chosen.masked_fill(tail == -torch.inf, -1)  # nothing is left to draw from
         mean = laid["mean_log_probability"].expand(chosen.shape)
         return SparseRows(
-            ids=torch.cat([laid["ids"].long(), chosen], -1),
-            log_probabilities=torch.cat([kept, mean], -1),
+            ids=torch.cat([laid["ids"].long().masked_fill(impossible, -1), chosen], -1),
+            log_probabilities=torch.cat([kept.masked_fill(impossible, 0.0), mean], -1),
             log_tail=torch.full_like(tail[..., 0], -torch.inf),
             temperature=temperature,
             weights=torch.cat([kept.exp(), shares], -1),
