@@ -1,8 +1,8 @@
 """A program, not a test: builds a cache again and again, killed by SIGKILL, and says whether the bytes are the same.
 
-`killed.py FOLDER RANDOM_KILLS`. Everything is imported once; each pass is a fork that dies. Two ways to die: right
-before or right after the n-th change of a name on the disk (a rename, a removal), for every n; and after a random time.
-Then two processes build one together. The answer is a line of JSON.
+`killed.py FOLDER RANDOM_KILLS [drawn]`: with the last word a cache of draws. Everything is imported once; each pass is
+a fork that dies. Two ways to die: right before or right after the n-th change of a name on the disk (a rename, a
+removal), for every n; and after a random time. Then two processes build one together. The answer is a line of JSON.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from hf_distill.teachers.cached import Sampled
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents
 
-NAME = "bert_tokens"
-HEAD = HEADS[NAME]
+DRAWN = "drawn" in sys.argv
+STORE = {"store": Sampled(6)} if DRAWN else {}
+HEAD = HEADS["llama_causal_lm" if DRAWN else "bert_tokens"]
 TEACHER, EXAMPLES = HEAD.make(2), HEAD.examples(20)
 
 
 def pass_of(folder: Path) -> None:
-    build(folder, HEAD, TEACHER, EXAMPLES)
+    build(folder, HEAD, TEACHER, EXAMPLES, **STORE)
 
 
 def in_child(work: Callable[[], None], *, seconds: float | None = None) -> int:

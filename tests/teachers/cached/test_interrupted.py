@@ -35,8 +35,8 @@ def program(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def check_kills(folder: Path, random_kills: int) -> dict[str, Any]:
-    found = json.loads(program("killed.py", str(folder), str(random_kills)).splitlines()[-1])
+def check_kills(folder: Path, random_kills: int, *words: str) -> dict[str, Any]:
+    found = json.loads(program("killed.py", str(folder), str(random_kills), *words).splitlines()[-1])
     assert found["wrong"] == []
     # A plan; a shard and its receipt, four times; index, two dataset files, card, manifest; receipts and plan go.
     assert found["changes"] >= 1 + 8 + 5 + 5
@@ -54,6 +54,11 @@ def test_killed_anywhere_or_by_two_processes_the_bytes_are_the_same(tmp_path: Pa
 @pytest.mark.slow
 def test_killed_ten_times_at_random(tmp_path: Path) -> None:
     check_kills(tmp_path, 10)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_draws_are_the_same(tmp_path: Path) -> None:
+    check_kills(tmp_path, 2, "drawn")
 
 
 class Quota:
