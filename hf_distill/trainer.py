@@ -37,12 +37,15 @@ from hf_distill.trainer_parts.refusals import (
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
 from hf_distill.trainer_parts.tells_epoch import TellsEpoch
+from hf_distill.trainer_parts.viewing import ViewingMixin
 
 logger = logging.getLogger(__name__)
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 
 
-class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin):
+class DistillationMixin(
+    PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin, ViewingMixin
+):
     """Everything that a `Trainer` accepts, with the same meaning, and a teacher.
 
     Args:
@@ -50,6 +53,7 @@ class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixi
         teacher_processing_class: the teacher's tokenizer or feature extractor, where it is not the student's.
         task: a name in `hf_distill.tasks.TASKS` or a Task; None: from the student's class.
         objectives: one or more of `hf_distill.objectives`, beside labels and logits, each with its weight.
+        view: changes batches of the training with the student's help: `hf_distill.views.OnPolicy`.
         distiller: full control: a `Distiller` built by you for this student. Then `teacher_model` and the settings of
             the blend in `args` are not read.
 
@@ -66,6 +70,7 @@ class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixi
         teacher_processing_class: Any = None,
         task: Any = None,
         objectives: Objectives = None,
+        view: Any = None,
         distiller: Distiller | None = None,
         **keywords: Any,
     ) -> None:
@@ -75,6 +80,7 @@ class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixi
         self._task_setting = task
         self._teacher_setting = teacher_model
         self._objectives_setting = objectives
+        self._view = view
         self._blend_is_ours = distiller is None
         self._terms = RunningTerms()
         # With a model at hand everything is checked before Trainer makes a folder or a repository; what
@@ -100,6 +106,7 @@ class DistillationMixin(PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixi
         if model is None:
             with random_state_kept():
                 self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
+        self._check_view()
         self.distiller.place(self.accelerator)
         for callback in (AfterStep, ForgetGradients, TellsEpoch):
             self.add_callback(callback(self))

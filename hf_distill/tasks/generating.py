@@ -117,9 +117,10 @@ def answered(model: Any, inputs: Mapping[str, Tensor], settings: GenerationConfi
     """
     with torch.no_grad(), evaluating(model):
         written = model.generate(**inputs, generation_config=settings)
-    starts = 0 if unwrapped(model).main_input_name == "input_features" else 1
     ends = end_tokens(settings)
-    return [until_end(row, ends, padding=settings.pad_token_id) for row in written[:, starts:].tolist()]
+    if unwrapped(model).main_input_name == "input_features":
+        return [until_end(row, ends, padding=settings.pad_token_id) for row in written.tolist()]
+    return [until_end(row, ends) for row in written[:, 1:].tolist()]
 
 
 def until_end(tokens: Sequence[int], ends: set[int], *, padding: int | None = None) -> Tokens:

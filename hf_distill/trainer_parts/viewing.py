@@ -1,0 +1,72 @@
+"""Showing the models another batch than the collator's, where the student is needed for it: before its rows are
+counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from transformers import Trainer
+
+from hf_distill.errors import SettingError
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class ViewingMixin(_Trainer):
+    """Asks `view` about each micro-batch of a training step; evaluation is on the data as it is."""
+
+    distiller: Any
+    _view: Any = None
+    _progress: float
+    _view_fits: Any = None  # the student that was looked at
+
+    def _check_view(self) -> None:
+        """Refuse a view that this training cannot have. Called again for another student.
+
+        Raises:
+            SettingError: see the messages.
+        """
+        if self._view is None or self._view_fits is self.model:
+            return
+        self._view.fit(self.model, self.distiller.task)
+        if self.distiller.needs_labels():
+            raise SettingError(
+                f"{self._view!r} shows texts that the student wrote, which are no gold labels, and alpha < 1 would "
+                "teach it them as such. Pass alpha=1.0, or alpha=None with objectives."
+            )
+        if hasattr(self.distiller.teacher, "collator"):
+            raise SettingError(
+                f"{self._view!r} shows texts that the student writes while it trains, and a cached teacher was asked "
+                "before. Use a model as teacher."
+            )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or self.get_tp_size() > 1:
+            raise SettingError(
+                f"{self._view!r} lets the student write in each process by itself, and with {kind.value} no process "
+                "has all of it. Use data parallelism (DDP), or let the teacher write before the training: "
+                "hf_distill.generate_completions."
+            )
+        self._view_fits = self.model
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As `Trainer`'s; its count of items is that of what is shown."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._view is None or not batches:
+            return batches, num_items
+        self._check_view()
+        shown = [
+            self._view(
+                batch,
+                self.model,
+                step=self.state.global_step,
+                micro_batch=place,
+                process=self.accelerator.process_index,
+                progress=self._progress,
+            )
+            for place, batch in enumerate(batches)
+        ]
+        return shown, self._get_num_items_in_batch(shown, device)

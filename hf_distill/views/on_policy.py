@@ -1,0 +1,190 @@
+"""Batches that the student itself has continued: it learns on the texts that it writes. The teacher only reads them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.schedules import PROGRESS, Schedule, constant
+from hf_distill.tasks import Task
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
+from hf_distill.tasks.generating import answered, continued, drawn_from, generation_settings
+from hf_distill.tasks.infer import unwrapped
+
+KINDS = ("causal_lm", "seq2seq")
+# What would make its samples another distribution than its own, as far as a generation_config may ask for it.
+_PURE = {
+    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": 0.0,
+}  # fmt: skip
+_REPLACED = ("input_ids", "attention_mask", "labels")
+
+
+class OnPolicy:
+    """A share of the batches as the student continues their prompts; the other batches as they are.
+
+    A prompt is what comes before the first label that counts (`labels` -100), or all of a text without labels. The new
+    labels are the student's tokens, up to and with the one that ends a text, so that the teacher is compared on them
+    and on nothing else; they are no gold labels, so alpha must be 1 (or None): the labels' term would teach the student
+    what it wrote anyway.
+
+    Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
+    with its lmbda; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
+    reverse_kl. Sampling is from all tokens, not from transformers' default of the 50 likeliest. No gradient goes
+    through the sampling.
+
+    What is drawn follows from the seed, the step and the place of the batch in it, and from nothing else: whether a
+    batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
+
+    Args:
+        lmbda: share of the batches, in [0, 1], or a schedule.
+        max_new_tokens: the longest continuation.
+        sampling_temperature: of the student's sampling.
+        seed: another seed, other texts.
+
+    Raises:
+        SettingError: a number out of range; (in `fit`) a student that writes no text.
+        DataError: (when called) packed texts, an empty prompt, or columns that would not fit the new texts.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> student = LlamaForCausalLM(LlamaConfig(vocab_size=9, eos_token_id=2, **shape))
+    >>> batch = {"input_ids": torch.tensor([[1, 5, 6]]), "labels": torch.tensor([[-100, -100, 6]])}
+    >>> shown = OnPolicy(lmbda=1.0, max_new_tokens=4)(batch, student, step=0)
+    >>> shown["input_ids"][0, :2].tolist(), shown["labels"][0, :2].tolist()
+    ([1, 5], [-100, -100])
+    """
+
+    def __init__(
+        self,
+        *,
+        lmbda: float | Schedule = 0.5,
+        max_new_tokens: int = 128,
+        sampling_temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.lmbda: Schedule = lmbda if callable(lmbda) else constant(lmbda)
+        self.max_new_tokens = max_new_tokens
+        self.sampling_temperature = sampling_temperature
+        self.seed = seed
+        for share in map(self.lmbda, PROGRESS):
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise SettingError(f"OnPolicy: lmbda={share!r}. It is a share of the batches, in [0, 1].")
+
+    def fit(self, student: Any, task: Task) -> None:
+        """Refuse a student that cannot continue a batch.
+
+        Raises:
+            SettingError: see the message.
+        """
+        speaks = getattr(unwrapped(student), "main_input_name", "input_ids") != "input_ids"
+        if task.kind not in KINDS or speaks:
+            what = "sound or images" if speaks else task.kind
+            raise SettingError(
+                f"OnPolicy continues texts, and this student is trained for {what}. Allowed: {', '.join(KINDS)}, of "
+                "text. For speech, let the teacher write: hf_distill.generate_completions."
+            )
+        self._settings(student)
+
+    def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:
+        """Whether this batch is one of those that are continued: the same answer on all processes."""
+        return random.Random(f"{self.seed}:{step}:{micro_batch}").random() < self.lmbda(progress)
+
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        student: Any,
+        *,
+        step: int,
+        micro_batch: int = 0,
+        process: int = 0,
+        progress: float = 0.0,
+    ) -> Mapping[str, Any]:
+        """The batch, or what the student makes of it. Call it before `Distiller.count`: the rows are other ones then.
+
+        Args:
+            student: without DDP around it; its mode and the random generators are as before, afterwards.
+            step: optimizer steps so far. micro_batch: its place in the step. process: of several.
+        """
+        if not self.continues(step, micro_batch, progress=progress):
+            return batch
+        device = next(student.parameters()).device
+        with drawn_from(device, self.seed, step, micro_batch, process):
+            if unwrapped(student).config.is_encoder_decoder:
+                return self._answered(batch, student)
+            return self._continued(batch, student)
+
+    def _continued(self, batch: Mapping[str, Any], student: Any) -> dict[str, Tensor]:
+        _refuse_other_columns(batch, _REPLACED)
+        device = batch["input_ids"].device
+        prompts = prompts_of(batch)
+        written = continued(student, prompts, self._settings(student))
+        whole = [torch.tensor(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
+        labels = [torch.tensor([IGNORED] * len(p) + text) for p, text in zip(prompts, written, strict=True)]
+        masks = [torch.ones_like(ids) for ids in whole]
+        return {
+            "input_ids": pad_sequence(whole, batch_first=True).to(device),
+            "attention_mask": pad_sequence(masks, batch_first=True).to(device),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+        }
+
+    def _answered(self, batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
+        _refuse_other_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+        written = answered(student, inputs, self._settings(student))
+        labels = pad_sequence([torch.tensor(text) for text in written], batch_first=True, padding_value=IGNORED)
+        return {**inputs, "labels": labels.to(batch["input_ids"].device)}
+
+    def _settings(self, student: Any) -> Any:
+        return generation_settings(
+            student,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=True,
+            sampling_temperature=self.sampling_temperature,
+            others=_PURE,
+        )
+
+    def __repr__(self) -> str:
+        """As it was made, for logs."""
+        return f"OnPolicy(lmbda={self.lmbda(0.0):g}, max_new_tokens={self.max_new_tokens})"
+
+
+def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Of each example the tokens before the first one that is to be predicted; all of them, if none is.
+
+    The first token of a text is predicted from nothing, so it is always of the prompt.
+    """
+    ids, mask, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    assert ids is not None
+    attended = torch.ones_like(ids) if mask is None else mask
+    counted = torch.zeros_like(ids) if labels is None else labels != IGNORED
+    prompts = []
+    for tokens, read, predicted in zip(ids.tolist(), attended.tolist(), counted.tolist(), strict=True):
+        real = [(token, wanted) for token, there, wanted in zip(tokens, read, predicted, strict=True) if there]
+        first = next((place for place, (_, wanted) in enumerate(real) if wanted and place > 0), len(real))
+        prompts.append([token for token, _ in real[:first]])
+    return prompts
+
+
+def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    packed = "position_ids" in batch or "shift_labels" in batch
+    others = sorted(name for name, value in batch.items() if name not in known and value is not None)
+    if not others and batch.get("input_ids") is not None:
+        return
+    if packed:
+        raise DataError("OnPolicy: texts are packed into a row, which cannot be continued. Use a collator that pads.")
+    if any(name.startswith(TEACHER_PREFIX) for name in others):
+        raise DataError(
+            f"OnPolicy: the teacher has columns of its own ({', '.join(others)}), which do not hold what the student "
+            "writes. Use a teacher with the student's tokenizer, or lmbda=0."
+        )
+    raise DataError(
+        f"OnPolicy continues a batch of {', '.join(known)}, and this one has {sorted(batch)}. Leave the other columns "
+        "out: they would not fit the new texts."
+    )
