@@ -125,6 +125,7 @@ class OneBatch:
             return None
         with self.reading(progress) as inside, forward.taking_over():
             outputs = student(**self.uncached(self.student_inputs(batch, labels=False)))
+        forward.tie(outputs)
         outputs = type(outputs)({name: value for name, value in outputs.items() if name != "logits"})
         return self.blend(outputs, batch, counts, labels_mean=None, progress=progress, inside=inside, forward=forward)
 

@@ -32,6 +32,7 @@ from hf_distill.objectives.logits import refuse_other_rows
 from hf_distill.signals import Signals, SparseRows, Unmade
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
+from hf_distill.unused_outputs import tied
 from hf_distill.vocabulary import Columns
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,11 @@ class Forward:
     def taking_over(self) -> AbstractContextManager[None]:
         """Around the student's forward; afterwards `made` holds the terms."""
         return self._head.taken_over(self._work)
+
+    def tie(self, outputs: Any) -> None:
+        """Let the backward pass through the output too: DDP with a static graph and FSDP hang their hooks on it."""
+        assert self.made is not None  # the trial saw the head called
+        self.made = replace(self.made, loss=tied(self.made.loss, [outputs["logits"]]))
 
     def _work(self, ours: Unmade) -> Tensor:
         blending, progress, task, batch, said = self._blending, self._progress, self._task, self._batch, self.said
