@@ -78,7 +78,7 @@ class WithoutLogits:
         blending, task, teacher = distiller.blending, distiller.task, distiller.teacher
         columns = Columns() if teacher is None else teacher.columns
         why = self._why_not(blending, task, columns, progress, own_loss=own_loss)
-        if why is None and hasattr(teacher, "hear"):
+        if why is None and getattr(teacher, "hear", None) is not None:
             why = "the teacher learns from the student's logits"
         if why is None and not self._is_tried:
             inputs = distiller.uncached(distiller.student_inputs(batch, labels=False))

@@ -6,7 +6,7 @@ from hf_distill.teachers.ensemble import Ensemble
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.teachers.own import AdaptersOff, MovingAverage
+from hf_distill.teachers.own import AdaptersOff, MovingAverage, Peer, SecondPass, Snapshot, TemporalEnsemble
 from hf_distill.teachers.quantised import QuantisedTeacher, quantise_dynamically
 from hf_distill.teachers.served import ServedTeacher
 from hf_distill.teachers.specialists import Specialists
@@ -19,12 +19,16 @@ __all__ = [
     "Ensemble",
     "ModelTeacher",
     "MovingAverage",
+    "Peer",
     "QuantisedTeacher",
+    "SecondPass",
     "ServedTeacher",
+    "Snapshot",
     "SpecialistSet",
     "Specialists",
     "Teacher",
     "TeacherCache",
+    "TemporalEnsemble",
     "TopK",
     "as_teacher",
     "confusable_classes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
-from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.base import Lesson, Teacher
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import Columns
@@ -146,6 +146,17 @@ class Ensemble:
     def after_step(self, student: nn.Module) -> None:
         for teacher in self.teachers:
             teacher.after_step(student)
+
+    @property
+    def hear(self) -> Callable[[Lesson], None] | None:
+        """For those of them that learn too; None: none does."""
+        learning = [hear for hear in (getattr(teacher, "hear", None) for teacher in self.teachers) if hear is not None]
+
+        def tell(lesson: Lesson) -> None:
+            for hear in learning:
+                hear(lesson)
+
+        return tell if learning else None
 
     def state(self) -> dict[str, Tensor]:
         """Of those that training changes."""

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.signals import Needs
-from hf_distill.teachers import AdaptersOff, MovingAverage
+from hf_distill.teachers import AdaptersOff, MovingAverage, Snapshot
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.trainer.steps import in_double
@@ -113,6 +113,33 @@ def test_an_average_of_a_sharded_student_is_refused() -> None:
     distiller = Distiller(bert(), MovingAverage())
     with pytest.raises(SettingError, match=r"MovingAverage with FSDP: no process holds the whole student"):
         distiller.place(SimpleNamespace(distributed_type=DistributedType.FSDP))
+
+
+# As it was some steps ago.
+
+
+def test_a_snapshot_is_refreshed_every_so_many_steps_and_resumed(tmp_path) -> None:
+    given = {**RUN, "train_dataset": examples(8), "max_steps": 5}
+    teacher, keep = Snapshot(every=2), Keep()
+    whole = make(tmp_path / "whole", bert(dropout=0.3), teacher, callbacks=[keep], logging_steps=1, **given)
+    seen: list[Any] = []
+    after = teacher.after_step
+    teacher.after_step = lambda student: (after(student), seen.append(weights(teacher.model)))[0]
+    whole.train()
+    start = weights(bert())
+    for found, expected in zip(seen, [start, keep.kept[1], keep.kept[1], keep.kept[3], keep.kept[3]], strict=True):
+        assert_same_bits(found, expected)
+    assert_moved(seen[4], seen[2])
+    resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), Snapshot(every=2), **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3"))
+    assert_same_bits(weights(resumed.model), weights(whole.model))
+    assert_same_bits(weights(resumed.distiller.teacher.model), keep.kept[3])
+
+
+def test_a_snapshot_every_so_many_steps_is_a_whole_number() -> None:
+    for every in (0, 1.5, True):
+        with pytest.raises(SettingError, match=r"every=.*give a whole number of optimizer steps, at least 1"):
+            Snapshot(every=every)
 
 
 # Adapters off.

@@ -1,0 +1,145 @@
+"""Temporal ensembling: the targets by Laine and Aila's formula, nothing for what is new, resumed bit for bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_distill import DataError, Distiller, SettingError
+from hf_distill.signals import Needs
+from hf_distill.teachers import TemporalEnsemble
+from tests.heads import HEADS
+from tests.trainer.steps import in_double
+from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, softened_kl, weights
+
+T, MOMENTUM = 2.0, 0.6
+DROPPED = {"hidden_dropout_prob": 0.3}
+
+
+def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None) -> None:
+    """Each batch of example numbers in turn, a step of SGD after each; every logits term against the formula."""
+    head = HEADS[name]
+    data = head.examples(8)
+    student = head.make(seed=0, **DROPPED).double().train()
+    distiller = Distiller(student, TemporalEnsemble(momentum=MOMENTUM), alpha=1.0, temperature=T)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
+    said: dict[int, list[Tensor]] = {}
+    for number, chosen in enumerate(batches):
+        batch = in_double(head, [data[i] for i in chosen], pad_to=pad_to if number % 2 else None)
+        found = distiller(student, batch)
+        logits = found.outputs.logits.detach()
+        expected, rows = 0.0, 0
+        for position, example in enumerate(chosen):
+            own = logits[position][None] if logits.dim() == 2 else logits[position][batch["labels"][position] != -100]
+            rows += own.shape[0]
+            past = said.setdefault(example, [])
+            if past:  # Z = Σ_i (1 - m) m^(t - i) z_i, over 1 - m^t
+                t = len(past)
+                z = sum((1 - MOMENTUM) * MOMENTUM ** (t - 1 - i) * one for i, one in enumerate(past))
+                expected += softened_kl(own, (z / (1 - MOMENTUM**t)).log() * T, T).sum().item()
+            past.append((own / T).softmax(-1))
+        assert found.terms["logits"].item() == pytest.approx(expected / rows, rel=1e-9, abs=1e-12)
+        optimizer.zero_grad()
+        found.loss.backward()
+        if not expected:
+            assert not any(p.grad is not None and p.grad.any() for p in student.parameters())
+        optimizer.step()
+        distiller.after_step(student)
+    assert expected > 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
+def test_the_targets_are_those_of_the_formula(name: str) -> None:
+    """In another order and padded otherwise each time; a batch of known and new examples is divided by all."""
+    epochs_of(name, [[0, 1, 2, 3], [3, 1, 4, 5], [5, 0, 1, 3], [2, 1, 3, 0]], pad_to=13)
+
+
+def test_several_labels_at_once_and_choices() -> None:
+    for name in ("bert_multi_label", "bert_multiple_choice"):
+        head = HEADS[name]
+        student = head.make(seed=0, **DROPPED).train()
+        teacher = TemporalEnsemble()
+        distiller = Distiller(student, teacher, alpha=1.0)
+        first, second = (distiller(student, head.batch(4)).terms["logits"].item() for _ in range(2))
+        assert first == 0 and second > 1e-5 and teacher.examples == 4
+
+
+def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
+    given = {
+        "train_dataset": examples(8),
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+    }
+    whole = make(tmp_path / "whole", bert(dropout=0.3), TemporalEnsemble(), **given)
+    whole.train()
+    logged = [entry["loss/logits"] for entry in whole.state.log_history if "loss" in entry]
+    assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5
+    resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), TemporalEnsemble(), **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3"))
+    assert_same_bits(weights(resumed.model), weights(whole.model))
+    assert_same_bits(resumed.distiller.teacher.state(), whole.distiller.teacher.state())
+    assert_moved(weights(whole.model), weights(bert()))
+
+
+def test_examples_by_a_column_of_their_own(tmp_path) -> None:
+    """Inputs that are never the same twice, known by number; the student is not given the column."""
+
+    def changing(features: list[dict[str, Any]], calls: list[int]) -> dict[str, Tensor]:
+        calls.append(1)
+        batch = padded(features)
+        batch["input_ids"][:, 0] = 1 + len(calls)
+        return batch
+
+    data = [{**one, "number": 7 * i} for i, one in enumerate(examples(8))]
+    teacher = TemporalEnsemble(key="number")
+    given = {"train_dataset": data, "data_collator": partial(changing, calls=[]), "max_steps": 4, "logging_steps": 1}
+    trainer = make(tmp_path, bert(dropout=0.3), teacher, **given)
+    trainer.train()
+    logged = [entry["loss/logits"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5 and teacher.examples == 8
+    with pytest.raises(DataError, match=r"key='number'\): the batch has no such column, only \['atten"):
+        trainer.distiller(bert(), padded(examples(2)))
+
+
+def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
+    """Two processes that see different halves of the data: each remembers all of them."""
+    head = HEADS["bert_single_label"]
+    teachers = [TemporalEnsemble(), TemporalEnsemble()]
+    student = head.make(seed=0).eval()
+    sent: list[Any] = []
+    monkeypatch.setattr("hf_distill.teachers.own.temporal.gather_object", lambda mine: sent.extend(mine) or sent)
+    for number, teacher in enumerate(teachers):
+        distiller = Distiller(student, teacher, alpha=1.0)
+        teacher.place(type("Two", (), {"num_processes": 2}))
+        distiller(student, head.collate(head.examples(8)[4 * number : 4 * number + 4]))
+    assert teachers[0].examples == 4 and teachers[1].examples == 8
+
+
+@pytest.mark.parametrize("momentum", [1.0, -0.1, "0.6", True])
+def test_a_momentum_that_cannot_be(momentum: Any) -> None:
+    with pytest.raises(SettingError, match=r"momentum=.*must lie in \[0, 1\)"):
+        TemporalEnsemble(momentum=momentum)
+
+
+def test_what_cannot_be_asked() -> None:
+    llama = HEADS["llama_causal_lm"].make(seed=0)
+    with pytest.raises(SettingError, match="this student's head is for causal_lm, whose predictions are no classes"):
+        Distiller(llama, TemporalEnsemble())
+    student, batch = bert(dropout=0.1), padded(examples(4))
+    moving = {"temperature": lambda progress: 2.0 - progress, "alpha": lambda progress: float(progress > 0.9)}
+    distiller = Distiller(student, TemporalEnsemble(), **moving)
+    distiller(student, batch)
+    with pytest.raises(SettingError, match=r"temperature=1\.5: what TemporalEnsemble remembers was softened with 2"):
+        distiller(student, batch, progress=0.5)
+    with torch.no_grad(), pytest.raises(DataError, match="4 of 4 examples were never trained on"):
+        distiller.teacher_signals(padded(examples(8)[4:]), Needs(logits=True))
+    with pytest.raises(SettingError, match=r"divergence='mean_squared_error' needs every column"):
+        Distiller(student, TemporalEnsemble(), divergence="mean_squared_error")(student, batch)
