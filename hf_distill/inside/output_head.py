@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_distill.signals import Unmade
@@ -84,7 +85,7 @@ class OutputHead:
         name, module = type(self._model).__name__, self._module
         if module is None:
             return f"{name}.get_output_embeddings() names no output head"
-        if type(module) is not nn.Linear:
+        if not _is_linear(module):
             return (
                 f"the output head of {name} is a {type(module).__module__}.{type(module).__name__}, and not a plain "
                 "nn.Linear (an adapter on it, or quantised: leave it out of both)"
@@ -180,6 +181,12 @@ def logits_of(unmade: Unmade) -> Tensor:
     """`[b t v]`, made after all."""
     x = nn.functional.linear(unmade.hidden, unmade.weight, unmade.bias) * unmade.logit_scale
     return x if unmade.softcap is None else torch.tanh(x / unmade.softcap) * unmade.softcap
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """FSDP2 makes a class of its own of that of each module that it shards."""
+    kind = type(module)
+    return kind is nn.Linear or (issubclass(kind, FSDPModule) and kind.__bases__ == (FSDPModule, nn.Linear))
 
 
 def _after_the_head(config: Any) -> tuple[float, float | None]:
