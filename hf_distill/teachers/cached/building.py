@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.tasks import Task, make_task
+from hf_distill.tasks import Task
 from hf_distill.teachers.cached import files, fingerprints, planning, size
+from hf_distill.teachers.cached.asking import asked_of
 from hf_distill.teachers.cached.drawn import refuse_drawn
 from hf_distill.teachers.cached.finishing import finish, tidy
+from hf_distill.teachers.cached.inside import wanted
 from hf_distill.teachers.cached.passing import Pass
-from hf_distill.teachers.cached.planning import Source
-from hf_distill.teachers.cached.stores import Store, store_from
-from hf_distill.teachers.load import as_dtype, load_teacher
-from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.cached.source import Source
+from hf_distill.teachers.cached.stores import Store
 
 logger = logging.getLogger(__name__)
 _MEASURED = "measured"  # in the plan: what a resumed pass takes over and does not measure again
@@ -39,6 +38,17 @@ class Settings:
     num_workers: int
     say: Callable[[str], None] | None
     progress: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of what the teacher says; see `TeacherCache.build`."""
+
+    predictions: bool
+    temperature: float | None
+    objectives: Any
+    reads: Any
+    inside_dtype: str
 
 
 class Builder:
@@ -65,6 +75,7 @@ class Builder:
         processor: Any,
         dtype: str | None,
         accelerator: Any,
+        kept: Kept,
         settings: Settings,
     ) -> Builder:
         """Raises:
@@ -75,17 +86,31 @@ class Builder:
                 f"batch_size={settings.batch_size}, shard_examples={settings.shard_examples}: at least 1."
             )
         state = accelerator or PartialState()
-        model = _as_model_teacher(teacher, student, task, dtype)
-        learner = student if student is not None else model.model
         chosen = collator or planning.default_collator(processor)
         refuse_drawn(chosen)
-        made = make_task(learner, task)
-        made.learn_from(getattr(model.model, "config", None))
-        if accelerator is not None:
-            model.place(accelerator)
-        else:
-            model.model.to(state.device)
-        return cls(Source(model, made, learner, dataset, chosen, processor), folder, state, settings)
+        asked = asked_of(
+            teacher,
+            student=student,
+            task=task,
+            dtype=dtype,
+            temperature=kept.temperature,
+            processor=processor,
+            predictions=kept.predictions,
+        )
+        inside = wanted(
+            asked.inside,
+            objectives=kept.objectives,
+            reads=kept.reads,
+            student=student,
+            task=asked.task,
+            dtype=kept.inside_dtype,
+        )
+        if inside is None and not kept.predictions:
+            raise SettingError(
+                "predictions=False and nothing of the inside: say what is to be kept, objectives= or reads=."
+            )
+        asked.place(accelerator, state)
+        return cls(Source(asked, dataset, chosen, processor, inside, kept.predictions), folder, state, settings)
 
     def run(self) -> bool:
         """Whether there was anything to do.
@@ -166,20 +191,22 @@ class Builder:
         return self._now
 
     def _sized(self, plan: dict[str, Any]) -> dict[str, Any]:
-        axis, batch_size = plan["predictions"]["axis"], self.settings.batch_size
-        fields = store_from(plan["store"]).fields(plan["predictions"]["columns"])
-        positions = planning.positions_of_an_example(self.source, axis, batch_size=batch_size)
-        count = plan["dataset"]["examples"]
-        found = size.Size(count, positions, size.bytes_a_position(fields))
+        batch_size, count = self.settings.batch_size, plan["dataset"]["examples"]
+        found = planning.size_of(self.source, plan, batch_size=batch_size)
         free = size.free_bytes(self.folder)
         self._say(f"The teacher's cache takes {size.announced(found, self.folder, free=free)}.")
         size.refuse_too_large(found, self.folder, free=free)
-        change = planning.change_by_padding(self.source, axis, batch_size=batch_size, device=self.state.device)
+        change = planning.change_by_padding(self.source, batch_size=batch_size, device=self.state.device)
         remark = planning.padding_remark(change, plan)
         if remark is not None:
             logger.warning(f"About the teacher's cache: {remark}")
         examples = planning.shard_size(self.settings.shard_examples, found.total / count, count, batch_size)
-        measured = {"positions_an_example": positions, "change_by_padding": change}
+        measured: dict[str, Any] = {"positions_an_example": found.positions, "change_by_padding": change}
+        agreement = self.source.measured_agreement(
+            self.source.batch(list(range(min(batch_size, count)))), self.state.device
+        )
+        if agreement is not None:
+            measured["agreement_with_full_precision"] = agreement
         return {**plan, "shard_examples": examples, "shard_count": -(-count // examples), _MEASURED: measured}
 
     def _refuse_other_plan(self, there: dict[str, Any], now: dict[str, Any], what: str) -> None:
@@ -221,20 +248,3 @@ class Builder:
     def _say(self, text: str) -> None:
         if self.state.is_main_process:
             (self.settings.say or logger.info)(text)
-
-
-def _as_model_teacher(teacher: Any, student: Any, task: Task | str | None, dtype: str | None) -> ModelTeacher:
-    if isinstance(teacher, ModelTeacher):
-        return teacher
-    if isinstance(teacher, torch.nn.Module):
-        return ModelTeacher(teacher, dtype=as_dtype(dtype))
-    if isinstance(teacher, (str, Path)):
-        if student is None and task is None:
-            raise SettingError(
-                f"teacher={str(teacher)!r}: which head it is to be loaded with is not known. Pass student= or task=."
-            )
-        kind = task if isinstance(task, str) else make_task(student, task).kind
-        return ModelTeacher(load_teacher(teacher, kind, dtype=dtype), dtype=as_dtype(dtype))
-    raise SettingError(
-        f"a cache is built of one model, not of a {type(teacher).__name__}. Give a model, a folder or a Hub id."
-    )

@@ -6,25 +6,24 @@ How one is built stands in `building.py`; who teaches from it, in `teacher.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, TeacherError
 from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.cached import files, fingerprints, layout
-from hf_distill.teachers.cached.building import Builder, Settings
-from hf_distill.teachers.cached.keys import CACHED_PREFIX, content_keys
+from hf_distill.teachers.cached import files, fingerprints, inside_layout, layout
+from hf_distill.teachers.cached.building import Builder, Kept, Settings
+from hf_distill.teachers.cached.inside import CachedInside
+from hf_distill.teachers.cached.keys import CACHED_PREFIX, content_keys, read_by_teacher
+from hf_distill.teachers.cached.mapped import POSITIONS, Mapped
 from hf_distill.teachers.cached.size import readable
 from hf_distill.teachers.cached.stores import Store, store_from
-
-POSITIONS = f"{CACHED_PREFIX}positions"
 
 
 def is_cache(path: Any) -> bool:
@@ -56,8 +55,13 @@ class TeacherCache:
         self.main: str = self.manifest["inputs"]["main"]
         self.columns: tuple[str, ...] = tuple(self.manifest["inputs"]["columns"])
         self.axis: layout.Axis = self.manifest["predictions"]["axis"]
+        self.inside = CachedInside(self.manifest.get("inside"))
         self._verify(checksums=verify)
-        self._map()
+        fields = self.store.fields(self.manifest["predictions"]["columns"])
+        self._fields = list(fields)
+        columns = {name: (POSITIONS, field.width) for name, field in fields.items()}
+        columns |= {one.field: (one.counts, one.width) for one in self.inside.kept}
+        self._mapped = Mapped(self.path, [one["file"] for one in self.manifest["shards"]], columns)
 
     @classmethod
     def build(
@@ -72,6 +76,11 @@ class TeacherCache:
         processing_class: Any = None,
         batch_size: int = 32,
         store: Store | None = None,
+        predictions: bool = True,
+        temperature: float | None = None,
+        objectives: Any = None,
+        reads: Iterable[Any] | None = None,
+        inside_dtype: str = "float16",
         dtype: str | None = None,
         shard_examples: int | None = None,
         num_workers: int = 0,
@@ -85,11 +94,16 @@ class TeacherCache:
         how often it was interrupted, nor on how many processes there are.
 
         Args:
-            teacher: a model, or a folder or Hub id. dataset: with a length, of the examples that a Trainer is given.
+            teacher: a model, a folder or Hub id; or any other teacher (an `Ensemble`, say), with `student`.
+            dataset: with a length, of the examples that a Trainer is given.
             student: the model that is to learn, where its head is of a class that is not the teacher's. task: instead.
             data_collator, processing_class: as in the training; the default collator is Trainer's.
             batch_size: consecutive examples; part of what the cache is, where predictions depend on padding.
             store: None: `TopK()` for a vocabulary of more than 4,096 columns, else `Dense()`.
+            predictions: False: none are kept, for training on objectives alone (`alpha=None`).
+            temperature: of the training, for teachers whose predictions hold for one (a mean of probabilities).
+            objectives: of the training: what they read of the teacher's inside is kept. reads: what to keep by name,
+                ("hidden", block) or a `Read`. inside_dtype: "float16", "bfloat16" or "float32".
             dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file; None: as many as make 64 MB.
             accelerator: None: processes and device as Accelerate finds them.
             say: is given the announcements; None: the log does. progress: a bar, with tokens/s and the time left.
@@ -116,6 +130,7 @@ class TeacherCache:
             processor=processing_class,
             dtype=dtype,
             accelerator=accelerator,
+            kept=Kept(predictions, temperature, objectives, reads, inside_dtype),
             settings=settings,
         )
         fresh = builder.run()
@@ -159,56 +174,49 @@ class TeacherCache:
 
     # Finding examples.
 
-    def look_up(self, batch: Batch, task: Task | None = None) -> dict[str, Tensor]:
+    def look_up(
+        self, batch: Batch, task: Task | None = None, *, slot: str = "", fields: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """What the teacher said of the rows of a batch, laid out as the batch is padded, on the CPU.
 
+        Args:
+            slot: between prefix and field, where several caches answer. fields: of the inside; None: all.
+
         Returns:
-            for each field of the store, `teacher_cached_<field>`: `[b t width]`, or `[b width]` where a row is an
-            example; where the number of frames is for the task to know, also `teacher_cached_positions` `[b]`.
+            for each field, `teacher_cached_<field>`: `[b t width]`, or `[b width]` where a row is an example; where the
+            number of frames is for the task to know, also `teacher_cached_positions` `[b]`.
 
         Raises:
             DataError: an example that is not in the cache, or columns are missing that it is keyed by.
             TeacherError: an example with another number of positions than it had.
         """
-        where = self._find(content_keys(batch, self.columns, main=self.main))
+        where = self._mapped.find(content_keys(batch, self.columns, main=self.main))
         if bool((where < 0).any()):
             self._refuse_missing(where)
-        counts, fields = self._gather(where)
+        counts, laid = self._mapped.counts(where), {}
         real = layout.real_positions(self.axis, batch, task=task)
-        laid = {
-            f"{CACHED_PREFIX}{name}": layout.lay(self.store.tensor(name, values), counts, real, self.axis)
-            for name, values in fields.items()
-        }
-        return laid if self.axis != "frames" else {**laid, POSITIONS: torch.from_numpy(counts)}
+        for name in self._fields:
+            rows = self.store.tensor(name, self._mapped.gather(where, name))
+            laid[name] = layout.lay(rows, counts, real, self.axis)
+        if self.axis == "frames":
+            laid[POSITIONS] = torch.from_numpy(counts)
+        laid |= self._inside_of(where, batch, fields)
+        return {f"{CACHED_PREFIX}{slot}{name}": value for name, value in laid.items()}
+
+    def _inside_of(self, where: np.ndarray, batch: Batch, fields: Collection[str] | None) -> dict[str, Tensor]:
+        own, laid = read_by_teacher(batch, self.main), {}
+        for one in self.inside.kept:
+            if fields is None or one.field in fields:
+                counts = self._mapped.counts(where, one.counts)
+                rows = inside_layout.as_tensor(self._mapped.gather(where, one.field), self.manifest["inside"]["dtype"])
+                laid[one.field] = inside_layout.lay(rows, counts, one, own)
+                if one.along == "frames":
+                    laid[one.counts] = torch.from_numpy(counts)
+        return laid
 
     def has(self, batch: Batch) -> np.ndarray:
         """`[b]` bool: which rows of a batch are in the cache."""
-        return self._find(content_keys(batch, self.columns, main=self.main)) >= 0
-
-    def _find(self, keys: np.ndarray) -> np.ndarray:
-        """`[b 2]` → `[b]` place in the index, -1 where there is none."""
-        places = np.searchsorted(self._high, keys[:, 0])
-        found = np.full(len(keys), -1, dtype=np.int64)
-        for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
-            while place < len(self._high) and self._high[place] == key[0]:
-                if self._low[place] == key[1]:
-                    found[i] = place
-                    break
-                place += 1
-        return found
-
-    def _gather(self, where: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Copied out of the memory map: how many positions each example has, and their numbers one after the other."""
-        spans = []
-        for shard, row in zip(self._shard[where].tolist(), self._row[where].tolist(), strict=True):
-            starts = self._starts[shard]
-            spans.append((shard, int(starts[row]), int(starts[row + 1])))
-        counts = np.array([end - start for _, start, end in spans], dtype=np.int64)
-        fields = {}
-        for name, width in self._widths.items():
-            pieces = [self._values[shard][name][start * width : end * width] for shard, start, end in spans]
-            fields[name] = np.concatenate(pieces).reshape(-1, width)
-        return counts, fields
+        return self._mapped.find(content_keys(batch, self.columns, main=self.main)) >= 0
 
     def _refuse_missing(self, where: np.ndarray) -> None:
         missing = np.flatnonzero(where < 0)
@@ -243,21 +251,6 @@ class TeacherCache:
                     f"{path} is not what was written: its checksum differs from the manifest's. Copy it again, or "
                     "delete the folder and build the cache again."
                 )
-
-    def _map(self) -> None:
-        index = files.read_arrow(self.path / files.INDEX)
-        self._high, self._low = files.numbers(index.column("high")), files.numbers(index.column("low"))
-        self._shard, self._row = files.numbers(index.column("shard")), files.numbers(index.column("row"))
-        self._widths: dict[str, int] = {
-            name: field.width for name, field in self.store.fields(self.manifest["predictions"]["columns"]).items()
-        }
-        self._starts: list[np.ndarray] = []
-        self._values: list[dict[str, np.ndarray]] = []
-        for one in self.manifest["shards"]:
-            shard: pa.RecordBatch = files.read_arrow(self.path / one["file"])
-            counts = files.numbers(shard.column("positions"))
-            self._starts.append(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
-            self._values.append({name: files.list_values(shard.column(name)) for name in self._widths})
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes that are not forked: they map the files themselves."""

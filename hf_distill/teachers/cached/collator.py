@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hf_distill.teachers.cached.cache import TeacherCache
@@ -16,16 +16,25 @@ class CachedCollator:
     in the cache.
 
     Args:
-        collator: makes a batch of examples. cache: where to look.
+        collator: makes a batch of examples. cache: where to look. slot, fields: as `TeacherCache.look_up`.
 
     Raises:
         SettingError: a collator that draws masks or augmentations at run time, for both models.
     """
 
-    def __init__(self, collator: Callable[..., Any], cache: TeacherCache) -> None:
+    def __init__(
+        self,
+        collator: Callable[..., Any],
+        cache: TeacherCache,
+        *,
+        slot: str = "",
+        fields: Collection[str] | None = None,
+    ) -> None:
         refuse_drawn(collator)
         self.collator = collator
         self.cache = cache
+        self.slot = slot
+        self.fields = fields
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
@@ -41,5 +50,11 @@ class CachedCollator:
         batch = self.collator(features)
         if "decoder_input_ids" in self.cache.columns and "decoder_input_ids" not in batch:
             return batch  # the training makes them of the labels, and looks up then
-        batch.update(self.cache.look_up(batch))
+        batch.update(self.cache.look_up(batch, slot=self.slot, fields=self.fields))
         return batch
+
+    def answers_as(self, other: CachedCollator) -> bool:
+        """Whether it gives a batch what the other one does."""
+        mine, theirs = self.fields, other.fields
+        enough = mine is None or (theirs is not None and set(theirs) <= set(mine))
+        return self.cache is other.cache and self.slot == other.slot and enough

@@ -16,6 +16,7 @@ from hf_distill.run_facts.names import HIDDEN_PATH, looks_like_hub_id, without_p
 from hf_distill.tasks.infer import unwrapped
 
 _CHUNK = 1 << 26  # bytes that are hashed at once
+_OF_ONE_RUN = ("_offload", "_batch_size", "_max_concurrency")  # settings of teachers that change nothing that they say
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -29,13 +30,25 @@ def of_weights(model: nn.Module) -> str:
     False
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(unwrapped(model).state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        for piece in tensor.detach().contiguous().flatten().split(_CHUNK):
-            digest.update(piece.cpu().view(torch.uint8).numpy().tobytes())
+    for name, held in sorted(unwrapped(model).state_dict().items()):
+        for tensor in _tensors(held):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            for piece in tensor.detach().contiguous().flatten().split(_CHUNK):
+                digest.update(piece.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tensors(held: Any) -> Iterable[Tensor]:
+    """Plain tensors in an entry of a state: a layer in int8 packs its weight and bias into one."""
+    if isinstance(held, (tuple, list)):
+        return [tensor for one in held for tensor in _tensors(one)]
+    if not isinstance(held, Tensor):
+        return []
+    if not held.is_quantized:
+        return [held]
+    a_channel = held.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scale = held.q_per_channel_scales() if a_channel else torch.tensor(held.q_scale())
+    return [held.int_repr(), scale]
 
 
 def of_processor(processor: Any) -> dict[str, Any] | None:
@@ -84,20 +97,54 @@ def of_teacher(model: nn.Module) -> dict[str, Any]:
     inner = unwrapped(model)
     config = getattr(inner, "config", None)
     origin = getattr(config, "_name_or_path", "")
-    labels = getattr(config, "id2label", None)
     return {
         "name": origin if origin and looks_like_hub_id(origin) else HIDDEN_PATH if origin else None,
         "class": type(inner).__name__,
         "weights": of_weights(model),
         "dtype": str(next((p.dtype for p in inner.parameters() if p.is_floating_point()), None)).removeprefix("torch."),
-        "config": {
-            "num_labels": getattr(config, "num_labels", None),
-            "id2label": None if labels is None else {str(index): name for index, name in labels.items()},
-            "problem_type": getattr(config, "problem_type", None),
-            "hidden_size": getattr(config, "hidden_size", None),
-            "pad_token_id": getattr(config, "pad_token_id", None),
-        },
+        "config": of_config(config),
     }
+
+
+def of_config(config: Any) -> dict[str, Any]:
+    """As much of it as decides which columns of two heads mean the same."""
+    labels = getattr(config, "id2label", None)
+    return {
+        "num_labels": getattr(config, "num_labels", None),
+        "id2label": None if labels is None else {str(index): name for index, name in labels.items()},
+        "problem_type": getattr(config, "problem_type", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "pad_token_id": getattr(config, "pad_token_id", None),
+    }
+
+
+def of_several(teacher: Any) -> dict[str, Any]:
+    """As `of_teacher` of a teacher that is no model: its class, its settings, and the teachers in it."""
+    if hasattr(teacher, "cache"):
+        return dict(teacher.cache.manifest["teacher"])
+    if isinstance(getattr(teacher, "model", None), nn.Module):
+        return of_teacher(teacher.model)
+    members = [of_several(one) for one in getattr(teacher, "teachers", ())]
+    settings = {name: _told(value) for name, value in vars(teacher).items() if name not in _OF_ONE_RUN}
+    known = {name: value for name, value in settings.items() if value is not None}
+    return {
+        "name": None,
+        "class": type(teacher).__name__,
+        "weights": _of_json([known, [one["weights"] for one in members]]),
+        "dtype": members[0]["dtype"] if members else None,
+        "members": members,
+    }
+
+
+def _told(value: Any) -> Any:
+    """A setting as plain data; None for what is none."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return hashlib.blake2b(torch.as_tensor(value).cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    if isinstance(value, (tuple, list)):
+        return [_told(one) for one in value]
+    if hasattr(value, "get_vocab"):
+        return of_tokenizer(value)
+    return value if isinstance(value, _PLAIN) else None
 
 
 def versions() -> dict[str, str]:

@@ -78,6 +78,15 @@ def as_outputs(task: Task, laid: Tensor) -> dict[str, Tensor]:
     return {"logits": laid}
 
 
+def as_raw(task: Task, predictions: Tensor) -> Tensor:
+    """What `RawRead` gives of a model, from what `task.read` gave: for a teacher that has no output of its own."""
+    if task.kind == "span":
+        return predictions.transpose(1, 2)  # [b 2 t] -> [b t 2]
+    if task.kind == "classification" and predictions.dim() == 3:
+        return predictions[..., 0] - predictions[..., 1]  # several labels at once: `[b v 2]`, of which (z, 0) says all
+    return predictions
+
+
 def real_positions(axis: Axis, batch: Batch, length: int | None = None, task: Task | None = None) -> Tensor | None:
     """`[b t]` bool, on the CPU: which positions are no padding; None: one row an example, or not known here.
 

@@ -17,8 +17,11 @@ from hf_distill.errors import DataError, TeacherError
 from hf_distill.teachers.cached import files, fingerprints
 from hf_distill.teachers.cached.bar import Bar
 from hf_distill.teachers.cached.finishing import is_finished
-from hf_distill.teachers.cached.keys import content_keys
-from hf_distill.teachers.cached.planning import Source
+from hf_distill.teachers.cached.inside import KeptRead, kept_reads
+from hf_distill.teachers.cached.inside_layout import stored
+from hf_distill.teachers.cached.listed import Listed
+from hf_distill.teachers.cached.mapped import POSITIONS
+from hf_distill.teachers.cached.source import Said, Source
 from hf_distill.teachers.cached.stores import Store, store_from
 
 
@@ -37,6 +40,7 @@ class Pass:
         self.device = device
         self.num_workers = num_workers
         self.batch_size: int = plan["padding"]["batch_size"]
+        self._kept: list[KeptRead] = kept_reads(plan["inside"])
 
     def _indices(self, shard: int) -> range:
         start, count = shard * self.plan["shard_examples"], self.plan["dataset"]["examples"]
@@ -82,7 +86,7 @@ class Pass:
         return fingerprints.of_keys(np.concatenate([self._keys(batch) for batch in self._loaded(every)]))
 
     def _keys(self, batch: dict[str, Any]) -> np.ndarray:
-        return content_keys(batch, self.plan["inputs"]["columns"], main=self.source.main)
+        return self.source.keys(batch, self.plan["inputs"]["columns"])
 
     def make(self, shards: list[int], *, done: list[int], shown: bool) -> None:
         """Ask the teacher about the examples of these shards. Args: done: shards of an earlier pass."""
@@ -98,33 +102,54 @@ class Pass:
                 self._write_shard(shard, parts)
 
     def _part(self, batch: dict[str, Any], store: Store) -> dict[str, np.ndarray]:
-        keys = self._keys(batch)
-        raw, prepared = self.source.ask(batch, self.device)
-        rows, counts = self.source.cut(raw, prepared, self.plan["predictions"]["axis"])
+        keys, said = self._keys(batch), self.source.said(batch, self.device)
+        fields = {**self._predictions(said, keys, store), **self._inside(said)}
+        return {"high": keys[:, 0], "low": keys[:, 1], POSITIONS: said.counts.astype(np.int32), **fields}
+
+    def _predictions(self, said: Said, keys: np.ndarray, store: Store) -> dict[str, np.ndarray]:
+        if said.listed is not None and isinstance(store, Listed):
+            return store.encode_listed(said.listed)
+        if said.rows is None:
+            return {}
+        rows, columns = said.rows, self.plan["predictions"]["columns"]
         if store.lists_columns:
-            rows = rows[:, : self.plan["predictions"]["columns"]]
-        _refuse_no_numbers(rows, counts)
-        if rows.shape[1] != self.plan["predictions"]["columns"]:
+            rows = rows[:, :columns]
+        _refuse_no_numbers(rows, said.counts)
+        if rows.shape[1] != columns:
             raise DataError(
-                f"the teacher predicts {rows.shape[1]} columns here and {self.plan['predictions']['columns']} at the "
-                "start: examples must have equally many (choices)."
+                f"the teacher predicts {rows.shape[1]} columns here and {columns} at the start: examples must have "
+                "equally many (choices)."
             )
-        fields = store.encode(rows, keys, counts)
-        return {"high": keys[:, 0], "low": keys[:, 1], "positions": counts.astype(np.int32), **fields}
+        return store.encode(rows, keys, said.counts)
+
+    def _inside(self, said: Said) -> dict[str, np.ndarray]:
+        fields: dict[str, np.ndarray] = {}
+        for now, there in zip(said.inside, self._kept, strict=True):
+            if now != there:
+                raise DataError(
+                    f"the teacher's {there} are {there.width} wide along {there.axis} at the start, and {now.width} "
+                    f"along {now.axis} in a later batch. Make batches alike."
+                )
+            rows, counts = said.inside[now]
+            fields[there.counts] = counts.astype(np.int32)
+            fields[there.field] = stored(rows, there, self.plan["inside"]["dtype"])
+        return fields
 
     def _write_shard(self, shard: int, parts: list[dict[str, np.ndarray]]) -> None:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        plain = ("high", "low", "positions")
-        columns = {name: files.plain_array(whole[name]) for name in plain}
+        along = {one.field: one.counts for one in self._kept}
+        plain = ("high", "low", POSITIONS, *along.values())
+        columns = {name: files.plain_array(whole[name]) for name in whole if name in plain}
         for name in whole:
             if name not in plain:
-                columns[name] = files.list_array(whole[name], whole["positions"] * whole[name].shape[1])
+                counts = whole[along.get(name, POSITIONS)]
+                columns[name] = files.list_array(whole[name], counts * whole[name].shape[1])
         path = self.folder / files.shard_name(shard)
         files.write_arrow(path, columns)
         receipt = {
             "file": path.name,
-            "examples": len(whole["positions"]),
-            "positions": int(whole["positions"].sum()),
+            "examples": len(whole[POSITIONS]),
+            "positions": int(whole[POSITIONS].sum()),
             "bytes": path.stat().st_size,
             "blake2b": fingerprints.of_file(path),
         }

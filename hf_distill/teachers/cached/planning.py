@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,17 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.signals import Needs
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.tasks.language import decoder_inputs
-from hf_distill.teachers.cached import files, fingerprints, layout
-from hf_distill.teachers.cached.keys import MASK, content_keys, key_columns, read_by_teacher
-from hf_distill.teachers.cached.stores import Dense, Store, described
+from hf_distill.teachers.cached import files, fingerprints, size
+from hf_distill.teachers.cached.inside import by_axis, itemsize, of_inside
+from hf_distill.teachers.cached.keys import MASK, read_by_teacher
+from hf_distill.teachers.cached.listed import Listed
+from hf_distill.teachers.cached.nothing import Nothing
+from hf_distill.teachers.cached.source import Said, Source
+from hf_distill.teachers.cached.stores import Dense, Store, described, store_from
 from hf_distill.teachers.cached.topk import TopK
 from hf_distill.teachers.fitting import tokenizer_in
-from hf_distill.teachers.model import ModelTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -32,53 +31,6 @@ SAMPLE = 64  # examples whose length is measured
 SHARD_BYTES = 64_000_000
 _LARGE = 4096  # columns from which not all are kept, unless asked for
 _SEES_PADDING = 1e-3  # of the largest prediction; half precision alone makes more than rounding, see `_threshold`
-_LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Who is asked about what.
-
-    Attributes:
-        teacher: the model. task: where predictions are. student: whose rule makes decoder inputs.
-        dataset: examples as a collator takes them. collator: makes batches. processor: of the dataset's preprocessing.
-    """
-
-    teacher: ModelTeacher
-    task: Task
-    student: Any
-    dataset: Any
-    collator: Callable[..., Any]
-    processor: Any
-
-    @property
-    def main(self) -> str:
-        return str(getattr(unwrapped(self.teacher.model), "main_input_name", "input_ids"))
-
-    def example(self, index: int) -> dict[str, Any]:
-        """As Trainer would hand it to the collator: without columns that no forward takes."""
-        example = self.dataset[index]
-        names = forward_names(self.student)
-        if not isinstance(example, Mapping) or not names or not self.teacher.inputs:
-            return example  # whatever the collator takes
-        known = {*names, *self.teacher.inputs, *_LABELS}
-        return {k: v for k, v in example.items() if k in known or k.startswith(TEACHER_PREFIX)}
-
-    def batch(self, indices: list[int]) -> dict[str, Any]:
-        return dict(self.collator([self.example(index) for index in indices]))
-
-    def ask(self, batch: Batch, device: Any) -> tuple[Tensor, dict[str, Any]]:
-        """The teacher's own output for a collated batch, and the batch with what both models are given alike."""
-        prepared = self.task.prepare(dict(batch), unwrapped(self.student))
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in prepared.items()}
-        raw = self.teacher(layout.RawRead(self.task), moved, Needs(logits=True)).predictions()
-        return raw, prepared
-
-    def cut(self, raw: Tensor, batch: Batch, axis: layout.Axis) -> tuple[Tensor, np.ndarray]:
-        """The real positions of what `ask` gave; those of the teacher's own input where it has one."""
-        own = read_by_teacher(batch, self.main)
-        along = raw.shape[1] if axis in ("input", "decoder") else None
-        return layout.cut(raw, layout.real_positions(axis, own, length=along, task=self.task))
 
 
 def default_collator(processor: Any) -> Callable[..., Any]:
@@ -88,9 +40,15 @@ def default_collator(processor: Any) -> Callable[..., Any]:
     return default_data_collator
 
 
-def default_store(task: Task, columns: int) -> Store:
-    """All columns of a small head; of a large vocabulary the likeliest, and the others as one."""
-    return TopK() if task.matched_by == "vocabulary" and columns > _LARGE else Dense()
+def default_store(task: Task, columns: int, temperature: float | None = None) -> Store:
+    """All columns of a small head; of a large vocabulary the likeliest, and the others as one.
+
+    Args:
+        temperature: that the predictions are for; None: for any.
+    """
+    if task.matched_by != "vocabulary" or columns <= _LARGE:
+        return Dense()
+    return TopK() if temperature is None else TopK(temperatures=(temperature,))
 
 
 def kept_columns(source: Source, store: Store, width: int) -> int:
@@ -122,29 +80,24 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
         DataError: the dataset is empty or has no length, or the collator makes something else of it each time.
         SettingError: a task of which a cache does not know what it predicts along.
     """
-    axis = layout.axis_of(source.task)
+    axis = source.axis
     count = _length(source.dataset)
     first = list(range(min(batch_size, count)))
     batch = source.batch(first)
-    raw, prepared = source.ask(batch, device)
-    columns = key_columns(batch, main=source.main, inputs=source.teacher.inputs, decodes=source.task.kind == "seq2seq")
-    keys = content_keys(batch, columns, main=source.main)
-    if not np.array_equal(keys, content_keys(source.batch(first), columns, main=source.main)):
+    columns = source.key_columns(batch)
+    keys = source.keys(batch, columns)
+    if not np.array_equal(keys, source.keys(source.batch(first), columns)):
         raise SettingError(
             "the collator made something else of the same examples the second time: it draws masks, crops or "
             "augmentation anew. A cache knows examples by their content, so draw once before: dataset.map, or "
             "hf_distill.views.augment_dataset, with a collator that only pads."
         )
-    rows, _ = source.cut(raw, prepared, axis)
-    chosen = store or default_store(source.task, rows.shape[1])
-    if chosen.lists_columns and source.task.matched_by != "vocabulary":
-        raise SettingError(
-            f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
-        )
+    said = source.said(batch, device)
+    chosen = _chosen_store(source, said, store)
     return {
         "format": files.FORMAT,
         "format_version": files.FORMAT_VERSION,
-        "teacher": fingerprints.of_teacher(source.teacher.model),
+        "teacher": source.asked.described(),
         "processor": fingerprints.of_processor(source.processor),
         "task": {"kind": source.task.kind, **task_settings(source.task)},
         "store": described(chosen),
@@ -152,9 +105,14 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "main": source.main,
             "columns": list(columns),
             "masked": MASK in read_by_teacher(batch, source.main),
-            "decoder": decoder_rule(source.task, unwrapped(source.student)),
+            "decoder": decoder_rule(source.task, source.student),
         },
-        "predictions": {"axis": axis, "columns": kept_columns(source, chosen, int(rows.shape[1]))},
+        "predictions": {
+            "axis": axis,
+            "columns": kept_columns(source, chosen, _width(source, said)),
+            "temperature": source.asked.temperature,
+        },
+        "inside": None if source.wanted is None else of_inside(source.wanted, said.inside),
         "preprocessing": fingerprints.of_collator(source.collator),
         "padding": {"batch_size": batch_size, "side": _padding_side(batch, source.main)},
         "dataset": {"examples": count, "first": fingerprints.of_keys(keys[:1])},
@@ -162,25 +120,58 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
     }
 
 
-def positions_of_an_example(source: Source, axis: layout.Axis, *, batch_size: int) -> float:
-    """A mean over examples spread over the dataset; the teacher is not asked."""
-    if axis == "example":
-        return 1.0
+def _chosen_store(source: Source, said: Said, store: Store | None) -> Store:
+    """The user's, or the default.
+
+    Raises:
+        SettingError: it does not fit what the teacher says.
+    """
+    if said.listed is not None:
+        if store is not None:
+            raise SettingError(
+                f"store={store!r}: this teacher tells its likeliest columns and the rest as one, which is kept as it "
+                "is. Leave store= out."
+            )
+        return Listed(k=int(said.listed.ids.shape[-1]), temperature=said.listed.temperature)
+    if said.rows is None:
+        if store is not None:
+            raise SettingError(f"store={store!r} is for predictions, and predictions=False keeps none. Leave one out.")
+        return Nothing()
+    chosen = store or default_store(source.task, said.width, source.asked.temperature)
+    if chosen.lists_columns and source.task.matched_by != "vocabulary":
+        raise SettingError(
+            f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
+        )
+    if source.asked.temperature is not None:
+        chosen.check_temperature(source.asked.temperature, said.width)
+    return chosen
+
+
+def _width(source: Source, said: Said) -> int:
+    """Columns of the teacher's predictions."""
+    return source.asked.compared_width() if said.listed is not None else said.width
+
+
+def size_of(source: Source, plan: Mapping[str, Any], *, batch_size: int) -> size.Size:
+    """What it takes, from a sample of examples spread over the dataset; the teacher is not asked."""
     count = _length(source.dataset)
     indices = np.linspace(0, count - 1, min(SAMPLE, count)).astype(int).tolist()
-    total = 0
-    for start in range(0, len(indices), batch_size):
-        batch = source.task.prepare(source.batch(indices[start : start + batch_size]), unwrapped(source.student))
-        real = layout.real_positions(axis, read_by_teacher(batch, source.main), task=source.task)
-        assert real is not None  # there is an axis
-        total += int(real.sum())
-    return total / len(indices)
+    starts = range(0, len(indices), batch_size)
+    sampled = [source.counted(source.batch(indices[start : start + batch_size])) for start in starts]
+    means = {axis: sum(one[axis] for one in sampled) / len(indices) for axis in sampled[0]}
+    fields = store_from(plan["store"]).fields(plan["predictions"]["columns"])
+    inside = []
+    for axis, kept in by_axis(plan["inside"]).items():
+        each = sum(one.width for one in kept) * itemsize(plan["inside"]["dtype"])
+        inside.append(size.Part(axis, means.get(axis) or plan["inside"]["positions"].get(axis, 1.0), each))
+    return size.Size(count, means["predictions"], size.bytes_a_position(fields), tuple(inside))
 
 
-def change_by_padding(source: Source, axis: layout.Axis, *, batch_size: int, device: Any) -> float | None:
+def change_by_padding(source: Source, *, batch_size: int, device: Any) -> float | None:
     """By how much the teacher says something else of an example when it is padded, relative to its largest prediction.
 
-    Of the most padded example of the first batch. None: nothing is padded there, or no mask tells.
+    Of the most padded example of the first batch; of its inside where no predictions are kept. None: nothing is padded
+    there, no mask tells, or the teacher lists some columns.
     """
     batch = source.batch(list(range(min(batch_size, _length(source.dataset)))))
     mask = batch.get(MASK)
@@ -193,16 +184,18 @@ def change_by_padding(source: Source, axis: layout.Axis, *, batch_size: int, dev
         for name, value in batch.items()
         if isinstance(value, Tensor)
     }
-    said = []
+    pieces = []
     for one in (batch, alone):
-        raw, prepared = source.ask(one, device)
-        rows, counts = source.cut(raw, prepared, axis)
+        said = source.said(one, device)
+        found = (said.rows, said.counts) if said.rows is not None else next(iter(said.inside.values()), None)
+        if found is None:
+            return None
         at = row if one is batch else 0
-        end = int(counts[: at + 1].sum())
-        said.append(rows[end - int(counts[at]) : end].float())
-    if said[0].shape != said[1].shape or said[0].numel() == 0:
+        end = int(found[1][: at + 1].sum())
+        pieces.append(found[0][end - int(found[1][at]) : end].float())
+    if pieces[0].shape != pieces[1].shape or pieces[0].numel() == 0:
         return None
-    difference = (said[0] - said[1]).abs().nan_to_num().max() / said[1].abs().max().clamp(min=1e-12)
+    difference = (pieces[0] - pieces[1]).abs().nan_to_num().max() / pieces[1].abs().max().clamp(min=1e-12)
     return float(f"{difference.item():.2g}")
 
 

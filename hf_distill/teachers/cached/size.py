@@ -10,6 +10,25 @@ from hf_distill.errors import DataError
 from hf_distill.teachers.cached.stores import Field
 
 PER_EXAMPLE = 16 + 4 + 24  # key, number of positions, its entry in the index
+PER_COUNT = 4  # number of positions of what is kept of the inside, for each axis
+
+
+_AXES = {
+    "tokens": "tokens",
+    "decoder": "decoder positions",
+    "frames": "frames",
+    "all": "positions",
+    "vectors": "vectors",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of the inside runs along one axis: so many positions an example, a mean, and bytes at each."""
+
+    along: str
+    positions: float
+    bytes_a_position: int
 
 
 @dataclass(frozen=True)
@@ -17,16 +36,18 @@ class Size:
     """What a cache takes.
 
     Attributes:
-        examples: how many. positions: of an example, a mean over a sample. bytes_a_position: exact.
+        examples: how many. positions: of an example, a mean over a sample. bytes_a_position: exact. inside: beside.
     """
 
     examples: int
     positions: float
     bytes_a_position: int
+    inside: tuple[Part, ...] = ()
 
     @property
     def total(self) -> int:
         each = self.positions * self.bytes_a_position + PER_EXAMPLE
+        each += sum(part.positions * part.bytes_a_position + PER_COUNT for part in self.inside)
         return round(self.examples * each)
 
 
@@ -43,9 +64,13 @@ def free_bytes(folder: Path) -> int:
 
 def announced(size: Size, folder: Path, *, free: int) -> str:
     """One sentence for the user, before anything is computed."""
+    inside = "".join(
+        f", and of its inside {part.bytes_a_position:,} bytes at each of {part.positions:.1f} {_AXES[part.along]}"
+        for part in size.inside
+    )
     return (
         f"about {readable(size.total)} in all: {size.examples:,} examples of {size.positions:.1f} positions, "
-        f"{size.bytes_a_position:,} bytes a position; {readable(free)} are free at {folder}"
+        f"{size.bytes_a_position:,} bytes a position{inside}; {readable(free)} are free at {folder}"
     )
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError, TeacherError
-from hf_distill.signals import Needs, Signals
+from hf_distill.errors import SettingError
+from hf_distill.inside.positions import Positions
+from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers import fitting
-from hf_distill.teachers.cached import fingerprints, layout
-from hf_distill.teachers.cached.cache import POSITIONS, TeacherCache
+from hf_distill.teachers.cached import inside_layout, layout, matching
+from hf_distill.teachers.cached.cache import TeacherCache
 from hf_distill.teachers.cached.collator import CachedCollator
-from hf_distill.teachers.cached.keys import CACHED_PREFIX
-from hf_distill.teachers.cached.planning import decoder_rule, task_settings
+from hf_distill.teachers.cached.inside import CachedInside
+from hf_distill.teachers.cached.keys import CACHED_PREFIX, read_by_teacher
+from hf_distill.teachers.cached.mapped import POSITIONS
 from hf_distill.vocabulary import Columns
 
 logger = logging.getLogger(__name__)
@@ -32,12 +31,15 @@ class CachedTeacher:
 
     Examples are known by their content, so order, shuffling, filtering, epochs, workers and processes do not matter.
     A batch from `collator` brings the answers with it; for any other batch they are looked up when they are asked
-    for, which is slower and gives the same.
+    for, which is slower and gives the same. Objectives on the inside are served where the cache was built with them.
 
     Args:
         cache: a folder, or a `TeacherCache`.
         teacher: the model that is meant: its weights are compared with those that the cache was built with.
         label_matching: "by_name" or "by_index".
+
+    Attributes:
+        slot: between the prefix of its columns in a batch and their names; an `Ensemble` gives each cache its own.
 
     Raises:
         DataError: the cache is unfinished or damaged. TeacherError: no cache, or of another teacher.
@@ -52,12 +54,15 @@ class CachedTeacher:
     ) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.columns = Columns()
+        self.slot = ""
         self._label_matching = label_matching
         self._told = False
+        self._fields: frozenset[str] | None = None  # of the inside, that objectives ask for; None: not known
+        self._positions: dict[bool, Positions] = {}
         mask = ("attention_mask",) if self.cache.manifest["inputs"]["masked"] else ()
         self.inputs = tuple(dict.fromkeys([*self.cache.columns, *mask]))
         if teacher is not None:
-            self._refuse_other_teacher(teacher)
+            matching.refuse_other_teacher(self.cache, teacher)
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> CachedTeacher:
@@ -69,32 +74,65 @@ class CachedTeacher:
 
         return cls(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
 
+    @property
+    def inside(self) -> CachedInside:
+        """What is known of the teacher's blocks."""
+        return self.cache.inside
+
+    @property
+    def bound_to_temperature(self) -> bool:
+        """Whether what is kept holds for one temperature alone."""
+        return self.cache.manifest["predictions"].get("temperature") is not None
+
     def collator(self, collator: Callable[..., Any]) -> CachedCollator:
         """That collator, with the answers beside what it makes: for the training's data loader."""
-        if isinstance(collator, CachedCollator) and collator.cache is self.cache:
-            return collator
-        return CachedCollator(collator, self.cache)
+        made = CachedCollator(collator, self.cache, slot=self.slot, fields=self._fields)
+        wrapped: Any = collator
+        while isinstance(wrapped, CachedCollator):
+            if wrapped.answers_as(made):
+                return collator  # type: ignore[return-value]  # it is one
+            wrapped = wrapped.collator
+        return made
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self.check_needs(needs)
-        if not needs.logits:
+        if not (needs.logits or needs.reads):
             return Signals(logits=None, columns=self.columns)
-        laid = self._answers(task, batch)
-        listed = self.cache.store.sparse_rows(laid, needs.temperature)
+        laid = self._answers(task, batch, needs.reads)
+        inside = {read: self._shown(read, laid, batch) for read in needs.reads}
+        if not needs.logits:
+            return Signals(logits=None, columns=self.columns, inside=inside)
+        own = self._along_the_task(laid, task, batch)
+        listed = self.cache.store.sparse_rows(own, needs.temperature)
         if listed is not None:
-            return Signals(logits=None, columns=self.columns, sparse=listed)
-        logits = task.read(layout.as_outputs(task, laid["logits"].float()), batch, self.columns, teacher=True)
-        return Signals(logits=logits, columns=self.columns)
+            return Signals(logits=None, columns=self.columns, inside=inside, sparse=listed)
+        logits = task.read(layout.as_outputs(task, own["logits"].float()), batch, self.columns, teacher=True)
+        return Signals(logits=logits, columns=self.columns, inside=inside)
 
     def check_needs(self, needs: Needs) -> None:
-        """Raises SettingError: for what it cannot be asked."""
-        if needs.reads:
+        """Raises SettingError, TeacherError: for what it cannot be asked."""
+        for read in needs.reads:
+            self.cache.inside.find(read)
+        if not needs.logits:
+            return
+        self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
+        known = self.cache.manifest["predictions"].get("temperature")
+        if known not in (None, needs.temperature):
+            whose = self.cache.manifest["teacher"]["class"]
             raise SettingError(
-                "an objective asks for the teacher's inside, and a cached teacher holds its predictions alone. Use the "
-                "live teacher, or leave the objective out."
+                f"temperature={needs.temperature:g}: the cache holds what the {whose} says at temperature "
+                f"{known:g}, and at another one it would say something else. Train at {known:g}, without a schedule, or "
+                f"build the cache with temperature={needs.temperature:g}."
             )
-        if needs.logits:
-            self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
+
+    def check_objectives(self, objectives: Iterable[Any]) -> None:
+        """Raises TeacherError: one of these asks for what was not kept. From here on no more of it is looked up."""
+        kept = [
+            self.cache.inside.check(read, getattr(objective, "pools", None))
+            for objective in objectives
+            for read in sorted(objective.teacher_needs.reads)
+        ]
+        self._fields = frozenset(one.field for one in kept)
 
     def fit(
         self,
@@ -111,20 +149,15 @@ class CachedTeacher:
             TeacherError: another kind of head, other labels, another tokenizer, other decoder inputs.
         """
         student = unwrapped(student)
-        self._refuse_other_task(student, task)
-        self._refuse_other_tokenizer(student_processor, task, same_inputs)
+        matching.refuse_other_task(self.cache, student, task, compares_predictions=compares_predictions)
+        same = same_inputs or (task.needs_same_inputs and compares_predictions)
+        matching.refuse_other_tokenizer(self.cache, student_processor, task, same_inputs=same)
         if compares_predictions:
-            tokenizer = fitting.tokenizer_in(student_processor)
-            known = self.cache.manifest["processor"] is not None  # then it is the student's, or was refused
-            self.columns = fitting.matched_columns(
-                student,
-                self._remembered(),
-                task,
-                tokenizers=(tokenizer, tokenizer if known else None),
-                label_matching=self._label_matching,
+            self.columns = matching.matched_columns(
+                self.cache, student, task, processor=student_processor, label_matching=self._label_matching
             )
-            self._refuse_other_columns()
-        task.learn_from(self._remembered().config)
+        task.learn_from(matching.remembered(self.cache).config)
+        self._positions = {side: Positions(student, task, of_decoder=side) for side in (False, True)}
 
     def place(self, accelerator: Any) -> None:
         """Nothing: the answers travel with the batch."""
@@ -134,22 +167,36 @@ class CachedTeacher:
 
     # Answers.
 
-    def _answers(self, task: Task, batch: Batch) -> dict[str, Tensor]:
-        """The store's fields as the batch lies, on its device."""
-        found = {name: value for name, value in batch.items() if name.startswith(CACHED_PREFIX)}
-        if not found:
+    def _answers(self, task: Task, batch: Batch, reads: Iterable[Read]) -> dict[str, Tensor]:
+        """What is kept, as the batch lies, on its device: that came with the batch, or is looked up now."""
+        prefix = f"{CACHED_PREFIX}{self.slot}"
+        fields = {self.cache.inside.find(read).field for read in reads}
+        wanted = [*self.cache.store.fields(self.cache.manifest["predictions"]["columns"]), *fields]
+        if any(f"{prefix}{name}" not in batch for name in wanted):
             self._tell_once()
             device = first_tensor(batch).device
-            found = {name: value.to(device) for name, value in self.cache.look_up(batch, task).items()}
-        elif self.cache.axis == "frames":
+            looked_up = self.cache.look_up(batch, task, slot=self.slot, fields=fields)
+            batch = {name: value.to(device) for name, value in looked_up.items()}
+        return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+
+    def _along_the_task(self, laid: Mapping[str, Tensor], task: Task, batch: Batch) -> dict[str, Tensor]:
+        """The fields of the predictions, as long as the task's rows are."""
+        names = self.cache.store.fields(self.cache.manifest["predictions"]["columns"])
+        if self.cache.axis == "frames":
             real = layout.real_positions("frames", batch, task=task)
-            assert real is not None
-            layout.refuse_other_lengths(real.sum(1).numpy(), found[POSITIONS].cpu().numpy())
-        laid = {name.removeprefix(CACHED_PREFIX): value for name, value in found.items() if name != POSITIONS}
-        if self.cache.axis in ("frames", "decoder"):
-            rows = task.rows(batch) // batch_size(batch)
-            laid = {name: layout.lengthened(value, rows) for name, value in laid.items()}
-        return laid
+            assert real is not None  # a task with frames says which are real
+            layout.refuse_other_lengths(real.sum(1).numpy(), laid[POSITIONS].cpu().numpy())
+        if self.cache.axis not in ("frames", "decoder"):
+            return {name: laid[name] for name in names}
+        rows = task.rows(batch) // batch_size(batch)
+        return {name: layout.lengthened(laid[name], rows) for name in names}
+
+    def _shown(self, read: Read, laid: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """One read as the teacher's own hidden states would be."""
+        kept = self.cache.inside.find(read)
+        positions = self._positions[self.cache.inside.blocks(read.side, read.stack).of_decoder]
+        own = read_by_teacher(batch, self.cache.main)
+        return inside_layout.shown(laid[kept.field], kept, own, positions, laid.get(kept.counts))
 
     def _tell_once(self) -> None:
         if not self._told:
@@ -157,72 +204,4 @@ class CachedTeacher:
             logger.info(
                 "The cached teacher is looked up in the training process. To have the data loader do it, wrap the "
                 "collator: teacher.collator(data_collator)."
-            )
-
-    # Checks.
-
-    def _remembered(self) -> Any:
-        """As much of the teacher as decides which columns of the heads mean the same."""
-        config = dict(self.cache.manifest["teacher"]["config"])
-        if config["id2label"] is not None:
-            config["id2label"] = {int(index): name for index, name in config["id2label"].items()}
-            config["label2id"] = {name: index for index, name in config["id2label"].items()}
-        width = self.cache.manifest["predictions"]["columns"]
-        return SimpleNamespace(
-            config=SimpleNamespace(**config), lm_head=SimpleNamespace(weight=torch.empty(width, 0, device="meta"))
-        )
-
-    def _refuse_other_teacher(self, teacher: nn.Module) -> None:
-        there, now = self.cache.manifest["teacher"]["weights"], fingerprints.of_weights(teacher)
-        if there != now:
-            raise TeacherError(
-                f"the cache was built with another teacher: its weights have the fingerprint {there} "
-                f"({self.cache.manifest['teacher']['class']}), those of the teacher that is asked for "
-                f"{now} ({type(unwrapped(teacher)).__name__}). Build a cache of this teacher, or ask for the other."
-            )
-
-    def _refuse_other_columns(self) -> None:
-        """What is listed by number of column must be listed of the columns that are compared."""
-        width = self.cache.manifest["predictions"]["columns"]
-        if self.cache.store.lists_columns and self.columns.teacher not in (None, width):
-            compared = self.columns.teacher
-            raise TeacherError(
-                f"the cache lists some of {width} columns, and student and teacher share "
-                f"{compared if isinstance(compared, int) else 'some'} of them: what is listed may not be there. Build "
-                "it with processing_class= (the student's tokenizer), or keep all: store=Dense()."
-            )
-
-    def _refuse_other_task(self, student: Any, task: Task) -> None:
-        there = self.cache.manifest["task"]
-        now = {"kind": task.kind, **task_settings(task)}
-        if there["kind"] != now["kind"]:
-            raise TeacherError(
-                f"the cache holds the predictions of a {there['kind']} head, the student needs a teacher for "
-                f"{task.kind}. Build a cache of a teacher with the student's kind of head."
-            )
-        if there != now:
-            raise TeacherError(
-                f"the cache was built for another {task.kind} task: "
-                f"{'; '.join(fingerprints.differences(there, now))}. Build it with student= or task= of this training."
-            )
-        rule, ours = self.cache.manifest["inputs"]["decoder"], decoder_rule(task, student)
-        if rule is not None and "decoder_input_ids" not in self.cache.columns and ours != rule:
-            raise TeacherError(
-                f"the cache was built with other decoder inputs: labels 5, 6, 7 became {rule} there, the student makes "
-                f"{ours} of them. Give the student the start and padding tokens of the cache, or build it with "
-                "student=."
-            )
-
-    def _refuse_other_tokenizer(self, student_processor: Any, task: Task, same_inputs: bool) -> None:
-        there = self.cache.manifest["processor"]
-        now = fingerprints.of_processor(student_processor)
-        if there is None or now is None or not (task.needs_same_inputs or same_inputs):
-            return
-        compared = [name for name in ("vocabulary", "tokenizer", "extractor") if name in there and name in now]
-        before, after = ({name: side[name] for name in compared} for side in (there, now))
-        if before != after:
-            raise TeacherError(
-                "the cache was built with another tokenizer or extractor than the student's: "
-                f"{'; '.join(fingerprints.differences(before, after))}. Rows of a {task.kind} head are positions of "
-                "the input, so both must read the same. Build a cache with the student's tokenizer."
             )

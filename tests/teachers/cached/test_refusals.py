@@ -12,7 +12,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
-from hf_distill.teachers import CachedTeacher, Dense, Ensemble, TeacherCache
+from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
 from hf_distill.teachers.cached import building, files
 from hf_distill.views import Augmentation, AugmentingCollator
 from tests.heads import HEADS
@@ -141,7 +141,7 @@ def test_another_task_or_head(tmp_path: Path) -> None:
 
 def test_objectives_on_the_inside(tmp_path: Path) -> None:
     head, *_, cached = made(tmp_path, NAME)
-    with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
+    with pytest.raises(TeacherError, match=r"the cache holds its predictions alone\. Build it with .*objectives="):
         Distiller(head.make(1), cached, objectives=HiddenMatch("skip"))
 
 
@@ -227,8 +227,10 @@ def test_what_can_be_built_of(tmp_path: Path) -> None:
         build(tmp_path, head, head.make(2), (one for one in head.examples(3)))
     with pytest.raises(DataError, match="the dataset has no examples"):
         build(tmp_path, head, head.make(2), [])
-    with pytest.raises(SettingError, match="built of one model, not of a Ensemble"):
-        build(tmp_path, head, Ensemble([head.make(2), head.make(3)]), head.examples(3))
+    with pytest.raises(
+        TeacherError, match=r"built of a teacher, not of this builtin_function_or_method. Give a model, a folder"
+    ):
+        build(tmp_path, head, max, head.examples(3))
     with pytest.raises(SettingError, match="batch_size=0, shard_examples=6: at least 1"):
         build(tmp_path, head, head.make(2), head.examples(3), batch_size=0)
 

@@ -1,0 +1,74 @@
+"""The files of a cache, mapped into memory: examples found by key, their numbers copied out. Who asks is elsewhere.
+
+Axes: b batch, p positions of several examples one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hf_distill.teachers.cached import files
+
+POSITIONS = "positions"  # the column that says how many rows of predictions each example has
+
+
+class Mapped:
+    """The shards and the index of a finished cache.
+
+    Args:
+        folder: of the cache. shards: names of its files, in order.
+        columns: field → the column with how many positions of it each example has, and numbers a position.
+    """
+
+    def __init__(self, folder: Path, shards: Iterable[str], columns: Mapping[str, tuple[str, int]]) -> None:
+        self._columns = dict(columns)
+        index = files.read_arrow(folder / files.INDEX)
+        self._high, self._low = files.numbers(index.column("high")), files.numbers(index.column("low"))
+        self._shard, self._row = files.numbers(index.column("shard")), files.numbers(index.column("row"))
+        self._starts: list[dict[str, np.ndarray]] = []
+        self._values: list[dict[str, np.ndarray]] = []
+        for name in shards:
+            shard: pa.RecordBatch = files.read_arrow(folder / name)
+            counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
+            self._starts.append({counts: _starts(files.numbers(shard.column(counts))) for counts in counted})
+            self._values.append({field: files.list_values(shard.column(field)) for field in self._columns})
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """`[b 2]` → `[b]` place in the index, -1 where there is none."""
+        places = np.searchsorted(self._high, keys[:, 0])
+        found = np.full(len(keys), -1, dtype=np.int64)
+        for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
+            while place < len(self._high) and self._high[place] == key[0]:
+                if self._low[place] == key[1]:
+                    found[i] = place
+                    break
+                place += 1
+        return found
+
+    def counts(self, where: np.ndarray, column: str = POSITIONS) -> np.ndarray:
+        """`[b]`: how many positions each example has."""
+        return np.array([end - start for _, start, end in self._spans(where, column)], dtype=np.int64)
+
+    def gather(self, where: np.ndarray, field: str) -> np.ndarray:
+        """`[p width]` copied out of the memory map: the examples' positions one after the other."""
+        column, width = self._columns[field]
+        pieces = [
+            self._values[shard][field][start * width : end * width] for shard, start, end in self._spans(where, column)
+        ]
+        return np.concatenate(pieces).reshape(-1, width)
+
+    def _spans(self, where: np.ndarray, column: str) -> list[tuple[int, int, int]]:
+        """Shard, first position and end of each example."""
+        spans = []
+        for shard, row in zip(self._shard[where].tolist(), self._row[where].tolist(), strict=True):
+            starts = self._starts[shard][column]
+            spans.append((shard, int(starts[row]), int(starts[row + 1])))
+        return spans
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
