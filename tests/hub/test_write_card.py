@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
+from hf_distill.students.adapt import adapt
+from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage
 from tests.hub.sample_facts import sample_facts
+from tests.trainer.tiny import bert, make
 
 
 def test_write_card(tmp_path) -> None:
@@ -51,3 +55,29 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
     write_card(sample_facts(), tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(sample_facts())
     assert ("is lost" in caplog.text) == (old != "no metadata")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        (lambda: MovingAverage(decay=0.9), ["a moving average of the student itself (decay 0.9)"]),
+        (AdaptersOff, ["the base model itself, its adapters switched off"]),
+        (
+            lambda: Ensemble([bert(seed=1), MovingAverage()], mean="logits", weights=[1, 3]),
+            [
+                "a moving average of the student itself (decay 0.999)",
+                "the mean of their logits, weighted by 0.25, 0.75",
+            ],
+        ),
+        (lambda: Ensemble([bert(seed=1), bert(seed=2)], weights="entropy"), ["probabilities, weighted by entropy"]),
+    ],
+)
+def test_what_a_teacher_is_that_is_no_model_of_its_own(tmp_path, teacher: Any, said: list[str]) -> None:
+    made = teacher()
+    student = adapt(bert(), targets=["query"]) if isinstance(made, AdaptersOff) else bert()
+    make(tmp_path, student, made).create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in said:
+        assert words in card
+    assert ("from a local model (" in card) == (isinstance(made, Ensemble))

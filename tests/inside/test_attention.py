@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_distill import SettingError
 from hf_distill.functional.rows import BLOCKED
 from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.signals import Read
+from tests.heads import HEADS
 from tests.inside.reading import ALL, model_of, of_side, read, reads, with_sides
 from tests.inside.test_hidden import first_tensor
 
@@ -102,6 +108,7 @@ def test_allowed_of_every_kind_of_mask() -> None:
     additive = torch.zeros(1, 1, 3, 3).masked_fill(everything.triu(1), torch.finfo(torch.float32).min)
     assert torch.equal(record().allowed()[0, 0], everything)
     assert torch.equal(record(causal=True).allowed()[0, 0], everything.tril())
+    assert torch.equal(record(causal=True, window=2).allowed()[0, 0], everything.tril().triu(-1))
     assert torch.equal(record(mask=additive).allowed()[0, 0], everything.tril())
     assert torch.equal(record(mask=everything.tril()[None, None]).allowed()[0, 0], everything.tril())
     padding = torch.tensor([[1, 1, 0]])  # what flash attention is given
@@ -113,3 +120,62 @@ def test_scores_by_hand() -> None:
     torch.testing.assert_close(record(scaling=2.0).scores()[0, :, :, 0], torch.tensor([[0.0, 2, 4], [6, 8, 10]]))
     found = record(bias=torch.ones(1, 2, 3, 3), softcap=2.0).scores()[0, 0, :, 0]
     torch.testing.assert_close(found, 2 * torch.tanh(torch.tensor([1.0, 2.0, 3.0]) / 2))
+
+
+# Masks that are not to be seen here.
+
+
+class BlockMask:
+    """What flex attention is given: it says nothing of its pairs until it is compiled."""
+
+
+def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+    """An implementation of one's own, which leaves its mask out."""
+    return sdpa_attention_forward(module, query, key, value, None, **settings)
+
+
+def model_with(mask: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A Gemma-3 whose attention is handed this mask, whatever the batch."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "own", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "own", lambda *_, **__: mask)
+    return ALL["Gemma3ForCausalLM"].make(attn_implementation="own")
+
+
+def test_a_window_that_no_mask_shows_is_kept(monkeypatch) -> None:
+    """As flash attention has it: the window is a setting of the call."""
+    batch = {"input_ids": torch.arange(1, 7)[None]}
+    models = model_with(None, monkeypatch), model_of("Gemma3ForCausalLM", "sdpa")
+    found, expected = (read(model, reads("attention"), batch)[0] for model in models)
+    for one in reads("attention"):
+        assert found[one].mask is None
+        assert torch.equal(found[one].allowed()[0, 0], expected[one].allowed()[0, 0])
+
+
+def test_a_mask_that_hides_its_pairs_is_refused(monkeypatch) -> None:
+    with pytest.raises(
+        SettingError, match=r"Gemma3Attention: the mask is a BlockMask \(flex attention\), which hides it"
+    ):
+        read(model_with(BlockMask(), monkeypatch), reads("attention"), {"input_ids": torch.arange(1, 7)[None]})
+
+
+def test_sequences_packed_under_flash_attention_are_refused(monkeypatch) -> None:
+    """By cumulative lengths, or by positions that begin anew; as long as they grow there is one sequence."""
+    model, wanted = HEADS["llama_causal_lm"].make(1), [Read("attention", 0)]
+    packed = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    message = "sequences are packed under flash attention, .* load the model with attn_implementation='sdpa'"
+    with pytest.raises(SettingError, match=f"AttentionMatch on LlamaAttention: {message}"):
+        read(model, wanted, packed, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+    read(model, wanted, packed)  # SDPA's mask shows it
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_own", attend)
+    model.model.layers[0].self_attn.config = SimpleNamespace(_attn_implementation="flash_own")
+    with pytest.raises(SettingError, match=message):
+        read(model, wanted, packed)
+    read(model, wanted, {**packed, "position_ids": torch.arange(4)[None]})
+
+
+def test_attention_sinks_are_refused() -> None:
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**tiny, **heads, pad_token_id=0))
+    with pytest.raises(SettingError, match=r"GptOssAttention: it has attention sinks, .* Use RelationMatch"):
+        read(model, [Read("attention", 0)], {"input_ids": torch.tensor([[3, 4, 5]])})

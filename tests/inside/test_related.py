@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from hf_distill import SettingError
 from hf_distill.signals import RELATED, Read
@@ -105,3 +106,25 @@ def test_a_block_whose_projections_are_not_known_lists_its_modules() -> None:
     said = str(raised.value)
     assert "block 0 of the student" in said and "no modules for its queries were found" in said
     assert "Known names: query, q_proj" in said and "it has conv, layer_norm" in said and "Use HiddenMatch" in said
+
+
+TINY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
+PHI = {**TINY, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+WORDS = {"input_ids": torch.tensor([[1, 2, 3]])}
+
+
+@pytest.mark.parametrize("what", RELATED)
+def test_a_fused_projection_of_unequal_parts_is_refused(what: str) -> None:
+    """Phi-3 with one group of keys: 24 + 6 + 6 numbers are divisible by three, and no thirds."""
+    model = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=1, pad_token_id=0))
+    with pytest.raises(SettingError, match="makes 36 numbers of 24, which are not three equal parts"):
+        read(model, [Read(what, 1)], WORDS)
+    equal = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=4, pad_token_id=0))
+    assert read(equal, [Read(what, 1)], WORDS)[0][Read(what, 1)].shape[-1] == 24
+
+
+def test_a_fused_projection_whose_parts_lie_interleaved_is_refused() -> None:
+    """CodeGen's is as wide as three, in partitions of queries, values and keys."""
+    config = hf.CodeGenConfig(**TINY, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, n_positions=20)
+    with pytest.raises(SettingError, match=r"\(CodeGenBlock\): no modules for its keys were found.* Use HiddenMatch"):
+        read(hf.CodeGenForCausalLM(config), [Read("keys", 0)], WORDS)

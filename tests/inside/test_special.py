@@ -1,4 +1,4 @@
-"""Layerdrop, adapters, exceptions, copies of a model that is read, and that nothing is kept but what was asked for."""
+"""Layerdrop, odd axes, adapters, exceptions, copies of a model that is read; nothing is kept but what was asked for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface
 
-from hf_distill import AttentionMatch, CosineEmbedding, Distiller, HiddenMatch, RelationMatch, SettingError
+from hf_distill import (
+    AttentionMatch,
+    CosineEmbedding,
+    Distiller,
+    HiddenMatch,
+    RelationMatch,
+    SettingError,
+    SimilarityMatch,
+)
 from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Read
@@ -85,6 +94,29 @@ def test_a_teacher_with_layerdrop_runs_whole() -> None:
     distiller = Distiller(student, teacher, alpha=None, objectives=AttentionMatch("even"))
     batch = head.batch(2)
     assert distiller(student, batch).loss == distiller(student, batch).loss
+
+
+# Axes and sides that are not as elsewhere.
+
+
+def test_blocks_that_compute_on_time_first_are_refused() -> None:
+    """With as many examples as positions a mask would fit the wrong way round, unnoticed."""
+    config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=16)
+    student, teacher = (hf.XLNetForSequenceClassification(config) for _ in range(2))
+    with pytest.raises(SettingError, match=r"\(XLNetForSeq.*\) computes on \[time, example\].* its predictions alone"):
+        Distiller(student, teacher, objectives=HiddenMatch())
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch, CosineEmbedding])
+def test_an_encoder_whose_config_speaks_of_a_decoder_too(objective: Any) -> None:
+    """Whisper's classifier: frames are matched, all of them, so an example counts as one."""
+    head = HEADS["whisper_seq2seq"]
+    student, teacher = (hf.WhisperForAudioClassification(head.make(seed).config) for seed in (1, 2))
+    batch = {"input_features": head.batch(2)["input_features"], "labels": torch.tensor([0, 1])}
+    distiller = Distiller(student, teacher, alpha=None, objectives=objective(name="inside"))
+    assert distiller.objectives["inside"].count(distiller.task, batch) == 2
+    distiller(student, batch).loss.backward()
+    assert student.encoder.layers[0].self_attn.q_proj.weight.grad.any()
 
 
 # Adapters.

@@ -10,7 +10,16 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import DataCollatorWithFlattening
 
-from hf_distill import Distiller, TeacherError
+from hf_distill import (
+    AttentionMatch,
+    CosineEmbedding,
+    DataError,
+    Distiller,
+    HiddenMatch,
+    RelationMatch,
+    SimilarityMatch,
+    TeacherError,
+)
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.trainer.tiny import softened_kl
@@ -83,6 +92,51 @@ def test_packing_does_matter() -> None:
     apart = distiller(student, batch).terms["logits"].item()
     batch.pop("position_ids")
     assert distiller(student, batch).terms["logits"].item() != pytest.approx(apart, rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding, AttentionMatch, RelationMatch])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_inside_of_a_packed_batch_is_that_of_its_documents(name: str, objective: Any) -> None:
+    """Padded in a batch they are apart. RelationMatch must itself leave out pairs of two documents."""
+    student, teacher = (HEADS[name].make(seed).double() for seed in (1, 2))
+    distiller = Distiller(student, teacher, alpha=None, objectives=objective())
+    found, apart = (distiller(student, batch).loss.item() for batch in (packed(name), HEADS[name].batch(6)))
+    assert found == pytest.approx(apart, rel=1e-6)
+
+
+def test_what_needs_an_example_a_row_refuses_packed_ones() -> None:
+    name = "llama_causal_lm"
+    student, teacher = (HEADS[name].make(seed) for seed in (1, 2))
+    for objective, what in (
+        (SimilarityMatch(), "SimilarityMatch"),
+        (HiddenMatch(positions="first"), "positions='first'"),
+        (HiddenMatch(positions="last"), "positions='last'"),
+    ):
+        distiller = Distiller(student, teacher, alpha=None, objectives=objective)
+        with pytest.raises(
+            DataError, match=f"{what} needs an example a row, .* Leave packing out, or use HiddenMatch or"
+        ):
+            distiller(student, packed(name))
+        assert distiller(student, HEADS[name].batch(2)).loss > 0
+
+
+# Masks of student and teacher.
+
+
+def test_a_position_counts_where_both_models_are_shown_it() -> None:
+    """The teacher is shown no more than three tokens; what it makes of the others is not compared."""
+    head = HEADS["bert_tokens"]
+    student, teacher, batch = head.make(0), head.make(1), head.batch(4)
+    shorter = batch["attention_mask"].clone()
+    shorter[:, 3:] = 0
+    assert shorter.sum() < batch["attention_mask"].sum()
+    given = {**batch, "teacher_input_ids": batch["input_ids"], "teacher_attention_mask": shorter}
+    with torch.no_grad():
+        ours = student.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        theirs = teacher.bert(batch["input_ids"], shorter).last_hidden_state
+    expected = (ours - theirs)[shorter.bool()].square().mean().item()
+    found = Distiller(student, teacher, alpha=None, objectives=HiddenMatch(projection="none"))(student, given)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 # Rows of another shape.

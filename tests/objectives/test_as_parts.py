@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
-from hf_distill import Distiller, HiddenMatch
+from hf_distill import AttentionMatch, Distiller, HiddenMatch, RelationMatch, SimilarityMatch
 from hf_distill.objectives import LogitsMatch
+from hf_distill.signals import Signals
 from tests.heads import HEADS
 from tests.objectives.by_hand import refused
 
@@ -70,3 +72,17 @@ def test_what_an_objective_says_of_itself_is_a_line() -> None:
     fitted_one = repr(distiller.objectives["hidden"])
     assert re.match(r"HiddenMatch\(layers 2 of 4 layers: 0←1 1←3, distance='cosine'", fitted_one)
     assert objective.layer_map is None  # the user's own is left as it was, for another distiller
+
+
+@pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch])
+def test_autocast_around_a_loop_does_not_reach_them(objective: Any) -> None:
+    """The products of scores, relations, similarities and projections would be rounded to bf16."""
+    student, teacher, batch = HEAD.make(1), HEAD.make(2, width=24), HEAD.batch(4)
+    distiller = Distiller(student, teacher, alpha=None, objectives=objective(name="one"), seed=0)
+    with distiller.reading() as inside:
+        student(**batch)
+    theirs = distiller.teacher_signals(batch, distiller.blending.needs(0.0)[1])
+    given = (Signals(None, inside=inside), theirs, distiller.task, batch)
+    expected = distiller.objectives["one"](*given).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distiller.objectives["one"](*given).value, expected)

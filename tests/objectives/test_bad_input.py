@@ -131,6 +131,18 @@ def test_relation_heads_that_divide_nothing() -> None:
     refused(lambda: distiller(student, head.batch(2)), "heads=16: relation heads must divide", "These do: 1, 2, 4, 8.")
 
 
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_heads_that_lie_on_several_processes(whose: str) -> None:
+    """Tensor parallelism, as transformers marks the model that it loaded; hidden states are whole on each."""
+    head = HEADS["llama_causal_lm"]
+    models = {"student": head.make(1), "teacher": head.make(2)}
+    models[whose]._tp_size = 2
+    for objective in (AttentionMatch, RelationMatch):
+        words = f"{objective.__name__}: tensor parallelism splits the {whose}'s heads over processes", "Use HiddenMatch"
+        refused(lambda one=objective: Distiller(*models.values(), alpha=None, objectives=one()), *words)
+    Distiller(*models.values(), alpha=None, objectives=[HiddenMatch(), CosineEmbedding()])
+
+
 def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
     class OnlyLogits:
         inputs = ("input_ids",)

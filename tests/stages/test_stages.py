@@ -212,6 +212,14 @@ def test_the_best_student_of_a_stage_is_the_one_that_goes_on(tmp_path) -> None:
     assert_same_bits(weights(model), best)
 
 
+def test_mixed_precision_holds_in_every_stage(tmp_path) -> None:
+    """Accelerate takes a model that it has prepared before as it is: the second stage would run in fp32."""
+    model, kinds = student(), []
+    model.bert.pooler.dense.register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
+    run(tmp_path, model, settings={"max_steps": 1, "bf16": True, "save_strategy": "no"})
+    assert kinds == [torch.bfloat16] * 2
+
+
 def test_what_is_written_says_what_was_run(whole) -> None:
     begun = json.loads((whole["folder"] / "1-inside" / "stage.json").read_text())
     assert begun["name"] == "inside" and begun["arguments"]["alpha"] is None

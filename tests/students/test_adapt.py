@@ -198,6 +198,13 @@ def test_configs_that_target_nothing_or_something_else(config: dict[str, Any], m
     refused(message, peft.LoraConfig(**config))
 
 
+def test_without_a_choice_of_peft_its_modules_are_asked_for() -> None:
+    plain = HEADS["distilbert_single_label"].make(0)
+    refused(
+        r"PEFT has no choice of modules for DistilBertForSeq.*\. Pass targets=, or 'all-linear'\. .*q_lin", plain=plain
+    )
+
+
 def test_layers_that_are_not_there() -> None:
     with pytest.raises(SettingError, match=r"layers_to_transform=\[0, 9\]: layer 9 has no module .* layers 0\."):
         adapt(bert(num_hidden_layers=2), peft.LoraConfig(target_modules=["query"], layers_to_transform=[0, 9]))

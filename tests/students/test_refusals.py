@@ -10,6 +10,7 @@ import transformers as hf
 from torch import nn
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError
+from hf_distill.inside.depth import check_it_can_be_read_back
 from hf_distill.layer_map import LayerMap
 from hf_distill.students import inherit
 from tests.students.models import MODELS
@@ -201,6 +202,15 @@ def test_teachers_changed_by_hand() -> None:
     teacher.cls.predictions.decoder.weight = nn.Parameter(torch.zeros(40, 16))
     with pytest.raises(TeacherError, match=r"are tied by the config, and differ in the teacher"):
         inherit(teacher, layers=2)
+
+
+def test_a_config_that_its_own_check_refuses() -> None:
+    config = hf.Qwen2Config(num_hidden_layers=4)
+    config.layer_types = ["full_attention"] * 3
+    with pytest.raises(
+        TeacherError, match=r"Qwen2Config for the student cannot be read back .* \(4\) must be equal to"
+    ):
+        check_it_can_be_read_back(config)
 
 
 def test_errors_are_settings_or_teachers() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill import Distiller, SettingError, TeacherError
-from hf_distill.signals import Needs
+from hf_distill import Distiller, HiddenMatch, SettingError, TeacherError
+from hf_distill.signals import Needs, Read
 from hf_distill.teachers import Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.laws import measuring as m
@@ -200,3 +200,15 @@ def test_teachers_that_predict_different_things() -> None:
     odd.config.id2label, odd.config.label2id = names["id2label"], names["label2id"]
     with pytest.raises(TeacherError):
         Distiller(student, Ensemble([bert(seed=2), odd]))
+
+
+def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> None:
+    ensemble, student = Ensemble([bert(seed=1), bert(seed=2)]), bert()
+    with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
+        Distiller(student, ensemble, objectives=HiddenMatch())
+    with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
+        ensemble.check_needs(Needs(reads=frozenset({Read("hidden", 0)})))
+    asked: list[Needs] = []
+    ensemble.teachers[1].check_needs = asked.append
+    Distiller(student, ensemble, alpha=1.0, temperature=3.0)
+    assert asked and {one.temperature for one in asked} == {3.0}

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.signals import Needs
-from hf_distill.teachers import AdaptersOff, MovingAverage, Snapshot
+from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage, Snapshot
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.trainer.steps import in_double
@@ -92,6 +92,24 @@ def test_a_checkpoint_without_the_average_is_refused(tmp_path) -> None:
     trainer = make(tmp_path / "own", bert(), MovingAverage(), **RUN)
     with pytest.raises(SettingError, match=r"has no distill_teacher\.safetensors, which holds the moving teacher"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "out" / "checkpoint-1"))
+
+
+def test_the_state_of_another_teacher_is_refused(tmp_path) -> None:
+    """Of an ensemble in another order, of one that is none, or for a teacher that stays."""
+    short = {**RUN, "max_steps": 1}
+    make(tmp_path, bert(), Ensemble([bert(seed=1), MovingAverage()]), **short).train()
+    for teacher, message in (
+        (
+            Ensemble([MovingAverage(), bert(seed=1)]),
+            "of another Ensemble: .* in another order. Resume with the same list",
+        ),
+        (MovingAverage(), "the saved MovingAverage is of another student"),
+        (bert(seed=1), r"saved with a teacher that training changes \(it has distill_teacher\.safetensors\)"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            make(tmp_path / "again", bert(), teacher, **RUN).train(
+                resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+            )
 
 
 def test_the_average_is_not_exported(tmp_path) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_distill import Distiller
+from hf_distill import Distiller, HiddenMatch, SettingError
 from tests.heads import HEADS, Head
 from tests.trainer.steps import NO_LOSS, in_double
 from tests.trainer.tiny import arguments, bert, examples, make, padded, update_difference, weights
@@ -94,9 +94,32 @@ def test_counts_of_several_batches_without_accelerate() -> None:
     assert update_difference(found[1], found[0], zero) < 1e-6
 
 
-def test_the_settings_of_a_distiller_are_checked_as_the_arguments_are() -> None:
-    from hf_distill import SettingError
+def test_counts_of_another_moment() -> None:
+    """progress= forgotten in one of the two calls."""
+    student = bert()
+    distiller = Distiller(student, bert(seed=1), objectives=HiddenMatch(weight=lambda progress: progress))
+    batch = padded(examples())
+    counts = distiller.count([batch])
+    with pytest.raises(
+        SettingError, match=r"hidden weighs something at 50% .* was not counted\. Give count\(\) the same"
+    ):
+        distiller(student, batch, counts=counts, progress=0.5)
+    assert distiller(student, batch, counts=distiller.count([batch], progress=0.5), progress=0.5).terms["hidden"] > 0
 
+
+def test_a_distiller_of_another_student(tmp_path) -> None:
+    """The hooks and the decoder's inputs are its student's. One that `model_init` made it may learn of."""
+    other = Distiller(bert(), bert(seed=1), objectives=HiddenMatch())
+    with pytest.raises(SettingError, match=r"made for another student than model=\. .* distiller\.fit\(model\) first"):
+        make(tmp_path, bert(), distiller=other)
+    with pytest.raises(SettingError, match=r"no block ran\. The model that was called is not the student"):
+        other(bert(), padded(examples()))
+    trainer = make(tmp_path, None, distiller=other, model_init=lambda: bert())
+    assert other.is_for(trainer.model)
+    trainer.train()
+
+
+def test_the_settings_of_a_distiller_are_checked_as_the_arguments_are() -> None:
     for settings, words in (
         ({"alpha": 2.0}, "must lie in"),
         ({"temperature": 0.0}, "above 0"),

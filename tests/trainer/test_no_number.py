@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_distill import TeacherError
+from hf_distill import AttentionMatch, HiddenMatch, TeacherError
 from hf_distill.functional import DIVERGENCES
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_same_bits, bert, examples, make, padded, weights
@@ -121,3 +121,27 @@ def test_a_nan_in_a_row_that_does_not_count_is_no_error(tmp_path) -> None:
         example["input_ids"] = [i % 38 for i in example["input_ids"][:-1]] + [39]  # the last is labelled -100
     make(tmp_path, student, teacher, train_dataset=data, data_collator=head.collate).train()
     assert all(torch.isfinite(value).all() for value in weights(student).values())
+
+
+# Inside the teacher: its logits need not show it, or are not asked for.
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0, None])
+@pytest.mark.parametrize(
+    ("objective", "place", "what"),
+    [
+        (HiddenMatch, "bert.encoder.layer.1", "hidden"),
+        (AttentionMatch, "bert.encoder.layer.1.attention.self.query", "attention"),
+    ],
+)
+def test_an_overflow_inside_the_teacher(tmp_path, alpha: float | None, objective: Any, place: str, what: str) -> None:
+    """At the second position of the last block: the head reads the first, so all logits are finite."""
+    student, teacher = bert(num_hidden_layers=2), bert(seed=1, num_hidden_layers=2)
+    second = torch.arange(20)[:, None] == 1
+    teacher.get_submodule(place).register_forward_hook(lambda _, __, x: x.masked_fill(second[: x.shape[1]], torch.inf))
+    assert teacher(**padded(examples())).logits.isfinite().all()
+    trainer = make(tmp_path, student, teacher, objectives=objective([(1, 1)]), alpha=alpha)
+    message = rf"the teacher's {what} of block 1 hold inf \(micro-batch 0 of 1\)\. No step was made\. .*teacher_dtype="
+    with pytest.raises(TeacherError, match=message):
+        trainer.train()
+    assert_same_bits(weights(student), weights(bert(num_hidden_layers=2)))

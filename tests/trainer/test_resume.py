@@ -118,6 +118,15 @@ def test_a_checkpoint_with_projections_of_other_objectives_is_refused(tmp_path) 
         again.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_projections_that_this_run_has_no_objectives_for_are_refused(tmp_path) -> None:
+    with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
+    again = with_objectives(tmp_path / "again", "bert_tokens", None)
+    with pytest.raises(
+        SettingError, match=r"was saved with objectives that learn \(it has distill_state\.safetensors\), and"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_a_broken_file_of_projections_is_refused(tmp_path) -> None:
     with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
@@ -159,6 +168,19 @@ def test_the_best_model_by_the_users_metric_is_loaded(tmp_path) -> None:
     kept = load_file(best / "model.safetensors")
     assert_same_bits({name: kept[name] for name in trainer.model.state_dict()}, weights(trainer.model))
     assert_moved(load_file(best.with_name("checkpoint-4") / "model.safetensors"), kept)
+
+
+def test_the_best_students_projections_come_back_with_it(tmp_path) -> None:
+    marks = iter([0.9, 0.1])
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mark", "greater_is_better": True}
+    trainer = with_objectives(
+        tmp_path, "bert_tokens", "lower_block", max_steps=2, eval_strategy="steps", eval_steps=1,
+        eval_dataset=HEADS["bert_tokens"].examples(4), compute_metrics=lambda _: {"mark": next(marks)}, **best,
+    )  # fmt: skip
+    trainer.train()
+    first, last = (load_file(tmp_path / "out" / f"checkpoint-{step}" / STATE_FILE) for step in (1, 2))
+    assert_same_bits(weights(trainer.distiller.learned.module), first)
+    assert_moved(last, first)
 
 
 @pytest.mark.parametrize("name", ["vit_image_class", "t5_seq2seq", "wav2vec2_ctc_mean"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_distill import HiddenMatch
 from hf_distill.errors import SettingError
 from hf_distill.views import Augmentation, AugmentingCollator, Noise, SpecAugment, WordReplacement
 from tests.heads import HEADS
@@ -184,6 +185,14 @@ def test_other_words_for_the_student_are_refused_by_the_kind_of_head(tmp_path) -
         make(
             tmp_path, bert("TokenClassification"), bert("TokenClassification", seed=1), data_collator=collate, alpha=1.0
         )
+
+
+def test_other_words_for_the_student_are_refused_where_an_objective_compares_positions(tmp_path) -> None:
+    """On a classifier, whose logits alone may be of other words."""
+    collate = AugmentingCollator(padded, replacing(), student_only=True)
+    make(tmp_path, bert(), bert(seed=1), data_collator=collate)
+    with pytest.raises(SettingError, match="rows that are tokens"):
+        make(tmp_path, bert(), bert(seed=1), data_collator=collate, objectives=HiddenMatch())
 
 
 def test_whisper_is_shown_masked_features_and_its_teacher_clean_ones(tmp_path) -> None:
