@@ -139,12 +139,14 @@ class Distiller(OneBatch):
             )
         elif asked:
             self.blending.refuse_without_teacher()
-        if self.teacher is not None and hasattr(self.teacher, "check_needs"):
-            for moment in PROGRESS:
-                self.teacher.check_needs(self.blending.needs(moment)[1])
         theirs = getattr(self.teacher, "inside", None)
         for name in asked:
             self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
+        if self.teacher is not None and hasattr(self.teacher, "check_needs"):
+            for moment in PROGRESS:
+                self.teacher.check_needs(self.blending.needs(moment)[1])
+        if hasattr(self.teacher, "check_objectives"):
+            self.teacher.check_objectives([self.objectives[name] for name in asked])
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside

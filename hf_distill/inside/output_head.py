@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from hf_distill.signals import Unmade
-from hf_distill.tasks.base import output_named
+from hf_distill.tasks.base import batch_size, output_named
 from hf_distill.tasks.infer import unwrapped
 
 POSITIONS = 16  # tried of one example
@@ -114,24 +114,28 @@ class OutputHead:
     def trial(self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor]) -> Trial | str:
         """Some positions of one example through the model as it is; or why its head cannot be taken over.
 
+        Nothing of it depends on what the labels are: on several processes all try at the same step.
+
         Args:
-            inputs: what the model is called with, without labels. labelled: its labels `[b t]` by their names; of an
-                example that has some, if there is one.
+            inputs: what the model is called with, without labels. labelled: labels `[b t]` that the model takes, by
+                name; others are made up in their place.
         """
-        example, start = _labelled_place(labelled)
-        known = {name: x[example : example + 1, start : start + POSITIONS] for name, x in labelled.items()}
-        one = {name: x[example : example + 1] if _has_examples(x) else x for name, x in inputs.items()}
+        examples = batch_size(inputs)
+        one = {name: x[:1] if isinstance(x, Tensor) and x.shape[:1] == (examples,) else x for name, x in inputs.items()}
+        known = {}
+        for name, labels in labelled.items():
+            made_up = torch.arange(min(labels.shape[1], POSITIONS), device=labels.device) % self.columns
+            known[name] = made_up[None].to(labels.dtype)
         heard: list[tuple[Unmade, Tensor]] = []
         made: list[Tensor] = []
 
         def some(hidden: Tensor) -> Tensor:
-            part = self._unmade(hidden[:, start : start + POSITIONS])
+            part = self._unmade(hidden[:, :POSITIONS])
             heard.append((part, logits_of(part)))
             made.append(nn.functional.linear(part.hidden, self._module.weight, self._module.bias))
             return made[0]
 
-        was = self._model.training
-        modes = [(module, module.training) for module in self._model.modules()] if was else []
+        modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         self._module.forward = some
         try:
@@ -160,21 +164,8 @@ class Trial:
         self.logits, self.labels, self.loss, self._dtype = logits, labels, loss, dtype
 
     def loss_is(self, value: Tensor) -> bool:
-        """Whether the model's own loss is this one, to rounding."""
-        return self.loss is None or _close(self.loss.float(), value.float(), self._dtype)
-
-
-def _has_examples(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
-
-
-def _labelled_place(labelled: Mapping[str, Tensor]) -> tuple[int, int]:
-    """An example with labels, and where its first stands, less one (a causal head predicts from there)."""
-    for labels in labelled.values():
-        known = (labels != -100).nonzero()
-        if len(known):
-            return int(known[0, 0]), max(0, int(known[0, 1]) - 1)
-    return 0, 0
+        """Whether the model's own loss is this one, to rounding; of no label at all nothing is known."""
+        return self.loss is None or bool(self.loss.isnan()) or _close(self.loss.float(), value.float(), self._dtype)
 
 
 def logits_of(unmade: Unmade) -> Tensor:

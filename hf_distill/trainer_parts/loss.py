@@ -105,11 +105,15 @@ class LossMixin(_Trainer):
         self, model: Any, batch: Any, counts: Counts, progress: float, num_items: Any, *, whole_step: bool
     ) -> DistillerOutput:
         distiller = self.distiller
-        with_labels = distiller.blending.labels_weight(progress) > 0
+        labels_weight = distiller.blending.labels_weight(progress)
+        with_labels = labels_weight > 0
+        # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts a label too many an example.
+        shifts = self._loss_shifts_labels or distiller.task.kind == "causal_lm"
         inputs = distiller.student_inputs(batch, labels=with_labels)
         with distiller.reading(progress) as inside:
             if with_labels:
-                own = num_items if whole_step else own_num_items(batch, num_items, shifts=self._loss_shifts_labels)
+                is_trainer = whole_step and labels_weight == 1
+                own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
                 with unscaled(self.args):
                     mean, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=own)
             else:

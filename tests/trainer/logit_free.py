@@ -1,0 +1,47 @@
+"""One micro-batch with logits and without them: the models, the batch, the comparison."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill import Distiller
+from tests.heads import HEADS
+from tests.trainer.steps import in_double
+
+LARGE = [name for name, head in HEADS.items() if head.kind in ("masked_lm", "causal_lm", "seq2seq")]
+
+
+@functools.cache
+def pair(name: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+    """Of a head: student, teacher, a ragged batch; in fp64. Not to be changed."""
+    head = HEADS[name]
+    return head.make(1).double().train(), head.make(2).double(), in_double(head, head.examples(5))
+
+
+def both(student: Any, teacher: Any, batch: dict[str, Tensor], **knobs: Any) -> list[tuple[Any, dict[str, Tensor]]]:
+    """Loss, terms and gradients with logits and without them."""
+    found = []
+    for materialize in (True, False):
+        student.zero_grad()
+        distiller = Distiller(student, teacher, materialize_logits=materialize, seed=0, **knobs)
+        output = distiller(student, batch)
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        assert (output.outputs.get("logits") is None) == (materialize is False)
+        found.append((output, gradients))
+    return found
+
+
+def assert_same(found: list[tuple[Any, dict[str, Tensor]]], *, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    (plain, expected), (fused, gradients) = found
+    assert list(fused.terms) == list(plain.terms) and set(gradients) == set(expected)
+    close = {"rtol": rtol, "atol": atol, "check_dtype": False}  # causal heads take their own loss in fp32
+    torch.testing.assert_close(fused.loss, plain.loss, **close)
+    for term, value in plain.terms.items():
+        torch.testing.assert_close(fused.terms[term], value, **close)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, **close, msg=lambda said, n=name: f"{n} {said}")

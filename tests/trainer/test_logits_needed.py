@@ -1,0 +1,107 @@
+"""When logits are made whole after all: automatically, or refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from hf_distill import (
+    Distiller,
+    HiddenMatch,
+    SettingError,
+    without_logits,
+)
+from hf_distill.inside.output_head import OutputHead
+from tests.heads import VOCABULARY
+from tests.trainer.logit_free import assert_same, both, pair
+from tests.trainer.tiny import bert
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+
+
+class Doubled(tf.GPT2LMHeadModel):
+    """Does something to its logits that no config tells."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        outputs = super().forward(*args, **keywords)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+
+class Charged(tf.GPT2LMHeadModel):
+    """Adds something to its loss."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        outputs = super().forward(*args, **keywords)
+        if outputs.get("loss") is not None:
+            outputs.loss = outputs.loss + 0.1
+        return outputs
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Doubled, "does more to its logits"), (Charged, "own loss is more than")])
+def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: str) -> None:
+    _, teacher, batch = pair("gpt2_causal_lm")
+    student = kind(teacher.config).double().train()
+    with pytest.raises(SettingError, match=rf"materialize_logits=False: .*{why}.*Pass materialize_logits=True"):
+        Distiller(student, teacher, materialize_logits=False)(student, batch)
+    monkeypatch.setattr(without_logits, "LARGE", 10)
+    automatic = Distiller(student, teacher, materialize_logits=None)
+    with caplog.at_level(logging.WARNING):
+        found = [automatic(student, batch).loss for _ in range(2)]
+    assert len(caplog.records) == 1 and why in caplog.text  # said once
+    expected = Distiller(student, teacher)(student, batch).loss
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_a_teacher_that_is_not_what_it_seems_gives_its_logits() -> None:
+    student, teacher, batch = pair("gpt2_causal_lm")
+    odd = Doubled(teacher.config).double()
+    odd.load_state_dict(teacher.state_dict())
+    assert_same(both(student, odd, batch))
+
+
+def test_from_when_on_it_is_automatic(monkeypatch) -> None:
+    student, teacher, batch = pair("gpt2_causal_lm")
+    for columns, made in ((VOCABULARY + 1, True), (VOCABULARY, False)):
+        monkeypatch.setattr(without_logits, "LARGE", columns)
+        found = Distiller(student, teacher, materialize_logits=None)(student, batch)
+        assert (found.outputs.get("logits") is not None) == made
+    without_teacher = Distiller(student, alpha=0.0, materialize_logits=None)
+    assert without_teacher(student, batch).outputs.logits is not None  # alpha=0 is Trainer
+
+
+@pytest.mark.parametrize(
+    ("knobs", "why"),
+    [
+        ({"divergence": lambda q, p: (q - p).square().sum(-1)}, "is a function of yours"),
+        ({"divergence": "dist"}, "compares rows with each other"),
+        ({"alpha": None, "objectives": HiddenMatch([(0, 0)])}, "compared in no term"),
+    ],
+)
+def test_refused_with_the_reason(knobs: dict[str, Any], why: str) -> None:
+    student, teacher, batch = pair("llama_causal_lm")
+    with pytest.raises(SettingError, match=f"materialize_logits=False: .*{why}"):
+        Distiller(student, teacher, materialize_logits=False, **knobs)(student, batch)
+
+
+def test_refused_where_there_is_no_vocabulary_and_a_wrong_setting() -> None:
+    distiller = Distiller(bert(), bert(seed=1), materialize_logits=False)
+    batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
+    with pytest.raises(SettingError, match="a classification head has no vocabulary"):
+        distiller(bert(), batch)
+    with pytest.raises(SettingError, match="materialize_logits='no': allowed are None, True and False"):
+        Distiller(bert(), bert(seed=1), materialize_logits="no")  # type: ignore[arg-type]
+
+
+def test_an_adapter_on_the_head() -> None:
+    import peft
+
+    student = copy.deepcopy(pair("llama_causal_lm")[0])
+    adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    refusal = OutputHead(adapted).refusal
+    assert refusal is not None and "not a plain nn.Linear (an adapter on it, or quantised" in refusal

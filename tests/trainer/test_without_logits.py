@@ -1,0 +1,187 @@
+"""`materialize_logits=False` is the plain path: same terms, same gradients, same training, and no logits. One process.
+
+The plain path is the reference; what is compared is fp64 unless a test says so.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from hf_distill import (
+    AdaptersOff,
+    DistillationTrainer,
+    Distiller,
+    Ensemble,
+    HiddenMatch,
+    ModelTeacher,
+    MovingAverage,
+    TeacherError,
+)
+from hf_distill.functional.fused_inputs import fusable
+from hf_distill.signals import Needs, Signals, SparseRows
+from tests.heads import HEADS, IGNORED, VOCABULARY
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.logit_free import LARGE, assert_same, both, pair
+from tests.trainer.steps import in_double
+from tests.trainer.tiny import arguments, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+KNOBS = {"jensen_shannon": {"beta": 0.3}, "dist": {"intra_weight": 0.0}}
+
+
+@pytest.mark.parametrize("divergence", fusable())
+@pytest.mark.parametrize("name", LARGE)
+def test_every_head_with_every_divergence(name: str, divergence: str) -> None:
+    knobs = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence)}
+    assert_same(both(*pair(name), alpha=0.7, temperature=3.0, **knobs))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_without_labels_and_labels_alone(name: str) -> None:
+    student, teacher, batch = pair(name)
+    assert_same(both(student, teacher, batch, alpha=1.0))
+    assert_same(both(student, None, batch, alpha=0.0))
+    if HEADS[name].kind != "seq2seq":  # whose decoder is where the labels are
+        unlabelled = {key: value for key, value in batch.items() if key != "labels"}
+        assert_same(both(student, teacher, unlabelled, alpha=1.0))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_no_row_counts(name: str) -> None:
+    student, teacher, batch = pair(name)
+    silent = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    _, (fused, gradients) = both(student, teacher, silent, alpha=0.5)
+    assert fused.loss == 0 and not any(gradient.any() for gradient in gradients.values())
+
+
+def test_left_padding_has_a_label_where_nothing_is_compared() -> None:
+    student, teacher, batch = pair("llama_causal_lm")
+    flipped = {key: value.flip(1) for key, value in batch.items()}
+    found = both(student, teacher, flipped)
+    assert_same(found)
+    distiller = Distiller(student, teacher)
+    counts = distiller.count([flipped]).denominators
+    assert counts["labels"] > counts["logits"]  # else the test says nothing
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(VOCABULARY + 3, VOCABULARY), (VOCABULARY, VOCABULARY + 5)])
+@pytest.mark.parametrize("name", ["llama_causal_lm", "bert_masked_lm"])
+def test_padded_vocabularies(name: str, ours: int, theirs: int) -> None:
+    """The labels' term is over the student's whole head, the divergence over the columns that both have."""
+    student, teacher = (HEADS[name].make(seed, vocab_size=v).double() for seed, v in ((1, ours), (2, theirs)))
+    teaching = ModelTeacher(teacher, processor=tokenizer(VOCABULARY))
+    assert_same(both(student.train(), teaching, pair(name)[2], processing_class=tokenizer(VOCABULARY)))
+    assert teaching.columns.student is not None or ours == VOCABULARY  # else the test says nothing
+
+
+SCALED = {
+    "gemma2": (tf.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "cohere": (tf.CohereConfig, {"logit_scale": 0.25}),
+    "granite": (tf.GraniteConfig, {"logits_scaling": 8.0}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_what_a_model_does_to_its_logits(name: str) -> None:
+    """Soft caps and scales of student and teacher, at different numbers."""
+    kind, knobs = SCALED[name]
+    settings = {**HEADS["llama_causal_lm"].settings, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = []
+    for seed, factor in ((1, 1.0), (2, 1.5)):
+        own = {key: value * factor if isinstance(value, float) else value for key, value in knobs.items()}
+        torch.manual_seed(seed)
+        model = tf.AutoModelForCausalLM.from_config(kind(**{**settings, **own}))
+        made.append(model.double().train())
+    assert_same(both(*made, pair("llama_causal_lm")[2]))
+
+
+class Listing:
+    """A teacher that lists its likeliest columns."""
+
+    def __init__(self, model: Any, k: int) -> None:
+        self._whole, self._k = ModelTeacher(model), k
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def __call__(self, task: Any, batch: Any, needs: Needs) -> Signals:
+        said = self._whole(task, batch, Needs(logits=True)).predictions()
+        log_p = (said / needs.temperature).log_softmax(-1)
+        kept, ids = log_p.topk(self._k, -1)
+        tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+        return Signals(None, sparse=SparseRows(ids, kept, tail, needs.temperature))
+
+
+@pytest.mark.parametrize("name", ["t5_seq2seq", "bert_masked_lm"])
+def test_kinds_of_teacher(name: str) -> None:
+    student, teacher, batch = pair(name)
+    other = HEADS[name].make(3).double()
+    assert_same(both(student, Ensemble([teacher, other]), batch))
+    assert_same(both(student, MovingAverage(), batch, alpha=0.3))
+    for k in (5, VOCABULARY):
+        assert_same(both(student, Listing(teacher, k), batch, temperature=3.0))
+    with_hidden = [HiddenMatch([(0, 0)], weight=0.5)]
+    assert_same(both(student, teacher, batch, objectives=with_hidden))
+
+
+def test_the_base_of_adapters_teaches_with_the_student_s_own_head() -> None:
+    import peft
+
+    base = copy.deepcopy(pair("llama_causal_lm")[0])
+    student = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    assert_same(both(student.double().train(), AdaptersOff(), pair("llama_causal_lm")[2]))
+
+
+def test_a_teacher_s_nan_is_named() -> None:
+    student, teacher, batch = pair("bert_masked_lm")
+    broken = copy.deepcopy(teacher)
+    with torch.no_grad():
+        broken.cls.predictions.bias[3] = torch.nan
+    with pytest.raises(TeacherError, match="the teacher's logits hold nan in example 0"):
+        Distiller(student, broken, materialize_logits=False)(student, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("whisper_seq2seq", ACCUMULATED),
+        ("gpt2_causal_lm", {"alpha_schedule": "linear", "alpha_end": 0.1, **ACCUMULATED}),
+        (
+            "bert_masked_lm",
+            {"label_smoothing_factor": 0.1, "max_grad_norm": 0.5, "optim": "adamw_torch", "learning_rate": 0.01},
+        ),
+    ],
+)
+def test_twenty_steps_of_training(tmp_path, name: str, settings: dict[str, Any]) -> None:
+    head, found = HEADS[name], []
+    for materialize in (True, False):
+        student, teacher = head.make(1).double(), head.make(2).double()
+        args = arguments(
+            tmp_path,
+            materialize_logits=materialize,
+            max_steps=20,
+            logging_steps=1,
+            **{"learning_rate": 0.05, **settings},
+        )
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=head.examples(12),
+            data_collator=lambda examples: in_double(head, examples),
+        )
+        trainer.train()
+        curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((curve, weights(student), trainer.evaluate(head.examples(4))["eval_loss"]))
+    (curve, expected, evaluated), (other, reached, again) = found
+    assert len(curve) == 20 and other == pytest.approx(curve, rel=1e-5) and again == pytest.approx(evaluated, rel=1e-6)
+    for key, value in expected.items():
+        torch.testing.assert_close(reached[key], value, rtol=1e-5, atol=1e-6)
