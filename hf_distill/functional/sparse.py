@@ -7,6 +7,8 @@ expectation. Axes: n rows, v columns, k listed columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,8 @@ def bucketed(rows: Tensor, ids: Tensor) -> Tensor:
     >>> [round(p, 4) for p in bucketed(rows, torch.tensor([[3, 1]])).exp()[0].tolist()]
     [0.4, 0.2, 0.4]
     """
-    rows = in_full_precision(rows)
-    none = ids < 0
-    known = rows.gather(-1, ids.clamp(min=0)).masked_fill(none, -torch.inf)
-    # An id of -1 marks a column that does not exist, so that no real one is taken out of the tail for it.
-    width = rows.shape[-1]
-    in_tail = torch.ones(*rows.shape[:-1], width + 1, dtype=torch.bool, device=rows.device)
-    in_tail = in_tail.scatter(-1, ids.masked_fill(none, width), False)[..., :width] & (rows > -torch.inf)
-    tail = rows.masked_fill(~in_tail, BLOCKED).logsumexp(-1)  # finite, or an empty tail would make gradients NaN
-    tail = torch.where(in_tail.any(-1), tail, -torch.inf)
-    return torch.cat((known, tail[..., None]), -1)
+    known, rest = _Listed.apply(in_full_precision(rows), ids, True)
+    return torch.cat((known, rest[..., None]), -1)
 
 
 def outcomes(log_probabilities: Tensor, log_tail: Tensor) -> Tensor:
@@ -76,10 +70,39 @@ def sampled_forward_kl(rows: Tensor, ids: Tensor, log_probabilities: Tensor, wei
     >>> round(value.item(), 4)
     0.1234
     """
-    rows = in_full_precision(rows)
-    known = rows.gather(-1, ids.clamp(min=0))
-    listed = (ids >= 0) & (known > -torch.inf)
-    known = torch.where(listed, known, 0.0)
-    difference = torch.where(listed, in_full_precision(log_probabilities), 0.0) - known
-    weights = torch.where(listed, in_full_precision(weights), 0.0)
-    return (weights * (difference + rows.logsumexp(-1, keepdim=True))).sum(-1)
+    known, total = _Listed.apply(in_full_precision(rows), ids, False)
+    listed = known > -torch.inf
+    difference = torch.where(listed, in_full_precision(log_probabilities) - known, 0.0)
+    return (torch.where(listed, in_full_precision(weights), 0.0) * (difference + total[..., None])).sum(-1)
+
+
+class _Listed(torch.autograd.Function):
+    """Listed columns `[n k]` (-inf where none is), and log of the sum of exp over the others, or over all, `[n]`.
+
+    By itself because torch would write the gradient of a row five times: here it is written once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, others: bool) -> tuple[Tensor, Tensor]:
+        none = ids < 0
+        known = rows.gather(-1, ids.clamp(min=0)).masked_fill(none, -torch.inf)
+        summed = rows
+        if others:  # with one column more, which stands for none
+            width = rows.shape[-1]
+            summed = rows.new_full((*rows.shape[:-1], width + 1), BLOCKED)
+            summed[..., :width] = rows
+            summed.scatter_(-1, ids.masked_fill(none, width), BLOCKED)
+        total = summed.logsumexp(-1)
+        empty = total <= BLOCKED / 2  # no column is left that the row can predict
+        ctx.others = others
+        ctx.save_for_backward(summed, ids, known, total, empty)
+        return known, total.masked_fill(empty, -torch.inf)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_known: Tensor, of_total: Tensor) -> tuple[Tensor, None, None]:
+        summed, ids, known, total, empty = ctx.saved_tensors
+        gradient = (summed - total[..., None]).exp_().mul_(of_total.masked_fill(empty, 0.0)[..., None])
+        of_known = of_known.masked_fill(known == -torch.inf, 0.0)
+        gradient = gradient.scatter_add_(-1, ids.clamp(min=0), of_known)
+        return gradient[..., : summed.shape[-1] - 1] if ctx.others else gradient, None, None
