@@ -1,7 +1,7 @@
 """Who speaks: anything that turns a batch into signals without gradient."""
 
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.cached import CachedTeacher, Dense, TeacherCache, TopK
+from hf_distill.teachers.cached import CachedTeacher, Dense, Hybrid, Sampled, TeacherCache, TopK
 from hf_distill.teachers.ensemble import Ensemble
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.make import as_teacher
@@ -17,10 +17,12 @@ __all__ = [
     "CachedTeacher",
     "Dense",
     "Ensemble",
+    "Hybrid",
     "ModelTeacher",
     "MovingAverage",
     "Peer",
     "QuantisedTeacher",
+    "Sampled",
     "SecondPass",
     "ServedTeacher",
     "Snapshot",
