@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_distill.hub import sections
 from hf_distill.hub.markdown import escape
 from hf_distill.hub.metadata import metadata
-from hf_distill.hub.papers import DIVERGENCES, HINTON, OBJECTIVES, Paper
+from hf_distill.hub.papers import DIVERGENCES, HINTON, OBJECTIVES, TEACHERS, Paper
 from hf_distill.hub.use import program
 from hf_distill.run_facts import RunFacts, without_paths
 
@@ -58,11 +58,10 @@ def render_card(facts: RunFacts) -> str:
 
 
 def _papers(facts: RunFacts) -> list[Paper]:
-    if not facts.teachers:
-        return []
-    known = DIVERGENCES.get(facts.divergence or "")
+    known = DIVERGENCES.get(facts.divergence or "") if facts.teachers else None
     matched = [OBJECTIVES.get(text.partition("(")[0]) for text in facts.objective_settings.values()]
-    found = [HINTON, None if known is None else known.paper, *matched]
+    teachers = [TEACHERS.get(teacher.class_name or "") for teacher in facts.teachers]
+    found = [HINTON if facts.teachers else None, None if known is None else known.paper, *teachers, *matched]
     return list(dict.fromkeys(paper for paper in found if paper is not None))
 
 

@@ -184,6 +184,57 @@ _UNIVERSAL = Paper(
     "https://arxiv.org/abs/2402.12030",
 )
 
+_BE_YOUR_OWN_TEACHER = Paper(
+    "zhang2019byot",
+    "Zhang, Linfeng and Song, Jiebo and Gao, Anni and Chen, Jingwei and Bao, Chenglong and Ma, Kaisheng",
+    "Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self Distillation",
+    "ICCV 2019, arXiv:1905.08094",
+    2019,
+    "https://arxiv.org/abs/1905.08094",
+)
+_MEAN_TEACHER = Paper(
+    "tarvainen2017meanteacher",
+    "Tarvainen, Antti and Valpola, Harri",
+    "Mean teachers are better role models: Weight-averaged consistency targets improve semi-supervised deep learning "
+    "results",
+    "NeurIPS 2017, arXiv:1703.01780",
+    2017,
+    "https://arxiv.org/abs/1703.01780",
+)
+_TEMPORAL = Paper(
+    "laine2017temporal",
+    "Laine, Samuli and Aila, Timo",
+    "Temporal Ensembling for Semi-Supervised Learning",
+    "ICLR 2017, arXiv:1610.02242",
+    2017,
+    "https://arxiv.org/abs/1610.02242",
+)
+_SNAPSHOT = Paper(
+    "yang2019snapshot",
+    "Yang, Chenglin and Xie, Lingxi and Su, Chi and Yuille, Alan L.",
+    "Snapshot Distillation: Teacher-Student Optimization in One Generation",
+    "CVPR 2019, arXiv:1812.00123",
+    2019,
+    "https://arxiv.org/abs/1812.00123",
+)
+_MUTUAL = Paper(
+    "zhang2018mutual",
+    "Zhang, Ying and Xiang, Tao and Hospedales, Timothy M. and Lu, Huchuan",
+    "Deep Mutual Learning",
+    "CVPR 2018, arXiv:1706.00384",
+    2018,
+    "https://arxiv.org/abs/1706.00384",
+)
+
+# By the class of a teacher that is a method of its own.
+TEACHERS: dict[str, Paper] = {
+    "MovingAverage": _MEAN_TEACHER,
+    "Peer": _MUTUAL,
+    "SecondPass": _R_DROP,
+    "Snapshot": _SNAPSHOT,
+    "TemporalEnsemble": _TEMPORAL,
+}
+
 # By the class of an objective, as its settings begin.
 OBJECTIVES: dict[str, Paper] = {
     "HiddenMatch": _FITNETS,
@@ -191,5 +242,6 @@ OBJECTIVES: dict[str, Paper] = {
     "AttentionMatch": _TINYBERT,
     "RelationMatch": _MINILMV2,
     "SimilarityMatch": _SIMILARITY,
+    "ExitMatch": _BE_YOUR_OWN_TEACHER,
     "UniversalLogitMatch": _UNIVERSAL,
 }

@@ -114,7 +114,7 @@ def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
 
 def loss(facts: RunFacts) -> str:
     """The loss in symbols, its numbers, and the divergence in one line."""
-    if not facts.teachers:
+    if not facts.teachers and not facts.objective_settings:
         return "The student's own loss on the labels: no teacher took part."
     lines = ["```text", f"loss = {_formula(facts)}", *_numbers(facts), "```"]
     if facts.objectives:

@@ -2,6 +2,7 @@
 
 from hf_distill.objectives.attention import AttentionMatch
 from hf_distill.objectives.base import Objective
+from hf_distill.objectives.exits import ExitMatch
 from hf_distill.objectives.hidden import CosineEmbedding, HiddenMatch
 from hf_distill.objectives.labels import LabelsTerm
 from hf_distill.objectives.logits import LogitsMatch
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "attention": AttentionMatch,
     "relations": RelationMatch,
     "similarity": SimilarityMatch,
+    "exits": ExitMatch,
     "universal_logit": UniversalLogitMatch,
 }
 
@@ -23,6 +25,7 @@ __all__ = [
     "OBJECTIVES",
     "AttentionMatch",
     "CosineEmbedding",
+    "ExitMatch",
     "HiddenMatch",
     "LabelsTerm",
     "LogitsMatch",

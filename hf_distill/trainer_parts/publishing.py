@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
 from hf_distill.arguments import setting
+from hf_distill.blend import needs_teacher
 from hf_distill.functional import PROPERTIES
 from hf_distill.run_facts import (
     ModelFacts,
@@ -98,8 +99,10 @@ class PublishingMixin:
         divergence = match.name_for(task)
         _, properties = match.divergence_for(task)
         blending = self.distiller.blending
-        asked = blending.ever_active() if self.distiller.teacher is not None else []
-        has_teacher, compares = bool(asked), "logits" in asked
+        has_teacher = self.distiller.teacher is not None
+        asked = [n for n in blending.ever_active() if has_teacher or not needs_teacher(blending.objectives[n])]
+        has_teacher = has_teacher and any(needs_teacher(blending.objectives[n]) for n in asked)
+        compares = "logits" in asked
         trained_on = tuple(
             fact
             for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(self.train_dataset)])

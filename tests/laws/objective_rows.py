@@ -145,6 +145,9 @@ OBJECTIVE_ROWS: dict[str, ObjectiveRow] = {
         couples_examples="each example is compared with the others of its micro-batch; the update is the mean over "
         "micro-batches, weighted by their examples",
     ),
+    "exits": ObjectiveRow(
+        tested_elsewhere="tests/objectives/test_exits.py: it has no teacher, and heads for classes alone"
+    ),
     "universal_logit": ObjectiveRow(
         tested_elsewhere="tests/objectives/test_universal_logit.py: it compares predictions, with a teacher that reads "
         "other inputs"

@@ -1,0 +1,223 @@
+"""Deeper teaches shallower: exits from chosen blocks learn from the student's own last prediction, and from labels.
+
+No teacher takes part. Heads for classes alone: one a sequence, an image or a sound, or one a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.functional import forward_kl
+from hf_distill.functional.rows import in_full_precision
+from hf_distill.inside.positions import Positions
+from hf_distill.inside.recorder import Inside
+from hf_distill.loss_sum import LossSum
+from hf_distill.objectives.matching import Kept, checked_weight
+from hf_distill.schedules import Schedule, checked_schedule
+from hf_distill.signals import HIDDEN, Needs, Read, Signals
+from hf_distill.tasks import Batch, Task
+
+KINDS = ("classification", "token_classification")
+POOLING = ("mean", "first", "last")
+
+
+class ExitHead(nn.Module):
+    """What an exit says of a hidden state: `[n d]` → features `[n d]` and logits `[n v]`."""
+
+    def __init__(self, width: int, columns: int) -> None:
+        super().__init__()
+        self.features = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, columns)
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(rows.to(self.features.weight.dtype))
+        return features, self.classifier(features.tanh())
+
+
+class ExitMatch:
+    """Exits of some blocks learn from the student's last prediction and from the labels: be your own teacher.
+
+    Zhang et al. 2019 (Be Your Own Teacher, section 3): the sum over exits of
+    `(1 - alpha) · labels + alpha · T² · KL(last ‖ exit) + feature_weight · ‖features of the exit − last features‖²`.
+    The last prediction and features are the teacher and get no gradient from here; the last head learns from the
+    labels' term of the blend (alpha=0 there, and no `teacher_model`, is the paper's method). Each exit has a head of
+    its own: a linear bottleneck to the last block's width, whose output is its features, tanh, a linear classifier.
+
+    The heads are trained with the student and are no part of it: they are in `distiller.learned`, beside each
+    checkpoint, and not in what is exported. `distiller.learned.save(folder)` keeps them; `predictions` is what they
+    say.
+
+    Args:
+        exits: blocks of the student, from 0; negative ones count from the end. Not the last one.
+        alpha: weight of the last prediction in an exit's loss, in [0, 1]; 1 - alpha is that of the labels.
+        temperature: above 0; softens the KL alone. These two, and 0.03 for the features, are those of the paper's code.
+        feature_weight: of the features; 0: they are left alone.
+        pooling: "mean", "first" or "last" of the positions that are real, where an example has one row.
+        weight: of the term in the loss, beside alpha.
+        side, name, student_stack: as `HiddenMatch`.
+
+    Raises:
+        SettingError: another kind of head; no such block, or the last one; a setting that cannot be.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification as Bert
+    >>> from hf_distill import Distiller
+    >>> student = Bert(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=3, num_attention_heads=1))
+    >>> distiller = Distiller(student, alpha=0.0, objectives=ExitMatch([0, 1]))
+    >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
+    >>> sorted(distiller(student, batch).terms)
+    ['exits', 'labels']
+    """
+
+    needs_teacher = False
+    needs_same_inputs = False
+    couples_examples = False
+    teacher_needs = Needs()
+
+    def __init__(
+        self,
+        exits: Sequence[int],
+        *,
+        alpha: float = 0.3,
+        temperature: float = 3.0,
+        feature_weight: float = 0.0,
+        pooling: str = "mean",
+        weight: float | Schedule = 1.0,
+        side: str | None = None,
+        name: str = "exits",
+        student_stack: str | None = None,
+    ) -> None:
+        if not exits or not all(type(one) is int for one in exits):
+            raise SettingError(f"ExitMatch: exits={exits!r}: give a list of blocks by number, such as [2, 5].")
+        if pooling not in POOLING:
+            raise SettingError(f"ExitMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+        if isinstance(feature_weight, bool) or not 0 <= feature_weight < float("inf"):
+            raise SettingError(f"ExitMatch: feature_weight={feature_weight!r}: must be at least 0 and finite.")
+        self.exits, self.pooling, self.name = tuple(exits), pooling, name
+        self.alpha = checked_schedule("alpha", alpha)(0.0)
+        self.temperature = checked_schedule("temperature", temperature)(0.0)
+        self.feature_weight = feature_weight
+        self.weight = checked_weight("ExitMatch", weight)
+        self.side, self.stack = side, student_stack
+        self.needs = Needs()
+        self.learned: nn.Module | None = None
+        self._heads: dict[int, ExitHead] = {}
+
+    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+        """Find the blocks and make the heads."""
+        if task.kind not in KINDS:
+            raise SettingError(
+                f"ExitMatch makes heads for {' and '.join(KINDS)}; this student's is for {task.kind}. Use "
+                "MovingAverage or Snapshot, which teach any head."
+            )
+        blocks = student.blocks(self.side, self.stack)
+        self._last = blocks.length - 1
+        chosen = [one + blocks.length if one < 0 else one for one in self.exits]
+        if len(set(chosen)) < len(chosen) or not all(0 <= one < self._last for one in chosen):
+            raise SettingError(
+                f"ExitMatch: exits={list(self.exits)} of a student with {blocks.length} blocks: each must be one of "
+                f"0 … {self._last - 1}, once. The last block is the teacher."
+            )
+        if blocks.width is None:
+            raise SettingError(
+                "ExitMatch: no config tells how wide the hidden states are. Set hidden_size in the config."
+            )
+        self._positions = Positions(model, task, of_decoder=blocks.of_decoder)
+        read = [*chosen, self._last] if self.feature_weight else chosen
+        self.needs = Needs(logits=True, reads=frozenset(self._read(layer) for layer in read))
+        one = next(model.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._heads = {layer: ExitHead(blocks.width, model.config.num_labels) for layer in chosen}
+        made = nn.ModuleDict({str(layer): head for layer, head in self._heads.items()})
+        precision = torch.float64 if one.dtype == torch.float64 else torch.float32
+        self.learned = made.to(device=one.device, dtype=precision)
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        if self.alpha < 1:
+            task.require_labels(batch)
+        if task.kind == "classification":
+            self._positions.refuse_packed(batch, "ExitMatch")
+        return task.count(batch)
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        logits = student.predictions()
+        with torch.autocast(logits.device.type, enabled=False):  # of a loop around it: products would be halves
+            last = _kept(task, task.select(in_full_precision(logits.detach()), batch), batch)
+            # With a graph to the last head, though not a gradient, so that DDP does not wait for one.
+            total = logits.flatten()[:0].sum().to(last.dtype)
+            aim = self._rows(student, self._last, task, batch).detach() if self.feature_weight else None
+            for layer, (features, said) in self._said(student, task, batch).items():
+                if said.shape != last.shape:
+                    raise DataError(
+                        f"exit {layer} gives {list(said.shape)} [rows, columns], the student's head "
+                        f"{list(last.shape)}. Every example needs a position that is not masked."
+                    )
+                t = self.temperature
+                total = total + self.alpha * t**2 * forward_kl(said / t, last / t).sum()
+                if self.alpha < 1:
+                    total = total + (1 - self.alpha) * _of_labels(said, task, batch)
+                if aim is not None:
+                    total = total + self.feature_weight * (features - aim.to(features.dtype)).square().sum()
+        return LossSum(total, task.count(batch).to(total.device))
+
+    @torch.no_grad()
+    def predictions(self, student: Signals, task: Task, batch: Batch) -> dict[int, Tensor]:
+        """Block → `[m v]`: what its exit says of each row that counts.
+
+        Args:
+            student: from `Distiller.student_signals`, with `inside=` from `Distiller.reading`.
+        """
+        return {layer: said for layer, (_, said) in self._said(student, task, batch).items()}
+
+    def _said(self, student: Signals, task: Task, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each exit, features `[m d]` and rows of logits as the task reads them."""
+        found = {}
+        for layer, head in self._heads.items():
+            features, logits = head(self._rows(student, layer, task, batch))
+            several = task.kind == "classification" and task.is_multi_label(batch)  # type: ignore[attr-defined]  # such a task can tell
+            if several:
+                logits = torch.stack((logits, torch.zeros_like(logits)), -1).flatten(0, 1)
+            found[layer] = features, logits
+        return found
+
+    def _rows(self, student: Signals, layer: int, task: Task, batch: Batch) -> Tensor:
+        """`[m d]` hidden states: of each row that counts, or pooled."""
+        x = in_full_precision(student.inside[self._read(layer)])
+        if task.kind == "token_classification":
+            return _kept(task, task.select(x, batch), batch)
+        return Kept(self._positions.keep(batch), None).pooled(x, self.pooling)
+
+    def _read(self, layer: int) -> Read:
+        return Read(HIDDEN, layer, self.side, self.stack)
+
+    def __repr__(self) -> str:
+        """As it was made, for logs and cards."""
+        features = f", feature_weight={self.feature_weight:g}" if self.feature_weight else ""
+        return (
+            f"ExitMatch(exits {', '.join(map(str, self._heads or self.exits))}, alpha={self.alpha:g}, "
+            f"temperature={self.temperature:g}{features}, pooling={self.pooling!r})"
+        )
+
+
+def _kept(task: Task, rows: Tensor, batch: Batch) -> Tensor:
+    kept = task.kept_rows(batch)
+    return rows if kept is None else rows.index_select(0, kept)
+
+
+def _of_labels(said: Tensor, task: Task, batch: Batch) -> Tensor:
+    """Scalar: the cross-entropy summed over the rows that have a label; of several labels at once, Bernoulli."""
+    target = task.targets(batch)
+    if target is None:
+        wanted = batch["labels"].flatten().to(said.dtype)
+        return F.binary_cross_entropy_with_logits(said[:, 0] - said[:, 1], wanted, reduction="sum")
+    kept = task.kept_rows(batch)
+    target = target if kept is None else target.index_select(0, kept)
+    return F.cross_entropy(said, target, ignore_index=-100, reduction="sum")
