@@ -120,7 +120,9 @@ class OneBatch:
             SettingError: they must be, and `materialize_logits` is False.
         """
         batch = self.prepare(batch)
-        forward = self._without_logits.forward(self, batch, counts, progress, smoothing=smoothing, own_loss=own_loss)
+        forward = self._without_logits.forward(
+            self, student, batch, counts, progress, smoothing=smoothing, own_loss=own_loss
+        )
         if forward is None:
             return None
         with self.reading(progress) as inside, forward.taking_over():

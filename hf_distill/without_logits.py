@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_distill.blend import LABELS, LOGITS, Blend, Made
@@ -64,11 +64,19 @@ class WithoutLogits:
         self._tried, self._is_tried = None, False
 
     def forward(
-        self, distiller: Any, batch: Batch, counts: Counts, progress: float, *, smoothing: float, own_loss: bool
+        self,
+        distiller: Any,
+        student: nn.Module,
+        batch: Batch,
+        counts: Counts,
+        progress: float,
+        *,
+        smoothing: float,
+        own_loss: bool,
     ) -> Forward | None:
         """What makes the terms of this micro-batch within the student's forward; None: whole logits are needed.
 
-        Args: own_loss: the labels' term is not the head's, but a function of the user's.
+        Args: student: as the loop calls it. own_loss: the labels' term is not the head's, but a function of the user's.
 
         Raises:
             SettingError: they are needed, and `materialize_logits` is False.
@@ -82,7 +90,7 @@ class WithoutLogits:
             why = "the teacher learns from the student's logits"
         if why is None and not self._is_tried:
             inputs = distiller.uncached(distiller.student_inputs(batch, labels=False))
-            why = self._try_out(task, batch, inputs, with_labels=blending.uses_labels())
+            why = self._try_out(student, task, batch, inputs, with_labels=blending.uses_labels())
         if why is not None:
             self._refuse(why)
             return None
@@ -121,12 +129,14 @@ class WithoutLogits:
             return "columns of the two vocabularies are paired one by one"
         return self.head.refusal or self._tried
 
-    def _try_out(self, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool) -> str | None:
+    def _try_out(
+        self, student: nn.Module, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool
+    ) -> str | None:
         """Once: whether the student's own forward makes the same logits and loss; or why it cannot be taken over."""
         self._is_tried = True
         inputs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
         labelled = {name: batch[name] for name in LABEL_NAMES if with_labels and batch.get(name) is not None}
-        found = self.head.trial(inputs, labelled)
+        found = self.head.trial(inputs, labelled, wrapped=student)
         if isinstance(found, Trial) and not found.loss_is(_plain_loss(found, task)):
             found = "the model's own loss is more than the cross-entropy of its labels"
         if isinstance(found, str):

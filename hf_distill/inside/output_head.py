@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hf_distill.signals import Unmade
@@ -111,15 +111,19 @@ class OutputHead:
     # The trial.
 
     @torch.no_grad()
-    def trial(self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor]) -> Trial | str:
+    def trial(
+        self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor], *, wrapped: nn.Module | None = None
+    ) -> Trial | str:
         """Some positions of one example through the model as it is; or why its head cannot be taken over.
 
         Nothing of it depends on what the labels are: on several processes all try at the same step.
 
         Args:
             inputs: what the model is called with, without labels. labelled: labels `[b t]` that the model takes, by
-                name; others are made up in their place.
+                name; others are made up in their place. wrapped: the model as a loop calls it.
         """
+        # Under FSDP 1 weights are whole only within the wrapper's forward; elsewhere it would only add to the work.
+        model = wrapped if isinstance(wrapped, FullyShardedDataParallel) else self._model
         examples = batch_size(inputs)
         one = {name: x[:1] if isinstance(x, Tensor) and x.shape[:1] == (examples,) else x for name, x in inputs.items()}
         known = {}
@@ -139,7 +143,7 @@ class OutputHead:
         self._model.eval()
         self._module.forward = some
         try:
-            outputs = self._model(**one, **known)
+            outputs = model(**one, **known)
         finally:
             del self._module.forward
             for module, mode in modes:
