@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.functional.properties import DIVERGENCES, PROPERTIES
+from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
 
 IGNORED = -100  # the label of a row that has none
 
@@ -27,12 +28,14 @@ class Head:
         weight: `[v d]`. bias: `[v]`.
         logit_scale: a factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         softcap: the bound of Gemma 2 (Gemma Team 2024, section 2); None: logits are not bounded.
+        dtype: of the products, which rows and head are cast to; None: that of the rows, or of autocast where it is on.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
@@ -60,21 +63,24 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherSparse:
-    """k columns a row, and one bucket for all the others: the divergence is over k + 1 outcomes.
+    """k columns a row, and one bucket for all the others: the divergence is over k + 1 outcomes. Or weighted samples.
 
     A divergence of the coarser outcomes is never above that of all columns, and equal to it where k = v.
 
     Attributes:
-        ids: `[n k]` distinct columns of each row.
+        ids: `[n k]` distinct columns of each row; -1 where a row lists fewer.
         logits: `[n k]` logits, or log-probabilities at temperature 1, of these columns.
         tail: `[n]` log of the sum of exp(logit / T) over all other columns, at the temperature of the loss, where
             −inf says that there is no other column. None: `logits` are log-probabilities and the temperature is 1;
             what is left to 1 is the tail, but never less than 1e-7, which is what rounding leaves of 1 − Σ.
+        weights: `[n k]`, of samples: there is no bucket, and forward KL is Σ_k w_k (log p_k − log q_k) with q over all
+            columns (`sparse.sampled_forward_kl`) and log p_k = logits / T. No other divergence.
     """
 
     ids: Tensor
     logits: Tensor
     tail: Tensor | None = None
+    weights: Tensor | None = None
 
 
 FusedTeacher = TeacherHidden | TeacherLogits | TeacherSparse
@@ -158,6 +164,8 @@ def refuse_what_does_not_fit(
         of_rows = {"the teacher's ids": teacher.ids, "the teacher's sparse logits": teacher.logits}
         if teacher.ids.shape != teacher.logits.shape:
             raise DataError(f"sparse ids {list(teacher.ids.shape)} and logits {list(teacher.logits.shape)} differ.")
+        if teacher.weights is not None and teacher.weights.shape != teacher.ids.shape:
+            raise DataError(f"sparse ids {list(teacher.ids.shape)} and weights {list(teacher.weights.shape)} differ.")
     else:
         of_rows = {}
     vectors = {"row_weights": row_weights}
@@ -185,17 +193,28 @@ def _refuse_a_head_that_does_not_fit(whose: str, hidden: Tensor, head: Head) -> 
             f"the {whose}'s hidden rows are {list(hidden.shape)} and its head is {list(head.weight.shape)}: rows "
             f"[n {head.weight.shape[1]}] are needed. Flatten batch and time first."
         )
-    if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != head.weight.dtype:
+    cast = head.dtype is not None or torch.is_autocast_enabled(hidden.device.type)
+    if not cast and hidden.dtype != head.weight.dtype:
         raise DataError(
-            f"the {whose}'s hidden rows are {hidden.dtype} and its head is {head.weight.dtype}. Cast one of them, or "
-            "run under autocast."
+            f"the {whose}'s hidden rows are {hidden.dtype} and its head is {head.weight.dtype}. Cast one of them, "
+            "name the products' type in Head(dtype=...), or run under autocast."
         )
 
 
 def compared_columns(terms: Terms, student_width: int, teacher: FusedTeacher) -> int:
     """How many leading columns the divergence compares."""
     if isinstance(teacher, TeacherSparse):
-        if teacher.tail is None and terms.temperature != 1:
+        if teacher.weights is not None and terms.divergence not in ON_SAMPLES:
+            raise SettingError(
+                f"divergence={terms.divergence!r} of weighted samples: only {', '.join(ON_SAMPLES)} is linear in the "
+                "teacher's probabilities, so that samples do not bend it. Use it, or sparse targets without weights."
+            )
+        if teacher.weights is None and terms.divergence not in ON_OUTCOMES:
+            raise SettingError(
+                f"divergence={terms.divergence!r} of some columns and a bucket: it is no sum over outcomes. Use one of "
+                f"{', '.join(ON_OUTCOMES)}, or pass the teacher's whole logits."
+            )
+        if teacher.weights is None and teacher.tail is None and terms.temperature != 1:
             raise SettingError(
                 "sparse targets without a tail are log-probabilities at temperature 1; the temperature is "
                 f"{terms.temperature}. Pass tail=, the log of the sum of exp(logit / T) over all other columns: it "

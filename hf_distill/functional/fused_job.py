@@ -43,7 +43,7 @@ class Job:
         columns = v if teacher is None else compared_columns(terms, v, teacher)
         self.product = Product(
             head,
-            dtype=_product_dtype(hidden),
+            dtype=head.dtype or _product_dtype(hidden),
             columns=v if labels is not None else columns,
             temperature=self.temperature,
         )
@@ -51,7 +51,10 @@ class Job:
         softening = Softening(1 / self.temperature)
         if isinstance(teacher, TeacherHidden):
             self.of_teacher = Product(
-                teacher.head, dtype=_product_dtype(teacher.hidden), columns=columns, temperature=self.temperature
+                teacher.head,
+                dtype=teacher.head.dtype or _product_dtype(teacher.hidden),
+                columns=columns,
+                temperature=self.temperature,
             )
             softening = self.of_teacher.softening
         self._set_factors(terms, properties.temperature_power, row_weights, head.logit_scale)

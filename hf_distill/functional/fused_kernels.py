@@ -69,6 +69,14 @@ def reverse_kl(rows: Pair) -> Found:
     return Found((-mean - rows.shift)[:, 0], gradient, rows.p)
 
 
+def jeffreys(rows: Pair) -> Found:
+    """Σ p r − Σ q r, where the shift falls out; q − p and the gradient of reverse KL."""
+    mean = row_dot(rows.q, rows.difference)
+    value = row_dot(rows.p, rows.difference) - mean
+    slope = torch.sub(mean + 1, rows.difference, out=rows.difference)
+    return Found(value[:, 0], slope.mul_(rows.q).sub_(rows.p), rows.p)
+
+
 def jensen_shannon(rows: Pair, *, beta: float = 0.5) -> Found:
     """With e = log(m / q) = log(1 + β (eʳ − 1)): β Σ p (r − e) − (1 − β) Σ q e; h = −(1 − β) e."""
     if beta == 0.0:
@@ -111,5 +119,13 @@ def total_variation(rows: Pair) -> Found:
 
 KERNELS: Mapping[str, Callable[..., Found]] = {
     kernel.__name__: kernel
-    for kernel in (forward_kl, reverse_kl, jensen_shannon, skewed_forward_kl, skewed_reverse_kl, total_variation)
+    for kernel in (
+        forward_kl,
+        reverse_kl,
+        jeffreys,
+        jensen_shannon,
+        skewed_forward_kl,
+        skewed_reverse_kl,
+        total_variation,
+    )
 }

@@ -203,6 +203,11 @@ def _teacher_block(job: Job, theirs: Tensor | None, part: slice, whole: slice) -
     if isinstance(job.teacher, TeacherLogits):
         return job.teacher.logits[whole, : job.work.columns]
     if isinstance(job.teacher, TeacherSparse):
-        tail = job.teacher.tail
-        return TeacherSparse(job.teacher.ids[whole], job.teacher.logits[whole], None if tail is None else tail[whole])
+        tail, weights = job.teacher.tail, job.teacher.weights
+        return TeacherSparse(
+            job.teacher.ids[whole],
+            job.teacher.logits[whole],
+            None if tail is None else tail[whole],
+            None if weights is None else weights[whole],
+        )
     return None

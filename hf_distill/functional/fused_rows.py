@@ -118,19 +118,38 @@ def compare_plainly(
 def compare_sparsely(
     name: str, student: Tensor, teacher: TeacherSparse, settings: Mapping[str, Any], *, temperature: float
 ) -> Compared:
-    """The divergence of k columns and a bucket for the others; `student` is written over."""
-    full = full_precision_of(student)
-    theirs = teacher.logits.to(full) / temperature
-    tail = _tail_of(teacher, theirs).to(full)
-    ours = student.gather(1, teacher.ids)
-    others = student.scatter_(1, teacher.ids, -math.inf)
+    """The divergence of k columns and a bucket for the others, or of samples; `student` is written over."""
+    theirs = teacher.logits.to(full_precision_of(student)) / temperature
+    none = teacher.ids < 0
+    # Where a row lists fewer, a column is named twice: what is added there is 0.
+    ids = torch.where(none, teacher.ids.amax(-1, keepdim=True).clamp(min=0), teacher.ids)
+    ours = student.gather(1, ids).masked_fill(none, -math.inf)
+    if teacher.weights is not None:
+        return _of_samples(student, ids, ours, theirs, teacher.weights.to(theirs.dtype))
+    empty, first = none.all(-1), student[:, 0].clone()
+    others = student.scatter_(1, ids, -math.inf)
+    others[:, 0] = torch.where(empty, first, others[:, 0])
     ours_tail = others.logsumexp(-1)
+    theirs = theirs.masked_fill(none, -math.inf)
     few = compare_plainly(
-        name, torch.cat((ours, ours_tail[:, None]), 1), torch.cat((theirs, tail[:, None]), 1), settings, None
+        name,
+        torch.cat((ours, ours_tail[:, None]), 1),
+        torch.cat((theirs, _tail_of(teacher, theirs).to(theirs)[:, None]), 1),
+        settings,
+        None,
     )
     none_left = ours_tail == -math.inf  # k = v: no other column, nothing to spread the bucket's gradient over
     spread = others.sub_(ours_tail.masked_fill(none_left, 0.0)[:, None]).exp_().mul_(few.gradient[:, -1:])
-    return Compared(few.value, spread.scatter_(1, teacher.ids, few.gradient[:, :-1]))
+    return Compared(few.value, spread.scatter_add_(1, ids, few.gradient[:, :-1].masked_fill(none, 0.0)))
+
+
+def _of_samples(student: Tensor, ids: Tensor, ours: Tensor, theirs: Tensor, weights: Tensor) -> Compared:
+    """Σ_k w_k (log p_k − x_k) + Σ w · log Σ eˣ; of columns that the student blocks (−inf) nothing is asked."""
+    listed = ours > -math.inf
+    weights = weights.masked_fill(~listed, 0.0)
+    log_normaliser = softmax_(student)
+    value = (weights * torch.where(listed, theirs - ours + log_normaliser, 0.0)).sum(-1)
+    return Compared(value, student.mul_(weights.sum(-1, keepdim=True)).scatter_add_(1, ids, -weights))
 
 
 def _tail_of(teacher: TeacherSparse, softened: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hf_distill.functional.fused_linear import fused_linear_distillation
 ROWS, HEAD = torch.zeros(3, 4), Head(torch.zeros(5, 4))
 SAME = TeacherLogits(torch.zeros(3, 5))
 KNOWN = torch.tensor([0, 1, 2])
+SAMPLES = TeacherSparse(KNOWN[:, None], torch.zeros(3, 1), weights=torch.ones(3, 1))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,14 @@ def test_heads_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
             {"teacher": TeacherSparse(KNOWN[:, None], torch.zeros(3, 1)), "terms": Terms(temperature=2.0)},
             r"sparse targets without a tail are log-probabilities at temperature 1; the temperature is 2.0",
         ),
+        (
+            {"teacher": SAMPLES, "terms": Terms("reverse_kl")},
+            r"divergence='reverse_kl' of weighted samples: only forward_kl is linear",
+        ),
+        (
+            {"teacher": TeacherSparse(KNOWN[:, None], torch.zeros(3, 1)), "terms": Terms("decoupled")},
+            r"divergence='decoupled' of some columns and a bucket: it is no sum over outcomes. Use one of forward_kl",
+        ),
     ],
 )
 def test_settings_that_contradict(knobs: dict[str, Any], message: str) -> None:
@@ -80,6 +90,7 @@ def test_settings_that_contradict(knobs: dict[str, Any], message: str) -> None:
             r"logits are \[4, 5\]; the student has 3 rows, so \[3 columns\]",
         ),
         ({"teacher": TeacherSparse(KNOWN[:, None], torch.zeros(3, 2))}, r"ids \[3, 1\] and logits \[3, 2\] differ"),
+        ({"teacher": replace(SAMPLES, weights=torch.ones(3, 2))}, r"sparse ids \[3, 1\] and weights \[3, 2\] differ"),
         ({"row_weights": torch.ones(2)}, r"row_weights: shape \[2\]; one a row is needed, \[3\]"),
         ({"labels": torch.tensor([0, 1])}, r"labels: shape \[2\]; one a row is needed, \[3\]"),
         ({"labels": torch.tensor([0, 1, 5])}, r"label 5: the student's head has columns 0 to 4; -100 is none"),

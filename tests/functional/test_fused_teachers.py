@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from hf_distill.functional import DIVERGENCES, PROPERTIES
 from hf_distill.functional.fused_inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
 from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
 from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
-
-SOFTENED = [name for name in fusable() if PROPERTIES[name].softens]
 
 
 def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **knobs: Any) -> Any:
@@ -87,7 +86,7 @@ def coarse(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
-@pytest.mark.parametrize("name", SOFTENED)
+@pytest.mark.parametrize("name", ON_OUTCOMES)
 def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> None:
     """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
     case = given_logits(name, labels=False, bias=True, row_weights=True)
@@ -104,6 +103,60 @@ def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> 
     torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=1e-12)
     for mine, plain in zip(case.gradients(found.loss), case.gradients(loss), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*ON_OUTCOMES, "samples"])
+def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torch.dtype) -> None:
+    """L6: rows that list 3, 2, 1 and no columns, beside labels, at sizes that chunks do not divide."""
+    divergence = "forward_kl" if name == "samples" else name
+    case = setting(divergence, n=13, v=301, dtype=dtype, row_weights=True, bias=True)
+    t, full = case.terms.temperature, torch.float32 if dtype == torch.bfloat16 else dtype
+    teacher = case.teacher
+    assert isinstance(teacher, TeacherHidden)
+    log_p = (logits_of(teacher.hidden, teacher.head).to(full) / t).log_softmax(-1)
+    top = log_p.topk(3)
+    none = torch.arange(3) >= 3 - (torch.arange(13) % 4)[:, None]
+    ids, listed = top.indices.masked_fill(none, -1), top.values.masked_fill(none, -math.inf)
+    tail = torch.log1p(-listed.exp().sum(-1))
+    weights = None if name != "samples" else listed.exp() + 0.1 * ~none
+    case.teacher = TeacherSparse(ids, listed * t, tail, weights)
+    found = case.run(budget_bytes=5 * 301 * case.hidden.element_size())
+
+    student = logits_of(case.hidden, case.head).to(full)
+    of_labels = F.cross_entropy(student, case.labels.ids, reduction="none") * case.labels.weights
+    if weights is None:
+        rows = DIVERGENCES[divergence](bucketed(student / t, ids), outcomes(listed, tail))
+    else:
+        rows = sampled_forward_kl(student / t, ids, listed, weights)
+    power = t ** PROPERTIES[divergence].temperature_power
+    loss = 0.3 * of_labels.sum() + 0.7 * power * (rows * case.row_weights).sum()
+    close = {"rtol": 1e-9, "atol": 1e-11}
+    if dtype != torch.float64:
+        close = {"rtol": 1e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-3}
+    torch.testing.assert_close(found.loss, loss, rtol=min(close["rtol"], 1e-4), atol=0.0)
+    torch.testing.assert_close(found.divergence_rows, rows.detach(), **close)
+    for mine, plain in zip(case.gradients(found.loss), case.gradients(loss), strict=True):
+        torch.testing.assert_close(mine, plain, **close)
+
+
+def test_a_head_may_name_the_type_of_its_products() -> None:
+    """Under autocast, a teacher that stays in fp32; and a student's head in another type than its rows, without."""
+    case = setting(dtype=torch.float32, n=9, v=149, labels=False)
+    teacher = case.teacher
+    assert isinstance(teacher, TeacherHidden)
+    given = TeacherLogits(logits_of(teacher.hidden, teacher.head))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.teacher = replace(teacher, head=replace(teacher.head, dtype=torch.float32))
+        named = case.run().divergence_rows
+        case.teacher = given
+        torch.testing.assert_close(case.run().divergence_rows, named, rtol=1e-5, atol=1e-6)
+        case.teacher = teacher
+        assert (case.run().divergence_rows - named).abs().max() > 1e-4
+    case.hidden, case.head = case.hidden.detach().bfloat16().float(), Head(case.head.weight.detach())
+    rows = case.run().divergence_rows
+    case.hidden, case.head = case.hidden.bfloat16(), replace(case.head, dtype=torch.float32)
+    torch.testing.assert_close(case.run().divergence_rows, rows)
 
 
 def test_sparse_log_probabilities_bring_their_own_tail() -> None:
