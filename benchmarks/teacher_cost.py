@@ -2,9 +2,7 @@
 
 Time: collation (where the cache is looked up), forward passes, loss, backward and optimizer; one step a way in turns,
 so that a machine that is busy for a while slows all of them; processor time, on CUDA the wall clock. Weights are
-random: neither time nor bytes asks for better ones. The gradient's error is that of the divergence in the student's
-logits, against all columns, for a flat and a peaked teacher, and a student at its start and one near the teacher; that
-of what this library does not keep (top-k normalised anew, samples) is computed here from the formula.
+random: neither time nor bytes asks for better ones. The gradient's error stands in `gradient_error.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,15 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gradient_error import gradient_errors, plot
 from hf_distill import CachedTeacher, Distiller, TeacherCache
-from hf_distill.functional import forward_kl
-from hf_distill.functional.sparse import bucketed, outcomes
-from hf_distill.teachers import Dense, TopK
+from hf_distill.teachers import Dense, Hybrid, Sampled, TopK
 
 NO_TEACHER, CACHED, LIVE = "no teacher", "cached teacher", "live teacher"
-WAYS = (NO_TEACHER, CACHED, LIVE)
-FLAT, PEAKED = "flat teacher", "peaked teacher"
-K, SAMPLES = 64, 32
+# What is kept of a large vocabulary, and which of them are trained with.
+STORES = {"TopK(64)": TopK(64), "Sampled(32)": Sampled(32), "Hybrid(32, 32)": Hybrid(32, 32), "Dense()": Dense()}
+TRAINED = ("TopK(64)", "Sampled(32)")
+LOOK_UPS = 3  # of the whole cache
 Example = dict[str, Any]
 
 
@@ -99,8 +96,12 @@ def language_model(options: argparse.Namespace) -> Setting:
 
 
 def built(setting: Setting, folder: Path, store: Any, options: argparse.Namespace) -> tuple[CachedTeacher, float]:
-    """The cache, and the seconds that its pass took."""
-    began = clock(options.device)
+    """The cache, and the seconds of its pass: from the teacher's first answer that is kept, to the end.
+
+    Before the pass the teacher is asked a few times about the first batch, however many there are; that is left out.
+    """
+    asked: list[float] = []
+    hook = setting.teacher.register_forward_pre_hook(lambda *_: asked.append(clock(options.device)))
     cache = TeacherCache.build(
         setting.teacher,
         setting.examples,
@@ -110,27 +111,30 @@ def built(setting: Setting, folder: Path, store: Any, options: argparse.Namespac
         store=store,
         progress=False,
     )
-    return CachedTeacher(cache), clock(options.device) - began
+    ended = clock(options.device)
+    hook.remove()
+    return CachedTeacher(cache), ended - asked[-options.batches]
 
 
-def steps(setting: Setting, cached: CachedTeacher, options: argparse.Namespace) -> dict[str, list[float]]:
+def steps(setting: Setting, cached: dict[str, CachedTeacher], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each step of each way; the order within a round rotates, and the first round is not counted."""
     t = setting.temperature
     distillers = {
         NO_TEACHER: Distiller(setting.student, alpha=0.0, temperature=t),
-        CACHED: Distiller(setting.student, cached, alpha=0.5, temperature=t),
+        **{name: Distiller(setting.student, one, alpha=0.5, temperature=t) for name, one in cached.items()},
         LIVE: Distiller(setting.student, setting.teacher, alpha=0.5, temperature=t),
     }
-    collators = dict.fromkeys(WAYS, setting.collate) | {CACHED: cached.collator(setting.collate)}
+    ways = list(distillers)
+    collators = {name: one.collator(setting.collate) for name, one in cached.items()}
     setting.student.to(options.device), setting.teacher.to(options.device)
     optimizer = torch.optim.SGD(setting.student.parameters(), lr=1e-4)
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.rounds + 1):
         at = options.batch * (turn % options.batches)
-        for place in range(len(WAYS)):
-            name = WAYS[(turn + place) % len(WAYS)]
+        for place in range(len(ways)):
+            name = ways[(turn + place) % len(ways)]
             began = clock(options.device)
-            batch = collators[name](setting.examples[at : at + options.batch])
+            batch = collators.get(name, setting.collate)(setting.examples[at : at + options.batch])
             moved = {key: value.to(options.device) for key, value in batch.items()}
             optimizer.zero_grad()
             distillers[name](setting.student, moved).loss.backward()
@@ -141,7 +145,7 @@ def steps(setting: Setting, cached: CachedTeacher, options: argparse.Namespace) 
 
 
 def build_costs(setting: Setting, folder: Path, store: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of the pass and of the teacher's forward alone, of a look-up, and bytes a token."""
+    """Tokens a second of the pass, of the teacher's forward alone and of a look-up; bytes a token."""
     cached, seconds = built(setting, folder, store, options)
     batches = [
         setting.collate(setting.examples[at : at + options.batch])
@@ -154,57 +158,16 @@ def build_costs(setting: Setting, folder: Path, store: Any, options: argparse.Na
             setting.teacher(**{k: v.to(options.device) for k, v in batch.items() if k != "labels"})
     alone = clock(options.device) - began
     began = clock("cpu")
-    for batch in batches:
+    for batch in batches * LOOK_UPS:
         cached.cache.look_up(batch)
-    read = clock("cpu") - began
+    read = (clock("cpu") - began) / LOOK_UPS
     return {
-        "store": cached.cache.store.name,
         "bytes_a_token": cached.cache.bytes / tokens,
         "build_tokens_a_second": tokens / seconds,
         "forward_tokens_a_second": tokens / alone,
         "look_up_tokens_a_second": tokens / read,
         "cached": cached,
     }
-
-
-def gradient_errors(vocabulary: int, rows: int = 64) -> dict[str, dict[str, float]]:
-    """By teacher, and by way to keep less: ‖gradient - that of all columns‖ / ‖that of all columns‖."""
-    found = {}
-    for name, scale in ((FLAT, 1.0), (PEAKED, 4.0)):
-        torch.manual_seed(0)
-        teacher, noise = scale * torch.randn(rows, vocabulary), torch.randn(rows, vocabulary)
-        found[f"{name}, student at its start"] = _errors(0.1 * noise, teacher)
-        found[f"{name}, student near it"] = _errors(teacher + 0.5 * noise, teacher)
-    return found
-
-
-def _errors(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    log_p = teacher.log_softmax(-1)
-    kept, ids = log_p.topk(K, -1)
-    theirs = outcomes(kept, log_p.scatter(-1, ids, -torch.inf).logsumexp(-1))
-    drawn = torch.multinomial(log_p.exp(), SAMPLES, replacement=True)
-    targets = {
-        f"top {K} normalised anew": torch.zeros_like(log_p).scatter(-1, ids, kept.softmax(-1)),
-        f"{SAMPLES} unbiased samples, one draw": torch.zeros_like(log_p).scatter_add(
-            -1, drawn, torch.full(drawn.shape, 1 / SAMPLES)
-        ),
-    }
-    whole = _gradient(student, lambda q: forward_kl(q, teacher))
-    found = {f"top {K} and the rest as one": _gradient(student, lambda q: forward_kl(bucketed(q, ids), theirs))}
-    for way, target in targets.items():
-        found[way] = _gradient(student, partial(_cross_entropy, target))
-    return {way: ((gradient - whole).norm() / whole.norm()).item() for way, gradient in found.items()}
-
-
-def _cross_entropy(target: Tensor, student: Tensor) -> Tensor:
-    return -(target * student.log_softmax(-1)).sum(-1)
-
-
-def _gradient(student: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    rows = student.clone().requires_grad_()
-    loss(rows).sum().backward()
-    assert rows.grad is not None
-    return rows.grad
 
 
 def clock(device: str) -> float:
@@ -227,13 +190,13 @@ def table_of_steps(seconds: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-def table_of_stores(costs: list[dict[str, Any]]) -> list[str]:
+def table_of_stores(costs: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| store | bytes a token | build, tokens/s | teacher alone, tokens/s | look-up, tokens/s |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for one in costs:
+    for name, one in costs.items():
         speeds = (one["build_tokens_a_second"], one["forward_tokens_a_second"], one["look_up_tokens_a_second"])
         figures = " | ".join(f"{speed:,.0f}" for speed in speeds)
-        lines.append(f"| {one['store']} | {one['bytes_a_token']:,.0f} | {figures} |")
+        lines.append(f"| {name} | {one['bytes_a_token']:,.0f} | {figures} |")
     return lines
 
 
@@ -249,15 +212,15 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     with tempfile.TemporaryDirectory() as folder:
         setting = classifier(options)
         dense, _ = built(setting, Path(folder) / "classes", Dense(), options)
-        of_classes = steps(setting, dense, options)
+        of_classes = steps(setting, {CACHED: dense}, options)
         setting = language_model(options)
-        costs = [build_costs(setting, Path(folder) / s.name, s, options) for s in (TopK(K), Dense())]
-        of_tokens = steps(setting, costs[0].pop("cached"), options)
-        costs[1].pop("cached")
+        costs = {n: build_costs(setting, Path(folder) / store.name, store, options) for n, store in STORES.items()}
+        caches = {name: cost.pop("cached") for name, cost in costs.items()}
+        of_tokens = steps(setting, {f"cached, {name}": caches[name] for name in TRAINED}, options)
     errors = gradient_errors(options.vocabulary)
     found = {"classes": of_classes, "tokens": of_tokens, "stores": costs, "errors": errors}
     text = ["Sequence classification, dense float16:", "", *table_of_steps(of_classes), ""]
-    text += [f"Vocabulary of {options.vocabulary:,}, top {K} and the rest as one:", "", *table_of_steps(of_tokens), ""]
+    text += [f"Vocabulary of {options.vocabulary:,}:", "", *table_of_steps(of_tokens), ""]
     return found, "\n".join([*text, *table_of_stores(costs), "", *table_of_errors(errors)])
 
 
@@ -273,7 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="steps of each way that count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for all figures")
+    parser.add_argument("--plot", type=Path, help="a PNG of the gradient's error against bytes a token; nothing else")
     options = parser.parse_args(arguments)
+    if options.plot is not None:
+        plot(options.vocabulary, options.plot)
+        return
     load = os.getloadavg()[0]
     found, text = measure(options)
     print(f"{text}\n\nLoad of the machine: {load:.1f} before, {os.getloadavg()[0]:.1f} after.")
