@@ -17,6 +17,7 @@ from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import (
     AttentionMatch,
     CosineEmbedding,
+    ExitMatch,
     HiddenMatch,
     RelationMatch,
     SimilarityMatch,
@@ -25,7 +26,19 @@ from hf_distill.objectives import (
 from hf_distill.presets import Preset, Stage
 from hf_distill.stages import train_in_stages
 from hf_distill.tasks import Task
-from hf_distill.teachers import AdaptersOff, CachedTeacher, Ensemble, ModelTeacher, MovingAverage, Teacher, TeacherCache
+from hf_distill.teachers import (
+    AdaptersOff,
+    CachedTeacher,
+    Ensemble,
+    ModelTeacher,
+    MovingAverage,
+    Peer,
+    SecondPass,
+    Snapshot,
+    Teacher,
+    TeacherCache,
+    TemporalEnsemble,
+)
 from hf_distill.trainer import (
     DistillationMixin,
     DistillationTrainer,
@@ -49,6 +62,7 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "Ensemble",
+    "ExitMatch",
     "HfDistillError",
     "HiddenMatch",
     "LayerMap",
@@ -56,17 +70,21 @@ __all__ = [
     "MissingExtraError",
     "ModelTeacher",
     "MovingAverage",
+    "Peer",
     "Preset",
     "RelationMatch",
+    "SecondPass",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
     "SimilarityMatch",
+    "Snapshot",
     "Stage",
     "Task",
     "Teacher",
     "TeacherCache",
     "TeacherError",
+    "TemporalEnsemble",
     "UniversalLogitMatch",
     "train_in_stages",
 ]
