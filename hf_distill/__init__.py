@@ -17,7 +17,6 @@ from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import (
     AttentionMatch,
     CosineEmbedding,
-    ExitMatch,
     HiddenMatch,
     RelationMatch,
     SimilarityMatch,
@@ -26,19 +25,8 @@ from hf_distill.objectives import (
 from hf_distill.presets import Preset, Stage
 from hf_distill.stages import train_in_stages
 from hf_distill.tasks import Task
-from hf_distill.teachers import (
-    AdaptersOff,
-    CachedTeacher,
-    Ensemble,
-    ModelTeacher,
-    MovingAverage,
-    Peer,
-    SecondPass,
-    Snapshot,
-    Teacher,
-    TeacherCache,
-    TemporalEnsemble,
-)
+from hf_distill.teachers import AdaptersOff, CachedTeacher, Ensemble, ModelTeacher, MovingAverage, Teacher, TeacherCache
+from hf_distill.teachers.completions import generate_completions
 from hf_distill.trainer import (
     DistillationMixin,
     DistillationTrainer,
@@ -62,7 +50,6 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "Ensemble",
-    "ExitMatch",
     "HfDistillError",
     "HiddenMatch",
     "LayerMap",
@@ -70,21 +57,18 @@ __all__ = [
     "MissingExtraError",
     "ModelTeacher",
     "MovingAverage",
-    "Peer",
     "Preset",
     "RelationMatch",
-    "SecondPass",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
     "SimilarityMatch",
-    "Snapshot",
     "Stage",
     "Task",
     "Teacher",
     "TeacherCache",
     "TeacherError",
-    "TemporalEnsemble",
     "UniversalLogitMatch",
+    "generate_completions",
     "train_in_stages",
 ]

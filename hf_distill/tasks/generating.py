@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from hf_distill.errors import DataError, SettingError
+from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
 
 Tokens = list[int]
@@ -110,7 +111,7 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     return [until_end(row, end_tokens(settings)) for row in written[:, width:].tolist()]
 
 
-def answered(model: Any, inputs: Mapping[str, Tensor], settings: GenerationConfig) -> list[Tokens]:
+def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
     (Whisper's `generate` gives the text alone, without language, task and end tokens.)
@@ -121,6 +122,24 @@ def answered(model: Any, inputs: Mapping[str, Tensor], settings: GenerationConfi
     if unwrapped(model).main_input_name == "input_features":
         return [until_end(row, ends, padding=settings.pad_token_id) for row in written.tolist()]
     return [until_end(row, ends) for row in written[:, 1:].tolist()]
+
+
+def prompt_of(ids: Sequence[int], read: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> Tokens:
+    """The tokens of a text before the first one that is to be predicted; all of them, if none is.
+
+    The first token is predicted from nothing, so it is always of the prompt.
+
+    Args:
+        read: 0 for padding. labels: -100 for what is not to be predicted; None: nothing is.
+
+    >>> prompt_of([0, 5, 6, 7], [0, 1, 1, 1], [-100, -100, -100, 7])
+    [5, 6]
+    """
+    attended = [1] * len(ids) if read is None else read
+    wanted = [IGNORED] * len(ids) if labels is None else labels
+    real = [(int(token), label) for token, there, label in zip(ids, attended, wanted, strict=True) if there]
+    first = next((place for place, (_, label) in enumerate(real) if label != IGNORED and place > 0), len(real))
+    return [token for token, _ in real[:first]]
 
 
 def until_end(tokens: Sequence[int], ends: set[int], *, padding: int | None = None) -> Tokens:

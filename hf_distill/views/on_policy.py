@@ -14,7 +14,7 @@ from hf_distill.errors import DataError, SettingError
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
-from hf_distill.tasks.generating import answered, continued, drawn_from, generation_settings
+from hf_distill.tasks.generating import answered, continued, drawn_from, generation_settings, prompt_of
 from hf_distill.tasks.infer import unwrapped
 
 KINDS = ("causal_lm", "seq2seq")
@@ -156,20 +156,12 @@ class OnPolicy:
 
 
 def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Of each example the tokens before the first one that is to be predicted; all of them, if none is.
-
-    The first token of a text is predicted from nothing, so it is always of the prompt.
-    """
-    ids, mask, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
-    assert ids is not None
-    attended = torch.ones_like(ids) if mask is None else mask
-    counted = torch.zeros_like(ids) if labels is None else labels != IGNORED
-    prompts = []
-    for tokens, read, predicted in zip(ids.tolist(), attended.tolist(), counted.tolist(), strict=True):
-        real = [(token, wanted) for token, there, wanted in zip(tokens, read, predicted, strict=True) if there]
-        first = next((place for place, (_, wanted) in enumerate(real) if wanted and place > 0), len(real))
-        prompts.append([token for token, _ in real[:first]])
-    return prompts
+    """Of each example what comes before the first label that counts; all of it, if none does."""
+    ids = batch["input_ids"].tolist()
+    read, labels = (
+        [None] * len(ids) if batch.get(name) is None else batch[name].tolist() for name in ("attention_mask", "labels")
+    )
+    return [prompt_of(*one) for one in zip(ids, read, labels, strict=True)]
 
 
 def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:

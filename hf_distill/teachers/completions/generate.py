@@ -1,0 +1,201 @@
+"""generate_completions: a teacher answers the prompts of a dataset, once, before the training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from hf_distill.errors import SettingError
+from hf_distill.tasks.generating import answered, continued, drawn_from, end_tokens, generation_settings
+from hf_distill.teachers.cached import fingerprints
+from hf_distill.teachers.completions.prompts import Prompts
+from hf_distill.teachers.completions.shards import Folder, digest_of
+from hf_distill.teachers.fitting import tokenizer_of
+from hf_distill.teachers.load import find_tokenizer, load_teacher
+from hf_distill.teachers.model import ModelTeacher
+
+SPOKEN = ("language", "task")  # arguments of Whisper's `generate` itself
+
+
+def generate_completions(
+    teacher: Any,
+    dataset: Any,
+    path: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    max_new_tokens: int = 256,
+    do_sample: bool = False,
+    sampling_temperature: float = 1.0,
+    num_return_sequences: int = 1,
+    generation: Mapping[str, Any] | None = None,
+    prompt_column: str = "prompt",
+    batch_size: int = 8,
+    shard_examples: int = 512,
+    seed: int = 0,
+) -> datasets.Dataset:
+    """A dataset of what the teacher writes to each prompt, in the folder `path`; made again, it is opened.
+
+    Columns: `index` (of the prompt in `dataset`), `input_ids` and `labels` (-100 on the prompt), ready to train on,
+    `prompt` and `completion` as texts, and `finished` (the text came to its end). An encoder-decoder's labels are its
+    answer; of Whisper there are no `input_ids`: take the sounds of `dataset` by `index`. Killed at any moment, the same
+    call goes on with the shard it was at, to the same bytes. Several processes share the shards.
+
+    Kim and Rush 2016 (Sequence-Level Knowledge Distillation), section 3.2, with `generation={"num_beams": 5}`; their
+    interpolation with gold texts is not here. Pseudo-labels: Gandhi et al. 2023 (Distil-Whisper), without its filter.
+
+    Args:
+        teacher: a model that can generate, a folder or a Hub id. dataset: with `prompt_column` (texts, or messages for
+            the chat template), or `input_ids` (up to the first label that counts), or `input_features`.
+        processing_class: the teacher's tokenizer or processor; None: the one beside its weights.
+        max_new_tokens: the longest completion. do_sample: else the likeliest token at each step.
+        sampling_temperature: with do_sample, of all tokens, whatever the teacher's `generation_config` says.
+        num_return_sequences: for each prompt, one after the other.
+        generation: further settings by transformers' names (`num_beams`, `top_p`, Whisper's `language`); what is not
+            said is the teacher's own `generation_config`.
+        batch_size: prompts at once; rounding, and what is drawn, depend on it. shard_examples: prompts a file.
+
+    Raises:
+        SettingError, DataError: see the messages.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=9, eos_token_id=None, pad_token_id=0, **shape))
+    >>> prompts = datasets.Dataset.from_dict({"input_ids": [[1, 5], [1, 6, 7]]})
+    >>> generate_completions(teacher, prompts, tempfile.mkdtemp(), max_new_tokens=2)["labels"][0][:2]
+    [-100, -100]
+    """
+    sampling = max_new_tokens, do_sample, sampling_temperature, num_return_sequences
+    settings = _Settings(*sampling, dict(generation or {}), prompt_column, batch_size, shard_examples, seed)
+    _prepared(teacher, processing_class, dataset, Path(path), settings).run()
+    return datasets.load_from_disk(str(path))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """See `generate_completions`."""
+
+    max_new_tokens: int
+    do_sample: bool
+    sampling_temperature: float
+    num_return_sequences: int
+    generation: dict[str, Any]
+    prompt_column: str
+    batch_size: int
+    shard_examples: int
+    seed: int
+
+    def check(self) -> None:
+        for name in ("num_return_sequences", "batch_size", "shard_examples"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)}: at least 1.")
+        count = self.num_return_sequences
+        if count > max(1, self.generation.get("num_beams") or 1) and not self.do_sample:
+            raise SettingError(
+                f"num_return_sequences={count} of the likeliest text are the same text. Pass do_sample=True, or "
+                f"generation={{'num_beams': {count}}}."
+            )
+
+
+def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Settings) -> _Pass:
+    """Everything is checked; nothing is written."""
+    given.check()
+    model, processor = _loaded(teacher, processor)
+    spoken = {name: value for name, value in given.generation.items() if name in SPOKEN}
+    others = {name: value for name, value in given.generation.items() if name not in SPOKEN}
+    settings = generation_settings(
+        model,
+        max_new_tokens=given.max_new_tokens,
+        do_sample=given.do_sample,
+        sampling_temperature=given.sampling_temperature,
+        others={"num_return_sequences": given.num_return_sequences, **others},
+    )
+    prompts = Prompts(dataset, model, processor, given.prompt_column)
+    plan = {
+        "format": "hf-distill completions",
+        "version": 1,
+        "teacher": fingerprints.of_teacher(model),
+        "processor": fingerprints.of_processor(processor),
+        "generation": {k: value for k, value in settings.to_diff_dict().items() if k != "transformers_version"},
+        "spoken": spoken,
+        "column": prompts.column,
+        "seed": given.seed if given.do_sample else None,
+        "batch_size": given.batch_size,
+        "shard_examples": given.shard_examples,
+        "shard_count": -(-len(prompts) // given.shard_examples),
+        "examples": len(prompts),
+    }
+    return _Pass(model, prompts, settings, Folder(path, plan), given.seed)
+
+
+class _Pass:
+    """One process's part."""
+
+    def __init__(self, model: Any, prompts: Prompts, settings: GenerationConfig, folder: Folder, seed: int) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.settings = settings
+        self.folder = folder
+        self.seed = seed
+        self.state = PartialState()
+
+    def run(self) -> None:
+        plan, state = self.folder.plan, self.state
+        with state.main_process_first():
+            unfinished = self.folder.begin(is_main=state.is_main_process)
+        if not (getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)):
+            self.model.to(state.device)
+        for shard in range(state.process_index, plan["shard_count"], state.num_processes):
+            start = shard * plan["shard_examples"]
+            indices = range(start, min(start + plan["shard_examples"], plan["examples"]))
+            asked = [self.prompts[index] for index in indices]
+            digest = digest_of(asked)
+            if not self.folder.is_done(shard, digest):
+                self.folder.write(shard, self._written(shard, indices, asked), digest)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            self.folder.finish() if unfinished else self.folder.tidy()
+        state.wait_for_everyone()
+
+    def _written(self, shard: int, indices: range, asked: list[Any]) -> list[dict[str, Any]]:
+        """The rows of a shard; prompts of like length are asked together."""
+        size, each = self.folder.plan["batch_size"], self.settings.num_return_sequences or 1
+        order = sorted(range(len(asked)), key=lambda place: -len(asked[place]))
+        rows: list[list[dict[str, Any]]] = [[] for _ in asked]
+        for at in range(0, len(order), size):
+            places = order[at : at + size]
+            written = self._ask([asked[place] for place in places], shard, at)
+            for position, place in enumerate(places):
+                for tokens in written[position * each : (position + 1) * each]:
+                    row = self.prompts.row(asked[place], tokens, end_tokens(self.settings))
+                    rows[place].append({"index": indices[place], **row})
+        return [row for of_prompt in rows for row in of_prompt]
+
+    def _ask(self, prompts: list[Any], shard: int, at: int) -> list[list[int]]:
+        device = next(self.model.parameters()).device
+        with drawn_from(device, self.seed, shard, at):
+            if not self.prompts.answers:
+                return continued(self.model, prompts, self.settings)
+            padding = self.settings.pad_token_id
+            inputs = self.prompts.batch(prompts, padding=padding, device=device)
+            return answered(self.model, {**inputs, **self.folder.plan["spoken"]}, self.settings)
+
+
+def _loaded(teacher: Any, processor: Any) -> tuple[Any, Any]:
+    """The model, and its tokenizer where that is known."""
+    if isinstance(teacher, ModelTeacher):
+        return teacher.model, processor or tokenizer_of(teacher.model)
+    if isinstance(teacher, nn.Module):
+        return teacher, processor or tokenizer_of(teacher)
+    if isinstance(teacher, (str, os.PathLike)):
+        kind = "seq2seq" if AutoConfig.from_pretrained(teacher).is_encoder_decoder else "causal_lm"
+        return load_teacher(teacher, kind), processor or find_tokenizer(teacher)
+    raise SettingError(f"generate_completions asks a model, a folder or a Hub id, not a {type(teacher).__name__}.")

@@ -1,0 +1,189 @@
+"""generate_completions: texts by hand, every kind of prompt, killed and resumed to the same bytes, and trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from hf_distill import DataError, SettingError, generate_completions
+from hf_distill.teachers.completions.shards import Folder
+from tests.heads import HEADS
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import make
+from tests.views.test_on_policy import greedy
+
+LLAMA = HEADS["llama_causal_lm"]
+ANSWERED = datasets.Dataset.from_list(LLAMA.examples(7))  # prompts of unequal length, then gold labels
+SHORT = {"max_new_tokens": 5, "batch_size": 3, "shard_examples": 4}
+
+
+def prompt_of(example: dict[str, Any]) -> list[int]:
+    return [token for i, token in enumerate(example["input_ids"]) if i == 0 or not any(
+        label != -100 for label in example["labels"][1 : i + 1]
+    )]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_it_is_what_the_teacher_writes_and_ready_to_train_on(tmp_path) -> None:
+    """Ragged prompts in padded batches, as if each were alone; the gold answers are not looked at."""
+    teacher, words = LLAMA.make(2), tokenizer(40)
+    made = generate_completions(teacher, ANSWERED, tmp_path / "made", processing_class=words, **SHORT)
+    for index, (row, example) in enumerate(zip(made, ANSWERED, strict=True)):
+        prompt = prompt_of(example)
+        written = greedy(teacher.eval(), prompt, 5)
+        assert (row["index"], row["input_ids"]) == (index, prompt + written)
+        assert row["labels"] == [-100] * len(prompt) + written
+        assert row["finished"] == (written[-1] == 2)
+        assert (row["prompt"], row["completion"]) == (words.decode(prompt), words.decode(written))
+    again = datasets.load_from_disk(str(tmp_path / "made"))
+    assert again.to_list() == made.to_list()
+    trainer = make(
+        tmp_path, LLAMA.make(1), teacher, train_dataset=again, data_collator=DataCollatorForSeq2Seq(words), alpha=0.5,
+        processing_class=words, teacher_processing_class=words, max_steps=1, logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/labels"] > 0.1 and trainer.state.log_history[0]["loss/logits"] > 0.1
+
+
+def test_beams_are_those_of_generate(tmp_path) -> None:
+    """Kim and Rush write with a beam search. Each prompt alone: then nothing is padded."""
+    teacher = LLAMA.make(2)
+    settings = {"num_return_sequences": 2, "generation": {"num_beams": 3, "length_penalty": 0.5}}
+    made = generate_completions(teacher, ANSWERED, tmp_path / "made", max_new_tokens=4, batch_size=1, **settings)
+    assert made["index"][:] == [i for i in range(7) for _ in range(2)]
+    for index in (0, 3):
+        ids = torch.tensor([prompt_of(ANSWERED[index])])
+        expected = teacher.generate(
+            input_ids=ids, max_new_tokens=4, num_beams=3, length_penalty=0.5, num_return_sequences=2, do_sample=False
+        )
+        for row, sequence in zip(made.select([2 * index, 2 * index + 1]), expected.tolist(), strict=True):
+            assert row["input_ids"] == sequence[: len(row["input_ids"])]
+            assert row["finished"] or len(row["input_ids"]) == len(sequence)
+
+
+def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
+    teacher, sampled = LLAMA.make(2), {**SHORT, "do_sample": True, "num_return_sequences": 2, "seed": 3}
+    whole = generate_completions(teacher, ANSWERED, tmp_path / "whole", **sampled)
+    write = Folder.write
+
+    def killed(self: Folder, shard: int, *rest: Any) -> None:
+        if shard == 1:
+            raise KeyboardInterrupt
+        write(self, shard, *rest)
+
+    monkeypatch.setattr(Folder, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
+    monkeypatch.setattr(Folder, "write", write)
+    with pytest.raises(DataError, match=r"unfinished completions of something else: seed: 3 there, 4 now"):
+        generate_completions(teacher, ANSWERED, tmp_path / "killed", **{**sampled, "seed": 4})
+    with pytest.raises(DataError, match=r"shard 0 of .* was written to other prompts than the dataset now has there"):
+        generate_completions(teacher, ANSWERED.select(range(6, -1, -1)), tmp_path / "killed", **sampled)
+    torch.rand(3)  # what others draw does not matter
+    resumed = generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
+    assert resumed.to_list() == whole.to_list()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(contents(tmp_path / "whole")) == [
+        "README.md", "completions.json", "dataset_info.json", "shard-00000.arrow", "shard-00001.arrow", "state.json"
+    ]  # fmt: skip
+    teacher.generate = None  # it is not asked again
+    monkeypatch.setattr(type(teacher), "can_generate", lambda self: True)
+    assert generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled).to_list() == whole.to_list()
+
+
+def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
+    teacher = LLAMA.make(2, vocab_size=90)
+    teacher.generation_config.update(top_k=2, temperature=0.01)
+    data = datasets.Dataset.from_dict({"input_ids": [[5, 6]]})
+    settings = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 700, "sampling_temperature": 1e4}
+    made = [generate_completions(teacher, data, tmp_path / str(i), **settings, seed=i % 2) for i in range(3)]
+    drawn = [[ids[-1] for ids in one["input_ids"]] for one in made]
+    assert len(set(drawn[0])) > 85 and drawn[0] == drawn[2] != drawn[1]
+
+
+def test_texts_and_messages_are_prompts(tmp_path) -> None:
+    teacher, words = LLAMA.make(2), tokenizer(40)
+    words.eos_token = "w2"
+    texts = datasets.Dataset.from_dict({"question": ["w5 w6 w7", "w8 w2"]})  # as of a tokenizer that adds an end
+    made = generate_completions(
+        teacher, texts, tmp_path / "1", processing_class=words, prompt_column="question", **SHORT
+    )
+    assert made["prompt"][:] == ["w5 w6 w7", "w8"]
+    assert made["input_ids"][0][:3] == [5, 6, 7] and made["labels"][1][:1] == [-100]
+    words.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+    )
+    chats = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": "w5 w6"}]]})
+    made = generate_completions(teacher, chats, tmp_path / "2", processing_class=words, **SHORT)
+    assert made["input_ids"][0][:3] == [5, 6, 9] and made["labels"][0][:4].count(-100) == 3
+
+
+def test_an_encoder_decoder_answers(tmp_path) -> None:
+    t5 = HEADS["t5_seq2seq"].make(2)
+    sources = datasets.Dataset.from_list(HEADS["t5_seq2seq"].examples(4))
+    made = generate_completions(t5, sources, tmp_path / "1", **SHORT)
+    for row, source in zip(made, sources, strict=True):
+        written: list[int] = []
+        while len(written) < 5 and 2 not in written:
+            ids = torch.tensor([source["input_ids"]]), torch.tensor([[0, *written]])
+            with torch.no_grad():
+                written.append(int(t5.eval()(input_ids=ids[0], decoder_input_ids=ids[1]).logits[0, -1].argmax()))
+        assert (row["input_ids"], row["labels"]) == (source["input_ids"], written)
+
+
+def test_whisper_writes_pseudo_labels(tmp_path) -> None:
+    """Its `generate` gives the text alone, which becomes labels as any transcript does."""
+    whisper, words = HEADS["whisper_seq2seq"].make(2), tokenizer(40)
+    sounds = datasets.Dataset.from_list([{"input_features": one["input_features"]} for one in
+                                         HEADS["whisper_seq2seq"].examples(3)])  # fmt: skip
+    made = generate_completions(whisper, sounds, tmp_path / "1", processing_class=words, **SHORT)
+    assert made.column_names == ["index", "labels", "completion"] and made["index"][:] == [0, 1, 2]
+    written = whisper.generate(input_features=torch.tensor(sounds["input_features"][:1]), max_new_tokens=5)
+    assert (
+        made["completion"][0] == words.decode(written[0])
+        and made["labels"][0] == words(made["completion"][0]).input_ids
+    )
+    with pytest.raises(SettingError, match="input_features needs the teacher's tokenizer"):
+        generate_completions(whisper, sounds, tmp_path / "2", **SHORT)
+
+
+def test_from_a_folder(tmp_path) -> None:
+    teacher, words = LLAMA.make(2), tokenizer(40)
+    teacher.save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    texts = datasets.Dataset.from_dict({"prompt": ["w5 w6 w7"]})
+    made = generate_completions(str(tmp_path / "teacher"), texts, tmp_path / "made", **SHORT)
+    assert made["input_ids"][0] == [5, 6, 7, *greedy(teacher.eval(), [5, 6, 7], 5)]
+    assert str(tmp_path) not in (tmp_path / "made" / "completions.json").read_text()
+
+
+def test_refusals(tmp_path) -> None:
+    teacher, here = LLAMA.make(2), tmp_path / "made"
+    for settings, told in (
+        ({"num_return_sequences": 2}, "num_return_sequences=2 of the likeliest text are the same text"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 \(1 or more\)"),
+        ({"do_sample": True, "sampling_temperature": 0.0}, r"sampling_temperature=0.0 \(above 0"),
+        ({"generation": {"num_beems": 2}}, "no setting num_beems"),
+    ):
+        with pytest.raises(SettingError, match=told):
+            generate_completions(teacher, ANSWERED, here, **settings)
+    with pytest.raises(SettingError, match="BertForMaskedLM cannot generate: it has no head that writes text"):
+        generate_completions(HEADS["bert_masked_lm"].make(1), ANSWERED, here)
+    with pytest.raises(DataError, match=r"no column prompt or input_ids, only \['x'\]. Name the one with the prompts"):
+        generate_completions(teacher, datasets.Dataset.from_dict({"x": [1]}), here)
+    with pytest.raises(DataError, match="the dataset holds no prompt"):
+        generate_completions(teacher, ANSWERED.select([]), here)
+    assert not here.exists()
+    here.mkdir()
+    (here / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds something that is no completions"):
+        generate_completions(teacher, ANSWERED, here, **SHORT)
