@@ -17,6 +17,7 @@ from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import (
     AttentionMatch,
     CosineEmbedding,
+    ExitMatch,
     HiddenMatch,
     RelationMatch,
     SimilarityMatch,
@@ -25,7 +26,19 @@ from hf_distill.objectives import (
 from hf_distill.presets import Preset, Stage
 from hf_distill.stages import train_in_stages
 from hf_distill.tasks import Task
-from hf_distill.teachers import AdaptersOff, CachedTeacher, Ensemble, ModelTeacher, MovingAverage, Teacher, TeacherCache
+from hf_distill.teachers import (
+    AdaptersOff,
+    CachedTeacher,
+    Ensemble,
+    ModelTeacher,
+    MovingAverage,
+    Peer,
+    SecondPass,
+    Snapshot,
+    Teacher,
+    TeacherCache,
+    TemporalEnsemble,
+)
 from hf_distill.teachers.completions import generate_completions
 from hf_distill.trainer import (
     DistillationMixin,
@@ -50,6 +63,7 @@ __all__ = [
     "Distiller",
     "DistillerOutput",
     "Ensemble",
+    "ExitMatch",
     "HfDistillError",
     "HiddenMatch",
     "LayerMap",
@@ -57,17 +71,21 @@ __all__ = [
     "MissingExtraError",
     "ModelTeacher",
     "MovingAverage",
+    "Peer",
     "Preset",
     "RelationMatch",
+    "SecondPass",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
     "SimilarityMatch",
+    "Snapshot",
     "Stage",
     "Task",
     "Teacher",
     "TeacherCache",
     "TeacherError",
+    "TemporalEnsemble",
     "UniversalLogitMatch",
     "generate_completions",
     "train_in_stages",
