@@ -19,7 +19,6 @@ from hf_distill.errors import SettingError
 from hf_distill.tasks import make_task
 from hf_distill.teachers import as_teacher
 from hf_distill.trainer_parts.after_step import AfterStep
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
 from hf_distill.trainer_parts.columns import ColumnsMixin
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
 from hf_distill.trainer_parts.learning import ForgetGradients, LearningMixin
@@ -36,6 +35,7 @@ from hf_distill.trainer_parts.refusals import (
 )
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
+from hf_distill.trainer_parts.several_inputs import teacher_inputs_collator
 from hf_distill.trainer_parts.tells_epoch import TellsEpoch
 from hf_distill.trainer_parts.viewing import ViewingMixin
 
@@ -50,7 +50,8 @@ class DistillationMixin(
 
     Args:
         teacher_model: a model, a folder, a Hub id, or a `Teacher`; not needed where alpha is 0.
-        teacher_processing_class: the teacher's tokenizer or feature extractor, where it is not the student's.
+        teacher_processing_class: the teacher's tokenizer or feature extractor, where it is not the student's; of an
+            `Ensemble` a list, one for each.
         task: a name in `hf_distill.tasks.TASKS` or a Task; None: from the student's class.
         objectives: one or more of `hf_distill.objectives`, beside labels and logits, each with its weight.
         view: changes batches of the training with the student's help: `hf_distill.views.OnPolicy`.
@@ -112,7 +113,7 @@ class DistillationMixin(
             self.add_callback(callback(self))
         refuse_other_views(self.data_collator, self.distiller, has_teacher_columns=self._has_teacher_columns())
         if self._teacher_processor is not None or self._has_teacher_columns():
-            self.data_collator = TeacherInputsCollator(self.data_collator, self._teacher_processor)
+            self.data_collator = teacher_inputs_collator(self.data_collator, self._teacher_processor)
         looks_up = getattr(self.distiller.teacher, "collator", None)
         if looks_up is not None:
             self.data_collator = looks_up(self.data_collator)

@@ -14,12 +14,13 @@ from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.teachers.base import Lesson, Teacher
+from hf_distill.teachers.cached import CachedTeacher
+from hf_distill.teachers.cached.asking import is_bound
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.numbered import numbered, of_member
+from hf_distill.teachers.weighting import MEANS, checked_weights, labels_in_place
 from hf_distill.vocabulary import Columns
-
-MEANS = ("probabilities", "logits")
-WEIGHTS = ("confidence", "entropy", "labels", "best")
 
 
 class Ensemble:
@@ -30,8 +31,8 @@ class Ensemble:
     the same. Rows of values (regression, embeddings) are averaged as they are. The teachers run one after the other.
 
     Args:
-        teachers: at least two; each as `teacher_model` takes it. They read the student's inputs, or all the same
-            `teacher_` columns.
+        teachers: at least two; each as `teacher_model` takes it, so that a folder may be a cache. They read the
+            student's inputs, the same `teacher_` columns, or each its own (`teacher_0_input_ids`, `teacher_1_...`).
         mean: "probabilities" or "logits".
         weights: a number above 0 for each teacher (brought to a sum of 1); None: equal. Or, for each row anew:
             "confidence" (by its largest probability), "entropy" (by exp(-entropy)), "labels" (by the probability of the
@@ -69,21 +70,48 @@ class Ensemble:
             raise SettingError("Ensemble: give at least two teachers, as a list. One alone needs no ensemble.")
         self._given = list(teachers)
         self._mean = mean
-        self._weights = _checked(weights, len(self._given))
+        self._weights = checked_weights(weights, len(self._given))
         self._offload = offload
         self._accelerator: Any = None
-        self._settings: dict[str, Any] = {}
+        self._settings: list[dict[str, Any]] = [{} for _ in self._given]
         self.teachers: list[Teacher] = []
         self.columns = Columns()
+        self.slot = ""  # of an ensemble in another one: see `CachedTeacher`
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What any of them reads; known after `fit`."""
-        return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
+        """What any of them reads, as columns that all share and as its own; known after `fit`."""
+        shared = [name for teacher in self.teachers for name in teacher.inputs]
+        own = [name for number, teacher in enumerate(self.teachers) for name in numbered(teacher.inputs, number)]
+        return tuple(dict.fromkeys([*shared, *own]))
 
-    def made_with(self, **settings: Any) -> None:
-        """Keyword arguments of `as_teacher`, for those of them that are no Teacher yet."""
-        self._settings = settings
+    @property
+    def bound_to_temperature(self) -> bool:
+        """Whether what they say together at one temperature says nothing of another."""
+        return self._mean == "probabilities" or isinstance(self._weights, str) or any(map(is_bound, self.teachers))
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether what they say together depends on the labels."""
+        return self._weights in ("labels", "best") or any(getattr(one, "reads_labels", False) for one in self.teachers)
+
+    def made_with(self, *, processor: Any = None, **settings: Any) -> None:
+        """Keyword arguments of `as_teacher`, for those of them that are no Teacher yet.
+
+        Args:
+            processor: of all of them, or a list with one for each (None: it reads what the student reads).
+
+        Raises:
+            SettingError: a list of another length.
+        """
+        several = isinstance(processor, (list, tuple))
+        if several and len(processor) != len(self._given):
+            raise SettingError(
+                f"teacher_processing_class is a list of {len(processor)} for {len(self._given)} teachers. Give one for "
+                "each, None for a teacher that reads what the student reads."
+            )
+        each = processor if several else [processor] * len(self._given)
+        self._settings = [{**settings, "processor": one} for one in each]
 
     def fit(
         self,
@@ -96,8 +124,11 @@ class Ensemble:
     ) -> None:
         """Each of them must be able to teach this student. See `Teacher.fit`."""
         if not self.teachers:
-            self.teachers = [as_teacher(one, task.kind, **self._settings) for one in self._given]
-        for teacher in self.teachers:
+            made = zip(self._given, self._settings, strict=True)
+            self.teachers = [as_teacher(one, task.kind, **settings) for one, settings in made]
+        for number, teacher in enumerate(self.teachers):
+            if isinstance(teacher, (CachedTeacher, Ensemble)):
+                teacher.slot = f"{self.slot}{number}_"
             teacher.fit(
                 student,
                 task,
@@ -120,10 +151,24 @@ class Ensemble:
         """Raise SettingError for what one of them cannot be asked, before the first step."""
         if needs.reads:
             raise SettingError("an Ensemble shows nothing of its teachers' inside. Leave the objectives on it out.")
-        for teacher in self.teachers:
+        for number, teacher in enumerate(self.teachers):
+            self._refuse_lists(number, teacher)
             check = getattr(teacher, "check_needs", None)
             if check is not None:
                 check(Needs(logits=needs.logits, temperature=needs.temperature))
+
+    def collator(self, collator: Callable[..., Any]) -> Callable[..., Any]:
+        """That collator, with the answers of those of them that are caches; for the training's data loader.
+
+        Raises:
+            SettingError: before `fit`, which a distiller or a trainer does.
+        """
+        if not self.teachers:
+            raise SettingError("Ensemble.collator: make the Distiller first: it makes teachers of what was given.")
+        for teacher in self.teachers:
+            looks_up = getattr(teacher, "collator", None)
+            collator = collator if looks_up is None else looks_up(collator)
+        return collator
 
     def described(self) -> str:
         """How they are joined, for the card."""
@@ -134,7 +179,9 @@ class Ensemble:
         return f"{said}, weighted by {weights}"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        said = [self._ask(teacher, task, batch, needs) for teacher in self.teachers]
+        said = [
+            self._ask(teacher, task, of_member(batch, number), needs) for number, teacher in enumerate(self.teachers)
+        ]
         return Signals(logits=self._averaged(said, task, batch, needs.temperature), columns=self.columns)
 
     def place(self, accelerator: Any) -> None:
@@ -179,6 +226,17 @@ class Ensemble:
             if own:
                 teacher.load_state(own)  # type: ignore[attr-defined]  # it had a state, so it can take one
 
+    def _refuse_lists(self, number: int, teacher: Teacher) -> None:
+        """Of one that tells some of its columns and the rest as one, no mean over columns can be taken."""
+        cached = isinstance(teacher, CachedTeacher) and teacher.cache.store.lists_columns
+        if cached or hasattr(teacher, "lists_columns"):
+            what = f"a cache with {type(teacher.cache.store).__name__}" if cached else f"a {type(teacher).__name__}"  # type: ignore[attr-defined]  # a cache has a store
+            raise SettingError(
+                f"Ensemble: teacher {number} ({what}) tells some of its columns, and a mean is over all of them. "
+                "Build its cache with store=Dense(); or build one cache of the whole ensemble: "
+                "TeacherCache.build(Ensemble([...]), ..., student=student, temperature=..., store=TopK(...))."
+            )
+
     def _ask(self, teacher: Teacher, task: Task, batch: Batch, needs: Needs) -> Tensor:
         away = self._offload is not None and isinstance(teacher, ModelTeacher) and self._accelerator is not None
         if away:
@@ -222,7 +280,7 @@ class Ensemble:
         if self._weights == "entropy":
             p = log_p.exp()
             return (p * log_p.masked_fill(p == 0, 0)).sum(-1, keepdim=True).log_softmax(0)
-        target = _labels_in_place(log_p[0], task, batch, self.columns)
+        target = labels_in_place(log_p[0], task, batch, self.columns)
         known = target != IGNORED
         of_label = log_p.gather(-1, target.clamp(min=0).expand(log_p.shape[0], *target.shape))
         if self._weights == "labels":
@@ -230,27 +288,3 @@ class Ensemble:
         best = torch.where(known, of_label, confidence).argmax(0, keepdim=True)
         chosen = torch.arange(log_p.shape[0], device=log_p.device).view(-1, *[1] * (log_p.dim() - 1)) == best
         return torch.zeros_like(confidence).masked_fill(~chosen, -torch.inf)
-
-
-def _labels_in_place(logits: Tensor, task: Task, batch: Batch, columns: Columns) -> Tensor:
-    """`[... 1]`: the label of each row where its logits are, -100 where there is none."""
-    leading = logits.shape[:-1]
-    where = torch.arange(leading.numel(), device=logits.device).view(*leading, 1)
-    placed = torch.full((leading.numel(),), IGNORED, device=logits.device)
-    labels = task.targets(batch)
-    if labels is not None:
-        placed[task.select(where, batch).flatten()] = columns.of_labels(labels)
-    return placed.view(*leading, 1)
-
-
-def _checked(weights: Sequence[float] | str | None, count: int) -> list[float] | str | None:
-    if weights is None:
-        return None
-    if isinstance(weights, str):
-        if weights not in WEIGHTS:
-            raise SettingError(f"Ensemble: weights={weights!r}: allowed are {', '.join(WEIGHTS)}, or numbers.")
-        return weights
-    numbers = [float(weight) for weight in weights]
-    if len(numbers) != count or not all(0 < weight < float("inf") for weight in numbers):
-        raise SettingError(f"Ensemble: weights={list(weights)}: give one number above 0 for each of {count} teachers.")
-    return [weight / sum(numbers) for weight in numbers]

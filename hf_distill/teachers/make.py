@@ -37,6 +37,11 @@ def as_teacher(
         TeacherError: none of these, or it cannot be loaded.
         SettingError: quantization or device_map of what is not loaded here.
     """
+    if isinstance(processor, (list, tuple)) and not hasattr(teacher_model, "made_with"):
+        raise SettingError(
+            f"teacher_processing_class is a list of {len(processor)}, which is for an Ensemble: one for each of its "
+            "teachers. Give the one of this teacher."
+        )
     from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
     refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
     if quantization is not None:

@@ -51,13 +51,14 @@ class TeacherInputsCollator:
             theirs.append({k: v for k, v in feature.items() if k.startswith(TEACHER_PREFIX)})
         batch = self.collator(own)
         if theirs and theirs[0]:
-            made = self._teacher_batch(theirs)
+            made = self.teacher_batch(theirs)
             for name in [name for name in batch if name.startswith(TEACHER_PREFIX)]:
                 del batch[name]  # the clean example of an augmentation: the dataset's own columns win
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
         return batch
 
-    def _teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Inputs from `teacher_*` columns, without the prefix."""
         columns = {name: [feature[name] for feature in features] for name in features[0]}
         raw = {name: columns.pop(name) for name in RAW if name in columns}
         made = self._processed(raw) if raw else {}

@@ -120,6 +120,7 @@ def asked_of(
         SettingError, TeacherError: see the messages.
     """
     if isinstance(teacher, (torch.nn.Module, str, Path, ModelTeacher)):
+        _refuse_moving(teacher, hasattr(teacher, "state") or hasattr(teacher, "hear"))
         model = _as_model_teacher(teacher, student, task, dtype)
         if temperature is not None:
             raise SettingError(
@@ -138,10 +139,7 @@ def asked_of(
             f"the vocabulary of this {type(teacher).__name__} has tokens that the student's has not, or in another "
             "order; a cache would have to remember which. Use teachers with the student's tokenizer."
         )
-    if getattr(teacher, "state", dict)() or getattr(teacher, "hear", None) is not None:
-        raise TeacherError(
-            f"the {type(teacher).__name__} changes while the student is trained, so nothing of it can be kept."
-        )
+    _refuse_moving(teacher, getattr(teacher, "state", dict)() or getattr(teacher, "hear", None) is not None)
     return Asked(teacher, made, student, _temperature_of(teacher, made, temperature))
 
 
@@ -152,10 +150,22 @@ def models_of(teacher: Any) -> list[Any]:
     return [model for one in getattr(teacher, "teachers", ()) for model in models_of(one)]
 
 
+def is_bound(teacher: Any) -> bool:
+    """Whether what a teacher says at one temperature says nothing of another; of one that does not tell, it is."""
+    return not isinstance(teacher, ModelTeacher) and bool(getattr(teacher, "bound_to_temperature", True))
+
+
+def _refuse_moving(teacher: Any, moves: Any) -> None:
+    if moves and not isinstance(teacher, torch.nn.Module):
+        raise TeacherError(
+            f"the {type(teacher).__name__} changes while the student is trained, so nothing of it can be kept. Use it "
+            "live."
+        )
+
+
 def _temperature_of(teacher: Any, task: Task, temperature: float | None) -> float | None:
     """What its predictions are for; None: for any."""
-    bound = getattr(teacher, "bound_to_temperature", True) and not task.on_values
-    if not bound:
+    if not is_bound(teacher) or task.on_values:
         if temperature is not None:
             raise SettingError(
                 f"temperature={temperature:g}: what this {type(teacher).__name__} says is the same at every one. Leave "

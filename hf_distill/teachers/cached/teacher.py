@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, TeacherError
 from hf_distill.inside.positions import Positions
-from hf_distill.signals import Needs, Read, Signals
+from hf_distill.signals import Needs, Read, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
@@ -20,6 +20,7 @@ from hf_distill.teachers.cached.cache import TeacherCache
 from hf_distill.teachers.cached.collator import CachedCollator
 from hf_distill.teachers.cached.inside import CachedInside
 from hf_distill.teachers.cached.keys import CACHED_PREFIX, read_by_teacher
+from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.mapped import POSITIONS
 from hf_distill.vocabulary import Columns
 
@@ -105,6 +106,8 @@ class CachedTeacher:
         own = self._along_the_task(laid, task, batch)
         listed = self.cache.store.sparse_rows(own, needs.temperature)
         if listed is not None:
+            if isinstance(self.cache.store, Listed):
+                _refuse_not_asked(listed, task, batch)
             return Signals(logits=None, columns=self.columns, inside=inside, sparse=listed)
         logits = task.read(layout.as_outputs(task, own["logits"].float()), batch, self.columns, teacher=True)
         return Signals(logits=logits, columns=self.columns, inside=inside)
@@ -121,8 +124,8 @@ class CachedTeacher:
             whose = self.cache.manifest["teacher"]["class"]
             raise SettingError(
                 f"temperature={needs.temperature:g}: the cache holds what the {whose} says at temperature "
-                f"{known:g}, and at another one it would say something else. Train at {known:g}, without a schedule, or "
-                f"build the cache with temperature={needs.temperature:g}."
+                f"{known:g}, and at another one it would say something else. Train at {known:g}, without a schedule, "
+                f"or build the cache with temperature={needs.temperature:g}."
             )
 
     def check_objectives(self, objectives: Iterable[Any]) -> None:
@@ -205,3 +208,14 @@ class CachedTeacher:
                 "The cached teacher is looked up in the training process. To have the data loader do it, wrap the "
                 "collator: teacher.collator(data_collator)."
             )
+
+
+def _refuse_not_asked(listed: SparseRows, task: Task, batch: Batch) -> None:
+    """A served teacher is asked about rows that count, which labels may decide."""
+    tails, kept = task.select(listed.log_tail, batch), task.kept_rows(batch)
+    missing = int((tails if kept is None else tails[kept]).isnan().sum())
+    if missing:
+        raise TeacherError(
+            f"when the cache was built the teacher was not asked about {missing} of the rows that count in this batch: "
+            "other labels were -100 then. Build it with the labels of this training."
+        )

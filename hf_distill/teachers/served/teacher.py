@@ -54,6 +54,7 @@ class ServedTeacher:
     """
 
     inputs = ("input_ids", "attention_mask")
+    lists_columns = True
 
     def __init__(
         self,

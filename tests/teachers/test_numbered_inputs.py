@@ -1,0 +1,77 @@
+"""An ensemble whose teachers have tokenizers of their own: each reads its own columns, and the student none of them."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_distill import DataError, SettingError
+from hf_distill.teachers import Ensemble
+from hf_distill.trainer_parts.several_inputs import SeveralInputsCollator
+from tests.hub.tiny import tokenizer
+from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
+from tests.tiny_tokenizers import tokenizer as counting
+from tests.trainer.tiny import bert, examples, make, padded, softened_kl, update_difference, weights
+
+
+def rows(**columns: list[Any]) -> Dataset:
+    made = {"teacher_text": list(WORDS), **columns}
+    return Dataset.from_list(
+        [{**one, **{name: values[i] for name, values in made.items()}} for i, one in enumerate(examples())]
+    )
+
+
+def test_each_teacher_reads_its_own(tmp_path) -> None:
+    """The first the student's ids, the second the text through its tokenizer, the third another text through it."""
+    others = [text[::-1] if " " not in text else text.split(" ")[-1] for text in WORDS]
+    student, teachers = bert().double(), [bert(seed=1).double(), of_another_tokenizer().double()]
+    teachers.append(bert(seed=4, vocab_size=11).double())
+    ours, theirs = heard_by(student), [heard_by(teacher) for teacher in teachers]
+    start, expected = weights(student), bert().double()
+    make(
+        tmp_path, student, Ensemble(teachers), teacher_processing_class=[None, tokenizer(), tokenizer()],
+        train_dataset=rows(teacher_2_text=others), alpha=1.0, temperature=3.0, max_steps=1,
+        per_device_train_batch_size=8, train_sampling_strategy="sequential",
+    ).train()  # fmt: skip
+    batch = padded(examples(labels=None))
+    read = [batch, *(dict(tokenizer()(texts, padding=True, return_tensors="pt")) for texts in (list(WORDS), others))]
+    for (given,), wanted in zip((ours, *theirs), (batch, *read), strict=True):
+        assert {"input_ids", "attention_mask"} <= set(given) and not any(k.startswith("teacher_") for k in given)
+        assert all(torch.equal(given[name], wanted[name]) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        said = [teacher(**inputs).logits for teacher, inputs in zip(teachers, read, strict=True)]
+    mean = torch.stack([(logits / 3.0).softmax(-1) for logits in said]).mean(0)
+    softened_kl(expected(**batch).logits, 3.0 * mean.log(), 3.0).mean().backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    assert update_difference(weights(student), weights(expected), start) < 1e-6
+
+
+def test_ready_columns_by_number(tmp_path) -> None:
+    """Made before, of one length: no processor is needed. A teacher without any reads the student's."""
+    ready = rows(teacher_1_input_ids=[[2, 5 + i % 6, 3] for i in range(8)]).remove_columns("teacher_text")
+    teachers = [bert(seed=1), of_another_tokenizer()]
+    heard = heard_by(teachers[1])
+    trainer = make(tmp_path, bert(), Ensemble(teachers), train_dataset=ready, teacher_processing_class=[None, None])
+    trainer.train()
+    assert all(given["input_ids"].shape[1] == 3 for given in heard) and len(heard) == 2
+    assert isinstance(pickle.loads(pickle.dumps(trainer.data_collator)), SeveralInputsCollator)
+
+
+def test_what_is_refused(tmp_path) -> None:
+    two = [bert(seed=1), of_another_tokenizer()]
+    with pytest.raises(SettingError, match=r"is a list of 1 for 2 teachers. Give one for each, None for a teacher"):
+        make(tmp_path, bert(), Ensemble(two), teacher_processing_class=[tokenizer()], train_dataset=rows())
+    with pytest.raises(SettingError, match=r"is a list of 2, which is for an Ensemble"):
+        make(tmp_path, bert(), bert(seed=1), teacher_processing_class=[tokenizer(), None], train_dataset=rows())
+    trainer = make(
+        tmp_path, bert(), Ensemble(two), processing_class=counting(23), teacher_processing_class=[None, tokenizer()]
+    )
+    with pytest.raises(DataError, match=r"has another tokenizer and cannot read the student's input_ids"):
+        trainer.train()
