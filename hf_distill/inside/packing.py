@@ -58,9 +58,14 @@ class PackingCheck:
             return list(_of_positions({"logits": shown.logits, **{str(k): v for k, v in shown.inside.items()}}))
 
         _refuse_leak(ask_student, batch, self._student, "student", device)
-        looks_up = hasattr(teacher, "collator")  # a cache: it does not know of these two, and refuses rows it never saw
-        if teacher is not None and not looks_up and (needs.logits or needs.reads):
+        if _is_of_models(teacher) and (needs.logits or needs.reads):
             _refuse_leak(ask_teacher, batch, getattr(teacher, "model", teacher), "teacher", device)
+
+
+def _is_of_models(teacher: Any) -> bool:
+    """Whether it runs models on any batch. (A cache knows no others than it saw; the student itself is tried.)"""
+    members = getattr(teacher, "teachers", None)
+    return all(map(_is_of_models, members)) if members else isinstance(getattr(teacher, "model", None), torch.nn.Module)
 
 
 def may_be_packed(batch: Batch) -> bool:
