@@ -93,7 +93,7 @@ def wanted(
         )
     found: dict[Read, set[str | None]] = {}
     for objective in _listed(objectives):
-        for read in sorted(_asked_by(objective, inside, student, task)):
+        for read in sorted(_asked_by(objective, inside, student, task), key=str):
             found.setdefault(read, set()).add(getattr(objective, "pools", None))
     for read in reads or ():
         found.setdefault(Read(*((read,) if isinstance(read, str) else read)), set()).add(None)

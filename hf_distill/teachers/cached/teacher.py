@@ -114,7 +114,7 @@ class CachedTeacher:
 
     def check_needs(self, needs: Needs) -> None:
         """Raises SettingError, TeacherError: for what it cannot be asked."""
-        for read in needs.reads:
+        for read in sorted(needs.reads, key=str):
             self.cache.inside.find(read)
         if not needs.logits:
             return
@@ -133,7 +133,7 @@ class CachedTeacher:
         kept = [
             self.cache.inside.check(read, getattr(objective, "pools", None))
             for objective in objectives
-            for read in sorted(objective.teacher_needs.reads)
+            for read in sorted(objective.teacher_needs.reads, key=str)
         ]
         self._fields = frozenset(one.field for one in kept)
 
