@@ -175,6 +175,7 @@ def test_what_cannot_be() -> None:
     distiller = Distiller(student, peer)
     distiller(student, padded(examples(2)))
     distiller.after_step(student)
+    Distiller(student, peer)  # another stage of the same student
     with pytest.raises(SettingError, match="it has learned beside another student"):
         Distiller(bert(seed=3), peer)
     heads = [HEADS[name].make(0) for name in ("wav2vec2_ctc_mean", "hubert_ctc_sum")]

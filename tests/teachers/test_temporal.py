@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hf_distill import DataError, Distiller, SettingError
 from hf_distill.signals import Needs
 from hf_distill.teachers import TemporalEnsemble
+from hf_distill.views import Augmentation, AugmentingCollator
 from tests.heads import HEADS
 from tests.trainer.steps import in_double
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, softened_kl, weights
@@ -107,6 +109,18 @@ def test_examples_by_a_column_of_their_own(tmp_path) -> None:
     assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5 and teacher.examples == 8
     with pytest.raises(DataError, match=r"key='number'\): the batch has no such column, only \['atten"):
         trainer.distiller(bert(), padded(examples(2)))
+
+
+def test_augmented_examples_are_known_by_the_clean_one(tmp_path) -> None:
+    def changed(example: dict[str, Any]) -> dict[str, Any]:
+        return {**example, "input_ids": [random.randrange(1, 23) for _ in example["input_ids"]]}
+
+    collator = AugmentingCollator(padded, Augmentation(changed, moves_positions=False), student_only=True)
+    teacher = TemporalEnsemble()
+    trainer = make(tmp_path, bert(), teacher, data_collator=collator, max_steps=4, logging_steps=1)
+    trainer.train()
+    logged = [entry["loss/logits"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5 and teacher.examples == 8
 
 
 def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,6 +80,7 @@ class Peer(ModelTeacher):
         self._steps = 0
         self._progress = 0.0
         self._held: tuple[Batch, Any] | None = None
+        self._student: weakref.ref[nn.Module] | None = None
 
     def fit(
         self,
@@ -90,7 +92,7 @@ class Peer(ModelTeacher):
         same_inputs: bool = False,
     ) -> None:
         """Check that the two can teach each other. See `Teacher.fit`."""
-        if self._steps:
+        if self._steps and (self._student is None or self._student() is not unwrapped(student)):
             raise SettingError("Peer: it has learned beside another student. Make a new one for a new student.")
         if not compares_predictions:
             raise SettingError("Peer: nothing compares predictions, from which it learns. Give alpha above 0.")
@@ -109,6 +111,7 @@ class Peer(ModelTeacher):
         reductions = {getattr(getattr(unwrapped(m), "config", None), _OF_CTC, None) for m in (student, self.model)}
         if task.kind == "ctc" and len(reductions) > 1:
             raise TeacherError(f"Peer: the student's {_OF_CTC} is not the peer's ({reductions}). Give both the same.")
+        self._student = weakref.ref(unwrapped(student))
 
     def described(self) -> str:
         """For the card."""

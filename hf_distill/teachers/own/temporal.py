@@ -13,7 +13,7 @@ from hf_distill.errors import DataError, SettingError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import batch_size
+from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers.base import Lesson
 from hf_distill.teachers.cached.keys import content_keys, key_columns
@@ -135,7 +135,7 @@ class TemporalEnsemble:
         # A head with one row an example has no axis for it; a task that has one flattens it.
         one_row = task.select(log_p[..., :1], batch).dim() == 3
         ids, log_p, tail = (x[:, 0] if one_row else x for x in (ids, log_p, tail))
-        device = batch[self._main].device if isinstance(batch.get(self._main), Tensor) else None
+        device = first_tensor(batch).device
         temperature = self._temperature or needs.temperature
         return Signals(None, sparse=SparseRows(ids.to(device), log_p.to(device), tail.to(device), temperature))
 
