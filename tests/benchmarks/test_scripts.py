@@ -16,6 +16,7 @@ SCRIPTS = (
     "large_vocabulary",
     "objectives_cost",
     "real_data",
+    "store_training",
     "teacher_cost",
     "teacher_kinds",
     "trainer_overhead",

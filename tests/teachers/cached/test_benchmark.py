@@ -1,4 +1,4 @@
-"""benchmarks/teacher_cost.py runs, at sizes that say nothing of time; what it counts is what the layout says."""
+"""benchmarks/teacher_cost.py and store_training.py run, at sizes that say nothing; what they count is the layout's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import store_training
 from benchmarks.gradient_error import gradient_errors
 from benchmarks.teacher_cost import CACHED, LIVE, NO_TEACHER, main, table_of_steps
 
@@ -42,6 +43,7 @@ def test_errors_of_the_gradient() -> None:
         assert once < (0.8 if "peaked" in case else 1.02) * independent
 
 
+@pytest.mark.slow
 def test_the_plot(tmp_path: Path) -> None:
     main(["--vocabulary", "600", "--plot", str(tmp_path / "errors.png")])
     assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
@@ -52,3 +54,15 @@ def test_ratios_by_hand() -> None:
     seconds = {NO_TEACHER: [1.0, 2.0, 4.0], LIVE: [2.0, 3.0, 4.0]}
     row = table_of_steps(seconds)[-1]
     assert row == "| live teacher | 3000.0 | 1.500 (1.250 to 1.750) | 1.000 |"
+
+
+def test_training_on_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Few steps of a small world: whatever is kept, the student gets nearer; stores of a block have the same bytes."""
+    small = ["--inputs", "64", "--vocabulary", "200", "--epochs", "1", "--seeds", "1"]
+    store_training.main([*small, "--output", str(tmp_path / "figures.json")])
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert len(found) == 4
+    for of_ways in found.values():
+        assert all(of_ways[way] < of_ways["the start"] for way in of_ways if way != "the start")
+    rows = [line for line in capsys.readouterr().out.splitlines() if "(" in line.split("|")[1]]
+    assert {row.split("|")[2].strip() for row in rows} == {"68", "260"}
