@@ -6,6 +6,8 @@ The working folder is the test's. Each push has a name: its output folder and it
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -107,14 +109,30 @@ def adapters() -> None:
         at_each_save(get_peft_model(model, settings), name, "every_save")
 
 
+def everything() -> None:
+    """All pushes, into one Hub from one folder."""
+    by_hand()
+    while_training()
+    adapters()
+
+
 def logits_of(model: torch.nn.Module, words: Any = None) -> torch.Tensor:
     batch = (words or tokenizer())("put your text", return_tensors="pt")
     with torch.no_grad():
         return model.eval()(**batch).logits
 
 
-def load_back(repo: str) -> None:
-    """The pushed student gives the same logits, bit for bit."""
+def use(cards: dict[str, str], repo: str) -> None:
+    """Print as JSON what the program on each card printed, and whether the pushed student has the trained one's logits.
+
+    Each program is run as it stands, with names of its own alone.
+    """
     model = tf.AutoModelForSequenceClassification.from_pretrained(repo)
     words = tf.AutoTokenizer.from_pretrained(repo)
-    assert torch.equal(logits_of(model, words), torch.load("logits.pt"))
+    same = torch.equal(logits_of(model, words), torch.load("logits.pt"))
+    printed = {}
+    for name, text in cards.items():
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            exec(compile(text, f"the card of {name}", "exec"), {})
+        printed[name] = written.getvalue()
+    print(json.dumps({"cards": printed, "logits": "equal, bit for bit" if same else "others"}))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -22,19 +23,15 @@ class Place:
     hub: FakeHub
     folder: Path
 
-    def run(self, program: str, *, cache: str = "cache") -> str:
-        return run_against(self.hub, self.folder, program, cache=cache)
-
     def repo(self, name: str) -> Repo:
         return self.hub.repos[f"{USER}/{name}"]
 
     def card(self, name: str) -> ModelCard:
         return ModelCard(self.repo(name).files()["README.md"].decode())
 
-    def run_card(self, name: str) -> str:
-        """Run the program on the card, with nothing in the cache."""
-        text = self.card(name).text.split("```python\n")[1].split("```")[0]
-        return self.run(text, cache="another-cache")
+    def program(self, name: str) -> str:
+        """The program on the card."""
+        return self.card(name).text.split("```python\n")[1].split("```")[0]
 
     def saved(self, name: str) -> set[str]:
         """What saving the student and its processor writes, and the card."""
@@ -54,44 +51,38 @@ class Place:
                     assert secret.encode() not in content, f"{path} contains {secret}"
 
 
-def place_after(program: str, folder: Path) -> Iterator[Place]:
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory) -> Iterator[Place]:
+    """After every push: one process makes them all, for it is its start that takes long."""
     with FakeHub() as hub:
-        place = Place(hub, folder)
-        place.run(f"from tests.hub.push_programs import {program}; {program}()")
+        place = Place(hub, tmp_path_factory.mktemp("pushed"))
+        run_against(hub, place.folder, "from tests.hub.push_programs import everything; everything()")
         yield place
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory) -> Iterator[Place]:
-    yield from place_after("by_hand", tmp_path_factory.mktemp("by_hand"))
+def used(pushed: Place) -> dict[str, Any]:
+    """What another process, with nothing in its cache, makes of what was pushed: see `use`."""
+    cards = {name: pushed.program(name) for name in ("trained", "adapter")}
+    program = f"from tests.hub.push_programs import use; use({cards!r}, '{USER}/trained')"
+    return json.loads(run_against(pushed.hub, pushed.folder, program, cache="another-cache").splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def while_training(tmp_path_factory) -> Iterator[Place]:
-    yield from place_after("while_training", tmp_path_factory.mktemp("while_training"))
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory) -> Iterator[Place]:
-    yield from place_after("adapters", tmp_path_factory.mktemp("adapters"))
-
-
-def test_the_student_its_processor_and_the_card_and_nothing_else(by_hand: Place) -> None:
-    repo = by_hand.repo("trained")
-    assert set(repo.files()) == by_hand.saved("trained")
+def test_the_student_its_processor_and_the_card_and_nothing_else(pushed: Place) -> None:
+    repo = pushed.repo("trained")
+    assert set(repo.files()) == pushed.saved("trained")
     assert len(repo.commits) == 2  # the creation, and one push
-    by_hand.assert_no_local_path("trained")
+    pushed.assert_no_local_path("trained")
 
 
-def test_the_pushed_student_is_the_trained_one(by_hand: Place) -> None:
-    by_hand.assert_weights_are_the_students("trained")
-    program = f"from tests.hub.push_programs import load_back; load_back('{USER}/trained')"
-    by_hand.run(program, cache="another-cache")
+def test_the_pushed_student_is_the_trained_one(pushed: Place, used: dict[str, Any]) -> None:
+    pushed.assert_weights_are_the_students("trained")
+    assert used["logits"] == "equal, bit for bit"
 
 
-def test_the_card_names_the_run(by_hand: Place) -> None:
-    card = by_hand.card("trained")
-    accuracy = json.loads((by_hand.folder / "metrics.json").read_text())["eval_accuracy"]
+def test_the_card_names_the_run(pushed: Place) -> None:
+    card = pushed.card("trained")
+    accuracy = json.loads((pushed.folder / "metrics.json").read_text())["eval_accuracy"]
     for said in (
         "# trained",
         "`BertForSequenceClassification`",
@@ -114,52 +105,52 @@ def test_the_card_names_the_run(by_hand: Place) -> None:
     assert card.data.license == "mit"
 
 
-def test_the_cards_program_runs_against_the_hub(by_hand: Place) -> None:
-    assert "score" in by_hand.run_card("trained")
+def test_the_cards_program_runs_against_the_hub(used: dict[str, Any]) -> None:
+    assert "score" in used["cards"]["trained"]
 
 
-def test_nothing_is_invented_before_training(by_hand: Place) -> None:
-    assert set(by_hand.repo("untrained").files()) == by_hand.saved("untrained")
-    assert "Not measured: the run evaluated nothing." in by_hand.card("untrained").text
-    by_hand.assert_no_local_path("untrained")
+def test_nothing_is_invented_before_training(pushed: Place) -> None:
+    assert set(pushed.repo("untrained").files()) == pushed.saved("untrained")
+    assert "Not measured: the run evaluated nothing." in pushed.card("untrained").text
+    pushed.assert_no_local_path("untrained")
 
 
-def test_pushing_at_every_save(while_training: Place) -> None:
-    repo = while_training.repo("every-save")
-    allowed = while_training.saved("every-save")
+def test_pushing_at_every_save(pushed: Place) -> None:
+    repo = pushed.repo("every-save")
+    allowed = pushed.saved("every-save")
     assert [m for _, m, _ in repo.commits if m.startswith("Training in progress, step")]
     for _, message, added in repo.commits:
         assert set(added) <= allowed, message
     assert set(repo.files()) == allowed
-    while_training.assert_no_local_path("every-save")
-    while_training.assert_weights_are_the_students("every-save")
+    pushed.assert_no_local_path("every-save")
+    pushed.assert_weights_are_the_students("every-save")
 
 
-def test_a_checkpoint_goes_only_where_it_was_asked_for(while_training: Place) -> None:
-    files = set(while_training.repo("with-checkpoint").files())
+def test_a_checkpoint_goes_only_where_it_was_asked_for(pushed: Place) -> None:
+    files = set(pushed.repo("with-checkpoint").files())
     checkpoint = {path for path in files if path.startswith("last-checkpoint/")}
-    assert files - checkpoint == while_training.saved("with-checkpoint")
+    assert files - checkpoint == pushed.saved("with-checkpoint")
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= checkpoint
     assert not any("teacher" in path for path in checkpoint)
     # Resuming does not read it, and it holds args.hub_token in plain text.
     assert "last-checkpoint/training_args.bin" not in checkpoint
-    while_training.assert_weights_are_the_students("with-checkpoint")
+    pushed.assert_weights_are_the_students("with-checkpoint")
 
 
-def test_an_adapter_with_its_base_on_the_hub(adapters: Place) -> None:
-    assert set(adapters.repo("adapter").files()) == adapters.saved("adapter")
-    adapters.assert_weights_are_the_students("adapter", "adapter_model.safetensors")
-    adapters.assert_no_local_path("adapter")
-    card = adapters.card("adapter")
+def test_an_adapter_with_its_base_on_the_hub(pushed: Place, used: dict[str, Any]) -> None:
+    assert set(pushed.repo("adapter").files()) == pushed.saved("adapter")
+    pushed.assert_weights_are_the_students("adapter", "adapter_model.safetensors")
+    pushed.assert_no_local_path("adapter")
+    card = pushed.card("adapter")
     assert card.data.library_name == "peft"
     assert card.data.base_model == "tiny-user/small-base"
     assert card.data["base_model_relation"] == "adapter"
     assert "theirs" in card.data.tags and card.data.license == "mit"
-    assert "logits" in adapters.run_card("adapter")
+    assert "logits" in used["cards"]["adapter"]
 
 
-def test_an_adapter_of_a_local_base_does_not_tell_where_it_is(adapters: Place) -> None:
-    card = adapters.card("local-adapter")
+def test_an_adapter_of_a_local_base_does_not_tell_where_it_is(pushed: Place) -> None:
+    card = pushed.card("local-adapter")
     assert card.data.library_name == "peft" and card.data.base_model is None
     assert "adapter of a local model" in card.text
-    adapters.assert_no_local_path("local-adapter")
+    pushed.assert_no_local_path("local-adapter")
