@@ -14,6 +14,7 @@ from hf_distill.views.randomness import generators_kept, seeded
 from hf_distill.views.seam import after_collation, before_collation, checked, name_of
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
+INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 OTHER_TOKENS = (
     "student_only=True with an augmentation that may put another word at a token (WordReplacement), and rows that are "
     "tokens: the teacher's row would be about a word that the student is not shown. Leave student_only out: then both "
@@ -30,14 +31,19 @@ class AugmentingCollator:
     or process that collates it, nor what was drawn before. So a resumed run is the uninterrupted one, and the
     generators of the training (dropout) are left alone. As dropout, it depends on how the data is cut into batches.
 
+    With `views=4` each example has four fixed versions, shown in turn, an epoch each: what is drawn follows from the
+    seed, the number of the version and the example alone. A teacher's cache that is built with such a collator knows
+    them.
+
     Args:
         collator: makes a batch of examples that are mappings.
         augmentations: applied in this order; each as `Augmentation` describes.
         student_only: the teacher is shown the clean example.
-        seed: another seed, other augmentations.
+        seed: another seed, other augmentations. views: so many versions of each example; None: new ones each time.
 
     Raises:
-        SettingError: no augmentation, something that is none, or `student_only` with one that moves positions.
+        SettingError: no augmentation, something that is none, or `student_only` with one that moves positions; `views`
+            below 1, or with an augmentation of collated batches.
         DataError: (when called) a teacher with columns of its own, which are not augmented; or `student_only` with
             other words, and rows that are tokens.
 
@@ -47,8 +53,15 @@ class AugmentingCollator:
     {'gain': 2.0}
     """
 
+    view_column = "view_number"  # of an example that says by itself which version is meant
+
     def __init__(
-        self, collator: Callable[..., Any], *augmentations: Any, student_only: bool = False, seed: int = 0
+        self,
+        collator: Callable[..., Any],
+        *augmentations: Any,
+        student_only: bool = False,
+        seed: int = 0,
+        views: int | None = None,
     ) -> None:
         if not callable(collator) or not augmentations:
             raise SettingError(
@@ -59,6 +72,8 @@ class AugmentingCollator:
         self.augmentations = [checked(augmentation) for augmentation in augmentations]
         self.student_only = student_only
         self.seed = seed
+        self.views = views
+        self._refuse_views()
         # In shared memory: worker processes that live for several epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         moving = [name_of(augmentation) for augmentation in augmentations if augmentation.moves_positions]
@@ -97,9 +112,14 @@ class AugmentingCollator:
         examples = [_as_dict(feature) for feature in features]
         if not self.student_only:
             self._refuse_teacher_columns(examples)
+        numbers = [example.pop(self.view_column, None) for example in examples]
         key = (self.seed, int(self._epoch), examples)
-        with seeded("examples", *key):
-            shown = before_collation(self.augmentations, [dict(example) for example in examples])
+        if self.views is None:
+            with seeded("examples", *key):
+                shown = before_collation(self.augmentations, [dict(example) for example in examples])
+        else:
+            turn = int(self._epoch) % self.views
+            shown = [self._version(one, turn if n is None else n) for one, n in zip(examples, numbers, strict=True)]
         clean: dict[str, Any] = {}
         if self.student_only:
             with generators_kept():  # so that a collator that draws (masked LM) draws alike for both
@@ -111,6 +131,25 @@ class AugmentingCollator:
         if not any(name.startswith(TEACHER_PREFIX) for name in batch):  # else it has inputs of its own, and clean ones
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in clean.items() if name not in LABELS})
         return batch
+
+    def _version(self, example: dict[str, Any], number: int) -> dict[str, Any]:
+        """One of the fixed versions of an example; labels and what else stands beside its input do not matter."""
+        inputs = {name: example[name] for name in INPUTS if name in example}
+        with seeded("view", self.seed, int(number), inputs or example):
+            (shown,) = before_collation(self.augmentations, [dict(example)])
+        return shown
+
+    def _refuse_views(self) -> None:
+        if self.views is None:
+            return
+        if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 1:
+            raise SettingError(f"views={self.views!r}: must be a whole number of at least 1, or None.")
+        of_batches = [name_of(one) for one in self.augmentations if one.acts_on == "batch"]
+        if of_batches:
+            raise SettingError(
+                f"views={self.views}, and {', '.join(of_batches)} acts on collated batches, which are others in every "
+                "epoch. Use augmentations of examples, or leave views out."
+            )
 
     def _refuse_teacher_columns(self, examples: list[dict[str, Any]]) -> None:
         own = sorted({name for example in examples for name in example if name.startswith(TEACHER_PREFIX)})

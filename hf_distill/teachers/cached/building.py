@@ -23,6 +23,7 @@ from hf_distill.teachers.cached.inside import wanted
 from hf_distill.teachers.cached.passing import Pass
 from hf_distill.teachers.cached.source import Source
 from hf_distill.teachers.cached.stores import Store
+from hf_distill.teachers.cached.versions import with_versions
 
 logger = logging.getLogger(__name__)
 _MEASURED = "measured"  # in the plan: what a resumed pass takes over and does not measure again
@@ -110,7 +111,8 @@ class Builder:
                 "predictions=False and nothing of the inside: say what is to be kept, objectives= or reads=."
             )
         asked.place(accelerator, state)
-        return cls(Source(asked, dataset, chosen, processor, inside, kept.predictions), folder, state, settings)
+        every = with_versions(dataset, chosen)
+        return cls(Source(asked, every, chosen, processor, inside, kept.predictions), folder, state, settings)
 
     def run(self) -> bool:
         """Whether there was anything to do.

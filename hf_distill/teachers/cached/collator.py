@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_distill.teachers.cached.cache import TeacherCache
 from hf_distill.teachers.cached.drawn import refuse_drawn
+from hf_distill.teachers.cached.versions import refuse_other_versions
 
 
 class CachedCollator:
@@ -19,7 +20,8 @@ class CachedCollator:
         collator: makes a batch of examples. cache: where to look. slot, fields: as `TeacherCache.look_up`.
 
     Raises:
-        SettingError: a collator that draws masks or augmentations at run time, for both models.
+        SettingError: a collator that draws masks or augmentations at run time, for both models, unless the cache was
+            built of the same versions (`AugmentingCollator(views=...)`).
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class CachedCollator:
         fields: Collection[str] | None = None,
     ) -> None:
         refuse_drawn(collator)
+        refuse_other_versions(collator, cache.manifest)
         self.collator = collator
         self.cache = cache
         self.slot = slot

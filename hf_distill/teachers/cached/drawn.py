@@ -19,8 +19,9 @@ def refuse_drawn(collator: Any) -> None:
     if getattr(collator, "mlm", False):
         instead = "mask the dataset with dataset.map and give it labels"
         raise SettingError(_DRAWN.format(what=f"{type(collator).__name__}(mlm=True)", instead=instead))
-    if getattr(collator, "student_only", None) is False:
+    if getattr(collator, "student_only", None) is False and getattr(collator, "views", None) is None:
         raise SettingError(
             _DRAWN.format(what="An augmentation", instead="hf_distill.views.augment_dataset")
-            + " With student_only=True the teacher is shown the clean example, which a cache knows."
+            + " Or fix how many versions an example has, AugmentingCollator(..., views=4), for the cache and the "
+            "training alike; or with student_only=True show the teacher the clean example, which a cache knows."
         )

@@ -15,7 +15,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.language import decoder_inputs
-from hf_distill.teachers.cached import files, fingerprints, size
+from hf_distill.teachers.cached import files, fingerprints, size, versions
 from hf_distill.teachers.cached.inside import by_axis, itemsize, of_inside
 from hf_distill.teachers.cached.keys import MASK, read_by_teacher
 from hf_distill.teachers.cached.listed import Listed
@@ -113,6 +113,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "temperature": source.asked.temperature,
         },
         "inside": None if source.wanted is None else of_inside(source.wanted, said.inside),
+        "views": versions.described(source.collator),
         "preprocessing": fingerprints.of_collator(source.collator),
         "padding": {"batch_size": batch_size, "side": _padding_side(batch, source.main)},
         "dataset": {"examples": count, "first": fingerprints.of_keys(keys[:1])},

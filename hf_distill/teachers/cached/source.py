@@ -89,7 +89,7 @@ class Source:
         names = forward_names(self.asked.learner)
         if not isinstance(example, Mapping) or not names or not self.asked.inputs:
             return example  # whatever the collator takes
-        known = {*names, *self.asked.inputs, *_LABELS}
+        known = {*names, *self.asked.inputs, *_LABELS, getattr(self.collator, "view_column", None)}
         return {k: v for k, v in example.items() if k in known or k.startswith(TEACHER_PREFIX)}
 
     def batch(self, indices: list[int]) -> dict[str, Any]:
