@@ -137,16 +137,17 @@ class Distiller(OneBatch):
                 compares_predictions=LOGITS in asked or not asked or self._compares_anyway,
                 same_inputs=self.blending.compares_positions(),
             )
-        elif asked:
+        else:
             self.blending.refuse_without_teacher()
         theirs = getattr(self.teacher, "inside", None)
         for name in asked:
             self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
-        if self.teacher is not None and hasattr(self.teacher, "check_needs"):
+        teacher: Any = self.teacher
+        if hasattr(teacher, "check_needs"):  # what objectives need of it is known once they are fitted
             for moment in PROGRESS:
-                self.teacher.check_needs(self.blending.needs(moment)[1])
-        if hasattr(self.teacher, "check_objectives"):
-            self.teacher.check_objectives([self.objectives[name] for name in asked])
+                teacher.check_needs(self.blending.needs(moment)[1])
+        if hasattr(teacher, "check_objectives"):
+            teacher.check_objectives([self.objectives[name] for name in asked])
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside

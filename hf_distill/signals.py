@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
@@ -64,6 +65,7 @@ class Unmade:
     Attributes:
         hidden: `[b t d]`. weight: `[v d]`. bias: `[v]`, or None.
         logit_scale, softcap: what the model does to the logits after its head; softcap None: nothing.
+        dtype: of the product, as the model would make it (that of autocast, or its own).
     """
 
     hidden: Tensor
@@ -71,6 +73,7 @@ class Unmade:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from hf_distill.functional.fused_inputs import (
 from hf_distill.functional.fused_linear import fused_linear_distillation
 from hf_distill.inside.output_head import OutputHead, Trial
 from hf_distill.objectives.logits import refuse_other_rows
-from hf_distill.signals import Signals, SparseRows, Unmade
+from hf_distill.signals import Signals, Unmade
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.unused_outputs import tied
@@ -97,9 +97,6 @@ class WithoutLogits:
         said = None
         if blending.weight(LOGITS, progress) > 0:
             said = distiller.teacher_signals(batch, replace(blending.needs(progress)[1], unmade=True))
-            if said.sparse is not None and not lists_plainly(said.sparse):
-                self._refuse("this teacher's rows are weighted samples, or list unequally many columns")
-                return None
         return Forward(self.head, blending, task, batch, counts, progress=progress, said=said, smoothing=smoothing)
 
     def _refuse(self, why: str) -> None:
@@ -257,14 +254,13 @@ class Forward:
         self._blending.logits_match.refuse_for_sparse(task, listed, temperature)
         # Softened already, and log-probabilities are logits: times T, as they will be divided by it.
         return TeacherSparse(
-            of_rows(listed.ids), of_rows(listed.log_probabilities) * temperature, of_rows(listed.log_tail)
+            of_rows(listed.ids),
+            of_rows(listed.log_probabilities) * temperature,
+            of_rows(listed.log_tail),
+            None if listed.weights is None else of_rows(listed.weights),
         )
 
 
 def _head(unmade: Unmade) -> Head:
-    return Head(unmade.weight, unmade.bias, unmade.logit_scale, unmade.softcap)
+    return Head(unmade.weight, unmade.bias, unmade.logit_scale, unmade.softcap, unmade.dtype)
 
-
-def lists_plainly(listed: SparseRows) -> bool:
-    """Whether the fused loss takes these rows: no weights, and every row lists equally many columns."""
-    return listed.weights is None and not bool((listed.ids < 0).any())

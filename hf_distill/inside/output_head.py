@@ -91,7 +91,7 @@ class OutputHead:
                 "nn.Linear (an adapter on it, or quantised: leave it out of both)"
             )
         if "forward" in vars(module):
-            return f"the output head of {name} has another forward already (Accelerate's offloading puts it there)"
+            return f"the output head of {name} has another forward already (offloading, tensor parallelism)"
         return None
 
     @torch.compiler.disable
@@ -106,7 +106,9 @@ class OutputHead:
         bias, later = self._module.bias, getattr(self._model, "final_logits_bias", None)
         if isinstance(later, Tensor):  # BART, Marian, Pegasus
             bias = later.flatten() if bias is None else bias + later.flatten()
-        return Unmade(hidden, self._module.weight, bias, scale, softcap)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._module.weight.dtype
+        return Unmade(hidden, self._module.weight, bias, scale, softcap, dtype)
 
     # The trial.
 

@@ -102,10 +102,10 @@ def test_what_a_model_does_to_its_logits(name: str) -> None:
 
 
 class Listing:
-    """A teacher that lists its likeliest columns."""
+    """A teacher that lists its k likeliest columns; one fewer of every other row; or of all of them a weighted half."""
 
-    def __init__(self, model: Any, k: int) -> None:
-        self._whole, self._k = ModelTeacher(model), k
+    def __init__(self, model: Any, k: int, *, fewer: bool = False, weighted: bool = False) -> None:
+        self._whole, self._k, self._fewer, self._weighted = ModelTeacher(model), k, fewer, weighted
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._whole, name)
@@ -114,8 +114,12 @@ class Listing:
         said = self._whole(task, batch, Needs(logits=True)).predictions()
         log_p = (said / needs.temperature).log_softmax(-1)
         kept, ids = log_p.topk(self._k, -1)
-        tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        return Signals(None, sparse=SparseRows(ids, kept, tail, needs.temperature))
+        if self._fewer:
+            ids[:, ::2, -1] = -1
+            kept = kept.masked_fill(ids < 0, -torch.inf)
+        tail = (1 - kept.exp().sum(-1)).clamp(min=0).log()
+        weights = 0.5 + kept.exp() if self._weighted else None
+        return Signals(None, sparse=SparseRows(ids, kept, tail, needs.temperature, weights))
 
 
 @pytest.mark.parametrize("name", ["t5_seq2seq", "bert_masked_lm"])
@@ -126,6 +130,8 @@ def test_kinds_of_teacher(name: str) -> None:
     assert_same(both(student, MovingAverage(), batch, alpha=0.3))
     for k in (5, VOCABULARY):
         assert_same(both(student, Listing(teacher, k), batch, temperature=3.0))
+    assert_same(both(student, Listing(teacher, 5, fewer=True), batch, temperature=3.0, divergence="reverse_kl"))
+    assert_same(both(student, Listing(teacher, 5, weighted=True), batch, temperature=3.0))
     with_hidden = [HiddenMatch([(0, 0)], weight=0.5)]
     assert_same(both(student, teacher, batch, objectives=with_hidden))
 
