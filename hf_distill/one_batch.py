@@ -61,7 +61,7 @@ class OneBatch:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        self._check_packing(micro_batches[0], self.task, self.teacher, self.blending.needs(progress)[1])
+        self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):

@@ -6,7 +6,7 @@ it without (OPT, BLOOM), and recurrent ones (Mamba) know no mask: each sequence 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_distill.errors import DataError
 from hf_distill.signals import Needs
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.generating import evaluating
-from hf_distill.tasks.infer import forward_names
+from hf_distill.tasks.infer import forward_names, unwrapped
 
 _LENGTHS = (2, 3)  # of the two sequences that are tried
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -24,7 +24,7 @@ _LONGEST = ("max_length_q", "max_length_k")
 
 
 class PackingCheck:
-    """Tries student and teacher when the first packed batch comes, and never again.
+    """Tries student and teacher once, when the first batch comes that may be packed; then looks at batches if need be.
 
     Args:
         student: without what wraps it.
@@ -32,20 +32,34 @@ class PackingCheck:
 
     def __init__(self, student: Any) -> None:
         self._student = student
-        self._done = False
+        self._tried: dict[str, str] = {}  # student and teacher → the one that leaks, in words; "": it does not
 
-    def __call__(self, batch: Batch, task: Task, teacher: Any, needs: Needs) -> None:
-        """Try both models, if this batch may hold packed sequences.
+    def __call__(self, batches: Sequence[Batch], task: Task, teacher: Any, needs: Needs) -> None:
+        """Refuse packed sequences, where one of the models does not keep them apart.
 
         Args:
-            teacher: a Teacher, None: there is none. needs: what it is asked for at the moment.
+            batches: of an optimizer step. teacher: a Teacher, None: there is none. needs: what it is asked for.
 
         Raises:
             DataError: what one of two packed sequences makes of its tokens changes with the other's.
         """
-        if self._done or not may_be_packed(batch) or batch.get("input_ids") is None:
+        if not may_be_packed(batches[0]) or batches[0].get("input_ids") is None:
             return
-        self._done = True
+        self._try(batches[0], task, teacher, needs)
+        leaking = " and the ".join(filter(None, self._tried.values()))
+        if leaking and any(bool((batch["position_ids"].diff(dim=-1) != 1).any()) for batch in batches):
+            raise DataError(
+                f"several sequences are packed into a row, and the {leaking} lets each see those before it: what "
+                "it makes of a sequence changes with the one packed before. Use a collator that pads "
+                "(DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows position_ids "
+                "(Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
+            )
+
+    def _try(self, batch: Batch, task: Task, teacher: Any, needs: Needs) -> None:
+        """Each model once, the teacher when it is first asked."""
+        asked = (needs.logits or needs.reads) and _is_of_models(teacher)
+        if "student" in self._tried and ("teacher" in self._tried or not asked):
+            return
         device = next(self._student.parameters()).device
         uncached = {"use_cache": False} if "use_cache" in forward_names(self._student) else {}
 
@@ -57,9 +71,12 @@ class PackingCheck:
             shown = teacher(task, tried, needs)
             return list(_of_positions({"logits": shown.logits, **{str(k): v for k, v in shown.inside.items()}}))
 
-        _refuse_leak(ask_student, batch, self._student, "student", device)
-        if _is_of_models(teacher) and (needs.logits or needs.reads):
-            _refuse_leak(ask_teacher, batch, getattr(teacher, "model", teacher), "teacher", device)
+        tried = [("student", self._student, ask_student)]
+        if asked:
+            tried.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
+        for whose, model, ask in tried:
+            leaks = whose not in self._tried and _leaks(ask, batch, device)
+            self._tried[whose] = f"{whose} ({type(unwrapped(model)).__name__})" if leaks else self._tried.get(whose, "")
 
 
 def _is_of_models(teacher: Any) -> bool:
@@ -74,20 +91,13 @@ def may_be_packed(batch: Batch) -> bool:
     return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
 
 
-def _refuse_leak(
-    ask: Callable[[Batch], list[Tensor]], batch: Batch, model: Any, whose: str, device: torch.device
-) -> None:
-    """The first of two sequences is changed; the second must not notice."""
+def _leaks(ask: Callable[[Batch], list[Tensor]], batch: Batch, device: torch.device) -> bool:
+    """The first of two sequences is changed: does the second notice?"""
     first, second = (ask(_two_sequences(batch, tokens, device)) for tokens in ((1, 2), (2, 3)))
-    for one, other in zip(first, second, strict=True):
-        apart = (one - other)[:, _LENGTHS[0] :].abs().max()
-        if bool(apart > 1e-5 * one.abs().max()):
-            raise DataError(
-                f"several sequences are packed into a row, and the {whose} ({type(model).__name__}) lets each see "
-                "those before it: what it makes of a sequence changed with the one packed before. Use a collator that "
-                "pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
-                "position_ids (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
-            )
+    return any(
+        bool((one - other)[:, _LENGTHS[0] :].abs().max() > 1e-5 * one.abs().max())
+        for one, other in zip(first, second, strict=True)
+    )
 
 
 def _two_sequences(batch: Batch, first: tuple[int, int], device: torch.device) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def test_models_that_let_packed_documents_see_each_other_are_refused(tmp_path) -
             Distiller(student, copy.deepcopy(teacher)).count([batch])
         assert [module.training for module in student.modules()] == modes
         make(tmp_path, copy.deepcopy(student), copy.deepcopy(teacher), data_collator=LLAMA.collate, **settings).train()
+        one_a_row = {"input_ids": batch["input_ids"], "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+        Distiller(student, copy.deepcopy(teacher), alpha=1.0).count([one_a_row])  # not packed, whatever it could be
 
 
 TOKENS = 34
