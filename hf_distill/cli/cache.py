@@ -14,6 +14,7 @@ from hf_distill.cli.stores import add_store_options, store_of
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import TASKS
 from hf_distill.teachers import TeacherCache, load_teacher
+from hf_distill.teachers.cached.inside import DTYPES as DTYPES_INSIDE
 from hf_distill.teachers.load import DTYPES, find_tokenizer
 
 _INTERRUPTED = 130  # as the command itself
@@ -53,6 +54,20 @@ def _add_build(kinds: Any) -> None:
     build.add_argument("--max-length", type=int, help="tokens an example is cut to; else what the tokenizer says")
     build.add_argument("--batch-size", type=int, default=32, help="consecutive examples in a forward")
     add_store_options(build)
+    build.add_argument(
+        "--hidden",
+        type=int,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="BLOCK",
+        help="keep the hidden states of these blocks, counted from 0, for objectives on the inside; -1: the embeddings",
+    )
+    build.add_argument(
+        "--inside-dtype", choices=tuple(DTYPES_INSIDE), default="float16", help="of hidden states, on the disk"
+    )
+    build.add_argument(
+        "--no-predictions", action="store_true", help="with --hidden: keep hidden states alone (to train at alpha=None)"
+    )
     build.add_argument("--teacher-dtype", choices=DTYPES, help="of the teacher's weights; else the checkpoint's own")
     build.add_argument("--workers", type=int, default=0, help="processes that make batches")
     build.set_defaults(run=_build)
@@ -81,7 +96,10 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
             task=arguments.task,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,
-            store=store_of(arguments),
+            store=None if arguments.no_predictions else store_of(arguments),
+            predictions=not arguments.no_predictions,
+            reads=[("hidden", block) for block in getattr(arguments, "hidden", ())],
+            inside_dtype=arguments.inside_dtype,
             num_workers=arguments.workers,
             say=lambda text: console.print(text, highlight=False),
         )
@@ -89,13 +107,20 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
 
 def _show(arguments: argparse.Namespace) -> None:
     cache, console = TeacherCache(arguments.folder), Console()
-    manifest = cache.manifest
+    manifest, inside = cache.manifest, cache.inside.kept
+    beside = [f"inside: {', '.join(map(str, inside))}, {manifest['inside']['dtype']}"] if inside else []
+    if manifest.get("views"):
+        beside.append(f"versions of each example: {manifest['views']['views']}")
+    if cache.bound_to is not None:
+        beside.append(f"predictions are for temperature {cache.bound_to:g} alone")
     for line in (
         f"{cache!r}, every checksum is right",
         f"teacher: {manifest['teacher']['class']}, weights {manifest['teacher']['weights']}",
         f"head: {manifest['task']['kind']}, {manifest['predictions']['columns']} columns",
+        f"kept of each row: {', '.join(f'{name} {value}' for name, value in manifest['store'].items())}",
         f"keyed by: {', '.join(manifest['inputs']['columns'])}",
         f"rows of predictions: {manifest['positions']:,}",
+        *beside,
         f"files: {len(manifest['shards'])} shards, built with "
         + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
     ):

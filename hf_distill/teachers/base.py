@@ -25,7 +25,8 @@ class Teacher(Protocol):
     raises SettingError for what it cannot be asked; `collator(collator)`, where its answers can be fetched by the data
     loader's workers; `state()` and `load_state(state)` (name → tensor), where training changes it: then a checkpoint
     holds it, and a resumed run goes on from there; `hear(lesson)`, where it learns of each micro-batch of the training,
-    after it was asked (`Lesson`).
+    after it was asked (`Lesson`); `check_objectives(objectives)`, which is told all that will ask it, once they are
+    fitted; `bound_to_temperature`, `reads_labels`: whether what it says depends on them, for a cache of it.
     """
 
     inputs: tuple[str, ...]

@@ -143,6 +143,12 @@ class TeacherCache:
         return f"TeacherCache({len(self):,} examples, {self.store.name}, {readable(self.bytes)})"
 
     @property
+    def bound_to(self) -> float | None:
+        """The one temperature that the predictions are for; None: any that the store can soften them to."""
+        found: float | None = self.manifest["predictions"].get("temperature")
+        return found
+
+    @property
     def bytes(self) -> int:
         return int(sum(shard["bytes"] for shard in self.manifest["shards"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_distill.teachers.cached.inside import kept_reads
 from hf_distill.teachers.cached.size import readable
 
 _CARD = """---
@@ -17,14 +18,14 @@ configs:
 
 # What a teacher said
 
-The predictions of a {model} ({name}) for {examples:,} examples, to distil it without running it again. Made by
+What a teacher ({model}, {name}) said of {examples:,} examples, to distil it without running it again. Made by
 hf-distill. The examples themselves are not in it: each is known by a hash of its content.
 
 | | |
 |---|---|
 | head | {kind}, {columns} columns |
 | kept | {store} |
-| examples | {examples:,} |
+{beside}| examples | {examples:,} |
 | rows of predictions | {positions:,} |
 | size | {size} |
 | weights of the teacher | `{weights}` |
@@ -59,6 +60,20 @@ def card_of(manifest: dict[str, Any]) -> str:
         positions=manifest["positions"],
         size=readable(sum(one["bytes"] for one in manifest["shards"])),
         weights=manifest["teacher"]["weights"],
+        beside=_beside(manifest),
         inputs=", ".join(manifest["inputs"]["columns"]),
         padding=f"batches of {padding['batch_size']}, side: {padding['side'] or 'none'}; change by padding: {said}",
     )
+
+
+def _beside(manifest: dict[str, Any]) -> str:
+    """Rows of the table that not every cache has."""
+    rows = []
+    bound, inside, views = manifest["predictions"]["temperature"], manifest["inside"], manifest["views"]
+    if bound is not None:
+        rows.append(f"| for temperature | {bound:g} alone |")
+    if inside is not None:
+        rows.append(f"| of its inside | {', '.join(map(str, kept_reads(inside)))}; {inside['dtype']} |")
+    if views is not None:
+        rows.append(f"| versions of each example | {views['views']}, by {', '.join(views['augmentations'])} |")
+    return "".join(f"{row}\n" for row in rows)

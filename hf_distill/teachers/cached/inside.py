@@ -20,6 +20,11 @@ from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELAT
 from hf_distill.tasks import Task
 
 KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
+_POOLED = {
+    "first": "first position of each example",
+    "last": "last position of each example",
+    "mean": "mean over each example",
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -70,7 +75,7 @@ class KeptRead:
     def __str__(self) -> str:
         where = "the embeddings" if self.layer == EMBEDDINGS else f"block {self.layer}"
         what = self.what if self.what == LAST_HIDDEN else f"{self.what} of {where}"
-        return what + (f" ({self.pools} position of each example)" if self.pools else "")
+        return what + (f" ({_POOLED[self.pools]})" if self.pools else "")
 
 
 def wanted(
@@ -255,7 +260,7 @@ class CachedInside:
         """
         found = self.find(read)
         if found.pools is not None and found.pools != pools:
-            asked = f"its {pools} position" if pools else "every position"
+            asked = f"the {_POOLED[pools]}" if pools else "every position"
             raise TeacherError(f"the cache holds {found}, and an objective compares {asked}. {_WAY}")
         return found
 

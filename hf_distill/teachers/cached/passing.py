@@ -40,7 +40,7 @@ class Pass:
         self.device = device
         self.num_workers = num_workers
         self.batch_size: int = plan["padding"]["batch_size"]
-        self._kept: list[KeptRead] = kept_reads(plan["inside"])
+        self._kept: list[KeptRead] = kept_reads(plan.get("inside"))
 
     def _indices(self, shard: int) -> range:
         start, count = shard * self.plan["shard_examples"], self.plan["dataset"]["examples"]

@@ -83,7 +83,12 @@ class CachedTeacher:
     @property
     def bound_to_temperature(self) -> bool:
         """Whether what is kept holds for one temperature alone."""
-        return self.cache.manifest["predictions"].get("temperature") is not None
+        return self.cache.bound_to is not None
+
+    def described(self) -> str:
+        """For the card."""
+        teacher = self.cache.manifest["teacher"]
+        return f"what {teacher['name'] or 'a ' + teacher['class']} said when it was asked once (a cache)"
 
     def collator(self, collator: Callable[..., Any]) -> CachedCollator:
         """That collator, with the answers beside what it makes: for the training's data loader."""
@@ -119,7 +124,7 @@ class CachedTeacher:
         if not needs.logits:
             return
         self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
-        known = self.cache.manifest["predictions"].get("temperature")
+        known = self.cache.bound_to
         if known not in (None, needs.temperature):
             whose = self.cache.manifest["teacher"]["class"]
             raise SettingError(

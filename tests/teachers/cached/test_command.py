@@ -47,6 +47,7 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
     assert run("show", folder) == 0
     shown = capsys.readouterr().out
     assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
+    assert "kept of each row: dtype float16, name dense" in shown
     words = tokenizer()
     data = datasets.load_from_disk(texts).map(lambda one: words(one["text"]), desc=None)
     trainer = make(
@@ -58,6 +59,19 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
         data_collator=None,
     )
     assert trainer.train().global_step == 2
+
+
+def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture) -> None:
+    folder = str(tmp_path / "cache")
+    build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text")
+    assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--inside-dtype", "bfloat16") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0 bytes a position, and of its inside 64 bytes at each of 2.5 tokens" in said
+    assert run("show", folder) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "inside: hidden of the embeddings, hidden of block 0, bfloat16" in shown
+    card = (tmp_path / "cache" / "README.md").read_text()
+    assert "| of its inside | hidden of the embeddings, hidden of block 0; bfloat16 |" in card
 
 
 @pytest.mark.parametrize(
@@ -93,7 +107,8 @@ def parsed(*arguments: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("arguments", "store"),
     [
-        ("", Dense()),
+        ("", None),
+        ("--store dense", Dense()),
         ("--store-dtype bfloat16", Dense("bfloat16")),
         ("--top-k 5", TopK(5)),
         ("--store top_k --temperature 1 3", TopK(temperatures=(1.0, 3.0))),

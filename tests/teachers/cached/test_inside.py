@@ -178,7 +178,7 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         (HiddenMatch([(1, 2)]), r"holds hidden of block 2 \(first position of each example\), and .* every position"),
         (
             SimilarityMatch(layers=[(1, 2)]),
-            r"\(first position of each example\), and an objective compares its mean",
+            r"\(first position of each example\), and an objective compares the mean",
         ),
     ],
 )
