@@ -24,7 +24,8 @@ def add_store_options(build: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         choices=tuple(_OPTIONS),
         help="of each row keep: all columns; the likeliest and the others as one; columns drawn by their probability; "
-        "or the likeliest and draws from the others. Without it: dense, or top_k where --top-k is given",
+        "or the likeliest and draws from the others. Without it: dense, or top_k where --top-k is given "
+        "or a vocabulary has more than 4,096 columns",
     )
     build.add_argument(
         "--top-k", default=argparse.SUPPRESS, type=int, help="columns kept of each row, with top_k (64) and hybrid (16)"
@@ -57,12 +58,16 @@ def add_store_options(build: argparse.ArgumentParser) -> None:
     )
 
 
-def store_of(arguments: argparse.Namespace) -> Dense | TopK | Sampled | Hybrid:
-    """Raises:
-    SettingError: an option that the store does not have, or a value that it does not take.
+def store_of(arguments: argparse.Namespace) -> Dense | TopK | Sampled | Hybrid | None:
+    """What the options say; None: nothing, so that what is kept depends on the head.
+
+    Raises:
+        SettingError: an option that the store does not have, or a value that it does not take.
     """
     every = {option for options in _OPTIONS.values() for option in options}
     given = {option: value for option, value in vars(arguments).items() if option in every}
+    if not given and "store" not in arguments:
+        return None
     name: str = vars(arguments).get("store", "top_k" if "top_k" in given else "dense")
     for option in given:
         if option not in _OPTIONS[name]:

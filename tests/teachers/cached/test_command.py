@@ -47,7 +47,6 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
     assert run("show", folder) == 0
     shown = capsys.readouterr().out
     assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
-    assert "kept of each row: dtype float16, name dense" in shown
     words = tokenizer()
     data = datasets.load_from_disk(texts).map(lambda one: words(one["text"]), desc=None)
     trainer = make(
