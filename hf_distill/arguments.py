@@ -77,7 +77,7 @@ class _Distillation:
     materialize_logits: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether training makes logits over a vocabulary whole. False: never, losses and gradients are made "
+            "help": "Whether training makes logits over a vocabulary whole. False: never, loss and gradients are made "
             "from hidden states, chunk by chunk; True: always; default: not where the vocabulary is large."
         },
     )

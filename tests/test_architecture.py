@@ -23,7 +23,7 @@ LAYERS = (
     "tasks",
     "inside",
     "objectives | teachers | views | students | watch",
-    "distiller + blend | presets",
+    "distiller + one_batch + without_logits + blend | presets",
     "trainer + trainer_parts + arguments | compare | hub",
     "chain + stages",
     "recipes",
