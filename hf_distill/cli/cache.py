@@ -87,7 +87,7 @@ def _build(arguments: argparse.Namespace) -> None:
 def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
-        data = _tokenized(_loaded(arguments), tokenizer, arguments)
+        data = _tokenized(dataset_of(arguments), tokenizer, arguments)
         teacher = load_teacher(arguments.teacher, arguments.task, dtype=arguments.teacher_dtype)
         return TeacherCache.build(
             teacher,
@@ -127,7 +127,8 @@ def _show(arguments: argparse.Namespace) -> None:
         console.print(line, highlight=False)
 
 
-def _loaded(arguments: argparse.Namespace) -> Any:
+def dataset_of(arguments: argparse.Namespace) -> Any:
+    """The dataset that is meant: a folder of save_to_disk, or one split of a Hub id."""
     if Path(arguments.dataset).is_dir() and (Path(arguments.dataset) / "state.json").is_file():
         return datasets.load_from_disk(arguments.dataset)
     try:

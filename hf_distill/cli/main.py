@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from hf_distill.cli import cache, quickstart
+from hf_distill.cli import cache, complete, quickstart
 from hf_distill.errors import HfDistillError
 
 EXIT_USAGE = 2
@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     quickstart.add_command(commands)
     cache.add_command(commands)
+    complete.add_command(commands)
     return parser
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, SettingError, generate_completions
+from hf_distill.cli.main import main
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -163,6 +164,36 @@ def test_from_a_folder(tmp_path) -> None:
     made = generate_completions(str(tmp_path / "teacher"), texts, tmp_path / "made", **SHORT)
     assert made["input_ids"][0] == [5, 6, 7, *greedy(teacher.eval(), [5, 6, 7], 5)]
     assert str(tmp_path) not in (tmp_path / "made" / "completions.json").read_text()
+
+
+def test_the_command(tmp_path, capsys) -> None:
+    """What the function writes, byte for byte; an error of ours is one line."""
+    teacher, words = LLAMA.make(2), tokenizer(40)
+    teacher.save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    texts = datasets.Dataset.from_dict({"question": ["w5 w6 w7", "w8"]})
+    texts.save_to_disk(str(tmp_path / "texts"))
+    command = ["complete", *(str(tmp_path / name) for name in ("teacher", "texts", "made"))]
+    sampled = [
+        "--prompt-column",
+        "question",
+        "--sample",
+        "--sampling-temperature",
+        "2",
+        "--answers",
+        "3",
+        "--seed",
+        "5",
+    ]
+    assert main([*command, "--max-new-tokens", "4", *sampled]) == 0
+    assert "6 answers in" in capsys.readouterr().out
+    generate_completions(
+        str(tmp_path / "teacher"), texts, tmp_path / "expected", prompt_column="question", max_new_tokens=4,
+        do_sample=True, sampling_temperature=2.0, num_return_sequences=3, seed=5, generation={"num_beams": 1},
+    )  # fmt: skip
+    assert contents(tmp_path / "made") == contents(tmp_path / "expected")
+    assert main([*command, "--max-new-tokens", "4"]) == 2
+    assert "no column prompt or input_ids" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path) -> None:
