@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.laws.teacher_rows import TEACHER_ROWS, Made, Place, TeacherRow
+from tests.laws.making_teachers import Made, Place
+from tests.laws.teacher_rows import TEACHER_ROWS, TeacherRow
 from tests.trainer.tiny import PLAIN_STEP, make, weights
 
 TOGETHER = [kind for kind, row in TEACHER_ROWS.items() if not row.batch_matters]

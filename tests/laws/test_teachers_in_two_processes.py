@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.laws.teacher_rows import TEACHER_ROWS, Place
+from tests.laws.making_teachers import Place
+from tests.laws.teacher_rows import TEACHER_ROWS
 from tests.laws.teacher_runs import OVER_PROCESSES, three_steps
 from tests.trainer.tiny import assert_same_bits, update_difference
 
