@@ -110,3 +110,9 @@ def test_two_processes_train_projections_as_one_does(from_two, tmp_path, case) -
     for ours, theirs in zip(found["logged"], expected["logged"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert all(entry["grad_norm"] > 0.1 for entry in expected["logged"] if kind == "projected")  # so clipping bites
+
+
+def test_a_teacher_sharded_by_fsdp2_says_what_the_whole_one_says(from_two) -> None:
+    """The student's wrapping policy is as it was, and Accelerate lists no model more."""
+    kept = {"policy kept": True, "training": False, "models": 0}
+    assert from_two["sharded"] == {"difference": 0.0, "sharded": True, **kept}

@@ -1,6 +1,6 @@
-"""A program, not a test: steps of every head, and evaluations, in each of several processes; process 0 writes.
+"""A program, not a test: steps of every head, evaluations, and a sharded teacher, in each of several processes.
 
-`torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`).
+`torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`); process 0 writes the file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
+from tests.distributed.sharded import sharded_teacher
 from tests.heads import HEADS
 from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
 
@@ -74,11 +75,12 @@ def main(path: str) -> None:
             cut = {"micro_batch": 2, "accumulation": 2}
             own = inside_steps(folder, HEADS[name], kind=kind, alpha=alpha, optim=optim, **cut)
             inside[name, kind, alpha, optim] = own
+    sharded = sharded_teacher()
     rank, processes = dist.get_rank(), dist.get_world_size()
     learned: list[object] = [None] * processes
     dist.all_gather_object(learned, {case: own["learned"] for case, own in inside.items()})
     if rank == 0:
-        all_found = {"found": found, "evaluated": evaluated, "inside": inside, "learned": learned}
+        all_found = {"found": found, "evaluated": evaluated, "inside": inside, "learned": learned, "sharded": sharded}
         torch.save({"processes": processes, **all_found}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()
