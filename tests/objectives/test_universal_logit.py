@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, Distiller, ModelTeacher, SettingError, TeacherError, UniversalLogitMatch
+from hf_distill.tasks.language import decoder_inputs
 from tests.functional.test_universal import slow
 from tests.heads import HEADS
 from tests.laws.measuring import difference, gradient_of, step
@@ -155,6 +156,30 @@ def test_a_padded_head_says_the_same() -> None:
         found.append(step(ours, student(), [collated(examples())]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
     assert difference(found[1][1], found[0][1]) < 1e-9
+
+
+def test_encoder_decoders_with_inputs_of_their_own() -> None:
+    """Each decoder reads its own answer; the teacher's inputs are given, since the student's rule is not its own."""
+    t5, rng = HEADS["t5_seq2seq"], random.Random(5)
+    models = {"": t5.make(1).double(), "teacher_": t5.make(2, vocab_size=THEIRS).double()}
+    batch: dict[str, Any] = {}
+    sides = []
+    for prefix, model in models.items():
+        sources = [[rng.randrange(3, OURS) for _ in range(4)] for _ in range(3)]
+        answers = [[rng.randrange(3, OURS) for _ in range(rng.randint(1, 5))] for _ in range(3)]
+        batch[f"{prefix}input_ids"] = torch.tensor(sources)
+        labels = [torch.tensor(one) for one in answers]
+        batch[f"{prefix}labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+        with torch.no_grad():
+            pairs = zip(sources, answers, strict=True)
+            read = [model(input_ids=torch.tensor([one]), labels=torch.tensor([other])) for one, other in pairs]
+        sides.append([outputs.logits[0].tolist() for outputs in read])
+    expected = [slow(q, p) for ours, theirs in zip(*sides, strict=True) for q, p in zip(ours, theirs, strict=False)]
+    one = Distiller(models[""], models["teacher_"], alpha=None, objectives=UniversalLogitMatch())
+    with pytest.raises(DataError, match="needs teacher_labels and teacher_decoder_input_ids, its own"):
+        one(models[""], batch)
+    batch["teacher_decoder_input_ids"] = decoder_inputs(batch["teacher_labels"], models["teacher_"])
+    assert one(models[""], batch).loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-6)
 
 
 def raw_texts() -> tuple[list[dict[str, Any]], list[Example]]:
