@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from hf_distill.errors import SettingError, TeacherError
@@ -57,7 +58,9 @@ class Asked:
         self.temperature = temperature
         self.model = teacher.model if isinstance(teacher, ModelTeacher) else None
         self.reads_labels = bool(getattr(teacher, "reads_labels", False))
-        self.main = str(getattr(unwrapped(self.model or learner), "main_input_name", "input_ids"))
+        self.main = str(
+            getattr(unwrapped(learner if self.model is None else self.model), "main_input_name", "input_ids")
+        )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -219,7 +222,10 @@ def _as_model_teacher(teacher: Any, student: Any, task: Task | str | None, dtype
 
 
 class _Here:
-    """As much of an `Accelerator` as a teacher asks for where nothing is trained."""
+    """As much of an `Accelerator` as a teacher asks for where nothing is trained: every process has all of it."""
+
+    distributed_type = DistributedType.NO
+    is_fsdp2 = False
 
     def __init__(self, state: Any) -> None:
         self._state = state

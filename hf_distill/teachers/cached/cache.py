@@ -21,7 +21,7 @@ from hf_distill.teachers.cached import files, fingerprints, inside_layout, layou
 from hf_distill.teachers.cached.building import Builder, Kept, Settings
 from hf_distill.teachers.cached.inside import CachedInside
 from hf_distill.teachers.cached.keys import CACHED_PREFIX, content_keys, read_by_teacher
-from hf_distill.teachers.cached.mapped import POSITIONS, Mapped
+from hf_distill.teachers.cached.mapped import POSITIONS, Mapped, counts_of
 from hf_distill.teachers.cached.size import readable
 from hf_distill.teachers.cached.stores import Store, store_from
 
@@ -199,10 +199,11 @@ class TeacherCache:
         where = self._mapped.find(content_keys(batch, self.columns, main=self.main))
         if bool((where < 0).any()):
             self._refuse_missing(where)
-        counts, laid = self._mapped.counts(where), {}
+        spans, laid = self._mapped.spans(where), {}
+        counts = counts_of(spans)
         real = layout.real_positions(self.axis, batch, task=task)
         for name in self._fields:
-            rows = self.store.tensor(name, self._mapped.gather(where, name))
+            rows = self.store.tensor(name, self._mapped.gather(spans, name))
             laid[name] = layout.lay(rows, counts, real, self.axis)
         if self.axis == "frames":
             laid[POSITIONS] = torch.from_numpy(counts)
@@ -213,8 +214,9 @@ class TeacherCache:
         own, laid = read_by_teacher(batch, self.main), {}
         for one in self.inside.kept:
             if fields is None or one.field in fields:
-                counts = self._mapped.counts(where, one.counts)
-                rows = inside_layout.as_tensor(self._mapped.gather(where, one.field), self.manifest["inside"]["dtype"])
+                spans = self._mapped.spans(where, one.counts)
+                counts = counts_of(spans)
+                rows = inside_layout.as_tensor(self._mapped.gather(spans, one.field), self.manifest["inside"]["dtype"])
                 laid[one.field] = inside_layout.lay(rows, counts, one, own)
                 if one.along == "frames":
                     laid[one.counts] = torch.from_numpy(counts)

@@ -105,8 +105,11 @@ def wanted(
     merged: dict[tuple[str, int, str], tuple[Read, set[str | None]]] = {}
     for read, pools in found.items():
         path = _checked(read, inside).path
-        merged.setdefault((read.what, read.layer, path), (read, set()))[1].update(pools)
-    one_way = {read: next(iter(pools)) if len(pools) == 1 else None for read, pools in merged.values()}
+        merged.setdefault((read.what, _layer(read), path), (read, set()))[1].update(pools)
+    one_way = {
+        read._replace(layer=_layer(read)): next(iter(pools)) if len(pools) == 1 else None
+        for read, pools in merged.values()
+    }
     return Wanted({read: one_way[read] for read in sorted(one_way, key=_in_order)}, inside, dtype)
 
 
@@ -147,6 +150,11 @@ def _checked(read: Read, inside: Inside) -> Blocks:
             f"{' (-1: the embeddings)' if read.what == HIDDEN else ''} at {blocks.path!r}."
         )
     return blocks
+
+
+def _layer(read: Read) -> int:
+    """What the head reads is of no block: whichever an objective names there."""
+    return 0 if read.what == LAST_HIDDEN else read.layer
 
 
 def _in_order(read: Read) -> tuple[str, str, str, int]:
@@ -240,7 +248,7 @@ class CachedInside:
         """
         path = self._stack(read.side, read.stack)["path"]
         for one in self.kept:
-            if (one.what, one.layer, one.path) == (read.what, read.layer, path):
+            if (one.what, one.layer, one.path) == (read.what, _layer(read), path):
                 return one
         if read.what == ATTENTION:
             raise TeacherError(

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from hf_distill.teachers.cached import files
 
+Spans = list[tuple[int, int, int]]
 POSITIONS = "positions"  # the column that says how many rows of predictions each example has
 
 
@@ -49,25 +50,24 @@ class Mapped:
                 place += 1
         return found
 
-    def counts(self, where: np.ndarray, column: str = POSITIONS) -> np.ndarray:
-        """`[b]`: how many positions each example has."""
-        return np.array([end - start for _, start, end in self._spans(where, column)], dtype=np.int64)
-
-    def gather(self, where: np.ndarray, field: str) -> np.ndarray:
+    def gather(self, spans: Spans, field: str) -> np.ndarray:
         """`[p width]` copied out of the memory map: the examples' positions one after the other."""
-        column, width = self._columns[field]
-        pieces = [
-            self._values[shard][field][start * width : end * width] for shard, start, end in self._spans(where, column)
-        ]
+        _, width = self._columns[field]
+        pieces = [self._values[shard][field][start * width : end * width] for shard, start, end in spans]
         return np.concatenate(pieces).reshape(-1, width)
 
-    def _spans(self, where: np.ndarray, column: str) -> list[tuple[int, int, int]]:
-        """Shard, first position and end of each example."""
+    def spans(self, where: np.ndarray, column: str = POSITIONS) -> Spans:
+        """Shard, first position and end of each example, by the column that counts them."""
         spans = []
         for shard, row in zip(self._shard[where].tolist(), self._row[where].tolist(), strict=True):
             starts = self._starts[shard][column]
             spans.append((shard, int(starts[row]), int(starts[row + 1])))
         return spans
+
+
+def counts_of(spans: Spans) -> np.ndarray:
+    """`[b]`: how many positions each example has."""
+    return np.array([end - start for _, start, end in spans], dtype=np.int64)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -122,6 +122,10 @@ def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
         assert laid.dtype == torch.bfloat16 and (laid[~real] == 0).all()
         torch.testing.assert_close(laid[real].float(), expected[real], rtol=2**-8, atol=1e-6)
     assert cache.dataset().column_names[-1] == "values_2"
+    student = HEADS[NAME].make(1, layers=2)
+    stored = Distiller(student, CachedTeacher(cache), alpha=None, objectives=CosineEmbedding(), seed=0)
+    live = Distiller(student, teacher, alpha=None, objectives=CosineEmbedding(), seed=0)
+    assert stored(student, batch).loss.item() == pytest.approx(live(student, batch).loss.item(), rel=1e-2)  # bfloat16
     # 24 numbers of 2 bytes, four times.
     assert sum(map(len, cache.dataset()["hidden_0"])) == int(real.sum()) * 24
 
