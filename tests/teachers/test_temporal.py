@@ -91,6 +91,29 @@ def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     assert_moved(weights(whole.model), weights(bert()))
 
 
+def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() -> None:
+    """Also of the same words with other tokens labelled: that is another example."""
+    head = HEADS["bert_tokens"]
+    student, batch = head.make(seed=0).double().eval(), in_double(head, head.examples(4))
+    distiller = Distiller(student, TemporalEnsemble(), alpha=1.0, temperature=T)
+    for _ in range(2):
+        distiller(student, batch)
+    fewer = {**batch, "labels": batch["labels"].clone()}
+    fewer["labels"][0, (fewer["labels"][0] != -100).nonzero()[0]] = -100
+    told = distiller.teacher_signals(fewer, Needs(logits=True)).sparse
+    known = (fewer["labels"] != -100) & (torch.arange(4) > 0)[:, None]
+    assert torch.equal(told.log_tail == -torch.inf, known) and torch.equal((told.ids >= 0).all(-1), known)
+    assert told.temperature == T and not told.log_tail[~known].any()
+    torch.testing.assert_close(told.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
+    resumed = TemporalEnsemble()
+    other = Distiller(student, resumed, alpha=0.0, temperature=3.0)
+    resumed.load_state(distiller.teacher.state())
+    with pytest.raises(SettingError, match=r"temperature=3: what TemporalEnsemble remembers was softened with 2"):
+        other(student, batch)
+    with pytest.raises(SettingError, match=r"the checkpoint's teacher \(passes, \.\.\.\) is no TemporalEnsemble"):
+        resumed.load_state({"passes": torch.tensor(1)})
+
+
 def test_examples_by_a_column_of_their_own(tmp_path) -> None:
     """Inputs that are never the same twice, known by number; the student is not given the column."""
 
