@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+BLOCK = 128  # columns; of each draw as many are looked at
+_TINY = 1e-300
 _BELOW_ONE = 1 - 2.0**-40  # so that no rounding of a product reaches the end of a row
 
 
@@ -27,14 +30,22 @@ def drawn(weights: Tensor, uniforms: Tensor, *, stratified: bool = True) -> Tens
     >>> drawn(torch.tensor([[0.5, 0.0, 0.25, 0.25]]), torch.tensor([[0.9, 0.1, 0.3, 0.8]]).double()).tolist()
     [[0, 0, 2, 3]]
     """
-    count = uniforms.shape[-1]
+    count, width = uniforms.shape[-1], weights.shape[-1]
     if stratified:
         at = (torch.arange(count, dtype=uniforms.dtype, device=uniforms.device) + uniforms) / count
     else:
         at = uniforms.sort(-1).values
-    up_to = weights.cumsum(-1, dtype=torch.float64)
-    ids = torch.searchsorted(up_to, at.clamp(max=_BELOW_ONE) * up_to[..., -1:], right=True)
-    return ids.clamp(max=weights.shape[-1] - 1)
+    # First a block of columns, by the sums of blocks, then a column of it: all columns are read once, by a plain sum.
+    blocks = F.pad(weights, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1).double()
+    up_to = sums.cumsum(-1)
+    at = at.clamp(max=_BELOW_ONE) * up_to[..., -1:]
+    chosen = torch.searchsorted(up_to, at, right=True).clamp(max=sums.shape[-1] - 1)
+    size = sums.gather(-1, chosen)
+    share = ((at - up_to.gather(-1, chosen) + size) / size.clamp(min=_TINY)).clamp(0, _BELOW_ONE)
+    inside = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).cumsum(-1, dtype=torch.float64)
+    column = torch.searchsorted(inside, share[..., None] * inside[..., -1:], right=True)[..., 0]
+    return (chosen * BLOCK + column.clamp(max=BLOCK - 1)).clamp(max=width - 1)
 
 
 def merged(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,20 @@ def test_a_column_that_fills_whole_parts_is_drawn_in_each():
         assert ids.tolist() == [0] + [1] * 6 + [2] * 3
 
 
+@pytest.mark.parametrize("stratified", [True, False])
+def test_long_rows_as_by_one_sum_over_all_columns(stratified):
+    """The inverse of the cumulative sum in float64, column by column; blocks of columns without weight between."""
+    weights = torch.rand(40, 1000, generator=torch.Generator().manual_seed(1)) ** 8
+    weights[:, 100:500] = 0.0
+    u = uniforms(40, 16)
+    at = (torch.arange(16) + u) / 16 if stratified else u.sort(-1).values
+    up_to = weights.double().cumsum(-1)
+    expected = torch.searchsorted(up_to, at * up_to[:, -1:], right=True)
+    found = drawn(weights, u, stratified=stratified)
+    assert (found == expected).float().mean() > 0.99  # float32 sums of blocks: a draw at a border may fall to the next
+    assert (weights.gather(-1, found) > 0).all() and (found[:, 1:] >= found[:, :-1]).all()
+
+
 def test_the_ends_of_a_row():
     """The smallest and the largest number there are; columns without weight at both ends; a row without any."""
     weights = torch.tensor([[0.0, 1e-30, 1.0, 1e-9, 0.0], [0.0] * 5, [1e30, 0.0, 0.0, 0.0, 0.0]])

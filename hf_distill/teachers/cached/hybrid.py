@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
-from hf_distill.functional.drawing import drawn, merged
+from hf_distill.functional.drawing import BLOCK, drawn, merged
 from hf_distill.functional.rows import BLOCKED, in_full_precision
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.cached.sampled import CELLS, refuse_other_temperature
@@ -78,7 +78,7 @@ class Hybrid:
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         """The k and their log p, log of what all others weigh, draws of these, and the mean of log p over the draws."""
         at = uniforms(keys, counts, self.samples, seed=self.seed)
-        many = max(1, CELLS // rows.shape[1])
+        many = max(1, CELLS // max(rows.shape[1], BLOCK * self.samples))
         parts = [self._kept_and_drawn(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
         types = self.fields(rows.shape[1])
         return {name: np.concatenate([part[name] for part in parts]).astype(types[name].dtype) for name in types}

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
-from hf_distill.functional.drawing import drawn, merged
+from hf_distill.functional.drawing import BLOCK, drawn, merged
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.cached.stores import STORES, Field, id_type
 from hf_distill.teachers.cached.uniforms import refuse_seed, uniforms
 
-CELLS = 1 << 24  # columns of rows that are drawn from at once: 128 MB of float64
+CELLS = 1 << 24  # numbers that are held at once to draw from rows: 128 MB of float64
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,20 @@ class Sampled:
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         """ids, ascending; their weights where they are not 1 / k; and the mean of log p, each by its weight."""
         at = uniforms(keys, counts, self.samples, seed=self.seed)
-        many = max(1, CELLS // rows.shape[1])
+        many = max(1, CELLS // max(rows.shape[1], BLOCK * self.samples))
         parts = [self._drawn(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
         types = self.fields(rows.shape[1])
         return {name: np.concatenate([part[name] for part in parts]).astype(types[name].dtype) for name in types}
 
     def _drawn(self, rows: Tensor, at: Tensor) -> dict[str, np.ndarray]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
-        proposals = (self.proposal_power * log_p).exp()
+        proposals = (log_p if self.proposal_power == 1 else self.proposal_power * log_p).exp()
         ids = drawn(proposals, at.to(rows.device), stratified=self.stratified)
         known = log_p.gather(-1, ids)
-        total = proposals.sum(-1, keepdim=True, dtype=torch.float64)
-        weights = ((1 - self.proposal_power) * known).exp() * (total / self.samples).float()
+        weights = torch.full_like(known, 1 / self.samples)
+        if self.proposal_power != 1:
+            total = proposals.sum(-1, keepdim=True, dtype=torch.float64).float()
+            weights = weights * total * ((1 - self.proposal_power) * known).exp()
         mean = (weights * known).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
         found = {"ids": ids, "weights": weights, "mean_log_probability": mean}
         return {name: value.cpu().numpy() for name, value in found.items()}

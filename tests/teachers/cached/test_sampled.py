@@ -128,7 +128,7 @@ def test_rows_in_pieces_are_rows_at_once(store: Any, monkeypatch: pytest.MonkeyP
     rows = torch.randn(10, COLUMNS, generator=torch.Generator().manual_seed(3))
     whole = encoded(store, rows, 5)
     for module in ("sampled", "hybrid"):
-        monkeypatch.setattr(f"hf_distill.teachers.cached.{module}.CELLS", 3 * COLUMNS)
+        monkeypatch.setattr(f"hf_distill.teachers.cached.{module}.CELLS", 3 * 8 * 128)
     pieces = encoded(store, rows, 5)
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
