@@ -14,6 +14,16 @@ from hf_distill.functional.divergences import (
     total_variation,
 )
 from hf_distill.functional.features import DISTANCES
+from hf_distill.functional.fused_inputs import (
+    Head,
+    Labels,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherSparse,
+    Terms,
+    fusable,
+)
+from hf_distill.functional.fused_linear import FusedLoss, fused_linear_distillation
 from hf_distill.functional.properties import (
     DIVERGENCES,
     PROPERTIES,
@@ -29,9 +39,18 @@ __all__ = [
     "SIMILARITIES",
     "Divergence",
     "DivergenceProperties",
+    "FusedLoss",
+    "Head",
+    "Labels",
+    "TeacherHidden",
+    "TeacherLogits",
+    "TeacherSparse",
+    "Terms",
     "decoupled",
     "dist",
     "forward_kl",
+    "fusable",
+    "fused_linear_distillation",
     "hard",
     "jeffreys",
     "jensen_shannon",

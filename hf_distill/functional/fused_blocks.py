@@ -1,4 +1,4 @@
-"""One block of rows: labels' term and divergence side by side, and the gradient written over the student's logits.
+"""One block of rows: labels' term and divergence side by side, and the gradient written over one side's logits.
 
 Weights of rows are in the gradient; what all rows have in common is left out, and multiplied in at the very end.
 """
@@ -75,14 +75,14 @@ class Likely:
 
 
 def blend_block(
-    student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room
+    student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The labels' term and the divergence of each row `[r]`, before weights; None where there is no such term.
 
     Args:
-        student: `[r v]` of the chunk of products; the gradient is written over it.
+        student: `[r v]` of the chunk of products, written over.
         teacher: `[r columns]` of the teacher's products (written over) or logits (only read), or sparse targets.
-        rows: which of the n rows these are.
+        rows: which of the n rows these are. into: where the gradient goes: `student`, or `teacher` where it is ours.
     """
     softened, slope = soften(student, work.student, room, "student")
     gold = None if work.labels is None else _gold(softened, work, work.labels[rows])
@@ -98,7 +98,7 @@ def blend_block(
         if gold is not None and likely is None:
             likely = _as_a_power(found, int(work.temperature), gold)
     if work.wants_gradient:
-        _write(student, found, likely, gold, slope, work, rows)
+        _write(into, found, likely, gold, slope, work, rows)
     return None if likely is None else likely.value, None if found is None else found.value
 
 
@@ -153,7 +153,7 @@ def _as_a_power(found: Compared, temperature: int, gold: Gold) -> Likely:
 
 
 def _write(
-    student: Tensor,
+    into: Tensor,
     found: Compared | None,
     likely: Likely | None,
     gold: Gold | None,
@@ -161,7 +161,7 @@ def _write(
     work: Work,
     rows: slice,
 ) -> None:
-    """label weight · (likely − target) + row weight · gradient of the divergence, times the slope, over `student`."""
+    """label weight · (likely − target) + row weight · gradient of the divergence, times the slope."""
     if found is not None and work.row_weights is not None:
         weights = work.row_weights[rows, None]
         found.gradient.mul_(weights)
@@ -172,14 +172,14 @@ def _write(
         out = found.gradient
     else:
         weights = work.label_weights[rows, None]
-        out = _with_labels(found, likely, weights * likely.scale, into=student)
+        out = _with_labels(found, likely, weights * likely.scale, into=into)
         out.scatter_add_(1, gold.ids, weights * (work.smoothing - 1))
         if work.smoothing > 0:
             out.sub_(weights * (work.smoothing / out.shape[1]))
     if slope is not None:
         out.mul_(slope)
-    if out.data_ptr() != student.data_ptr():
-        student.copy_(out)
+    if out.data_ptr() != into.data_ptr():
+        into.copy_(out)
 
 
 def _with_labels(found: Compared | None, likely: Likely, factors: Tensor, *, into: Tensor) -> Tensor:

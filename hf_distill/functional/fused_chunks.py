@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,24 +17,48 @@ from hf_distill.functional.fused_inputs import Head
 from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
 
 MIB = 2**20
-BUDGET_16_BITS, BUDGET = 128 * MIB, 256 * MIB
+BUDGET_16_BITS, BUDGET = 88 * MIB, 384 * MIB
+OF_THE_SUM = 3  # a chunk may always take this part of what the sum of the head's gradient takes
 MOST_ROWS = 512  # products gain nothing from more
+ENOUGH_ROWS = 256  # with fewer, products slow down, and the sum is added to too often
+FEW_ROWS = 96  # of the student's logits at a time, where both sides' do not fit
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
-TILE = 2048  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
-PIECE = 8 * TILE  # rows of the head in one piece of its fp32 sum
+TILE = 1024  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
+PIECE = 16 * TILE  # rows of the head in one piece of its fp32 sum
 
 
-def rows_a_chunk(n: int, bytes_a_row: int, budget: int) -> int:
+@dataclass(frozen=True)
+class ChunkRows:
+    """`whole` rows of the teacher's logits and of the gradient at a time, `part` rows of the student's logits."""
+
+    whole: int
+    part: int
+
+
+def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teacher: bool) -> ChunkRows:
     """As many rows as fit the budget, a round number of them, at least one.
 
-    >>> rows_a_chunk(2048, 2 * 2 * 131072, 128 * 2**20)
-    256
+    Args:
+        student, teacher: bytes of a row of logits. over_teacher: the gradient can be written over the teacher's logits,
+            so that the student's need not all be there at once.
+
+    >>> rows_a_chunk(2048, 2 * 32768, 2 * 32768, 128 * 2**20, over_teacher=True)
+    ChunkRows(whole=512, part=512)
+    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 88 * 2**20, over_teacher=True)
+    ChunkRows(whole=256, part=96)
     """
-    rows = max(1, min(budget // bytes_a_row, MOST_ROWS))
-    if rows > ROUND_ROWS:
-        rows -= rows % ROUND_ROWS
-    return max(1, min(rows, n))
+
+    def fitting(memory: int, bytes_a_row: int, most: int) -> int:
+        rows = max(1, min(memory // bytes_a_row, most))
+        return max(1, min(rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows, n))
+
+    both = fitting(budget, student + teacher, MOST_ROWS)
+    if not over_teacher or both >= min(n, ENOUGH_ROWS):
+        return ChunkRows(both, both)
+    part = min(FEW_ROWS, both)
+    whole = fitting(max(0, budget - part * student), teacher, ENOUGH_ROWS)
+    return ChunkRows(whole, part) if whole > both else ChunkRows(both, both)
 
 
 def rows_a_block(chunk: int, columns: int, device: torch.device) -> int:
@@ -87,40 +112,51 @@ class HeadGradient:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self._low = dtype in (torch.bfloat16, torch.float16)
         self._like = weight
         v, d = weight.shape
         full = full_precision_of(weight)
         self._piece = PIECE if weight.dtype != full else max(v, 1)
         self._pieces = [
-            torch.zeros(min(self._piece, v - first), d, dtype=full, device=weight.device)
+            torch.empty(min(self._piece, v - first), d, dtype=full, device=weight.device)
             for first in range(0, v, self._piece)
         ]
-        self._tile = torch.empty(min(TILE, v), d, dtype=dtype, device=weight.device) if self._low else None
+        low = dtype in (torch.bfloat16, torch.float16)
+        self._tile = torch.empty(min(TILE, v), d, dtype=dtype, device=weight.device) if low else None
+        self._is_empty = True
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add gradientᵀ · hidden: `[m v], [m d]`; v may be less than the head's."""
         for number, piece in enumerate(self._pieces):
             columns = gradient[:, number * self._piece : (number + 1) * self._piece]
             width = columns.shape[1]
+            if self._is_empty:
+                piece[width:].zero_()
             if self._tile is None:
-                piece[:width].addmm_(columns.T, hidden)
+                part = piece[:width]
+                torch.addmm(part, columns.T, hidden, beta=0 if self._is_empty else 1, out=part)
                 continue
             for first in range(0, width, TILE):
-                part = columns[:, first : first + TILE]
-                piece[first : first + TILE][: part.shape[1]].add_(
-                    torch.mm(part.T, hidden, out=self._tile[: part.shape[1]])
-                )
+                tile = self._tile[: min(TILE, width - first)]
+                torch.mm(columns[:, first : first + TILE].T, hidden, out=tile)
+                part = piece[first : first + len(tile)]
+                if self._is_empty:
+                    part.copy_(tile)
+                else:
+                    part.add_(tile)
+        self._is_empty = False
 
     def hand_out(self, factor: Tensor) -> Tensor:
         """The sum times `factor`, in the weight's type. What is kept is given away: it can be asked once."""
         pieces, self._pieces = self._pieces, []
+        if self._is_empty:
+            return torch.zeros_like(self._like)
         if self._like.dtype == pieces[0].dtype:
             return pieces[0].mul_(factor)
         out = torch.empty_like(self._like)
         for number in range(len(pieces)):
             piece, pieces[number] = pieces[number], torch.empty(0)
-            out[number * self._piece : (number + 1) * self._piece].copy_(piece.mul_(factor))
+            for rows, into in zip(piece.split(TILE), out[number * self._piece :].split(TILE), strict=False):
+                into.copy_(rows.mul_(factor))
         return out
 
 

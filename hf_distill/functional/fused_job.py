@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.fused_blocks import Work
-from hf_distill.functional.fused_chunks import BUDGET, BUDGET_16_BITS, Product, rows_a_chunk
+from hf_distill.functional.fused_chunks import BUDGET, BUDGET_16_BITS, OF_THE_SUM, Product, rows_a_chunk
 from hf_distill.functional.fused_inputs import (
     IGNORED,
     FusedTeacher,
@@ -75,12 +75,19 @@ class Job:
             or (self.of_teacher is not None and self.of_teacher.may_block()),
             wants_gradient=any(wants),
         )
-        sides = [self.product] if self.of_teacher is None else [self.product, self.of_teacher]
+        ours, theirs = self.product, self.of_teacher
         self.rows = rows_a_chunk(
             hidden.shape[0],
-            sum(side.columns * side.dtype.itemsize for side in sides),
-            budget or (BUDGET_16_BITS if self.product.dtype.itemsize == 2 else BUDGET),
+            ours.columns * ours.dtype.itemsize,
+            0 if theirs is None else theirs.columns * theirs.dtype.itemsize,
+            budget or self._budget(head.weight),
+            over_teacher=theirs is not None and (ours.columns, ours.dtype) == (theirs.columns, theirs.dtype),
         )
+
+    def _budget(self, weight: Tensor) -> int:
+        """Bytes for both sides' logits of a chunk: little beside the sum of the head's gradient is nothing."""
+        least = BUDGET_16_BITS if self.product.dtype.itemsize == 2 else BUDGET
+        return max(least, weight.numel() * self.full.itemsize // OF_THE_SUM) if self.wants[1] else least
 
     def _set_factors(self, terms: Terms, power: int, row_weights: Tensor | None, logit_scale: float) -> None:
         """Split each factor of the gradient into what all rows share (`unit`) and what a row has of it.

@@ -72,8 +72,8 @@ def fused_linear_distillation(
         terms: divergence, temperature, factors.
         labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
         row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 128 MiB in 16 bits, 256 MiB in 32; never more
-            than 512 rows.
+        budget_bytes: for the logits of one chunk of both sides; None: 88 MiB in 16 bits, 384 MiB in 32, or a third of
+            the head's gradient in fp32 if that is more; never more than 512 rows.
 
     Raises:
         SettingError: a setting that cannot be, heads of different width without `columns`, neither labels nor teacher.
@@ -170,30 +170,48 @@ def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tenso
     n, product, of_teacher = hidden.shape[0], job.product, job.of_teacher
     values = torch.zeros(2, n, dtype=job.full, device=hidden.device)
     low = hidden.to(product.dtype)
-    ours = torch.empty(job.rows, product.columns, dtype=product.dtype, device=hidden.device)
+    ours = torch.empty(job.rows.part, product.columns, dtype=product.dtype, device=hidden.device)
     theirs = None
     if of_teacher is not None:
-        theirs = torch.empty(job.rows, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
-    block = rows_a_block(job.rows, product.columns, hidden.device)
+        theirs = torch.empty(job.rows.whole, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
     rooms = [Room() for _ in range(torch.get_num_threads() if hidden.device.type == "cpu" else 1)]
-    for first in range(0, n, job.rows):
-        rows = slice(first, min(first + job.rows, n))
-        logits = product.into(ours, low[rows])
+    for first in range(0, n, job.rows.whole):
+        rows = slice(first, min(first + job.rows.whole, n))
         if of_teacher is not None and theirs is not None and isinstance(job.teacher, TeacherHidden):
             of_teacher.into(theirs, job.teacher.hidden[rows].to(of_teacher.dtype))
-
-        def work(part: slice, room: Room, first: int = first, logits: Tensor = logits) -> None:
-            whole = slice(first + part.start, first + part.stop)
-            teacher = _teacher_block(job, theirs, part, whole)
-            found = blend_block(logits[part], teacher, job.work, whole, room)
-            for row, value in zip(values, found, strict=True):
-                if value is not None:
-                    row[whole] = value
-
-        for_each_block(rows.stop - first, block, work, rooms)
+        at_logits = ours
+        for begin in range(first, rows.stop, job.rows.part):
+            part = slice(begin, min(begin + job.rows.part, rows.stop))
+            logits = into = product.into(ours, low[part])
+            there = None if theirs is None else theirs[begin - first : part.stop - first]
+            if job.rows.part < job.rows.whole and theirs is not None and there is not None:
+                at_logits, into = theirs, there
+            _work_off(job, logits, there, into, part, values, rooms)
         if job.work.wants_gradient:
-            gradients.add(logits, low[rows], rows)
+            gradients.add(at_logits[: rows.stop - first], low[rows], rows)
     return values[0], values[1]
+
+
+def _work_off(
+    job: Job,
+    logits: Tensor,
+    theirs: Tensor | None,
+    into: Tensor,
+    rows: slice,
+    values: Tensor,
+    rooms: list[Room],
+) -> None:
+    """Every block of `rows`: values into `values`, the gradient at the logits into `into`, one of the two sides."""
+
+    def work(part: slice, room: Room) -> None:
+        whole = slice(rows.start + part.start, rows.start + part.stop)
+        teacher = _teacher_block(job, theirs, part, whole)
+        found = blend_block(logits[part], teacher, job.work, whole, room, into=into[part])
+        for row, value in zip(values, found, strict=True):
+            if value is not None:
+                row[whole] = value
+
+    for_each_block(len(logits), rows_a_block(len(logits), logits.shape[1], logits.device), work, rooms)
 
 
 def _teacher_block(job: Job, theirs: Tensor | None, part: slice, whole: slice) -> Tensor | TeacherSparse | None:

@@ -206,6 +206,27 @@ def test_sizes_that_do_not_divide(n: int, v: int, rows: int, monkeypatch: pytest
         compare(case, budget=rows_to_bytes(case, rows))
 
 
+@pytest.mark.parametrize("part", [2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_gradients_written_over_the_teachers_logits(
+    name: str, settings: dict[str, Any], dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven rows of the teacher's at a time, and fewer of the student's."""
+    monkeypatch.setattr(chunks, "FEW_ROWS", part)
+    monkeypatch.setattr(chunks, "ENOUGH_ROWS", 7)
+    monkeypatch.setattr(chunks, "BLOCK_CPU", 2 * 4 * 31)
+    case = setting(name, settings, n=17, v=31, dtype=dtype, row_weights=True)
+    budget = 31 * case.hidden.element_size() * (7 + part)
+    assert chunks.rows_a_chunk(17, 31, 31, 31 * (7 + part), over_teacher=True) == chunks.ChunkRows(7, part)
+    if dtype == torch.bfloat16:
+        if (name, settings) in [case.values for case in FAMILY]:
+            no_further_than_the_plain_path(case, slack=torch.finfo(dtype).eps / 2, budget=budget)
+        return
+    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
+    compare(case, **close, budget=budget)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_share_the_blocks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "BLOCK_CPU", 3 * 4 * 11)
