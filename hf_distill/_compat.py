@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from transformers import AttentionInterface, PreTrainedModel, Trainer
@@ -61,6 +62,15 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+def processes() -> PartialState:
+    """This process among those it was launched with.
+
+    Accelerate joins processes on CPUs only where it is told that there is nothing else: else each takes itself for the
+    only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def gathered_sum(vector: torch.Tensor, accelerator: Any) -> torch.Tensor:

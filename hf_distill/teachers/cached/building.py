@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
+from hf_distill._compat import processes
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import Task
 from hf_distill.teachers.cached import files, fingerprints, planning, size
@@ -86,7 +85,7 @@ class Builder:
             raise SettingError(
                 f"batch_size={settings.batch_size}, shard_examples={settings.shard_examples}: at least 1."
             )
-        state = accelerator or PartialState()
+        state = accelerator or processes()
         chosen = collator or planning.default_collator(processor)
         refuse_drawn(chosen)
         asked = asked_of(

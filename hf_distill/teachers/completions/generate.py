@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
+from hf_distill._compat import processes
 from hf_distill.errors import SettingError
 from hf_distill.tasks.generating import answered, continued, drawn_from, end_tokens, generation_settings
 from hf_distill.teachers.cached import fingerprints
@@ -145,7 +145,7 @@ class _Pass:
         self.settings = settings
         self.folder = folder
         self.seed = seed
-        self.state = PartialState()
+        self.state = processes()
 
     def run(self) -> None:
         plan, state = self.folder.plan, self.state
