@@ -188,7 +188,7 @@ def raw_texts() -> tuple[list[dict[str, Any]], list[Example]]:
     for prompt, answer in (("w3 w4 w5", "w6 w7"), ("w8", "w9 w10 w11"), ("w12 w13", "w14")):
         ours, theirs = ([int(word[1:]) for word in part.split()] for part in (prompt, answer))
         one = {"input_ids": ours + theirs, "labels": [-100] * len(ours) + theirs}
-        raw.append({**one, "teacher_text": f"{prompt} {answer}", "teacher_prompt": f"{prompt} "})
+        raw.append({**one, "teacher_text": f"{prompt} {answer}", "teacher_prompt": prompt + " " * (len(raw) % 2)})
         other = {f"teacher_{name}": [v if v == -100 else THEIRS - v for v in value] for name, value in one.items()}
         made.append({**one, **other})
     return raw, made

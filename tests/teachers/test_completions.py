@@ -103,11 +103,17 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
 def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
     teacher = LLAMA.make(2, vocab_size=90)
     teacher.generation_config.update(top_k=2, temperature=0.01)
-    data = datasets.Dataset.from_dict({"input_ids": [[5, 6]]})
-    settings = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 700, "sampling_temperature": 1e4}
+    data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, 6]]})  # in batches of one: each draws its own
+    settings = {
+        "batch_size": 1,
+        "max_new_tokens": 1,
+        "do_sample": True,
+        "num_return_sequences": 700,
+        "sampling_temperature": 1e4,
+    }
     made = [generate_completions(teacher, data, tmp_path / str(i), **settings, seed=i % 2) for i in range(3)]
     drawn = [[ids[-1] for ids in one["input_ids"]] for one in made]
-    assert len(set(drawn[0])) > 85 and drawn[0] == drawn[2] != drawn[1]
+    assert len(set(drawn[0])) > 85 and drawn[0] == drawn[2] != drawn[1] and drawn[0][:700] != drawn[0][700:]
 
 
 def test_texts_and_messages_are_prompts(tmp_path) -> None:

@@ -41,6 +41,8 @@ def test_it_is_what_the_student_writes() -> None:
     """Ragged prompts, of padded batches, as if each were alone; the student in training mode and with dropout."""
     student = LLAMA.make(1, attention_dropout=0.5).train()
     student.model.norm.eval()  # a module that is kept in evaluation mode stays so
+    asked = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}  # which would not be its own distribution
+    student.generation_config.update(**asked, pad_token_id=5)  # which some prompts hold
     batch = LLAMA.collate(LLAMA.examples(6), pad_to=13)
     before, modes = torch.get_rng_state(), [module.training for module in student.modules()]
     shown = OnPolicy(lmbda=1.0, max_new_tokens=6, sampling_temperature=NO_TEMPERATURE)(batch, student, step=3)
@@ -141,6 +143,17 @@ def test_a_step_is_the_mean_over_the_tokens_that_were_written(tmp_path) -> None:
     trainer.train()
     assert trainer.state.log_history[0]["loss/logits"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
     assert_moved(weights(student), start)
+
+
+def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
+    class Listening(OnPolicy):
+        def __call__(self, batch: Any, student: Any, **key: Any) -> Any:
+            asked.append(tuple(key[name] for name in ("step", "micro_batch", "process", "progress")))
+            return super().__call__(batch, student, **key)
+
+    asked: list[Any] = []
+    train(tmp_path, LLAMA.make(1), Listening(lmbda=0.5, max_new_tokens=2), steps=2).train()
+    assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
