@@ -37,11 +37,7 @@ def as_teacher(
         TeacherError: none of these, or it cannot be loaded.
         SettingError: quantization or device_map of what is not loaded here.
     """
-    if isinstance(processor, (list, tuple)) and not hasattr(teacher_model, "made_with"):
-        raise SettingError(
-            f"teacher_processing_class is a list of {len(processor)}, which is for an Ensemble: one for each of its "
-            "teachers. Give the one of this teacher."
-        )
+    _refuse_several(processor, teacher_model)
     from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
     refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
     if quantization is not None:
@@ -72,12 +68,15 @@ def as_teacher(
             f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an object "
             "with the methods of hf_distill.teachers.Teacher."
         )
-    return ModelTeacher(
-        model,
-        processor=processor,
-        label_matching=label_matching,
-        dtype=as_dtype(dtype),
-    )
+    return ModelTeacher(model, processor=processor, label_matching=label_matching, dtype=as_dtype(dtype))
+
+
+def _refuse_several(processor: Any, teacher_model: Any) -> None:
+    if isinstance(processor, (list, tuple)) and not hasattr(teacher_model, "made_with"):
+        raise SettingError(
+            f"teacher_processing_class is a list of {len(processor)}, which is for an Ensemble: one for each of its "
+            "teachers. Give the one of this teacher."
+        )
 
 
 def _hand_on(teacher: Any, *, processor: Any, dtype: str | None, label_matching: str) -> None:

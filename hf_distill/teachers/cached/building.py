@@ -51,6 +51,18 @@ class Kept:
     inside_dtype: str
 
 
+@dataclass(frozen=True)
+class Given:
+    """What is known of the training; see `TeacherCache.build`."""
+
+    student: Any
+    task: Task | str | None
+    collator: Callable[..., Any] | None
+    processor: Any
+    dtype: str | None
+    accelerator: Any
+
+
 class Builder:
     """One process's part of a pass."""
 
@@ -64,19 +76,7 @@ class Builder:
 
     @classmethod
     def prepared(
-        cls,
-        teacher: Any,
-        dataset: Any,
-        folder: Path,
-        *,
-        student: Any,
-        task: Task | str | None,
-        collator: Callable[..., Any] | None,
-        processor: Any,
-        dtype: str | None,
-        accelerator: Any,
-        kept: Kept,
-        settings: Settings,
+        cls, teacher: Any, dataset: Any, folder: Path, given: Given, kept: Kept, settings: Settings
     ) -> Builder:
         """Raises:
         SettingError, TeacherError: see the messages; nothing is written.
@@ -85,23 +85,23 @@ class Builder:
             raise SettingError(
                 f"batch_size={settings.batch_size}, shard_examples={settings.shard_examples}: at least 1."
             )
-        state = accelerator or processes()
-        chosen = collator or planning.default_collator(processor)
+        state = given.accelerator or processes()
+        chosen = given.collator or planning.default_collator(given.processor)
         refuse_drawn(chosen)
         asked = asked_of(
             teacher,
-            student=student,
-            task=task,
-            dtype=dtype,
+            student=given.student,
+            task=given.task,
+            dtype=given.dtype,
             temperature=kept.temperature,
-            processor=processor,
+            processor=given.processor,
             predictions=kept.predictions,
         )
         inside = wanted(
             asked.inside,
             objectives=kept.objectives,
             reads=kept.reads,
-            student=student,
+            student=given.student,
             task=asked.task,
             dtype=kept.inside_dtype,
         )
@@ -109,9 +109,9 @@ class Builder:
             raise SettingError(
                 "predictions=False and nothing of the inside: say what is to be kept, objectives= or reads=."
             )
-        asked.place(accelerator, state)
+        asked.place(given.accelerator, state)
         every = with_versions(dataset, chosen)
-        return cls(Source(asked, every, chosen, processor, inside, kept.predictions), folder, state, settings)
+        return cls(Source(asked, every, chosen, given.processor, inside, kept.predictions), folder, state, settings)
 
     def run(self) -> bool:
         """Whether there was anything to do.

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_distill.errors import DataError, TeacherError
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.cached import files, fingerprints, inside_layout, layout
-from hf_distill.teachers.cached.building import Builder, Kept, Settings
+from hf_distill.teachers.cached.building import Builder, Given, Kept, Settings
 from hf_distill.teachers.cached.inside import CachedInside
 from hf_distill.teachers.cached.keys import CACHED_PREFIX, content_keys, read_by_teacher
 from hf_distill.teachers.cached.mapped import POSITIONS, Mapped, counts_of
@@ -119,21 +119,10 @@ class TeacherCache:
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
+        given = Given(student, task, data_collator, processing_class, dtype, accelerator)
+        kept = Kept(predictions, temperature, objectives, reads, inside_dtype)
         settings = Settings(batch_size, store, shard_examples, num_workers, say, progress)
-        builder = Builder.prepared(
-            teacher,
-            dataset,
-            Path(path),
-            student=student,
-            task=task,
-            collator=data_collator,
-            processor=processing_class,
-            dtype=dtype,
-            accelerator=accelerator,
-            kept=Kept(predictions, temperature, objectives, reads, inside_dtype),
-            settings=settings,
-        )
-        fresh = builder.run()
+        fresh = Builder.prepared(teacher, dataset, Path(path), given, kept, settings).run()
         return cls(path, verify=not fresh)
 
     def __len__(self) -> int:
