@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from hf_distill import DataError, SettingError
-from hf_distill.teachers import Ensemble
+from hf_distill.teachers import Dense, Ensemble, TeacherCache
 from hf_distill.trainer_parts.several_inputs import SeveralInputsCollator
 from tests.hub.tiny import tokenizer
 from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
@@ -51,6 +51,28 @@ def test_each_teacher_reads_its_own(tmp_path) -> None:
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
     assert update_difference(weights(student), weights(expected), start) < 1e-6
+
+
+def test_a_cache_with_a_tokenizer_of_its_own(tmp_path) -> None:
+    """Built of the text as its teacher reads it; in the ensemble it is found by its own columns."""
+    teachers = [bert(seed=1), of_another_tokenizer()]
+    read = tokenizer()(list(WORDS))
+    data = [{name: values[i] for name, values in read.items()} for i in range(len(WORDS))]
+    cache = TeacherCache.build(
+        teachers[1], data, tmp_path / "cache", student=bert(), processing_class=tokenizer(), store=Dense("float32"),
+        progress=False,
+    )  # fmt: skip
+    trained = []
+    for number, second in enumerate((teachers[1], cache)):
+        trainer = make(
+            tmp_path / str(number), bert(), Ensemble([teachers[0], second]), train_dataset=rows(),
+            teacher_processing_class=[None, tokenizer()],
+        )  # fmt: skip
+        assert ("teacher_cached_1_logits" in next(iter(trainer.get_train_dataloader()))) == (number == 1)
+        trainer.train()
+        trained.append(weights(trainer.model))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_ready_columns_by_number(tmp_path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from hf_distill.teachers.cached.cache import TeacherCache
 from hf_distill.teachers.cached.drawn import refuse_drawn
 from hf_distill.teachers.cached.versions import refuse_other_versions
+from hf_distill.teachers.numbered import of_member
 
 
 class CachedCollator:
@@ -53,7 +54,10 @@ class CachedCollator:
         batch = self.collator(features)
         if "decoder_input_ids" in self.cache.columns and "decoder_input_ids" not in batch:
             return batch  # the training makes them of the labels, and looks up then
-        batch.update(self.cache.look_up(batch, slot=self.slot, fields=self.fields))
+        own = batch
+        for number in filter(None, self.slot.split("_")):
+            own = of_member(own, int(number))
+        batch.update(self.cache.look_up(own, slot=self.slot, fields=self.fields))
         return batch
 
     def answers_as(self, other: CachedCollator) -> bool:
