@@ -62,6 +62,7 @@ class PublishingMixin:
         init_hf_repo: Callable[..., None]
         is_world_process_zero: Callable[[], bool]
         _finish_current_push: Callable[[], None]
+        _with_view: Callable[[Any], Any]
 
     def create_model_card(
         self,
@@ -133,7 +134,7 @@ class PublishingMixin:
             evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
             weights_step=best or self.state.global_step or None,
             history=history_from_log(self.state.log_history),
-            training=training_facts(self.args, self.state),
+            training=self._with_view(training_facts(self.args, self.state)),
             versions=library_versions(),
             languages=language,
             license=license,

@@ -3,6 +3,7 @@ counted."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -51,6 +52,10 @@ class ViewingMixin(_Trainer):
                 "hf_distill.generate_completions."
             )
         self._view_fits = self.model
+
+    def _with_view(self, training: Any) -> Any:
+        """The facts of a training, with the view that it had."""
+        return training if self._view is None else replace(training, extra={**training.extra, "view": repr(self._view)})
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As `Trainer`'s; its count of items is that of what is shown."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
 from hf_distill.views import OnPolicy
@@ -152,8 +153,11 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
             return super().__call__(batch, student, **key)
 
     asked: list[Any] = []
-    train(tmp_path, LLAMA.make(1), Listening(lmbda=0.5, max_new_tokens=2), steps=2).train()
+    trainer = train(tmp_path, LLAMA.make(1), Listening(lmbda=0.5, max_new_tokens=2), steps=2)
+    trainer.train()
     assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
+    trainer.create_model_card()
+    assert "OnPolicy(lmbda=0.5, max_new_tokens=2)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
@@ -165,7 +169,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
     assert_same_bits(weights(resumed.model), weights(whole))
 
 
-def test_refusals(tmp_path) -> None:
+def test_refusals(tmp_path, monkeypatch) -> None:
     student, batch, always = LLAMA.make(1), LLAMA.collate(LLAMA.examples(2)), OnPolicy(lmbda=1.0, max_new_tokens=4)
     with pytest.raises(SettingError, match=r"lmbda=1.5. It is a share of the batches, in \[0, 1\]"):
         OnPolicy(lmbda=1.5)
@@ -175,6 +179,15 @@ def test_refusals(tmp_path) -> None:
     for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
         with pytest.raises(SettingError, match=told):
             make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), view=always, alpha=1.0)
+    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, alpha=1.0)
+    trainer._view_fits = None
+    with monkeypatch.context() as sharded:
+        sharded.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+        with pytest.raises(SettingError, match="with FSDP no process has all of it"):
+            trainer._check_view()
+    trainer.distiller.teacher.collator = None  # as a cached teacher has one
+    with pytest.raises(SettingError, match="a cached teacher was asked before"):
+        trainer._check_view()
     with pytest.raises(SettingError, match=r"max_new_tokens=0 \(1 or more\)"):
         make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=OnPolicy(max_new_tokens=0), alpha=1.0)
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):
