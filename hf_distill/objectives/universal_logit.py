@@ -91,9 +91,8 @@ class UniversalLogitMatch:
 
     def _teachers(self, task: Task, batch: Batch) -> Batch:
         """The batch as the teacher reads it."""
-        own = {
-            name.removeprefix(TEACHER_PREFIX): value for name, value in batch.items() if name.startswith(TEACHER_PREFIX)
-        }
+        columns = {name.removeprefix(TEACHER_PREFIX): x for name, x in batch.items() if name.startswith(TEACHER_PREFIX)}
+        own = {name: x for name, x in columns.items() if not name.startswith("cached_")}  # those are answers
         if not own:
             return batch
         if may_be_packed(batch):

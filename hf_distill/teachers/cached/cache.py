@@ -190,11 +190,12 @@ class TeacherCache:
             self._refuse_missing(where)
         spans, laid = self._mapped.spans(where), {}
         counts = counts_of(spans)
-        real = layout.real_positions(self.axis, batch, task=task)
+        frames = self.axis == "frames"  # of which the task knows, by the student's rule
+        real = layout.real_positions(self.axis, batch if frames else read_by_teacher(batch, self.main), task=task)
         for name in self._fields:
             rows = self.store.tensor(name, self._mapped.gather(spans, name))
             laid[name] = layout.lay(rows, counts, real, self.axis)
-        if self.axis == "frames":
+        if frames:
             laid[POSITIONS] = torch.from_numpy(counts)
         laid |= self._inside_of(where, batch, fields)
         return {f"{CACHED_PREFIX}{slot}{name}": value for name, value in laid.items()}

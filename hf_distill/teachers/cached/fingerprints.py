@@ -60,6 +60,7 @@ def of_processor(processor: Any) -> dict[str, Any] | None:
     if hasattr(tokenizer, "get_vocab"):
         vocabulary = tokenizer.get_vocab()
         parts["vocabulary"] = len(vocabulary)
+        parts["ids"] = max(vocabulary.values()) + 1
         parts["tokenizer"] = _of_json([sorted(vocabulary.items()), _rules(tokenizer)])
     extractor = getattr(processor, "feature_extractor", getattr(processor, "image_processor", processor))
     if hasattr(extractor, "to_dict") and extractor is not tokenizer:

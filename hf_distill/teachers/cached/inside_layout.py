@@ -117,8 +117,8 @@ def shown(
         assert counts is not None  # they come with frames
         layout.refuse_other_lengths(keep.sum(1).cpu().numpy(), counts.cpu().numpy())
         return layout.lengthened(x, keep.shape[1])
-    mask = mask_of(kept.axis, batch)
-    return x if mask is None else x.view(-1, mask.shape[-1], x.shape[-1])
+    ids = _ids(batch) if kept.axis == "tokens" else None
+    return x if ids is None else x.view(-1, ids.shape[-1], x.shape[-1])
 
 
 def stored(rows: Tensor, kept: KeptRead, dtype: str) -> np.ndarray:

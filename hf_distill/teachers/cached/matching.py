@@ -56,6 +56,13 @@ def matched_columns(cache: TeacherCache, student: Any, task: Task, *, processor:
     return columns
 
 
+def known_columns(cache: TeacherCache, task: Task, *, processor: Any) -> Columns:
+    """Of heads whose columns are not paired: over a vocabulary, those that each one's own tokenizer can write."""
+    ours = fitting.known_columns(task, (fitting.tokenizer_in(processor), None))
+    theirs = (cache.manifest["processor"] or {}).get("ids") if task.matched_by == "vocabulary" else None
+    return Columns(ours.student, theirs)
+
+
 def refuse_other_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
     """Raises TeacherError: it is not the one that was asked."""
     there, now = cache.manifest["teacher"]["weights"], fingerprints.of_weights(teacher)

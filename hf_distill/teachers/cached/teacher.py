@@ -164,6 +164,8 @@ class CachedTeacher:
             self.columns = matching.matched_columns(
                 self.cache, student, task, processor=student_processor, label_matching=self._label_matching
             )
+        else:
+            self.columns = matching.known_columns(self.cache, task, processor=student_processor)
         task.learn_from(matching.remembered(self.cache).config)
         self._positions = {side: Positions(student, task, of_decoder=side) for side in (False, True)}
 
@@ -196,7 +198,7 @@ class CachedTeacher:
             layout.refuse_other_lengths(real.sum(1).numpy(), laid[POSITIONS].cpu().numpy())
         if self.cache.axis not in ("frames", "decoder"):
             return {name: laid[name] for name in names}
-        rows = task.rows(batch) // batch_size(batch)
+        rows = task.rows(read_by_teacher(batch, self.cache.main)) // batch_size(batch)
         return {name: layout.lengthened(laid[name], rows) for name in names}
 
     def _shown(self, read: Read, laid: Mapping[str, Tensor], batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_distill import DataError, Distiller, SettingError, TeacherError
+from hf_distill.objectives import UniversalLogitMatch
 from hf_distill.teachers import (
     CachedTeacher,
     Dense,
@@ -258,3 +259,24 @@ def test_a_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         build(tmp_path / "cut", head, ensemble(4), some, temperature=2.0)
     build(tmp_path / "cut", head, ensemble(), some, temperature=2.0)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_teacher_with_another_tokenizer_at_token_level(tmp_path: Path) -> None:
+    """Compared by how sure it is: its cache is of its own texts, and laid out along them."""
+    head = HEADS["llama_causal_lm"]
+    student, teacher = head.make(1, vocab_size=50), head.make(2)
+    theirs, ours = head.examples(6, seed=1), head.examples(6)
+    cache = build(tmp_path, head, teacher, theirs)
+
+    def collate(numbers: list[int]) -> dict:
+        own = head.collate([theirs[i] for i in numbers])
+        return {**head.collate([ours[i] for i in numbers]), **{f"teacher_{name}": x for name, x in own.items()}}
+
+    live, stored = (
+        Distiller(student, one, alpha=None, objectives=UniversalLogitMatch()) for one in (teacher, CachedTeacher(cache))
+    )
+    for batch in (collate([4, 0, 2]), stored.teacher.collator(collate)([4, 0, 2])):
+        plain = {name: x for name, x in batch.items() if not name.startswith("teacher_cached_")}
+        expected, gradient = m.step(live, student, [plain])
+        found, of_stored = m.step(stored, student, [batch])
+        assert found == pytest.approx(expected, rel=1e-5) and m.difference(of_stored, gradient) < 1e-5
