@@ -67,8 +67,8 @@ class Way:
     prepare: Callable[[Rows], Rows] | None = None
 
 
-def ours(rows: Rows, *, teacher: Any = None, labels: bool = True) -> Tensor:
-    """`fused_linear_distillation` with its own choice of chunks."""
+def ours(rows: Rows, *, teacher: Any = None, labels: bool = True, compiled: bool | None = None) -> Tensor:
+    """`fused_linear_distillation` with its own choice of chunks, and of whether to compile."""
     n = len(rows.labels)
     return fused_linear_distillation(
         rows.student,
@@ -76,6 +76,7 @@ def ours(rows: Rows, *, teacher: Any = None, labels: bool = True) -> Tensor:
         teacher=teacher or TeacherHidden(rows.teacher, Head(rows.teacher_head)),
         terms=Terms(temperature=TEMPERATURE, labels_factor=HALF / n, divergence_factor=HALF / n),
         labels=rows.labels if labels else None,
+        compiled=compiled,
     ).loss
 
 
@@ -188,6 +189,7 @@ def _file_of(package: str, path: str) -> ModuleType:
 
 WAYS: dict[str, Way] = {
     "ours": Way(lambda: ours),
+    "ours, compiled": Way(lambda: lambda rows: ours(rows, compiled=True)),
     "naive": Way(lambda: naive),
     "checkpoint-chunked": Way(lambda: checkpointed),
     "liger": Way(lambda: liger(compiled=False)),

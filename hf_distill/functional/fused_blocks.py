@@ -24,7 +24,7 @@ from hf_distill.functional.fused_rows import (
     softmax_,
 )
 
-LARGEST_POWER = 4  # up to this temperature the softmax at T = 1 is made as a power of the softened one
+POWERS = (1.0, 2.0, 3.0, 4.0)  # at these temperatures the softmax at T = 1 is made as a power of the softened one
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def blend_block(
     whole = work.columns == student.shape[1]
     theirs, quick = _theirs(softened, teacher, work, room)
     likely = found = None
-    if gold is not None and not (quick and whole and work.temperature in range(1, LARGEST_POWER + 1)):
+    if gold is not None and not (quick and whole and work.temperature in POWERS):
         unscaled = torch.mul(softened, work.temperature, out=room.take("likely", student, student.shape[1]))
         likely = Likely(unscaled, 1.0, _loss(softmax_(unscaled), gold))  # before `softened` is written over
     if theirs is not None:
@@ -173,12 +173,16 @@ def _write(
     else:
         weights = work.label_weights[rows, None]
         out = _with_labels(found, likely, weights * likely.scale, into=into)
-        out.scatter_add_(1, gold.ids, weights * (work.smoothing - 1))
+        if torch.compiler.is_compiling():  # one more term of the pass, where scattering would be a pass of its own
+            at_label = torch.arange(out.shape[1], device=out.device) == gold.ids
+            out.add_(torch.where(at_label, weights * (work.smoothing - 1), 0.0))
+        else:
+            out.scatter_add_(1, gold.ids, weights * (work.smoothing - 1))
         if work.smoothing > 0:
             out.sub_(weights * (work.smoothing / out.shape[1]))
     if slope is not None:
         out.mul_(slope)
-    if out.data_ptr() != into.data_ptr():
+    if out is not into:
         into.copy_(out)
 
 

@@ -17,11 +17,11 @@ from hf_distill.functional.fused_inputs import Head
 from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
 
 MIB = 2**20
-BUDGET_16_BITS, BUDGET = 88 * MIB, 384 * MIB
+BUDGET_16_BITS, BUDGET = 86 * MIB, 384 * MIB
 OF_THE_SUM = 3  # a chunk may always take this part of what the sum of the head's gradient takes
 MOST_ROWS = 512  # products gain nothing from more
 ENOUGH_ROWS = 256  # with fewer, products slow down, and the sum is added to too often
-FEW_ROWS = 96  # of the student's logits at a time, where both sides' do not fit
+FEW_ROWS = 88  # of the student's logits at a time, where both sides' do not fit
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
 TILE = 1024  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
@@ -45,8 +45,8 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
 
     >>> rows_a_chunk(2048, 2 * 32768, 2 * 32768, 128 * 2**20, over_teacher=True)
     ChunkRows(whole=512, part=512)
-    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 88 * 2**20, over_teacher=True)
-    ChunkRows(whole=256, part=96)
+    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 86 * 2**20, over_teacher=True)
+    ChunkRows(whole=256, part=88)
     """
 
     def fitting(memory: int, bytes_a_row: int, most: int) -> int:

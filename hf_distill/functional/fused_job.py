@@ -36,6 +36,7 @@ class Job:
         budget: int | None,
     ) -> None:
         self.teacher, self.labels, self.wants = teacher, labels, wants
+        self.compiled = False
         self.full = full_precision_of(hidden)
         properties = PROPERTIES[terms.divergence]
         self.temperature = terms.temperature if properties.softens and teacher is not None else 1.0

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from hf_distill.errors import SettingError
 from hf_distill.functional.fused_blocks import blend_block
 from hf_distill.functional.fused_chunks import HeadGradient, for_each_block, rows_a_block
+from hf_distill.functional.fused_compiled import blend_compiled, goes_compiled
 from hf_distill.functional.fused_inputs import (
     FusedTeacher,
     Head,
@@ -59,6 +60,7 @@ def fused_linear_distillation(
     labels: Labels | Tensor | None = None,
     row_weights: Tensor | None = None,
     budget_bytes: int | None = None,
+    compiled: bool | None = None,
 ) -> FusedLoss:
     """Cross-entropy with labels and a divergence from the teacher, as totals over the rows, with exact gradients.
 
@@ -72,8 +74,10 @@ def fused_linear_distillation(
         terms: divergence, temperature, factors.
         labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
         row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 88 MiB in 16 bits, 384 MiB in 32, or a third of
+        budget_bytes: for the logits of one chunk of both sides; None: 86 MiB in 16 bits, 384 MiB in 32, or a third of
             the head's gradient in fp32 if that is more; never more than 512 rows.
+        compiled: whether blocks go through `torch.compile`, which takes seconds once; None: on CUDA, where Triton is.
+            What it does not carry (sparse targets, −inf, divergences outside of the KL family) stays eager.
 
     Raises:
         SettingError: a setting that cannot be, heads of different width without `columns`, neither labels nor teacher.
@@ -97,6 +101,7 @@ def fused_linear_distillation(
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     with torch.no_grad():
         job = Job(student_hidden, student_head, teacher, terms, labels, row_weights, wants, budget_bytes)
+        job.compiled = goes_compiled(compiled, student_hidden.device)
     loss, labels_total, divergence_total, divergence_rows = _Fused.apply(*tensors, job)
     return FusedLoss(loss, labels_total, divergence_total, None if teacher is None else divergence_rows)
 
@@ -174,7 +179,8 @@ def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tenso
     theirs = None
     if of_teacher is not None:
         theirs = torch.empty(job.rows.whole, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
-    rooms = [Room() for _ in range(torch.get_num_threads() if hidden.device.type == "cpu" else 1)]
+    alone = job.compiled or hidden.device.type != "cpu"  # then what works off a block has threads of its own
+    rooms = [Room() for _ in range(1 if alone else torch.get_num_threads())]
     for first in range(0, n, job.rows.whole):
         rows = slice(first, min(first + job.rows.whole, n))
         if of_teacher is not None and theirs is not None and isinstance(job.teacher, TeacherHidden):
@@ -203,10 +209,13 @@ def _work_off(
 ) -> None:
     """Every block of `rows`: values into `values`, the gradient at the logits into `into`, one of the two sides."""
 
+    blend = blend_compiled if job.compiled else blend_block
+
     def work(part: slice, room: Room) -> None:
         whole = slice(rows.start + part.start, rows.start + part.stop)
         teacher = _teacher_block(job, theirs, part, whole)
-        found = blend_block(logits[part], teacher, job.work, whole, room, into=into[part])
+        ours = logits[part]
+        found = blend(ours, teacher, job.work, whole, room, into=ours if into is logits else into[part])
         for row, value in zip(values, found, strict=True):
             if value is not None:
                 row[whole] = value

@@ -70,6 +70,10 @@ def soften(rows: Tensor, how: Softening, room: Room, name: str, *, ours: bool = 
 
 def softmax_(x: Tensor) -> Tensor:
     """Softmax of each row over itself; returns the log of what it was divided by, `[r 1]`."""
+    if torch.compiler.is_compiling():
+        log_normaliser = x.logsumexp(-1, keepdim=True)
+        x.sub_(log_normaliser).exp_()
+        return log_normaliser
     largest = x.amax(-1, keepdim=True)
     torch.softmax(x, -1, out=x)
     return largest - x.amax(-1, keepdim=True).log_()  # at the largest logit, log q = logit − normaliser

@@ -1,0 +1,88 @@
+"""A block of rows in one compiled function, for accelerators: the eager block's own code through torch.compile.
+
+What it does not carry goes to the eager block. It chooses no chunks and makes no products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from hf_distill.functional.fused_blocks import Work, blend_block
+from hf_distill.functional.fused_inputs import TeacherSparse, Terms
+from hf_distill.functional.fused_kernels import KERNELS
+from hf_distill.functional.fused_rows import Room, any_blocked
+
+MOST_FUNCTIONS = 4  # torch.compile gives up on a function of more kinds; a scheduled temperature is a new kind a step
+
+Block = Callable[..., tuple[Tensor | None, Tensor | None]]
+_functions: dict[Hashable, Block] = {}
+
+
+def goes_compiled(asked: bool | None, device: torch.device) -> bool:
+    """What is asked for; else on CUDA where Triton is. Elsewhere it needs a C++ compiler and gains little."""
+    return asked if asked is not None else device.type == "cuda" and find_spec("triton") is not None
+
+
+def blend_compiled(
+    student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """`blend_block`, in one compiled function where it can be; `room` is for where it cannot."""
+    found = None
+    if isinstance(teacher, Tensor) and _carries(student, teacher, work):
+        vectors = [None if x is None else x[rows] for x in (work.labels, work.label_weights, work.row_weights)]
+        found = _function(student, teacher, vectors, work, over_teacher=into is not student)
+    if found is None:
+        return blend_block(student, teacher, work, rows, room, into=into)
+    return found(student, teacher, *vectors)
+
+
+def _carries(student: Tensor, teacher: Tensor, work: Work) -> bool:
+    several = student.shape[0] > 1  # one row alone would be compiled for itself
+    return several and work.terms.divergence in KERNELS and not (work.may_block and any_blocked(student, teacher))
+
+
+def _function(
+    student: Tensor, teacher: Tensor, vectors: list[Tensor | None], work: Work, *, over_teacher: bool
+) -> Block | None:
+    """The function for blocks of this kind; None: there are too many kinds already."""
+    kind = (
+        (student.device, student.dtype, teacher.dtype, torch.is_inference_mode_enabled(), over_teacher),
+        tuple(x is None for x in vectors),
+        (work.terms.divergence, tuple(sorted(work.terms.settings.items()))),
+        (work.temperature, work.columns, work.student, work.teacher, work.teacher_is_ours),
+        (work.smoothing, work.some_weigh_nothing, work.wants_gradient, student.shape[1]),
+    )
+    if kind not in _functions:
+        if len(_functions) == MOST_FUNCTIONS:
+            return None
+        _functions[kind] = _compiled(work, over_teacher=over_teacher)
+    return _functions[kind]
+
+
+def _compiled(work: Work, *, over_teacher: bool) -> Block:
+    bare = replace(
+        work,
+        terms=Terms(work.terms.divergence, dict(work.terms.settings)),
+        labels=None,
+        label_weights=None,
+        row_weights=None,
+        may_block=False,
+    )
+
+    def block(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        label_weights: Tensor | None,
+        row_weights: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        here = replace(bare, labels=labels, label_weights=label_weights, row_weights=row_weights)
+        into = teacher if over_teacher else student
+        return blend_block(student, teacher, here, slice(None), Room(), into=into)
+
+    return torch.compile(block, fullgraph=True, dynamic=True)
