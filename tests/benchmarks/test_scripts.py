@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = (
+    "end_to_end",
     "heads_under_accumulation",
     "init_ablation",
     "large_vocabulary",
@@ -69,6 +70,20 @@ def test_overhead_reports_every_way_on_both_clocks(
         assert len(re.findall(rf"^\| {way} \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", said, re.MULTILINE)) == 2
     assert len(re.findall(r"^\| DistillationTrainer / Trainer, hand-written loss \|", said, re.MULTILINE)) == 2
     assert (tmp_path / "x.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
+def test_every_way_of_a_step_has_one_loss(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = ["--batch", "2", "--length", "8", "--vocabulary", "50", "--student", "1", "16", "--teacher", "1", "16"]
+    ways = ["--ways", "bare loop", "DistillationTrainer, whole logits", "DistillationTrainer"]  # TRL may be anywhere
+    few = ["--blocks", "1", "--steps", "1", "--no-memory", "--alpha", "0.7", "--output", str(tmp_path / "x.json")]
+    run("end_to_end", "--kind", kind, *sizes, *ways, *few, monkeypatch=monkeypatch)
+    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| [\d.]+ \|  \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert [way for way, _ in rows] == ways[1:]
+    first, *others = (float(loss) for _, loss in rows)
+    assert first > 0 and others == [pytest.approx(first, abs=2e-4)] * 2
 
 
 def test_real_data_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
