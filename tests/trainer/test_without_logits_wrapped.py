@@ -1,0 +1,130 @@
+"""`materialize_logits=False` is the plain path where adapters, checkpointing, a compiler or autocast stand between.
+
+One process; several: `tests/distributed`. The plain path is the reference.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_distill import DistillationTrainer, Distiller, SettingError
+from tests.heads import HEADS
+from tests.trainer.steps import in_double
+from tests.trainer.tiny import PLAIN_STEP, arguments, update_difference, weights
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+HEAD = HEADS["llama_causal_lm"]
+# PEFT asks transformers by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+ADAPTED = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def adapted(model: nn.Module, **settings: Any) -> Any:
+    """LoRA that says something from the start, in the model's own type."""
+    made = peft.get_peft_model(model, peft.LoraConfig(**{**ADAPTED, **settings})).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
+def trained(
+    folder: Path, *, materialize: bool | None, adapters: dict[str, Any] | None = None, double: bool = True, **given: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after three steps of two micro-batches of ragged examples, and before."""
+    student, teacher = HEAD.make(0, layers=2), HEAD.make(1, layers=2)
+    if double:
+        student, teacher = student.double(), teacher.double()
+    if adapters is not None:
+        student = adapted(student, **adapters)
+    before = weights(student)
+    steps = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = arguments(folder, materialize_logits=materialize, **steps, **{**PLAIN_STEP, "learning_rate": 0.1, **given})
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=HEAD.examples(12),
+        data_collator=partial(in_double, HEAD) if double else HEAD.collate,
+    )
+    trainer.train()
+    return weights(student), before
+
+
+def apart(folder: Path, **given: Any) -> float:
+    expected, before = trained(folder, materialize=True, **given)
+    found, _ = trained(folder, materialize=False, **given)
+    return update_difference(found, expected, before)
+
+
+def test_adapters_on_the_blocks(tmp_path: Path) -> None:
+    """With checkpointing, as adapters are mostly trained; the head is frozen."""
+    assert apart(tmp_path, adapters={}, activation_checkpointing=True) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+    kind = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    assert apart(tmp_path, **kind) < 1e-6
+
+
+@pytest.mark.parametrize("adapters", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_adapters_on_the_head_are_refused(adapters: dict[str, Any]) -> None:
+    student, teacher = adapted(HEAD.make(0), **adapters), HEAD.make(1).double()
+    distiller = Distiller(student, teacher, materialize_logits=False)
+    said = r"the output head of LlamaForCausalLM is a peft\..*, and not a plain nn.Linear \(an adapter on it, or "
+    with pytest.raises(SettingError, match=said + r"quantised: leave it out of both\). Pass materialize_logits=True"):
+        distiller(student, HEAD.batch(2))
+
+
+def test_bf16_autocast_is_as_far_from_fp32_as_the_plain_path_is(tmp_path: Path) -> None:
+    exact, before = trained(tmp_path, materialize=True, double=False)
+    plain, fused = (trained(tmp_path, materialize=how, double=False, bf16=True)[0] for how in (True, False))
+    assert update_difference(fused, exact, before) < 1.2 * update_difference(plain, exact, before)
+    assert 0 < update_difference(fused, plain, before) < 0.03
+
+
+def assert_compiled_once(backend: str) -> None:
+    """Gradients of the plain path, and no batch but the first compiles anything."""
+    head = HEADS["gpt2_causal_lm"]
+    student, teacher = head.make(0).double().train(), head.make(1).double()
+    compiled: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    torch._dynamo.reset()
+    model = torch.compile(student, backend=counting)
+    ours, plain = (Distiller(student, teacher, materialize_logits=how) for how in (False, True))
+    graphs = []
+    for seed in range(3):
+        batch = in_double(head, head.examples(3, seed), pad_to=head.longest)
+        gradients = []
+        for distiller, called in ((plain, student), (ours, model)):
+            student.zero_grad()
+            distiller(called, batch).loss.backward()
+            gradients.append({name: p.grad.clone() for name, p in student.named_parameters()})
+        graphs.append(len(compiled))
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-7)
+    assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 2, graphs
+
+
+# Dynamo looks at every tensor that it goes on with after a break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled() -> None:
+    assert_compiled_once("aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow  # builds C++
+def test_compiled_with_inductor() -> None:
+    assert_compiled_once("inductor")
