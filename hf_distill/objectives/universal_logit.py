@@ -28,8 +28,9 @@ class UniversalLogitMatch:
     length the longer one's end is left out. Without `teacher_*` columns both read the same batch.
 
     Boizard et al. 2024, Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, section
-    3, which adds 1.5 times this to the cross-entropy of labels. There the rows are summed over; here the mean is over
-    all pairs of the optimizer step. There T is 1.
+    3, which adds 1.5 times this to the cross-entropy of labels. Its formula sums over an answer, and its program takes
+    the mean of each answer and then of those; here it is the mean over all pairs of the optimizer step, so a short
+    answer weighs no more a token than a long one. There T is in the softmax alone.
 
     Args:
         weight: of its term, a number or a schedule.
