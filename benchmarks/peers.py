@@ -57,6 +57,10 @@ class Rows:
         leaves = (self.student.detach().double().requires_grad_(), self.student_head.detach().double().requires_grad_())
         return Rows(*leaves, self.teacher.double(), self.teacher_head.double(), self.labels)
 
+    def gathered(self, ids: Tensor) -> Rows:
+        """The rows of these ids; gradients go back to all rows."""
+        return replace(self, student=self.student[ids], teacher=self.teacher[ids], labels=self.labels[ids])
+
 
 @dataclass(frozen=True)
 class Way:
