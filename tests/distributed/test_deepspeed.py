@@ -9,8 +9,8 @@ import pytest
 from tests.distributed.launch import launched
 
 
-def curve(stage: int, *, processes: int) -> dict[str, Any]:
-    return json.loads(launched("zero_program.py", str(stage), says="CURVE", processes=processes))
+def curve(stage: int, *, processes: int, what: str = "classes") -> dict[str, Any]:
+    return json.loads(launched("zero_program.py", str(stage), what, says="CURVE", processes=processes))
 
 
 @pytest.mark.slow  # DeepSpeed builds an operator with g++ the first time
@@ -20,3 +20,12 @@ def test_zero_has_the_curve_of_one_process(stage: int) -> None:
     alone, sharded = curve(-1, processes=1), curve(stage, processes=2)
     np.testing.assert_allclose(sharded["losses"], alone["losses"], rtol=1e-5)
     np.testing.assert_allclose(sharded["divergence"], alone["divergence"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_without_logits_has_the_curve_of_one_process_with_them(stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    alone, sharded = curve(-1, processes=1, what="with"), curve(stage, processes=2, what="without")
+    np.testing.assert_allclose(sharded["losses"], alone["losses"], rtol=1e-4)  # printed with that many digits
+    assert len({tuple(row) for row in alone["losses"]}) > 1

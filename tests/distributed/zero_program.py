@@ -1,4 +1,7 @@
-"""One small distillation under torchrun. Argument: the ZeRO stage, or -1 for none. Prints its curve."""
+"""One small distillation under torchrun. Arguments: the ZeRO stage, or -1 for none; what is trained. Prints its curve.
+
+What: "classes", or a causal LM "with" whole logits or "without".
+"""
 
 import json
 import os
@@ -9,6 +12,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from tests.heads import HEADS
+
+LANGUAGE = HEADS["llama_causal_lm"]
 
 
 def model(seed: int) -> BertForSequenceClassification:
@@ -19,7 +25,7 @@ def model(seed: int) -> BertForSequenceClassification:
 
 
 def main() -> None:
-    stage, processes = int(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
+    stage, what, processes = int(sys.argv[1]), sys.argv[2], int(os.environ.get("WORLD_SIZE", "1"))
     automatic = ("train_micro_batch_size_per_gpu", "train_batch_size")
     automatic += ("gradient_accumulation_steps", "gradient_clipping")
     zero = {
@@ -31,6 +37,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 40, (16, 6), generator=generator).tolist()
     data = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(tokens)]
+    if what != "classes":
+        data = LANGUAGE.examples(16)
     args = DistillationArguments(
         tempfile.mkdtemp(),
         alpha=0.7,
@@ -47,9 +55,16 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
         deepspeed=zero if stage >= 0 else None,
+        materialize_logits=what != "without",
     )
+    made = model if what == "classes" else LANGUAGE.make
     trainer = DistillationTrainer(
-        model=model(0), teacher_model=model(1), args=args, train_dataset=data, eval_dataset=data[:6]
+        model=made(0),
+        teacher_model=made(1),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data[:6],
+        data_collator=None if what == "classes" else LANGUAGE.collate,
     )
     trainer.train()
     divergence = trainer.evaluate()["eval_divergence"]
