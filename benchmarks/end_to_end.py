@@ -133,7 +133,6 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--device", default="cpu", help="cpu or cuda")
     add("--bf16", action="store_true", help="mixed precision")
-    add("--automatic", action="store_true", help="materialize_logits=None instead of False: by the vocabulary's size")
     add("--processor-time", action="store_true", help="for a busy machine; counts all threads")
     add("--no-memory", action="store_true", help="leave out the processes that measure memory")
     add("--plot", type=Path, help="PNG of time and memory")

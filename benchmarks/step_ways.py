@@ -32,6 +32,7 @@ from transformers import (
 from benchmarks.large_vocabulary import MIB, resident
 from benchmarks.peers import Absent
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill.without_logits import LARGE
 
 BARE, TRL, WHOLE, OURS = "bare loop", "TRL GKDTrainer", "DistillationTrainer, whole logits", "DistillationTrainer"
 MODELS = {"causal_lm": (LlamaForCausalLM, LlamaConfig), "masked_lm": (BertForMaskedLM, BertConfig)}
@@ -221,5 +222,8 @@ WAYS: dict[str, Callable[[Setting, Steps], None]] = {
     BARE: bare,
     TRL: trl,
     WHOLE: lambda setting, steps: ours(setting, steps, materialize=True),
-    OURS: lambda setting, steps: ours(setting, steps, materialize=None if setting.options.automatic else False),
+    # None, its default, where the vocabulary is large enough for that to be without logits.
+    OURS: lambda setting, steps: ours(
+        setting, steps, materialize=None if setting.options.vocabulary >= LARGE else False
+    ),
 }
