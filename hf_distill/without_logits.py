@@ -121,7 +121,7 @@ class WithoutLogits:
         if LOGITS in active and (match.catalogued(task) is None or match.couples_examples):
             return f"divergence={match.name_for(task)!r} is a function of yours, or compares rows with each other"
         if own_loss and blending.labels_weight(progress) > 0:
-            return "the labels' term is a compute_loss_func, which is given the model's output"
+            return "the labels' term is a function of yours (compute_loss_func, compute_loss), which reads logits"
         if any(isinstance(side, tuple) for side in (columns.student, columns.teacher)):
             return "columns of the two vocabularies are paired one by one"
         return self.head.refusal or self._tried

@@ -9,17 +9,20 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers as tf
+from transformers import Trainer
 
 from hf_distill import (
+    DistillationMixin,
+    DistillationTrainer,
     Distiller,
     HiddenMatch,
     SettingError,
     without_logits,
 )
 from hf_distill.inside.output_head import OutputHead
-from tests.heads import VOCABULARY
+from tests.heads import HEADS, VOCABULARY
 from tests.trainer.logit_free import assert_same, both, pair
-from tests.trainer.tiny import bert
+from tests.trainer.tiny import arguments, bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
@@ -105,3 +108,34 @@ def test_an_adapter_on_the_head() -> None:
     adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["lm_head"]))
     refusal = OutputHead(adapted).refusal
     assert refusal is not None and "not a plain nn.Linear (an adapter on it, or quantised" in refusal
+
+
+class Halved(Trainer):
+    """A trainer with a loss of its own."""
+
+    def compute_loss(self, *args: Any, **keywords: Any) -> Any:
+        loss, outputs = super().compute_loss(*args, **{**keywords, "return_outputs": True})
+        return loss / 2, outputs
+
+
+class HalvedDistillation(DistillationMixin, Halved):
+    """And a teacher."""
+
+
+def test_a_trainer_s_own_loss_is_given_logits(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(without_logits, "LARGE", 10)
+    head = HEADS["gpt2_causal_lm"]
+
+    def trained(kind: Any, **settings: Any) -> dict[str, float]:
+        args = arguments(tmp_path, max_steps=1, logging_steps=1, **settings)
+        given = {"train_dataset": head.examples(4), "data_collator": head.collate}
+        trainer = kind(model=head.make(1), teacher_model=head.make(2), args=args, **given)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    own, plain = trained(HalvedDistillation), trained(DistillationTrainer)
+    assert own["loss/labels"] == pytest.approx(plain["loss/labels"] / 2, rel=1e-5)
+    assert own["loss/logits"] == pytest.approx(plain["loss/logits"], rel=1e-5)
+    with pytest.raises(SettingError, match="labels' term is a function of yours"):
+        trained(HalvedDistillation, materialize_logits=False)
+    trained(HalvedDistillation, materialize_logits=False, alpha=1.0)  # no labels, no loss of its own
