@@ -17,11 +17,11 @@ from hf_distill.functional.fused_inputs import Head
 from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
 
 MIB = 2**20
-BUDGET_16_BITS, BUDGET = 86 * MIB, 384 * MIB
+BUDGET_16_BITS, BUDGET = 84 * MIB, 384 * MIB
 OF_THE_SUM = 3  # a chunk may always take this part of what the sum of the head's gradient takes
 MOST_ROWS = 512  # products gain nothing from more
 ENOUGH_ROWS = 256  # with fewer, products slow down, and the sum is added to too often
-FEW_ROWS = 88  # of the student's logits at a time, where both sides' do not fit
+FEW_ROWS = 80  # of the student's logits at a time, where both sides' do not fit
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
 TILE = 1024  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
@@ -45,8 +45,8 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
 
     >>> rows_a_chunk(2048, 2 * 32768, 2 * 32768, 128 * 2**20, over_teacher=True)
     ChunkRows(whole=512, part=512)
-    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 86 * 2**20, over_teacher=True)
-    ChunkRows(whole=256, part=88)
+    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 84 * 2**20, over_teacher=True)
+    ChunkRows(whole=256, part=80)
     """
 
     def fitting(memory: int, bytes_a_row: int, most: int) -> int:
@@ -105,10 +105,29 @@ class Product:
         return self.dtype == torch.float16 or (self.bias is not None and bool(self.bias.amin() == -math.inf))
 
 
+class Space:
+    """Memory for chunks: some that is there already and free as long as chunks are worked off, then fresh memory.
+
+    On a CPU memory is dear at its first touch: all of a call's may cost what half of its softmaxes do.
+    """
+
+    def __init__(self, spare: Tensor | None) -> None:
+        self._spare = spare
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`[rows columns]` with anything in it."""
+        spare, size = self._spare, rows * columns
+        if spare is None or spare.dtype != dtype or spare.numel() < size:
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        self._spare = spare[size:]
+        return spare[:size].view(rows, columns)
+
+
 class HeadGradient:
     """The sum over chunks of `[v m] · [m d]`, in fp32 for 16-bit products.
 
-    A 16-bit weight's sum is kept in pieces: each is freed when its part of the gradient has been made.
+    A 16-bit weight's sum is kept in pieces: each is freed when its part of the gradient has been made. That gradient's
+    own memory is written last; on a CPU, where it costs nothing until it is touched, chunks may have it before.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -123,6 +142,12 @@ class HeadGradient:
         low = dtype in (torch.bfloat16, torch.float16)
         self._tile = torch.empty(min(TILE, v), d, dtype=dtype, device=weight.device) if low else None
         self._is_empty = True
+        early = weight.device.type == "cpu" and weight.dtype != full
+        self._out = torch.empty(v, d, dtype=weight.dtype) if early else None
+
+    def spare(self) -> Tensor | None:
+        """Memory that is free until the gradient is handed out, `[v · d]` in the weight's type."""
+        return None if self._out is None else self._out.view(-1)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
         """Add gradientᵀ · hidden: `[m v], [m d]`; v may be less than the head's."""
@@ -147,12 +172,12 @@ class HeadGradient:
 
     def hand_out(self, factor: Tensor) -> Tensor:
         """The sum times `factor`, in the weight's type. What is kept is given away: it can be asked once."""
-        pieces, self._pieces = self._pieces, []
+        pieces, self._pieces, out, self._out = self._pieces, [], self._out, None
         if self._is_empty:
             return torch.zeros_like(self._like)
         if self._like.dtype == pieces[0].dtype:
             return pieces[0].mul_(factor)
-        out = torch.empty_like(self._like)
+        out = torch.empty_like(self._like) if out is None else out
         for number in range(len(pieces)):
             piece, pieces[number] = pieces[number], torch.empty(0)
             for rows, into in zip(piece.split(TILE), out[number * self._piece :].split(TILE), strict=False):

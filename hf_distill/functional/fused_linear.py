@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.fused_blocks import blend_block
-from hf_distill.functional.fused_chunks import HeadGradient, for_each_block, rows_a_block
+from hf_distill.functional.fused_chunks import HeadGradient, Space, for_each_block, rows_a_block
 from hf_distill.functional.fused_compiled import blend_compiled, goes_compiled
 from hf_distill.functional.fused_inputs import (
     FusedTeacher,
@@ -74,7 +74,7 @@ def fused_linear_distillation(
         terms: divergence, temperature, factors.
         labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
         row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 86 MiB in 16 bits, 384 MiB in 32, or a third of
+        budget_bytes: for the logits of one chunk of both sides; None: 84 MiB in 16 bits, 384 MiB in 32, or a third of
             the head's gradient in fp32 if that is more; never more than 512 rows.
         compiled: whether blocks go through `torch.compile`, which takes seconds once; None: on CUDA, where Triton is.
             What it does not carry (sparse targets, −inf, divergences outside of the KL family) stays eager.
@@ -175,10 +175,11 @@ def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tenso
     n, product, of_teacher = hidden.shape[0], job.product, job.of_teacher
     values = torch.zeros(2, n, dtype=job.full, device=hidden.device)
     low = hidden.to(product.dtype)
-    ours = torch.empty(job.rows.part, product.columns, dtype=product.dtype, device=hidden.device)
+    space = Space(None if gradients.head is None else gradients.head.spare())
+    ours = space.take(job.rows.part, product.columns, product.dtype, hidden.device)
     theirs = None
     if of_teacher is not None:
-        theirs = torch.empty(job.rows.whole, of_teacher.columns, dtype=of_teacher.dtype, device=hidden.device)
+        theirs = space.take(job.rows.whole, of_teacher.columns, of_teacher.dtype, hidden.device)
     alone = job.compiled or hidden.device.type != "cpu"  # then what works off a block has threads of its own
     rooms = [Room() for _ in range(1 if alone else torch.get_num_threads())]
     for first in range(0, n, job.rows.whole):
