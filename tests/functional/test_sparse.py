@@ -29,6 +29,9 @@ def test_merge():
     ids[1] = -1
     got = bucketed(q, ids).softmax(-1)
     torch.testing.assert_close(got, merged(q.log_softmax(-1), ids), rtol=1e-12, atol=1e-14)
+    q.requires_grad_()
+    (gradient,) = torch.autograd.grad(bucketed(q, ids)[1:2, :3].sum(), q)
+    assert (gradient == 0).all()  # none is listed, so none is moved
 
 
 @pytest.mark.parametrize("name", ON_OUTCOMES)
