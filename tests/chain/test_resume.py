@@ -69,7 +69,7 @@ def _kept_metrics(one: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param(["between two links"], id="between", marks=pytest.mark.slow),
+        pytest.param(["between two links"], id="between"),
         pytest.param(list(MOMENTS), id="anywhere", marks=pytest.mark.slow),  # half a minute
     ],
 )

@@ -43,7 +43,6 @@ def two(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_what_one_does(two, tmp_path, name: str) -> None:
     found, expected = torch.load(two / "found.pt"), both(tmp_path, name, examples_a_process=4)

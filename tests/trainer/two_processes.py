@@ -42,7 +42,7 @@ def cases() -> list[tuple[str, float, int, int, str]]:
     for name in HEADS:
         for alpha in alphas_of(name):
             if alpha == 0.5 or name in alone or alphas_of(name) == (1.0,):
-                made += [(name, alpha, *cut, "plain") for cut in (CUTS if alpha == 0.5 and name in alone else CUTS[1:])]
+                made += [(name, alpha, *cut, "plain") for cut in (CUTS if alpha == 0.5 else CUTS[1:])]
     return made + [(name, 0.5, *CUTS[1], variant) for name, variant in VARIED]
 
 
