@@ -258,7 +258,7 @@ def test_fp32(name: str, settings: dict[str, Any], temperature: float) -> None:
 
 @pytest.mark.parametrize("n", [13, 600])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "settings"), FAMILY)
+@pytest.mark.parametrize(("name", "settings"), EVERY)
 def test_16_bits_are_no_further_from_float64_than_the_plain_path(
     name: str, settings: dict[str, Any], dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
