@@ -263,4 +263,3 @@ class Forward:
 
 def _head(unmade: Unmade) -> Head:
     return Head(unmade.weight, unmade.bias, unmade.logit_scale, unmade.softcap, unmade.dtype)
-
