@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = (
+    "causal_lm_ways",
     "end_to_end",
     "heads_under_accumulation",
     "init_ablation",
