@@ -125,14 +125,13 @@ def compare_sparsely(
     """The divergence of k columns and a bucket for the others, or of samples; `student` is written over."""
     theirs = teacher.logits.to(full_precision_of(student)) / temperature
     none = teacher.ids < 0
-    # Where a row lists fewer, a column is named twice: what is added there is 0.
+    # Where a row lists fewer, a column is named twice, and what is added there is 0. Where it lists none, column 0 is
+    # named, which changes nothing: a bucket alone is one outcome, equal on both sides.
     ids = torch.where(none, teacher.ids.amax(-1, keepdim=True).clamp(min=0), teacher.ids)
     ours = student.gather(1, ids).masked_fill(none, -math.inf)
     if teacher.weights is not None:
         return _of_samples(student, ids, ours, theirs, teacher.weights.to(theirs.dtype))
-    empty, first = none.all(-1), student[:, 0].clone()
     others = student.scatter_(1, ids, -math.inf)
-    others[:, 0] = torch.where(empty, first, others[:, 0])
     ours_tail = others.logsumexp(-1)
     theirs = theirs.masked_fill(none, -math.inf)
     few = compare_plainly(
@@ -144,7 +143,7 @@ def compare_sparsely(
     )
     none_left = ours_tail == -math.inf  # k = v: no other column, nothing to spread the bucket's gradient over
     spread = others.sub_(ours_tail.masked_fill(none_left, 0.0)[:, None]).exp_().mul_(few.gradient[:, -1:])
-    return Compared(few.value, spread.scatter_add_(1, ids, few.gradient[:, :-1].masked_fill(none, 0.0)))
+    return Compared(few.value, spread.scatter_add_(1, ids, few.gradient[:, :-1]))
 
 
 def _of_samples(student: Tensor, ids: Tensor, ours: Tensor, theirs: Tensor, weights: Tensor) -> Compared:
