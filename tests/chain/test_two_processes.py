@@ -16,7 +16,6 @@ from tests.chain.two_processes import CASES, FOLDERS, chained
 from tests.trainer.tiny import assert_same_bits, update_difference
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow  # two processes that import torch
 
 
 @pytest.fixture(scope="module")

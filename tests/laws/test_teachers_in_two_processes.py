@@ -19,10 +19,7 @@ from tests.laws.teacher_runs import OVER_PROCESSES, three_steps
 from tests.trainer.tiny import assert_same_bits, update_difference
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [
-    pytest.mark.slow,  # two processes that import torch
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
 
 @pytest.fixture(scope="module")
