@@ -64,6 +64,13 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
     return engine
 
 
+def compiler_error() -> type[Exception]:
+    """Whatever keeps `torch.compile` from making a function: no Triton, a card too old. The compiler is slow to import."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def processes() -> PartialState:
     """This process among those it was launched with.
 

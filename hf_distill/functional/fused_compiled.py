@@ -5,6 +5,7 @@ What it does not carry goes to the eager block. It chooses no chunks and makes n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,15 +13,17 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from hf_distill._compat import compiler_error
 from hf_distill.functional.fused_blocks import Work, blend_block
 from hf_distill.functional.fused_inputs import TeacherSparse, Terms
 from hf_distill.functional.fused_kernels import KERNELS
 from hf_distill.functional.fused_rows import Room, any_blocked
 
+logger = logging.getLogger(__name__)
 MOST_FUNCTIONS = 4  # torch.compile gives up on a function of more kinds; a scheduled temperature is a new kind a step
 
 Block = Callable[..., tuple[Tensor | None, Tensor | None]]
-_functions: dict[Hashable, Block] = {}
+_functions: dict[Hashable, Block | None] = {}  # None: the compiler could not
 
 
 def goes_compiled(asked: bool | None, device: torch.device) -> bool:
@@ -32,13 +35,18 @@ def blend_compiled(
     student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """`blend_block`, in one compiled function where it can be; `room` is for where it cannot."""
-    found = None
+    found, kind = None, None
     if isinstance(teacher, Tensor) and _carries(student, teacher, work):
         vectors = [None if x is None else x[rows] for x in (work.labels, work.label_weights, work.row_weights)]
-        found = _function(student, teacher, vectors, work, over_teacher=into is not student)
-    if found is None:
-        return blend_block(student, teacher, work, rows, room, into=into)
-    return found(student, teacher, *vectors)
+        kind = _kind(student, teacher, vectors, work, over_teacher=into is not student)
+        found = _function(kind, work, over_teacher=into is not student)
+    if found is not None:
+        try:
+            return found(student, teacher, *vectors)
+        except compiler_error() as error:  # before anything ran: the rows are as they were
+            _functions[kind] = None
+            logger.warning(f"torch.compile failed, so the loss is computed without it (slower, the same): {error}")
+    return blend_block(student, teacher, work, rows, room, into=into)
 
 
 def _carries(student: Tensor, teacher: Tensor, work: Work) -> bool:
@@ -46,17 +54,21 @@ def _carries(student: Tensor, teacher: Tensor, work: Work) -> bool:
     return several and work.terms.divergence in KERNELS and not (work.may_block and any_blocked(student, teacher))
 
 
-def _function(
+def _kind(
     student: Tensor, teacher: Tensor, vectors: list[Tensor | None], work: Work, *, over_teacher: bool
-) -> Block | None:
-    """The function for blocks of this kind; None: there are too many kinds already."""
-    kind = (
+) -> Hashable:
+    """Whatever a function is compiled for, but for the number of rows."""
+    return (
         (student.device, student.dtype, teacher.dtype, torch.is_inference_mode_enabled(), over_teacher),
         tuple(x is None for x in vectors),
         (work.terms.divergence, tuple(sorted(work.terms.settings.items()))),
         (work.temperature, work.columns, work.student, work.teacher, work.teacher_is_ours),
         (work.smoothing, work.some_weigh_nothing, work.wants_gradient, student.shape[1]),
     )
+
+
+def _function(kind: Hashable, work: Work, *, over_teacher: bool) -> Block | None:
+    """The function for blocks of this kind; None: there are too many kinds already, or it could not be compiled."""
     if kind not in _functions:
         if len(_functions) == MOST_FUNCTIONS:
             return None

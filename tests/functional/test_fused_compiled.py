@@ -89,3 +89,18 @@ def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypa
         one = setting(temperature=temperature)
         torch.testing.assert_close(one.run(compiled=True).loss, one.run(compiled=False).loss)
     assert len(functions) == 1
+
+
+def test_where_the_compiler_cannot_the_loss_is_the_eager_one_and_says_so(functions, monkeypatch, caplog) -> None:
+    def fails(block: Any, **settings: Any) -> Any:
+        def called(*tensors: Any) -> Any:
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no Triton for this card"), None)
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", fails)
+    case = setting("forward_kl", n=6, v=11)
+    found = [case.run(compiled=True).loss for _ in range(2)]
+    expected = case.run(compiled=False).loss
+    assert all(torch.equal(one, expected) for one in found)
+    assert len(caplog.records) == 1 and "no Triton for this card" in caplog.text
