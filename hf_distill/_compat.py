@@ -65,7 +65,7 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
 
 
 def compiler_error() -> type[Exception]:
-    """Whatever keeps `torch.compile` from making a function: no Triton, a card too old. The compiler is slow to import."""
+    """What keeps `torch.compile` from making a function: no Triton, a card too old. Asked for late: a slow import."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
