@@ -119,7 +119,8 @@ class SecondPass(_StudentItself):
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
-    >>> student = Bert(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).train()
+    >>> shape = dict(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> _, student = torch.manual_seed(0), Bert(BertConfig(**shape, initializer_range=1.0)).train()
     >>> distiller = Distiller(
     ...     student, SecondPass(), divergence="jeffreys", temperature=1.0, alpha=SecondPass.alpha(1.0)
     ... )

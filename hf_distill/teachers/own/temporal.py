@@ -49,7 +49,8 @@ class TemporalEnsemble:
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
-    >>> student = Bert(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).train()
+    >>> shape = dict(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> _, student = torch.manual_seed(0), Bert(BertConfig(**shape, initializer_range=1.0)).train()
     >>> distiller = Distiller(student, TemporalEnsemble(momentum=0.6), temperature=1.0)
     >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     >>> first, second = (distiller(student, batch).terms["logits"].item() for _ in range(2))
