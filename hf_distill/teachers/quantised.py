@@ -9,7 +9,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -87,8 +87,9 @@ class QuantisedTeacher(ModelTeacher):
         self._how, self._full, self._full_bytes = how, full, full_bytes
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        signals = super().__call__(task, batch, needs)
-        if needs.logits and self.agreement is None and self.not_measured is None:
+        measures = needs.logits and self.agreement is None and self.not_measured is None
+        signals = super().__call__(task, batch, replace(needs, unmade=False) if measures else needs)
+        if measures:
             self._measure(signals.predictions(), task, batch)
         return signals
 

@@ -24,6 +24,7 @@ from hf_distill import (
 )
 from hf_distill.functional.fused_inputs import fusable
 from hf_distill.signals import Needs, Signals, SparseRows
+from hf_distill.teachers.quantised import quantise_dynamically
 from tests.heads import HEADS, IGNORED, VOCABULARY
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.logit_free import LARGE, assert_same, both, pair
@@ -144,6 +145,18 @@ def test_the_base_of_adapters_teaches_with_the_student_s_own_head() -> None:
         base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
     assert_same(both(student.double().train(), AdaptersOff(), pair("llama_causal_lm")[2]))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+def test_a_quantised_teacher_is_measured_first() -> None:
+    """By its logits; from then on they are not made."""
+    head = HEADS["llama_causal_lm"]
+    student, teacher, batch = head.make(1).train(), quantise_dynamically(head.make(2)), head.batch(4)
+    first, later = (Distiller(student, teacher, materialize_logits=False)(student, batch).terms for _ in range(2))
+    assert teacher.agreement is not None and teacher.agreement.rows > 0
+    expected = Distiller(student, teacher)(student, batch).terms
+    for found in (first, later):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_teacher_s_nan_is_named() -> None:
