@@ -182,12 +182,7 @@ class Blend:
             for name in active:
                 found = self.objectives[name](student, teacher, task, batch, progress=progress)
                 compared = found.value.detach() if compared is None else compared + found.value.detach()
-                if name not in counts.denominators:
-                    raise SettingError(
-                        f"{name} weighs something at {progress:.0%} of the training, and was not counted. Give count() "
-                        "the same progress= as the call."
-                    )
-                terms[name] = found.over(counts.denominators[name]) * counts.scale
+                terms[name] = found.over(denominator_of(name, counts, progress)) * counts.scale
                 weighted.append(self.weight(name, progress) * terms[name])
         loss = weighted[0]
         for part in weighted[1:]:
@@ -199,7 +194,7 @@ class Blend:
         heard = Signals(logits=student.predictions().detach(), columns=student.columns)
 
         def loss_of(labels_mean: Tensor | None, own: Signals) -> Tensor:
-            labels = None if labels_mean is None else labels_part(labels_mean, task, batch, counts)
+            labels = None if labels_mean is None else labels_part(labels_mean, task, batch, counts, progress)
             return self.total(labels, lambda: (own, heard), task, batch, counts, progress, only=LOGITS)[0]
 
         uses_labels, temperature = self.labels_weight(progress) > 0, self.logits_match.temperature(progress)
@@ -239,9 +234,21 @@ def needs_teacher(objective: Objective) -> bool:
     return getattr(objective, "needs_teacher", True)
 
 
-def labels_part(mean: Tensor, task: Task, batch: Batch, counts: Counts) -> Tensor:
+def denominator_of(term: str, counts: Counts, progress: float) -> Tensor:
+    """What a term of this moment is divided by. Raises SettingError where another moment was counted."""
+    if term not in counts.denominators:
+        raise SettingError(
+            f"{term} weighs something at {progress:.0%} of the training, and was not counted. Give count() the same "
+            "progress= as the call."
+        )
+    return counts.denominators[term]
+
+
+def labels_part(mean: Tensor, task: Task, batch: Batch, counts: Counts, progress: float) -> Tensor:
     """What a model's own mean loss over this micro-batch is of the step's."""
-    return mean if task.sums_over_examples else LabelsTerm()(mean, task, batch).over(counts.denominators[LABELS])
+    if task.sums_over_examples:
+        return mean
+    return LabelsTerm()(mean, task, batch).over(denominator_of(LABELS, counts, progress))
 
 
 def _named(objectives: Objectives) -> dict[str, Objective]:

@@ -176,7 +176,7 @@ class OneBatch:
                 return self.student_signals(outputs, batch, Needs(), inside), forward.said
             return self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
 
-        labels = None if labels_mean is None else labels_part(labels_mean, self.task, batch, counts)
+        labels = None if labels_mean is None else labels_part(labels_mean, self.task, batch, counts, progress)
         loss, terms, compared = self.blending.total(labels, ask, self.task, batch, counts, progress, made=made)
         if compared is not None:
             self._watch.look(self.task, batch, compared, lambda suspect: self.teacher_signals(suspect, theirs))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.blend import LABELS, LOGITS, Blend, Made
+from hf_distill.blend import LABELS, LOGITS, Blend, Made, denominator_of
 from hf_distill.counts import Counts
 from hf_distill.errors import SettingError
 from hf_distill.functional import PROPERTIES
@@ -219,8 +219,9 @@ class Forward:
 
     def _factor(self, term: str, weight: float) -> Tensor | float:
         """What a total is multiplied by: its weight, over the step's denominator."""
-        denominator = self._counts.denominators.get(term)
-        return 0.0 if denominator is None else weight * self._counts.scale / denominator.clamp(min=1)
+        if weight == 0:
+            return 0.0
+        return weight * self._counts.scale / denominator_of(term, self._counts, self._progress).clamp(min=1)
 
     def _rows(self, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`[m]` which of the n rows are looked at, and the weight of each in the divergence; None: 1.
