@@ -17,11 +17,11 @@ from hf_distill.functional.fused_inputs import Head
 from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
 
 MIB = 2**20
-BUDGET_16_BITS, BUDGET = 84 * MIB, 384 * MIB
+BUDGET_16_BITS, BUDGET = 96 * MIB, 384 * MIB
 OF_THE_SUM = 3  # a chunk may always take this part of what the sum of the head's gradient takes
 MOST_ROWS = 512  # products gain nothing from more
 ENOUGH_ROWS = 256  # with fewer, products slow down, and the sum is added to too often
-FEW_ROWS = 80  # of the student's logits at a time, where both sides' do not fit
+FEW_ROWS = 128  # of the student's logits at a time, where both sides' do not fit
 ROUND_ROWS = 32  # products like such numbers
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
 TILE = 1024  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
@@ -45,13 +45,17 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
 
     >>> rows_a_chunk(2048, 2 * 32768, 2 * 32768, 128 * 2**20, over_teacher=True)
     ChunkRows(whole=512, part=512)
-    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 84 * 2**20, over_teacher=True)
-    ChunkRows(whole=256, part=80)
+    >>> rows_a_chunk(2048, 2 * 131072, 2 * 131072, 96 * 2**20, over_teacher=True)
+    ChunkRows(whole=256, part=128)
     """
 
     def fitting(memory: int, bytes_a_row: int, most: int) -> int:
         rows = max(1, min(memory // bytes_a_row, most))
-        return max(1, min(rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows, n))
+        if rows >= n:
+            return max(1, n)
+        alike = math.ceil(n / math.ceil(n / rows))  # no short one at the end
+        rounded = math.ceil(alike / ROUND_ROWS) * ROUND_ROWS
+        return rounded if rounded <= rows else rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows
 
     both = fitting(budget, student + teacher, MOST_ROWS)
     if not over_teacher or both >= min(n, ENOUGH_ROWS):
@@ -154,12 +158,13 @@ class HeadGradient:
         for number, piece in enumerate(self._pieces):
             columns = gradient[:, number * self._piece : (number + 1) * self._piece]
             width = columns.shape[1]
+            if self._tile is None:
+                if self._is_empty:
+                    piece.zero_()  # touched first in order: were it within the product, it would cost twice that
+                piece[:width].addmm_(columns.T, hidden)
+                continue
             if self._is_empty:
                 piece[width:].zero_()
-            if self._tile is None:
-                part = piece[:width]
-                torch.addmm(part, columns.T, hidden, beta=0 if self._is_empty else 1, out=part)
-                continue
             for first in range(0, width, TILE):
                 tile = self._tile[: min(TILE, width - first)]
                 torch.mm(columns[:, first : first + TILE].T, hidden, out=tile)

@@ -74,7 +74,7 @@ def fused_linear_distillation(
         terms: divergence, temperature, factors.
         labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
         row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 84 MiB in 16 bits, 384 MiB in 32, or a third of
+        budget_bytes: for the logits of one chunk of both sides; None: 96 MiB in 16 bits, 384 MiB in 32, or a third of
             the head's gradient in fp32 if that is more; never more than 512 rows.
         compiled: whether blocks go through `torch.compile`, which takes seconds once; None: on CUDA, where Triton is.
             What it does not carry (sparse targets, −inf, divergences outside of the KL family) stays eager.
