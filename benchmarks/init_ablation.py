@@ -98,24 +98,14 @@ def train(data: Data, run: Run, teacher: Any, *, seed: int) -> Any:
     alpha, objectives = LOSSES[run["loss"]]
     student = make_student(data.teacher, run["start"], seed)
     with tempfile.TemporaryDirectory() as folder:
-        args = DistillationArguments(
-            output_dir=folder,
-            max_steps=run["steps"],
-            per_device_train_batch_size=run["batch"],
+        common = protocol.settings_of(
+            steps=run["steps"],
+            batch_size=run["batch"],
             learning_rate=run["learning_rate"],
-            lr_scheduler_type="linear",
-            warmup_steps=max(1, run["steps"] // 10),
-            weight_decay=0.01,
-            train_sampling_strategy="group_by_length",
             seed=seed,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            alpha=alpha,
-            temperature=TEMPERATURE,
+            folder=folder,
         )
+        args = DistillationArguments(**common, alpha=alpha, temperature=TEMPERATURE)
         trainer = DistillationTrainer(
             model=student,
             teacher_model=teacher,

@@ -14,6 +14,7 @@ import torch
 from transformers import PrinterCallback, set_seed
 
 from benchmarks.init_ablation import say
+from benchmarks.protocol import settings_of
 from benchmarks.sets.sst2_kinds import Data
 from hf_distill import (
     CachedTeacher,
@@ -115,24 +116,8 @@ class Laboratory:
         return found
 
     def _arguments(self, folder: Path, seed: int, alpha: float, rate: float, steps: int) -> DistillationArguments:
-        return DistillationArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=self.options.batch,
-            learning_rate=rate,
-            lr_scheduler_type="linear",
-            warmup_steps=max(1, steps // 10),
-            weight_decay=0.01,
-            train_sampling_strategy="group_by_length",
-            seed=seed,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
-            alpha=alpha,
-            temperature=TEMPERATURE,
-        )
+        common = settings_of(steps=steps, batch_size=self.options.batch, learning_rate=rate, seed=seed, folder=folder)
+        return DistillationArguments(**common, alpha=alpha, temperature=TEMPERATURE)
 
 
 def read_student(teacher: Any, path: Path) -> Any:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +9,15 @@ import pytest
 import torch
 
 from tests.chain.two_processes import CASES, FOLDERS, chained
+from tests.distributed.launch import two_processes
 from tests.trainer.tiny import assert_same_bits, update_difference
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[Any]:
     """What each of two processes found and did."""
     folder = tmp_path_factory.mktemp("two") / "chains"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    program = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(folder)]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(program, env=env, stdout=pipe, stderr=pipe, text=True))
-    printed = []
-    for process in started:
-        out, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, out[-3000:] + errors[-6000:]
-        printed.append(out)
+    printed = two_processes(Path(__file__).with_name("two_processes.py"), str(folder))
     assert [out.count("Kept in ") for out in printed] == [len(CASES), 0]  # process 0 alone prints
     return [torch.load(f"{folder}-process-{rank}.pt") for rank in (0, 1)]
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.launch import two_processes
 from tests.laws.making_teachers import Place
 from tests.laws.teacher_rows import TEACHER_ROWS
 from tests.laws.teacher_runs import OVER_PROCESSES, three_steps
 from tests.trainer.tiny import assert_same_bits, update_difference
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
 
@@ -26,19 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def two(tmp_path_factory) -> list[Any]:
     """The students of each of two processes."""
     folder = tmp_path_factory.mktemp("two") / "teachers"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    program = [sys.executable, str(Path(__file__).with_name("teacher_runs.py")), str(folder)]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(program, env=env, stdout=pipe, stderr=pipe, text=True))
-    for process in started:
-        out, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, out[-3000:] + errors[-6000:]
+    two_processes(Path(__file__).with_name("teacher_runs.py"), str(folder))
     return [torch.load(f"{folder}-process-{rank}.pt") for rank in (0, 1)]
 
 

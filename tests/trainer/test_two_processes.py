@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.distributed.launch import two_processes
 from tests.heads import HEADS
 from tests.trainer.steps import asked_teacher, in_double, inside_steps, one_step
 from tests.trainer.tiny import assert_same_bits, update_difference, weights
 from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_cases
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(path: Path) -> None:
-    """Start two processes that write what they found to `path`."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, str(Path(__file__).with_name("two_processes.py")), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +25,7 @@ def from_two(tmp_path_factory) -> dict[str, Any]:
     path = folder / "two-processes.pt"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            launch(path)
+            two_processes(Path(__file__).with_name("two_processes.py"), str(path))
     loaded = torch.load(path)
     assert loaded["processes"] == 2
     return loaded

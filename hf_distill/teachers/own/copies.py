@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_distill.tasks import Task
 from hf_distill.teachers.model import ModelTeacher
 
 
-class _CopyOfStudent(ModelTeacher):
+class _CopyOfStudent(ModelTeacher, ABC):
     """A copy that follows the student; a subclass says how. It is saved with each checkpoint and goes on from there."""
 
     def __init__(self) -> None:
@@ -78,8 +79,9 @@ class _CopyOfStudent(ModelTeacher):
     def _copied(self, student: nn.Module) -> nn.Module:
         return copy.deepcopy(student)
 
+    @abstractmethod
     def _follow(self, student: nn.Module) -> None:
-        raise NotImplementedError
+        """What becomes of the copy after an optimizer step."""
 
 
 class MovingAverage(_CopyOfStudent):

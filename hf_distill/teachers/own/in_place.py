@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import Columns
 
 
-class _StudentItself:
+class _StudentItself(ABC):
     """What is asked is the student; it is neither frozen nor moved nor copied."""
 
     def __init__(self) -> None:
@@ -56,12 +57,12 @@ class _StudentItself:
     def place(self, accelerator: Any) -> None:
         self._known().use(accelerator)
 
-    def after_step(self, student: nn.Module) -> None:
+    def after_step(self, student: nn.Module) -> None:  # noqa: B027  # all there is to do
         """Nothing: what moves is the student."""
 
+    @abstractmethod
     def _check(self, student: Any) -> None:
         """Refuse a student that cannot be asked so."""
-        raise NotImplementedError
 
     def _known(self) -> _Unfrozen:
         assert self._teacher is not None  # `fit` comes first

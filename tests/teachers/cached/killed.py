@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ import torch
 from accelerate import PartialState
 
 from hf_distill.teachers.cached import Sampled
+from tests.distributed.launch import free_port
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents
 
@@ -84,15 +84,13 @@ def resumed(folder: Path, expected: dict[str, bytes], ways: list[str], way: str)
 
 def in_two_processes(folder: Path) -> list[int]:
     """The exit statuses of two gloo processes that make one cache."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(2):
         child = os.fork()
         if child == 0:
             os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
             )
             try:
                 assert PartialState(cpu=True).num_processes == 2
