@@ -1,13 +1,15 @@
 """A model's output head taken over for one forward, so that its logits are never made. No losses here.
 
 What the model does to the logits after the head (a scale, a soft cap, a bias) is read from its config, and then tried:
-one example through the model, some of its positions, against the formula. What does not agree is not taken over.
+one example through the model, some of its positions, against the formula, as they are and so large that a cap that no
+name told would show. What does not agree is not taken over.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from hf_distill.tasks.base import batch_size, output_named
 from hf_distill.tasks.infer import unwrapped
 
 POSITIONS = 16  # tried of one example
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; 16 bits: 5e-2
+LARGE = 1e3  # of the enlarged logits; caps are 15 to 50
+LARGEST_HIDDEN = 3e4  # within fp16
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; 16 bits: 1e-2
 
 
 class OutputHead:
@@ -132,31 +136,54 @@ class OutputHead:
         for name, labels in labelled.items():
             made_up = torch.arange(min(labels.shape[1], POSITIONS), device=labels.device) % self.columns
             known[name] = made_up[None].to(labels.dtype)
-        heard: list[tuple[Unmade, Tensor]] = []
-        made: list[Tensor] = []
-
-        def some(hidden: Tensor) -> Tensor:
-            part = self._unmade(hidden[:, :POSITIONS])
-            heard.append((part, logits_of(part)))
-            made.append(nn.functional.linear(part.hidden, self._module.weight, self._module.bias))
-            return made[0]
-
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
-        self._module.forward = some
         try:
-            outputs = model(**one, **known)
+            found = self._asked(model, {**one, **known})
+            if isinstance(found, str):
+                return found
+            enlarged = self._asked(model, {**one, **known}, by=LARGE / found.largest)
+            if isinstance(enlarged, str):
+                return enlarged
         finally:
-            del self._module.forward
             for module, mode in modes:
                 module.training = mode
+        if known and found.outputs.get("aux_loss") is not None:
+            return f"{type(self._model).__name__} adds a loss of its own (aux_loss)"
+        return Trial(found.said, known, found.outputs.get("loss") if known else None)
+
+    def _asked(self, model: nn.Module, inputs: Mapping[str, Any], *, by: float = 1.0) -> _Asked | str:
+        """One forward with some positions alone, their hidden states enlarged; or what does not agree."""
+        heard: list[tuple[Tensor, Tensor]] = []
+
+        def some(hidden: Tensor) -> Tensor:
+            hidden = hidden[:, :POSITIONS]
+            part = self._unmade(hidden * min(by, LARGEST_HIDDEN / float(hidden.abs().amax().clamp(min=1))))
+            made = nn.functional.linear(part.hidden, self._module.weight, self._module.bias)
+            heard.append((made, logits_of(part)))
+            return made.clone()  # models write into their logits
+
+        self._module.forward = some
+        try:
+            outputs = model(**inputs)
+        finally:
+            del self._module.forward
         name = type(self._model).__name__
-        if len(heard) != 1 or heard[0][0].hidden.dim() != 3:
+        if len(heard) != 1 or heard[0][0].dim() != 3:
             return f"{name} does not call its output head once, on [batch, time, width]"
-        said, expected, low = output_named("logits", outputs).float(), heard[0][1].float(), made[0].dtype
-        if said.shape != expected.shape or not _close(said, expected, low):
+        (made, expected), said = heard[0], output_named("logits", outputs).float()
+        if said.shape != expected.shape or not _close(said, expected.float(), made.dtype):
             return f"{name} does more to its logits after the output head than scale them, cap them or add a bias"
-        return Trial(said, known, outputs.get("loss") if known else None, low)
+        return _Asked(outputs, said, max(1.0, float(made.abs().amax())))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model's outputs, its logits in full precision, and the largest number its head made, at least 1."""
+
+    outputs: Any
+    said: Tensor
+    largest: float
 
 
 class Trial:
@@ -166,12 +193,12 @@ class Trial:
         logits: `[1 t v]`. labels: `[1 t]` each, by name. loss: the model's own, of these labels; None without.
     """
 
-    def __init__(self, logits: Tensor, labels: Mapping[str, Tensor], loss: Tensor | None, dtype: torch.dtype) -> None:
-        self.logits, self.labels, self.loss, self._dtype = logits, labels, loss, dtype
+    def __init__(self, logits: Tensor, labels: Mapping[str, Tensor], loss: Tensor | None) -> None:
+        self.logits, self.labels, self.loss = logits, labels, loss
 
     def loss_is(self, value: Tensor) -> bool:
-        """Whether the model's own loss is this one, to rounding; of no label at all nothing is known."""
-        return self.loss is None or bool(self.loss.isnan()) or _close(self.loss.float(), value.float(), self._dtype)
+        """Whether the model's own loss is this one, to its rounding; of no label at all nothing is known."""
+        return self.loss is None or bool(self.loss.isnan()) or _close(self.loss, value.float(), self.loss.dtype)
 
 
 def logits_of(unmade: Unmade) -> Tensor:
@@ -193,9 +220,10 @@ def _after_the_head(config: Any) -> tuple[float, float | None]:
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(text, name, None) or 1.0
     scale /= getattr(text, "logits_scaling", None) or 1.0
-    return scale, getattr(text, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return scale, next((cap for cap in (getattr(text, name, None) for name in caps) if cap), None)
 
 
 def _close(said: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     largest = expected.abs().amax().clamp(min=1e-6)
-    return bool((said - expected).abs().amax() <= _TOLERANCE.get(dtype, 5e-2) * largest)
+    return bool((said - expected).abs().amax() <= _TOLERANCE.get(dtype, 1e-2) * largest)

@@ -128,12 +128,14 @@ class ModelTeacher:
             return None
         if self._head is None:
             self._head = OutputHead(self.model)
-            if self._head.refusal is None and not self._head.is_sharded():
+            if self._head.refusal is None and self._head.is_sharded():
+                self._head.refusal = "its head is sharded, and would be in pieces again where it is needed"
+            elif self._head.refusal is None:
                 found = self._head.trial(inputs, {})
                 self._head.refusal = found if isinstance(found, str) else None
             if self._head.refusal is not None:
                 logger.info(f"The teacher's logits are made whole: {self._head.refusal}.")
-        return None if self._head.refusal is not None or self._head.is_sharded() else self._head
+        return None if self._head.refusal is not None else self._head
 
     def _put_to_use(self) -> None:
         """Freeze and cast: only now, so that a run that is refused leaves the user's model as it was."""

@@ -46,10 +46,23 @@ class Charged(tf.GPT2LMHeadModel):
         return outputs
 
 
-@pytest.mark.parametrize(("kind", "why"), [(Doubled, "does more to its logits"), (Charged, "own loss is more than")])
-def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: str) -> None:
+class Capped(tf.GPT2LMHeadModel):
+    """A soft cap that no config tells, far above what its logits are at the start."""
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        outputs = super().forward(*args, **keywords)
+        outputs.logits = 30 * torch.tanh(outputs.logits / 30)
+        return outputs
+
+
+NOT_WHAT_THEY_SEEM = [(Doubled, "does more to its logits"), (Charged, "own loss is more than"), (Capped, "does more")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "why"), NOT_WHAT_THEY_SEEM)
+def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: str, dtype: torch.dtype) -> None:
     _, teacher, batch = pair("gpt2_causal_lm")
-    student = kind(teacher.config).double().train()
+    student = kind(teacher.config).to(dtype).train()
     with pytest.raises(SettingError, match=rf"materialize_logits=False: .*{why}.*Pass materialize_logits=True"):
         Distiller(student, teacher, materialize_logits=False)(student, batch)
     monkeypatch.setattr(without_logits, "LARGE", 10)
@@ -61,11 +74,56 @@ def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: 
     assert all(torch.equal(one, expected) for one in found)
 
 
-def test_a_teacher_that_is_not_what_it_seems_gives_its_logits() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_of_a_mixture_of_experts(autocast: bool) -> None:
+    """Its experts' balance is in its loss, and is lost neither in bf16 nor in fp32."""
+    shape: Any = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "router_aux_loss_coef": 1e-3}
+    ids = torch.tensor([[1, 5, 7, 9]])
+    for balanced in (True, False):
+        student = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, output_router_logits=balanced)).train()
+        teacher = tf.MixtralForCausalLM(tf.MixtralConfig(**shape))
+        with torch.autocast("cpu", enabled=autocast):
+            if balanced:
+                with pytest.raises(SettingError, match=r"adds a loss of its own \(aux_loss\)"):
+                    Distiller(student, teacher, materialize_logits=False)(student, {"input_ids": ids, "labels": ids})
+            else:
+                Distiller(student, teacher, materialize_logits=False)(student, {"input_ids": ids, "labels": ids})
+
+
+def test_caps_by_their_other_names() -> None:
+    config = tf.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        lru_width=16,
+        logits_soft_cap=0.5,
+    )
+    student, teacher = (tf.RecurrentGemmaForCausalLM(config).double() for _ in range(2))
+    ids = torch.tensor([[1, 5, 7, 9]])
+    assert_same(both(student.eval(), teacher, {"input_ids": ids, "labels": ids}))
+
+
+@pytest.mark.parametrize("kind", [Doubled, Capped])
+def test_a_teacher_that_is_not_what_it_seems_gives_its_logits(kind: Any) -> None:
     student, teacher, batch = pair("gpt2_causal_lm")
-    odd = Doubled(teacher.config).double()
+    odd = kind(teacher.config).double()
     odd.load_state_dict(teacher.state_dict())
     assert_same(both(student, odd, batch))
+
+
+def test_the_head_of_a_sharded_teacher_is_never_used_untried(monkeypatch) -> None:
+    """FSDP2 leaves its root whole after the first forward."""
+    student, teacher, batch = pair("gpt2_causal_lm")
+    odd = Doubled(teacher.config).double()
+    expected = Distiller(student, odd)(student, batch).loss
+    sharded = iter([True])
+    monkeypatch.setattr(OutputHead, "is_sharded", lambda self: next(sharded, False))
+    distiller = Distiller(student, odd, materialize_logits=False)
+    for _ in range(3):
+        torch.testing.assert_close(distiller(student, batch).loss, expected)
 
 
 def test_from_when_on_it_is_automatic(monkeypatch) -> None:
