@@ -123,7 +123,7 @@ def test_the_head_of_a_sharded_teacher_is_never_used_untried(monkeypatch) -> Non
     monkeypatch.setattr(OutputHead, "is_sharded", lambda self: next(sharded, False))
     distiller = Distiller(student, odd, materialize_logits=False)
     for _ in range(3):
-        torch.testing.assert_close(distiller(student, batch).loss, expected)
+        torch.testing.assert_close(distiller(student, batch).loss, expected, rtol=1e-5, atol=0.0)  # its own is in fp32
 
 
 def test_from_when_on_it_is_automatic(monkeypatch) -> None:
