@@ -53,9 +53,10 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
         rows = max(1, min(memory // bytes_a_row, most))
         if rows >= n:
             return max(1, n)
+        if rows > ROUND_ROWS:
+            rows -= rows % ROUND_ROWS
         alike = math.ceil(n / math.ceil(n / rows))  # no short one at the end
-        rounded = math.ceil(alike / ROUND_ROWS) * ROUND_ROWS
-        return rounded if rounded <= rows else rows - rows % ROUND_ROWS if rows > ROUND_ROWS else rows
+        return min(rows, math.ceil(alike / ROUND_ROWS) * ROUND_ROWS)
 
     both = fitting(budget, student + teacher, MOST_ROWS)
     if not over_teacher or both >= min(n, ENOUGH_ROWS):
