@@ -1,6 +1,7 @@
 """A block of rows in one compiled function, for accelerators: the eager block's own code through torch.compile.
 
-What it does not carry goes to the eager block. It chooses no chunks and makes no products.
+What it does not carry goes to the eager block. A new function is compared with the eager block first, on a few rows.
+It chooses no chunks and makes no products.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from hf_distill.functional.fused_kernels import KERNELS
 from hf_distill.functional.fused_rows import Room, any_blocked
 
 logger = logging.getLogger(__name__)
+TRIED = 8  # rows on which a new function is compared with the eager block
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest; 16 bits: 1e-2
 MOST_FUNCTIONS = 4  # torch.compile gives up on a function of more kinds; a scheduled temperature is a new kind a step
 
 Block = Callable[..., tuple[Tensor | None, Tensor | None]]
-_functions: dict[Hashable, Block | None] = {}  # None: the compiler could not
+_functions: dict[Hashable, Block | None] = {}  # None: the compiler could not, or made another loss
 
 
 def goes_compiled(asked: bool | None, device: torch.device) -> bool:
@@ -35,14 +38,16 @@ def blend_compiled(
     student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """`blend_block`, in one compiled function where it can be; `room` is for where it cannot."""
-    found, kind = None, None
+    over_teacher = into is not student
     if isinstance(teacher, Tensor) and _carries(student, teacher, work):
         vectors = [None if x is None else x[rows] for x in (work.labels, work.label_weights, work.row_weights)]
-        kind = _kind(student, teacher, vectors, work, over_teacher=into is not student)
-        found = _function(kind, work, over_teacher=into is not student)
-    if found is not None:
+        kind = _kind(student, teacher, vectors, work, over_teacher=over_teacher)
         try:
-            return found(student, teacher, *vectors)
+            if kind not in _functions and len(_functions) < MOST_FUNCTIONS:
+                _functions[kind] = _tried(student, teacher, vectors, work, over_teacher=over_teacher)
+            function = _functions.get(kind)
+            if function is not None:
+                return function(student, teacher, *vectors)
         except compiler_error() as error:  # before anything ran: the rows are as they were
             _functions[kind] = None
             logger.warning(f"torch.compile failed, so the loss is computed without it (slower, the same): {error}")
@@ -67,13 +72,31 @@ def _kind(
     )
 
 
-def _function(kind: Hashable, work: Work, *, over_teacher: bool) -> Block | None:
-    """The function for blocks of this kind; None: there are too many kinds already, or it could not be compiled."""
-    if kind not in _functions:
-        if len(_functions) == MOST_FUNCTIONS:
-            return None
-        _functions[kind] = _compiled(work, over_teacher=over_teacher)
-    return _functions[kind]
+def _tried(
+    student: Tensor, teacher: Tensor, vectors: list[Tensor | None], work: Work, *, over_teacher: bool
+) -> Block | None:
+    """A new function; None: it does not say on some rows what the eager block says."""
+    few = slice(0, TRIED)
+    labels, label_weights, row_weights = (None if x is None else x[few] for x in vectors)
+    here = replace(work, labels=labels, label_weights=label_weights, row_weights=row_weights)
+    compiled, found = _compiled(work, over_teacher=over_teacher), []
+    for is_compiled in (True, False):
+        ours, theirs = student[few].clone(), teacher[few].clone()
+        into = theirs if over_teacher else ours
+        if is_compiled:
+            values = compiled(ours, theirs, labels, label_weights, row_weights)
+        else:
+            values = blend_block(ours, theirs, here, slice(None), Room(), into=into)
+        found.append([x for x in (into if work.wants_gradient else None, *values) if x is not None])
+    if all(_close(one, other) for one, other in zip(*found, strict=True)):
+        return compiled
+    logger.warning("torch.compile made a loss that is not the eager one, so the loss is computed without it (slower).")
+    return None
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = TOLERANCE.get(one.dtype, 1e-2) * float(other.abs().nan_to_num().amax().clamp(min=1e-6))
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _compiled(work: Work, *, over_teacher: bool) -> Block:

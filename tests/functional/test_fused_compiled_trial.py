@@ -1,0 +1,70 @@
+"""A compiled block that is not the eager one is noticed before it is used. Needs no compiler."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_distill.functional import fused_compiled
+from hf_distill.functional.fused_inputs import Head, TeacherHidden, Terms
+from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused_rows import Room
+
+N, V, D = 11, 29, 4
+
+
+def gradients(*, compiled: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(k, D, generator=generator) for k in (N, V, V))
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = fused_linear_distillation(
+        hidden,
+        Head(weight),
+        teacher=TeacherHidden(hidden.detach(), Head(other)),
+        terms=Terms(temperature=2.0),
+        labels=torch.arange(N),
+        compiled=compiled,
+    )
+    found.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [found.loss.detach(), hidden.grad, weight.grad]
+
+
+def fake(calls: list[int], *, wrong: float, of_value: bool) -> Any:
+    """In place of the compiler: the eager block, its gradient or its value times 1 + wrong."""
+
+    def make(work: Any, *, over_teacher: bool) -> Any:
+        def block(student: Tensor, teacher: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            calls.append(len(student))
+            names = ("labels", "label_weights", "row_weights")
+            here = fused_compiled.replace(work, **dict(zip(names, vectors, strict=True)))
+            into = teacher if over_teacher else student
+            label, value = fused_compiled.blend_block(student, teacher, here, slice(None), Room(), into=into)
+            if of_value and value is not None:
+                return label, value * (1 + wrong)
+            into.mul_(1 + wrong)
+            return label, value
+
+        return block
+
+    return make
+
+
+@pytest.mark.parametrize("of_value", [False, True])
+@pytest.mark.parametrize("wrong", [0.0, 1e-2])
+def test_a_wrong_function_is_not_used(monkeypatch, caplog, wrong: float, of_value: bool) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(fused_compiled, "_functions", {})
+    monkeypatch.setattr(fused_compiled, "_compiled", fake(calls, wrong=wrong, of_value=of_value))
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    expected = gradients(compiled=False)
+    for one in found:
+        for x, y in zip(one, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert calls == ([fused_compiled.TRIED] if wrong else [fused_compiled.TRIED, N, N])  # tried once
+    assert ["is not the eager one" in record.message for record in caplog.records] == [True] * bool(wrong)
