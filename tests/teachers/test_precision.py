@@ -1,7 +1,8 @@
-"""Teachers in half precision: speech and image features are cast to it; autocast is for full precision only."""
+"""Teachers in half precision: features are cast to it, autocast is for fp32 alone, answers stay near those in fp32."""
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from hf_distill import DistillationArguments, Distiller, ModelTeacher, SettingError
 from hf_distill.signals import Needs
+from hf_distill.teachers import as_teacher
 from tests.heads import HEADS
 from tests.teachers.reading import heard_by
 from tests.trainer.tiny import QUIET, assert_moved, bert, make, weights
@@ -80,6 +82,51 @@ def trained(folder: Any, name: str, teacher: Any, **settings: Any) -> Any:
     assert trainer.state.log_history[0]["loss/logits"] > 0
     assert trainer.evaluate()["eval_divergence"] > 0
     return trainer
+
+
+# How far from full precision.
+
+ROUNDING = 2.0**-8  # a bf16 number has 8 significant bits, so rounding moves it by at most this share of itself
+GATHERED = 4  # roundings of that size which the logits of a model of one block may gather on the way
+
+
+def answer(name: str, teacher: Any, dtype: str | None) -> tuple[torch.Tensor, bool, float]:
+    """Of a teacher in this dtype: its rows that count `[n v]` in float64, whether they are values, the loss."""
+    head = HEADS[name]
+    distiller = Distiller(head.make(0), as_teacher(copy.deepcopy(teacher), head.kind, dtype=dtype), alpha=1.0)
+    batch = distiller.prepare(head.batch(8))
+    said = distiller.teacher(distiller.task, batch, Needs(logits=True)).predictions()
+    rows, kept = distiller.task.select(said, batch), distiller.task.kept_rows(batch)
+    loss = distiller(head.make(0), head.batch(8)).loss.item()
+    return (rows if kept is None else rows[kept]).double(), distiller.task.on_values, loss
+
+
+def apart(exact: torch.Tensor, rows: torch.Tensor, *, values: bool) -> float:
+    """Of the row that is furthest from `exact`: KL(exact ‖ rows) in nats; of values, their difference."""
+    if values:
+        return (exact - rows).abs().max().item()
+    p, log_ratio = exact.softmax(-1), exact.log_softmax(-1) - rows.log_softmax(-1)
+    return torch.where(p > 0, p * log_ratio, 0.0).sum(-1).max().item()  # p is 0 where a span cannot be
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_bf16_teacher_says_what_it_says_in_fp32_within_the_stated_tolerance(name: str) -> None:
+    """KL ≤ ½ (4 · 2⁻⁸ · m)², m being the largest logit.
+
+    q ∝ p · exp(e) where the logits are off by e, so KL(p ‖ q) = log E_p[exp(e)] - E_p[e], and by Hoeffding's lemma
+    that is at most (max e - min e)² / 8: ½ r² where no logit is off by more than r.
+    """
+    teacher = HEADS[name].make(1).eval()
+    exact, values, loss = answer(name, teacher, None)
+    half, _, loss_of_half = answer(name, teacher, "bfloat16")
+    off = GATHERED * ROUNDING * exact[exact.isfinite()].abs().max().item()
+    allowed = off if values else off**2 / 2
+    assert 0 < apart(exact, half, values=values) <= allowed
+    assert loss_of_half != loss
+    assert loss_of_half == pytest.approx(loss, rel=GATHERED * ROUNDING * (2 if values else 1))  # values are squared
+    for parameter in teacher.parameters():  # the tolerance is not so wide that three significant bits are within it
+        parameter.data = parameter.data.to(torch.float8_e5m2).float()
+    assert apart(exact, answer(name, teacher, None)[0], values=values) > allowed
 
 
 # Autocast.
