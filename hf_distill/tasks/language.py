@@ -65,7 +65,7 @@ class CausalLM(PositionTask):
         return None if labels is None else labels.flatten()
 
     def has_labels(self, batch: Batch) -> bool:
-        return self._next_tokens(batch) is not None
+        return batch.get("shift_labels") is not None or batch.get("labels") is not None
 
     def _next_tokens(self, batch: Batch) -> Tensor | None:
         if batch.get("shift_labels") is not None:
