@@ -1,18 +1,33 @@
-"""One micro-batch with logits and without them: the models, the batch, the comparison."""
+"""One micro-batch with logits and without them: the models, the batch, the comparison; chunks of few rows."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_distill import Distiller
-from tests.heads import HEADS
+from hf_distill.functional import fused_chunks
+from tests.heads import HEADS, IGNORED, VOCABULARY, Head
 from tests.trainer.steps import in_double
 
 LARGE = [name for name, head in HEADS.items() if head.kind in ("masked_lm", "causal_lm", "seq2seq")]
+KNOBS = {"jensen_shannon": {"beta": 0.3}}  # settings of divergences
+WHOLE, PART, BLOCK = 5, 3, 2  # rows of `few_rows_at_once`
+
+
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch, columns: int = VOCABULARY) -> None:
+    """The fused loss takes the teacher's logits 5 rows at a time, the student's 3, and works them off 2 at a time."""
+    for name, size in {"ENOUGH_ROWS": WHOLE, "MOST_ROWS": PART, "BLOCK_CPU": BLOCK * 4 * columns}.items():
+        monkeypatch.setattr(fused_chunks, name, size)
+
+
+def counted_rows(head: Head, labels: Tensor) -> int:
+    """How many rows count: those with a label. A causal model's first token is predicted from nothing."""
+    return int((labels[:, 1:] if head.kind == "causal_lm" else labels).ne(IGNORED).sum())
 
 
 @functools.cache

@@ -22,7 +22,6 @@ from hf_distill import (
     MovingAverage,
     TeacherError,
 )
-from hf_distill.functional.fused_inputs import fusable
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.teachers.quantised import quantise_dynamically
 from tests.heads import HEADS, IGNORED, VOCABULARY
@@ -33,14 +32,6 @@ from tests.trainer.tiny import arguments, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-KNOBS = {"jensen_shannon": {"beta": 0.3}, "dist": {"intra_weight": 0.0}}
-
-
-@pytest.mark.parametrize("divergence", fusable())
-@pytest.mark.parametrize("name", LARGE)
-def test_every_head_with_every_divergence(name: str, divergence: str) -> None:
-    knobs = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence)}
-    assert_same(both(*pair(name), alpha=0.7, temperature=3.0, **knobs))
 
 
 @pytest.mark.parametrize("name", LARGE)

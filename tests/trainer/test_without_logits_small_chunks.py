@@ -1,0 +1,94 @@
+"""L6 in models: every head over a vocabulary with every divergence in every precision, in chunks that do not divide.
+
+The reference is the plain path in fp64, with weights that bf16 can hold, so that all precisions start from the same.
+The mathematics alone: `tests/functional/test_fused_linear.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_distill import Distiller
+from hf_distill.functional import fused_chunks
+from hf_distill.functional.fused_inputs import fusable
+from tests.heads import HEADS
+from tests.trainer.logit_free import KNOBS, LARGE, PART, WHOLE, counted_rows, few_rows_at_once
+
+Gradients = dict[str, Tensor]
+PRECISIONS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def models(name: str) -> dict[torch.dtype, tuple[nn.Module, nn.Module, dict[str, Tensor]]]:
+    """Student, teacher and batch in each precision; numbers are those of bf16."""
+    head = HEADS[name]
+    batches = (head.batch(examples) for examples in range(4, 12))
+    rows = {counted_rows(head, batch["labels"]): batch for batch in batches}
+    batch = next(batch for n, batch in rows.items() if n > 2 * WHOLE and n % WHOLE and n % WHOLE % PART)
+    made = [head.make(seed).bfloat16() for seed in (1, 2)]
+    made[0].train()
+    return {
+        dtype: (
+            *(copy.deepcopy(model).to(dtype) for model in made),
+            {key: x.bfloat16().to(dtype) if x.is_floating_point() else x for key, x in batch.items()},
+        )
+        for dtype in PRECISIONS
+    }
+
+
+def learned(name: str, dtype: torch.dtype, *, materialize: bool, **knobs: Any) -> tuple[float, Gradients]:
+    student, teacher, batch = models(name)[dtype]
+    student.zero_grad()
+    distiller = Distiller(student, teacher, materialize_logits=materialize, seed=0, temperature=3.0, **knobs)
+    counts = distiller.count([batch])
+    if dtype == torch.float64:  # counts are fp32, and what is divided by them
+        counts = replace(counts, denominators={term: x.double() for term, x in counts.denominators.items()})
+    loss = distiller(student, batch, counts=counts).loss
+    loss.backward()
+    return loss.item(), {key: p.grad.double() for key, p in student.named_parameters() if p.grad is not None}
+
+
+def gradient_error(found: Gradients, expected: Gradients) -> float:
+    """The largest of a parameter, relative to its norm; of one that hardly moves, to a hundredth of all norms."""
+    assert set(found) == set(expected)
+    least = 0.01 * torch.stack([x.norm() for x in expected.values()]).norm()
+    return max(float((found[key] - x).norm() / torch.maximum(x.norm(), least)) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("divergence", fusable())
+@pytest.mark.parametrize("name", LARGE)
+def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: str, divergence: str) -> None:
+    few_rows_at_once(monkeypatch)
+    monkeypatch.setattr(fused_chunks, "TILE", 16)  # of 40 columns
+    monkeypatch.setattr(fused_chunks, "PIECE", 32)
+    knobs: dict[str, Any] = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence), "alpha": 0.7}
+    loss, gradients = learned(name, torch.float64, materialize=True, **knobs)
+
+    def errors(dtype: torch.dtype, *, materialize: bool = False) -> tuple[float, float]:
+        found, theirs = learned(name, dtype, materialize=materialize, **knobs)
+        return abs(found / loss - 1), gradient_error(theirs, gradients)
+
+    exact = 1e-10 if HEADS[name].kind != "causal_lm" else 1e-6  # whose own loss on labels is fp32
+    assert max(errors(torch.float64)) < exact
+    assert max(errors(torch.float32)) < 3e-6
+    # All of the model is bf16, so most of the error is made elsewhere: no further away than with whole logits.
+    (ours, our_gradients), (plain, gradients_then) = (errors(torch.bfloat16, materialize=how) for how in (False, True))
+    assert ours < 1.1 * plain + 2e-4 and our_gradients < 1.5 * gradients_then + 5e-3
+
+
+@pytest.mark.parametrize("divergence", fusable())
+@pytest.mark.parametrize("name", [name for name in LARGE if HEADS[name].kind == "causal_lm"])
+def test_causal_heads_exactly(monkeypatch, name: str, divergence: str) -> None:
+    """Without labels, which they compare in fp32."""
+    few_rows_at_once(monkeypatch)
+    knobs: dict[str, Any] = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence), "alpha": 1.0}
+    loss, gradients = learned(name, torch.float64, materialize=True, **knobs)
+    found, theirs = learned(name, torch.float64, materialize=False, **knobs)
+    assert abs(found / loss - 1) < 1e-10 and gradient_error(theirs, gradients) < 1e-10
