@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from hf_distill.errors import TeacherError
 from hf_distill.run_facts.names import HIDDEN_PATH, looks_like_hub_id, without_paths
 from hf_distill.tasks.infer import unwrapped
 
@@ -23,6 +25,9 @@ _PLAIN = (str, int, float, bool, type(None))
 def of_weights(model: nn.Module) -> str:
     """Of every parameter and buffer: name, dtype, shape and bits. The device does not matter.
 
+    Raises:
+        TeacherError: no process holds the weights whole.
+
     >>> layer = nn.Linear(2, 1)
     >>> before = of_weights(layer)
     >>> _ = nn.init.zeros_(layer.bias)
@@ -32,6 +37,12 @@ def of_weights(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, held in sorted(unwrapped(model).state_dict().items()):
         for tensor in _tensors(held):
+            if isinstance(tensor, DTensor):
+                raise TeacherError(
+                    f"the teacher's weights lie on several processes (FSDP or tensor parallelism: {name}), and each "
+                    "process asks it by itself. Load it whole on each (without distributed_config), or in one process "
+                    'with device_map="auto".'
+                )
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             for piece in tensor.detach().contiguous().flatten().split(_CHUNK):
                 digest.update(piece.cpu().view(torch.uint8).numpy().tobytes())

@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
-from hf_distill.teachers.cached import building, files
+from hf_distill.teachers.cached import building, files, fingerprints
 from hf_distill.views import Augmentation, AugmentingCollator
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, made
@@ -233,6 +233,14 @@ def test_what_can_be_built_of(tmp_path: Path) -> None:
         build(tmp_path, head, max, head.examples(3))
     with pytest.raises(SettingError, match="batch_size=0, shard_examples=6: at least 1"):
         build(tmp_path, head, head.make(2), head.examples(3), batch_size=0)
+
+
+def test_a_teacher_that_lies_on_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "DTensor", torch.Tensor)
+    head = HEADS["bert_single_label"]
+    with pytest.raises(TeacherError, match=r"lie on several processes \(FSDP or tensor.*Load it whole on each"):
+        build(tmp_path / "cache", head, head.make(2), head.examples(3))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_teacher_that_sees_padding_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
