@@ -43,6 +43,14 @@ class Inside:
         self._model = model
         self._found: dict[tuple[str | None, str | None], Blocks] = {}
 
+    @property
+    def start_token(self) -> int | None:
+        """What its config calls `bos_token_id`."""
+        config: Any = getattr(self._model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        found = getattr(text, "bos_token_id", None)
+        return found if isinstance(found, int) else None
+
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
         """The blocks of a side. Raises SettingError where they cannot be told; the message lists what there is."""
         if (side, stack) not in self._found:

@@ -21,11 +21,13 @@ KINDS = ("causal_lm", "seq2seq")
 
 
 class UniversalLogitMatch:
-    """T · the distance of the sorted probabilities, of the k-th row that counts of an example and the teacher's k-th.
+    """T · the distance of the sorted probabilities, of the k-th answer token of an example and the teacher's k-th.
 
     For a teacher with another tokenizer, which reads `teacher_*` columns: give `alpha=0` (or None), since the logits'
-    term compares token with token. The teacher's rows are those that `teacher_labels` mark; of two answers of unequal
-    length the longer one's end is left out. Without `teacher_*` columns both read the same batch.
+    term compares token with token. The teacher's answer is what `teacher_labels` mark; of two answers of unequal
+    length the longer one's end is left out, and so is a token that one of the two has nothing to predict from (the
+    first of a text). A text's first token is no part of the answer where it is its model's `bos_token_id`. Without
+    `teacher_*` columns both read the same batch.
 
     Boizard et al. 2024, Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, section
     3, which adds 1.5 times this to the cross-entropy of labels. Its formula sums over an answer, and its program takes
@@ -66,6 +68,7 @@ class UniversalLogitMatch:
         self.weight = checked_weight(type(self).__name__, weight)
         self.temperature = checked_schedule("temperature", temperature)
         self.name = name
+        self._starts: tuple[int | None, int | None] = (None, None)
 
     def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: object, seed: int) -> None:
         if task.kind not in KINDS:
@@ -73,22 +76,31 @@ class UniversalLogitMatch:
                 f"UniversalLogitMatch compares written texts, and the student is trained for {task.kind}. Allowed: "
                 f"{', '.join(KINDS)}."
             )
+        self._starts = (student.start_token, None if teacher is None else teacher.start_token)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        theirs = self._teachers(task, batch)
-        return torch.minimum(_counted(task, batch).sum(1), _counted(task, theirs).sum(1)).sum()
+        return self._paired(task, batch, self._teachers(task, batch))[0].sum()
 
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
         theirs = self._teachers(task, batch)
-        ours_kept, theirs_kept = _counted(task, batch), _counted(task, theirs)
-        pairs = torch.minimum(ours_kept.sum(1), theirs_kept.sum(1))
-        q = task.select(student.predictions(), batch).index_select(0, _first(ours_kept, pairs))
-        p = task.select(teacher.predictions(), theirs).index_select(0, _first(theirs_kept, pairs))
+        ours_paired, theirs_paired = self._paired(task, batch, theirs)
+        q = task.select(student.predictions(), batch).index_select(0, ours_paired.flatten().nonzero().squeeze(-1))
+        p = task.select(teacher.predictions(), theirs).index_select(0, theirs_paired.flatten().nonzero().squeeze(-1))
         t = self.temperature(progress)
         found = sorted_distance(in_full_precision(q) / t, in_full_precision(p) / t)
-        return LossSum(t * found.sum(), pairs.sum())
+        return LossSum(t * found.sum(), ours_paired.sum())
+
+    def _paired(self, task: Task, batch: Batch, theirs: Batch) -> tuple[Tensor, Tensor]:
+        """`[b r]` bool of both sides: which rows have one on the other side, in the same order."""
+        numbers = [_numbered(task, of, start) for of, start in zip((batch, theirs), self._starts, strict=True)]
+        width = 1 + max(int(number.shape[1]) for number in numbers) + 1
+        there = [torch.zeros(len(n), width, dtype=torch.bool, device=n.device).scatter_(1, n, True) for n in numbers]
+        both = there[0] & there[1]
+        both[:, 0] = False
+        ours_paired, theirs_paired = (both.gather(1, number) for number in numbers)
+        return ours_paired, theirs_paired
 
     def _teachers(self, task: Task, batch: Batch) -> Batch:
         """The batch as the teacher reads it."""
@@ -127,15 +139,18 @@ def _has_prompt(batch: Batch) -> bool:
     return bool((read[:, :-1] & read[:, 1:] & (batch["labels"][:, 1:] == IGNORED)).any())
 
 
-def _counted(task: Task, batch: Batch) -> Tensor:
-    """`[b r]` bool: which rows of each example count."""
-    keep = task.keep(batch)
+def _numbered(task: Task, batch: Batch, start: int | None) -> Tensor:
+    """`[b r]`: the number, from 1, of the answer token that a row predicts; 0 where the row does not count."""
+    keep, labels, causal = task.keep(batch), batch.get("labels"), task.kind == "causal_lm"
     assert keep is not None  # tasks over a vocabulary say so
-    examples = next(batch[name] for name in ("labels", "input_ids", "decoder_input_ids") if batch.get(name) is not None)
-    return keep.view(examples.shape[0], -1)
-
-
-def _first(counted: Tensor, pairs: Tensor) -> Tensor:
-    """Indices into all rows: of each example the first so many that count, in order."""
-    chosen = counted & (counted.cumsum(1) <= pairs[:, None])
-    return chosen.flatten().nonzero().squeeze(-1)
+    like = next(batch[name] for name in ("labels", "input_ids", "decoder_input_ids") if batch.get(name) is not None)
+    keep = keep.view(like.shape[0], -1)
+    if batch.get("shift_labels") is not None or (labels is None and not causal):
+        return keep.cumsum(1) * keep
+    read = attended(batch, "attention_mask", ("input_ids", "inputs_embeds")) if causal else like != IGNORED
+    answer = read if labels is None else like != IGNORED  # labels come first in `like`
+    written = batch.get("input_ids") if causal else labels
+    if start is not None and written is not None:
+        answer = answer & ~(read & (read.cumsum(1) == 1) & (written == start))
+    number = answer.cumsum(1) * answer
+    return number[:, 1:] * keep if causal else number * keep

@@ -93,6 +93,30 @@ def test_it_is_the_papers_distance_of_answers_by_place(temperature: float) -> No
     assert distiller(weight=1.5, temperature=temperature)(student(), collated(rows)).loss.item() == 1.5 * found
 
 
+@pytest.mark.parametrize("starts", [(False, True), (True, False), (True, True), (False, False)])
+def test_whole_texts_are_paired_token_by_token_whoever_adds_a_start(starts: tuple[bool, bool]) -> None:
+    """The first token of a text is predicted where a start was read before it; the start itself is never compared."""
+    rng, start, rows = random.Random(5), 2, []
+    for length in (5, 3, 4):
+        text = [rng.randrange(3, OURS) for _ in range(length)]
+        one: Example = {}
+        for prefix, has_start in zip(("", "teacher_"), starts, strict=True):
+            ids = [start] * has_start + text
+            one |= {f"{prefix}input_ids": ids, f"{prefix}labels": ids}
+        rows.append(one)
+    ours, theirs = (LLAMA.make(seed, bos_token_id=start).double() for seed in (1, 2))
+    found = Distiller(ours, theirs, alpha=None, objectives=UniversalLogitMatch())(ours, collated(rows)).loss.item()
+    expected = []
+    for one in rows:
+        texts = [torch.tensor([one[f"{prefix}input_ids"]]) for prefix in ("", "teacher_")]
+        with torch.no_grad():
+            q, p = (model(input_ids=ids).logits[0].tolist() for model, ids in zip((ours, theirs), texts, strict=True))
+        if starts != (True, True):  # one side has nothing to predict the first token from
+            q, p = q[int(starts[0]) :], p[int(starts[1]) :]
+        expected += [slow(a, b) for a, b in zip(q[:-1], p[:-1], strict=True)]
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+
+
 def test_beside_labels() -> None:
     batch, ours = collated(examples()), distiller(alpha=0, weight=1.5)
     found = ours(student(), batch)
