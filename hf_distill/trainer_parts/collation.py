@@ -58,7 +58,12 @@ class TeacherInputsCollator:
         return batch
 
     def teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Inputs from `teacher_*` columns, without the prefix."""
+        """Inputs from `teacher_*` columns, without the prefix.
+
+        Raises:
+            DataError: some examples have other columns, or nothing in one; or what cannot be read or padded.
+        """
+        _refuse_unlike(features)
         columns = {name: [feature[name] for feature in features] for name in features[0]}
         raw = {name: columns.pop(name) for name in RAW if name in columns}
         made = self._processed(raw) if raw else {}
@@ -99,6 +104,19 @@ class TeacherInputsCollator:
             raise DataError(
                 f"{names}: rows of different lengths, and nothing to pad them with. Pass teacher_processing_class=."
             ) from error
+
+
+def _refuse_unlike(features: list[dict[str, Any]]) -> None:
+    names = set(features[0])
+    for feature in features:
+        if set(feature) != names:
+            raise DataError(
+                f"one example of a batch has the columns {sorted(names)} for the teacher, another {sorted(feature)}. "
+                "Give all the same."
+            )
+        empty = [name for name, value in feature.items() if value is None]
+        if empty:
+            raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
 
 
 def _samples(sound: Any, sampling_rate: int) -> Any:

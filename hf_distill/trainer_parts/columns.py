@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -24,8 +25,7 @@ class ColumnsMixin(_Trainer):
     def _has_teacher_columns(self) -> bool:
         evaluated: Any = self.eval_dataset
         datasets = [self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
-        columns = [name for data in datasets for name in getattr(data, "column_names", None) or ()]
-        return any(name.startswith(TEACHER_PREFIX) for name in columns)
+        return any(name.startswith(TEACHER_PREFIX) for data in datasets for name in _columns_of(data))
 
     def _set_signature_columns_if_needed(self) -> None:
         is_first = self._signature_columns is None
@@ -35,3 +35,10 @@ class ColumnsMixin(_Trainer):
             known = self._signature_columns
             own = [f"{TEACHER_PREFIX}{name}" for name in (*teacher.inputs, "labels")]
             self._signature_columns = known + [n for n in (*teacher.inputs, *own, *RAW) if n not in known]
+
+
+def _columns_of(data: Any) -> Iterable[str]:
+    """Of a list the first example's: it is not drawn by being looked at."""
+    if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
+        return data[0]
+    return getattr(data, "column_names", None) or ()

@@ -100,6 +100,21 @@ def test_ready_columns_of_one_length_need_no_processor(tmp_path) -> None:
     assert_same_bits(trained(tmp_path, ready), processed)
 
 
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_texts_that_nobody_can_read(tmp_path, kind: str) -> None:
+    with pytest.raises(DataError, match=r"teacher_text, which only the teacher's processor can read\. Pass"):
+        trained(tmp_path, KINDS[kind](with_text()))
+
+
+def test_examples_that_are_unlike(tmp_path) -> None:
+    processor = {"teacher_processing_class": tokenizer()}
+    rows = with_text()
+    with pytest.raises(DataError, match=r"one example of a batch has the columns .* for the teacher, another \[\]"):
+        trained(tmp_path, [*rows[:-1], {k: v for k, v in rows[-1].items() if k != "teacher_text"}], **processor)
+    with pytest.raises(DataError, match=r"teacher_text: None in an example\. Give each a value"):
+        trained(tmp_path, as_dataset([*rows[:-1], {**rows[-1], "teacher_text": None}]), **processor)
+
+
 def test_pairs_of_texts(tmp_path) -> None:
     rows = as_dataset([{**row, "teacher_text_pair": row["teacher_text"][::-1]} for row in with_text()])
     teacher = of_another_tokenizer()
