@@ -37,6 +37,20 @@ def pair(name: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     return head.make(1).double().train(), head.make(2).double(), in_double(head, head.examples(5))
 
 
+def adapted(model: nn.Module, **settings: Any) -> Any:
+    """LoRA on the blocks that says something from the start, in the model's own type."""
+    import peft
+
+    dtype = next(model.parameters()).dtype
+    chosen = {"r": 2, "target_modules": ["q_proj", "v_proj"], **settings}
+    made = peft.get_peft_model(model, peft.LoraConfig(**chosen)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return made
+
+
 def both(student: Any, teacher: Any, batch: dict[str, Tensor], **knobs: Any) -> list[tuple[Any, dict[str, Tensor]]]:
     """Loss, terms and gradients with logits and without them."""
     found = []

@@ -11,28 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_distill import DistillationTrainer, Distiller, SettingError
 from tests.heads import HEADS
+from tests.trainer.logit_free import adapted
 from tests.trainer.steps import in_double
 from tests.trainer.tiny import PLAIN_STEP, arguments, update_difference, weights
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 HEAD = HEADS["llama_causal_lm"]
 # PEFT asks transformers by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-ADAPTED = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-
-
-def adapted(model: nn.Module, **settings: Any) -> Any:
-    """LoRA that says something from the start, in the model's own type."""
-    made = peft.get_peft_model(model, peft.LoraConfig(**{**ADAPTED, **settings})).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in made.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return made
 
 
 def trained(
@@ -77,7 +66,7 @@ def test_checkpointing(tmp_path: Path, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("adapters", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_adapters_on_the_head_are_refused(adapters: dict[str, Any]) -> None:
-    student, teacher = adapted(HEAD.make(0), **adapters), HEAD.make(1).double()
+    student, teacher = adapted(HEAD.make(0), **adapters), HEAD.make(1)
     distiller = Distiller(student, teacher, materialize_logits=False)
     said = r"the output head of LlamaForCausalLM is a peft\..*, and not a plain nn.Linear \(an adapter on it, or "
     with pytest.raises(SettingError, match=said + r"quantised: leave it out of both\). Pass materialize_logits=True"):

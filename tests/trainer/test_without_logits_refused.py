@@ -1,0 +1,108 @@
+"""What needs whole logits, of trainer, teacher, objectives and vocabularies: refused by name, or given them.
+
+Heads and losses that cannot be taken over: `test_logits_needed.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from hf_distill import (
+    DistillationTrainer,
+    Distiller,
+    Ensemble,
+    ModelTeacher,
+    Peer,
+    SettingError,
+    UniversalLogitMatch,
+    without_logits,
+)
+from tests.heads import HEADS, VOCABULARY
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.steps import own_mean
+from tests.trainer.tiny import arguments, assert_same_bits, weights
+
+HEAD = HEADS["bart_seq2seq"]
+OTHER_WORDS = {f"w{i}": i for i in range(VOCABULARY) if i != 5}
+
+
+def distiller(materialize: bool | None, teacher: Any, **knobs: Any) -> tuple[Distiller, Any]:
+    student = HEAD.make(1).train()
+    return Distiller(student, teacher, materialize_logits=materialize, seed=0, **knobs), student
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "peer": (lambda: Peer(HEAD.make(2)), {}, "the teacher learns from the student's logits"),
+    "peer among others": (
+        lambda: Ensemble([ModelTeacher(HEAD.make(3)), Peer(HEAD.make(2))]),
+        {},
+        "the teacher learns from the student's logits",
+    ),
+    "universal logits": (
+        lambda: HEAD.make(2),
+        {"objectives": UniversalLogitMatch(name="sorted")},
+        "sorted need whole logits",
+    ),
+    "paired columns": (
+        lambda: ModelTeacher(HEAD.make(2), processor=tokenizer(OTHER_WORDS)),
+        {"processing_class": tokenizer(VOCABULARY)},
+        "columns of the two vocabularies are paired one by one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_or_whole_logits(monkeypatch, case: str) -> None:
+    """Refused with the reason and the way out; automatically, the same bits as with logits."""
+    make, knobs, why = CASES[case]
+    batch = HEAD.batch(3)
+    never, student = distiller(False, make(), **knobs)
+    with pytest.raises(SettingError) as refused:
+        never(student, batch)
+    assert str(refused.value) == f"materialize_logits=False: {why}. Pass materialize_logits=True, or None."
+    monkeypatch.setattr(without_logits, "LARGE", 10)
+    found: list[dict[str, Tensor]] = []
+    for materialize in (None, True):
+        made, student = distiller(materialize, make(), **knobs)
+        output = made(student, batch)
+        output.loss.backward()
+        assert output.outputs.logits.shape[-1] == VOCABULARY
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        found.append({"loss": output.loss, **gradients})
+    assert_same_bits(*found)
+    automatic, student = distiller(None, HEAD.make(2))
+    assert automatic(student, batch).outputs.get("logits") is None  # else automatic is never
+
+
+def test_a_loss_function_of_the_user_s(tmp_path, monkeypatch) -> None:
+    """It is given logits; where labels weigh nothing it is not called, and there are none."""
+    monkeypatch.setattr(without_logits, "LARGE", 10)
+
+    def trained(**settings: Any) -> tuple[dict[str, Tensor], list[bool]]:
+        student, made = HEAD.make(1), []
+        student.register_forward_hook(lambda *called: made.append(called[-1].logits.shape[-2] > 1))
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=HEAD.make(2),
+            args=arguments(tmp_path, max_steps=1, **settings),
+            train_dataset=HEAD.examples(4),
+            data_collator=HEAD.collate,
+            compute_loss_func=own_mean,
+        )
+        trainer.train()
+        return weights(student), made
+
+    with pytest.raises(SettingError) as refused:
+        trained(materialize_logits=False)
+    assert str(refused.value) == (
+        "materialize_logits=False: the labels' term is a function of yours (compute_loss_func, compute_loss), which "
+        "reads logits. Pass materialize_logits=True, or None."
+    )
+    automatic, plain = trained(materialize_logits=None), trained(materialize_logits=True)
+    assert automatic[1] == plain[1] == [True]
+    assert_same_bits(automatic[0], plain[0])
+    assert not trained(materialize_logits=False, alpha=1.0)[1][-1]
