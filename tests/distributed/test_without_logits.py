@@ -10,15 +10,23 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import launched
+from tests.distributed.launch import FOLDER, two_processes
 from tests.distributed.without_logits_program import CASES, QUICK
+
+SHARDED = "every parameter sharded"
+WRAPPED = {"ddp": "DistributedDataParallel", "fsdp1": "FullyShardedDataParallel", "fsdp2": SHARDED}
 
 
 def run(*cases: str) -> dict[str, Any]:
-    return json.loads(launched("without_logits_program.py", *cases, says="FOUND", processes=2))
+    first, _ = two_processes(FOLDER / "without_logits_program.py", *cases)
+    (found,) = [line.removeprefix("FOUND ") for line in first.splitlines() if line.startswith("FOUND ")]
+    return json.loads(found)
 
 
 def assert_same(found: dict[str, Any], case: str) -> None:
+    student, teacher = found["wrapped"]
+    assert student == WRAPPED[case.split(",")[0]], case
+    assert (teacher == SHARDED) == ("teacher too" in case), case
     assert found["apart"] < 1e-6, case  # fp64, but for the count and a causal head's own loss, which are fp32
     assert found["without"] == pytest.approx(found["with"], rel=1e-6), case
     assert len(found["with"]) >= 3 and len(set(found["with"])) > 1, case

@@ -1,6 +1,6 @@
 """A program, not a test: training with whole logits and without, wrapped in each way, in each of two processes.
 
-`torchrun --nproc-per-node 2 without_logits_program.py CASE ...`; prints what the two trainings of each case were.
+`without_logits_program.py CASE ...` in two processes; the first prints what the two trainings of each case were.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -28,6 +29,7 @@ from tests.trainer.steps import in_double
 from tests.trainer.tiny import PLAIN_STEP, arguments, update_difference
 
 STEPS = 3
+Trained = tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[str]]
 # Head, alpha, settings of the arguments, and how student and teacher are kept: whole, or sharded at load (FSDP2).
 CASES: dict[str, tuple[str, float, dict[str, Any], tuple[bool, bool]]] = {
     "ddp": ("llama_causal_lm", 0.5, {}, (False, False)),
@@ -71,8 +73,15 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(x, "full_tensor", lambda x=x: x)().detach().clone() for name, x in model.state_dict().items()}
 
 
-def with_trainer(case: str, folder: str, *, materialize: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-    """The weights after and before, and the losses."""
+def wrapped_as(model: nn.Module) -> str:
+    """What stands between the loop and the model; of shards, whether every parameter is one of two."""
+    if all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters()):
+        return "every parameter sharded"
+    return type(model).__name__
+
+
+def with_trainer(case: str, folder: str, *, materialize: bool) -> Trained:
+    """The weights after and before, the losses, and how student and teacher were wrapped."""
     name, alpha, settings, (student_sharded, teacher_sharded) = CASES[case]
     micro_batch, accumulation = settings.get("cut", (2, 2))
     own = {key: value for key, value in settings.items() if key not in ("cut", "silent")}
@@ -97,11 +106,13 @@ def with_trainer(case: str, folder: str, *, materialize: bool) -> tuple[dict[str
         train_dataset=examples_of(head, 8 * steps, silent="silent" in settings),
         data_collator=partial(in_double, head),
     )
+    teacher_wrapped = wrapped_as(teacher)  # after a forward without a backward its outermost parameters are whole
     trainer.train()
-    return whole(student), before, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return whole(student), before, losses, [wrapped_as(trainer.model_wrapped), teacher_wrapped]
 
 
-def with_fsdp1(case: str, folder: str, *, materialize: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+def with_fsdp1(case: str, folder: str, *, materialize: bool) -> Trained:
     """The same, by hand: on a CPU Accelerate stays with DDP."""
     head, accelerator = HEADS[CASES[case][0]], Accelerator(cpu=True)
     student, teacher = (head.make(seed, layers=2).double() for seed in (0, 1))
@@ -120,7 +131,8 @@ def with_fsdp1(case: str, folder: str, *, materialize: bool) -> tuple[dict[str, 
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(output.loss.detach(), "mean")))
     with FullyShardedDataParallel.summon_full_params(model):
-        return {name: x.detach().clone() for name, x in model.module.state_dict().items()}, before, losses
+        after = {name: x.detach().clone() for name, x in model.module.state_dict().items()}
+    return after, before, losses, [wrapped_as(model), wrapped_as(teacher)]
 
 
 def compared(case: str) -> dict[str, Any]:
@@ -128,10 +140,11 @@ def compared(case: str) -> dict[str, Any]:
     train = with_fsdp1 if case == "fsdp1" else with_trainer
     folders: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
-    (plain, before, curve), (fused, _, without) = (
+    (plain, before, curve, _), (fused, _, without, wrapped) = (
         train(case, os.path.join(folders[0], str(how)), materialize=how) for how in (True, False)
     )
-    return {"apart": update_difference(fused, plain, before), "with": curve, "without": without}
+    apart = update_difference(fused, plain, before)
+    return {"apart": apart, "with": curve, "without": without, "wrapped": wrapped}
 
 
 def main() -> None:
