@@ -11,7 +11,6 @@ import gc
 import json
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 
 import torch
 
+from benchmarks.own_process import NotMeasured, figure, why_not
 from benchmarks.peers import Absent
 from benchmarks.step_ways import BARE, MODELS, WAYS, Found, Setting, Steps
 from hf_distill.errors import require
@@ -31,7 +31,8 @@ VOCABULARIES = {"causal_lm": 32000, "masked_lm": 30522}
 def measured(options: argparse.Namespace) -> Found:
     """Way → seconds of each step on both clocks, first loss, peak memory; why others are absent."""
     setting = Setting(options)
-    found: Found = {"seconds": {way: [] for way in options.ways}, "loss": {}, "memory": {}, "absent": {}}
+    found: Found = {"seconds": {way: [] for way in options.ways}, "loss": {}, "memory": {}}
+    found |= {"absent": {}, "no_memory": {}}  # and why
     for turn in range(options.blocks):
         for place in range(len(options.ways)):
             way = options.ways[(turn + place) % len(options.ways)]
@@ -46,15 +47,18 @@ def measured(options: argparse.Namespace) -> Found:
             found["seconds"][way] += steps.seconds(warm_up=options.warm_up)
             found["loss"].setdefault(way, steps.first_loss)
     for way in options.ways:
-        if way not in found["absent"] and not options.no_memory:
+        if way in found["absent"] or options.no_memory:
+            continue
+        try:
             found["memory"][way] = memory_of(way)
+        except NotMeasured as why:
+            found["no_memory"][way] = str(why)
     return found
 
 
-def memory_of(way: str) -> float | None:
-    """MiB, of two steps in a process of their own with the same options; None where it cannot be had."""
-    said = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory-of", way], capture_output=True, text=True)
-    return float(said.stdout.split()[-1]) if said.returncode == 0 and said.stdout.split() else None
+def memory_of(way: str) -> float:
+    """MiB, of two steps in a process of their own with the same options; raises `NotMeasured`."""
+    return figure([sys.executable, __file__, *sys.argv[1:], "--memory-of", way])
 
 
 def table(found: Found, *, clock: int) -> str:
@@ -69,21 +73,23 @@ def table(found: Found, *, clock: int) -> str:
         memory = found["memory"].get(way)
         shown = "" if memory is None else f"{memory:,.0f}"
         lines.append(f"| {way} | {seconds:.3f} | {ratio} | {shown} | {found['loss'][way]:.4f} |")
-    return "\n".join([*lines, *(f"| {way} | absent: {why} | | | |" for way, why in found["absent"].items())])
+    lines += [f"| {way} | absent: {why} | | | |" for way, why in found["absent"].items()]
+    return "\n".join([*lines, *(f"\n{line}" for line in why_not(found["no_memory"]))])
 
 
 def plot(found: Found, path: Path, *, clock: int) -> None:
-    """Bars: seconds a step, and MiB."""
+    """Bars: seconds a step, and MiB; none where they were not measured."""
     pyplot = require("matplotlib.pyplot", extra="report")
     ways = [way for way, steps in found["seconds"].items() if steps]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 2.5), sharey=True)
+    drawn, axes = pyplot.subplots(1, 2, figsize=(9, 2.5), sharey=True)
     axes[0].barh(ways, [median(step[clock] for step in found["seconds"][way]) for way in ways])
-    axes[1].barh(ways, [found["memory"].get(way) or 0 for way in ways])
+    axes[1].barh(ways, [found["memory"].get(way, float("nan")) for way in ways])
     axes[0].set_xlabel("seconds a step")
     axes[1].set_xlabel("peak MiB of a step")
     axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=120)
+    pyplot.close(drawn)
     print(f"\nPlot: {path}")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, wh
 
 import torch
 
+from benchmarks.own_process import NotMeasured, figure, why_not
 from benchmarks.peers import WAYS, Absent, Rows, reference
 from hf_distill.errors import require
 
@@ -93,13 +93,11 @@ def timed(rows: Rows, ways: Sequence[str], *, rounds: int, device: str) -> tuple
     return found, absent
 
 
-def memory_of(way: str, options: argparse.Namespace, v: int, dtype: str) -> float | None:
-    """MiB beyond rows and heads, of one loss and backward in a process of its own; None where it cannot be had."""
+def memory_of(way: str, options: argparse.Namespace, v: int, dtype: str) -> float:
+    """MiB beyond rows and heads, of one loss and backward in a process of its own; raises `NotMeasured`."""
     command = [sys.executable, __file__, "--memory-of", way, "--vocabularies", str(v), "--dtypes", dtype]
     command += ["--rows", str(options.rows), "--widths", *map(str, options.widths), "--device", options.device]
-    env = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    said = subprocess.run(command, capture_output=True, text=True, env=env)
-    return float(said.stdout.split()[-1]) if said.returncode == 0 and said.stdout.split() else None
+    return figure(command, environment={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
 
 
 def print_memory(way: str, rows: Rows, device: str) -> None:
@@ -150,7 +148,8 @@ def table(found: Found, *, clock: int) -> list[str]:
         shown = ["" if memory is None else f"{memory:,.0f}"]
         shown += ["", ""] if errors is None else [f"{error:.1e}" for error in errors]
         lines.append(f"| {way} | {best[way]:.3f} | {best[way] / floor:.2f} | {middle:.2f} | {' | '.join(shown)} |")
-    return [*lines, *(f"| {way} | absent: {why} | | | | | |" for way, why in found["absent"].items())]
+    lines += [f"| {way} | absent: {why} | | | | | |" for way, why in found["absent"].items()]
+    return [*lines, *(f"\n{line}" for line in why_not(found["no_memory"]))]
 
 
 def plot(options: argparse.Namespace, path: Path) -> None:
@@ -162,7 +161,7 @@ def plot(options: argparse.Namespace, path: Path) -> None:
         "columns": [(n // 4, v // 4, 0.0), (n // 4, v // 2, 0.0), (n // 4, v, 0.0), (n // 4, 2 * v, 0.0)],
         f"share of {n:,} rows that are ignored": [(n, v, 0.0), (n, v, 0.25), (n, v, 0.5), (n, v, 0.75), (n, v, 0.85)],
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5))
+    drawn, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5))
     for axis, (title, sizes), which in zip(axes, panels.items(), range(len(panels)), strict=True):
         for way, marker in (("ours", "o"), ("naive", "s")):
             took = [fastest(way, size, options) for size in sizes]
@@ -173,8 +172,9 @@ def plot(options: argparse.Namespace, path: Path) -> None:
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("seconds, loss and backward")
     axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=120)
+    pyplot.close(drawn)
     print(f"\nPlot: {path}")
 
 
@@ -210,7 +210,12 @@ def main() -> None:
         found["seconds"], found["absent"] = timed(rows, options.ways, rounds=options.rounds, device=options.device)
         del rows
         there = [way for way in options.ways if way not in found["absent"]]
-        found["memory"] = {way: memory_of(way, options, v, dtype) for way in there if not options.no_memory}
+        found["memory"], found["no_memory"] = {}, {}
+        for way in () if options.no_memory else there:
+            try:
+                found["memory"][way] = memory_of(way, options, v, dtype)
+            except NotMeasured as why:
+                found["no_memory"][way] = str(why)
         found["errors"] = {way: error_of(way, DTYPES[dtype], widths, options.device) for way in there}
         clock = "processor time" if options.processor_time else "wall clock"
         print(

@@ -28,6 +28,13 @@ TEMPERATURE, HALF, CHUNK = 2.0, 0.5, 256
 class Absent(Exception):
     """A library is not installed, or cannot run here; the text says which and why."""
 
+    @classmethod
+    def because(cls, package: str, why: object) -> Absent:
+        """Of a library that could not be imported: not there, or it said this."""
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            return cls(f'{package} is not installed: pip install "hf-distill[peers]"')
+        return cls(f"{package}: {next(iter(str(why).splitlines()), type(why).__name__)}")
+
 
 @dataclass
 class Rows:
@@ -174,18 +181,18 @@ def _imported(name: str, *, package: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise Absent(f"{package}: {str(error).splitlines()[0]}") from error
+        raise Absent.because(package, error) from error
 
 
 def _file_of(package: str, path: str) -> ModuleType:
-    """One file of a package, without the package: the whole of torchtune needs an older torchao."""
+    """One file of a package, without the package: torchtune 0.6 as a whole imports what torchao has left behind."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise Absent(f"{package}: not installed")
+        raise Absent.because(package, "not installed")
     file = Path(found.submodule_search_locations[0]) / path
     spec = importlib.util.spec_from_file_location(f"{package}_{file.stem}", file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise Absent(f"{package}: no file {path} in this version")
+        raise Absent.because(package, f"no file {path} in this version")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -208,7 +208,7 @@ def trl(setting: Setting, steps: Steps) -> None:
         from tokenizers import Tokenizer, models
         from trl.experimental.gkd import GKDConfig, GKDTrainer
     except (ImportError, RuntimeError) as error:
-        raise Absent(f"trl: {str(error).splitlines()[0]}") from error
+        raise Absent.because("trl", error) from error
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, "<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     with tempfile.TemporaryDirectory() as folder:
