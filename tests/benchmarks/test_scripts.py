@@ -21,6 +21,7 @@ SCRIPTS = (
     "store_training",
     "teacher_cost",
     "teacher_kinds",
+    "teacher_precision",
     "trainer_overhead",
 )
 
