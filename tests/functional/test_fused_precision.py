@@ -1,4 +1,7 @@
-"""The fused loss where rounding or a slope could go wrong: small factors in fp16, long sums, finite differences."""
+"""The fused loss where rounding or a slope could go wrong: small factors in fp16, long sums, finite differences.
+
+The temperature (L5) is in test_fused_temperature.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,8 @@ import pytest
 import torch
 
 from hf_distill.functional import fused_linear as fused
-from hf_distill.functional.fused_inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
-from hf_distill.functional.properties import PROPERTIES
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
-from tests.functional.test_fused_linear import EVERY, logits_of, setting
+from hf_distill.functional.fused_inputs import Head, Terms
+from tests.functional.test_fused_linear import EVERY, setting
 
 
 def test_a_small_factor_does_not_vanish_in_fp16() -> None:
@@ -57,31 +58,3 @@ def test_gradient_by_finite_differences(name: str, settings: dict[str, Any]) -> 
                     leaf.sub_(sign * step)
         slope = sum((gradient * step).sum().item() for gradient, step in zip(gradients, steps, strict=True))
         assert (ends[0] - ends[1]) / 2 == pytest.approx(slope, rel=1e-5, abs=1e-12)
-
-
-SOFTENED = [name for name in fusable() if PROPERTIES[name].temperature_power > 0]
-SHOWN = {"hidden": SOFTENED, "logits": SOFTENED, "sparse": ON_OUTCOMES, "samples": ON_SAMPLES}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in SHOWN.items() for name in names])
-def test_gradients_do_not_depend_on_a_large_temperature(kind: str, name: str, dtype: torch.dtype) -> None:
-    """L5, for whatever the teacher shows: 512 and 2048 leave softened logits small."""
-    found = []
-    for temperature in (512.0, 2048.0):
-        case = setting(name, n=5, v=9, temperature=temperature, labels=False, dtype=dtype)
-        assert isinstance(case.teacher, TeacherHidden)
-        logits = logits_of(case.teacher.hidden, case.teacher.head).detach().float()
-        log_p = (logits / temperature).log_softmax(-1)
-        ids = log_p.topk(9 if kind == "samples" else 4).indices
-        listed = log_p.gather(1, ids)
-        if kind == "logits":
-            case.teacher = TeacherLogits(logits)
-        elif kind != "hidden":
-            weights = listed.exp() if kind == "samples" else None
-            tail = torch.log1p(-listed.exp().sum(-1)) if weights is None else None
-            case.teacher = TeacherSparse(ids, listed * temperature, tail, weights)
-        found.append(case.gradients(case.run().loss))
-    for warm, hot in zip(*found, strict=True):
-        assert warm.norm() > 0.01
-        assert (warm.float() - hot.float()).norm() < 0.06 * hot.float().norm()

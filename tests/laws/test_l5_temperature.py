@@ -1,6 +1,7 @@
 """L5: as the temperature grows past the logits, the gradient of a term does not depend on it; T^p is in the gradient.
 
-The other half of the law, finite differences, is in tests/functional: there is no hand-written backward yet.
+Of every task, with whole logits. The fused loss, whose backward is written by hand, is in
+tests/functional/test_fused_temperature.py; finite differences of everything else are in tests/functional as well.
 """
 
 from __future__ import annotations
