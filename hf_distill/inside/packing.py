@@ -1,26 +1,57 @@
 """Whether a model keeps sequences apart that are packed into one row: found by experiment, once, before the first step.
 
 transformers separates packed sequences by their `position_ids` where a model's mask is made of them. Some models make
-it without (OPT, BLOOM), and recurrent ones (Mamba) know no mask: each sequence then sees those before it, in silence.
+it without (OPT, BLOOM), recurrent ones (Mamba) know no mask, an attention mask that is given stands in its place, and
+flash attention looks at batches of one row alone: each sequence then sees those before it, in silence. Masks of four
+axes say themselves who sees whom, and are not looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_distill.errors import DataError
 from hf_distill.signals import Needs
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.generating import evaluating
 from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.unused_outputs import several_processes
 
 _LENGTHS = (2, 3)  # of the two sequences that are tried
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")
+_WITHOUT_MASK = (
+    "The attention_mask is why: without one they are kept apart. Drop attention_mask from the batch. (Collators that "
+    "pad, DataCollatorForSeq2Seq among them, add one: take default_data_collator, or DataCollatorWithFlattening.)"
+)
+_ONE_ROW = (
+    "In a batch of one row, without attention_mask, they are kept apart (flash attention does so there alone). Use "
+    "DataCollatorWithFlattening, or one row a batch."
+)
+_PADDED = (
+    "Use a collator that pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
+    "position_ids (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
+)
+
+
+class _Layout(NamedTuple):
+    """How sequences are packed, as far as a model may take it differently.
+
+    Attributes:
+        several_rows: in a batch. masked: there is an attention mask `[b t]`. padded: it hides something. numbered: it
+            gives each sequence a number from 1.
+    """
+
+    several_rows: bool = False
+    masked: bool = False
+    padded: bool = False
+    numbered: bool = False
 
 
 class PackingCheck:
@@ -31,8 +62,9 @@ class PackingCheck:
     """
 
     def __init__(self, student: Any) -> None:
-        self._student = student
-        self._tried: dict[str, str] = {}  # student and teacher → the one that leaks, in words; "": it does not
+        self.student = student
+        self._several_rows = False
+        self._tried: dict[tuple[str, _Layout], str] = {}  # → the model in words, if it leaks; "": it does not
 
     def __call__(self, batches: Sequence[Batch], task: Task, teacher: Any, needs: Needs) -> None:
         """Refuse packed sequences, where one of the models does not keep them apart.
@@ -43,46 +75,66 @@ class PackingCheck:
         Raises:
             DataError: what one of two packed sequences makes of its tokens changes with the other's.
         """
-        if not may_be_packed(batches[0]) or batches[0].get("input_ids") is None:
-            return
-        self._try(batches[0], task, teacher, needs)
-        leaking = " and the ".join(filter(None, self._tried.values()))
-        if leaking and any(bool((batch["position_ids"].diff(dim=-1) != 1).any()) for batch in batches):
-            raise DataError(
-                f"several sequences are packed into a row, and the {leaking} lets each see those before it: what "
-                "it makes of a sequence changes with the one packed before. Use a collator that pads "
-                "(DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows position_ids "
-                "(Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
-            )
+        batches = [batch for batch in batches if batch.get("input_ids") is not None]
+        free, masked = [one for one in batches if may_be_packed(one)], [one for one in batches if _has_a_mask(one)]
+        if free:
+            # What was tried with several rows holds for one: then all processes try at the same step.
+            self._several_rows = self._several_rows or any(len(batch["input_ids"]) > 1 for batch in free)
+            why = self._refusal(_Layout(self._several_rows), free[0], task, teacher, needs)
+            if why and any(bool((batch["position_ids"].diff(dim=-1) != 1).any()) for batch in free):
+                raise DataError(why)
+        if masked:
+            is_packed, *how = self._agreed(torch.stack([_found(batch) for batch in masked]).amax(0), teacher).tolist()
+            why = self._refusal(_Layout(*map(bool, how)), masked[0], task, teacher, needs) if is_packed else ""
+            if why:
+                raise DataError(why)
 
-    def _try(self, batch: Batch, task: Task, teacher: Any, needs: Needs) -> None:
-        """Each model once, the teacher when it is first asked."""
-        asked = (needs.logits or needs.reads) and _is_of_models(teacher)
-        if "student" in self._tried and ("teacher" in self._tried or not asked):
-            return
-        device = next(self._student.parameters()).device
-        uncached = {"use_cache": False} if "use_cache" in forward_names(self._student) else {}
+    def _refusal(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+        """Why sequences in this layout are refused, and what to do; empty: they are not."""
 
-        def ask_student(tried: Batch) -> list[Tensor]:
-            with torch.no_grad(), evaluating(self._student):
-                return list(_of_positions(self._student(**tried, **uncached)))
+        def leaking(layout: _Layout) -> str:
+            return self._leaking(layout, batch, task, teacher, needs)
 
-        def ask_teacher(tried: Batch) -> list[Tensor]:
+        if not leaking(layout):
+            return ""
+        way_out = _PADDED
+        if layout.masked and not leaking(_Layout(layout.several_rows)):
+            way_out = _WITHOUT_MASK
+        elif layout.several_rows and not leaking(_Layout()):
+            way_out = _ONE_ROW
+        return (
+            f"several sequences are packed into a row, and the {leaking(layout)} lets each see those before it: what "
+            f"it makes of a sequence changes with the one packed before. {way_out}"
+        )
+
+    def _leaking(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+        """Of student and teacher those that leak, in words; each is tried once, when it is first asked."""
+        device = next(self.student.parameters()).device
+        uncached = {"use_cache": False} if "use_cache" in forward_names(self.student) else {}
+
+        def ask_student(tried: Batch) -> Mapping[str, Any]:
+            with torch.no_grad(), evaluating(self.student):
+                outputs: Mapping[str, Any] = self.student(**tried, **uncached)
+            return outputs
+
+        def ask_teacher(tried: Batch) -> Mapping[str, Any]:
             shown = teacher(task, tried, needs)
-            return list(_of_positions({"logits": shown.logits, **{str(k): v for k, v in shown.inside.items()}}))
+            return {"logits": shown.logits, **{str(read): value for read, value in shown.inside.items()}}
 
-        tried = [("student", self._student, ask_student)]
-        if asked:
-            tried.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
-        for whose, model, ask in tried:
-            leaks = whose not in self._tried and _leaks(ask, batch, device)
-            self._tried[whose] = f"{whose} ({type(unwrapped(model)).__name__})" if leaks else self._tried.get(whose, "")
+        asked: list[tuple[str, Any, Callable[[Batch], Mapping[str, Any]]]] = [("student", self.student, ask_student)]
+        if (needs.logits or needs.reads) and _models_of(teacher):
+            asked.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
+        for whose, model, ask in asked:
+            if (whose, layout) not in self._tried:
+                leaks = _leaks(ask, batch, layout, device)
+                self._tried[whose, layout] = f"{whose} ({type(unwrapped(model)).__name__})" if leaks else ""
+        return " and the ".join(filter(None, (self._tried[whose, layout] for whose, _, _ in asked)))
 
-
-def _is_of_models(teacher: Any) -> bool:
-    """Whether it runs models on any batch. (A cache knows no others than it saw; the student itself is tried.)"""
-    members = getattr(teacher, "teachers", None)
-    return all(map(_is_of_models, members)) if members else isinstance(getattr(teacher, "model", None), torch.nn.Module)
+    def _agreed(self, found: Tensor, teacher: Any) -> Tensor:
+        """What any process found, where all must run a model if one does."""
+        if several_processes() and any(map(_is_sharded, (self.student, *_models_of(teacher)))):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
 
 
 def may_be_packed(batch: Batch) -> bool:
@@ -91,38 +143,86 @@ def may_be_packed(batch: Batch) -> bool:
     return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
 
 
-def _leaks(ask: Callable[[Batch], list[Tensor]], batch: Batch, device: torch.device) -> bool:
+def _has_a_mask(batch: Batch) -> bool:
+    """Whether rows are numbered although there is a mask, one that cannot say who sees whom."""
+    ids, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == mask.dim() == 2):
+        return False
+    return ids.shape[1] == mask.shape[1] and len(ids) in (1, len(mask))
+
+
+def _found(batch: Batch) -> Tensor:
+    """`[4]` int: whether a row is packed, and then what `_Layout` asks, but for `masked`, which it is."""
+    mask = batch["attention_mask"]
+    several = torch.tensor(len(batch["input_ids"]) > 1, device=mask.device)
+    how = torch.stack((several, torch.ones_like(several), (mask == 0).any(), (mask > 1).any()))
+    packed = _begins_anew(batch["position_ids"].expand_as(mask), mask != 0)
+    return torch.cat((packed[None], how & packed)).int()
+
+
+def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
+    """Scalar bool: whether the numbers `[b t]` of attended positions go back, or their first one comes twice on end."""
+    order = (~attended).int().argsort(dim=-1, stable=True)  # the attended ones in front, as they follow each other
+    numbers = positions.gather(1, order)
+    before, now = numbers[:, :-1], numbers[:, 1:]
+    again = (now < before) | ((now == before) & (now == numbers[:, :1]))
+    follows = torch.arange(1, numbers.shape[1], device=numbers.device) < attended.sum(-1, keepdim=True)
+    return (again & follows).any()
+
+
+def _models_of(teacher: Any) -> list[nn.Module]:
+    """The models that it runs on any batch; none, if it only knows what it saw. (The student itself is tried.)"""
+    members = getattr(teacher, "teachers", None)
+    if members:
+        found = [_models_of(member) for member in members]
+        return [model for models in found for model in models] if all(found) else []
+    model = getattr(teacher, "model", None)
+    return [model] if isinstance(model, nn.Module) else []
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Then its forward waits for that of every process."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _leaks(ask: Callable[[Batch], Mapping[str, Any]], batch: Batch, layout: _Layout, device: torch.device) -> bool:
     """The first of two sequences is changed: does the second notice?"""
-    first, second = (ask(_two_sequences(batch, tokens, device)) for tokens in ((1, 2), (2, 3)))
-    return any(
-        bool((one - other)[:, _LENGTHS[0] :].abs().max() > 1e-5 * one.abs().max())
-        for one, other in zip(first, second, strict=True)
-    )
+    answers = []
+    for tokens in ((1, 2), (2, 3)):
+        tried = _two_sequences(batch, tokens, layout, device)
+        answers.append(list(_of_second(ask(tried), width=tried["input_ids"].shape[1])))
+    return any(bool((one - other).abs().max() > 1e-5 * one.abs().max()) for one, other in zip(*answers, strict=True))
 
 
-def _two_sequences(batch: Batch, first: tuple[int, int], device: torch.device) -> dict[str, Any]:
+def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device: torch.device) -> dict[str, Any]:
     """Two sequences in a row, told apart by whatever this batch tells them apart by."""
-    start = int(batch["position_ids"].min())
+    lengths = (*_LENGTHS, 1) if layout.padded else _LENGTHS
+    rows = 2 if layout.several_rows else 1
+    ids, mask = batch["position_ids"], batch.get("attention_mask")
+    start = int((ids if mask is None else ids.expand_as(mask)[mask != 0]).min())
 
-    def row(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+    def filled(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor([values] * rows, dtype=dtype, device=device)
 
-    positions = [start + i for length in _LENGTHS for i in range(length)]
+    def numbered(*numbers: int) -> list[int]:
+        return [number for number, length in zip(numbers, lengths, strict=False) for _ in range(length)]
+
     made: dict[str, Any] = {
-        "input_ids": row([*first, 3, 1, 2])[None],
-        "position_ids": row(positions)[None],
+        "input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)]),
+        "position_ids": filled([start + i for length in lengths for i in range(length)]),
     }
+    if layout.masked and mask is not None:
+        made["attention_mask"] = filled(numbered(1, 2 if layout.numbered else 1, 0), mask.dtype)
     if batch.get("seq_idx") is not None:
-        made["seq_idx"] = row([0] * _LENGTHS[0] + [1] * _LENGTHS[1], batch["seq_idx"].dtype)[None]
-    for name in _BOUNDARIES:
-        if batch.get(name) is not None:
-            made[name] = row([0, _LENGTHS[0], sum(_LENGTHS)], batch[name].dtype)
-    return made | {name: max(_LENGTHS) for name in _LONGEST if batch.get(name) is not None}
+        made["seq_idx"] = filled(numbered(0, 1, 2), batch["seq_idx"].dtype)
+    ends = torch.tensor((0, *lengths * rows), device=device).cumsum(0)
+    made |= {name: ends.to(batch[name].dtype) for name in _BOUNDARIES if batch.get(name) is not None}
+    return made | {name: max(lengths) for name in _LONGEST if batch.get(name) is not None}
 
 
-def _of_positions(outputs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """What a model says at each position `[1 t *]`."""
+def _of_second(outputs: Mapping[str, Any], *, width: int) -> Iterator[Tensor]:
+    """What a model says at each position of the second sequence `[b t *]`."""
     for name in outputs:
         value = outputs[name]
-        if name != "loss" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == sum(_LENGTHS):
-            yield value.float()
+        if name != "loss" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == width:
+            yield value[:, _LENGTHS[0] : sum(_LENGTHS)].float()

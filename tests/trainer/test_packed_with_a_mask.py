@@ -1,0 +1,177 @@
+"""Packed rows that bring an attention mask, as `tokenizer.pad` adds one.
+
+transformers looks at `position_ids` only where there is no mask. Without one: `test_packed.py`, `test_padding_free.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq, default_data_collator
+
+from hf_distill import DataError, Distiller
+from hf_distill.inside import packing
+from tests.heads import HEADS
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.test_packed import T, one_by_one
+from tests.trainer.tiny import make
+
+LLAMA = HEADS["llama_causal_lm"]
+WIDTH = 24
+PACKED = {"remove_unused_columns": False, "max_steps": 1, "per_device_train_batch_size": 2}
+DROP = r"packed into a row, and the student .* Drop attention_mask from the batch"
+
+
+def rows(documents: list[dict[str, Any]], **more: list[int]) -> list[dict[str, Any]]:
+    """Two documents a row of a fixed length; what fills it up is a text of its own, without labels."""
+    made = []
+    for pair in zip(documents[::2], documents[1::2], strict=True):
+        row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+        for one in pair:
+            row["input_ids"] += one["input_ids"]
+            row["labels"] += [-100, *one["labels"][1:]]
+            row["position_ids"] += range(len(one["input_ids"]))
+        rest = WIDTH - len(row["input_ids"])
+        assert rest >= 0
+        row["input_ids"] += [0] * rest
+        row["labels"] += [-100] * rest
+        row["position_ids"] += range(rest)
+        made.append({**row, **more})
+    return made
+
+
+def test_a_mask_of_ones_is_refused_and_dropping_it_is_the_way_out(tmp_path) -> None:
+    documents = LLAMA.examples(8)
+    for data, collator in (
+        (rows(documents), DataCollatorForSeq2Seq(tokenizer(40))),  # adds the mask by itself
+        (rows(documents, attention_mask=[1] * WIDTH), default_data_collator),
+    ):
+        trainer = make(
+            tmp_path, LLAMA.make(1), LLAMA.make(2), train_dataset=data, data_collator=collator, **PACKED
+        )  # fmt: skip
+        with pytest.raises(DataError, match=DROP):
+            trainer.train()
+        assert trainer.state.global_step == 0
+    student, teacher = LLAMA.make(1), LLAMA.make(2)
+    expected = one_by_one(student, teacher, documents)
+    trainer = make(
+        tmp_path, student, teacher, train_dataset=rows(documents), data_collator=default_data_collator, alpha=1.0,
+        temperature=T, logging_steps=1, gradient_accumulation_steps=2, **PACKED,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/logits"] == pytest.approx(expected, rel=1e-5)
+
+
+def of(positions: list[list[int]], mask: list[list[int]]) -> dict[str, Tensor]:
+    ids = torch.arange(len(positions[0]))[None].expand(len(positions), -1) % 7 + 1
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": torch.tensor(positions),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+LAID_OUT = {
+    "two texts": (of([[0, 1, 2, 0, 1]], [[1] * 5]), True),
+    "in one row of two": (of([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]], [[1] * 5] * 2), True),
+    "padding between them": (of([[0, 1, 0, 0, 1]], [[1, 1, 0, 1, 1]]), True),
+    "padded left": (of([[1, 1, 0, 1, 0]], [[0, 0, 1, 1, 1]]), True),
+    "the first is the end of a longer one": (of([[7, 8, 0, 1, 2]], [[1] * 5]), True),
+    "a text of one token": (of([[0, 0, 1, 2, 3]], [[1] * 5]), True),
+    "numbered from 2": (of([[2, 3, 2, 3, 4]], [[1] * 5]), True),
+    "a mask that numbers them": (of([[0, 1, 2, 0, 1]], [[1, 1, 1, 2, 2]]), True),
+    "one text": (of([[0, 1, 2, 3, 4]], [[1] * 5]), False),
+    "one text, padded left, ones there": (of([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4]], [[0, 0, 1, 1, 1], [1] * 5]), False),
+    "one text, padded left, zeros there": (of([[0, 0, 0, 1, 2]], [[0, 0, 1, 1, 1]]), False),
+    "one text, padded right": (of([[0, 1, 2, 0, 0]], [[1, 1, 1, 0, 0]]), False),
+    "one text, padded amid": (of([[0, 1, 1, 2, 3]], [[1, 1, 0, 1, 1]]), False),
+    "one text, nothing attended beside it": (of([[0, 1, 2, 3, 4], [0] * 5], [[1] * 5, [0] * 5]), False),
+    "positions that some share": (of([[0, 1, 1, 1, 2]], [[1] * 5]), False),
+}
+
+
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_which_masked_rows_are_packed(layout: str) -> None:
+    """What is not is no matter of the models: they are not run at all."""
+    batch, is_packed = LAID_OUT[layout]
+    ran: list[Any] = []
+    models = LLAMA.make(1), LLAMA.make(2)
+    for model in models:
+        model.register_forward_pre_hook(lambda *_: ran.append(1))
+    distiller = Distiller(*models)
+    if not is_packed:
+        distiller.count([batch])
+        assert not ran
+        return
+    for _ in range(2):
+        with pytest.raises(DataError, match="Drop attention_mask"):
+            distiller.count([LAID_OUT["one text"][0], batch])
+    assert len(ran) == 8  # two models, with the mask and without it, two first texts: once
+
+
+def test_a_mask_that_says_who_sees_whom_is_left_alone() -> None:
+    ids = torch.tensor([[1, 2, 3, 1, 2]])
+    apart = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).tril().bool()[None, None]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "attention_mask": apart}
+    student, teacher = LLAMA.make(1).double(), LLAMA.make(2).double()
+    distiller = Distiller(student, teacher, alpha=1.0)
+    free = {name: value for name, value in batch.items() if name != "attention_mask"}
+    found, expected = (distiller(student, one).loss.item() for one in (batch, free))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+class FlashLike(hf.LlamaForCausalLM):
+    """As flash attention in transformers: a mask of ones is none, and only a batch of one row is told apart.
+
+    Some programs patch it, and then the mask may number the texts.
+    """
+
+    patched = False
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **others: Any
+    ) -> Any:
+        if attention_mask is not None and (bool((attention_mask > 1).any()) if self.patched else attention_mask.all()):
+            attention_mask = None
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids if len(input_ids) == 1 else None,
+            **others,
+        )
+
+
+class Patched(FlashLike):
+    patched = True
+
+
+def test_the_mask_is_tried_as_it_was_given() -> None:
+    models = [kind(LLAMA.make(1, use_cache=False).config) for kind in (FlashLike, FlashLike, Patched, Patched)]
+    flash, patched = Distiller(*models[:2]), Distiller(*models[2:])
+    flash.count([LAID_OUT["two texts"][0]])
+    padded = of([[0, 1, 0, 1, 0]], [[1, 1, 1, 1, 0]])
+    several = of([[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]], [[1] * 5] * 2)
+    one_row = r"In a batch of one row, without attention_mask, they are kept apart"
+    free = {name: value for name, value in several.items() if name != "attention_mask"}
+    for batch, told in ((padded, "Drop attention_mask"), (several, one_row), (free, one_row)):
+        with pytest.raises(DataError, match=told):
+            flash.count([batch])
+        flash.count([LAID_OUT["two texts"][0]])
+    numbered = LAID_OUT["a mask that numbers them"][0]
+    patched.count([numbered])
+    with pytest.raises(DataError, match="Drop attention_mask"):
+        patched.count([LAID_OUT["two texts"][0]])
+
+
+def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monkeypatch) -> None:
+    """Their forward waits for every process. Here another one has found them."""
+    monkeypatch.setattr(packing, "several_processes", lambda: True)
+    monkeypatch.setattr(packing, "_is_sharded", lambda model: True)
+    monkeypatch.setattr(packing.dist, "all_reduce", lambda found, op: found.copy_(torch.tensor([1, 0, 1, 0, 0])))
+    with pytest.raises(DataError, match="Drop attention_mask"):
+        Distiller(LLAMA.make(1), LLAMA.make(2)).count([LAID_OUT["one text"][0]])
