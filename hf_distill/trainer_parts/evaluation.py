@@ -11,6 +11,9 @@ import torch
 from transformers import Trainer
 
 from hf_distill.arguments import setting
+from hf_distill.inside.packing import PackingCheck
+from hf_distill.signals import Needs
+from hf_distill.tasks.infer import unwrapped
 from hf_distill.trainer_parts.teacher_metrics import TeacherMetrics
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ class EvaluationMixin(_Trainer):
     args: Any
     _teacher_metrics: TeacherMetrics | None = None
     _evaluated_outputs: Any = None
+    _packing: PackingCheck | None = None
 
     @property
     def _progress(self) -> float:
@@ -62,14 +66,25 @@ class EvaluationMixin(_Trainer):
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """As the trainer's own, on the student's columns; with `evaluate_with_teacher`, the teacher is asked too."""
         self._evaluated_outputs = None
+        self._check_packing(inputs)
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
         self._compare_with_teacher(model, inputs)
         self._evaluated_outputs = None
         return found
 
+    def _check_packing(self, inputs: Any) -> None:
+        """As a training step does, of the models that are asked here: a loss of texts that see others is not theirs."""
+        student = unwrapped(self.model)
+        if self._packing is None or self._packing.student is not student:
+            self._packing = PackingCheck(student)
+        self._packing([inputs], self.distiller.task, self.distiller.teacher, Needs(logits=self._compares(inputs)))
+
+    def _compares(self, inputs: Any) -> bool:
+        return self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)
+
     @torch.no_grad()
     def _compare_with_teacher(self, model: Any, inputs: Any) -> None:
-        if self._teacher_metrics is None or not self.distiller.task.can_compare(inputs):
+        if self._teacher_metrics is None or not self._compares(inputs):
             return
         batch = self.distiller.prepare(self._prepare_inputs(inputs))
         outputs = self._evaluated_outputs

@@ -1,4 +1,4 @@
-"""Packed rows that bring an attention mask, as `tokenizer.pad` adds one.
+"""Packed rows that bring an attention mask, as `tokenizer.pad` adds one; and packed rows in evaluation and prediction.
 
 transformers looks at `position_ids` only where there is no mask. Without one: `test_packed.py`, `test_padding_free.py`.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, default_data_collator
+from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
 
 from hf_distill import DataError, Distiller
 from hf_distill.inside import packing
@@ -175,3 +175,33 @@ def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monk
     monkeypatch.setattr(packing.dist, "all_reduce", lambda found, op: found.copy_(torch.tensor([1, 0, 1, 0, 0])))
     with pytest.raises(DataError, match="Drop attention_mask"):
         Distiller(LLAMA.make(1), LLAMA.make(2)).count([LAID_OUT["one text"][0]])
+
+
+def opt(seed: int) -> nn.Module:
+    """It numbers positions but masks none."""
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    return hf.OPTForCausalLM(hf.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64))
+
+
+@pytest.mark.parametrize("way", ["evaluate", "predict"])
+def test_evaluation_and_prediction_refuse_what_training_refuses(tmp_path, way: str) -> None:
+    documents = LLAMA.examples(4)
+
+    def run(student: Any, teacher: Any, collator: Any, *, data: Any = documents, ask_teacher: bool = False) -> Any:
+        trainer = make(
+            tmp_path, student, teacher, data_collator=collator, evaluate_with_teacher=ask_teacher,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        return getattr(trainer, way)(data)
+
+    flat = DataCollatorWithFlattening(return_tensors="pt")
+    told = r"packed into a row, and the {} \(OPTForCausalLM\) lets each see those before it"
+    with pytest.raises(DataError, match=told.format("student")):
+        run(opt(1), LLAMA.make(2), flat)
+    with pytest.raises(DataError, match=told.format("teacher")):
+        run(LLAMA.make(1), opt(2), flat, ask_teacher=True)
+    with pytest.raises(DataError, match=DROP):
+        run(LLAMA.make(1), LLAMA.make(2), default_data_collator, data=rows(documents, attention_mask=[1] * WIDTH))
+    run(LLAMA.make(1), opt(2), flat)  # a teacher that is not asked
+    run(opt(1), opt(2), LLAMA.collate, ask_teacher=True)
