@@ -43,7 +43,8 @@ def main() -> None:
 
     def blocks(rows: dict) -> dict:
         """Full blocks, so that nothing is padded; what is left at the end of a batch of texts is dropped."""
-        joined = [token for ids in tokenizer(rows["text"])["input_ids"] for token in ids]
+        lines = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]  # a row is a line of a longer text
+        joined = [token for ids in lines for token in ids]
         starts = range(0, len(joined) - script.block_size + 1, script.block_size)
         ids = [joined[start : start + script.block_size] for start in starts]
         return {"input_ids": ids, "labels": ids}  # the model shifts the labels

@@ -50,7 +50,8 @@ def main() -> None:
     def tokenized(row: dict) -> dict:
         """The gold answer is what batches that are not continued hold, and what is evaluated on."""
         asked = tokenizer(f"{row['question']}\n")["input_ids"]
-        told = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]  # what begins a text is there already
+        told = [*answer, tokenizer.eos_token_id]
         return {"input_ids": asked + told, "labels": [-100] * len(asked) + told}
 
     with args.main_process_first(desc="tokenizing"):
