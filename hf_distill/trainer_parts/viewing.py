@@ -33,13 +33,15 @@ class ViewingMixin(_Trainer):
         """
         if self._view is None or self._view_fits is self.model:
             return
+        _refuse_no_view(self._view)
+        teacher = self.distiller.teacher
         self._view.fit(self.model, self.distiller.task)
         if self.distiller.needs_labels():
             raise SettingError(
                 f"{self._view!r} shows texts that the student wrote, which are no gold labels, and alpha < 1 would "
                 "teach it them as such. Pass alpha=1.0, or alpha=None with objectives."
             )
-        if hasattr(self.distiller.teacher, "collator"):
+        if _looks_up(teacher):
             raise SettingError(
                 f"{self._view!r} shows texts that the student writes while it trains, and a cached teacher was asked "
                 "before. Use a model as teacher."
@@ -75,3 +77,19 @@ class ViewingMixin(_Trainer):
             for place, batch in enumerate(batches)
         ]
         return shown, self._get_num_items_in_batch(shown, device)
+
+
+def _refuse_no_view(view: Any) -> None:
+    if isinstance(view, type):
+        raise SettingError(f"view={view.__name__} is a class. Make one of it: view={view.__name__}(...).")
+    if not callable(view) or not hasattr(view, "fit"):
+        raise SettingError(
+            f"view={view!r} is no view: that is an object such as hf_distill.views.OnPolicy(lmbda=0.5). Augmentations "
+            "go into the collator: data_collator=hf_distill.views.AugmentingCollator(...)."
+        )
+
+
+def _looks_up(teacher: Any) -> bool:
+    """Whether its answers, or those of a member, come with the data, which the student has not continued yet."""
+    members = getattr(teacher, "teachers", None)  # an Ensemble has a collator for those of its members that have one
+    return hasattr(teacher, "collator") if members is None else any(map(_looks_up, members))
