@@ -1,0 +1,185 @@
+"""A program, not a test: texts of a teacher, texts of a student, and another tokenizer, in each of several processes.
+
+Started by `test_causal_lm` with FOLDER; each process writes there what it found. In fp64 and by plain SGD, so that only
+real differences from one process are seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import DataCollatorForSeq2Seq
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from hf_distill import TeacherError, UniversalLogitMatch, generate_completions
+from hf_distill.teachers.completions.shards import Folder
+from hf_distill.views import OnPolicy
+from tests.heads import HEADS
+from tests.objectives import test_universal_logit as two_tokenizers
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.steps import in_double
+from tests.trainer.tiny import make
+
+LLAMA = HEADS["llama_causal_lm"]
+GREEDY = 1e-7  # a sampling temperature at which the likeliest token is drawn, however near the next one is
+SAMPLED = {"do_sample": True, "num_return_sequences": 2, "seed": 3}
+# Prompts, prompts a shard, and further settings. Of three shards the first process has two.
+WRITTEN: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "a short last shard": (7, 3, {}),
+    "fewer shards than processes": (2, 3, {}),
+    "sampled": (7, 2, SAMPLED),
+    "interrupted": (7, 1, SAMPLED),
+}
+# lmbda, sampling temperature, and whether all prompts are the same one.
+POLICIES: dict[str, tuple[float, float, bool]] = {
+    "never": (0.0, 1.0, False),
+    "half, greedy": (0.5, GREEDY, False),
+    "always, greedy": (1.0, GREEDY, False),
+    "half, sampled": (0.5, 1.0, False),
+    "always, sampled": (1.0, 1.0, True),
+}
+STEPS, ACCUMULATION = 3, 2
+
+
+def writer(seed: int) -> Any:
+    """Its texts end soon or late: each example has another number of tokens."""
+    model = LLAMA.make(seed).double()
+    with torch.no_grad():
+        model.lm_head.weight[2] += 5 * model.lm_head.weight.std()
+    return model
+
+
+def completions(path: Path, case: str) -> dict[str, Any]:
+    """The rows, and how many prompts this process asked about, a call."""
+    teacher, asked = writer(2), [0]
+    count, shard, settings = WRITTEN[case]
+    generate, write = teacher.generate, Folder.write
+
+    def counted(*, input_ids: Tensor, **keywords: Any) -> Any:
+        asked[-1] += len(input_ids)
+        return generate(input_ids=input_ids, **keywords)
+
+    def killed(self: Folder, shard: int, *rest: Any) -> None:
+        if shard >= 3:
+            raise KeyboardInterrupt
+        write(self, shard, *rest)
+
+    def ask() -> Any:
+        prompts = datasets.Dataset.from_list(LLAMA.examples(count))
+        return generate_completions(
+            teacher, prompts, path / case, max_new_tokens=6, batch_size=2, shard_examples=shard, **settings
+        )
+
+    teacher.generate = counted
+    if case == "interrupted":
+        try:
+            Folder.write = killed  # type: ignore[method-assign]  # put back below
+            ask()
+        except KeyboardInterrupt:
+            asked.append(0)
+        finally:
+            Folder.write = write  # type: ignore[method-assign]  # as it was
+    return {"rows": ask().to_list(), "asked": asked}
+
+
+class Listening(OnPolicy):
+    """Keeps what it was asked, and what it answered."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.shown: list[dict[str, Any]] = []
+
+    def __call__(self, batch: Any, student: Any, **key: Any) -> Any:
+        made = super().__call__(batch, student, **key)
+        texts = [[token for token in row if token != -100] for row in made["labels"].tolist()]
+        self.shown.append({**key, "continued": made is not batch, "texts": texts})
+        return made
+
+
+def whole(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: getattr(x, "full_tensor", lambda x=x: x)().detach().clone() for name, x in model.state_dict().items()}
+
+
+def trained(folder: Path, student: Any, teacher: Any, *, examples_a_process: int, **settings: Any) -> dict[str, Any]:
+    start = whole(student)
+    trainer = make(
+        folder, student, teacher, logging_steps=1, per_device_train_batch_size=examples_a_process,
+        gradient_accumulation_steps=ACCUMULATION, train_sampling_strategy="sequential", **settings,
+    )  # fmt: skip
+    trainer.train()
+    losses = [row for row in trainer.state.log_history if "loss" in row]
+    logged = [{name: value for name, value in row.items() if name.startswith("loss")} for row in losses]
+    return {"start": start, "weights": whole(student), "logged": logged}
+
+
+def on_policy(folder: Path, case: str, *, examples_a_process: int, student: Any = None) -> dict[str, Any]:
+    """Three steps of a student that continues batches, and what it wrote."""
+    lmbda, temperature, same = POLICIES[case]
+    view, rows = Listening(lmbda=lmbda, max_new_tokens=6, sampling_temperature=temperature), LLAMA.examples(24)
+    found = trained(
+        folder, student or writer(1), LLAMA.make(2).double(), view=view, alpha=1.0, temperature=2.0, max_steps=STEPS,
+        train_dataset=rows[:1] * 24 if same else rows, data_collator=partial(in_double, LLAMA),
+        examples_a_process=examples_a_process,
+    )  # fmt: skip
+    return {**found, "shown": view.shown}
+
+
+def universal(folder: Path, alpha: float | None, *, examples_a_process: int) -> dict[str, Any]:
+    """One update by a teacher with another tokenizer."""
+    ours, theirs = (tokenizer(size) for size in (two_tokenizers.OURS, two_tokenizers.THEIRS))
+    student, teacher = LLAMA.make(1).double(), LLAMA.make(2, vocab_size=len(theirs)).double()
+    return trained(
+        folder, student, teacher, processing_class=ours, teacher_processing_class=theirs, alpha=alpha, max_steps=1,
+        objectives=UniversalLogitMatch(weight=1.5), train_dataset=datasets.Dataset.from_list(two_tokenizers.examples()),
+        data_collator=DataCollatorForSeq2Seq(ours), examples_a_process=examples_a_process,
+    )  # fmt: skip
+
+
+def sharded(folder: Path) -> Any:
+    """The same student, which transformers shards over the processes while it is loaded (FSDP2)."""
+    if dist.get_rank() == 0:
+        writer(1).save_pretrained(folder / "student")
+    dist.barrier()
+    how = DistributedConfig(fsdp_size=dist.get_world_size())
+    return LLAMA.model_class.from_pretrained(folder / "student", dtype=torch.float64, distributed_config=how)
+
+
+def refused(folder: Path) -> str:
+    """What is said to a teacher that lies on both processes."""
+    try:
+        generate_completions(sharded(folder), datasets.Dataset.from_list(LLAMA.examples(2)), folder / "refused")
+    except TeacherError as error:
+        return str(error)
+    return "nothing"
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    found: dict[str, Any] = {"written": {case: completions(folder, case) for case in WRITTEN}}
+    found["policies"] = {case: on_policy(folder, case, examples_a_process=2) for case in POLICIES}
+    found["universal"] = {alpha: universal(folder, alpha, examples_a_process=2) for alpha in (0.0, None)}
+    found["sharded"] = on_policy(folder, "half, sampled", examples_a_process=2, student=sharded(folder))
+    found["refused"] = refused(folder)
+    path = folder / f"process-{dist.get_rank()}.pt"
+    torch.save({"processes": dist.get_world_size(), **found}, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

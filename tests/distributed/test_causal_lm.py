@@ -1,0 +1,136 @@
+"""Two gloo processes write, continue and compare what one does: completions, OnPolicy, UniversalLogitMatch.
+
+What each of them is in one process: `tests/teachers/test_completions.py`, `tests/views/test_on_policy.py` and
+`tests/objectives/test_universal_logit.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.distributed.causal_lm_program import (
+    ACCUMULATION,
+    POLICIES,
+    STEPS,
+    WRITTEN,
+    completions,
+    on_policy,
+    universal,
+)
+from tests.distributed.launch import two_processes
+from tests.trainer.tiny import assert_moved, assert_same_bits, update_difference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where two processes wrote; started once, also for all workers of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    made = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "causal-lm-in-two"
+    made.mkdir(exist_ok=True)
+    with FileLock(f"{made}.lock"):
+        if not (made / "process-1.pt").exists():
+            two_processes(Path(__file__).with_name("causal_lm_program.py"), str(made))
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[Any]:
+    """What each process found."""
+    found = [torch.load(folder / f"process-{rank}.pt") for rank in (0, 1)]
+    assert [one["processes"] for one in found] == [2, 2]
+    return found
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_completions_are_those_of_one_process(two, folder: Path, tmp_path: Path, case: str) -> None:
+    """To the byte; each process is given the whole, having asked about its own shards and no others."""
+    expected = completions(tmp_path, case)
+    assert contents(folder / case) == contents(tmp_path / case)
+    first, second = (one["written"][case] for one in two)
+    assert first["rows"] == second["rows"] == expected["rows"]
+    assert len({len(row["input_ids"]) for row in expected["rows"]}) > 1
+    count, size, settings = WRITTEN[case]
+    each = settings.get("num_return_sequences", 1)
+    assert [row["index"] for row in first["rows"]] == [index for index in range(count) for _ in range(each)]
+    shards = [min(size, count - start) for start in range(0, count, size)]
+    # Killed when shard 3 and those after it are written: process 0 wrote 0 and 2, process 1 wrote 1, and each had asked
+    # about one more.
+    shares = [[3, 2], [2, 2]] if case == "interrupted" else [[sum(shards[rank::2])] for rank in (0, 1)]
+    assert [first["asked"], second["asked"]] == shares
+    assert expected["asked"] == ([4, 4] if case == "interrupted" else [count])
+
+
+def test_processes_agree_on_which_batches_are_continued(two) -> None:
+    for case, (lmbda, _, _) in POLICIES.items():
+        ours, theirs = (one["policies"][case]["shown"] for one in two)
+        decided = [(one["step"], one["micro_batch"], one["continued"]) for one in ours]
+        assert decided == [(one["step"], one["micro_batch"], one["continued"]) for one in theirs]
+        assert [one[:2] for one in decided] == [(step, place) for step in range(STEPS) for place in range(ACCUMULATION)]
+        assert {one[2] for one in decided} == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[lmbda]
+        assert ({one["process"] for one in ours}, {one["process"] for one in theirs}) == ({0}, {1})
+
+
+def test_processes_draw_texts_of_their_own(two) -> None:
+    """To one and the same prompt, by one and the same student."""
+    ours, theirs = ([one["texts"] for one in found["policies"]["always, sampled"]["shown"]] for found in two)
+    assert len(ours) == STEPS * ACCUMULATION and ours != theirs
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_processes_that_continue_batches_stay_one_student(two, case: str) -> None:
+    first, second = (found["policies"][case] for found in two)
+    assert_same_bits(second["weights"], first["weights"])
+    assert_moved(first["weights"], first["start"])
+
+
+@pytest.mark.parametrize("case", [case for case in POLICIES if "sampled" not in case])
+def test_batches_that_two_processes_continue_are_those_of_one(two, tmp_path: Path, case: str) -> None:
+    """Where nothing is drawn. A denominator is that of the texts of both, which are of unequal length."""
+    expected = on_policy(tmp_path, case, examples_a_process=4)
+    ours, theirs = (found["policies"][case] for found in two)
+    shares = []
+    for mine, other, both in zip(ours["shown"], theirs["shown"], expected["shown"], strict=True):
+        assert mine["texts"] + other["texts"] == both["texts"]
+        shares.append([sum(map(len, one["texts"])) for one in (mine, other)])
+    assert any(mine != other for mine, other in shares)
+    assert_as_one(ours, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, None])
+def test_two_processes_learn_from_another_tokenizer_as_one_does(two, tmp_path: Path, alpha: float | None) -> None:
+    """Each process has another number of pairs."""
+    expected = universal(tmp_path, alpha, examples_a_process=4)
+    first, second = (found["universal"][alpha] for found in two)
+    assert_same_bits(second["weights"], first["weights"])
+    assert_as_one(first, expected)
+    assert "loss/universal_logit" in first["logged"][0]
+
+
+def assert_as_one(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert update_difference(found["weights"], expected["weights"], expected["start"]) < 1e-6
+    assert len(found["logged"]) == len(expected["logged"]) > 0
+    for ours, theirs in zip(found["logged"], expected["logged"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_student_that_was_sharded_at_load_writes_what_the_whole_one_writes(two) -> None:
+    """FSDP2 by transformers itself, whose `generate` keeps the processes in step when one has come to its end."""
+    for found in two:
+        expected = found["policies"]["half, sampled"]
+        assert found["sharded"]["shown"] == expected["shown"]
+        assert update_difference(found["sharded"]["weights"], expected["weights"], expected["start"]) < 1e-6
+
+
+def test_a_teacher_that_lies_on_several_processes_is_not_asked_by_each(two, folder: Path) -> None:
+    assert all("weights lie on several processes" in found["refused"] for found in two)
+    assert not (folder / "refused").exists()
