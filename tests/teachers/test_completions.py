@@ -224,3 +224,18 @@ def test_refusals(tmp_path) -> None:
     (here / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="holds something that is no completions"):
         generate_completions(teacher, ANSWERED, here, **SHORT)
+
+
+def test_a_folder_is_of_one_teacher_and_its_settings(tmp_path) -> None:
+    """Once finished it is opened; asked for something else, it is left as it is."""
+    generate_completions(LLAMA.make(2), ANSWERED, tmp_path, **SHORT)
+    before = contents(tmp_path)
+    for teacher, data, settings, told in (
+        (LLAMA.make(3), ANSWERED, {}, "holds completions of something else: teacher.weights: "),
+        (LLAMA.make(2), ANSWERED, {"max_new_tokens": 4}, "generation.max_new_tokens: 5 there, 4 now. Choose another"),
+        (LLAMA.make(2), ANSWERED.select(range(6)), {}, "examples: 7 there, 6 now"),
+        (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "shard 0 of .* was written to other prompts than"),
+    ):
+        with pytest.raises(DataError, match=told):
+            generate_completions(teacher, data, tmp_path, **{**SHORT, **settings})
+        assert contents(tmp_path) == before
