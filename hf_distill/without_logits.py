@@ -56,12 +56,12 @@ class WithoutLogits:
             raise SettingError(f"materialize_logits={materialize!r}: allowed are None, True and False.")
         self.setting = materialize
         self._tried: str | None = None
-        self._is_tried = False
+        self._tried_with: bool | None = None  # labels; None: not tried yet
 
     def fit(self, student: Any) -> None:
         """Begin anew, with this student."""
         self.head = OutputHead(student)
-        self._tried, self._is_tried = None, False
+        self._tried, self._tried_with = None, None
 
     def forward(
         self,
@@ -88,9 +88,10 @@ class WithoutLogits:
         why = self._why_not(blending, task, columns, progress, own_loss=own_loss)
         if why is None and getattr(teacher, "hear", None) is not None:
             why = "the teacher learns from the student's logits"
-        if why is None and not self._is_tried:
+        with_labels = blending.uses_labels()
+        if why is None and (self._tried_with is None or with_labels > self._tried_with):
             inputs = distiller.uncached(distiller.student_inputs(batch, labels=False))
-            why = self._try_out(student, task, batch, inputs, with_labels=blending.uses_labels())
+            why = self._try_out(student, task, batch, inputs, with_labels=with_labels)
         if why is not None:
             self._refuse(why)
             return None
@@ -130,12 +131,12 @@ class WithoutLogits:
         self, student: nn.Module, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool
     ) -> str | None:
         """Once: whether the student's own forward makes the same logits and loss; or why it cannot be taken over."""
-        self._is_tried = True
         inputs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
         labelled = {name: batch[name] for name in LABEL_NAMES if with_labels and batch.get(name) is not None}
         found = self.head.trial(inputs, labelled, wrapped=student)
         if isinstance(found, Trial) and not found.loss_is(_plain_loss(found, task)):
             found = "the model's own loss is more than the cross-entropy of its labels"
+        self._tried_with = with_labels
         if isinstance(found, str):
             self._tried = found
             if self.setting is None:
@@ -194,8 +195,10 @@ class Forward:
         wants_target = said is not None and PROPERTIES[name].wants_target
         targets = task.targets(batch) if labels_weight > 0 or wants_target else None
         rows, weights = self._rows(targets)
+        selected = task.select(ours.hidden, batch)
+        refuse_other_rows(selected, selected, task, batch, columns=False)
         found = fused_linear_distillation(
-            task.select(ours.hidden, batch).index_select(0, rows),
+            selected.index_select(0, rows),
             _head(ours),
             teacher=None if said is None else self._teacher(said, rows, t),
             terms=Terms(

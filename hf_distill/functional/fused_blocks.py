@@ -84,7 +84,7 @@ def blend_block(
         teacher: `[r columns]` of the teacher's products (written over) or logits (only read), or sparse targets.
         rows: which of the n rows these are. into: where the gradient goes: `student`, or `teacher` where it is ours.
     """
-    softened, slope = soften(student, work.student, room, "student")
+    softened, slope = soften(student, work.student, room, "student", slope=work.wants_gradient)
     gold = None if work.labels is None else _gold(softened, work, work.labels[rows])
     whole = work.columns == student.shape[1]
     theirs, quick = _theirs(softened, teacher, work, room)
@@ -121,7 +121,7 @@ def _theirs(
     """The teacher's side, softened, and whether a kernel can compare it with the student's."""
     if teacher is None or isinstance(teacher, TeacherSparse):
         return teacher, False
-    theirs, _ = soften(teacher, work.teacher, room, "teacher", ours=work.teacher_is_ours)
+    theirs, _ = soften(teacher, work.teacher, room, "teacher", like=softened, ours=work.teacher_is_ours, slope=False)
     quick = work.terms.divergence in KERNELS and not (work.may_block and any_blocked(softened, theirs))
     return theirs, quick
 
@@ -131,13 +131,15 @@ def _compare(
 ) -> Compared:
     name, settings = work.terms.divergence, work.terms.settings
     if isinstance(theirs, TeacherSparse):
-        return compare_sparsely(name, ours, theirs, settings, temperature=work.temperature)
+        return compare_sparsely(
+            name, ours, theirs, settings, temperature=work.temperature, wants_gradient=work.wants_gradient
+        )
     if quick:
         return compare_in_place(name, ours, theirs, settings, room)
     target = None
     if work.labels is not None:
         target = work.labels[rows].masked_fill(work.labels[rows] >= work.columns, IGNORED)
-    return compare_plainly(name, ours, theirs, settings, target)
+    return compare_plainly(name, ours, theirs, settings, target, wants_gradient=work.wants_gradient)
 
 
 def _as_a_power(found: Compared, temperature: int, gold: Gold) -> Likely:

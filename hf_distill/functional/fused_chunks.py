@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.fused_inputs import Head
-from hf_distill.functional.fused_rows import Room, Softening, full_precision_of
+from hf_distill.functional.fused_rows import Room, Softening, full_precision_of, is_blocking
 
 MIB = 2**20
 BUDGET_16_BITS, BUDGET = 96 * MIB, 384 * MIB
@@ -107,7 +107,7 @@ class Product:
 
     def may_block(self) -> bool:
         """−inf comes of a bias that has it, or of a product beyond fp16."""
-        return self.dtype == torch.float16 or (self.bias is not None and bool(self.bias.amin() == -math.inf))
+        return self.dtype == torch.float16 or (self.bias is not None and is_blocking(self.bias))
 
 
 class Space:

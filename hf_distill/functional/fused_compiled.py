@@ -27,6 +27,7 @@ MOST_FUNCTIONS = 4  # torch.compile gives up on a function of more kinds; a sche
 
 Block = Callable[..., tuple[Tensor | None, Tensor | None]]
 _functions: dict[Hashable, Block | None] = {}  # None: the compiler could not, or made another loss
+_is_said = False
 
 
 def goes_compiled(asked: bool | None, device: torch.device) -> bool:
@@ -43,7 +44,7 @@ def blend_compiled(
         vectors = [None if x is None else x[rows] for x in (work.labels, work.label_weights, work.row_weights)]
         kind = _kind(student, teacher, vectors, work, over_teacher=over_teacher)
         try:
-            if kind not in _functions and len(_functions) < MOST_FUNCTIONS:
+            if kind not in _functions and _is_room():
                 _functions[kind] = _tried(student, teacher, vectors, work, over_teacher=over_teacher)
             function = _functions.get(kind)
             if function is not None:
@@ -52,6 +53,20 @@ def blend_compiled(
             _functions[kind] = None
             logger.warning(f"torch.compile failed, so the loss is computed without it (slower, the same): {error}")
     return blend_block(student, teacher, work, rows, room, into=into)
+
+
+def _is_room() -> bool:
+    """For one more function; says once that there is none."""
+    if len(_functions) < MOST_FUNCTIONS:
+        return True
+    global _is_said
+    if not _is_said:
+        _is_said = True
+        logger.warning(
+            f"The loss was compiled for {MOST_FUNCTIONS} kinds of step, and is computed without torch.compile for any "
+            "other (slower, the same): a temperature that changes with each step is a kind a step."
+        )
+    return False
 
 
 def _carries(student: Tensor, teacher: Tensor, work: Work) -> bool:

@@ -114,6 +114,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = _Gradients(hidden, weight, bias, job)
             of_labels, of_divergence = _run(hidden, job, gradients)
+            gradients.complete()
         weights = None if job.labels is None else job.labels.weights
         labels_total = _total(of_labels, weights)
         divergence_total = _total(of_divergence, job.value_weights)
@@ -145,7 +146,8 @@ class _Gradients:
     """The student's gradients as they grow, less the factor that all rows share."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> None:
-        self.job = job
+        self._weight: Tensor | None = job.product.weight
+        self._full, self._unit = job.full, job.unit
         self.hidden = torch.empty(hidden.shape, dtype=job.product.dtype, device=hidden.device) if job.wants[0] else None
         self.head = HeadGradient(weight, job.product.dtype) if job.wants[1] else None
         self.bias = torch.zeros(weight.shape[0], dtype=job.full, device=hidden.device) if job.wants[2] else None
@@ -154,17 +156,22 @@ class _Gradients:
     def add(self, at_logits: Tensor, hidden: Tensor, rows: slice) -> None:
         """Of one chunk: `[m v]` at the logits, `[m d]` hidden rows."""
         if self.hidden is not None:
-            torch.mm(at_logits, self.job.product.weight, out=self.hidden[rows])
+            assert self._weight is not None  # until they are complete
+            torch.mm(at_logits, self._weight, out=self.hidden[rows])
         if self.head is not None:
             self.head.add(at_logits, hidden)
         if self.bias is not None:
-            self.bias[: at_logits.shape[1]] += at_logits.sum(0, dtype=self.job.full)
+            self.bias[: at_logits.shape[1]] += at_logits.sum(0, dtype=self._full)
+
+    def complete(self) -> None:
+        """Nothing is added any more: what was cast for the products is let go."""
+        self._weight = None
 
     def hand_out(self, from_above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """All three times the shared factor, in the types of what they belong to."""
-        factor = self.job.unit * from_above.to(self.job.full)
+        factor = self._unit * from_above.to(self._full)
         of_hidden, of_bias = (
-            None if x is None else (x.to(self.job.full) * factor).to(dtype)
+            None if x is None else (x.to(self._full) * factor).to(dtype)
             for x, dtype in zip((self.hidden, self.bias), self.types, strict=True)
         )
         return of_hidden, None if self.head is None else self.head.hand_out(factor), of_bias

@@ -53,20 +53,33 @@ def full_precision_of(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def soften(rows: Tensor, how: Softening, room: Room, name: str, *, ours: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Softened logits `[r v]` in full precision, and where capped the slope 1 − tanh²; over `rows` if they are ours."""
-    v = rows.shape[1]
-    if ours and rows.dtype == full_precision_of(rows) and rows.is_contiguous():
+def soften(
+    rows: Tensor,
+    how: Softening,
+    room: Room,
+    name: str,
+    *,
+    like: Tensor | None = None,
+    ours: bool = True,
+    slope: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Softened logits `[r v]` in the full precision of `like`, and where capped the slope 1 − tanh².
+
+    Args:
+        like: the other side; None: `rows` themselves. ours: `rows` may be written over. slope: whether it is wanted.
+    """
+    v, like = rows.shape[1], rows if like is None else like
+    if ours and rows.dtype == full_precision_of(like) and rows.is_contiguous():
         x = rows
     else:
-        x = room.take(name, rows, v).copy_(rows)
+        x = room.take(name, like, v).copy_(rows)
     if how.before != 1.0:
         x.mul_(how.before)
     if not how.capped:
         return x, None
     x.tanh_()
-    slope = torch.mul(x, x, out=room.take(f"slope of {name}", rows, v)).neg_().add_(1)
-    return x.mul_(how.after), slope
+    of_tanh = torch.mul(x, x, out=room.take(f"slope of {name}", like, v)).neg_().add_(1) if slope else None
+    return x.mul_(how.after), of_tanh
 
 
 def softmax_(x: Tensor) -> Tensor:
@@ -114,11 +127,19 @@ def compare_in_place(name: str, student: Tensor, teacher: Tensor, settings: Mapp
 
 
 def compare_plainly(
-    name: str, student: Tensor, teacher: Tensor, settings: Mapping[str, Any], target: Tensor | None
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    settings: Mapping[str, Any],
+    target: Tensor | None,
+    *,
+    wants_gradient: bool = True,
 ) -> Compared:
     """Any divergence whose rows stand alone, with −inf, by the plain function and autograd; blocks are only read."""
     if PROPERTIES[name].wants_target:
         settings = {**settings, "target": target}
+    if not wants_gradient:
+        return Compared(DIVERGENCES[name](student, teacher, **settings), student)
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
         value = DIVERGENCES[name](leaf, teacher, **settings)
@@ -127,7 +148,13 @@ def compare_plainly(
 
 
 def compare_sparsely(
-    name: str, student: Tensor, teacher: TeacherSparse, settings: Mapping[str, Any], *, temperature: float
+    name: str,
+    student: Tensor,
+    teacher: TeacherSparse,
+    settings: Mapping[str, Any],
+    *,
+    temperature: float,
+    wants_gradient: bool = True,
 ) -> Compared:
     """The divergence of k columns and a bucket for the others, or of samples; `student` is written over."""
     theirs = teacher.logits.to(full_precision_of(student)) / temperature
@@ -147,7 +174,10 @@ def compare_sparsely(
         torch.cat((theirs, _tail_of(teacher, theirs).to(theirs)[:, None]), 1),
         settings,
         None,
+        wants_gradient=wants_gradient,
     )
+    if not wants_gradient:
+        return few
     none_left = ours_tail == -math.inf  # k = v: no other column, nothing to spread the bucket's gradient over
     spread = others.sub_(ours_tail.masked_fill(none_left, 0.0)[:, None]).exp_().mul_(few.gradient[:, -1:])
     return Compared(few.value, spread.scatter_add_(1, ids, few.gradient[:, :-1]))
@@ -170,4 +200,10 @@ def _tail_of(teacher: TeacherSparse, softened: Tensor) -> Tensor:
 
 def any_blocked(*rows: Tensor) -> bool:
     """Whether some column is −inf. On an accelerator this waits for it."""
-    return any(bool(x.amin() == -math.inf) for x in rows if x.numel() > 0)
+    return any(is_blocking(x) for x in rows if x.numel() > 0)
+
+
+def is_blocking(x: Tensor) -> bool:
+    """Whether there is a −inf, also beside a NaN."""
+    least = x.amin()
+    return bool(least == -math.inf) or (bool(least.isnan()) and bool(x.isneginf().any()))

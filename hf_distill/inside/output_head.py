@@ -1,8 +1,8 @@
 """A model's output head taken over for one forward, so that its logits are never made. No losses here.
 
 What the model does to the logits after the head (a scale, a soft cap, a bias) is read from its config, and then tried:
-one example through the model, some of its positions, against the formula, as they are and so large that a cap that no
-name told would show. What does not agree is not taken over.
+one batch through the model, some positions of an example, against the formula, as they are and so large that a cap that
+no name told would show. What does not agree is not taken over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hf_distill.signals import Unmade
-from hf_distill.tasks.base import batch_size, output_named
+from hf_distill.tasks.base import output_named
 from hf_distill.tasks.infer import unwrapped
 
 POSITIONS = 16  # tried of one example
@@ -44,6 +44,7 @@ class OutputHead:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrapped(model)
+        self._adds_positions = _adds_positions(model)
         find = getattr(self._model, "get_output_embeddings", None)
         self._module: Any = None if find is None else find()
         self._work: Callable[[Unmade], Tensor] | None = None
@@ -94,6 +95,8 @@ class OutputHead:
                 f"the output head of {name} is a {type(module).__module__}.{type(module).__name__}, and not a plain "
                 "nn.Linear (an adapter on it, or quantised: leave it out of both)"
             )
+        if self._adds_positions:
+            return f"{name} is given positions of its own (PEFT prompt tuning)"
         if "forward" in vars(module):
             return f"the output head of {name} has another forward already (offloading, tensor parallelism)"
         return None
@@ -120,7 +123,7 @@ class OutputHead:
     def trial(
         self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor], *, wrapped: nn.Module | None = None
     ) -> Trial | str:
-        """Some positions of one example through the model as it is; or why its head cannot be taken over.
+        """A batch through the model as it is, some positions' logits of one example; or why its head cannot be taken.
 
         Nothing of it depends on what the labels are: on several processes all try at the same step.
 
@@ -130,8 +133,6 @@ class OutputHead:
         """
         # Under FSDP 1 weights are whole only within the wrapper's forward; elsewhere it would only add to the work.
         model = wrapped if isinstance(wrapped, FullyShardedDataParallel) else self._model
-        examples = batch_size(inputs)
-        one = {name: x[:1] if isinstance(x, Tensor) and x.shape[:1] == (examples,) else x for name, x in inputs.items()}
         known = {}
         for name, labels in labelled.items():
             made_up = torch.arange(min(labels.shape[1], POSITIONS), device=labels.device) % self.columns
@@ -139,10 +140,10 @@ class OutputHead:
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
         try:
-            found = self._asked(model, {**one, **known})
+            found = self._asked(model, {**inputs, **known})
             if isinstance(found, str):
                 return found
-            enlarged = self._asked(model, {**one, **known}, by=LARGE / found.largest)
+            enlarged = self._asked(model, {**inputs, **known}, by=LARGE / found.largest)
             if isinstance(enlarged, str):
                 return enlarged
         finally:
@@ -157,7 +158,7 @@ class OutputHead:
         heard: list[tuple[Tensor, Tensor]] = []
 
         def some(hidden: Tensor) -> Tensor:
-            hidden = hidden[:, :POSITIONS]
+            hidden = hidden[:1, :POSITIONS]  # cut here: not all that is read is example by example
             part = self._unmade(hidden * min(by, LARGEST_HIDDEN / float(hidden.abs().amax().clamp(min=1))))
             made = nn.functional.linear(part.hidden, self._module.weight, self._module.bias)
             heard.append((made, logits_of(part)))
@@ -207,6 +208,12 @@ def logits_of(unmade: Unmade) -> Tensor:
     return x if unmade.softcap is None else torch.tanh(x / unmade.softcap) * unmade.softcap
 
 
+def _adds_positions(model: nn.Module) -> bool:
+    """Prefix tuning adds to what attention sees, the other prompts of PEFT to what is read."""
+    adapter: Any = getattr(getattr(model, "_orig_mod", model), "active_peft_config", None)
+    return bool(getattr(adapter, "is_prompt_learning", False)) and adapter.peft_type != "PREFIX_TUNING"
+
+
 def _is_linear(module: nn.Module) -> bool:
     """FSDP2 makes a class of its own of that of each module that it shards."""
     kind = type(module)
@@ -217,9 +224,10 @@ def _after_the_head(config: Any) -> tuple[float, float | None]:
     """The factor on the logits, and their soft cap, as transformers' configs name them."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= getattr(text, name, None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0
+    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        value = getattr(text, name, None)
+        if isinstance(value, (int, float)) and value:  # MPT has a word there, which it does not heed
+            scale *= float(value) ** power
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
     return scale, next((cap for cap in (getattr(text, name, None) for name in caps) if cap), None)
 

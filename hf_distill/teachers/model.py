@@ -62,10 +62,11 @@ class ModelTeacher:
         self._set_mode()
         inputs = self._in_own_dtype(self._inputs(batch))
         try:
-            with torch.no_grad(), self._precision(), self.inside.reading(needs.reads) as inside:
+            with torch.no_grad(), self._precision():
                 head = self._head_for(needs, inputs)
                 heard: list[Unmade] = []
-                with contextlib.nullcontext() if head is None else head.listened(heard):
+                listening = contextlib.nullcontext() if head is None else head.listened(heard)
+                with self.inside.reading(needs.reads) as inside, listening:
                     outputs = self.model(**inputs)
         except (RuntimeError, IndexError) as error:
             self._explain(error, inputs)
@@ -127,14 +128,15 @@ class ModelTeacher:
         if not (needs.logits and needs.unmade):
             return None
         if self._head is None:
-            self._head = OutputHead(self.model)
-            if self._head.refusal is None and self._head.is_sharded():
-                self._head.refusal = "its head is sharded, and would be in pieces again where it is needed"
-            elif self._head.refusal is None:
-                found = self._head.trial(inputs, {})
-                self._head.refusal = found if isinstance(found, str) else None
-            if self._head.refusal is not None:
-                logger.info(f"The teacher's logits are made whole: {self._head.refusal}.")
+            head = OutputHead(self.model)
+            if head.refusal is None and head.is_sharded():
+                head.refusal = "its head is sharded, and would be in pieces again where it is needed"
+            elif head.refusal is None:
+                found = head.trial(inputs, {})
+                head.refusal = found if isinstance(found, str) else None
+            if head.refusal is not None:
+                logger.info(f"The teacher's logits are made whole: {head.refusal}.")
+            self._head = head
         return None if self._head.refusal is not None else self._head
 
     def _put_to_use(self) -> None:

@@ -46,8 +46,14 @@ def two_processes(program: Path, *arguments: str) -> list[str]:
             subprocess.Popen([sys.executable, str(program), *arguments], env=env, stdout=pipe, stderr=pipe, text=True)
         )
     printed = []
-    for process in started:
-        out, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, out[-3000:] + errors[-6000:]
-        printed.append(out)
+    try:
+        for process in started:
+            out, errors = process.communicate(timeout=500)
+            assert process.returncode == 0, out[-3000:] + errors[-6000:]
+            printed.append(out)
+    finally:
+        for process in started:
+            if process.poll() is None:  # it would wait for the other for minutes
+                process.kill()
+                process.communicate()
     return printed

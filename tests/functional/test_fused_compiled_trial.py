@@ -68,3 +68,12 @@ def test_a_wrong_function_is_not_used(monkeypatch, caplog, wrong: float, of_valu
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
     assert calls == ([fused_compiled.TRIED] if wrong else [fused_compiled.TRIED, N, N])  # tried once
     assert ["is not the eager one" in record.message for record in caplog.records] == [True] * bool(wrong)
+
+
+def test_when_there_are_too_many_kinds_it_is_said_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(fused_compiled, "_functions", dict.fromkeys(range(fused_compiled.MOST_FUNCTIONS)))
+    monkeypatch.setattr(fused_compiled, "_is_said", False)
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    assert torch.equal(found[0][0], gradients(compiled=False)[0])
+    assert ["without torch.compile for any other" in record.message for record in caplog.records] == [True]
