@@ -35,7 +35,7 @@ class ViewingMixin(_Trainer):
             return
         _refuse_no_view(self._view)
         teacher = self.distiller.teacher
-        self._view.fit(self.model, self.distiller.task)
+        self._view.fit(self.model, self.distiller.task, teacher=teacher, processing_class=self.processing_class)
         if self.distiller.needs_labels():
             raise SettingError(
                 f"{self._view!r} shows texts that the student wrote, which are no gold labels, and alpha < 1 would "

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
-from hf_distill.tasks.generating import answered, continued, drawn_from, generation_settings, prompt_of
+from hf_distill.tasks.generating import answered, continued, drawn_from, prompt_of
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.views.writing import ids_not_shared, tokens_needed, writing
 
 KINDS = ("causal_lm", "seq2seq")
-# What would make its samples another distribution than its own, as far as a generation_config may ask for it.
-_PURE = {
-    "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_p": 0.0,
-}  # fmt: skip
 _REPLACED = ("input_ids", "attention_mask", "labels")
 
 
@@ -36,8 +35,9 @@ class OnPolicy:
 
     Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
     with its lmbda; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
-    reverse_kl. Sampling is from all tokens, not from transformers' default of the 50 likeliest. No gradient goes
-    through the sampling.
+    reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`fit`), not from
+    transformers' default of the 50 likeliest; of its `generation_config` the special tokens and the cache are followed
+    (of an encoder-decoder also `forced_bos_token_id`, the language), and nothing else. No gradient goes through it.
 
     What is drawn follows from the seed, the step and the place of the batch in it, and from nothing else: whether a
     batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
@@ -73,16 +73,24 @@ class OnPolicy:
         self.max_new_tokens = max_new_tokens
         self.sampling_temperature = sampling_temperature
         self.seed = seed
+        self._never_written: list[int] = []
         for share in map(self.lmbda, PROGRESS):
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise SettingError(f"OnPolicy: lmbda={share!r}. It is a share of the batches, in [0, 1].")
 
-    def fit(self, student: Any, task: Task) -> None:
-        """Refuse a student that cannot continue a batch.
+    def fit(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
+        """Refuse a student that cannot continue a batch; learn which ids its texts may hold.
+
+        A trainer calls it; in a loop of your own do so where a head has padded columns, or tokens were added.
+
+        Args:
+            teacher: fitted, as `distiller.teacher` is: its columns and its embeddings bound the ids.
+            processing_class: the student's tokenizer, or what has one.
 
         Raises:
             SettingError: see the message.
         """
+        student = _alone(student)
         speaks = getattr(unwrapped(student), "main_input_name", "input_ids") != "input_ids"
         if task.kind not in KINDS or speaks:
             what = "sound or images" if speaks else task.kind
@@ -90,7 +98,17 @@ class OnPolicy:
                 f"OnPolicy continues texts, and this student is trained for {what}. Allowed: {', '.join(KINDS)}, of "
                 "text. For speech, let the teacher write: hf_distill.generate_completions."
             )
-        self._settings(student)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._never_written = ids_not_shared(student, teacher, tokenizer)
+        with self._writing(student) as settings:
+            needed = tokens_needed(settings, tokenizer)
+        for what, tokens in needed.items():
+            if tokens and tokens <= set(self._never_written):
+                raise SettingError(
+                    f"OnPolicy: the student's texts {what} with {sorted(tokens)}, which student, teacher and tokenizer "
+                    "do not share. Train with a teacher that knows this token, or name another one in the student's "
+                    "generation_config (eos_token_id, forced_bos_token_id)."
+                )
 
     def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:
         """Whether this batch is one of those that are continued: the same answer on all processes."""
@@ -109,11 +127,12 @@ class OnPolicy:
         """The batch, or what the student makes of it. Call it before `Distiller.count`: the rows are other ones then.
 
         Args:
-            student: without DDP around it; its mode and the random generators are as before, afterwards.
+            student: its mode and the random generators are as before, afterwards.
             step: optimizer steps so far. micro_batch: its place in the step. process: of several.
         """
         if not self.continues(step, micro_batch, progress=progress):
             return batch
+        student = _alone(student)
         device = next(student.parameters()).device
         with drawn_from(device, self.seed, step, micro_batch, process):
             if unwrapped(student).config.is_encoder_decoder:
@@ -124,7 +143,8 @@ class OnPolicy:
         _refuse_other_columns(batch, _REPLACED)
         device = batch["input_ids"].device
         prompts = prompts_of(batch)
-        written = continued(student, prompts, self._settings(student))
+        with self._writing(student) as settings:
+            written = continued(student, prompts, settings)
         whole = [torch.tensor(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
         labels = [torch.tensor([IGNORED] * len(p) + text) for p, text in zip(prompts, written, strict=True)]
         masks = [torch.ones_like(ids) for ids in whole]
@@ -137,17 +157,17 @@ class OnPolicy:
     def _answered(self, batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
         _refuse_other_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-        written = answered(student, inputs, self._settings(student))
+        with self._writing(student) as settings:
+            written = answered(student, inputs, settings)
         labels = pad_sequence([torch.tensor(text) for text in written], batch_first=True, padding_value=IGNORED)
         return {**inputs, "labels": labels.to(batch["input_ids"].device)}
 
-    def _settings(self, student: Any) -> Any:
-        return generation_settings(
+    def _writing(self, student: Any) -> AbstractContextManager[GenerationConfig]:
+        return writing(
             student,
             max_new_tokens=self.max_new_tokens,
-            do_sample=True,
             sampling_temperature=self.sampling_temperature,
-            others=_PURE,
+            never=self._never_written,
         )
 
     def __repr__(self) -> str:
@@ -162,6 +182,11 @@ def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
         [None] * len(ids) if batch.get(name) is None else batch[name].tolist() for name in ("attention_mask", "labels")
     )
     return [prompt_of(*one) for one in zip(ids, read, labels, strict=True)]
+
+
+def _alone(student: Any) -> Any:
+    """Without DDP around it: writing needs no other process."""
+    return student.module if isinstance(student, DistributedDataParallel) else student
 
 
 def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:
