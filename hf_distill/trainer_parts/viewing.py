@@ -11,6 +11,8 @@ from transformers import Trainer
 
 from hf_distill.errors import SettingError
 
+_SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+
 if TYPE_CHECKING:
     _Trainer = Trainer
 else:
@@ -46,11 +48,12 @@ class ViewingMixin(_Trainer):
                 f"{self._view!r} shows texts that the student writes while it trains, and a cached teacher was asked "
                 "before. Use a model as teacher."
             )
-        kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) or self.get_tp_size() > 1:
+        sharded = _SHARDED.get(self.accelerator.distributed_type)
+        how = "tensor parallelism" if self.get_tp_size() > 1 else sharded
+        if how is not None:
             raise SettingError(
-                f"{self._view!r} lets the student write in each process by itself, and with {kind.value} no process "
-                "has all of it. Use data parallelism (DDP), or let the teacher write before the training: "
+                f"{self._view!r} lets the student write in each process by itself, and with {how} no process has all "
+                "of it. Use data parallelism (DDP), or let the teacher write before the training: "
                 "hf_distill.generate_completions."
             )
         self._view_fits = self.model

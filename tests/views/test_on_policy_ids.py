@@ -163,6 +163,13 @@ def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> Non
         trainer._check_view()
 
 
+def test_tensor_parallelism_is_named(tmp_path) -> None:
+    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=OnPolicy(), alpha=1.0)
+    trainer._view_fits, trainer.model._tp_size = None, 2
+    with pytest.raises(SettingError, match="with tensor parallelism no process has all of it"):
+        trainer._check_view()
+
+
 def test_what_is_no_view(tmp_path) -> None:
     for view, told in (
         ("on-policy", "view='on-policy' is no view: that is an object such as"),
