@@ -6,6 +6,7 @@ real differences from one process are seen.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -60,36 +61,31 @@ def writer(seed: int) -> Any:
 
 
 def completions(path: Path, case: str) -> dict[str, Any]:
-    """The rows, and how many prompts this process asked about, a call."""
-    teacher, asked = writer(2), [0]
-    count, shard, settings = WRITTEN[case]
-    generate, write = teacher.generate, Folder.write
+    """The rows, and the shards that this process wrote, a call."""
+    count, size, settings = WRITTEN[case]
+    teacher, prompts = writer(2), datasets.Dataset.from_list(LLAMA.examples(count))
+    calls: list[list[int]] = []
+    write = Folder.write
 
-    def counted(*, input_ids: Tensor, **keywords: Any) -> Any:
-        asked[-1] += len(input_ids)
-        return generate(input_ids=input_ids, **keywords)
-
-    def killed(self: Folder, shard: int, *rest: Any) -> None:
-        if shard >= 3:
+    def noted(self: Folder, shard: int, *rest: Any) -> None:
+        if case == "interrupted" and len(calls) == 1 and shard >= 3:
             raise KeyboardInterrupt
+        calls[-1].append(shard)
         write(self, shard, *rest)
 
     def ask() -> Any:
-        prompts = datasets.Dataset.from_list(LLAMA.examples(count))
+        calls.append([])
         return generate_completions(
-            teacher, prompts, path / case, max_new_tokens=6, batch_size=2, shard_examples=shard, **settings
+            teacher, prompts, path / case, max_new_tokens=6, batch_size=2, shard_examples=size, **settings
         )
 
-    teacher.generate = counted
-    if case == "interrupted":
-        try:
-            Folder.write = killed  # type: ignore[method-assign]  # put back below
+    Folder.write = noted  # type: ignore[method-assign]  # put back below
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
             ask()
-        except KeyboardInterrupt:
-            asked.append(0)
-        finally:
-            Folder.write = write  # type: ignore[method-assign]  # as it was
-    return {"rows": ask().to_list(), "asked": asked}
+        return {"rows": ask().to_list(), "calls": calls}
+    finally:
+        Folder.write = write  # type: ignore[method-assign]  # as it was
 
 
 class Listening(OnPolicy):
@@ -173,7 +169,8 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"written": {case: completions(folder, case) for case in WRITTEN}}
     found["policies"] = {case: on_policy(folder, case, examples_a_process=2) for case in POLICIES}
     found["universal"] = {alpha: universal(folder, alpha, examples_a_process=2) for alpha in (0.0, None)}
-    found["sharded"] = on_policy(folder, "half, sampled", examples_a_process=2, student=sharded(folder))
+    for how, student in (("whole", writer(1)), ("sharded", sharded(folder))):  # an example a process: unequal lengths
+        found[how] = on_policy(folder, "always, greedy", examples_a_process=1, student=student)
     found["refused"] = refused(folder)
     path = folder / f"process-{dist.get_rank()}.pt"
     torch.save({"processes": dist.get_world_size(), **found}, f"{path}.partial")
