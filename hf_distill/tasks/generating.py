@@ -15,8 +15,16 @@ from transformers import GenerationConfig
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.writing_limits import Limits, positions
 
 Tokens = list[int]
+_CUTS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # beside top_k and top_p: what cuts off tokens
+_SHOWN = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_REFUSED = {
+    "stop_strings": "a text ends with a token here. Name it: eos_token_id",
+    "max_length": "say how many tokens are to be written: max_new_tokens",
+    **dict.fromkeys(_SHOWN, "it changes what `generate` returns, not what is written"),
+}
 
 
 @contextlib.contextmanager
@@ -55,24 +63,28 @@ def generation_settings(
     """The model's own `generation_config` with these said anew; sampling is from all tokens unless `others` cut it.
 
     Args:
-        others: further settings of `generate`, by transformers' names (num_beams, top_p, ...).
+        others: further settings of `generate`, by transformers' names (num_beams, top_p, ...); they are the last word.
 
     Raises:
-        SettingError: a model that cannot generate, a number out of range, an unknown setting, or no token to pad with.
+        SettingError: a model that cannot generate, a number out of range, an unknown setting, one that cannot be used
+            here, or no token to pad with.
     """
-    if not getattr(unwrapped(model), "can_generate", lambda: False)():
-        raise SettingError(f"{type(unwrapped(model)).__name__} cannot generate: it has no head that writes text.")
-    if max_new_tokens < 1 or not 0 < sampling_temperature < float("inf"):
-        raise SettingError(
-            f"max_new_tokens={max_new_tokens} (1 or more), sampling_temperature={sampling_temperature} (above 0; to "
-            "write the likeliest tokens, do_sample=False)."
-        )
-    settings = copy.deepcopy(unwrapped(model).generation_config)
+    inner = unwrapped(model)
+    if not getattr(inner, "can_generate", lambda: False)():
+        raise SettingError(f"{type(inner).__name__} cannot generate: it has no head that writes text.")
+    settings = copy.deepcopy(inner.generation_config)
+    others = dict(others or {})
+    do_sample = bool(others.get("do_sample", do_sample))
     sampling: dict[str, Any] = {"temperature": sampling_temperature, "top_k": 0, "top_p": 1.0}
-    if not do_sample:
-        sampling = {name: None for name in (*sampling, "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")}
-    given = {"max_new_tokens": max_new_tokens, "max_length": None, "do_sample": do_sample, **sampling, **(others or {})}
-    unknown = sorted(settings.update(**given))
+    given = {"max_new_tokens": max_new_tokens, "max_length": None, "do_sample": do_sample}
+    given |= dict.fromkeys(name for name in (*_SHOWN, *_CUTS) if hasattr(settings, name))
+    given |= sampling if do_sample else dict.fromkeys(sampling)
+    merged = {**settings.to_dict(), **given, **others}
+    _refuse_settings(model, merged, sampling_temperature)
+    try:
+        unknown = sorted(settings.update(**{**given, **others}))
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"transformers refuses these settings of generate: {error}") from error
     if unknown:
         raise SettingError(f"transformers' generate has no setting {', '.join(unknown)}.")
     if settings.pad_token_id is None:
@@ -81,6 +93,40 @@ def generation_settings(
             raise SettingError("the model's generation_config names neither pad_token_id nor eos_token_id. Set one.")
         settings.pad_token_id = min(ends)
     return settings
+
+
+def _refuse_settings(model: Any, merged: Mapping[str, Any], sampling_temperature: float) -> None:
+    new, temperature = merged["max_new_tokens"], merged["temperature"] if merged["do_sample"] else sampling_temperature
+    if not _is_count(new) or not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise SettingError(
+            f"max_new_tokens={new} (1 or more), sampling_temperature={temperature} (above 0; to write the likeliest "
+            "tokens, do_sample=False)."
+        )
+    count, beams = (1 if merged.get(name) is None else merged[name] for name in ("num_return_sequences", "num_beams"))
+    for name, value in (("num_return_sequences", count), ("num_beams", beams)):
+        if not _is_count(value):
+            raise SettingError(f"{name}={value!r}: a whole number, at least 1.")
+    if count > beams and not merged["do_sample"]:
+        raise SettingError(
+            f"num_return_sequences={count} of the likeliest text are the same text. Pass do_sample=True, or "
+            f"generation={{'num_beams': {count}}}."
+        )
+    for name, reason in _REFUSED.items():
+        if merged.get(name):
+            raise SettingError(
+                f"{name}={merged[name]!r} cannot be used: {reason}. Leave {name} out, or set it to None where the "
+                "model's own generation_config says it."
+            )
+    known = positions(model, "decoder") if unwrapped(model).config.is_encoder_decoder else None
+    if known is not None and new > known:
+        raise SettingError(
+            f"max_new_tokens={new} are more than the {known} positions that the decoder of "
+            f"{type(unwrapped(model)).__name__} knows. Lower max_new_tokens."
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def end_tokens(settings: GenerationConfig) -> set[int]:
@@ -99,14 +145,16 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
         `num_return_sequences` for each prompt, one after the other.
 
     Raises:
-        DataError: an empty prompt, or one too long for the model.
+        DataError: an empty prompt, one too long for the model, or an id that it does not know.
     """
-    _refuse_lengths(model, prompts, settings.max_new_tokens)
+    limits = Limits.of(model, settings.max_new_tokens)
+    for reason in filter(None, map(limits.obstacle, prompts)):
+        raise DataError(f"there is {reason}. Leave such prompts out, or cut them.")
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.tensor([[settings.pad_token_id] * (width - len(one)) + list(one) for one in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-    with torch.no_grad(), evaluating(model):
+    with _writing(model, settings):
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return [until_end(row, end_tokens(settings)) for row in written[:, width:].tolist()]
 
@@ -115,8 +163,12 @@ def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) 
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
     (Whisper's `generate` gives the text alone, without language, task and end tokens.)
+
+    Raises:
+        DataError: an empty source, or one too long for the model.
     """
-    with torch.no_grad(), evaluating(model):
+    _refuse_sources(model, inputs)
+    with _writing(model, settings):
         written = model.generate(**inputs, generation_config=settings)
     ends = end_tokens(settings)
     if unwrapped(model).main_input_name == "input_features":
@@ -157,13 +209,38 @@ def until_end(tokens: Sequence[int], ends: set[int], *, padding: int | None = No
     return list(tokens[:last])
 
 
-def _refuse_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    lengths = [len(one) for one in prompts]
-    if not lengths or min(lengths) == 0:
-        raise DataError("there is an empty prompt, which nothing can be written after. Begin prompts with a token.")
-    known = getattr(unwrapped(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if known is not None and max(lengths) + new > known:
+def _refuse_sources(model: Any, inputs: Mapping[str, Any]) -> None:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        return
+    known = positions(model, "encoder")
+    if known is not None and ids.shape[1] > known:
         raise DataError(
-            f"a prompt of {max(lengths)} tokens and max_new_tokens={new} are more than the {known} positions that "
-            f"{type(unwrapped(model)).__name__} knows. Cut the prompts, or lower max_new_tokens."
+            f"there is a source of {ids.shape[1]} tokens, padding included, more than the {known} positions that "
+            f"{type(unwrapped(model)).__name__} knows. Cut the sources."
         )
+    if ids.shape[1] == 0 or (mask is not None and mask.dim() == 2 and int(mask.sum(1).min()) == 0):
+        raise DataError("there is an empty source, which nothing can be written to. Begin sources with a token.")
+
+
+@contextlib.contextmanager
+def _writing(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Without gradients, in evaluation mode, and by these settings alone.
+
+    `generate` fills in from the model's own `generation_config` what is None in the one that it is given: inside, the
+    own one is this. (A PEFT model may have one beside that of the model inside.)
+    """
+    holders = [one for one in {id(one): one for one in (unwrapped(model), model)}.values() if _holds_settings(one)]
+    before = [one.generation_config for one in holders]
+    try:
+        for one in holders:
+            one.generation_config = settings
+        with torch.no_grad(), evaluating(model):
+            yield
+    finally:
+        for one, own in zip(holders, before, strict=True):
+            one.generation_config = own
+
+
+def _holds_settings(model: Any) -> bool:
+    return "generation_config" in vars(model)
