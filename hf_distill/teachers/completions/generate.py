@@ -15,8 +15,10 @@ from transformers import AutoConfig, GenerationConfig
 from hf_distill._compat import processes
 from hf_distill.errors import SettingError
 from hf_distill.tasks.generating import answered, continued, drawn_from, end_tokens, generation_settings
+from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.cached import fingerprints
-from hf_distill.teachers.completions.prompts import Prompts
+from hf_distill.teachers.completions.checking import digests_of
+from hf_distill.teachers.completions.prompts import DEFAULT, FEATURES, Prompts
 from hf_distill.teachers.completions.shards import Folder, digest_of
 from hf_distill.teachers.fitting import tokenizer_of
 from hf_distill.teachers.load import find_tokenizer, load_teacher
@@ -36,7 +38,7 @@ def generate_completions(
     sampling_temperature: float = 1.0,
     num_return_sequences: int = 1,
     generation: Mapping[str, Any] | None = None,
-    prompt_column: str = "prompt",
+    prompt_column: str = DEFAULT,
     batch_size: int = 8,
     shard_examples: int = 512,
     seed: int = 0,
@@ -53,17 +55,18 @@ def generate_completions(
 
     Args:
         teacher: a model that can generate, a folder or a Hub id. dataset: with `prompt_column` (texts, or messages for
-            the chat template), or `input_ids` (up to the first label that counts), or `input_features`.
+            the chat template), or `input_ids` (up to the first label that counts), or `input_features`. Gold answers
+            are cut off: of messages, those of the assistant at the end. All are checked before anything is written.
         processing_class: the teacher's tokenizer or processor; None: the one beside its weights.
         max_new_tokens: the longest completion. do_sample: else the likeliest token at each step.
         sampling_temperature: with do_sample, of all tokens, whatever the teacher's `generation_config` says.
         num_return_sequences: for each prompt, one after the other.
-        generation: further settings by transformers' names (`num_beams`, `top_p`, Whisper's `language`); what is not
-            said is the teacher's own `generation_config`.
+        generation: further settings by transformers' names (`num_beams`, `top_p`, Whisper's `language`), the last word
+            where both are said; what is not said is the teacher's own `generation_config`.
         batch_size: prompts at once; rounding, and what is drawn, depend on it. shard_examples: prompts a file.
 
     Raises:
-        SettingError, DataError: see the messages.
+        SettingError, DataError, TeacherError: see the messages.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,23 +97,19 @@ class _Settings:
     seed: int
 
     def check(self) -> None:
-        for name in ("num_return_sequences", "batch_size", "shard_examples"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)}: at least 1.")
-        count = self.num_return_sequences
-        if count > max(1, self.generation.get("num_beams") or 1) and not self.do_sample:
-            raise SettingError(
-                f"num_return_sequences={count} of the likeliest text are the same text. Pass do_sample=True, or "
-                f"generation={{'num_beams': {count}}}."
-            )
+        for name in ("batch_size", "shard_examples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SettingError(f"{name}={value!r}: a whole number, at least 1.")
 
 
 def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Settings) -> _Pass:
     """Everything is checked; nothing is written."""
     given.check()
     model, processor = _loaded(teacher, processor)
-    spoken = {name: value for name, value in given.generation.items() if name in SPOKEN}
-    others = {name: value for name, value in given.generation.items() if name not in SPOKEN}
+    speaks = unwrapped(model).main_input_name == FEATURES
+    spoken = {name: value for name, value in given.generation.items() if speaks and name in SPOKEN}
+    others = {name: value for name, value in given.generation.items() if name not in spoken}
     settings = generation_settings(
         model,
         max_new_tokens=given.max_new_tokens,
@@ -118,7 +117,7 @@ def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Se
         sampling_temperature=given.sampling_temperature,
         others={"num_return_sequences": given.num_return_sequences, **others},
     )
-    prompts = Prompts(dataset, model, processor, given.prompt_column)
+    prompts = Prompts(dataset, model, processor, given.prompt_column, max_new_tokens=settings.max_new_tokens)
     plan = {
         "format": "hf-distill completions",
         "version": 1,
@@ -127,7 +126,7 @@ def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Se
         "generation": {k: value for k, value in settings.to_diff_dict().items() if k != "transformers_version"},
         "spoken": spoken,
         "column": prompts.column,
-        "seed": given.seed if given.do_sample else None,
+        "seed": given.seed if settings.do_sample else None,
         "batch_size": given.batch_size,
         "shard_examples": given.shard_examples,
         "shard_count": -(-len(prompts) // given.shard_examples),
@@ -149,21 +148,28 @@ class _Pass:
 
     def run(self) -> None:
         plan, state = self.folder.plan, self.state
+        finished = self.folder.look()
+        numbers = range(state.process_index, plan["shard_count"], state.num_processes)
+        shards = [self._indices(number) for number in numbers]
+        digests = digests_of(self.prompts, shards, batch_size=plan["batch_size"], processes=state.num_processes)
+        state.wait_for_everyone()  # all have looked, and refused nothing
         with state.main_process_first():
-            unfinished = self.folder.begin(is_main=state.is_main_process)
+            if state.is_main_process and not finished:
+                self.folder.begin()
         if not (getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)):
             self.model.to(state.device)
-        for shard in range(state.process_index, plan["shard_count"], state.num_processes):
-            start = shard * plan["shard_examples"]
-            indices = range(start, min(start + plan["shard_examples"], plan["examples"]))
-            asked = [self.prompts[index] for index in indices]
-            digest = digest_of(asked)
-            if not self.folder.is_done(shard, digest):
-                self.folder.write(shard, self._written(shard, indices, asked), digest)
+        for number, indices, digest in zip(numbers, shards, digests, strict=True):
+            if not self.folder.is_done(number, digest):
+                asked = [self.prompts[index] for index in indices]
+                self.folder.write(number, self._written(number, indices, asked), digest_of(asked))
         state.wait_for_everyone()
         if state.is_main_process:
-            self.folder.finish() if unfinished else self.folder.tidy()
+            self.folder.tidy() if finished else self.folder.finish()
         state.wait_for_everyone()
+
+    def _indices(self, shard: int) -> range:
+        each = self.folder.plan["shard_examples"]
+        return range(shard * each, min((shard + 1) * each, self.folder.plan["examples"]))
 
     def _written(self, shard: int, indices: range, asked: list[Any]) -> list[dict[str, Any]]:
         """The rows of a shard; prompts of like length are asked together."""
@@ -196,6 +202,13 @@ def _loaded(teacher: Any, processor: Any) -> tuple[Any, Any]:
     if isinstance(teacher, nn.Module):
         return teacher, processor or tokenizer_of(teacher)
     if isinstance(teacher, (str, os.PathLike)):
-        kind = "seq2seq" if AutoConfig.from_pretrained(teacher).is_encoder_decoder else "causal_lm"
-        return load_teacher(teacher, kind), processor or find_tokenizer(teacher)
+        return load_teacher(teacher, _kind_at(teacher)), processor or find_tokenizer(teacher)
     raise SettingError(f"generate_completions asks a model, a folder or a Hub id, not a {type(teacher).__name__}.")
+
+
+def _kind_at(path: str | os.PathLike[str]) -> str:
+    """The kind of head; where nothing can be read, `load_teacher` says why, whatever the kind."""
+    try:
+        return "seq2seq" if AutoConfig.from_pretrained(path).is_encoder_decoder else "causal_lm"
+    except (OSError, ValueError, KeyError):
+        return "causal_lm"

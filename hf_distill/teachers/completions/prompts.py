@@ -5,39 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.generating import Tokens, prompt_of
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.writing_limits import Limits
 from hf_distill.teachers.fitting import tokenizer_in
 
 FEATURES = "input_features"
+DEFAULT = "prompt"  # the column's name, where none is said
 
 
 class Prompts:
     """The prompts of a dataset, by index.
 
     Args:
-        column: of texts, or of lists of messages, where the dataset has it; else its `input_ids`, up to the first label
-            that counts, or its `input_features` are read.
+        column: of texts, or of lists of messages. The default one may be missing: then `input_ids`, up to the first
+            label that counts, are read. A model that listens has its `input_features`.
+        max_new_tokens: how much will be written behind each.
 
     Raises:
-        SettingError: texts without a tokenizer.
+        SettingError: texts without a tokenizer, or a column that this model does not read.
         DataError: no such column, or no prompt at all.
     """
 
-    def __init__(self, dataset: Any, model: Any, processor: Any, column: str) -> None:
+    def __init__(self, dataset: Any, model: Any, processor: Any, column: str, *, max_new_tokens: int) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"a {type(dataset).__name__} does not say how many prompts it holds. Give one that does: "
+                "datasets.Dataset.from_list(list(dataset))."
+            )
         if len(dataset) == 0:
             raise DataError("the dataset holds no prompt.")
         names = getattr(dataset, "column_names", None) or list(dataset[0])
         self._dataset = dataset
+        self._limits = Limits.of(model, max_new_tokens)
         self.tokenizer = tokenizer_in(processor)
         self.answers = bool(unwrapped(model).config.is_encoder_decoder)
         speech = unwrapped(model).main_input_name == FEATURES
-        wanted = (FEATURES,) if speech else (column, "input_ids")
+        if speech and column not in (DEFAULT, FEATURES):
+            raise SettingError(
+                f"prompt_column={column!r}: {type(unwrapped(model)).__name__} reads {FEATURES}. Leave it out."
+            )
+        wanted = (FEATURES,) if speech else (column, "input_ids") if column == DEFAULT else (column,)
         found = next((name for name in wanted if name in names), None)
         if found is None:
             raise DataError(
@@ -47,24 +62,44 @@ class Prompts:
         if self.tokenizer is None and (speech or found != "input_ids"):
             raise SettingError(f"{found} needs the teacher's tokenizer. Pass processing_class=.")
         self.column = found
+        if speech and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+            self._dataset = dataset.with_format("numpy")  # the same numbers; lists of a sound take ten times as long
         self._start = getattr(unwrapped(model).config, "decoder_start_token_id", None)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Token ids, or the features of a sound `[mel t]`."""
+        """Token ids, or the features of a sound `[mel t]`.
+
+        Raises:
+            SettingError: messages, and no chat template.
+            DataError: by column and index, what cannot be asked.
+        """
         example = self._dataset[index]
-        value = example[self.column]
+        try:
+            prompt = self._read(example[self.column], example)
+            reason = None if self.column == FEATURES else self._limits.obstacle(prompt)
+        except _NoPromptError as error:
+            reason = str(error)
+        if reason is not None:
+            raise DataError(f"{self.column}[{index}]: {reason}")
+        return prompt
+
+    def _read(self, value: Any, example: Mapping[str, Any]) -> Any:
+        if value is None:
+            raise _NoPromptError("None, where a prompt should be")
         if self.column == FEATURES:
-            return torch.as_tensor(value, dtype=torch.float32)
+            return _as_sound(value)
         if isinstance(value, str):
             return self._without_end(self.tokenizer(value)["input_ids"])
         if self.column != "input_ids":
             return self._of_messages(value)
-        if self.answers:
-            return [int(token) for token in value]
-        return prompt_of(value, example.get("attention_mask"), example.get("labels"))
+        labels = None if self.answers else example.get("labels")
+        try:
+            return prompt_of(value, example.get("attention_mask"), labels)
+        except (TypeError, ValueError) as error:
+            raise _NoPromptError(f"no list of token ids, with a mask and labels as long ({error})") from error
 
     def batch(self, prompts: Sequence[Any], *, padding: int, device: torch.device) -> dict[str, Tensor]:
         """What an encoder-decoder is called with: padded on the right.
@@ -103,10 +138,37 @@ class Prompts:
         return ids[:-1] if not self.answers and len(ids) > 1 and ids[-1] == end else ids
 
     def _of_messages(self, messages: Any) -> Tokens:
+        """Up to the last message that is not the assistant's."""
         if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
-            raise DataError(
-                f"{self.column} holds a {type(messages).__name__}. A prompt is a text, or a list of messages with role "
-                "and content."
+            raise _NoPromptError(
+                f"of type {type(messages).__name__}, where a text or a list of messages with role and content should "
+                "be (token ids: in a column input_ids)"
             )
-        made = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        if getattr(self.tokenizer, "chat_template", "one of its own") is None:
+            raise SettingError(
+                f"{self.column} holds messages, and the tokenizer has no chat_template. Set one, or give texts."
+            )
+        asked = list(messages)
+        while asked and asked[-1].get("role") == "assistant":
+            asked.pop()
+        if not asked:
+            raise _NoPromptError("no message but the assistant's own" if messages else "an empty list of messages")
+        try:
+            made = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            raise _NoPromptError(f"messages that the chat template refuses ({error})") from error
         return list(made["input_ids"])
+
+
+class _NoPromptError(Exception):
+    """What a row holds instead of a prompt."""
+
+
+def _as_sound(value: Any) -> Tensor:
+    try:
+        sound = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise _NoPromptError(f"no features of a sound ({error})") from error
+    if sound.dim() != 2:
+        raise _NoPromptError(f"features of shape {list(sound.shape)}, where [mel, time] should be")
+    return sound

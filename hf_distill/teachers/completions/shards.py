@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,33 @@ class Folder:
         self.path = path
         self.plan = plan
 
-    def begin(self, *, is_main: bool) -> bool:
-        """Whether there is something to do: False, if it is done already.
+    def look(self) -> bool:
+        """Whether all is written already. Nothing is changed.
 
         Raises:
-            DataError: the folder holds something else.
+            DataError: the folder holds something else, or what was written there is damaged.
         """
         for name, what in ((MANIFEST, "completions"), (PLAN, "unfinished completions")):
             if (self.path / name).is_file():
-                there = files.read_json(self.path / name)
+                there = self._read(name)
                 differing = fingerprints.differences({key: there.get(key) for key in self.plan}, self.plan)
                 if differing:
                     raise DataError(
                         f"{self.path} holds {what} of something else: {'; '.join(differing[:4])}. Choose another "
                         "folder, delete this one, or call it with what it was begun with."
                     )
-                return name == PLAN
+                if name == MANIFEST:
+                    self._refuse_damage(there["shards"])
+                return name == MANIFEST
         if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
             raise DataError(f"{self.path} holds something that is no completions. Give a new or an empty folder.")
-        if is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
+        return False
+
+    def begin(self) -> None:
+        """The plan, where there is none."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / PLAN).is_file():
             files.write_json(self.path / PLAN, self.plan)
-        return True
 
     def is_done(self, shard: int, asked: str) -> bool:
         """Whether an earlier pass finished this shard.
@@ -83,19 +89,46 @@ class Folder:
         Raises:
             DataError: it did, and of other prompts than the dataset now has.
         """
-        receipts = [self.path / MANIFEST, self.path / files.receipt_name(shard)]
-        if receipts[0].is_file():
-            said = files.read_json(receipts[0])["shards"][shard]
-        elif is_finished(self.path, shard):
-            said = files.read_json(receipts[1])
+        if (self.path / MANIFEST).is_file():
+            said = self._read(MANIFEST)["shards"][shard]
         else:
-            return False
+            try:
+                if not is_finished(self.path, shard):
+                    return False
+                said = files.read_json(self.path / files.receipt_name(shard))
+            except DataError:  # a receipt that cannot be read: the shard is written again, to the same bytes
+                return False
         if said["asked"] != asked:
             raise DataError(
                 f"shard {shard} of {self.path} was written to other prompts than the dataset now has there. Give the "
                 "dataset that it was begun with, or choose another folder."
             )
         return True
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+        except (OSError, ValueError) as error:
+            raise self._damaged(name, error) from error
+        return content
+
+    def _refuse_damage(self, shards: Sequence[dict[str, Any]]) -> None:
+        for name in (files.INFO, files.STATE):
+            self._read(name)
+        for one in shards:
+            path = self.path / one["file"]
+            if not path.is_file():
+                raise self._damaged(one["file"], "it is not there")
+            if path.stat().st_size != one["bytes"] or fingerprints.of_file(path) != one["blake2b"]:
+                raise self._damaged(one["file"], "it is cut off, or not what was written there")
+
+    def _damaged(self, name: str, reason: Any) -> DataError:
+        return DataError(
+            f"{self.path / name} cannot be read ({reason}). Delete {self.path} and make the completions again, or copy "
+            "the folder again."
+        )
 
     def write(self, shard: int, rows: Sequence[dict[str, Any]], asked: str) -> None:
         """Raises:

@@ -1,0 +1,276 @@
+"""generate_completions, given what cannot be asked: it is refused by name, before anything is written or after damage.
+
+What it writes to good prompts is in `test_completions.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, XLNetLMHeadModel
+
+from hf_distill import DataError, SettingError, TeacherError, generate_completions
+from hf_distill.cli.main import main
+from hf_distill.tasks.generating import answered, continued, generation_settings
+from hf_distill.teachers.completions.shards import Folder
+from tests.heads import HEADS
+from tests.tiny_tokenizers import tokenizer
+
+LLAMA, T5, WHISPER = HEADS["llama_causal_lm"], HEADS["t5_seq2seq"], HEADS["whisper_seq2seq"]
+SHORT = {"max_new_tokens": 3, "batch_size": 2, "shard_examples": 2}
+TEACHER, WORDS = LLAMA.make(2), tokenizer(40)  # 32 positions
+WORDS.chat_template = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+)
+
+
+def of(**columns: list[Any]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns)
+
+
+def bart() -> Any:
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    widths = dict(vocab_size=40, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16)
+    return BartForConditionalGeneration(BartConfig(**sizes, **widths))
+
+
+def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
+    """30 tokens and 3 new ones are more than 32 positions; 29 are not. What is left after `filter` is written there."""
+    texts = of(question=["w5", "w6 " * 29, "w7", "", None, "w8 " * 30, "w9", None, None])
+    with pytest.raises(DataError) as told:
+        generate_completions(TEACHER, texts, tmp_path / "1", processing_class=WORDS, prompt_column="question", **SHORT)
+    assert str(told.value) == (
+        "5 of 9 prompts cannot be asked. question[3]: an empty prompt, which nothing can be written to: begin it with "
+        "a token; question[4]: None, where a prompt should be; question[5]: a prompt of 30 tokens and max_new_tokens=3 "
+        "are more than the 32 positions that LlamaForCausalLM knows; question[7]: None, where a prompt should be; and "
+        "1 more. Mend such rows, or leave them out (dataset.filter)."
+    )
+    assert not (tmp_path / "1").exists()
+    good = texts.filter(lambda row: row["question"] and len(row["question"].split()) < 30)
+    made = generate_completions(
+        TEACHER, good, tmp_path / "1", processing_class=WORDS, prompt_column="question", **SHORT
+    )
+    assert made["index"][:] == [0, 1, 2, 3] and made["prompt"][3] == "w9"
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"input_ids": [[5], None]}, r"input_ids\[1\]: None, where a prompt should be"),
+        (
+            {"input_ids": [[5], [6, 40]]},
+            r"input_ids\[1\]: a prompt with token id 40, of which LlamaForCausalLM knows 0 to",
+        ),
+        ({"input_ids": [[[5]]]}, r"input_ids\[0\]: no list of token ids, with a mask and labels as long"),
+        ({"input_ids": [[5, 6]], "labels": [[5]]}, r"input_ids\[0\]: no list of token ids, with a mask and labels"),
+        ({"prompt": [5]}, r"prompt\[0\]: of type int, where a text or a list of messages .* in a column input_ids"),
+        ({"prompt": [[{"role": "assistant", "content": "w5"}]]}, r"prompt\[0\]: no message but the assistant's own"),
+        ({"prompt": [[{"role": "user"}], [{"content": "w5"}]]}, None),
+    ],
+)
+def test_what_a_row_holds_is_named(tmp_path, columns: dict[str, list[Any]], told: str | None) -> None:
+    if told is None:  # a template may refuse messages in its own words
+        words = tokenizer(40)
+        words.chat_template = "{{ raise_exception('roles must alternate') }}"
+        told = r"prompt\[0\]: messages that the chat template refuses \(roles must alternate\); prompt\[1\]"
+    else:
+        words = WORDS
+    with pytest.raises(DataError, match=told):
+        generate_completions(TEACHER, of(**columns), tmp_path / "1", processing_class=words, **SHORT)
+    assert not (tmp_path / "1").exists()
+
+
+def test_columns_and_templates_that_are_not_there(tmp_path) -> None:
+    """`input_ids` are read in place of the default column alone."""
+    both = of(question=["w5"], input_ids=[[9]])
+    with pytest.raises(DataError, match=r"no column qestion, only \['input_ids', 'question'\]"):
+        generate_completions(TEACHER, both, tmp_path, processing_class=WORDS, prompt_column="qestion")
+    with pytest.raises(DataError, match="a IterableDataset does not say how many prompts"):
+        generate_completions(TEACHER, both.to_iterable_dataset(), tmp_path)
+    with pytest.raises(SettingError, match="prompt holds messages, and the tokenizer has no chat_template"):
+        chats = of(prompt=[[{"role": "user", "content": "w5"}]])
+        generate_completions(TEACHER, chats, tmp_path, processing_class=tokenizer(40), **SHORT)
+    with pytest.raises(
+        SettingError, match="prompt_column='text': WhisperForConditionalGeneration reads input_features"
+    ):
+        generate_completions(WHISPER.make(1), both, tmp_path, processing_class=WORDS, prompt_column="text", **SHORT)
+    with pytest.raises(SettingError, match="no setting language"):  # Whisper's alone
+        generate_completions(TEACHER, both, tmp_path, generation={"language": "en"}, **SHORT)
+    assert not any(tmp_path.iterdir())
+
+
+def test_gold_answers_in_messages_are_cut_off(tmp_path) -> None:
+    """As those in `input_ids` are: the teacher is asked what the user said last."""
+    user, gold = [{"role": "user", "content": "w5 w6"}], [{"role": "assistant", "content": "w30 w31"}]
+    chats = of(messages=[user + gold, user, user + gold + user + gold + gold])
+    made = generate_completions(
+        TEACHER, chats, tmp_path / "1", processing_class=WORDS, prompt_column="messages", **SHORT
+    )
+    assert made["prompt"][:] == ["w5 w6 w9", "w5 w6 w9", "w5 w6 w30 w31 w5 w6 w9"]
+    assert made["input_ids"][0] == made["input_ids"][1]
+
+
+def test_sources_and_answers_of_an_encoder_decoder(tmp_path) -> None:
+    model = bart()
+    too_long = (
+        r"2 of 3 .*input_ids\[1\]: a source of 17 tokens is more than the 16 positions that BartFor.*\[2\]: an empty"
+    )
+    too_much = "max_new_tokens=17 are more than the 16 positions that the decoder of BartFor"
+    for settings, told in (({"max_new_tokens": 4}, too_long), ({"max_new_tokens": 17}, too_much)):
+        with pytest.raises((DataError, SettingError), match=told):
+            generate_completions(model, of(input_ids=[[5] * 16, [5] * 17, []]), tmp_path / "1", **settings)
+    assert not (tmp_path / "1").exists()
+    assert len(generate_completions(model, of(input_ids=[[5] * 16]), tmp_path / "1", max_new_tokens=16)) == 1
+    asked = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
+    with pytest.raises(DataError, match="a source of 17 tokens, padding included, more than the 16 positions"):
+        answered(model, {"input_ids": torch.full((1, 17), 5)}, asked)
+    with pytest.raises(DataError, match="an empty source"):
+        answered(model, {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.eye(2, 3).long() * 0}, asked)
+
+
+def test_padding_in_a_dataset_is_no_part_of_a_source(tmp_path) -> None:
+    teacher = T5.make(2)
+    padded = of(input_ids=[[5, 6, 7, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]])
+    made = [
+        generate_completions(teacher, data, tmp_path / str(i), **SHORT)
+        for i, data in enumerate((padded, of(input_ids=[[5, 6, 7]])))
+    ]
+    assert made[0].to_list() == made[1].to_list() and made[0]["input_ids"][0] == [5, 6, 7]
+
+
+def test_sounds_of_unequal_length(tmp_path) -> None:
+    sounds = of(input_features=[torch.ones(8, 20).tolist(), torch.ones(8, 18).tolist(), None])
+    with pytest.raises(
+        DataError, match=r"2 of 3 .*\[1\]: a sound of shape \[8, 18\], and others are \[8, 20\].*\[2\]: "
+    ):
+        generate_completions(WHISPER.make(2), sounds, tmp_path / "1", processing_class=WORDS, max_new_tokens=3)
+
+
+def test_no_end_of_positions_is_no_limit() -> None:
+    """XLNet says -1."""
+    sizes = dict(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8, pad_token_id=0, eos_token_id=2)
+    model = XLNetLMHeadModel(XLNetConfig(**sizes))
+    assert model.config.max_position_embeddings == -1
+    settings = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
+    assert len(continued(model, [[5, 6, 7]], settings)[0]) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("generation", "told"),
+    [
+        ({"num_beams": 0}, "num_beams=0: a whole number, at least 1"),
+        ({"num_beams": 2.0}, "num_beams=2.0: a whole number"),
+        ({"max_new_tokens": None}, r"max_new_tokens=None \(1 or more\)"),
+        ({"do_sample": True, "temperature": 0}, r"sampling_temperature=0 \(above 0"),
+        ({"num_beams": 2, "do_sample": True, "num_return_sequences": 3}, "transformers refuses .*num_return_sequences"),
+        ({"stop_strings": ["w5"]}, r"stop_strings=\['w5'\] cannot be used: a text ends with a token here"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate=True cannot be used: it changes what `generate`"),
+        ({"max_length": 9}, "max_length=9 cannot be used: .*max_new_tokens"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(tmp_path, generation: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingError, match=told):
+        generate_completions(TEACHER, of(input_ids=[[5]]), tmp_path / "1", **SHORT, generation=generation)
+    assert not (tmp_path / "1").exists()
+
+
+def test_what_the_teachers_own_settings_ask_for(tmp_path) -> None:
+    """What `generate` returns is ours to say; a None undoes the teacher's own setting; its beams allow two answers."""
+    data, teacher = of(input_ids=[[5, 6], [7]]), LLAMA.make(2)
+    plain = generate_completions(teacher, data, tmp_path / "1", **SHORT).to_list()
+    teacher.generation_config.update(return_dict_in_generate=True, output_scores=True)
+    assert generate_completions(teacher, data, tmp_path / "2", **SHORT).to_list() == plain
+    written = [row["labels"][len(ids)] for row, ids in zip(plain, data["input_ids"], strict=True)]
+    teacher.generation_config.update(suppress_tokens=written, stop_strings=["w5"])
+    undone = {"suppress_tokens": None, "stop_strings": None}
+    own = teacher.generation_config
+    assert generate_completions(teacher, data, tmp_path / "3", **SHORT, generation=undone).to_list() == plain
+    suppressed = generate_completions(teacher, data, tmp_path / "4", **SHORT, generation={"stop_strings": None})
+    assert not {row["labels"][-3] for row in suppressed} & set(written)
+    assert teacher.generation_config is own
+    teacher.generation_config.num_beams = 2
+    two = generate_completions(teacher, data, tmp_path / "5", **SHORT, generation=undone, num_return_sequences=2)
+    assert two["index"][:] == [0, 0, 1, 1]
+
+
+def test_sampling_that_is_asked_for_by_generation(tmp_path) -> None:
+    """It follows from the seed and the temperature, of all tokens, as by `do_sample=True`."""
+    teacher, data = LLAMA.make(2), of(input_ids=[[5, 6]] * 8)
+    teacher.generation_config.update(min_p=0.999, typical_p=0.01)  # would leave the likeliest one
+
+    def made(name: str, seed: int = 0, temperature: float = 1e4, **settings: Any) -> list[Any]:
+        settings = {"sampling_temperature": temperature, "max_new_tokens": 2, **settings}
+        written = generate_completions(teacher, data, tmp_path / name, seed=seed, **settings)
+        return [row["labels"][2:] for row in written]
+
+    by_generation = {"generation": {"do_sample": True}}
+    first = made("1", **by_generation)
+    assert first == made("2", do_sample=True) and len({tuple(text) for text in first}) > 4
+    assert made("3", temperature=1e-4, **by_generation) == made("4", temperature=1.0)  # the likeliest
+    with pytest.raises(DataError, match="completions of something else: seed: 0 there, 1 now"):
+        made("1", seed=1, **by_generation)
+    assert made("5", seed=1, **by_generation) != first
+
+
+def test_a_teacher_that_is_not_there(tmp_path, capsys) -> None:
+    """One line; an adapter's folder is named as one."""
+    of(prompt=["w5"]).save_to_disk(str(tmp_path / "texts"))
+    capsys.readouterr()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for name, told in (("nope", "no such folder"), ("texts", "cannot be loaded"), ("adapter", "holds a PEFT adapter")):
+        assert main(["complete", *(str(tmp_path / one) for one in (name, "texts", "made"))]) == 2
+        printed = capsys.readouterr()
+        assert told in printed.err and printed.err.startswith("hf-distill: error: teacher_model=")
+        with pytest.raises(TeacherError, match=told):
+            generate_completions(tmp_path / name, of(prompt=["w5"]), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_damaged_folders(tmp_path) -> None:
+    data = of(input_ids=[[5, 6], [7], [8]])
+
+    def ask() -> list[Any]:
+        return generate_completions(TEACHER, data, tmp_path / "1", **SHORT).to_list()
+
+    whole, shard = ask(), tmp_path / "1" / "shard-00001.arrow"
+    shutil.copytree(tmp_path / "1", tmp_path / "copy")
+    content = shard.read_bytes()
+    for damaged in (content[:100], content[:-1] + b"\1"):
+        shard.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=r"shard-00001.arrow cannot be read \(it is cut off.* make the completions ag"
+        ):
+            ask()
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001.arrow cannot be read \(it is not there\)"):
+        ask()
+    shard.write_bytes(content)
+    (tmp_path / "1" / "state.json").write_text("[]")
+    with pytest.raises(
+        DataError, match=r"state.json cannot be read \(no JSON object\). Delete .* make the completions"
+    ):
+        ask()
+    (tmp_path / "1" / "completions.json").unlink()
+    (tmp_path / "1" / "completions-unfinished.json").write_text("")
+    with pytest.raises(DataError, match=r"completions-unfinished.json cannot be read .* make the completions again"):
+        ask()
+    shutil.rmtree(tmp_path / "1")
+    shutil.move(tmp_path / "copy", tmp_path / "1")
+    assert ask() == whole
+
+
+def test_a_receipt_that_cannot_be_read_is_no_receipt(tmp_path, monkeypatch) -> None:
+    """The shard is written again, to the same bytes."""
+    data = of(input_ids=[[5, 6], [7], [8]])
+    whole = generate_completions(TEACHER, data, tmp_path / "whole", **SHORT).to_list()
+    with monkeypatch.context() as killed:
+        killed.setattr(Folder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            generate_completions(TEACHER, data, tmp_path / "1", **SHORT)
+    (tmp_path / "1" / "shard-00000.json").write_text("")
+    assert generate_completions(TEACHER, data, tmp_path / "1", **SHORT).to_list() == whole
