@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.left_padding import refuse_unlike_alone
 from hf_distill.tasks.writing_limits import Limits, positions
 
 Tokens = list[int]
@@ -145,11 +146,13 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
         `num_return_sequences` for each prompt, one after the other.
 
     Raises:
-        DataError: an empty prompt, one too long for the model, or an id that it does not know.
+        DataError: an empty prompt, one too long for the model, or an id that it does not know; several at once, of a
+            model that then writes otherwise than to each alone.
     """
     limits = Limits.of(model, settings.max_new_tokens)
     for reason in filter(None, map(limits.obstacle, prompts)):
         raise DataError(f"there is {reason}. Leave such prompts out, or cut them.")
+    refuse_unlike_alone(model, prompts, settings, _writing)
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.tensor([[settings.pad_token_id] * (width - len(one)) + list(one) for one in prompts], device=device)

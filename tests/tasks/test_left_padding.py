@@ -1,0 +1,133 @@
+"""Ragged prompts in a batch: models that read the padding before them are refused, others write as they do alone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+from hf_distill import DataError, generate_completions
+from hf_distill.tasks import left_padding
+from hf_distill.tasks.generating import continued, generation_settings
+from hf_distill.views import OnPolicy
+
+RAGGED = [[5, 6, 7, 8, 9, 10], [12], [13, 14, 15]]
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "attention_hidden_size"), 16),
+    **dict.fromkeys(("intermediate_size", "decoder_ffn_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "decoder_attention_heads", "mamba_dt_rank", "state_size"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    **{"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+ADAPTERS: dict[str, Any] = {
+    "PromptTuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "PrefixTuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "Lora": LoraConfig(target_modules=["q_proj"]),
+}
+pytestmark = [  # PEFT's
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+READ = "Bart", "TrOCR", "PromptTuning"
+MASKED = "Llama", "GPT2", "Mamba", "Bloom", "PrefixTuning", "Lora"
+TOLD = "does not leave out the padding before a prompt.* prompts of one length a batch, or one at a time"
+
+
+def make(name: str) -> Any:
+    """Shaken, so that what is written differs from prompt to prompt; virtual tokens as large as others."""
+    prefix = "Llama" if name in ADAPTERS else name
+    config_class = getattr(hf, f"{prefix}Config")
+    known = {*inspect.signature(config_class).parameters, *config_class.attribute_map}
+    decoder = {"is_decoder": True, "is_encoder_decoder": False} if prefix in ("Bart", "TrOCR") else {}
+    config = config_class(**{key: value for key, value in SIZES.items() if key in known}, **decoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(hf, f"{prefix}LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM")(config)
+        model = get_peft_model(model, ADAPTERS[name]) if name in ADAPTERS else model
+        for parameter in model.parameters():
+            parameter.data.add_(
+                (1.0 if name in ADAPTERS and parameter.requires_grad else 0.15) * torch.randn_like(parameter)
+            )
+    return model.eval()
+
+
+def settings_of(model: Any) -> Any:
+    return generation_settings(model, max_new_tokens=4, do_sample=False, sampling_temperature=1.0)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_models_that_read_padding_are_refused_ragged_prompts(name: str) -> None:
+    model = make(name)
+    settings = settings_of(model)
+    with pytest.raises(DataError, match=TOLD):
+        continued(model, RAGGED, settings)
+    alone = [continued(model, [prompt], settings)[0] for prompt in RAGGED]
+    of_one_length = [[5, 6], [7, 8], [12, 9]]
+    together = continued(model, of_one_length, settings)
+    assert together == [continued(model, [prompt], settings)[0] for prompt in of_one_length]
+    assert len({*map(tuple, alone)}) > 1
+
+
+def test_a_model_that_errs_on_several_prompts_is_refused_them() -> None:
+    """RWKV, with its cache: in batches of more than one row; and it reads padding, with a cache or without."""
+    model = make("Rwkv")
+    settings = settings_of(model)
+    of_one_length = [[5, 6], [7, 8], [12, 9]]
+    for prompts, others in ((of_one_length, {}), (RAGGED, {}), (of_one_length[:1], {"num_beams": 2})):
+        settings.update(**{"num_beams": 1, **others})
+        with pytest.raises(
+            DataError, match=r"to several prompts at once what it writes to each alone\. Give it one at"
+        ):
+            continued(model, prompts, settings)
+    settings.update(use_cache=False, num_beams=1)
+    alone = [continued(model, [prompt], settings)[0] for prompt in of_one_length]
+    assert continued(model, of_one_length, settings) == alone
+    with pytest.raises(DataError, match=TOLD):
+        continued(model, RAGGED, settings)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_other_models_write_as_they_do_alone(name: str) -> None:
+    """And once they are tried they are not tried again, with random numbers and settings left as they were."""
+    model = make(name)
+    settings, own, state = settings_of(model), model.generation_config, torch.get_rng_state()
+    together = continued(model, RAGGED, settings)
+    assert together == [continued(model, [prompt], settings)[0] for prompt in RAGGED]
+    ran: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert continued(model, RAGGED, settings) == together
+    assert len(ran) <= settings.max_new_tokens
+    assert model.generation_config is own and torch.equal(torch.get_rng_state(), state)
+
+
+def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch) -> None:
+    """Of 16 bits, in the weights or by Accelerate: the logits are moved by a fifth of their spread."""
+    asked = left_padding._asked
+
+    def rounded(*given: Any, padding: int = 0, **others: Any) -> Any:
+        return [(x + 0.2 * x.std() * (padding > 0), token) for x, token in asked(*given, padding=padding, **others)]
+
+    monkeypatch.setattr(left_padding, "_asked", rounded)
+    with pytest.raises(DataError, match=TOLD):
+        continued(make("Llama"), RAGGED, settings_of(make("Llama")))
+    wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(make("Llama"))
+    for model in (make("Llama").bfloat16(), wrapped):
+        continued(model, RAGGED, settings_of(model))
+
+
+def test_completions_and_on_policy_refuse_them(tmp_path) -> None:
+    teacher = make("Bart")
+    prompts = Dataset.from_dict({"input_ids": RAGGED})
+    with pytest.raises(DataError, match=TOLD):
+        generate_completions(teacher, prompts, tmp_path / "ragged", max_new_tokens=4)
+    assert len(generate_completions(teacher, prompts, tmp_path / "one", max_new_tokens=4, batch_size=1)) == 3
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with pytest.raises(DataError, match=TOLD):
+        OnPolicy(lmbda=1.0, max_new_tokens=4)({"input_ids": ids, "attention_mask": (ids != 0).long()}, teacher, step=0)
