@@ -3,7 +3,7 @@ temperature, and past the logits the gradient does not hear of the temperature a
 
 The references share no code with the library: the papers' formulas in numpy, their slopes by central differences, and
 limits by hand. Every logit is a multiple of 1/16 below 16, which bf16 holds exactly, so that what is left of an error
-in 16 bits is the gradient's own rounding. Values of the loss in 16 bits and heads that scale or cap are not here.
+in 16 bits is the gradient's own rounding. Heads that scale or cap their logits are not here.
 """
 
 from __future__ import annotations
