@@ -34,7 +34,7 @@ def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) ->
         trainer.model._tp_size = 2
     else:
         monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[how.upper()])
-    with pytest.raises(SettingError, match=r"no process has all of it\. Use data parallelism \(DDP\), or let"):
+    with pytest.raises(SettingError, match=rf"and with {how} no process has all of it\. Use data parallelism \(DDP\)"):
         trainer.get_batch_samples(iter([LLAMA.batch(2)]), 1, trainer.args.device)
 
 
