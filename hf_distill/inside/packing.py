@@ -25,6 +25,7 @@ from hf_distill.unused_outputs import several_processes
 
 _LENGTHS = (2, 3)  # of the two sequences that are tried
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+_TELL = (*_BOUNDARIES, "seq_idx")  # where sequences begin, beside their positions
 _LONGEST = ("max_length_q", "max_length_k")
 _WITHOUT_MASK = (
     "The attention_mask is why: without one they are kept apart. Drop attention_mask from the batch. (Collators that "
@@ -33,6 +34,10 @@ _WITHOUT_MASK = (
 _ONE_ROW = (
     "In a batch of one row, without attention_mask, they are kept apart (flash attention does so there alone). Use "
     "DataCollatorWithFlattening, or one row a batch."
+)
+_NUMBERED = (
+    "The batch has no position_ids, and what else tells them apart is not looked at by this model or this attention: "
+    "leave return_position_ids of DataCollatorWithFlattening as it is, or use a collator that pads."
 )
 _PADDED = (
     "Use a collator that pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
@@ -76,12 +81,13 @@ class PackingCheck:
             DataError: what one of two packed sequences makes of its tokens changes with the other's.
         """
         batches = [batch for batch in batches if batch.get("input_ids") is not None]
-        free, masked = [one for one in batches if may_be_packed(one)], [one for one in batches if _has_a_mask(one)]
+        free = [one for one in batches if may_be_packed(one) or _has_boundaries(one)]
+        masked = [one for one in batches if _has_a_mask(one)]
         if free:
             # What was tried with several rows holds for one: then all processes try at the same step.
             self._several_rows = self._several_rows or any(len(batch["input_ids"]) > 1 for batch in free)
             why = self._refusal(_Layout(self._several_rows), free[0], task, teacher, needs)
-            if why and any(bool((batch["position_ids"].diff(dim=-1) != 1).any()) for batch in free):
+            if why and any(map(_holds_several, free)):
                 raise DataError(why)
         if masked:
             is_packed, *how = self._agreed(torch.stack([_found(batch) for batch in masked]).amax(0), teacher).tolist()
@@ -97,7 +103,7 @@ class PackingCheck:
 
         if not leaking(layout):
             return ""
-        way_out = _PADDED
+        way_out = _PADDED if batch.get("position_ids") is not None else _NUMBERED
         if layout.masked and not leaking(_Layout(layout.several_rows)):
             way_out = _WITHOUT_MASK
         elif layout.several_rows and not leaking(_Layout()):
@@ -141,6 +147,19 @@ def may_be_packed(batch: Batch) -> bool:
     """Whether rows may hold several sequences: they are numbered, and no mask says otherwise."""
     ids = batch.get("position_ids")
     return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
+
+
+def _has_boundaries(batch: Batch) -> bool:
+    """Whether flash attention or a recurrent model is told where sequences begin, and no mask says otherwise."""
+    return batch.get("attention_mask") is None and any(batch.get(name) is not None for name in _TELL)
+
+
+def _holds_several(batch: Batch) -> bool:
+    """Whether some row does, of a batch without a mask."""
+    if may_be_packed(batch):
+        return bool((batch["position_ids"].diff(dim=-1) != 1).any())
+    ends = next((batch[name] for name in _BOUNDARIES if batch.get(name) is not None), None)
+    return bool(batch["seq_idx"].diff(dim=-1).any()) if ends is None else ends.numel() > len(batch["input_ids"]) + 1
 
 
 def _has_a_mask(batch: Batch) -> bool:
@@ -198,8 +217,7 @@ def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device
     """Two sequences in a row, told apart by whatever this batch tells them apart by."""
     lengths = (*_LENGTHS, 1) if layout.padded else _LENGTHS
     rows = 2 if layout.several_rows else 1
-    ids, mask = batch["position_ids"], batch.get("attention_mask")
-    start = int((ids if mask is None else ids.expand_as(mask)[mask != 0]).min())
+    ids, mask = batch.get("position_ids"), batch.get("attention_mask")
 
     def filled(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor([values] * rows, dtype=dtype, device=device)
@@ -207,10 +225,10 @@ def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device
     def numbered(*numbers: int) -> list[int]:
         return [number for number, length in zip(numbers, lengths, strict=False) for _ in range(length)]
 
-    made: dict[str, Any] = {
-        "input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)]),
-        "position_ids": filled([start + i for length in lengths for i in range(length)]),
-    }
+    made: dict[str, Any] = {"input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)])}
+    if ids is not None:
+        start = int((ids if mask is None else ids.expand_as(mask)[mask != 0]).min())
+        made["position_ids"] = filled([start + i for length in lengths for i in range(length)])
     if layout.masked and mask is not None:
         made["attention_mask"] = filled(numbered(1, 2 if layout.numbered else 1, 0), mask.dtype)
     if batch.get("seq_idx") is not None:

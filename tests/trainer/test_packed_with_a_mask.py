@@ -168,6 +168,21 @@ def test_the_mask_is_tried_as_it_was_given() -> None:
         patched.count([LAID_OUT["two texts"][0]])
 
 
+@pytest.mark.parametrize("told", ["return_flash_attn_kwargs", "return_seq_idx"])
+def test_boundaries_that_a_model_does_not_look_at_are_refused(told: str) -> None:
+    """Without positions only flash attention, or only a recurrent model, knows where a text begins."""
+    collator = DataCollatorWithFlattening(return_tensors="pt", return_position_ids=False, **{told: True})
+    distiller = Distiller(LLAMA.make(1), LLAMA.make(2))
+    for count, told_apart in ((4, False), (1, True)):
+        batch = collator(LLAMA.examples(count))
+        assert batch.get("position_ids") is None and batch.get("attention_mask") is None
+        if told_apart:
+            distiller.count([batch])
+            continue
+        with pytest.raises(DataError, match=r"packed into a row, and the student .* The batch has no position_ids"):
+            distiller.count([batch])
+
+
 def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monkeypatch) -> None:
     """Their forward waits for every process. Here another one has found them."""
     monkeypatch.setattr(packing, "several_processes", lambda: True)
