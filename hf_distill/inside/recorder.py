@@ -23,6 +23,13 @@ from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELAT
 Seen = dict[Read, Any]
 
 
+def start_token_of(config: Any) -> int | None:
+    """What a config calls `bos_token_id`, of the model that writes text."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "bos_token_id", None)
+    return found if isinstance(found, int) else None
+
+
 class Inside:
     """The inside of one model.
 
@@ -46,10 +53,7 @@ class Inside:
     @property
     def start_token(self) -> int | None:
         """What its config calls `bos_token_id`."""
-        config: Any = getattr(self._model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        found = getattr(text, "bos_token_id", None)
-        return found if isinstance(found, int) else None
+        return start_token_of(getattr(self._model, "config", None))
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
         """The blocks of a side. Raises SettingError where they cannot be told; the message lists what there is."""

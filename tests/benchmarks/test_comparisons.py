@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,15 @@ def test_the_figure_is_what_is_printed_last() -> None:
 
 
 # A teacher in fewer bits.
+
+
+@pytest.fixture(autouse=True)
+def level() -> Iterator[None]:
+    """A script is silent for as long as it runs, which here is not to its end."""
+    of_library = logging.getLogger("hf_distill")
+    before = of_library.level
+    yield
+    of_library.setLevel(before)
 
 
 def test_precisions_of_a_made_up_teacher(

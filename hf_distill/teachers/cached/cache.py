@@ -55,7 +55,8 @@ class TeacherCache:
         self.main: str = self.manifest["inputs"]["main"]
         self.columns: tuple[str, ...] = tuple(self.manifest["inputs"]["columns"])
         self.axis: layout.Axis = self.manifest["predictions"]["axis"]
-        self.inside = CachedInside(self.manifest.get("inside"))
+        start_token = self.manifest["teacher"].get("config", {}).get("bos_token_id")  # several teachers have no one
+        self.inside = CachedInside(self.manifest.get("inside"), start_token=start_token)
         self._verify(checksums=verify)
         fields = self.store.fields(self.manifest["predictions"]["columns"])
         self._fields = list(fields)

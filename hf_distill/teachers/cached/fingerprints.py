@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_distill.errors import TeacherError
+from hf_distill.inside.recorder import start_token_of
 from hf_distill.run_facts.names import HIDDEN_PATH, looks_like_hub_id, without_paths
 from hf_distill.tasks.infer import unwrapped
 
@@ -127,6 +128,7 @@ def of_config(config: Any) -> dict[str, Any]:
         "problem_type": getattr(config, "problem_type", None),
         "hidden_size": getattr(config, "hidden_size", None),
         "pad_token_id": getattr(config, "pad_token_id", None),
+        "bos_token_id": start_token_of(config),
     }
 
 

@@ -222,11 +222,12 @@ class CachedInside:
     """The inside of a teacher as its cache remembers it: what `Inside` tells objectives of blocks, and no modules.
 
     Args:
-        manifest: its part on the inside; None: predictions alone were kept.
+        manifest: its part on the inside; None: predictions alone were kept. start_token: as `Inside.start_token`.
     """
 
-    def __init__(self, manifest: Mapping[str, Any] | None) -> None:
+    def __init__(self, manifest: Mapping[str, Any] | None, *, start_token: int | None = None) -> None:
         self._manifest = manifest
+        self.start_token = start_token
         self.kept = kept_reads(manifest)
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:

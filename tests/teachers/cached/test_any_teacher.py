@@ -265,8 +265,11 @@ def test_a_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 def test_a_teacher_with_another_tokenizer_at_token_level(tmp_path: Path) -> None:
     """Compared by how sure it is: its cache is of its own texts, and laid out along them."""
     head = HEADS["llama_causal_lm"]
-    student, teacher = head.make(1, vocab_size=50), head.make(2)
+    student, teacher = head.make(1, vocab_size=50), head.make(2, bos_token_id=3)
     theirs, ours = head.examples(6, seed=1), head.examples(6)
+    for one in theirs:  # whole texts with a start token, which is no part of an answer
+        one["input_ids"][0] = 3
+        one["labels"] = list(one["input_ids"])
     cache = build(tmp_path, head, teacher, theirs)
 
     def collate(numbers: list[int]) -> dict:
