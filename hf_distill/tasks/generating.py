@@ -60,10 +60,12 @@ def generation_settings(
     do_sample: bool,
     sampling_temperature: float,
     others: Mapping[str, Any] | None = None,
+    followed: Sequence[str] | None = None,
 ) -> GenerationConfig:
     """The model's own `generation_config` with these said anew; sampling is from all tokens unless `others` cut it.
 
     Args:
+        followed: names of what is taken over from the model's own; None: all.
         others: further settings of `generate`, by transformers' names (num_beams, top_p, ...); they are the last word.
 
     Raises:
@@ -73,7 +75,10 @@ def generation_settings(
     inner = unwrapped(model)
     if not getattr(inner, "can_generate", lambda: False)():
         raise SettingError(f"{type(inner).__name__} cannot generate: it has no head that writes text.")
-    settings = copy.deepcopy(inner.generation_config)
+    settings = copy.deepcopy(vars(model).get("generation_config", inner.generation_config))  # PEFT's may be its own
+    if followed is not None:
+        kept = {name: getattr(settings, name, None) for name in followed}
+        settings = GenerationConfig(**{name: value for name, value in kept.items() if value is not None})
     others = dict(others or {})
     do_sample = bool(others.get("do_sample", do_sample))
     sampling: dict[str, Any] = {"temperature": sampling_temperature, "top_k": 0, "top_p": 1.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
 from hf_distill.tasks.generating import answered, continued, drawn_from, prompt_of
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.views.writing import ids_not_shared, tokens_needed, writing
+from hf_distill.views.writing import ids_not_shared, sampling_settings, tokens_needed
 
 KINDS = ("causal_lm", "seq2seq")
 _REPLACED = ("input_ids", "attention_mask", "labels")
@@ -100,9 +99,7 @@ class OnPolicy:
             )
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._never_written = ids_not_shared(student, teacher, tokenizer)
-        with self._writing(student) as settings:
-            needed = tokens_needed(settings, tokenizer)
-        for what, tokens in needed.items():
+        for what, tokens in tokens_needed(self._settings(student), tokenizer).items():
             if tokens and tokens <= set(self._never_written):
                 raise SettingError(
                     f"OnPolicy: the student's texts {what} with {sorted(tokens)}, which student, teacher and tokenizer "
@@ -143,8 +140,7 @@ class OnPolicy:
         _refuse_other_columns(batch, _REPLACED)
         device = batch["input_ids"].device
         prompts = prompts_of(batch)
-        with self._writing(student) as settings:
-            written = continued(student, prompts, settings)
+        written = continued(student, prompts, self._settings(student))
         whole = [torch.tensor(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
         labels = [torch.tensor([IGNORED] * len(p) + text) for p, text in zip(prompts, written, strict=True)]
         masks = [torch.ones_like(ids) for ids in whole]
@@ -157,13 +153,12 @@ class OnPolicy:
     def _answered(self, batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
         _refuse_other_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-        with self._writing(student) as settings:
-            written = answered(student, inputs, settings)
+        written = answered(student, inputs, self._settings(student))
         labels = pad_sequence([torch.tensor(text) for text in written], batch_first=True, padding_value=IGNORED)
         return {**inputs, "labels": labels.to(batch["input_ids"].device)}
 
-    def _writing(self, student: Any) -> AbstractContextManager[GenerationConfig]:
-        return writing(
+    def _settings(self, student: Any) -> GenerationConfig:
+        return sampling_settings(
             student,
             max_new_tokens=self.max_new_tokens,
             sampling_temperature=self.sampling_temperature,

@@ -5,8 +5,7 @@ When it writes, and what becomes of the texts, is said elsewhere.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,23 +23,22 @@ _FOLLOWED = (
 _LANGUAGE = "forced_bos_token_id"  # of an encoder-decoder's text (mBART, M2M100): given, as a prompt is
 
 
-@contextlib.contextmanager
-def writing(
+def sampling_settings(
     student: Any, *, max_new_tokens: int, sampling_temperature: float, never: Sequence[int] = ()
-) -> Iterator[GenerationConfig]:
-    """The settings to sample with, valid inside: from all ids but those that are `never` to be written.
+) -> GenerationConfig:
+    """The settings to sample with: from all ids but those that are `never` to be written.
 
     Raises:
         SettingError: see `generation_settings`.
     """
-    with _followed_alone(student):
-        yield generation_settings(
-            student,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            sampling_temperature=sampling_temperature,
-            others={"suppress_tokens": list(never) or None, "return_dict_in_generate": False},
-        )
+    return generation_settings(
+        student,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        sampling_temperature=sampling_temperature,
+        others={"suppress_tokens": list(never) or None},
+        followed=(*_FOLLOWED, _LANGUAGE) if unwrapped(student).config.is_encoder_decoder else _FOLLOWED,
+    )
 
 
 def tokens_needed(settings: GenerationConfig, tokenizer: Any = None) -> dict[str, set[int]]:
@@ -103,24 +101,3 @@ def _embeddings(model: Any) -> int | None:
     if count is None and isinstance(getattr(found, "weight", None), Tensor):  # under an adapter
         count = found.weight.shape[0]
     return None if count is None else int(count)
-
-
-@contextlib.contextmanager
-def _followed_alone(student: Any) -> Iterator[None]:
-    """Inside, its `generation_config` holds what is followed of it alone: `generate` fills in from it what is not set.
-
-    (A PEFT model may have one of its own, which it gives to the model inside.)
-    """
-    holders = [model for model in (unwrapped(student), student) if "generation_config" in vars(model)]
-    before = [model.generation_config for model in holders]
-    if before:
-        names = (*_FOLLOWED, _LANGUAGE) if unwrapped(student).config.is_encoder_decoder else _FOLLOWED
-        said = {name: getattr(before[-1], name, None) for name in names}
-        followed = GenerationConfig(**{name: value for name, value in said.items() if value is not None})
-        for model in holders:
-            model.generation_config = followed
-    try:
-        yield
-    finally:
-        for model, config in zip(holders, before, strict=True):
-            model.generation_config = config
