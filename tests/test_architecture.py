@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_distill"
-LINES_A_FILE, LINES_A_FUNCTION = 300, 60
+LINES_WITHOUT_A_REASON = 600
+# A file is one idea. One that is longer than that has its reason here.
+REASONS_TO_BE_LONG: dict[str, str] = {}
 
 # A line may import from the lines above it. Parts of one line do not know each other, unless a + joins them.
 # Parts of the design that are yet to be built have their place already.
@@ -113,29 +115,14 @@ def test_the_mathematics_knows_no_models() -> None:
 
 
 @pytest.mark.parametrize("path", CHECKED, ids=name_of)
-def test_a_file_says_what_it_is_for_and_is_short(path: Path) -> None:
+def test_a_file_says_what_it_is_for_and_a_long_one_has_a_reason(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if path.name == "__init__.py" and not text.strip():
         return
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring and text.startswith('"""'), "no docstring in the first line"
-    assert len(text.splitlines()) <= LINES_A_FILE
-
-
-@pytest.mark.parametrize("path", CHECKED, ids=name_of)
-def test_functions_are_short(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, FUNCTIONS):
-            inner = [other for other in ast.walk(node) if isinstance(other, FUNCTIONS) and other is not node]
-            own = lines_of(node) - lines_of(*inner)  # what stands inside is measured by itself
-            assert len(own) <= LINES_A_FUNCTION, f"{node.name} has {len(own)} lines"
-
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def lines_of(*nodes: ast.FunctionDef | ast.AsyncFunctionDef) -> set[int]:
-    return {line for node in nodes for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    if len(text.splitlines()) > LINES_WITHOUT_A_REASON:
+        assert name_of(path) in REASONS_TO_BE_LONG, "is it one idea? Then say in REASONS_TO_BE_LONG why it is long"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
