@@ -16,10 +16,11 @@ from hf_distill._compat import gathered_sum
 from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, labels_part
 from hf_distill.counts import Counts, scale_of
 from hf_distill.inside.packing import PackingCheck
+from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
+from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies
 from hf_distill.teachers import Teacher
 from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
@@ -41,6 +42,7 @@ class OneBatch:
     _watch: TeacherWatch
     _without_logits: WithoutLogits
     _check_packing: PackingCheck
+    check_padding: PaddingCheck
 
     def count(
         self,
@@ -62,6 +64,8 @@ class OneBatch:
         """
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
+        if self.asks_teacher(progress):
+            self.check_padding(micro_batches, accelerator)
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):
@@ -144,13 +148,18 @@ class OneBatch:
         return self.task.prepare(dict(batch), self._student)
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """What the student is called with: nothing of the teacher's, and labels only where they are used."""
+        """What the student is called with: nothing of the teacher's, and labels only where they are used.
+
+        Features and labels are its own copies: what it writes into them changes neither the batch nor what the teacher
+        reads.
+        """
         batch = batch if labels else self.task.without_labels(batch)
-        return {
+        inputs = {
             name: value
             for name, value in batch.items()
             if not name.startswith(TEACHER_PREFIX) and name not in self._teacher_only
         }
+        return own_copies(inputs, self.task.label_names)
 
     def blend(
         self,
