@@ -44,7 +44,7 @@ def explained(error: Exception, model: Any, inputs: Mapping[str, Any], *, own: b
     )  # a device that has failed can still say shapes
     causes = [] if "CUDA error" in str(error) else list(_causes(inner, inputs, own))
     if not causes:
-        causes = [_other_inputs(_main_of(inputs), own)]
+        causes = [_other_inputs(_main_of(inputs), own, sure=False)]
     return TeacherError(
         f"the teacher's forward failed ({name}, on {shown or 'no tensor'}). {' '.join(causes)} "
         f"It said: {type(error).__name__}: {error}"
@@ -55,19 +55,20 @@ def _main_of(inputs: Mapping[str, Any]) -> str | None:
     return next((name for name in _COLUMNS if isinstance(inputs.get(name), Tensor)), None)
 
 
-def _other_inputs(main: str | None, own: bool) -> str:
-    """The way out where the input is not of the shape that the teacher reads."""
+def _other_inputs(main: str | None, own: bool, *, sure: bool) -> str:
+    """The way out where the input is not what the teacher reads; `sure`: that is known to be the cause."""
     kind = _COLUMNS.get(main or "")
     if kind is None:
-        return f"These are {'its own' if own else 'the student' + chr(39) + 's'} inputs."
+        return "These are its own inputs." if own else "These are the student's inputs."
     if own:
         return (
             f"These are its own inputs ({TEACHER_PREFIX}{kind} or {TEACHER_PREFIX}{main}): let the "
             f"{_PROCESSORS[kind]} that belongs to this checkpoint make them (teacher_processing_class=)."
         )
+    found = f"It was given the student's {main}{': give' if sure else '. If it reads others, give'} the dataset"
     return (
-        f"It was given the student's {main}. If it reads others, give the dataset a column {TEACHER_PREFIX}{kind} and "
-        f"pass teacher_processing_class= (its {_PROCESSORS[kind]}), or give ready ones as {TEACHER_PREFIX}{main}."
+        f"{found} a column {TEACHER_PREFIX}{kind} and pass teacher_processing_class= (its {_PROCESSORS[kind]}), or "
+        f"give it ready inputs as {TEACHER_PREFIX}{main}."
     )
 
 
@@ -86,7 +87,7 @@ def _causes(model: nn.Module, inputs: Mapping[str, Any], own: bool) -> Iterable[
         if isinstance(inputs.get(name), Tensor):
             expected = look(config, inputs[name])
             if expected is not None:
-                yield f"{expected} {_other_inputs(name, own)}"
+                yield f"{expected} {_other_inputs(name, own, sure=True)}"
     yield from _of_decoder(config, inputs)
 
 
@@ -97,11 +98,10 @@ def _of_text(model: nn.Module, config: Any, inputs: Mapping[str, Any], own: bool
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     column = f"{TEACHER_PREFIX}text"
     if ids.shape[-1] == 0:
-        yield (
-            f"Every text of the batch is empty. Leave empty examples out of the dataset, or give the teacher's "
-            f"tokenizer a token that it adds to each text ({column} is tokenised with special tokens)."
-        )
+        yield "Every text of the batch is empty. Leave empty examples out of the dataset."
         return
+    if isinstance(mask, Tensor) and mask.dim() == ids.dim() and mask.shape != ids.shape:
+        yield f"attention_mask {list(mask.shape)} has another shape than input_ids {list(ids.shape)}."
     longest = _positions(model, config)
     if longest is not None and ids.shape[-1] > longest:
         example = int(mask.flatten(0, -2).sum(-1).argmax()) if isinstance(mask, Tensor) and mask.dim() > 1 else None

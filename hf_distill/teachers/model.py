@@ -21,7 +21,7 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures, fitting
 from hf_distill.teachers.padding import KINDS, OwnPadding
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import Columns, reads_ids_of
 
 logger = logging.getLogger(__name__)
 _NEVER_GIVEN = ("labels", "start_positions", "end_positions")
@@ -56,7 +56,7 @@ class ModelTeacher:
         self._dtype = dtype
         self._in_use = False
         self._accelerator: Any = None
-        self._cannot_read_students: str | None = None
+        self._difference: fitting.InputDifference | None = None  # why it may not read the student's ids
         self.inside = Inside(model, "teacher")
         self._head: OutputHead | None = None
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
@@ -97,6 +97,8 @@ class ModelTeacher:
         if compares_predictions:
             fitting.refuse_other_head(teacher, task)
         ours, theirs = fitting.tokenizer_in(student_processor), self.tokenizer
+        if theirs is None and reads_ids_of(student, teacher):
+            theirs = ours
         if compares_predictions:
             self.columns = fitting.matched_columns(
                 student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
@@ -108,12 +110,10 @@ class ModelTeacher:
         if difference is not None and (needs_same_inputs or same_inputs):
             what = f"A {task.kind} head predicts" if needs_same_inputs else "An objective compares"
             raise TeacherError(
-                f"student and teacher have different tokenizers: {difference}. {what} positions "
-                "of the input, so both must read the same one. Use a teacher with the student's tokenizer, or build "
-                "the student from the teacher. (If only padded rows of the embeddings differ, pass processing_class= "
-                "and teacher_processing_class=.)"
+                f"{difference.sentence()} {what} positions of the input, so both must read the same one: use a teacher "
+                "with the student's tokenizer, or build the student from the teacher."
             )
-        self._cannot_read_students = difference
+        self._difference = difference
         self.prepare_inputs(student, task, tokenizer=theirs or ours)
         task.learn_from(getattr(teacher, "config", None))
 
@@ -245,12 +245,12 @@ class ModelTeacher:
                 f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. "
                 "If a map() or a collator of yours dropped it, keep it there."
             )
-        if self._cannot_read_students is not None and source is batch:
+        if self._difference is not None and source is batch:
             raise DataError(
-                f"the teacher has another tokenizer and cannot read the student's {main}: "
-                f"{self._cannot_read_students}. Give the dataset a column {TEACHER_PREFIX}text (or "
-                f"{TEACHER_PREFIX}{main}); the collator turns it into the teacher's inputs with "
-                "teacher_processing_class."
+                f"the teacher ({type(unwrapped(self.model)).__name__}) is given the student's {main}, which it may "
+                f"misread: {self._difference.sentence()} {'Else give' if self._difference.missing else 'Give'} the "
+                f"dataset a column {TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the "
+                "teacher's inputs with teacher_processing_class=."
             )
         inputs = own_copies(inputs)
         if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,12 +92,13 @@ class TeacherInputsCollator:
             if "teacher_prompt" in raw:
                 return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
             made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
+            _refuse_empty(made, raw["teacher_text"])
         elif "teacher_audio" in raw:
             audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
             made = audio(raw["teacher_audio"])
         else:
             images = getattr(self.processor, "image_processor", self.processor)
-            made = images(raw["teacher_image"], return_tensors="pt")
+            made = images(_images(raw["teacher_image"]), return_tensors="pt")
         return dict(made)
 
     def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
@@ -125,3 +127,31 @@ def _refuse_unlike(features: list[dict[str, Any]]) -> None:
         empty = [name for name, value in feature.items() if value is None]
         if empty:
             raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
+
+
+def _refuse_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """A text of which the tokenizer makes no token: the teacher has nothing to answer."""
+    mask = made.get("attention_mask")
+    if mask is None:
+        return
+    lengths = mask.sum(-1).tolist() if mask.numel() else [0] * len(texts)
+    if 0 in lengths:
+        example = lengths.index(0)
+        raise DataError(
+            f"teacher_text: the teacher's tokenizer makes no token of example {example} of the batch "
+            f"({texts[example]!r}). Leave empty texts out of the dataset."
+        )
+
+
+def _images(cells: Sequence[Any]) -> list[Any]:
+    """Images as a processor takes them: those of `datasets.Image(decode=False)` are opened, others left as they are."""
+    found = list(cells)
+    for number, cell in enumerate(cells):
+        if isinstance(cell, Mapping) and (cell.get("bytes") or cell.get("path")):
+            from PIL import Image  # what an image processor needs anyway
+
+            try:
+                found[number] = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+            except OSError as error:
+                raise DataError(f"teacher_image: example {number} of the batch cannot be opened: {error}") from error
+    return found
