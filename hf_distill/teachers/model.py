@@ -247,10 +247,10 @@ class ModelTeacher:
             )
         if self._difference is not None and source is batch:
             raise DataError(
-                f"the teacher ({type(unwrapped(self.model)).__name__}) is given the student's {main}, which it may "
-                f"misread: {self._difference.sentence()} {'Else give' if self._difference.missing else 'Give'} the "
-                f"dataset a column {TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the "
-                "teacher's inputs with teacher_processing_class=."
+                f"the teacher ({type(unwrapped(self.model)).__name__}) may misread the student's {main}: "
+                f"{self._difference.sentence()} {'Else give' if self._difference.missing else 'Give'} the dataset a "
+                f"column {TEACHER_PREFIX}text (or {TEACHER_PREFIX}{main}); the collator turns it into the teacher's "
+                "inputs with teacher_processing_class=."
             )
         inputs = own_copies(inputs)
         if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end

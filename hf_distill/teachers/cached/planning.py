@@ -22,7 +22,7 @@ from hf_distill.teachers.cached.inside import by_axis, itemsize, of_inside
 from hf_distill.teachers.cached.keys import MASK, read_by_teacher
 from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.nothing import Nothing
-from hf_distill.teachers.cached.source import Said, Source
+from hf_distill.teachers.cached.source import Said, Source, examples_named
 from hf_distill.teachers.cached.stores import Dense, Store, described, store_from
 from hf_distill.teachers.cached.topk import TopK
 from hf_distill.teachers.fitting import tokenizer_in
@@ -92,7 +92,8 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
     axis = source.axis
     count = _length(source.dataset)
     first = list(range(min(batch_size, count)))
-    batch = source.batch(first)
+    with examples_named(first):
+        batch = source.batch(first)
     columns = source.key_columns(batch)
     keys = source.keys(batch, columns)
     if not np.array_equal(keys, source.keys(source.batch(first), columns)):
@@ -101,7 +102,8 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "augmentation anew. A cache knows examples by their content, so draw once before: dataset.map, or "
             "hf_distill.views.augment_dataset, with a collator that only pads."
         )
-    said = source.said(batch, device)
+    with examples_named(first):
+        said = source.said(batch, device)
     chosen = _chosen_store(source, said, store)
     return {
         "format": files.FORMAT,
