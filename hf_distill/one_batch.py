@@ -39,6 +39,7 @@ class OneBatch:
     teacher: Teacher | None
     reached: set[int]
     _student: nn.Module
+    _whole_student: nn.Module  # with what PEFT puts around it: the vectors of prompt tuning are no part of the base
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
     _inside: Inside
@@ -84,7 +85,7 @@ class OneBatch:
         """Look once, before the first step that is to train something."""
         if self._found_trainable or not torch.is_grad_enabled():
             return
-        parameters = chain(self._student.parameters(), self.learned.parameters())
+        parameters = chain(self._whole_student.parameters(), self.learned.parameters())
         self._found_trainable = any(parameter.requires_grad for parameter in parameters)
         if not self._found_trainable:
             raise SettingError(
