@@ -71,7 +71,7 @@ class OwnPadding:
         """Around the teacher's forward: every part of its config names the same padding token."""
         own = self._known()
         own = _NONE if own is None else own
-        kept = [(config, config.pad_token_id) for config in self._configs]
+        kept = [(config, config.pad_token_id) for config in self._configs if config.pad_token_id != own]
         try:
             for config, _ in kept:
                 config.pad_token_id = own
