@@ -73,7 +73,7 @@ class OneBatch:
         self._refuse_frozen_student()
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
         if self.asks_teacher(progress):
-            self.check_padding(micro_batches, accelerator)
+            self.check_padding(micro_batches, self.teacher, accelerator)
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):

@@ -1,4 +1,4 @@
-"""Whether the student reads padding: looked at once, with the first batches.
+"""Whether a model reads padding: looked at once, with the first batches.
 
 Two kinds of models do, in `Trainer` as well. The classification heads of decoders find the last token by
 `config.pad_token_id`, which may not be the token that the batch is padded with. And models with absolute positions
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_distill.tasks import Batch
+from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.generating import evaluating
-from hf_distill.tasks.infer import forward_names
+from hf_distill.tasks.infer import forward_names, unwrapped
 
 logger = logging.getLogger(__name__)
 _FINDS_LAST_TOKEN = re.compile(r"input_ids\s*!=\s*self\.config\S*\.pad_token_id")
@@ -47,21 +48,31 @@ class PaddingCheck:
         self._tokenizer = tokenizer
         self._looked = False
 
-    def __call__(self, batches: Sequence[Batch], accelerator: Any = None) -> None:
-        """Does nothing after the first call, so that no later step waits for the device."""
+    def __call__(self, batches: Sequence[Batch], teacher: Any = None, accelerator: Any = None) -> None:
+        """Does nothing after the first call, so that no later step waits for the device.
+
+        Args:
+            batches: of an optimizer step, or one of an evaluation.
+            teacher: a Teacher; it is looked at where it is one model. None: there is none.
+            accelerator: None where there is one process.
+        """
         if self._looked:
             return
         self._looked = True
         if finds_last_token(self._student):
             self._align(batches)
-        padded = next(filter(_is_padded_left, batches), None)
-        if padded is not None and self._can_be_tried(padded, accelerator) and self._changes_with_padding(padded):
+        if getattr(accelerator, "distributed_type", None) in _SHARDED:
+            return
+        models = [("student", self._student, batches)]
+        if isinstance(getattr(teacher, "model", None), nn.Module):
+            models.append(("teacher", unwrapped(teacher.model), [_read_by_teacher(batch) for batch in batches]))
+        found = [f"the {whose} ({type(model).__name__})" for whose, model, read in models if _sees_padding(model, read)]
+        if found:
             logger.warning(
-                "The batches are padded on the left and have no position_ids, and what the student "
-                f"({type(self._student).__name__}) makes of a text changes with the padding before it: it counts "
-                "positions from the padding on, or reads it. (So it does in Trainer.) Pad on the right "
-                '(tokenizer.padding_side = "right"), or let the collator add position_ids = '
-                "(attention_mask.cumsum(-1) - 1).clamp(min=0), which both models then read."
+                f"The batches are padded on the left and have no position_ids, and what {' and '.join(found)} makes of "
+                "a text changes with the padding before it: positions are counted from the padding on (as in Trainer), "
+                'or the padding is read. Pad on the right (tokenizer.padding_side = "right"), or let the collator add '
+                "position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), which both models then read."
             )
 
     def _align(self, batches: Sequence[Batch]) -> None:
@@ -86,40 +97,49 @@ class PaddingCheck:
                 f"processing_class= (the student's tokenizer), or set student.config.pad_token_id = {found}."
             )
 
-    def _can_be_tried(self, batch: Batch, accelerator: Any) -> bool:
-        names = set(forward_names(self._student))
-        if getattr(accelerator, "distributed_type", None) in _SHARDED:
-            return False
-        if any(isinstance(weight, DTensor) for weight in self._student.parameters()):
-            return False
-        read = {name for name, value in batch.items() if name in names and isinstance(value, Tensor)}
-        others = {
-            name for name in read if not name.startswith(("decoder_", "labels")) and not name.endswith("positions")
-        }
-        return {"input_ids", "attention_mask"} <= others <= _TRIED_WITH
 
-    @torch.no_grad()
-    def _changes_with_padding(self, batch: Batch) -> bool:
-        """Whether the model says something else of a few tokens when padding stands before them."""
-        weight = next(self._student.parameters())
-        ids, mask = (batch[name].to(weight.device) for name in ("input_ids", "attention_mask"))
-        decodes = "decoder_input_ids" in forward_names(self._student)
-        row = int((mask[:, 0] == 0).nonzero()[0])
-        real = ids[row][mask[row] != 0][:_LONGEST][None]
-        padding = ids[row, :1].expand(1, _PADDING)
-        answers = []
-        with evaluating(self._student):
-            for count in (0, _PADDING):
-                shown = torch.cat((padding[:, :count], real), 1)
-                attended = torch.cat((mask.new_zeros(1, count), mask.new_ones(real.shape)), 1)
-                decoded = {"decoder_input_ids": real[:, :1]} if decodes else {}
-                outputs = self._student(input_ids=shown, attention_mask=attended, **decoded)
-                answers.append(_predictions(outputs, width=shown.shape[1], count=count))
-        alone, beside = answers
-        if alone is None or beside is None or alone.shape != beside.shape:
-            return False
-        allowed = _EXACT if weight.dtype in (torch.float32, torch.float64) else _ROUNDED
-        return bool((alone - beside).abs().max() > allowed * alone.std().clamp(min=1e-6))
+@torch.no_grad()
+def _sees_padding(model: Any, batches: Sequence[Batch]) -> bool:
+    """Whether a model says something else of a few tokens of these batches when padding stands before them."""
+    batch = next((one for one in batches if _can_be_tried(model, one)), None)
+    if batch is None:
+        return False
+    weight = next(model.parameters())
+    ids, mask = (batch[name].to(weight.device) for name in ("input_ids", "attention_mask"))
+    padded = ((mask[:, 0] == 0) & (mask != 0).any(-1)).nonzero()
+    if isinstance(weight, DTensor) or not len(padded):
+        return False
+    row = int(padded[0])
+    real = ids[row][mask[row] != 0][:_LONGEST][None]
+    padding = ids[row][: min(_PADDING, int((mask[row] != 0).nonzero()[0]))][None]
+    decodes = "decoder_input_ids" in forward_names(model)
+    answers = []
+    with evaluating(model):
+        for before in (padding[:, :0], padding):
+            shown = torch.cat((before, real), 1)
+            attended = torch.cat((torch.zeros_like(before), torch.ones_like(real)), 1).to(mask.dtype)
+            decoded = {"decoder_input_ids": real[:, :1]} if decodes else {}
+            outputs = model(input_ids=shown, attention_mask=attended, **decoded)
+            answers.append(_predictions(outputs, width=shown.shape[1], count=before.shape[1]))
+    alone, beside = answers
+    if alone is None or beside is None or alone.shape != beside.shape:
+        return False
+    allowed = _EXACT if weight.dtype in (torch.float32, torch.float64) else _ROUNDED
+    spread = alone.std() if alone.numel() > 1 else alone.abs()
+    return bool((alone - beside).abs().max() > allowed * spread.clamp(min=1e-6))
+
+
+def _can_be_tried(model: Any, batch: Batch) -> bool:
+    names = set(forward_names(model))
+    read = {name for name, value in batch.items() if name in names and isinstance(value, Tensor)}
+    others = {name for name in read if not name.startswith(("decoder_", "labels")) and not name.endswith("positions")}
+    return {"input_ids", "attention_mask"} <= others <= _TRIED_WITH and _is_padded_left(batch)
+
+
+def _read_by_teacher(batch: Batch) -> Batch:
+    """Its own columns, where the batch has them."""
+    own = {name.removeprefix(TEACHER_PREFIX): batch[name] for name in batch if name.startswith(TEACHER_PREFIX)}
+    return own if "input_ids" in own else batch
 
 
 def finds_last_token(model: Any) -> bool:

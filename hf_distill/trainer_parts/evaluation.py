@@ -80,7 +80,7 @@ class EvaluationMixin(_Trainer):
         compares = self._compares(inputs)
         self._packing([inputs], self.distiller.task, self.distiller.teacher, Needs(logits=compares))
         if compares:
-            self.distiller.check_padding([inputs], self.accelerator)
+            self.distiller.check_padding([inputs], self.distiller.teacher, self.accelerator)
 
     def _compares(self, inputs: Any) -> bool:
         return self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)

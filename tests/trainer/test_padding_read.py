@@ -87,7 +87,8 @@ def test_absolute_positions(tmp_path, caplog, side: str, positions: bool) -> Non
     assert (found == pytest.approx(expected, rel=1e-4)) is not is_off
     assert len(caplog.records) == is_off
     if is_off:
-        for word in ("GPT2LMHeadModel", 'padding_side = "right"', "attention_mask.cumsum(-1) - 1).clamp(min=0)"):
+        both = "the student (GPT2LMHeadModel) and the teacher (GPT2LMHeadModel)"
+        for word in (both, 'padding_side = "right"', "attention_mask.cumsum(-1) - 1).clamp(min=0)"):
             assert word in caplog.text
 
 
@@ -108,6 +109,31 @@ def test_whose_positions_are_counted_from_the_padding(name: str, caplog) -> None
     assert [module.training for module in student.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert len(caplog.records) == (name in ("gpt2_causal_lm", "bert_single_label"))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the student's ids", "its own"])
+def test_a_teacher_with_absolute_positions(caplog, own: bool) -> None:
+    """Where the student's are relative; with ids of its own, the side of those decides."""
+    student, teacher = made("llama", pad=0), made("gpt2", pad=0)
+    left, right = on("left")(ROWS), on("right")(ROWS)
+    batch = left if not own else {**right, **{f"teacher_{name}": value for name, value in left.items()}}
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Distiller(student, teacher, alpha=1.0).count([batch])
+        (record,) = caplog.records
+        assert "and what the teacher (GPT2ForSequenceClassification) makes of" in record.getMessage()
+        caplog.clear()
+        on_the_right = {**left, **{f"teacher_{name}": value for name, value in right.items()}} if own else right
+        Distiller(student, teacher, alpha=1.0).count([on_the_right])
+    assert not caplog.records
+
+
+def test_a_regression_and_rows_without_a_token(caplog) -> None:
+    student = made("gpt2", pad=0, num_labels=1, problem_type="regression")
+    batch = on("left")(ROWS)
+    batch["attention_mask"][0] = 0
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Distiller(student, made("llama", pad=0, num_labels=1), alpha=1.0).count([batch])
+    assert "the student (GPT2ForSequenceClassification) makes of" in caplog.text
 
 
 def test_nothing_is_tried_without_a_teacher(tmp_path, caplog) -> None:
