@@ -238,8 +238,8 @@ def _decoded(source: str | os.PathLike[str] | bytes, name: str) -> tuple[np.ndar
         )
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise DataError(
-            f"{name} cannot be decoded: {error} soundfile reads WAV, FLAC, OGG and MP3. Convert the file, or leave the "
-            "example out."
+            f"{name} cannot be decoded: {getattr(error, 'error_string', error)} soundfile reads WAV, FLAC, OGG and MP3. "
+            "Convert the file, or leave the example out."
         ) from error
     return samples.T, rate
 

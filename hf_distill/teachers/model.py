@@ -129,12 +129,13 @@ class ModelTeacher:
             tokenizer: of the teacher's inputs; None where it is not known.
         """
         teacher = unwrapped(self.model)
+        self._padding = self._decoder_inputs = None
         if task.kind in KINDS:
             self._padding = OwnPadding(teacher, getattr(tokenizer, "pad_token_id", None))
         if task.kind == "seq2seq":
             found = OwnDecoderInputs(unwrapped(student), teacher)
-            self._decoder_inputs = found if found.differ() else None
             if found.differ():
+                self._decoder_inputs = found
                 logger.info(
                     f"Each decoder begins with its own start token: of labels 5, 6, 7 the student makes {found.ours}, "
                     f"the teacher {found.theirs}."
