@@ -237,9 +237,10 @@ def _decoded(source: str | os.PathLike[str] | bytes, name: str) -> tuple[np.ndar
             io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
         )
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
+        why = getattr(error, "error_string", error)
         raise DataError(
-            f"{name} cannot be decoded: {getattr(error, 'error_string', error)} soundfile reads WAV, FLAC, OGG and MP3. "
-            "Convert the file, or leave the example out."
+            f"{name} cannot be decoded: {why} soundfile reads WAV, FLAC, OGG and MP3. Convert the file, or leave the "
+            "example out."
         ) from error
     return samples.T, rate
 

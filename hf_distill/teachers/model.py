@@ -110,7 +110,7 @@ class ModelTeacher:
         if difference is not None and (needs_same_inputs or same_inputs):
             what = f"A {task.kind} head predicts" if needs_same_inputs else "An objective compares"
             raise TeacherError(
-                f"{difference.sentence()} {what} positions of the input, so both must read the same one: use a teacher "
+                f"{difference.sentence()} {what} positions of the input, so both must read the same one. Use a teacher "
                 "with the student's tokenizer, or build the student from the teacher."
             )
         self._difference = difference
