@@ -14,6 +14,7 @@ from torch import nn
 from hf_distill.blend import LOGITS, Blend, Objectives
 from hf_distill.functional import Divergence
 from hf_distill.inside.packing import PackingCheck
+from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
 from hf_distill.learned import Learned
 from hf_distill.objectives import LogitsMatch, Objective
@@ -151,8 +152,10 @@ class Distiller(OneBatch):
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside
+        self._whole_student, self._found_trainable = student, False
         self._without_logits.fit(student)
         self._check_packing = PackingCheck(self._student)
+        self.check_padding = PaddingCheck(self._student, getattr(self._processor, "tokenizer", self._processor))
         self._student_names = forward_names(student)
         read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(read) - set(self._student_names)

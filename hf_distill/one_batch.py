@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from hf_distill._compat import gathered_sum
 from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, labels_part
 from hf_distill.counts import Counts, scale_of
+from hf_distill.errors import SettingError
 from hf_distill.inside.packing import PackingCheck
+from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
+from hf_distill.learned import Learned
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
+from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies
 from hf_distill.teachers import Teacher
 from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
@@ -35,12 +39,16 @@ class OneBatch:
     teacher: Teacher | None
     reached: set[int]
     _student: nn.Module
+    _whole_student: nn.Module  # with what PEFT puts around it: the vectors of prompt tuning are no part of the base
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
     _inside: Inside
     _watch: TeacherWatch
     _without_logits: WithoutLogits
     _check_packing: PackingCheck
+    check_padding: PaddingCheck
+    learned: Learned
+    _found_trainable: bool = False
 
     def count(
         self,
@@ -59,15 +67,32 @@ class OneBatch:
 
         Raises:
             DataError: a label is needed and missing, or is one that the head cannot take.
+            SettingError: the student has no trainable parameter.
         """
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
+        self._refuse_frozen_student()
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
+        if self.asks_teacher(progress):
+            self.check_padding(micro_batches, self.teacher, accelerator)
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):
             vector = torch.ones_like(vector)
         self._watch.begin_step(len(micro_batches))
         return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
+
+    def _refuse_frozen_student(self) -> None:
+        """Look once, before the first step that is to train something."""
+        if self._found_trainable or not torch.is_grad_enabled():
+            return
+        parameters = chain(self._whole_student.parameters(), self.learned.parameters())
+        self._found_trainable = any(parameter.requires_grad for parameter in parameters)
+        if not self._found_trainable:
+            raise SettingError(
+                f"the student ({type(self._student).__name__}) has no trainable parameter, so there is nothing to "
+                "train. A model that was a teacher has been frozen in place, and so has a copy of it. Call "
+                "student.requires_grad_(True) before training it, or load it again."
+            )
 
     def asks_teacher(self, progress: float = 0.0) -> bool:
         """Whether the teacher is asked at this moment of the training."""
@@ -95,6 +120,8 @@ class OneBatch:
         if found is not None:
             return found
         with_labels = self.blending.labels_weight(progress) > 0
+        if with_labels:
+            refuse_head_for_a_teacher(self._student)
         inputs = self.student_inputs(batch, labels=with_labels)
         with self.reading(progress) as inside:
             outputs = student(**self.uncached(inputs))
@@ -144,13 +171,18 @@ class OneBatch:
         return self.task.prepare(dict(batch), self._student)
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """What the student is called with: nothing of the teacher's, and labels only where they are used."""
+        """What the student is called with: nothing of the teacher's, and labels only where they are used.
+
+        Features and labels are its own copies: what it writes into them changes neither the batch nor what the teacher
+        reads.
+        """
         batch = batch if labels else self.task.without_labels(batch)
-        return {
+        inputs = {
             name: value
             for name, value in batch.items()
             if not name.startswith(TEACHER_PREFIX) and name not in self._teacher_only
         }
+        return own_copies(inputs, self.task.label_names)
 
     def blend(
         self,
@@ -203,3 +235,19 @@ class OneBatch:
         assert self.teacher is not None  # `fit` refuses to ask one that is not there
         needs = needs or Needs(logits=True, temperature=self.blending.logits_match.temperature(1.0))
         return self.teacher(self.task, batch, needs)
+
+
+def refuse_head_for_a_teacher(student: Any) -> None:
+    """Refuse labels for a class that has one head for labels and one for a teacher, and no loss (DeiT, LeViT).
+
+    Raises:
+        SettingError: it is such a class.
+    """
+    name = type(student).__name__
+    if not name.endswith("WithTeacher"):
+        return
+    raise SettingError(
+        f"{name} has a head for labels and a head for a teacher, and transformers made it for inference: its forward "
+        f"takes no labels and has no loss. Train {name.removesuffix('WithTeacher')} instead, whose one head "
+        "learns from both; or pass alpha=1, and the mean of both heads learns from the teacher."
+    )

@@ -16,7 +16,9 @@ from hf_distill.arguments import blend_of, setting
 from hf_distill.blend import Objectives, uses_teacher
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.one_batch import refuse_head_for_a_teacher
 from hf_distill.tasks import make_task
+from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import as_teacher
 from hf_distill.trainer_parts.after_step import AfterStep
 from hf_distill.trainer_parts.columns import ColumnsMixin
@@ -108,6 +110,8 @@ class DistillationMixin(
             with random_state_kept():
                 self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
         self._check_view()
+        if self.distiller.needs_labels() and not self._has_own_loss():
+            refuse_head_for_a_teacher(unwrapped(self.model))
         self.distiller.place(self.accelerator)
         for callback in (AfterStep, ForgetGradients, TellsEpoch):
             self.add_callback(callback(self))

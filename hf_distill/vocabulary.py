@@ -5,8 +5,10 @@ It decides once, before training. It does not translate between different tokeni
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,6 +200,33 @@ def tokenizer_difference(student: Any, teacher: Any) -> str | None:
     if _merges(student) != _merges(teacher):
         return "the vocabularies agree but the merges do not"
     return None
+
+
+_OF_MODEL = "_hf_distill_vocabulary"  # a model's attribute, not saved: which token ids it reads
+_TRIMMED = "trimmed "
+
+
+def read_the_same_ids(student: Any, teacher: Any) -> None:
+    """Remember that a student was built from this teacher, so that one tokenizer is right for both."""
+    name = getattr(teacher, _OF_MODEL, None) or uuid.uuid4().hex
+    for model in (student, teacher):
+        setattr(model, _OF_MODEL, name)
+
+
+def reads_trimmed_ids(model: Any, kept: Sequence[int]) -> None:
+    """Remember that a model reads the renumbered ids of a trimmed vocabulary, whatever lies beside its checkpoint."""
+    setattr(model, _OF_MODEL, _TRIMMED + hashlib.blake2b(repr(tuple(kept)).encode(), digest_size=8).hexdigest())
+
+
+def reads_ids_of(student: Any, teacher: Any) -> bool:
+    """Whether the student was built from this teacher, or both from the same."""
+    name = getattr(teacher, _OF_MODEL, None)
+    return name is not None and getattr(student, _OF_MODEL, None) == name
+
+
+def is_trimmed(model: Any) -> bool:
+    """Whether its token ids were renumbered after it was loaded."""
+    return str(getattr(model, _OF_MODEL, "")).startswith(_TRIMMED)
 
 
 def _merges(tokenizer: Any) -> Any:

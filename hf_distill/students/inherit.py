@@ -20,6 +20,7 @@ from hf_distill.students.copying import Copied, copy_tensors, drop_absent_module
 from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
 from hf_distill.students.report import InheritReport, StackReport
 from hf_distill.students.ties import own_heads, set_apart
+from hf_distill.vocabulary import read_the_same_ids
 
 logger = logging.getLogger(__name__)
 Layers = int | Sequence[int] | LayerMap
@@ -83,6 +84,7 @@ def inherit(
     else:
         maps = {one: _layer_map(name, given[name], one.length) for one, name in _chosen(teacher, given, stack).items()}
         student, report = _inherit(teacher, maps)
+    read_the_same_ids(student, teacher)
     logger.info("%s", report)
     return (student, report) if return_report else student
 

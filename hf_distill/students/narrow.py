@@ -23,6 +23,7 @@ from hf_distill.students.thinner import thinner
 from hf_distill.students.trimming import TrimmedVocabulary
 from hf_distill.students.units import find_groups
 from hf_distill.students.wiring import Wiring
+from hf_distill.vocabulary import read_the_same_ids, reads_trimmed_ids
 
 logger = logging.getLogger(__name__)
 Batches = Iterable[Mapping[str, Any]]
@@ -98,6 +99,10 @@ def narrow(
     _check_given(wanted, vocabulary, data)
     _check_width(width, hidden)
     student, report = _narrow(teacher, wanted, vocabulary, data, importance, width == "projection")
+    if vocabulary is None:
+        read_the_same_ids(student, teacher)
+    else:
+        reads_trimmed_ids(student, vocabulary.kept)
     logger.info("%s", report)
     return (student, report) if return_report else student
 

@@ -5,7 +5,7 @@ Axes: b batch, t time, v columns, n rows; r rows an example, the same number for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -162,6 +162,24 @@ def first_tensor(batch: Batch) -> Tensor:
         if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(TEACHER_PREFIX):
             return value
     raise DataError(f"the batch holds no tensor, only {sorted(batch)}. Check the data collator.")
+
+
+def own_copies(inputs: Batch, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """The inputs of one model, which may write into them, so that what it writes reaches nobody else.
+
+    Copied are features (Whisper's SpecAugment writes into them) and labels (some heads for question answering do).
+    Token ids are passed on as they are, and so are masks.
+
+    Args:
+        labels: the names of the labels.
+    """
+
+    def may_be_written(name: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        return name in labels or (value.is_floating_point() and not name.endswith("mask"))
+
+    return {name: value.clone() if may_be_written(name, value) else value for name, value in inputs.items()}
 
 
 def batch_size(batch: Batch) -> int:

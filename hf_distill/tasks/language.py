@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -74,8 +75,8 @@ class CausalLM(PositionTask):
 
 
 class Seq2Seq(PositionTask):
-    """A row a decoder position: not shifted. Both models get the student's decoder inputs, made once from the
-    labels."""
+    """A row a decoder position: not shifted. `prepare` makes the student's decoder inputs from the labels; a teacher
+    that is a model makes its own from the same labels, beginning with its own start token."""
 
     kind = "seq2seq"
     matched_by = "vocabulary"
@@ -103,18 +104,68 @@ class Seq2Seq(PositionTask):
         return {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
 
 
-def decoder_inputs(labels: Tensor, student: Any) -> Tensor:
-    """`[b t]`: the labels one to the right, by the student's own rule where it has one."""
-    own_rule = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
+    """`[b t]`: the labels one to the right, by the model's own rule where it has one.
+
+    Raises:
+        DataError: the model has no rule, and its config does not say which token comes first.
+    """
+    own_rule = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own_rule is not None:
-        return own_rule(labels=labels)
+        return own_rule(labels=labels.clone())  # FSMT writes into them
     # As the models' own forwards: the config itself. (Its `get_text_config` forgets Whisper's start token.)
-    start, padding = student.config.decoder_start_token_id, student.config.pad_token_id
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
     if start is None or padding is None:
         raise DataError(
-            f"{type(student).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "
+            f"{type(model).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "
             "cannot be made from the labels. Set them, or have the data collator give decoder_input_ids."
         )
     shifted = torch.roll(labels, 1, dims=-1)
     shifted[:, 0] = start
     return shifted.masked_fill(shifted == IGNORED, padding)
+
+
+def decoder_rule(model: Any) -> list[int] | None:
+    """What a model makes of the labels 5, 6, 7; None where it cannot make decoder inputs of labels."""
+    try:
+        return [int(token) for token in decoder_inputs(torch.tensor([[5, 6, 7]]), model)[0]]
+    except (ValueError, TypeError, AttributeError):  # its config lacks a start or a padding token, or it has no decoder
+        return None
+
+
+class OwnDecoderInputs:
+    """The decoder inputs of a teacher that makes others of the same labels than the student does.
+
+    Args:
+        student, teacher: the models, unwrapped.
+
+    Attributes:
+        ours, theirs: the `decoder_rule` of each.
+    """
+
+    def __init__(self, student: Any, teacher: Any) -> None:
+        self._student, self._teacher = weakref.ref(student), weakref.ref(teacher)
+        self.ours, self.theirs = decoder_rule(student), decoder_rule(teacher)
+
+    def differ(self) -> bool:
+        """Whether the teacher has a rule, and not the student's."""
+        return self.theirs is not None and self.ours is not None and self.ours != self.theirs
+
+    def of(self, batch: Batch) -> Tensor:
+        """`[b t]`, from a batch with the student's `decoder_input_ids`.
+
+        Rows that the student's rule makes of the labels are made by the teacher's rule. Other rows, which a collator
+        gave (Whisper's prompts, say), are shared as they are. Without labels, only a first token that is the student's
+        start token becomes the teacher's.
+        """
+        ids, labels = batch["decoder_input_ids"], batch.get("labels")
+        student, teacher = self._student(), self._teacher()
+        if labels is not None and labels.shape == ids.shape and student is not None and teacher is not None:
+            ours, theirs = decoder_inputs(labels, student), decoder_inputs(labels, teacher)
+            made = ((ids == ours) | (labels == IGNORED)).all(-1, keepdim=True)
+            return torch.where(made, theirs, ids)
+        assert self.ours is not None and self.theirs is not None  # `differ` comes first
+        if self.ours[1:] != self.theirs[1:]:
+            return ids
+        starts = torch.full_like(ids[:, :1], self.theirs[0])
+        return torch.cat((torch.where(ids[:, :1] == self.ours[0], starts, ids[:, :1]), ids[:, 1:]), 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -180,7 +180,8 @@ class Ensemble:
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         said = [
-            self._ask(teacher, task, of_member(batch, number), needs) for number, teacher in enumerate(self.teachers)
+            self._ask(number, teacher, task, of_member(batch, number), needs)
+            for number, teacher in enumerate(self.teachers)
         ]
         return Signals(logits=self._averaged(said, task, batch, needs.temperature), columns=self.columns)
 
@@ -237,11 +238,14 @@ class Ensemble:
                 "TeacherCache.build(Ensemble([...]), ..., student=student, temperature=..., store=TopK(...))."
             )
 
-    def _ask(self, teacher: Teacher, task: Task, batch: Batch, needs: Needs) -> Tensor:
+    def _ask(self, number: int, teacher: Teacher, task: Task, batch: Batch, needs: Needs) -> Tensor:
         away = self._offload is not None and isinstance(teacher, ModelTeacher) and self._accelerator is not None
         if away:
             teacher.place(self._accelerator)
-        logits = teacher(task, batch, Needs(logits=True, temperature=needs.temperature)).predictions()
+        try:
+            logits = teacher(task, batch, Needs(logits=True, temperature=needs.temperature)).predictions()
+        except (TeacherError, DataError) as error:
+            raise type(error)(f"teacher {number} of the Ensemble: {error}") from error
         if away:
             assert isinstance(teacher, ModelTeacher)
             teacher.model.to("cpu")

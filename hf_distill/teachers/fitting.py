@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -12,9 +12,10 @@ from hf_distill.errors import SettingError, TeacherError
 from hf_distill.tasks import Task
 from hf_distill.tasks.infer import infer_kind
 from hf_distill.teachers.load import find_tokenizer
-from hf_distill.vocabulary import Columns, match_labels, match_vocabularies, tokenizer_difference
+from hf_distill.vocabulary import Columns, is_trimmed, match_labels, match_vocabularies, tokenizer_difference
 
 logger = logging.getLogger(__name__)
+_WARNED_OF: WeakSet[Any] = WeakSet()  # teachers whose tokenizer is not known
 Tokenizers = tuple[Any, Any]  # the student's and the teacher's, None where not known
 
 
@@ -98,26 +99,60 @@ def known_columns(task: Task, tokenizers: Tokenizers) -> Columns:
     return Columns(*known)
 
 
-def input_difference(student: Any, teacher: Any, task: Task, *, tokenizers: Tokenizers) -> str | None:
-    """Why the teacher cannot read the student's input ids, in words; None where nothing says so."""
+class InputDifference(NamedTuple):
+    """Why a teacher may not read the student's input ids.
+
+    Attributes:
+        words: what differs.
+        missing: the arguments by which the tokenizers would be compared; empty where they were.
+    """
+
+    words: str
+    missing: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """What is known, and the near way out where it is not known enough."""
+        if not self.missing:
+            return f"student and teacher have different tokenizers: {self.words}."
+        return (
+            f"{self.words}, and their tokenizers were not compared. If both have the same tokenizer (and only "
+            f"the embeddings are padded differently), pass {' and '.join(self.missing)}."
+        )
+
+
+def input_difference(student: Any, teacher: Any, task: Task, *, tokenizers: Tokenizers) -> InputDifference | None:
+    """Why the teacher cannot read the student's input ids; None where nothing says so."""
     ours, theirs = tokenizers
     ours_embedded, theirs_embedded = _embeddings(student), _embeddings(teacher)
     is_text = ours_embedded is not None and theirs_embedded is not None  # else sound or images
     if ours is not None and theirs is None and (is_text or task.matched_by == "vocabulary"):
-        logger.warning(
-            "The teacher's tokenizer is not known, so it was not compared with the student's. If it is another one, "
-            "the student learns from misread text: pass teacher_processing_class= to have it checked."
-        )
+        _warn_of_unknown_tokenizer(teacher)
     if ours_embedded is None or theirs_embedded is None:
         return None
     if ours is None or theirs is None:
-        if task.matched_by != "vocabulary" and ours_embedded != theirs_embedded:
-            return f"they embed {ours_embedded} and {theirs_embedded} tokens"
-        return None
+        if task.matched_by == "vocabulary" or ours_embedded == theirs_embedded:
+            return None
+        missing = {"processing_class=": ours, "teacher_processing_class=": theirs}
+        return InputDifference(
+            f"student and teacher embed {ours_embedded} and {theirs_embedded} tokens",
+            tuple(name for name, tokenizer in missing.items() if tokenizer is None),
+        )
     last = max(ours.get_vocab().values())
     if last >= theirs_embedded:
-        return f"the student's tokenizer makes ids up to {last}, the teacher embeds {theirs_embedded}"
-    return tokenizer_difference(ours, theirs)
+        return InputDifference(f"the student's tokenizer makes ids up to {last}, the teacher embeds {theirs_embedded}")
+    difference = tokenizer_difference(ours, theirs)
+    return None if difference is None else InputDifference(difference)
+
+
+def _warn_of_unknown_tokenizer(teacher: Any) -> None:
+    """Once for each teacher: a training in stages asks again at each of them."""
+    if teacher in _WARNED_OF:
+        return
+    _WARNED_OF.add(teacher)
+    logger.warning(
+        "The teacher's tokenizer is not known, so it was not compared with the student's. If it is another one, "
+        "the student learns from misread text: pass teacher_processing_class= to have it checked."
+    )
 
 
 def tokenizer_in(processor: Any) -> Any:
@@ -127,9 +162,12 @@ def tokenizer_in(processor: Any) -> Any:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer beside the checkpoint that a model was loaded from, where that lies on this machine."""
+    """The tokenizer beside the checkpoint that a model was loaded from, where that lies on this machine.
+
+    That is its folder, or the local cache of the Hub. Nothing is downloaded.
+    """
     origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return find_tokenizer(origin) if origin and os.path.isdir(origin) else None
+    return None if not origin or is_trimmed(model) else find_tokenizer(origin, download=False)
 
 
 def _kind_or_none(model: Any) -> str | None:

@@ -114,25 +114,30 @@ def load_teacher(
     return model
 
 
-def find_tokenizer(path: str | os.PathLike[str]) -> Any:
+def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> Any:
     """The tokenizer beside a teacher's weights, to compare with the student's; None where there is none.
 
     For a Hub id it comes from where the weights have just come from.
+
+    Args:
+        path: a folder or a Hub id.
+        download: False: of a Hub id, only what the local cache holds.
     """
-    if not any(_has_file(path, name) for name in _TOKENIZER_FILES):
+    local = not download or os.path.isdir(path)
+    if not any(_has_file(path, name, local=local) for name in _TOKENIZER_FILES):
         return None  # transformers would make an empty one of the model's class
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=os.path.isdir(path))
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError, TypeError):
         return None  # one that is damaged, or needs a library that is not there: then it is not known
     return None if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) else tokenizer
 
 
-def _has_file(path: str | os.PathLike[str], name: str) -> bool:
+def _has_file(path: str | os.PathLike[str], name: str, *, local: bool) -> bool:
     if os.path.isdir(path):
         return os.path.isfile(os.path.join(path, name))
     try:
-        return cached_file(path, name) is not None
+        return cached_file(path, name, local_files_only=local) is not None
     except OSError:  # not there, or neither in the cache nor in reach
         return False
 

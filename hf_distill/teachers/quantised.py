@@ -129,8 +129,14 @@ class QuantisedTeacher(ModelTeacher):
         except (OSError, RuntimeError, ValueError) as error:
             return None, f"it cannot be loaded ({type(error).__name__})"
         full.eval()
-        with torch.no_grad():
-            outputs = full(**{name: _on_cpu(value) for name, value in self._inputs(batch).items()})
+        inputs = {name: _on_cpu(value) for name, value in self._inputs(batch).items()}
+        if self._padding is not None:
+            padding = self._padding.of(full)
+            with torch.no_grad(), padding.in_config():
+                outputs = full(**padding.written(inputs, self._main))
+        else:
+            with torch.no_grad():
+                outputs = full(**inputs)
         there = {name: _on_cpu(value) for name, value in batch.items()}
         theirs = task.select(task.read(outputs, there, self.columns, teacher=True), there)
         theirs = (theirs if kept is None else theirs[kept.cpu()]).float()

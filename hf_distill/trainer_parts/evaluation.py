@@ -77,7 +77,10 @@ class EvaluationMixin(_Trainer):
         student = unwrapped(self.model)
         if self._packing is None or self._packing.student is not student:
             self._packing = PackingCheck(student)
-        self._packing([inputs], self.distiller.task, self.distiller.teacher, Needs(logits=self._compares(inputs)))
+        compares = self._compares(inputs)
+        self._packing([inputs], self.distiller.task, self.distiller.teacher, Needs(logits=compares))
+        if compares:
+            self.distiller.check_padding([inputs], self.distiller.teacher, self.accelerator)
 
     def _compares(self, inputs: Any) -> bool:
         return self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)

@@ -92,15 +92,19 @@ class LossMixin(_Trainer):
         return (loss, found.outputs) if return_outputs else loss
 
     def _without_logits(self, model: Any, batch: Any, counts: Counts, progress: float) -> DistillerOutput | None:
-        overridden = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
         return self.distiller.without_logits(
             model,
             batch,
             counts,
             progress=progress,
             smoothing=self.args.label_smoothing_factor,
-            own_loss=self.compute_loss_func is not None or overridden,
+            own_loss=self._has_own_loss(),
         )
+
+    def _has_own_loss(self) -> bool:
+        """Whether the labels' term is a function of the user's, and not the loss of the student's head."""
+        overridden = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+        return self.compute_loss_func is not None or overridden
 
     def _with_logits(
         self, model: Any, batch: Any, counts: Counts, progress: float, num_items: Any, *, whole_step: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import BertForSequenceClassification, TrainerCallback
 import hf_distill.stages.run as module
 from hf_distill import HiddenMatch
 from hf_distill.presets import Preset, Stage
+from hf_distill.students import inherit
 from hf_distill.students.adapt import adapt
 from tests.heads import HEADS
 from tests.stages.tiny_stages import run, stages, student, teacher
+from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import assert_moved, assert_same_bits, weights
 
 
@@ -274,3 +277,14 @@ def test_a_student_that_is_saved_otherwise_goes_on_too(tmp_path, kind: str) -> N
     assert_same_bits(weights(second), weights(whole))
     assert_moved(weights(whole), start)
     assert_moved(weights(whole), weights(first))
+
+
+def test_the_teachers_unknown_tokenizer_is_warned_of_once(tmp_path, caplog) -> None:
+    """And not at each stage; of a student that was built from the teacher not at all."""
+    with caplog.at_level(logging.WARNING, "hf_distill.teachers.fitting"):
+        run(tmp_path / "first", student(), processing_class=tokenizer(23))
+        assert sum("was not compared" in record.getMessage() for record in caplog.records) == 1
+        caplog.clear()
+        origin = teacher()
+        run(tmp_path / "second", inherit(origin, layers=2), teacher_model=origin, processing_class=tokenizer(23))
+    assert not caplog.records

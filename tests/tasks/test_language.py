@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as hf
 from torch.nn import functional as F
 
 from hf_distill import DataError, Distiller
@@ -138,12 +139,26 @@ def test_a_config_without_a_start_token_is_refused() -> None:
         decoder_inputs(IDS, student)
 
 
-def test_the_teacher_reads_the_students_decoder_inputs() -> None:
-    """Though its own config would start the decoder with another token."""
+def test_each_decoder_begins_with_its_own_start_token() -> None:
     head = HEADS["bart_seq2seq"]
     student, teacher = head.make(1), head.make(2, decoder_start_token_id=1)
-    seen = []
-    teacher.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs), with_kwargs=True)
+    ours, theirs = [], []
+    student.register_forward_pre_hook(lambda _, args, inputs: ours.append(inputs), with_kwargs=True)
+    teacher.register_forward_pre_hook(lambda _, args, inputs: theirs.append(inputs), with_kwargs=True)
     Distiller(student, teacher)(student, head.batch(2))
-    assert seen[0]["decoder_input_ids"][:, 0].tolist() == [2, 2]
-    assert "labels" not in seen[0]
+    assert ours[0]["decoder_input_ids"][:, 0].tolist() == [2, 2]
+    assert theirs[0]["decoder_input_ids"][:, 0].tolist() == [1, 1]
+    assert "labels" not in theirs[0]
+
+
+def test_labels_are_left_alone_by_a_rule_that_writes_into_them() -> None:
+    """FSMT's puts its padding token where labels are ignored."""
+    config = hf.FSMTConfig(
+        langs=["a", "b"], src_vocab_size=20, tgt_vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1,
+        bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    labels = torch.tensor([[5, 6, 2, -100], [7, 2, -100, -100]])
+    made = decoder_inputs(labels, hf.FSMTForConditionalGeneration(config))
+    assert made.tolist() == [[2, 5, 6, 2], [2, 7, 2, 1]]
+    assert labels.tolist() == [[5, 6, 2, -100], [7, 2, -100, -100]]

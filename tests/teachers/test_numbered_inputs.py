@@ -103,5 +103,5 @@ def test_what_is_refused(tmp_path) -> None:
     trainer = make(
         tmp_path, bert(), Ensemble(two), processing_class=counting(23), teacher_processing_class=[None, tokenizer()]
     )
-    with pytest.raises(DataError, match=r"has another tokenizer and cannot read the student's input_ids"):
+    with pytest.raises(DataError, match=r"teacher 1 of the Ensemble: .* may misread the student's input_ids"):
         trainer.train()

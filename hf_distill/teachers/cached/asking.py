@@ -22,6 +22,7 @@ from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cached import fingerprints, layout
+from hf_distill.teachers.fitting import tokenizer_in
 from hf_distill.teachers.load import as_dtype, load_teacher
 from hf_distill.teachers.model import ModelTeacher
 
@@ -133,6 +134,7 @@ def asked_of(
         learner = student if student is not None else model.model
         made = make_task(learner, task)
         made.learn_from(getattr(model.model, "config", None))
+        model.prepare_inputs(learner, made, tokenizer=model.tokenizer or tokenizer_in(processor))
         return Asked(model, made, learner, None)
     _refuse_what_cannot_be_asked(teacher, student, dtype)
     made = make_task(student, task)

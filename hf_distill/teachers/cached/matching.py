@@ -11,10 +11,11 @@ from torch import nn
 from hf_distill.errors import TeacherError
 from hf_distill.tasks import Task
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.language import decoder_rule
 from hf_distill.teachers import fitting
 from hf_distill.teachers.cached import fingerprints
 from hf_distill.teachers.cached.cache import TeacherCache
-from hf_distill.teachers.cached.planning import decoder_rule, task_settings
+from hf_distill.teachers.cached.planning import task_settings
 from hf_distill.vocabulary import Columns
 
 
@@ -75,7 +76,10 @@ def refuse_other_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
 
 
 def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares_predictions: bool) -> None:
-    """Raises TeacherError: another kind of head, another pooling, or other decoder inputs."""
+    """Raises TeacherError: another kind of head, another pooling, or other decoder inputs.
+
+    A teacher that makes its own decoder inputs has none that the student's could differ from.
+    """
     there = cache.manifest["task"]
     now = {"kind": task.kind, **task_settings(task)}
     if compares_predictions and there["kind"] != now["kind"]:
@@ -88,11 +92,11 @@ def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares
             f"the cache was built for another {task.kind} task: "
             f"{'; '.join(fingerprints.differences(there, now))}. Build it with student= or task= of this training."
         )
-    rule, ours = cache.manifest["inputs"]["decoder"], decoder_rule(task, student)
+    rule, ours = cache.manifest["inputs"]["decoder"], decoder_rule(student)
     if rule is not None and "decoder_input_ids" not in cache.columns and ours != rule:
         raise TeacherError(
             f"the cache was built with other decoder inputs: labels 5, 6, 7 became {rule} there, the student makes "
-            f"{ours} of them. Give the student the start and padding tokens of the cache, or build it with "
+            f"{ours} of them. Give the student the start and padding tokens of the cache, or build it again with "
             "student=."
         )
 

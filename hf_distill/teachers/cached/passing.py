@@ -21,7 +21,7 @@ from hf_distill.teachers.cached.inside import KeptRead, kept_reads
 from hf_distill.teachers.cached.inside_layout import stored
 from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.mapped import POSITIONS
-from hf_distill.teachers.cached.source import Said, Source
+from hf_distill.teachers.cached.source import Said, Source, examples_named
 from hf_distill.teachers.cached.stores import Store, store_from
 
 
@@ -96,8 +96,9 @@ class Pass:
         with Bar(total=total, finished=before, shown=shown and bool(shards)) as bar:
             for shard in shards:
                 parts = []
-                for _ in range(0, len(self._indices(shard)), self.batch_size):
-                    parts.append(self._part(next(batches), store))
+                for indices in self._batches([shard]):
+                    with examples_named(indices):
+                        parts.append(self._part(next(batches), store))
                     bar.advance(parts[-1]["positions"])
                 self._write_shard(shard, parts)
 

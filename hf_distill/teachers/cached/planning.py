@@ -14,13 +14,15 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.language import decoder_inputs
+from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.language import decoder_inputs, decoder_rule
 from hf_distill.teachers.cached import files, fingerprints, size, versions
+from hf_distill.teachers.cached.asking import models_of
 from hf_distill.teachers.cached.inside import by_axis, itemsize, of_inside
 from hf_distill.teachers.cached.keys import MASK, read_by_teacher
 from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.nothing import Nothing
-from hf_distill.teachers.cached.source import Said, Source
+from hf_distill.teachers.cached.source import Said, Source, examples_named
 from hf_distill.teachers.cached.stores import Dense, Store, described, store_from
 from hf_distill.teachers.cached.topk import TopK
 from hf_distill.teachers.fitting import tokenizer_in
@@ -64,13 +66,20 @@ def task_settings(task: Task) -> dict[str, Any]:
     return {"pooling": vars(task)["_pooling"]} if task.kind == "embedding" else {}
 
 
-def decoder_rule(task: Task, student: Any) -> list[int] | None:
-    """What a student makes of the labels 5, 6, 7; None where nothing is decoded.
+def shared_decoder_rule(task: Task, student: Any, teacher: Any) -> list[int] | None:
+    """What the student makes of the labels 5, 6, 7 where the teacher is given just that.
+
+    None where nothing is decoded, and where each model of the teacher makes its own decoder inputs.
 
     Raises:
-        DataError: it has no rule.
+        DataError: neither has a rule.
     """
-    return decoder_inputs(torch.tensor([[5, 6, 7]]), student)[0].tolist() if task.kind == "seq2seq" else None
+    if task.kind != "seq2seq":
+        return None
+    models = models_of(teacher)
+    if models and all(decoder_rule(unwrapped(model)) is not None for model in models):
+        return None
+    return decoder_inputs(torch.tensor([[5, 6, 7]]), student)[0].tolist()
 
 
 def made_plan(source: Source, *, store: Store | None, batch_size: int, device: Any) -> dict[str, Any]:
@@ -83,7 +92,8 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
     axis = source.axis
     count = _length(source.dataset)
     first = list(range(min(batch_size, count)))
-    batch = source.batch(first)
+    with examples_named(first):
+        batch = source.batch(first)
     columns = source.key_columns(batch)
     keys = source.keys(batch, columns)
     if not np.array_equal(keys, source.keys(source.batch(first), columns)):
@@ -92,7 +102,8 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "augmentation anew. A cache knows examples by their content, so draw once before: dataset.map, or "
             "hf_distill.views.augment_dataset, with a collator that only pads."
         )
-    said = source.said(batch, device)
+    with examples_named(first):
+        said = source.said(batch, device)
     chosen = _chosen_store(source, said, store)
     return {
         "format": files.FORMAT,
@@ -105,7 +116,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
             "main": source.main,
             "columns": list(columns),
             "masked": MASK in read_by_teacher(batch, source.main),
-            "decoder": decoder_rule(source.task, source.student),
+            "decoder": shared_decoder_rule(source.task, source.student, source.asked.teacher),
         },
         "predictions": {
             "axis": axis,

@@ -5,7 +5,8 @@ Axes: b batch, t time, p positions of all examples one after the other, v column
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError
+from hf_distill.errors import DataError, TeacherError
 from hf_distill.inside.positions import Positions
 from hf_distill.signals import Read, SparseRows
 from hf_distill.tasks import Batch, Task
@@ -170,6 +171,15 @@ class Source:
             if mask is not None:
                 found[axis] = float(mask.sum())
         return found
+
+
+@contextlib.contextmanager
+def examples_named(indices: Sequence[int]) -> Iterator[None]:
+    """Around what is done with a batch: an error says which examples of the dataset it was about."""
+    try:
+        yield
+    except (DataError, TeacherError) as error:
+        raise type(error)(f"examples {indices[0]} to {indices[-1]} of the dataset: {error}") from error
 
 
 def _on(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:

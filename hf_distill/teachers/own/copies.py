@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill.errors import SettingError
 from hf_distill.tasks import Task
+from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.model import ModelTeacher
 
 
@@ -45,6 +46,9 @@ class _CopyOfStudent(ModelTeacher, ABC):
         if accelerator is not None:  # a new student of the same run
             self.place(accelerator)
 
+    def prepare_inputs(self, student: nn.Module, task: Task, *, tokenizer: Any = None) -> None:
+        """Nothing: it is given what the student is given, and reads it by the student's own config."""
+
     def place(self, accelerator: Any) -> None:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise SettingError(
@@ -77,7 +81,9 @@ class _CopyOfStudent(ModelTeacher, ABC):
                 value.copy_(state[name])
 
     def _copied(self, student: nn.Module) -> nn.Module:
-        return copy.deepcopy(student)
+        """A copy of its weights; the config is the student's own, which `Trainer` aligns with the tokenizer later."""
+        config = getattr(unwrapped(student), "config", None)
+        return copy.deepcopy(student, {} if config is None else {id(config): config})
 
     @abstractmethod
     def _follow(self, student: nn.Module) -> None:
@@ -110,7 +116,7 @@ class MovingAverage(_CopyOfStudent):
         return f"a moving average of the student itself (decay {self.decay:g})"
 
     def _copied(self, student: nn.Module) -> nn.Module:
-        average = copy.deepcopy(student)
+        average = super()._copied(student)
         halves = (torch.float16, torch.bfloat16)
         return average.float() if any(p.dtype in halves for p in average.parameters()) else average
 

@@ -201,11 +201,11 @@ class Peer(ModelTeacher):
         optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _outputs(self, task: Task, batch: Batch) -> Any:
-        inputs = self._in_own_dtype(self._inputs(batch))
+        inputs = self._read(batch)
         inputs |= {name: batch[name] for name in task.label_names if batch.get(name) is not None}
         if torch.is_grad_enabled():
             self.model.train()
-        with self._precision():
+        with self._forward_of(inputs, batch):
             return self.model(**inputs)
 
     def _stepping(self) -> torch.optim.Optimizer:

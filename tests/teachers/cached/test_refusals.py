@@ -134,9 +134,16 @@ def test_another_task_or_head(tmp_path: Path) -> None:
 
     with pytest.raises(TeacherError, match=r"another embedding task: pooling: mean there, first now. Build it with"):
         Distiller(HEADS["bert_embedding"].make(1), of_embedding, task=Embedding("first"), alpha=1.0)
-    *_, of_decoder = made(tmp_path / "decoder", "bart_seq2seq")
+
+
+def test_decoder_inputs_that_were_the_students(tmp_path: Path) -> None:
+    """Of a cache whose teacher had no rule of its own, or that an earlier version built."""
+    *_, cached = made(tmp_path, "bart_seq2seq")
+    assert cached.cache.manifest["inputs"]["decoder"] is None  # the teacher began with its own token
+    Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
+    cached.cache.manifest["inputs"]["decoder"] = [2, 5, 6]
     with pytest.raises(TeacherError, match=r"labels 5, 6, 7 became \[2, 5, 6\] there, the student makes \[1, 5, 6\]"):
-        Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), of_decoder)
+        Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
 
 
 def test_objectives_on_the_inside(tmp_path: Path) -> None:
