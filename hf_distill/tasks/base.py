@@ -11,12 +11,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError
+from hf_distill.errors import DataError, SettingError
 from hf_distill.vocabulary import Columns
 
 Batch = Mapping[str, Any]
 IGNORED = -100
 TEACHER_PREFIX = "teacher_"
+OWN_TASK = (
+    "Where a model predicts a row a pixel, a query or a box, pass task= an object of your own class derived from "
+    "hf_distill.tasks.Task: read() brings the columns to the last axis, select() flattens all other axes to rows, and "
+    "rows() counts them from the batch. docs/heads.md has such a class for segmentation."
+)
 _MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 
 
@@ -137,6 +142,53 @@ def labels_of_rows(batch: Batch) -> Tensor | None:
 
 def pick(x: Tensor, columns: Columns, *, teacher: bool) -> Tensor:
     return columns.of_teacher(x) if teacher else columns.of_student(x)
+
+
+def require_axes(x: Tensor, axes: tuple[str, ...], *, what: str, teacher: bool, hint: str = "") -> None:
+    """Raise SettingError where a model's output has other axes than the task reads.
+
+    Args:
+        x: the output.
+        axes: what each axis is, for the message.
+        what: the name of the output.
+        teacher: whose output it is.
+        hint: what else the message says of the axes that came.
+    """
+    if x.dim() == len(axes):
+        return
+    whose = "teacher" if teacher else "student"
+    raise SettingError(
+        f"the {whose}'s {what} are {list(x.shape)}, this task reads [{', '.join(axes)}]. {hint}{OWN_TASK}"
+    )
+
+
+def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, columns: bool = True) -> Tensor:
+    """The rows that a task selects from predictions: `[n v]`, or `[n]` of numbers that have no columns.
+
+    Args:
+        predictions: what `task.read` returned, or numbers with the same leading axes.
+        task: the task.
+        batch: the batch that they were predicted from.
+        whose: "student" or "teacher", for the message.
+        columns: whether a row has columns.
+
+    Raises:
+        SettingError: the selected rows have other axes. The last axis would be taken for the columns, and each row's
+            divergence would be an array.
+    """
+    rows = task.select(predictions, batch)
+    if rows.dim() == 1 + columns:
+        return rows
+    shape, last = list(rows.shape), rows.dim() - 1
+    if rows.dim() > 2:
+        between = " and ".join(f"axis {axis} ({shape[axis]} long)" for axis in range(1, last))
+        wrong = f"axis {last} ({shape[last]} long) would be taken for the columns, and {between} would be left over"
+    else:
+        wrong = "an axis is missing"
+    raise SettingError(
+        f"a task selects rows [rows, columns], one distribution a row. The {task.kind} task ({type(task).__name__}) "
+        f"selected {shape} of the {whose}'s predictions {list(predictions.shape)}: {wrong}. {OWN_TASK}"
+    )
 
 
 def output_named(name: str, outputs: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import SettingError
-from hf_distill.tasks.base import Task
+from hf_distill.tasks.base import OWN_TASK, Task
 from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
 from hf_distill.tasks.ctc import CTC
 from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
@@ -95,9 +95,10 @@ def infer_kind(model: Any) -> str:
             if cls.__name__ in _class_names(tables) and _is_meant(kind, cls.__name__):
                 return _narrowed(kind, model)
     raise SettingError(
-        f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
-        f'head: {", ".join(TASKS)}. If it behaves like one of them, pass its name, task="classification" for '
-        "example; else pass your own: an object derived from hf_distill.tasks.Task."
+        f"{type(model).__name__}: this library does not know where it keeps its predictions. Known kinds of head: "
+        f"{', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form: "
+        'task="classification" is one row of logits an example, [examples, classes], and no row a pixel, a query or a '
+        f"box. {OWN_TASK}"
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick
+from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import refuse_ignored
 from hf_distill.vocabulary import Columns
 
@@ -54,7 +54,14 @@ class Embedding(Task):
         self._pooling = pooling
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        hidden = output_named("last_hidden_state", outputs)  # [b t d]
+        hidden = output_named("last_hidden_state", outputs)
+        require_axes(
+            hidden,
+            ("example", "position", "feature"),
+            what="last_hidden_state",
+            teacher=teacher,
+            hint="(Convolutional image models put the features first; most pool them themselves: pooler_output.) ",
+        )
         mask = self._mask(hidden, batch, teacher=teacher)  # [b t]
         if self._pooling == "mean":
             summed = in_full_precision(hidden).masked_fill(~mask[..., None], 0).sum(1)  # fp16 ends at 65504

@@ -145,8 +145,10 @@ def _head_width(model: Any) -> int | None:
     head = getattr(model, "lm_head", None) if head is None else head
     if head is not None and getattr(head, "weight", None) is not None:
         return int(head.weight.shape[0])
-    config = getattr(model, "config", None)
-    return None if config is None else int(config.get_text_config(decoder=True).vocab_size)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    width = getattr(text, "vocab_size", None)
+    return width if isinstance(width, int) else None
 
 
 def _embeddings(model: Any) -> int | None:
