@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
+from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
 from hf_distill.inside.recorder import Inside
@@ -81,7 +82,15 @@ class LogitsMatch:
         self.settings = dict(settings or {})
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
+            raise SettingError(
+                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
+                + (
+                    f" {divergence} is a distance of hidden states: alpha=None, objectives=HiddenMatch('last', "
+                    f"distance={divergence!r})."
+                    if divergence in DISTANCES
+                    else ""
+                )
+            )
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
 

@@ -16,8 +16,8 @@ from hf_distill.inside.output_head import OutputHead
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Signals, Unmade
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, reading_outputs_of
+from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
 from hf_distill.teachers import fitting
 from hf_distill.vocabulary import Columns
 
@@ -73,7 +73,7 @@ class ModelTeacher:
             raise
         if head is not None:
             return Signals(None, columns=self.columns, inside=inside, unmade=heard[0])
-        logits = task.read(outputs, batch, self.columns, teacher=True) if needs.logits else None
+        logits = self._read(outputs, task, batch) if needs.logits else None
         return Signals(logits=logits, columns=self.columns, inside=inside)
 
     def fit(
@@ -122,6 +122,10 @@ class ModelTeacher:
 
     def after_step(self, student: nn.Module) -> None:
         """Nothing: it is frozen."""
+
+    def _read(self, outputs: Any, task: Task, batch: Batch) -> Tensor:
+        with reading_outputs_of(unwrapped(self.model), "teacher"):
+            return task.read(outputs, batch, self.columns, teacher=True)
 
     def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
         """The output head, where what it is given will do in place of the logits, and can be had."""
@@ -176,12 +180,13 @@ class ModelTeacher:
         }
         if "decoder_input_ids" in batch:
             own.setdefault("decoder_input_ids", batch["decoder_input_ids"])
-        main = getattr(unwrapped(self.model), "main_input_name", "input_ids")
+        main = main_input_of(self.model)
         source: Mapping[str, Any] = own if main in own else batch
         # A forward that names nothing is given whatever the student is given.
         known = self.inputs or tuple(n for n in source if n not in _NEVER_GIVEN and not n.startswith(TEACHER_PREFIX))
         inputs = {name: source[name] for name in known if source.get(name) is not None}
         if main not in inputs and "inputs_embeds" not in inputs:
+            self._refuse_foreign_forward(main, batch)
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
                 f"Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio or "
@@ -198,6 +203,22 @@ class ModelTeacher:
         if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end
             inputs["use_cache"] = False
         return inputs
+
+    def _refuse_foreign_forward(self, main: str, batch: Batch) -> None:
+        """Raise DataError for a module of another library, whose forward takes no column that a batch could have."""
+        if main in MAIN_INPUTS:
+            return
+        model = unwrapped(self.model)
+        way_out = 'Pass a module whose forward takes columns by these names and returns {"logits": ...}.'
+        if main == "features" or any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__):
+            way_out = (
+                "Of a SentenceTransformer pass the transformers model in it, model[0].auto_model, and "
+                "task=Embedding(pooling=...) of hf_distill.tasks, as it pools."
+            )
+        raise DataError(
+            f"the teacher ({type(model).__name__}) is called with columns of the batch by name; its forward takes "
+            f"{', '.join(self.inputs)}, and the batch has {sorted(batch)}. {way_out}"
+        )
 
     def _explain(self, error: Exception, inputs: dict[str, Any]) -> None:
         """Say whose forward failed, where that follows from the length of the input."""
