@@ -94,7 +94,7 @@ from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{model}")
 {load}
-batch = tokenizer(["Put your own texts here.", "And another one, of another length."], padding=True, return_tensors="pt")
+batch = tokenizer(["Put your own texts here.", "And another."], padding=True, return_tensors="pt")
 with torch.no_grad():
     hidden = model(**batch).last_hidden_state
 mask = batch["attention_mask"].bool()
