@@ -106,8 +106,8 @@ def infer_kind(model: Any) -> str:
             if cls.__name__ in _class_names(tables) and _is_meant(kind, cls.__name__):
                 return _narrowed(kind, model)
     raise SettingError(
-        f"{type(model).__name__}: this library does not know where it keeps its predictions. Known kinds of head: "
-        f"{', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form "
+        f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
+        f"head: {', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form "
         f'(task="classification": one row of logits an example, [examples, classes]). {OWN_TASK}'
     )
 

@@ -20,7 +20,6 @@ from hf_distill.errors import SettingError
 from hf_distill.functional import forward_kl
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import rows_of
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.model import ModelTeacher
 
@@ -120,7 +119,7 @@ class QuantisedTeacher(ModelTeacher):
         if self._full_bytes is not None and self._full_bytes > 0.8 * free:
             return None, f"its {self._full_bytes / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB of free memory"
         kept = task.kept_rows(batch)
-        rows = rows_of(said, task, batch, whose="teacher")
+        rows = task.select(said, batch)
         ours = (rows if kept is None else rows[kept]).float().cpu()
         if not len(ours):
             return None, "no row of the first batch counts"
@@ -133,8 +132,7 @@ class QuantisedTeacher(ModelTeacher):
         with torch.no_grad():
             outputs = full(**{name: _on_cpu(value) for name, value in self._inputs(batch).items()})
         there = {name: _on_cpu(value) for name, value in batch.items()}
-        full_rows = task.read(outputs, there, self.columns, teacher=True)
-        theirs = rows_of(full_rows, task, there, whose="teacher")
+        theirs = task.select(task.read(outputs, there, self.columns, teacher=True), there)
         theirs = (theirs if kept is None else theirs[kept.cpu()]).float()
         if task.on_values:
             return Agreement(len(ours), difference=(ours - theirs).abs().mean().item()), None

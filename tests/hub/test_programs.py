@@ -117,7 +117,7 @@ def test_embeddings_are_pooled_as_in_training(pooling: str, side: str, here) -> 
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(text, "the card's program", "exec"), names)
     batch = names["batch"]
-    assert batch["attention_mask"][0, 0 if side == "left" else -1] == 0, "a padded text"
+    assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0, "a padded text"
     with torch.no_grad():
         expected = Embedding(pooling).read(model(**batch), batch, Columns(), teacher=False)
     torch.testing.assert_close(names["embeddings"], expected)
