@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-RandomState = list[tuple[Any, Tensor]]  # a module of torch that draws, and the state of its generator
+RandomState = list[tuple[torch.device, Tensor]]  # a device, and the state of its generator
 
 
 def layerdrop_of(holder: nn.Module) -> float:
@@ -29,9 +29,8 @@ def layerdrop_of(holder: nn.Module) -> float:
 
 def random_state(*values: Any) -> RandomState:
     """The state of the generators that draw for these tensors: the CPU's, and their device's."""
-    devices = {x.device for x in values if isinstance(x, Tensor) and x.device.type != "cpu"}
-    sources: list[Any] = [torch, *(torch.get_device_module(device) for device in devices)]
-    return [(source, source.get_rng_state()) for source in sources]
+    devices = {x.device for x in values if isinstance(x, Tensor)} | {torch.device("cpu")}
+    return [(device, _state_of(device)) for device in devices]
 
 
 def input_of_stack(
@@ -46,7 +45,7 @@ def input_of_stack(
         keywords: what it was called with by name.
         before: the random state in which its forward began.
     """
-    now = [(source, source.get_rng_state()) for source, _ in before]
+    now = [(device, _state_of(device)) for device, _ in before]
     first = blocks[0]
     try:
         _restore(before)
@@ -101,9 +100,16 @@ def _without_layerdrop(holder: nn.Module) -> Iterator[None]:
             setattr(place, name, before)
 
 
+def _state_of(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
 def _restore(states: RandomState) -> None:
-    for source, state in states:
-        source.set_rng_state(state)
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _cloned(value: Any) -> Any:

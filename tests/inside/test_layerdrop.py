@@ -35,6 +35,7 @@ from tests.trainer.tiny import arguments
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*` is deprecated:FutureWarning"),  # and not yet
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning"),  # WavLM's own call
 ]
 
 SPEECH = {
@@ -99,6 +100,7 @@ DROPPING = {
     "Data2VecAudio": Dropping(hf.Data2VecAudioModel, SPEECH | {"conv_pos_kernel_size": 3}, "layerdrop"),
     "UniSpeech": Dropping(hf.UniSpeechModel, SPEECH, "layerdrop"),
     "UniSpeechSat": Dropping(hf.UniSpeechSatModel, SPEECH, "layerdrop"),
+    "WavLM": Dropping(hf.WavLMModel, SPEECH | {"num_buckets": 8, "max_bucket_distance": 16}, "layerdrop"),
     "SEW": Dropping(hf.SEWModel, SPEECH | {"squeeze_factor": 1}, "layerdrop", norm="encoder.upsample"),
     "Wav2Vec2Conformer": Dropping(
         hf.Wav2Vec2ConformerModel, SPEECH | {"conv_depthwise_kernel_size": 3}, "layerdrop", norm="encoder.layer_norm"
@@ -166,7 +168,8 @@ def test_every_draw_shows_what_went_past(name: str) -> None:
         behind = stream if norm is None else norm(stream)
         torch.testing.assert_close(behind, last, atol=1e-6, rtol=1e-6)
         assert seen[Read(HIDDEN, 1, case.side)].requires_grad
-    assert () in left_out and len(left_out) > 2
+    assert len(left_out) > 2 or name == "WavLM"  # which always keeps its first block
+    assert (() in left_out) != (name == "WavLM")
 
 
 @pytest.mark.parametrize("name", DROPPING)

@@ -119,6 +119,14 @@ def test_positions_with_an_axis_too_many_or_too_few() -> None:
         LogitsMatch(temperature=lambda _: 1.0)(Signals(good), Signals(None, sparse=listed), task, batch)
 
 
+def test_a_span_has_one_axis_of_positions() -> None:
+    task, batch = TASKS["span"](), {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+    with pytest.raises(
+        SettingError, match=r"teacher's start_logits are \[2, 3, 3\], this task reads \[example, position\]"
+    ):
+        task.read({"start_logits": torch.randn(2, 3, 3), "end_logits": torch.randn(2, 3, 3)}, batch, None, teacher=True)
+
+
 def test_a_pooled_hidden_state_has_positions_and_features() -> None:
     """ConvNeXt's last hidden state is `[b c h w]`, and is not pooled over its channels."""
     config = hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, patch_size=4)
