@@ -24,7 +24,7 @@ from hf_distill.tasks.generating import evaluating
 from hf_distill.tasks.infer import main_input_of
 
 _INPUT = "pixel_values"
-_DEFAULT_SIZE = 224
+_EXAMPLES, _DEFAULT_SIZE = 2, 224
 Place = tuple[str, int]  # as `Read` has them: what, layer
 Shapes = dict[Place, tuple[int, ...]]
 
@@ -74,17 +74,20 @@ def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str
     Raises:
         SettingError: the axis of the features is not known.
     """
-    known = features is not None and x.dim() > features.axis and x.shape[features.axis] == features.width
-    if not known and x.dim() == 3:
-        return x
-    if not known:
-        features = _by_width(tuple(x.shape), widths_in(config)) if x.dim() > 3 else None
-    if features is None or x.dim() < 3:
+    if features is None or x.dim() <= features.axis or x.shape[features.axis] != features.width:
+        if x.dim() == 3:
+            return x
+        features = _by_width(tuple(x.shape), widths_in(config))
+    if x.dim() < 3 or features is None:
+        why = "no axis is left for positions"
+        if x.dim() > 3:
+            why = (
+                "which axis holds the features is not known: forwards on images of two sizes did not show it, and the "
+                "config names no width that one axis alone is long"
+            )
         raise SettingError(
-            f"{what} is {list(x.shape)}. An objective compares [examples, positions, features], and which axis holds "
-            "the features is not known: a forward on images of two sizes did not show it, and the config names no "
-            "width that is the length of one axis alone. Match another stack of blocks (student_stack=, "
-            "teacher_stack=)."
+            f"{what} is {list(x.shape)}. An objective compares [examples, positions, features], and {why}. Match "
+            "another stack of blocks (student_stack=, teacher_stack=)."
         )
     return x.movedim(features.axis, -1).flatten(1, -2)
 
@@ -115,9 +118,6 @@ def _by_width(shape: tuple[int, ...], widths: set[int]) -> Features | None:
     return Features(fitting[0], shape[fitting[0]]) if len(fitting) == 1 else None
 
 
-_EXAMPLES = 2
-
-
 def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, size: tuple[int, int]) -> Shapes:
     """What each block puts out, as far as the forward came on an image of this size."""
     shapes: Shapes = {}
@@ -135,10 +135,12 @@ def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, si
     hooks = [module.register_forward_hook(after((HIDDEN, layer))) for layer, module in enumerate(modules)]
     hooks.append(owner.register_forward_hook(lambda module, inputs, output: note((LAST_HIDDEN, 0), ended_in(output))))
     hooks.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
-    image = torch.zeros(_EXAMPLES, _channels(model), *size, device="meta")
+    tensors = _on_meta(model)
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    image = torch.zeros(_EXAMPLES, _channels(model), *size, dtype=dtype, device="meta")
     try:
         with torch.no_grad(), evaluating(model):
-            functional_call(model, _on_meta(model), (), {_INPUT: image})
+            functional_call(model, tensors, (), {_INPUT: image})
     except REFUSALS:
         pass  # an image size that this model does not take, or an operation without shapes: what came before counts
     finally:

@@ -101,15 +101,22 @@ def _without_layerdrop(holder: nn.Module) -> Iterator[None]:
 
 
 def _state_of(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    source, which = _generator_of(device)
+    state: Tensor = source.get_rng_state(*which)
+    return state
 
 
 def _restore(states: RandomState) -> None:
     for device, state in states:
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
+        source, which = _generator_of(device)
+        source.set_rng_state(state, *which)
+
+
+def _generator_of(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
+    """The module of torch that draws on a device, and what it wants to know of it: where there is one, nothing."""
+    if device.type == "cpu":
+        return torch, ()
+    return torch.get_device_module(device), () if device.type == "mps" else (device,)
 
 
 def _cloned(value: Any) -> Any:

@@ -203,7 +203,8 @@ class _StackReading:
         return hook
 
     def _measure_length(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._length = ended_in(output).shape[1]
+        last = ended_in(output)
+        self._length = last.shape[1] if isinstance(last, Tensor) else None
 
     def hear(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
         """A call of an attention function, whoever's it is."""

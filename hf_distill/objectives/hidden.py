@@ -27,7 +27,8 @@ class HiddenMatch(InsideMatch):
 
     Layer k is what block k puts out: transformers' `hidden_states[k + 1]`, except that models with a norm behind their
     last block (GPT-2, Llama, T5, Whisper) show the last one there after that norm, and this is before it. Only the
-    layers that are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions.
+    layers that are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions. In the
+    feature maps of convolutional image models every pixel is a position and the channels are its features.
 
     FitNets (Romero et al. 2015, section 2.2), PKD (Sun et al. 2019, section 3: `distance="normalized_squared",
     positions="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).

@@ -433,6 +433,11 @@ def test_an_axis_that_is_not_known_is_not_guessed() -> None:
         distiller(student, {"x": image()["pixel_values"]})
 
 
+def test_a_module_in_half_precision() -> None:
+    blocks = Inside(Homemade(8).bfloat16(), "student").blocks(None, "blocks")
+    assert blocks.features[HIDDEN, 1] == Features(1, 8)
+
+
 @pytest.mark.parametrize(
     ("shape", "widths", "axis"),
     [((2, 16, 4, 4), [16], 1), ((2, 4, 4, 16), [16], 3), ((2, 16, 4, 16), [16], None), ((2, 4, 4, 4), [16], None),
@@ -443,7 +448,8 @@ def test_a_config_that_names_the_width_of_one_axis_will_do(
 ) -> None:
     config, x = hf.ConvNextConfig(hidden_sizes=widths), torch.randn(shape)
     if axis is None:
-        with pytest.raises(SettingError, match="which axis holds the features is not known"):
+        words = "which axis holds the features is not known" if x.dim() > 3 else "no axis is left for positions"
+        with pytest.raises(SettingError, match=words):
             as_positions(x, None, config, what="this")
     else:
         assert torch.equal(as_positions(x, None, config, what="this"), pixels(x, FIRST if axis == 1 else LAST))
