@@ -37,7 +37,7 @@ class Blocks:
         heads: attention heads; None where no config says so.
         of_decoder: it reads decoder inputs: the decoder of an encoder-decoder.
         split_heads: tensor parallelism has shared out the attention heads over processes.
-        features: for an image model, the axis and the number of the features of each block's output.
+        features: where that is in doubt (images, convolutions), the axis and the number of a block's features.
         pads_inside: the model pads its input at the end, and cuts what it returns to the length of the input again.
     """
 

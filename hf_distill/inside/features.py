@@ -1,9 +1,9 @@
 """Which axis of a block's output holds its features, and how many: found from shapes alone. Reads no values.
 
 A transformer's blocks compute on `[b t d]`. Convolutional image models compute on `[b c h w]` (ConvNeXt, ResNet), some
-image models on `[b h w c]` (SAM), and each stage may have a width of its own. No config says which, so the model runs
-twice on torch's meta device, where a forward computes shapes and no numbers, on images of two sizes: the axis that
-keeps its length holds the features, the others are positions.
+image models on `[b h w c]` (SAM), the convolutions of speech models on `[b c t]`; each stage may have its own width.
+No config says which, so the model runs twice on torch's meta device, where a forward computes shapes and no numbers, on
+inputs of two sizes: the axis that keeps its length holds the features, the others are positions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN
 from hf_distill.tasks.generating import evaluating
 from hf_distill.tasks.infer import main_input_of
 
-_INPUT = "pixel_values"
-_EXAMPLES, _DEFAULT_SIZE = 2, 224
+_IMAGE, _SOUND = "pixel_values", "input_values"
+_EXAMPLES, _DEFAULT_SIZE, _SAMPLES = 2, 224, 16_000
 Place = tuple[str, int]  # as `Read` has them: what, layer
 Shapes = dict[Place, tuple[int, ...]]
 
@@ -37,14 +37,15 @@ class Features(NamedTuple):
 
 
 def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module) -> Mapping[Place, Features]:
-    """Where the features of each block of an image model are; empty for other models, and where it cannot be told.
+    """Where the features of each block are; empty for text, for transformers of sound, and where it cannot be told.
 
     Args:
-        model: the whole model, as it is called with `pixel_values`.
+        model: the whole model.
         modules: its blocks.
         owner: the module whose output is the last hidden state.
     """
-    if main_input_of(model) != _INPUT:
+    sizes = _sizes(model, modules)
+    if not sizes:
         return {}
     if isinstance(model, PreTrainedModel):  # a model of the same class: no hook of the user's sees these forwards
         names = {id(module): name for name, module in model.named_modules()}
@@ -54,9 +55,7 @@ def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Modu
             model, owner = twin, twin.get_submodule(names[id(owner)])
         except REFUSALS:
             return {}
-    height, width = _image_size(model)
-    first = _shapes(model, modules, owner, (height, width))
-    second = _shapes(model, modules, owner, (2 * height, 3 * width))
+    first, second = (_shapes(model, modules, owner, size) for size in sizes)
     widths = widths_in(getattr(model, "config", None))
     found = {place: _features(shape, second.get(place), widths) for place, shape in first.items()}
     return {place: features for place, features in found.items() if features is not None}
@@ -82,7 +81,7 @@ def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str
         why = "no axis is left for positions"
         if x.dim() > 3:
             why = (
-                "which axis holds the features is not known: forwards on images of two sizes did not show it, and the "
+                "which axis holds the features is not known: forwards on inputs of two sizes did not show it, and the "
                 "config names no width that one axis alone is long"
             )
         raise SettingError(
@@ -118,8 +117,19 @@ def _by_width(shape: tuple[int, ...], widths: set[int]) -> Features | None:
     return Features(fitting[0], shape[fitting[0]]) if len(fitting) == 1 else None
 
 
-def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, size: tuple[int, int]) -> Shapes:
-    """What each block puts out, as far as the forward came on an image of this size."""
+def _sizes(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[tuple[int, ...], ...]:
+    """Two shapes of the model's input that differ in all but examples and channels; none where nothing is in doubt."""
+    main = main_input_of(model)
+    if main == _IMAGE:
+        (height, width), channels = _image_size(model), _channels(model)
+        return (_EXAMPLES, channels, height, width), (_EXAMPLES, channels, 2 * height, 3 * width)
+    if main == _SOUND and any(isinstance(module, nn.Conv1d) for block in modules for module in block.children()):
+        return (_EXAMPLES, _SAMPLES), (_EXAMPLES, 2 * _SAMPLES)
+    return ()
+
+
+def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, size: tuple[int, ...]) -> Shapes:
+    """What each block puts out, as far as the forward came on an input of this size."""
     shapes: Shapes = {}
 
     def note(place: Place, value: Any) -> None:
@@ -137,12 +147,12 @@ def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, si
     hooks.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
     tensors = _on_meta(model)
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
-    image = torch.zeros(_EXAMPLES, _channels(model), *size, dtype=dtype, device="meta")
+    given = torch.zeros(size, dtype=dtype, device="meta")
     try:
         with torch.no_grad(), evaluating(model):
-            functional_call(model, tensors, (), {_INPUT: image})
+            functional_call(model, tensors, (), {main_input_of(model): given})
     except REFUSALS:
-        pass  # an image size that this model does not take, or an operation without shapes: what came before counts
+        pass  # a size that this model does not take, or an operation without shapes: what came before counts
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""Hidden states of image models as `[example, position, feature]`, wherever the model keeps its features.
+"""Hidden states of images and convolutions as `[example, position, feature]`, wherever a model keeps its features.
 
 Where each architecture keeps them is written here by hand; values are worked out in float64 from what its blocks put
 out, pixel by pixel.
@@ -368,6 +368,29 @@ def test_training_on_feature_maps(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["loss/hidden"] == pytest.approx(far("mean_squared", s, t), rel=1e-4)
+
+
+def test_the_convolutions_of_a_speech_model() -> None:
+    """`[b c t]`, with as many frames as channels: the last of them are at the frames that a mask tells of."""
+    shape = {
+        "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (10, 5), "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
+    }  # fmt: skip
+    path, mask = "wav2vec2.feature_extractor.conv_layers", torch.ones(2, 400, dtype=torch.long)
+    mask[1, 300:] = 0
+    batch = {"input_values": torch.randn(2, 400), "attention_mask": mask}
+    student, teacher = (hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**shape)).eval() for _ in range(2))
+    raw = [put_out(model, path, batch)[1].transpose(1, 2) for model in (student, teacher)]
+    assert raw[0].shape == (2, 8, 8)
+    frames = student._get_feat_extract_output_lengths(mask.sum(1)).tolist()
+    each = [(raw[0][b, t] - raw[1][b, t]).square().mean() for b in range(2) for t in range(frames[b])]
+    named = {"student_stack": path, "teacher_stack": path}
+    distiller = Distiller(student, teacher, objectives=HiddenMatch([(1, 1)], **named), alpha=None)
+    assert distiller(student, batch).loss.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-5)
+    earlier = Distiller(student, teacher, objectives=HiddenMatch([(0, 0)], **named), alpha=None)
+    with pytest.raises(DataError, match=r"of block 0 of the student are at \[2, 40\]"):
+        earlier(student, batch)
 
 
 # What is refused.
