@@ -5,6 +5,7 @@ Works in any training loop. It knows no Trainer; what it learns of processes com
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,13 @@ from hf_distill.learned import Learned
 from hf_distill.objectives import LogitsMatch, Objective
 from hf_distill.one_batch import OneBatch
 from hf_distill.schedules import PROGRESS, Schedule
-from hf_distill.tasks import Task, make_task
+from hf_distill.tasks import Embedding, Task, make_task
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.watch import TeacherWatch
 from hf_distill.without_logits import WithoutLogits
+
+logger = logging.getLogger(__name__)
 
 
 class Distiller(OneBatch):
@@ -150,6 +153,13 @@ class Distiller(OneBatch):
         if hasattr(teacher, "check_objectives"):
             teacher.check_objectives([self.objectives[name] for name in asked])
         self.learned.hold(self.blending.learned())
+        if isinstance(task, Embedding) and task.inferred and LOGITS in asked:
+            logger.warning(
+                f"Embeddings are the {task.pooling} of the last hidden states over the attended positions, of student "
+                "and teacher; no config of a bare encoder says how it is pooled. Pass "
+                "task=hf_distill.tasks.Embedding(pooling=...) where the teacher was trained with another pooling, and "
+                "pool the student as it was trained."
+            )
         self.task = task
         self._student, self._inside = unwrapped(student), inside
         self._whole_student, self._found_trainable = student, False

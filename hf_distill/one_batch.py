@@ -23,7 +23,7 @@ from hf_distill.inside.recorder import Inside
 from hf_distill.learned import Learned
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies
+from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
 from hf_distill.teachers import Teacher
 from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
@@ -225,7 +225,8 @@ class OneBatch:
     ) -> Signals:
         columns, logits = Columns() if self.teacher is None else self.teacher.columns, None
         if needs is None or needs.logits:
-            logits = self.task.read(outputs, batch, columns, teacher=False)
+            with reading_outputs_of(self._student, "student"):
+                logits = self.task.read(outputs, batch, columns, teacher=False)
         return Signals(logits=logits, columns=columns, inside=inside or {})
 
     def teacher_signals(self, batch: Batch, needs: Needs | None = None) -> Signals:

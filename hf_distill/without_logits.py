@@ -28,10 +28,10 @@ from hf_distill.functional.fused_inputs import (
 )
 from hf_distill.functional.fused_linear import fused_linear_distillation
 from hf_distill.inside.output_head import OutputHead, Trial
-from hf_distill.objectives.logits import refuse_other_rows
+from hf_distill.objectives.logits import refuse_other_keep, refuse_other_rows
 from hf_distill.signals import Signals, Unmade
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import IGNORED
+from hf_distill.tasks.base import IGNORED, rows_of
 from hf_distill.unused_outputs import tied
 from hf_distill.vocabulary import Columns
 
@@ -194,9 +194,9 @@ class Forward:
         labels_weight, t = blending.labels_weight(progress), match.temperature(progress)
         wants_target = said is not None and PROPERTIES[name].wants_target
         targets = task.targets(batch) if labels_weight > 0 or wants_target else None
-        rows, weights = self._rows(targets)
-        selected = task.select(ours.hidden, batch)
+        selected = rows_of(ours.hidden, task, batch, whose="student")
         refuse_other_rows(selected, selected, task, batch, columns=False)
+        rows, weights = self._rows(selected, targets)
         found = fused_linear_distillation(
             selected.index_select(0, rows),
             _head(ours),
@@ -226,13 +226,14 @@ class Forward:
             return 0.0
         return weight * self._counts.scale / denominator_of(term, self._counts, self._progress).clamp(min=1)
 
-    def _rows(self, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _rows(self, selected: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`[m]` which of the n rows are looked at, and the weight of each in the divergence; None: 1.
 
         A label may count where no comparison does (causal, left padding: the first token, predicted from nothing).
         """
         kept = self._task.keep(self._batch)
         assert kept is not None  # every task over a vocabulary says so
+        refuse_other_keep(kept, selected, self._task)
         if targets is None or self.said is None:
             looked_at = kept if targets is None else targets != IGNORED
             return looked_at.nonzero().squeeze(-1), None
@@ -245,8 +246,8 @@ class Forward:
     ) -> TeacherHidden | TeacherLogits | TeacherSparse:
         task, batch = self._task, self._batch
 
-        def of_rows(x: Tensor) -> Tensor:
-            selected = task.select(x, batch)
+        def of_rows(x: Tensor, *, columns: bool = True) -> Tensor:
+            selected = rows_of(x, task, batch, whose="teacher", columns=columns)
             refuse_other_rows(selected, selected, task, batch, columns=False)
             return selected.index_select(0, rows)
 
@@ -260,7 +261,7 @@ class Forward:
         return TeacherSparse(
             of_rows(listed.ids),
             of_rows(listed.log_probabilities) * temperature,
-            of_rows(listed.log_tail),
+            of_rows(listed.log_tail, columns=False),
             None if listed.weights is None else of_rows(listed.weights),
         )
 

@@ -226,6 +226,11 @@ def _centered(vectors: Tensor) -> Tensor:
 
 
 def _paired(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.dim() != 2 or teacher.dim() != 2:
+        raise SettingError(
+            f"student vectors are {list(student.shape)}, teacher vectors {list(teacher.shape)}: a distance is of "
+            "vectors [n d], one number a vector. Bring the features to the last axis, and flatten all others to one."
+        )
     if student.shape != teacher.shape:
         raise SettingError(
             f"student vectors are {list(student.shape)}, teacher vectors {list(teacher.shape)}: a distance needs one "

@@ -196,6 +196,11 @@ def _nothing_to_compare(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _paired(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.dim() != 2 or teacher.dim() != 2:
+        raise SettingError(
+            f"the student's rows are {list(student.shape)}, the teacher's {list(teacher.shape)}: relations are between "
+            "examples, one vector each, [n d]. Pool all other axes."
+        )
     if student.shape[0] != teacher.shape[0]:
         raise SettingError(
             f"the student shows {student.shape[0]} examples, the teacher {teacher.shape[0]}: both must show the same "

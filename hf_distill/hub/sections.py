@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hf_distill.hub.markdown import code, escape, number, plain, table
 from hf_distill.hub.papers import DIVERGENCES
-from hf_distill.hub.use import COUNTS_LABELS
+from hf_distill.hub.use import COUNTS_LABELS, POOLED
 from hf_distill.run_facts import EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts
 
 _LOCAL = "a local model"
@@ -66,6 +66,8 @@ def summary(facts: RunFacts) -> str:
     elif facts.base_model:
         # A config made from the Hub names its origin too, so whether weights were loaded is not known.
         text += f" It was made from {link(facts.base_model)}."
+    if facts.pooling:
+        text += f" Its embedding of an input is {POOLED[facts.pooling]}; the model does not pool so by itself."
     return text
 
 
@@ -92,6 +94,7 @@ def models(facts: RunFacts) -> str:
         ("Layers", [_count(m.layers) for m in everyone]),
         ("Width", [_count(m.width) for m in everyone]),
         ("Labels", [_count(m.labels if facts.task in COUNTS_LABELS else None) for m in everyone]),
+        ("Problem type", [_problem_type(m, facts.task) for m in everyone]),
         ("Number format", [code(m.dtype) if m.dtype else "" for m in everyone]),
     ]
     return table(["", "Student", *heads], [[name, *cells] for name, cells in rows if any(cells)])
@@ -99,6 +102,11 @@ def models(facts: RunFacts) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else number(value)
+
+
+def _problem_type(model: ModelFacts, task: str) -> str:
+    """What transformers makes of a sequence classifier's outputs: softmax, sigmoid or values."""
+    return code(model.problem_type) if model.problem_type and task in ("classification", "regression") else ""
 
 
 def _trained(student: ModelFacts) -> str:

@@ -89,6 +89,29 @@ with torch.no_grad():
     output = model(**tokenizer("Put your own text here.", return_tensors="pt"))
 print({{name: tuple(x.shape) for name, x in output.items() if hasattr(x, "shape")}})"""
 
+_EMBED = """import torch
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+{load}
+batch = tokenizer(["Put your own texts here.", "And another."], padding=True, return_tensors="pt")
+with torch.no_grad():
+    hidden = model(**batch).last_hidden_state
+mask = batch["attention_mask"].bool()
+embeddings = {pooled}  # as in training
+print(embeddings.shape)"""
+
+POOLED = {
+    "mean": "the mean of its last hidden states over the attended positions",
+    "first": "its last hidden state at the first attended position",
+    "last": "its last hidden state at the last attended position",
+}
+_POOLING = {
+    "mean": "hidden.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)",
+    "first": "hidden[torch.arange(len(hidden)), mask.int().argmax(1)]",
+    "last": "hidden[torch.arange(len(hidden)), mask.shape[1] - 1 - mask.int().flip(1).argmax(1)]",
+}
+
 _LOAD_ONLY = """from transformers import {auto}
 
 {load}
@@ -178,13 +201,17 @@ def program(facts: RunFacts) -> str | None:
         return None
     words = {"tag": use.tag, "auto": use.auto, "model": facts.repo_id or "."}
     feeds = facts.processor is not None and any(part in facts.processor for part in (use.processor, "Processor"))
+    pools = use is _TEXT["embedding"] and facts.pooling is not None
+    words["pooled"] = _POOLING.get(facts.pooling or "", "")
     if facts.student.adapter is None:
         load = _LOAD.format(**words)
-        text = use.program if feeds else _LOAD_ONLY
+        text = _EMBED if pools and feeds else use.program if feeds else _LOAD_ONLY
         return text.format(**words, load=load)
     count = facts.student.labels
     counted = facts.task in COUNTS_LABELS and count
     labels = f", num_labels={count}" if counted else ""
     load = _LOAD_ADAPTER.format(**words, base=facts.base_model, labels=labels)
-    explicit = _FORWARD if use in _TEXT.values() and feeds else _LOAD_ONLY
+    explicit = _LOAD_ONLY
+    if use in _TEXT.values() and feeds:
+        explicit = _EMBED if pools else _FORWARD
     return "from peft import PeftModel\n" + explicit.format(**words, load=load)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_distill.errors import SettingError
+from hf_distill.inside.features import Features, Place, find_features
 from hf_distill.inside.shared import depth_of, shares_layers
 from hf_distill.inside.stacks import Stack, find_stacks, module_lists
+from hf_distill.signals import HIDDEN, LAST_HIDDEN
 from hf_distill.tasks.infer import unwrapped
 
 SIDES = ("encoder", "decoder")
-_TIME_FIRST = ("xlnet",)  # with as many examples as positions a mask would fit the wrong way round, unnoticed
+_TIME_FIRST = ("xlnet", "fsmt")  # with as many examples as positions a mask would fit the wrong way round, unnoticed
+# Their blocks compute on a multiple of an attention window or a chunk: the input is padded at its end inside the model,
+# and what the model returns is cut again. `tests/inside/test_padded_inside.py` compares each with padding outside.
+_PADS_INSIDE = ("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x", "reformer")
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,13 @@ class Blocks:
         modules: one an entry; where layers share their weights (ALBERT) a module stands here several times, or the
             modules of the groups do not say which call is which layer: then `shared` is True and calls are counted.
         owner: the model whose output is the last hidden state: the nearest `PreTrainedModel` around the list.
+        holder: the module that holds the list, and runs the blocks.
         width: of the stream between blocks; None where no config says so.
         heads: attention heads; None where no config says so.
         of_decoder: it reads decoder inputs: the decoder of an encoder-decoder.
         split_heads: tensor parallelism has shared out the attention heads over processes.
+        features: where that is in doubt (images, convolutions), the axis and the number of a block's features.
+        pads_inside: the model pads its input at the end, and cuts what it returns to the length of the input again.
     """
 
     path: str
@@ -41,6 +50,14 @@ class Blocks:
     of_decoder: bool = False
     shared: bool = False
     split_heads: bool = False
+    features: Mapping[Place, Features] = field(default_factory=dict)
+    pads_inside: bool = False
+    holder: nn.Module = field(default_factory=nn.Identity)
+
+    def width_of(self, layer: int, what: str = HIDDEN) -> int | None:
+        """How wide a block's hidden state is, or the last one; None where neither a forward nor the config shows it."""
+        found = self.features.get((what, 0 if what == LAST_HIDDEN else layer))
+        return self.width if found is None else found.width
 
 
 def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack: str | None = None) -> Blocks:
@@ -148,6 +165,9 @@ def _blocks(
         of_decoder=two_sided and (side or wanted or "decoder") == "decoder",
         shared=shared,
         split_heads=(getattr(model, "_tp_size", None) or 1) > 1,
+        features={} if shared else find_features(model, modules, owner),
+        pads_inside=getattr(config, "model_type", None) in _PADS_INSIDE,
+        holder=model.get_submodule(path.rpartition(".")[0]),
     )
 
 

@@ -97,12 +97,28 @@ def _of_tokens(batch: Batch) -> Tensor:
     return keep.flatten(0, -2)  # multiple choice: `[b choices t]`
 
 
-def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, whose: str, what: str) -> None:
-    """Raise DataError where a model shows other positions than the batch has."""
+def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, examples: int, whose: str, what: str) -> None:
+    """Raise DataError where a model shows other positions than the batch has.
+
+    Args:
+        keep: `[b t]`, which positions count; None: all, of each example.
+        shape: of what the model shows, up to its positions.
+        examples: how many the batch has.
+        whose: "student" or "teacher", for the message.
+        what: what the model shows, for the message.
+    """
+    if keep is None and (shape[0] != examples or len(shape) != 2):
+        raise DataError(
+            f"the batch has {examples} examples, but {what} of the {whose} are at {list(shape)}, which is not "
+            "[examples, positions]: the model computes there on a grid, or on parts of an example (windows, frames of "
+            "a video) as if each were one. Match another stack of blocks (student_stack=, teacher_stack=), or use "
+            "HiddenMatch."
+        )
     if keep is None or tuple(keep.shape) == tuple(shape):
         return
     raise DataError(
         f"the batch has {list(keep.shape)} [examples, positions], but {what} of the {whose} are at {list(shape)}. "
         "Student and teacher must be given the same positions: the same tokenizer and padding, the same frame rate, "
-        "and no virtual tokens of prompt tuning."
+        "and no virtual tokens of prompt tuning. A model that pads to a multiple of its attention window by itself "
+        "needs a collator that does so before: pad_to_multiple_of."
     )

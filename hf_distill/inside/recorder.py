@@ -17,6 +17,8 @@ from hf_distill._compat import hearing_attention
 from hf_distill.errors import SettingError
 from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.inside.blocks import Blocks, find_blocks
+from hf_distill.inside.features import as_positions, ended_in, passed_on
+from hf_distill.inside.layerdrop import RandomState, input_of_stack, layerdrop_of, random_state
 from hf_distill.inside.related import is_cross_attention, sources_of
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
 
@@ -99,17 +101,22 @@ class _StackReading:
         self._blocks, self._reads, self._seen, self._whose = blocks, reads, seen, whose
         self._hidden = {read.layer: read for read in reads if read.what == HIDDEN}
         self._attention = {read.layer: read for read in reads if read.what == ATTENTION}
+        self._called = False
         self._calls = 0
         self._running = -1
         self._ran: set[int] = set()
         self._stream: Tensor | None = None
+        self._length: int | None = None  # of what the model returns, where it pads inside
+        self._began: RandomState | None = None  # what the module that holds the blocks drew from
+        self._left_out = False  # all blocks
         self._listened: set[int] = set()
 
     def attach(self, hooks: contextlib.ExitStack) -> None:
         heard = {read.layer for read in self._reads if read.what == ATTENTION or read.what in RELATED}
+        follow = self._hidden or self._blocks.shared or layerdrop_of(self._blocks.holder) > 0  # any may be left out
         for index, module in enumerate(self._blocks.modules):
-            if not (self._hidden or index in heard or self._blocks.shared):
-                continue  # hidden states: all, as any may be left out by layerdrop
+            if not (follow or index in heard):
+                continue
             for hook in (
                 module.register_forward_pre_hook(self._before(index), with_kwargs=True),
                 module.register_forward_hook(self._after(index)),
@@ -120,6 +127,11 @@ class _StackReading:
             for block in wanted:
                 names = dict(block.named_modules(remove_duplicate=False))
                 self._listened |= {id(module) for name, module in names.items() if not is_cross_attention(name)}
+        holder = self._blocks.holder
+        hooks.callback(holder.register_forward_pre_hook(self._before_stack, with_kwargs=True).remove)
+        hooks.callback(holder.register_forward_hook(self._after_stack, with_kwargs=True).remove)
+        if self._blocks.pads_inside:
+            hooks.callback(self._blocks.owner.register_forward_hook(self._measure_length).remove)
         for read in self._reads:
             if read.what in RELATED:
                 self._attach_related(read, hooks)
@@ -162,7 +174,7 @@ class _StackReading:
 
     def _after(self, index: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._stream = _first(output)
+            self._stream = passed_on(output)
             if self._running in self._hidden:
                 self._seen[self._hidden[self._running]] = self._stream
             self._calls += 1
@@ -170,11 +182,29 @@ class _StackReading:
 
         return hook
 
+    def _before_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._called = True
+        if self._hidden and module.training and layerdrop_of(module) > 0 and not self._left_out:
+            self._began = random_state(*args, *keywords.values())
+
+    def _after_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if self._began is None or self._ran or self._left_out:
+            return
+        self._left_out = True  # now, as the stack is run again
+        blocks = module.get_submodule(self._blocks.path.rpartition(".")[2])
+        self._stream = input_of_stack(module, blocks, args, keywords, self._began)
+
     def _owner_ended(self, read: Read) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._seen[read] = output["last_hidden_state"] if isinstance(output, Mapping) else _first(output)
+            last = ended_in(output)
+            if isinstance(last, Tensor):
+                self._seen[read] = last
 
         return hook
+
+    def _measure_length(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        last = ended_in(output)
+        self._length = last.shape[1] if isinstance(last, Tensor) else None
 
     def hear(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
         """A call of an attention function, whoever's it is."""
@@ -197,29 +227,51 @@ class _StackReading:
 
     def finish(self) -> None:
         for layer, read in self._hidden.items():
-            if read not in self._seen and self._stream is not None and layer != EMBEDDINGS:
-                self._seen[read] = self._stream  # the last blocks were left out (layerdrop)
+            went_past = layer != EMBEDDINGS or self._left_out
+            if read not in self._seen and self._stream is not None and went_past:
+                self._seen[read] = self._stream  # the last blocks were left out (layerdrop), or all
         for read in sorted(self._reads - set(self._seen)):
             raise SettingError(self._not_seen(read))
+        for read in self._reads:
+            if self._length is not None and (read.what == HIDDEN or read.what in RELATED):
+                self._seen[read] = self._seen[read][:, : self._length]
+            if read.what in (HIDDEN, LAST_HIDDEN):
+                self._seen[read] = self._as_positions(read)
         if torch.is_grad_enabled() and self._whose == "student":
             self._refuse_cut_graphs()
 
+    def _as_positions(self, read: Read) -> Tensor:
+        """A hidden state as `[b t d]`."""
+        layer = 0 if read.what == LAST_HIDDEN else read.layer
+        features, config = self._blocks.features.get((read.what, layer)), getattr(self._blocks.owner, "config", None)
+        return as_positions(self._seen[read], features, config, what=self._named(read))
+
+    def _named(self, read: Read) -> str:
+        return f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
+
     def _not_seen(self, read: Read) -> str:
-        where = f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
-        if not self._ran:
+        where = self._named(read)
+        if read.what == LAST_HIDDEN and self._called:
+            return f"{where}: {type(self._blocks.owner).__name__} returns no last_hidden_state. Use HiddenMatch."
+        if not self._called and not self._ran:
             return (
                 f"{where}: no block ran. The model that was called is not the {self._whose} that the distiller was "
-                "made for (make it with this one, or call distiller.fit), or layerdrop left out every block."
+                "made for (make it with this one, or call distiller.fit)."
+            )
+        if not self._ran and not layerdrop_of(self._blocks.holder):
+            return (
+                f"{where}: no block ran as a module. {type(self._blocks.holder).__name__} passes by the hooks of its "
+                "blocks (SqueezeBERT calls their forward functions). Use CosineEmbedding, or the predictions alone."
             )
         if read.what != LAST_HIDDEN and read.layer not in self._ran:
             return (
                 f"{where}: the block did not run in this forward. Where layerdrop left it out, set layerdrop to 0 in "
-                "the config (HiddenMatch reads what went past it, unless all blocks were left out)."
+                "the config, or use HiddenMatch, which reads what went past it."
             )
         if read.what == ATTENTION:
             return (
                 f"{where}: its attention does not go through transformers' AttentionInterface (DeBERTa, MPNet and "
-                "WavLM compute their own), so its scores cannot be read. Use RelationMatch or HiddenMatch."
+                "WavLM compute their own), or it has none, so no scores can be read. Use RelationMatch or HiddenMatch."
             )
         return (
             f"{where}: the module is there and was not called (WavLM hands its weights to a function). Use HiddenMatch."
@@ -230,16 +282,23 @@ class _StackReading:
         for read in self._reads:
             value = self._seen[read]
             tensors = [value.queries, value.keys] if isinstance(value, AttentionRecord) else [value]
-            if trained and read.layer != EMBEDDINGS and not any(x.requires_grad for x in tensors):
-                raise SettingError(
-                    f"{read.what} of block {read.layer} of the student has no gradient: gradient checkpointing with "
-                    "use_reentrant=True hides it, or what is below that block is frozen. Pass "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False}, or match a block that is trained.'
-                )
+            if not trained or read.layer == EMBEDDINGS or any(x.requires_grad for x in tensors):
+                continue
+            if isinstance(value, Tensor) and self._left_out_below(read):
+                # The blocks whose parameters are trained (adapters) were left out: a leaf, so that a backward works.
+                self._seen[read] = value.detach().requires_grad_()
+                continue
+            raise SettingError(
+                f"{read.what} of block {read.layer} of the student has no gradient: gradient checkpointing with "
+                "use_reentrant=True hides it, what is below that block is frozen, or the model runs its blocks "
+                "in a backward of its own (Reformer, which can be a teacher but no student here). Pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or match a block that is trained.'
+            )
 
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    def _left_out_below(self, read: Read) -> bool:
+        """Whether layerdrop left out some block that this was to depend on."""
+        last = self._blocks.length - 1 if read.what == LAST_HIDDEN else read.layer
+        return layerdrop_of(self._blocks.holder) > 0 and not self._ran.issuperset(range(last + 1))
 
 
 def _refuse_hidden_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:

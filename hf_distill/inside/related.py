@@ -17,6 +17,8 @@ _NAMES = {
     "values": ("value", "v_proj", "v_lin", "v", "value_proj", "v_linear", "linear_v", "wv"),
 }
 _FUSED = ("c_attn", "Wqkv", "qkv", "qkv_proj")
+# Their projections compute on [time, example, width].
+_TIME_FIRST = ("LongformerSelfAttention", "LEDEncoderSelfAttention")
 # Heads or partitions lie interleaved there, not queries, keys and values side by side.
 _INTERLEAVED = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
 # Attention to another sequence is no relation within this one.
@@ -37,9 +39,10 @@ def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source
         SettingError: it has none that is known by name, or several.
     """
     own = {name: m for name, m in block.named_modules() if not any(part in _CROSS for part in name.split("."))}
-    found = [m for name, m in own.items() if name.rpartition(".")[2] in _NAMES[what]]
+    found = [name for name in own if name.rpartition(".")[2] in _NAMES[what]]
     if len(found) == 1:
-        return Source(found[0], _whole)
+        time_first = _class_around(block, found[0]) in _TIME_FIRST
+        return Source(own[found[0]], _examples_first if time_first else _whole)
     fused = [m for name, m in own.items() if name.rpartition(".")[2] in _FUSED and not _interleaves(block, name)]
     if not found and len(fused) == 1:
         return Source(fused[0], _third(RELATED.index(what)))
@@ -51,11 +54,20 @@ def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source
 
 
 def _interleaves(block: nn.Module, path: str) -> bool:
-    return type(block.get_submodule(path.rpartition(".")[0])).__name__ in _INTERLEAVED
+    return _class_around(block, path) in _INTERLEAVED
+
+
+def _class_around(block: nn.Module, path: str) -> str:
+    """The class of the module that holds the one at this path."""
+    return type(block.get_submodule(path.rpartition(".")[0])).__name__
 
 
 def _whole(given: Tensor, output: Tensor) -> Tensor:
     return output
+
+
+def _examples_first(given: Tensor, output: Tensor) -> Tensor:
+    return output.transpose(0, 1).clone()  # Longformer divides its queries in place afterwards
 
 
 def _third(index: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -21,7 +21,7 @@ from hf_distill.errors import SettingError, TeacherError
 from hf_distill.inside.depth import DepthSetting, any_depths, usual_depths, with_layers
 
 # What a constructor may say to a setting that was only tried.
-_REFUSALS = (
+REFUSALS = (
     ValueError,
     TypeError,
     RuntimeError,
@@ -127,7 +127,7 @@ def _controlled(teacher: PreTrainedModel, setting: DepthSetting, lists: dict[str
     try:
         config = with_layers(teacher.config, setting, [*range(layers), layers - 1])
         longer = module_lists(empty_like(teacher, config, "meta"))
-    except _REFUSALS:
+    except REFUSALS:
         return None
     paths = tuple(path for path in of_that_length if longer.get(path) == layers + 1)
     return Stack(paths, layers, setting) if paths else None

@@ -11,9 +11,8 @@ from torch import Tensor
 from hf_distill.errors import SettingError
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
 from hf_distill.inside.blocks import Blocks
-from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
 
@@ -105,9 +104,8 @@ class AttentionMatch(InsideMatch):
         keep = kept.mask
         ours = student.inside[self._read(ATTENTION, link.student, 0)]
         theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]
-        for record, whose in ((ours, "student"), (theirs, "teacher")):
-            for x, what in ((record.queries, "queries"), (record.keys, "keys")):
-                check_positions(keep, (x.shape[0], x.shape[2]), whose=whose, what=where(what, link, whose))
+        for what, q, p in (("queries", ours.queries, theirs.queries), ("keys", ours.keys, theirs.keys)):
+            kept.check((q.shape[0], q.shape[2]), (p.shape[0], p.shape[2]), what, link)
         q, p = ours.scores(keep), theirs.scores(keep)
         mapped = self._head_map(q.shape[1], p.shape[1])
         p = p if mapped is None else map_heads(p, mapped)

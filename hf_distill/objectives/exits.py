@@ -15,25 +15,27 @@ from torch.nn import functional as F
 from hf_distill.errors import DataError, SettingError
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.inside.positions import Positions
+from hf_distill.inside.positions import Positions, check_positions
 from hf_distill.inside.recorder import Inside
 from hf_distill.loss_sum import LossSum
+from hf_distill.objectives.logits import kept_of
 from hf_distill.objectives.matching import Kept, checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
 from hf_distill.signals import HIDDEN, Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import batch_size, rows_of
 
 KINDS = ("classification", "token_classification")
 POOLING = ("mean", "first", "last")
 
 
 class ExitHead(nn.Module):
-    """What an exit says of a hidden state: `[n d]` → features `[n d]` and logits `[n v]`."""
+    """What an exit says of a hidden state: `[n d]` → features of the last block's width `[n w]`, logits `[n v]`."""
 
-    def __init__(self, width: int, columns: int) -> None:
+    def __init__(self, width: int, last: int, columns: int) -> None:
         super().__init__()
-        self.features = nn.Linear(width, width)
-        self.classifier = nn.Linear(width, columns)
+        self.features = nn.Linear(width, last)
+        self.classifier = nn.Linear(last, columns)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(rows.to(self.features.weight.dtype))
@@ -123,7 +125,8 @@ class ExitMatch:
                 f"ExitMatch: exits={list(self.exits)} of a student with {blocks.length} blocks: each must be one of "
                 f"0 … {self._last - 1}, once. The last block is the teacher."
             )
-        if blocks.width is None:
+        widths = {layer: width for layer in (*chosen, self._last) if (width := blocks.width_of(layer)) is not None}
+        if len(widths) <= len(chosen):
             raise SettingError(
                 "ExitMatch: no config tells how wide the hidden states are. Set hidden_size in the config."
             )
@@ -133,7 +136,8 @@ class ExitMatch:
         one = next(model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._heads = {layer: ExitHead(blocks.width, model.config.num_labels) for layer in chosen}
+            columns = model.config.num_labels
+            self._heads = {layer: ExitHead(widths[layer], widths[self._last], columns) for layer in chosen}
         made = nn.ModuleDict({str(layer): head for layer, head in self._heads.items()})
         precision = torch.float64 if one.dtype == torch.float64 else torch.float32
         self.learned = made.to(device=one.device, dtype=precision)
@@ -150,7 +154,7 @@ class ExitMatch:
     ) -> LossSum:
         logits = student.predictions()
         with torch.autocast(logits.device.type, enabled=False):  # of a loop around it: products would be halves
-            last = _kept(task, task.select(in_full_precision(logits.detach()), batch), batch)
+            last = _kept(task, rows_of(in_full_precision(logits.detach()), task, batch, whose="student"), batch)
             # With a graph to the last head, though not a gradient, so that DDP does not wait for one.
             total = logits.flatten()[:0].sum().to(last.dtype)
             aim = self._rows(student, self._last, task, batch).detach() if self.feature_weight else None
@@ -192,8 +196,11 @@ class ExitMatch:
         """`[m d]` hidden states: of each row that counts, or pooled."""
         x = in_full_precision(student.inside[self._read(layer)])
         if task.kind == "token_classification":
-            return _kept(task, task.select(x, batch), batch)
-        return Kept(self._positions.keep(batch), None).pooled(x, self.pooling)
+            return _kept(task, rows_of(x, task, batch, whose="student"), batch)
+        kept = Kept(self._positions.keep(batch), None, batch_size(batch))
+        what = f"hidden states of block {layer}"
+        check_positions(kept.mask, x.shape[:2], examples=kept.examples, whose="student", what=what)
+        return kept.pooled(x, self.pooling)
 
     def _read(self, layer: int) -> Read:
         return Read(HIDDEN, layer, self.side, self.stack)
@@ -208,7 +215,7 @@ class ExitMatch:
 
 
 def _kept(task: Task, rows: Tensor, batch: Batch) -> Tensor:
-    kept = task.kept_rows(batch)
+    kept = kept_of(rows, task, batch)
     return rows if kept is None else rows.index_select(0, kept)
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from hf_distill.errors import SettingError
 from hf_distill.functional.features import DISTANCES, Distance
 from hf_distill.inside.blocks import Blocks
-from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers
 from hf_distill.objectives.projections import Projections
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
@@ -28,7 +27,8 @@ class HiddenMatch(InsideMatch):
 
     Layer k is what block k puts out: transformers' `hidden_states[k + 1]`, except that models with a norm behind their
     last block (GPT-2, Llama, T5, Whisper) show the last one there after that norm, and this is before it. Only the
-    layers that are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions.
+    layers that are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions. In the
+    feature maps of convolutional image models every pixel is a position and the channels are its features.
 
     FitNets (Romero et al. 2015, section 2.2), PKD (Sun et al. 2019, section 3: `distance="normalized_squared",
     positions="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).
@@ -97,8 +97,12 @@ class HiddenMatch(InsideMatch):
         self._function = _checked_distance(distance, self.settings)
 
     def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
-        keys = [_key(link) for link in self._links()]
-        made = Projections(keys, student.width, teacher.width, kind=self.projection, seed=seed)
+        what = self.reads[0]
+        widths = {
+            _key(link): (student.width_of(link.student, what), teacher.width_of(link.teacher, what))
+            for link in self._links()
+        }
+        made = Projections(widths, kind=self.projection, seed=seed)
         self.learned = of_dtype_and_place(made, model) if len(made.matrices) else None
 
     def count(self, task: Task, batch: Batch) -> Tensor:
@@ -111,9 +115,9 @@ class HiddenMatch(InsideMatch):
         what = self.reads[0]
         ours = student.inside[self._read(what, link.student, 0)]
         theirs = teacher.inside[self._read(what, link.teacher, 1)]
-        for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(kept.mask, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
-        if self.positions == "all":
+        paired = self.positions == "all"
+        kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=paired)
+        if paired:
             share, q, p = kept.share(ours.shape[1]), kept.vectors(ours), kept.vectors(theirs)
         else:
             share, q, p = 1.0, kept.pooled(ours, self.positions), kept.pooled(theirs, self.positions)

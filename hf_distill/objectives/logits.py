@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
+from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
 from hf_distill.inside.recorder import Inside
@@ -19,6 +20,7 @@ from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import rows_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,15 @@ class LogitsMatch:
         self.settings = dict(settings or {})
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
+            raise SettingError(
+                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
+                + (
+                    f" {divergence} is a distance of hidden states: alpha=None, objectives=HiddenMatch('last', "
+                    f"distance={divergence!r})."
+                    if divergence in DISTANCES
+                    else ""
+                )
+            )
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
 
@@ -104,6 +114,7 @@ class LogitsMatch:
     ) -> LossSum:
         rows = self.per_row(student, teacher, task, batch, progress=progress)
         count = torch.tensor(rows.values.shape[0], device=rows.values.device)
+        refuse_other_count(rows.values, task, batch)
         # sum() of no row is 0 with a graph, so backward works (law L2).
         return LossSum(rows.values.sum(), count)
 
@@ -118,9 +129,10 @@ class LogitsMatch:
         if teacher.sparse is not None:
             return self._per_outcome(student, teacher.sparse, task, batch, progress)
         function, properties = self.divergence_for(task)
-        kept = task.kept_rows(batch)
-        q, p = task.select(student.predictions(), batch), task.select(teacher.predictions(), batch)
+        q = rows_of(student.predictions(), task, batch, whose="student")
+        p = rows_of(teacher.predictions(), task, batch, whose="teacher")
         refuse_other_rows(q, p, task, batch)
+        kept = kept_of(q, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
         keywords = dict(self.settings)
@@ -140,11 +152,15 @@ class LogitsMatch:
     ) -> RowValues:
         """Over the columns that the teacher lists, and one outcome for all others; or over its weighted samples."""
         function, properties = self.divergence_for(task)
-        t, kept = self.temperature(progress), task.kept_rows(batch)
+        t = self.temperature(progress)
         self.refuse_for_sparse(task, teacher, t)
         told = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
-        q, *listed = (task.select(x, batch) for x in (student.predictions(), *told) if x is not None)
+        q = rows_of(student.predictions(), task, batch, whose="student")
+        listed = [
+            rows_of(x, task, batch, whose="teacher", columns=x is not teacher.log_tail) for x in told if x is not None
+        ]
         refuse_other_rows(q, listed[0], task, batch, columns=False)
+        kept = kept_of(q, task, batch)
         if kept is not None:
             q, *listed = (x.index_select(0, kept) for x in (q, *listed))
         ids, log_p, log_tail, *weights = listed
@@ -240,6 +256,19 @@ class LogitsMatch:
             )
 
 
+def refuse_other_count(values: Tensor, task: Task, batch: Batch) -> None:
+    """Raise SettingError where a task's own `count` is not the number of rows that it selects and keeps."""
+    if type(task).count is Task.count:  # then it follows from `rows` and `keep`, and comparing would only synchronise
+        return
+    counted = int(task.count(batch))
+    if counted != values.shape[0]:
+        raise SettingError(
+            f"{type(task).__name__}.count() says that {counted} rows of the batch count, but select() and keep() leave "
+            f"{values.shape[0]}. The loss is divided by the former. Leave count() out: it follows from rows() and "
+            "keep()."
+        )
+
+
 def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
     """Rows are paired by position; with another number of them, row i would be compared with another position."""
     rows = task.rows(batch)
@@ -252,3 +281,21 @@ def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch
         "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and with equally many "
         "columns."
     )
+
+
+def kept_of(rows: Tensor, task: Task, batch: Batch) -> Tensor | None:
+    """`[m]`: which of the rows `[n v]` count, by index; None: all of them."""
+    keep = task.keep(batch)
+    if keep is None:
+        return None
+    refuse_other_keep(keep, rows, task)
+    return keep.nonzero().squeeze(-1)
+
+
+def refuse_other_keep(keep: Tensor, rows: Tensor, task: Task) -> None:
+    """Raise SettingError where a task's own `keep` is not as long as the rows that it selects."""
+    if keep.shape != rows.shape[:1]:
+        raise SettingError(
+            f"{type(task).__name__}.keep() is {list(keep.shape)}, and select() gives {rows.shape[0]} rows. keep() "
+            "needs one bool for each row, [rows]."
+        )

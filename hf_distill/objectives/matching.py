@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.inside.blocks import Blocks
-from hf_distill.inside.positions import Positions
+from hf_distill.inside.layerdrop import layerdrop_of
+from hf_distill.inside.positions import Positions, check_positions
 from hf_distill.inside.recorder import Inside
 from hf_distill.layer_map import LayerMap, Link, resolved_map
 from hf_distill.loss_sum import LossSum
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import batch_size
 
 Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
@@ -100,7 +102,7 @@ class InsideMatch(ABC):
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        kept = Kept(self._positions.keep(batch), self._positions.segments(batch))
+        kept = Kept(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
         first = next(iter(student.inside.values()))
         device = (first.queries if isinstance(first, AttentionRecord) else first).device
         with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
@@ -140,8 +142,7 @@ def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
     """A block that is left out at random computes no attention; what went past it is its hidden state."""
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
-    config = getattr(student.owner, "config", None)
-    rate = getattr(student.owner, "layerdrop", None) or getattr(config, "layerdrop", None)
+    rate = layerdrop_of(student.holder)
     if rate:
         raise SettingError(
             f"{type(objective).__name__}: the student leaves out blocks at random (layerdrop={rate}), and a block that "
@@ -175,9 +176,32 @@ def checked_weight(what: str, weight: float | Schedule) -> Schedule:
 class Kept:
     """The positions that count, as a mask and as indices, each found once (on an accelerator that waits for it)."""
 
-    def __init__(self, mask: Tensor | None, segments: Tensor | None) -> None:
+    def __init__(self, mask: Tensor | None, segments: Tensor | None, examples: int) -> None:
         self.mask = mask
         self.segments = segments
+        self.examples = examples
+
+    def check(
+        self, ours: tuple[int, ...], theirs: tuple[int, ...], what: str, link: Link, *, paired: bool = True
+    ) -> None:
+        """Raise DataError where the models show other positions than the batch has, or than each other.
+
+        Args:
+            ours: the shape of what the student shows, up to its positions.
+            theirs: the teacher's.
+            what: what they show, for the message.
+            link: the pair of blocks.
+            paired: whether position is compared with position.
+        """
+        for shape, whose in ((ours, "student"), (theirs, "teacher")):
+            check_positions(self.mask, shape, examples=self.examples, whose=whose, what=where(what, link, whose))
+        if paired and tuple(ours) != tuple(theirs):  # no mask: images, or sound of one length
+            raise DataError(
+                f"{where(what, link, 'student')} of the student are at {ours[1]} positions, "
+                f"{where(what, link, 'teacher')} of the teacher at {theirs[1]}, and each position is compared with the "
+                "teacher's. Pair blocks of one resolution (layers=[(student, teacher), ...]), give both models images "
+                "of one size, or use SimilarityMatch, which compares one vector an example."
+            )
 
     @functools.cached_property
     def _positions(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from hf_distill.errors import SettingError
 from hf_distill.functional.relations import relation_kl
 from hf_distill.inside.blocks import Blocks
-from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers, checked_weight, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers, checked_weight
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
 
@@ -73,13 +72,16 @@ class RelationMatch(InsideMatch):
 
     def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
         self._heads = self.relation_heads
-        if self._heads is None and student.width is not None and teacher.width is not None:
-            both = [n for n in (teacher.heads, student.heads) if n and not student.width % n and not teacher.width % n]
+        ours = {student.width_of(link.student) for link in self._links()}
+        theirs = {teacher.width_of(link.teacher) for link in self._links()}
+        if self._heads is None and None not in ours | theirs:
+            numbers = [n for n in (teacher.heads, student.heads) if n]
+            both = [n for n in numbers if not any(width % n for width in ours | theirs if width is not None)]
             self._heads = both[0] if both else None
         if self._heads is None:
             raise SettingError(
                 f"RelationMatch: neither {teacher.heads} (the teacher's attention heads) nor {student.heads} (the "
-                f"student's) divides the widths {student.width} (student) and {teacher.width} (teacher). Pass "
+                f"student's) divides the widths {_listed(ours)} (student) and {_listed(theirs)} (teacher). Pass "
                 "relation_heads=, a number that does."
             )
 
@@ -89,9 +91,12 @@ class RelationMatch(InsideMatch):
         for what, weight in self.relations.items():
             ours = student.inside[self._read(what, link.student, 0)]
             theirs = teacher.inside[self._read(what, link.teacher, 1)]
-            for x, whose in ((ours, "student"), (theirs, "teacher")):
-                check_positions(kept.mask, x.shape[:2], whose=whose, what=where(what, link, whose))
+            kept.check(ours.shape[:-1], theirs.shape[:-1], what, link)
             mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if kept.mask is None else kept.mask
             values = relation_kl(ours, theirs, mask, heads=self._heads, segments=kept.segments)
             totals.append(weight * values.sum() * kept.share(ours.shape[1]))
         return torch.stack(totals).sum()
+
+
+def _listed(widths: Set[int | None]) -> str:
+    return ", ".join(map(str, sorted(widths, key=str)))

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.similarity import SIMILARITIES
-from hf_distill.inside.positions import check_positions
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers, where
+from hf_distill.objectives.matching import InsideMatch, Kept, Layers
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task
@@ -69,7 +68,6 @@ class SimilarityMatch(InsideMatch):
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
         ours = student.inside[self._read(HIDDEN, link.student, 0)]
         theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
-        for x, whose in ((ours, "student"), (theirs, "teacher")):
-            check_positions(kept.mask, x.shape[:2], whose=whose, what=where("hidden states", link, whose))
+        kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=False)
         rows = kept.pooled(ours, self.pooling), kept.pooled(theirs, self.pooling)
         return SIMILARITIES[self.compare](*rows).sum()

@@ -15,7 +15,7 @@ from hf_distill.objectives.matching import checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, rows_of
 
 KINDS = ("causal_lm", "seq2seq")
 
@@ -86,8 +86,8 @@ class UniversalLogitMatch:
     ) -> LossSum:
         theirs = self._teachers(task, batch)
         ours_paired, theirs_paired = self._paired(task, batch, theirs)
-        q = task.select(student.predictions(), batch).index_select(0, ours_paired.flatten().nonzero().squeeze(-1))
-        p = task.select(teacher.predictions(), theirs).index_select(0, theirs_paired.flatten().nonzero().squeeze(-1))
+        q = _paired_rows(student.predictions(), task, batch, ours_paired, whose="student")
+        p = _paired_rows(teacher.predictions(), task, theirs, theirs_paired, whose="teacher")
         t = self.temperature(progress)
         found = sorted_distance(in_full_precision(q) / t, in_full_precision(p) / t)
         return LossSum(t * found.sum(), ours_paired.sum())
@@ -129,6 +129,21 @@ class UniversalLogitMatch:
     def __repr__(self) -> str:
         """As it was made, for logs and cards."""
         return f"{type(self).__name__}(temperature={self.temperature(0.0):g})"
+
+
+def _paired_rows(predictions: Tensor, task: Task, batch: Batch, paired: Tensor, *, whose: str) -> Tensor:
+    """`[m v]`: the rows that have one on the other side.
+
+    Raises:
+        DataError: the model predicts at other positions than its batch has.
+    """
+    rows = rows_of(predictions, task, batch, whose=whose)
+    if rows.shape[0] != paired.numel():
+        raise DataError(
+            f"the {whose} gives {rows.shape[0]} rows, its batch makes {paired.numel()} ({paired.shape[0]} examples of "
+            f"{paired.shape[1]}). No virtual tokens of prompt tuning, and labels as long as the input."
+        )
+    return rows.index_select(0, paired.flatten().nonzero().squeeze(-1))
 
 
 def _has_prompt(batch: Batch) -> bool:

@@ -54,6 +54,8 @@ class ModelFacts(_Facts):
     """The PEFT method ("LORA"), when what is saved is an adapter."""
     described: str | None = None
     """What it is, in words, when it is no model of its own (an average of the student)."""
+    problem_type: str | None = None
+    """`config.problem_type`, of a head that predicts labels; transformers sets it at the first labelled step."""
 
     def __post_init__(self) -> None:
         if not looks_like_hub_id(self.hub_id):
@@ -151,6 +153,8 @@ class RunFacts(_Facts):
     """The Hub id of what the student was fine-tuned from; a path becomes None."""
     processor: str | None = None
     """Class name of the processing class that is saved beside the student."""
+    pooling: str | None = None
+    """How the last hidden states became an embedding: "mean", "first" or "last"; None for other tasks."""
     divergence: str | None = None
     divergence_kwargs: dict[str, Any] = field(default_factory=dict)
     temperature: ScheduleFacts | None = None

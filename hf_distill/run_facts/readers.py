@@ -32,6 +32,7 @@ def model_facts(model: Any, *, hub_id: str | None = None) -> ModelFacts:
         layers=_whole(getattr(config, "num_hidden_layers", None)),
         width=_whole(getattr(config, "hidden_size", None)),
         labels=_whole(getattr(config, "num_labels", None)),
+        problem_type=getattr(config, "problem_type", None),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         main_input=getattr(inner, "main_input_name", "input_ids"),
         adapter=None if method is None else str(getattr(method, "value", method)),

@@ -5,19 +5,26 @@ Axes: b batch, t time, v columns, n rows; r rows an example, the same number for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError
+from hf_distill.errors import DataError, SettingError
 from hf_distill.vocabulary import Columns
 
 Batch = Mapping[str, Any]
 IGNORED = -100
 TEACHER_PREFIX = "teacher_"
-_MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
+OWN_TASK = (
+    "Where a model predicts something else, such as a row a pixel, a query or a box, pass task= an object of your own "
+    "class derived from hf_distill.tasks.Task: read() returns the predictions with their columns on the last axis, "
+    "select() flattens all other axes to rows, rows() counts them from the batch. docs/heads.md has such a class for "
+    "segmentation."
+)
+MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 
 
 class Task:
@@ -33,6 +40,8 @@ class Task:
         sums_over_examples: the head's own loss is a sum over examples, not a mean (CTC "sum").
         over_vocabulary: rows are predicted tokens, made by an output head from hidden states of the same positions,
             and the head's own loss is the cross-entropy of `targets`.
+        inferred: the library made it, from the student's class or by name; then a teacher's class must be of its kind.
+            An object of the user's says itself where predictions are, in whatever class of model.
     """
 
     kind: ClassVar[str]
@@ -42,6 +51,7 @@ class Task:
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     sums_over_examples: bool = False
     over_vocabulary: ClassVar[bool] = False
+    inferred: bool = False
 
     @classmethod
     def from_model(cls, model: Any) -> Task:
@@ -139,25 +149,98 @@ def pick(x: Tensor, columns: Columns, *, teacher: bool) -> Tensor:
     return columns.of_teacher(x) if teacher else columns.of_student(x)
 
 
+def require_axes(x: Tensor, axes: tuple[str, ...], *, what: str, teacher: bool, hint: str = "") -> None:
+    """Raise SettingError where a model's output has other axes than the task reads.
+
+    Args:
+        x: the output.
+        axes: what each axis is, for the message.
+        what: the name of the output.
+        teacher: whose output it is.
+        hint: what else the message says of the axes that came.
+    """
+    if x.dim() == len(axes):
+        return
+    whose = "teacher" if teacher else "student"
+    raise SettingError(
+        f"the {whose}'s {what} are {list(x.shape)}, this task reads [{', '.join(axes)}]. {hint}{OWN_TASK}"
+    )
+
+
+def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, columns: bool = True) -> Tensor:
+    """The rows that a task selects from predictions: `[n v]`, or `[n]` of numbers that have no columns.
+
+    Args:
+        predictions: what `task.read` returned, or numbers with the same leading axes.
+        task: the task.
+        batch: the batch that they were predicted from.
+        whose: "student" or "teacher", for the message.
+        columns: whether a row has columns.
+
+    Raises:
+        SettingError: the selected rows have other axes. The last axis would be taken for the columns, and each row's
+            divergence would be an array.
+    """
+    rows = task.select(predictions, batch)
+    if rows.dim() == 1 + columns:
+        return rows
+    shape, last = list(rows.shape), rows.dim() - 1
+    if rows.dim() > 2:
+        between = " and ".join(f"axis {axis} ({shape[axis]} long)" for axis in range(1, last))
+        wrong = f"axis {last} ({shape[last]} long) would be taken for the columns, and {between} would be left over"
+    else:
+        wrong = "an axis is missing"
+    raise SettingError(
+        f"a task selects rows [rows, columns], one distribution a row. The {task.kind} task ({type(task).__name__}) "
+        f"selected {shape} of the {whose}'s predictions {list(predictions.shape)}: {wrong}. {OWN_TASK}"
+    )
+
+
+class MissingOutputError(DataError):
+    """A model's output does not hold what a task reads. Whoever knows the model names it: see `reading_outputs_of`."""
+
+
 def output_named(name: str, outputs: Any) -> Tensor:
     """A model's output by name.
 
     Raises:
-        DataError: the model gave a tuple, or withheld it (fused losses that skip the logits).
+        MissingOutputError: it is not there; the message says which of the possible causes it is.
     """
     found = outputs.get(name) if isinstance(outputs, Mapping) else None
-    if found is None:
-        given = f"only {sorted(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
-        raise DataError(
-            f"the model's output has no {name}: it gave {given}. Set return_dict=True, and leave out fused losses "
-            "that skip the logits (use_liger_kernel)."
+    if found is not None:
+        return found
+    kind = type(outputs).__name__
+    if not isinstance(outputs, Mapping):
+        way_out = (
+            "Set return_dict=True." if isinstance(outputs, tuple) else 'Wrap it, so that it returns {"logits": ...}.'
         )
-    return found
+        raise MissingOutputError(f"its forward returned a {kind}, which names nothing, and {name} is read. {way_out}")
+    held = ", ".join(sorted(outputs)) or "nothing"
+    if hasattr(outputs, name):  # a field of this class of outputs
+        fused = " A fused loss skips the logits: leave out use_liger_kernel." if name == "logits" else ""
+        raise MissingOutputError(f"its output ({kind}) has {name} left out this time, and holds {held}.{fused}")
+    raise MissingOutputError(
+        f"its output ({kind}) holds {held}, and no {name}, which this task reads. If one of these is what should be "
+        "compared, pass task= an object of your own class derived from hf_distill.tasks.Task, whose read() returns it."
+    )
+
+
+@contextlib.contextmanager
+def reading_outputs_of(model: Any, whose: str) -> Iterator[None]:
+    """Around a task's `read`: an output that is missing is reported with the model's class.
+
+    Raises:
+        DataError: the output does not hold what the task reads.
+    """
+    try:
+        yield
+    except MissingOutputError as error:
+        raise DataError(f"the {whose} ({type(model).__name__}): {error}") from error
 
 
 def first_tensor(batch: Batch) -> Tensor:
     """A tensor with an entry an example: the main input where its name is known, else any."""
-    for name in (*_MAIN_INPUTS, *batch):
+    for name in (*MAIN_INPUTS, *batch):
         value = batch.get(name)
         if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(TEACHER_PREFIX):
             return value

@@ -18,6 +18,7 @@ from hf_distill.tasks.base import (
     labels_of_rows,
     output_named,
     pick,
+    require_axes,
 )
 from hf_distill.vocabulary import Columns
 
@@ -74,10 +75,22 @@ class Classification(Task):
         return problem == _SEVERAL
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        logits = pick(output_named("logits", outputs), columns, teacher=teacher)  # [b v]
+        logits = output_named("logits", outputs)
+        require_axes(logits, ("example", "class"), what="logits", teacher=teacher, hint=self._class_axis(logits))
+        logits = pick(logits, columns, teacher=teacher)  # [b v]
         if not self.is_multi_label(batch):
             return logits
         return torch.stack((logits, torch.zeros_like(logits)), -1)  # [b v 2]
+
+    def _class_axis(self, logits: Tensor) -> str:
+        """Which axis of logits with too many is the classes, for the message."""
+        classes = getattr(self._config, "num_labels", None)
+        found = [axis for axis, length in enumerate(logits.shape) if axis > 0 and length == classes]
+        if len(found) != 1:
+            return ""
+        is_last = found[0] == logits.dim() - 1
+        rest = "an example has several rows" if is_last else "the last axis would be taken for the classes"
+        return f"Axis {found[0]} is as long as config.num_labels ({classes}): {rest}. "
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1) if self.is_multi_label(batch) else x

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import SettingError
-from hf_distill.tasks.base import Task
+from hf_distill.tasks.base import OWN_TASK, Task
 from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
 from hf_distill.tasks.ctc import CTC
 from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
@@ -83,6 +83,17 @@ def forward_names(model: Any) -> tuple[str, ...]:
     return ()
 
 
+def main_input_of(model: Any) -> str:
+    """The name of the input that a model cannot do without: what it declares, or the first argument of its forward.
+
+    A module that is not of transformers declares none; then it is the first that its forward names.
+    """
+    named, declared = forward_names(model), getattr(unwrapped(model), "main_input_name", None)
+    if isinstance(declared, str) and (declared in named or not named):
+        return declared
+    return next((name for name in named if name == "input_ids"), named[0] if named else "input_ids")
+
+
 def infer_kind(model: Any) -> str:
     """The kind of head a model has, by the name of its class or of one it derives from.
 
@@ -96,8 +107,8 @@ def infer_kind(model: Any) -> str:
                 return _narrowed(kind, model)
     raise SettingError(
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
-        f'head: {", ".join(TASKS)}. If it behaves like one of them, pass its name, task="classification" for '
-        "example; else pass your own: an object derived from hf_distill.tasks.Task."
+        f"head: {', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form "
+        f'(task="classification": one row of logits an example, [examples, classes]). {OWN_TASK}'
     )
 
 
@@ -109,7 +120,13 @@ def infer_task(model: Any) -> Task:
     >>> infer_task(BertForTokenClassification(tiny)).kind
     'token_classification'
     """
-    return TASKS[infer_kind(model)].from_model(unwrapped(model))
+    return _made(infer_kind(model), model)
+
+
+def _made(kind: str, model: Any) -> Task:
+    task = TASKS[kind].from_model(unwrapped(model))
+    task.inferred = True
+    return task
 
 
 def make_task(model: Any, task: Task | str | None) -> Task:
@@ -124,7 +141,7 @@ def make_task(model: Any, task: Task | str | None) -> Task:
         return task
     if task not in TASKS:
         raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.")
-    return TASKS[task].from_model(unwrapped(model))
+    return _made(task, model)
 
 
 # Heads in the causal-LM table whose own loss does not shift the labels; XLM is a masked LM.

@@ -114,7 +114,7 @@ def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
     if own_rule is not None:
         return own_rule(labels=labels.clone())  # FSMT writes into them
     # As the models' own forwards: the config itself. (Its `get_text_config` forgets Whisper's start token.)
-    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    start, padding = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None or padding is None:
         raise DataError(
             f"{type(model).__name__}.config has no decoder_start_token_id or no pad_token_id, so decoder inputs "

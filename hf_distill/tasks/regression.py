@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick
+from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import refuse_ignored
 from hf_distill.vocabulary import Columns
 
@@ -39,8 +39,11 @@ class Regression(Task):
 class Embedding(Task):
     """One row `[b d]` an example: the last hidden state, pooled over the attended positions.
 
-    `pooling`: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders). A bare encoder has no
-    loss of its own, so it trains with alpha=1, or with a `compute_loss_func`.
+    A bare encoder has no loss of its own, so it trains with alpha=1, or with a `compute_loss_func`. Nothing that it is
+    saved with says how it is pooled: the model card does.
+
+    Args:
+        pooling: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders), for both models.
     """
 
     kind = "embedding"
@@ -51,17 +54,24 @@ class Embedding(Task):
     def __init__(self, pooling: str = "mean") -> None:
         if pooling not in POOLING:
             raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
-        self._pooling = pooling
+        self.pooling = pooling
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        hidden = output_named("last_hidden_state", outputs)  # [b t d]
+        hidden = output_named("last_hidden_state", outputs)
+        require_axes(
+            hidden,
+            ("example", "position", "feature"),
+            what="last_hidden_state",
+            teacher=teacher,
+            hint="(Convolutional image models put the features first; most pool them themselves: pooler_output.) ",
+        )
         mask = self._mask(hidden, batch, teacher=teacher)  # [b t]
-        if self._pooling == "mean":
+        if self.pooling == "mean":
             summed = in_full_precision(hidden).masked_fill(~mask[..., None], 0).sum(1)  # fp16 ends at 65504
             pooled = summed / mask.sum(1, keepdim=True).clamp(min=1)
         else:
             positions = torch.arange(mask.shape[1], device=mask.device)
-            if self._pooling == "first":
+            if self.pooling == "first":
                 chosen = torch.where(mask, positions, mask.shape[1] - 1).amin(1)
             else:
                 chosen = torch.where(mask, positions, 0).amax(1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named
+from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, require_axes
 from hf_distill.vocabulary import Columns
 
 
@@ -23,7 +23,9 @@ class Span(Task):
     label_names = ("start_positions", "end_positions")
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
-        logits = torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), 1)  # [b 2 t]
+        both = output_named("start_logits", outputs), output_named("end_logits", outputs)
+        require_axes(both[0], ("example", "position"), what="start_logits", teacher=teacher)
+        logits = torch.stack(both, 1)  # [b 2 t]
         readable = self._readable(batch)
         if logits.shape[-1] != readable.shape[1]:
             return logits  # of another input: refused where the rows are compared

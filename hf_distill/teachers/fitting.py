@@ -35,11 +35,14 @@ def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def refuse_other_head(teacher: nn.Module, task: Task) -> None:
+    """Raise TeacherError for a class of another kind of head; a Task of the user's may read any class."""
     kind = _kind_or_none(teacher)  # None: not a class of transformers; its outputs will tell
-    if kind not in (None, task.kind):
+    if task.inferred and kind not in (None, task.kind):
+        article = "an" if str(kind)[0] in "aeiou" else "a"
         raise TeacherError(
-            f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for {task.kind}. "
-            "Fine-tune a teacher with the student's kind of head."
+            f"the teacher ({type(teacher).__name__}) has {article} {kind} head, the student needs a teacher for "
+            f"{task.kind}. Fine-tune a teacher with the student's kind of head, or pass task= an object derived from "
+            "hf_distill.tasks.Task that reads the outputs of both."
         )
 
 
@@ -65,7 +68,10 @@ def matched_columns(student: Any, teacher: Any, task: Task, *, tokenizers: Token
     if task.kind == "embedding" and None not in widths and widths[0] != widths[1]:
         raise TeacherError(
             f"student and teacher embed in different widths ({widths[0]} and {widths[1]}), which an embedding cannot "
-            "bridge by itself. Give the student the teacher's hidden_size."
+            "bridge by itself. Give the student the teacher's hidden_size; or compare no embeddings (alpha=None), and "
+            "pass objectives= what needs no equal widths: SimilarityMatch() (which examples are alike, by their pooled "
+            'hidden states), HiddenMatch("last") or CosineEmbedding() (position by position, through a learned '
+            "projection)."
         )
     return Columns()
 
@@ -183,8 +189,10 @@ def _head_width(model: Any) -> int | None:
     head = getattr(model, "lm_head", None) if head is None else head
     if head is not None and getattr(head, "weight", None) is not None:
         return int(head.weight.shape[0])
-    config = getattr(model, "config", None)
-    return None if config is None else int(config.get_text_config(decoder=True).vocab_size)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    width = getattr(text, "vocab_size", None)
+    return width if isinstance(width, int) else None
 
 
 def _embeddings(model: Any) -> int | None:

@@ -148,13 +148,13 @@ def _looks_local(path: str) -> bool:
 
 
 def _auto_class(path: str, kind: str) -> Any:
-    """The Auto class of this kind that knows the checkpoint's configuration.
+    """The Auto class of this kind that knows the checkpoint's configuration; of a kind of the user's, the checkpoint's.
 
     When the checkpoint names an architecture with another kind of head, it is loaded as what it is, so that the
     mismatch is named by the check that compares student and teacher.
     """
     config = AutoConfig.from_pretrained(path)
-    candidates = [getattr(transformers, name) for name in _AUTO_CLASSES[kind]]
+    candidates = [getattr(transformers, name) for name in _AUTO_CLASSES.get(kind, ())]
     known = [cls for cls in candidates if type(config) in cls._model_mapping]
     architecture = (getattr(config, "architectures", None) or [None])[0]
     other = getattr(transformers, architecture or "", None)
@@ -162,7 +162,8 @@ def _auto_class(path: str, kind: str) -> Any:
         return other
     if not known:
         raise TeacherError(
-            f"teacher_model={path!r} is a {type(config).__name__}, for which transformers has no {kind} head."
+            f"teacher_model={path!r} is a {type(config).__name__}, for which transformers has no {kind} head, and its "
+            "config names no class (architectures). Load the model, and pass that."
         )
     return known[0]
 

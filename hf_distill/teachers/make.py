@@ -63,6 +63,11 @@ def as_teacher(
     elif isinstance(teacher_model, Teacher):
         _hand_on(teacher_model, processor=processor, dtype=dtype, label_matching=label_matching)
         return teacher_model
+    elif isinstance(teacher_model, (list, tuple)):
+        raise TeacherError(
+            f"teacher_model is a {type(teacher_model).__name__} of {len(teacher_model)}. Several teachers are one as "
+            "teacher_model=Ensemble([...]) (hf_distill.Ensemble), which says how they are averaged."
+        )
     else:
         raise TeacherError(
             f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an object "

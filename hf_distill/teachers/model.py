@@ -16,8 +16,8 @@ from hf_distill.inside.output_head import OutputHead
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Signals, Unmade
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX, own_copies
-from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, reading_outputs_of
+from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures, fitting
 from hf_distill.teachers.padding import KINDS, OwnPadding
@@ -66,7 +66,7 @@ class ModelTeacher:
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self._put_to_use()
         self._set_mode()
-        inputs = self._read(batch)
+        inputs = self._model_inputs(batch)
         with torch.no_grad(), self._forward_of(inputs, batch):
             head = self._head_for(needs, inputs)
             heard: list[Unmade] = []
@@ -75,7 +75,7 @@ class ModelTeacher:
                 outputs = self.model(**inputs)
         if head is not None:
             return Signals(None, columns=self.columns, inside=inside, unmade=heard[0])
-        logits = task.read(outputs, batch, self.columns, teacher=True) if needs.logits else None
+        logits = self._predictions(outputs, task, batch) if needs.logits else None
         return Signals(logits=logits, columns=self.columns, inside=inside)
 
     def fit(
@@ -149,6 +149,10 @@ class ModelTeacher:
     def after_step(self, student: nn.Module) -> None:
         """Nothing: it is frozen."""
 
+    def _predictions(self, outputs: Any, task: Task, batch: Batch) -> Tensor:
+        with reading_outputs_of(unwrapped(self.model), "teacher"):
+            return task.read(outputs, batch, self.columns, teacher=True)
+
     def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
         """The output head, where what it is given will do in place of the logits, and can be had."""
         if not (needs.logits and needs.unmade):
@@ -201,7 +205,7 @@ class ModelTeacher:
                 raise
             raise failures.explained(error, self.model, inputs, own=self._reads_own(batch)) from error
 
-    def _read(self, batch: Batch) -> dict[str, Any]:
+    def _model_inputs(self, batch: Batch) -> dict[str, Any]:
         """What the model is called with."""
         inputs = self._in_own_dtype(self._inputs(batch))
         if self._padding is None:
@@ -218,9 +222,8 @@ class ModelTeacher:
 
     @property
     def _main(self) -> str:
-        """Its main input by name: what transformers calls it, if its forward knows that, else its first argument."""
-        named = str(getattr(unwrapped(self.model), "main_input_name", "input_ids"))
-        return named if named in self.inputs or not self.inputs else self.inputs[0]
+        """The name of its main input."""
+        return main_input_of(self.model)
 
     def _reads_own(self, batch: Batch) -> bool:
         """Whether the batch has its main input as a column of its own."""
@@ -240,6 +243,7 @@ class ModelTeacher:
         known = self.inputs or tuple(n for n in source if n not in _NEVER_GIVEN and not n.startswith(TEACHER_PREFIX))
         inputs = {name: source[name] for name in known if source.get(name) is not None}
         if main not in inputs and "inputs_embeds" not in inputs and (self.inputs or not inputs):
+            self._refuse_foreign_forward(main, batch)
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
                 f"Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio or "
@@ -257,3 +261,19 @@ class ModelTeacher:
         if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end
             inputs["use_cache"] = False
         return inputs
+
+    def _refuse_foreign_forward(self, main: str, batch: Batch) -> None:
+        """Raise DataError for a module of another library, whose forward takes no column that a batch could have."""
+        if main in MAIN_INPUTS:
+            return
+        model = unwrapped(self.model)
+        way_out = 'Pass a module whose forward takes columns by these names and returns {"logits": ...}.'
+        if main == "features" or any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__):
+            way_out = (
+                "Of a SentenceTransformer pass the transformers model in it, model[0].auto_model, and "
+                "task=Embedding(pooling=...) of hf_distill.tasks, as it pools."
+            )
+        raise DataError(
+            f"the teacher ({type(model).__name__}) is called with columns of the batch by name; its forward takes "
+            f"{', '.join(self.inputs)}, and the batch has {sorted(batch)}. {way_out}"
+        )

@@ -123,6 +123,7 @@ class PublishingMixin:
             joined=self.distiller.teacher.described() if isinstance(self.distiller.teacher, Ensemble) else None,
             base_model=base or (origin if looks_like_hub_id(origin) else None),
             processor=None if self.processing_class is None else type(self.processing_class).__name__,
+            pooling=getattr(task, "pooling", None),
             divergence=divergence if compares else None,
             divergence_kwargs=match.settings if compares else {},
             temperature=self._schedule("temperature", match.temperature) if compares and properties.softens else None,

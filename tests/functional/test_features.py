@@ -283,6 +283,14 @@ def test_widths_that_differ_are_refused(name: str) -> None:
         DISTANCES[name](vectors(d=1)[0], vectors()[1])
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_other_axes_than_vectors_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    """The last axis would be taken for the features, and the result would be no number a vector."""
+    with pytest.raises(SettingError, match=r"a distance is of vectors \[n d\], one number a vector"):
+        DISTANCES[name](torch.randn(shape), torch.randn(shape))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

@@ -297,3 +297,10 @@ def test_unequal_numbers_of_examples_are_refused(name: str) -> None:
     message = "the student shows 1 examples, the teacher 6: both must show the same examples, in the same order"
     with pytest.raises(SettingError, match=message):
         SIMILARITIES[name](student[:1], teacher)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4, 3), (6, 4, 3, 3)])
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_examples_of_more_than_a_vector_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(SettingError, match=r"relations are between examples, one vector each, \[n d\]\. Pool"):
+        SIMILARITIES[name](torch.randn(shape), torch.randn(shape))

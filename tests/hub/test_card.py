@@ -104,6 +104,15 @@ def test_the_text_says_what_the_run_was() -> None:
     assert "was measured at step" not in text
 
 
+def test_the_problem_type_of_a_classifier_is_told() -> None:
+    """transformers sets the student's at the first labelled step, and pipelines read it."""
+    facts = sample_facts()
+    told = replace(facts, student=replace(facts.student, problem_type="multi_label_classification"))
+    assert "| Problem type | `multi_label_classification` |  |" in render_card(told)
+    assert "Problem type" not in render_card(facts)
+    assert "Problem type" not in render_card(replace(told, task="token_classification"))
+
+
 def test_a_student_made_from_its_teacher_is_no_fine_tuned_teacher() -> None:
     data = ModelCard(render_card(sample_facts(base_model=TEACHER.hub_id))).data.to_dict()
     assert data["base_model"] == TEACHER.hub_id and "base_model_relation" not in data

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers as tf
 
-from hf_distill.hub.use import program, use_of
+from hf_distill.hub.card import render_card
+from hf_distill.hub.use import POOLED, program, use_of
 from hf_distill.run_facts import RunFacts, model_facts
+from hf_distill.tasks import Embedding
+from hf_distill.vocabulary import Columns
 from tests.hub.tiny import BERT, SMALL, WORDS, bert, tokenizer
 
 SOUND = {
@@ -97,6 +101,27 @@ def test_text(task: str, here) -> None:
     assert use_of(facts) is not None
     assert run_program(facts).strip()
     assert run_program(facts_of(task, model, None)).strip()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_embeddings_are_pooled_as_in_training(pooling: str, side: str, here) -> None:
+    """What the card's program makes of two texts is what was compared with the teacher."""
+    model, words = TEXT["embedding"]().eval(), tokenizer()
+    words.init_kwargs["padding_side"] = words.padding_side = side  # the former is what is saved
+    model.save_pretrained(here)
+    words.save_pretrained(here)
+    facts = replace(facts_of("embedding", model, words), pooling=pooling)
+    text, names = program(facts), {}
+    assert text is not None
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(text, "the card's program", "exec"), names)
+    batch = names["batch"]
+    assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0, "a padded text"
+    with torch.no_grad():
+        expected = Embedding(pooling).read(model(**batch), batch, Columns(), teacher=False)
+    torch.testing.assert_close(names["embeddings"], expected)
+    assert POOLED[pooling] in render_card(facts)
 
 
 @pytest.mark.parametrize("task", OTHER)

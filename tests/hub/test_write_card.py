@@ -10,8 +10,11 @@ from huggingface_hub import ModelCard
 
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
+from hf_distill.hub.use import POOLED
 from hf_distill.students.adapt import adapt
+from hf_distill.tasks import Embedding
 from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage
+from tests.heads import HEADS
 from tests.hub.sample_facts import sample_facts
 from tests.trainer.tiny import bert, make
 
@@ -81,3 +84,34 @@ def test_what_a_teacher_is_that_is_no_model_of_its_own(tmp_path, teacher: Any, s
     for words in said:
         assert words in card
     assert ("from a local model (" in card) == (isinstance(made, Ensemble))
+
+
+@pytest.mark.parametrize("pooling", [None, "mean", "first", "last"])
+def test_how_an_embedding_is_pooled_is_said(tmp_path, caplog, pooling: str | None) -> None:
+    """On the card always; in the log where nobody chose it."""
+    head = HEADS["bert_embedding"]
+    trainer = make(
+        tmp_path,
+        head.make(seed=0),
+        head.make(seed=1),
+        train_dataset=head.examples(4),
+        data_collator=head.collate,
+        task=None if pooling is None else Embedding(pooling),
+        alpha=1.0,
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Its embedding of an input is {POOLED[pooling or 'mean']}; the model does not pool so by itself." in card
+    assert ("Embeddings are the mean of the last hidden states" in caplog.text) == (pooling is None)
+
+
+@pytest.mark.parametrize(("labels", "problem"), [(1, "single_label"), ([1.0, 0.0, 1.0], "multi_label")])
+def test_the_problem_type_that_transformers_has_set_is_said(tmp_path, labels: Any, problem: str) -> None:
+    student = bert()
+    assert student.config.problem_type is None
+    data = [{"input_ids": [1, 2, 3], "labels": labels}] * 4
+    trainer = make(tmp_path, student, bert(seed=1), train_dataset=data, max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Problem type | `{problem}_classification` |" in card

@@ -68,12 +68,6 @@ def test_a_block_that_was_left_out_shows_what_went_past_it(name: str) -> None:
     assert left_out > 3
 
 
-def test_where_every_block_was_left_out_there_is_nothing_to_see() -> None:
-    student = HEADS["wav2vec2_ctc_mean"].make(1, layers=4, layerdrop=1.0).train()
-    with pytest.raises(SettingError, match=r"no block ran. .* or layerdrop left out every block"):
-        read(student, reads("hidden"), HEADS["wav2vec2_ctc_mean"].batch(2))
-
-
 def id_of(x: torch.Tensor) -> bytes:
     return x.numpy().tobytes()
 

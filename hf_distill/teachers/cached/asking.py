@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.signals import Needs, Read, SparseRows
 from hf_distill.tasks import Batch, Task, make_task
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.infer import main_input_of, unwrapped
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cached import fingerprints, layout
 from hf_distill.teachers.fitting import tokenizer_in
@@ -59,9 +59,7 @@ class Asked:
         self.temperature = temperature
         self.model = teacher.model if isinstance(teacher, ModelTeacher) else None
         self.reads_labels = bool(getattr(teacher, "reads_labels", False))
-        self.main = str(
-            getattr(unwrapped(learner if self.model is None else self.model), "main_input_name", "input_ids")
-        )
+        self.main = main_input_of(learner if self.model is None else self.model)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.inside.blocks import SIDES, Blocks
+from hf_distill.inside.features import Features
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
 from hf_distill.tasks import Task
@@ -237,8 +238,16 @@ class CachedInside:
             TeacherError: nothing of the inside is kept, or nothing of this side.
         """
         one = self._stack(side, stack)
+        hidden = [kept for kept in self.kept if kept.path == one["path"] and kept.what in (HIDDEN, LAST_HIDDEN)]
         return Blocks(
-            one["path"], (), one["length"], nn.Identity(), one["width"], one["heads"], of_decoder=one["of_decoder"]
+            one["path"],
+            (),
+            one["length"],
+            nn.Identity(),
+            one["width"],
+            one["heads"],
+            of_decoder=one["of_decoder"],
+            features={(kept.what, kept.layer): Features(2, kept.width) for kept in hidden},
         )
 
     def find(self, read: Read) -> KeptRead:

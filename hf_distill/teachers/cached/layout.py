@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import batch_size, output_named
+from hf_distill.tasks.base import OWN_TASK, batch_size, output_named
 from hf_distill.teachers.cached.keys import MASK, decoder_lengths
 from hf_distill.vocabulary import Columns
 
@@ -85,6 +85,16 @@ def as_raw(task: Task, predictions: Tensor) -> Tensor:
     if task.kind == "classification" and predictions.dim() == 3:
         return predictions[..., 0] - predictions[..., 1]  # several labels at once: `[b v 2]`, of which (z, 0) says all
     return predictions
+
+
+def refuse_other_axes(predictions: Tensor, axis: Axis, kind: str) -> None:
+    """Raise SettingError for predictions that are neither a row an example nor a row a position, whichever is meant."""
+    axes = ("example", "column") if axis == "example" else ("example", "position", "column")
+    if predictions.dim() != len(axes):
+        raise SettingError(
+            f"the teacher's predictions are {list(predictions.shape)}, and a cache for a {kind} task keeps "
+            f"[{', '.join(axes)}]. {OWN_TASK} A cache cannot keep the rows of such a task: use the live teacher."
+        )
 
 
 def real_positions(axis: Axis, batch: Batch, length: int | None = None, task: Task | None = None) -> Tensor | None:

@@ -63,7 +63,7 @@ def kept_columns(source: Source, store: Store, width: int) -> int:
 
 def task_settings(task: Task) -> dict[str, Any]:
     """Settings of a task that change what is cached."""
-    return {"pooling": vars(task)["_pooling"]} if task.kind == "embedding" else {}
+    return {"pooling": vars(task)["pooling"]} if task.kind == "embedding" else {}
 
 
 def shared_decoder_rule(task: Task, student: Any, teacher: Any) -> list[int] | None:

@@ -115,6 +115,7 @@ class Source:
             return Said(counts, None, listed, inside, prepared)
         if answer.raw is None:
             return Said(np.ones(batch_size(prepared), dtype=np.int64), None, None, inside, prepared)
+        layout.refuse_other_axes(answer.raw, self.axis, self.task.kind)
         rows, counts = self._cut(answer.raw, prepared)
         return Said(counts, rows, None, inside, prepared)
 

@@ -143,14 +143,14 @@ class Peer(ModelTeacher):
         else:
             with _in_evaluation(self.model):
                 outputs = self._outputs(task, batch)
-        return Signals(logits=task.read(outputs, batch, self.columns, teacher=True).detach(), columns=self.columns)
+        return Signals(logits=self._predictions(outputs, task, batch).detach(), columns=self.columns)
 
     def hear(self, lesson: Lesson) -> None:
         """Add this micro-batch's gradient."""
         held, self._held = self._held, None
         # It was not asked where alpha is 0 at the moment: it learns from the labels all the same.
         outputs = held[1] if held and held[0] is lesson.batch else self._outputs(lesson.task, lesson.batch)
-        own = Signals(logits=lesson.task.read(outputs, lesson.batch, self.columns, teacher=True), columns=self.columns)
+        own = Signals(logits=self._predictions(outputs, lesson.task, lesson.batch), columns=self.columns)
         loss = lesson.loss_of(outputs["loss"] if lesson.uses_labels else None, own)
         if self._accelerator is not None:  # no `Accelerator.backward`, which divides by the steps it accumulates
             loss = loss * (self._accelerator.num_processes / scale_of(self._accelerator, 1))
@@ -201,7 +201,7 @@ class Peer(ModelTeacher):
         optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _outputs(self, task: Task, batch: Batch) -> Any:
-        inputs = self._read(batch)
+        inputs = self._model_inputs(batch)
         inputs |= {name: batch[name] for name in task.label_names if batch.get(name) is not None}
         if torch.is_grad_enabled():
             self.model.train()

@@ -1,0 +1,283 @@
+"""One message for each cause: an output without what is read, a forward of another library, a head by its class."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_distill import (
+    CosineEmbedding,
+    DataError,
+    DistillationTrainer,
+    Distiller,
+    Ensemble,
+    HiddenMatch,
+    ModelTeacher,
+    SettingError,
+    SimilarityMatch,
+    TeacherCache,
+    TeacherError,
+)
+from hf_distill.tasks import Embedding, Task
+from hf_distill.tasks.base import output_named
+from hf_distill.tasks.infer import main_input_of
+from tests.heads import HEADS
+from tests.trainer.tiny import arguments, examples, padded
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IDS = {"input_ids": torch.tensor([[1, 5, 2]])}
+
+
+def bert(seed: int = 0, **settings: Any) -> Any:
+    torch.manual_seed(seed)
+    return hf.BertModel(hf.BertConfig(vocab_size=20, **{**SIZES, **settings})).eval()
+
+
+def clip() -> Any:
+    text = {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = {"image_size": 32, "patch_size": 8}
+    return hf.CLIPModel(
+        hf.CLIPConfig(text_config={**text, **SIZES}, vision_config={**vision, **SIZES}, projection_dim=8)
+    )
+
+
+def dpr() -> Any:
+    return hf.DPRQuestionEncoder(hf.DPRConfig(vocab_size=20, **SIZES)).eval()
+
+
+# What a model's output does not hold.
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "held"),
+    [
+        (clip, {**IDS, "pixel_values": torch.randn(1, 3, 32, 32)}, "image_embeds, logits_per_image, logits_per_text,"),
+        (dpr, IDS, "pooler_output"),
+    ],
+    ids=["CLIPModel", "DPRQuestionEncoder"],
+)
+def test_an_output_of_another_kind_is_named_with_what_it_holds(make: Any, batch: Any, held: str) -> None:
+    """It was said to leave out use_liger_kernel, which nobody had asked for."""
+    student, teacher = make(), make()
+    with pytest.raises(DataError) as raised:
+        Distiller(student, teacher, alpha=1.0)(student, batch)
+    said = str(raised.value)
+    assert f"the student ({type(student).__name__}): its output (" in said and held in said
+    assert "and no last_hidden_state, which this task reads" in said and "hf_distill.tasks.Task" in said
+    assert "liger" not in said
+
+
+def test_the_teachers_output_is_called_the_teachers() -> None:
+    class Own(Embedding):
+        """A Task of the user's, so that the class of the teacher is not looked at."""
+
+    student = bert()
+    with pytest.raises(DataError, match=r"the teacher \(DPRQuestionEncoder\): its output \(DPRQuestionEncoderOutput\)"):
+        Distiller(student, dpr(), alpha=1.0, task=Own())(student, IDS)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        (
+            SequenceClassifierOutput(loss=torch.zeros(())),
+            r"has logits left out this time, and holds loss\. .*liger",
+        ),
+        (SequenceClassifierOutput(), "has logits left out this time, and holds nothing"),
+        ((torch.zeros(1, 2),), "returned a tuple, which names nothing, and logits is read. Set return_dict=True"),
+        (torch.zeros(1, 2), 'returned a Tensor, which names nothing, and logits is read. Wrap it, .*{"logits": ...}'),
+        ({"scores": torch.zeros(1, 2)}, r"its output \(dict\) holds scores, and no logits, which this task reads"),
+    ],
+    ids=["fused loss", "nothing", "tuple", "tensor", "another name"],
+)
+def test_each_cause_has_its_own_words(outputs: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        output_named("logits", outputs)
+
+
+def test_logits_withheld_from_a_training(tmp_path: Any) -> None:
+    """As a fused kernel does."""
+
+    class Withheld(hf.BertForSequenceClassification):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+            found = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+            return SequenceClassifierOutput(loss=found.loss)
+
+    config = hf.BertConfig(vocab_size=23, num_labels=3, **SIZES)
+    trainer = DistillationTrainer(
+        model=Withheld(config),
+        teacher_model=hf.BertForSequenceClassification(config),
+        args=arguments(tmp_path),
+        train_dataset=examples(),
+        data_collator=padded,
+    )
+    with pytest.raises(DataError, match=r"the student \(Withheld\): its output .* left out this time.*liger"):
+        trainer.train()
+
+
+# A forward of another library.
+
+
+class Net(nn.Module):
+    """As torchvision and timm have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3072, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+class Named(Net):
+    """The same, as a teacher is called."""
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # what is tried
+        return {"logits": super().forward(pixel_values)}
+
+
+class Sentence(nn.Module):
+    """As sentence-transformers has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = bert(1)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": self.body(**features).pooler_output}
+
+
+class SentenceTransformer(Sentence):
+    def forward(self, input: dict[str, Tensor], **keywords: Any) -> dict[str, Tensor]:  # type: ignore[override]  # as it has it now
+        return super().forward(input)
+
+
+def vit() -> Any:
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=32, patch_size=8, **SIZES))
+
+
+def test_a_module_that_takes_no_column_by_name() -> None:
+    """It was said to need input_ids, of images."""
+    student, images = vit(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    words = r"the teacher \(Net\) is called with .* its forward takes x, and the batch has \['pixel_values'\]\. Pass"
+    with pytest.raises(DataError, match=words):
+        Distiller(student, ModelTeacher(Net(), label_matching="by_index"), alpha=1.0)(student, images)
+    teacher = Named()
+    distiller = Distiller(student, ModelTeacher(teacher, label_matching="by_index"), alpha=1.0, temperature=1.0)
+    with torch.no_grad():
+        s, t = student(**images).logits.double(), teacher(**images)["logits"].double()
+    expected = (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean().item()
+    assert distiller(student, images).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("teacher", [Sentence, SentenceTransformer])
+def test_a_sentence_transformer_as_teacher(teacher: Any) -> None:
+    """It was said to need input_ids, of a batch that has them. Its transformers model is what can teach."""
+    student, given = bert(), teacher()
+    takes = "features" if teacher is Sentence else "input"
+    words = rf"the teacher \({teacher.__name__}\) .* its forward takes {takes}.*model\[0\]\.auto_model.*pooling="
+    with pytest.raises(DataError, match=words):
+        Distiller(student, given, alpha=1.0)(student, IDS)
+    found = Distiller(student, given.body, alpha=1.0, task=Embedding(pooling="first"))(student, IDS).loss.item()
+    with torch.no_grad():
+        s, t = (model(**IDS).last_hidden_state[:, 0].double() for model in (student, given.body))
+    assert found == pytest.approx((s - t).square().mean().item(), rel=1e-5)
+
+
+def test_the_main_input_of_a_model() -> None:
+    class Passes(nn.Module):
+        def forward(self, **inputs: Any) -> Any: ...
+
+    found = [main_input_of(model) for model in (bert(), vit(), Net(), Named(), Sentence(), Passes())]
+    assert found == ["input_ids", "pixel_values", "x", "pixel_values", "features", "input_ids"]
+
+
+def test_a_missing_column_is_still_called_missing() -> None:
+    student = bert()
+    batch = {"input_ids": IDS["input_ids"], "teacher_attention_mask": torch.ones(1, 3)}
+    with pytest.raises(DataError, match=r"the teacher \(ViTModel\) needs pixel_values, .*teacher_pixel_values"):
+        teacher = hf.ViTModel(hf.ViTConfig(image_size=32, patch_size=8, **SIZES))
+        Distiller(student, teacher, alpha=1.0)(student, batch)
+
+
+def test_a_plain_module_of_images_is_cached(tmp_path: Any) -> None:
+    teacher, images = Named(), torch.randn(3, 3, 32, 32)
+    teacher.config = SimpleNamespace(num_labels=2, label2id={"a": 0, "b": 1}, id2label={0: "a", 1: "b"})
+    student = vit()
+    student.config.label2id, student.config.id2label = {"a": 0, "b": 1}, {0: "a", 1: "b"}
+    data = [{"pixel_values": one} for one in images]
+    live = Distiller(student, teacher, alpha=1.0)(student, {"pixel_values": images}).loss.item()
+    cache = TeacherCache.build(teacher, data, tmp_path / "cache", student=student, progress=False)
+    assert Distiller(student, cache, alpha=1.0)(student, {"pixel_values": images}).loss.item() == pytest.approx(
+        live, rel=1e-3
+    )
+
+
+# A head is judged by its class only where the library chose the task.
+
+
+class Pooled(Task):
+    kind, matched_by, on_values = "pooled", "width", True
+
+    def read(self, outputs: Any, batch: Any, columns: Any, *, teacher: bool) -> Tensor:
+        return outputs["pooler_output"]
+
+
+@pytest.mark.parametrize("teacher", [bert, dpr])
+def test_a_task_of_the_users_reads_whatever_class_there_is(teacher: Any) -> None:
+    student, given = bert(1), teacher()
+    found = Distiller(student, given, alpha=1.0, task=Pooled())(student, IDS).loss.item()
+    with torch.no_grad():
+        s, t = student(**IDS).pooler_output.double(), given(**IDS).pooler_output.double()
+    assert found == pytest.approx((s - t).square().mean().item(), rel=1e-5)
+
+
+def test_the_librarys_own_choice_is_still_judged() -> None:
+    student, teacher = bert(), HEADS["bert_single_label"].make(vocab_size=20)
+    for task in (None, "embedding"):
+        with pytest.raises(TeacherError, match=r"\(BertForSequenceClassification\) has a classification head, the"):
+            Distiller(student, teacher, alpha=1.0, task=task)
+    with pytest.raises(TeacherError, match="has an embedding head, the student needs a teacher for classification"):
+        Distiller(teacher, student, alpha=1.0)
+
+
+# Embeddings of another width.
+
+
+def test_an_embedding_of_another_width_and_the_ways_out() -> None:
+    student, teacher = bert(), bert(1, hidden_size=32)
+    with pytest.raises(TeacherError) as raised:
+        Distiller(student, teacher, alpha=1.0)
+    said = str(raised.value)
+    assert "embed in different widths (16 and 32)" in said and "alpha=None" in said
+    for name in ("SimilarityMatch()", 'HiddenMatch("last")', "CosineEmbedding()"):
+        assert name in said
+    batch = {"input_ids": torch.tensor([[1, 5, 2], [3, 4, 6]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    for objective in (SimilarityMatch(), HiddenMatch("last"), CosineEmbedding()):
+        found = Distiller(student, teacher, alpha=None, objectives=objective, seed=0)(student, batch).loss
+        found.backward()
+        assert found.item() > 0 and any(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+def test_a_distance_of_hidden_states_is_no_divergence() -> None:
+    with pytest.raises(SettingError, match=r"divergence='cosine': no such .*HiddenMatch\('last', distance='cos"):
+        Distiller(bert(), bert(1), alpha=1.0, divergence="cosine")
+
+
+# Several teachers.
+
+
+@pytest.mark.parametrize("several", [list, tuple])
+def test_a_list_of_teachers_is_an_ensemble(several: Any) -> None:
+    head = HEADS["bert_single_label"]
+    teachers = several([head.make(1), head.make(2)])
+    with pytest.raises(TeacherError, match=rf"is a {several.__name__} of 2\. .*teacher_model=Ensemble\(\[\.\.\.\]\)"):
+        Distiller(head.make(0), teachers)
+    student = head.make(0)
+    assert Distiller(student, Ensemble(teachers))(student, head.batch(2)).loss.item() > 0
