@@ -151,6 +151,7 @@ class Distiller(OneBatch):
         self.learned.hold(self.blending.learned())
         self.task = task
         self._student, self._inside = unwrapped(student), inside
+        self._config_is_written = False
         self._without_logits.fit(student)
         self._check_packing = PackingCheck(self._student)
         self._student_names = forward_names(student)

@@ -5,6 +5,7 @@ What is set up before is in `distiller.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +18,7 @@ from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, labels_part
 from hf_distill.counts import Counts, scale_of
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.recorder import Inside
+from hf_distill.objectives.labels import cross_entropy_of_probabilities
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor
@@ -25,6 +27,8 @@ from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
 from hf_distill.watch import TeacherWatch
 from hf_distill.without_logits import Forward, WithoutLogits
+
+logger = logging.getLogger(__name__)
 
 
 class OneBatch:
@@ -41,6 +45,7 @@ class OneBatch:
     _watch: TeacherWatch
     _without_logits: WithoutLogits
     _check_packing: PackingCheck
+    _config_is_written: bool
 
     def count(
         self,
@@ -60,6 +65,8 @@ class OneBatch:
         Raises:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
+        if self.asks_teacher(progress):
+            self._write_config(micro_batches[0])
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
@@ -68,6 +75,18 @@ class OneBatch:
             vector = torch.ones_like(vector)
         self._watch.begin_step(len(micro_batches))
         return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
+
+    def _write_config(self, batch: Batch) -> None:
+        """Let the student's config say what it is trained as, once, when the training begins: it is saved with it."""
+        config = getattr(self._student, "config", None)
+        if self._config_is_written or config is None:
+            return
+        self._config_is_written = True
+        before = _told_by(config)
+        self.task.write_to(config, batch)
+        written = {name: value for name, value in _told_by(config).items() if value != before[name]}
+        if written:
+            logger.info(f"Written to the student's config, as it is trained so: {written}.")
 
     def asks_teacher(self, progress: float = 0.0) -> bool:
         """Whether the teacher is asked at this moment of the training."""
@@ -95,10 +114,14 @@ class OneBatch:
         if found is not None:
             return found
         with_labels = self.blending.labels_weight(progress) > 0
-        inputs = self.student_inputs(batch, labels=with_labels)
+        is_soft = with_labels and self.task.has_probabilities(batch)
+        inputs = self.student_inputs(batch, labels=with_labels and not is_soft)
         with self.reading(progress) as inside:
             outputs = student(**self.uncached(inputs))
-        mean = outputs["loss"] if with_labels else None
+        if is_soft:
+            mean: Tensor | None = cross_entropy_of_probabilities(outputs["logits"], batch["labels"])
+        else:
+            mean = outputs["loss"] if with_labels else None
         return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
 
     def without_logits(
@@ -203,3 +226,8 @@ class OneBatch:
         assert self.teacher is not None  # `fit` refuses to ask one that is not there
         needs = needs or Needs(logits=True, temperature=self.blending.logits_match.temperature(1.0))
         return self.teacher(self.task, batch, needs)
+
+
+def _told_by(config: Any) -> dict[str, Any]:
+    """What `Task.write_to` may write."""
+    return {name: getattr(config, name, None) for name in ("problem_type", "id2label", "label2id")}
