@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -156,3 +158,14 @@ def hearing_attention(listen: Callable[..., None]) -> Iterator[None]:
 def forget_preparation(model: Any) -> None:
     """Let another Accelerator prepare a model that one has unwrapped: else it takes it as it is, without autocast."""
     vars(model).pop("_is_accelerate_prepared", None)
+
+
+def arrow_blocks(dataset: datasets.Dataset, column: str, *, rows: int = 100_000) -> Iterator[pa.Array]:
+    """A column in its dataset's order, so many rows at a time, without its format or transform.
+
+    `datasets` has no public call for this that is fast after a shuffle: 4 s for a million rows, here 0.05 s.
+    """
+    held, indices = dataset.data.column(column), dataset._indices
+    for start in range(0, len(dataset), rows):
+        block = held.slice(start, rows) if indices is None else held.take(indices.column(0).slice(start, rows))
+        yield pa.concat_arrays(block.chunks) if block.num_chunks != 1 else block.chunk(0)

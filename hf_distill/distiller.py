@@ -163,6 +163,7 @@ class Distiller(OneBatch):
         self.task = task
         self._student, self._inside = unwrapped(student), inside
         self._whole_student, self._found_trainable = student, False
+        self._config_is_written = False
         self._without_logits.fit(student)
         self._check_packing = PackingCheck(self._student)
         self.check_padding = PaddingCheck(self._student, getattr(self._processor, "tokenizer", self._processor))

@@ -5,6 +5,7 @@ What is set up before is in `distiller.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -21,6 +22,7 @@ from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
 from hf_distill.learned import Learned
+from hf_distill.objectives.labels import cross_entropy_of_probabilities
 from hf_distill.signals import Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
@@ -29,6 +31,8 @@ from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
 from hf_distill.watch import TeacherWatch
 from hf_distill.without_logits import Forward, WithoutLogits
+
+logger = logging.getLogger(__name__)
 
 
 class OneBatch:
@@ -49,6 +53,7 @@ class OneBatch:
     check_padding: PaddingCheck
     learned: Learned
     _found_trainable: bool = False
+    _config_is_written: bool
 
     def count(
         self,
@@ -69,6 +74,8 @@ class OneBatch:
             DataError: a label is needed and missing, or is one that the head cannot take.
             SettingError: the student has no trainable parameter.
         """
+        if self.asks_teacher(progress):
+            self._write_config(micro_batches[0])
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         self._refuse_frozen_student()
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
@@ -93,6 +100,18 @@ class OneBatch:
                 "train. A model that was a teacher has been frozen in place, and so has a copy of it. Call "
                 "student.requires_grad_(True) before training it, or load it again."
             )
+
+    def _write_config(self, batch: Batch) -> None:
+        """Let the student's config say what it is trained as, once, when the training begins: it is saved with it."""
+        config = getattr(self._student, "config", None)
+        if self._config_is_written or config is None:
+            return
+        self._config_is_written = True
+        before = _told_by(config)
+        self.task.write_to(config, batch)
+        written = {name: value for name, value in _told_by(config).items() if value != before[name]}
+        if written:
+            logger.info(f"Written to the student's config, as it is trained so: {written}.")
 
     def asks_teacher(self, progress: float = 0.0) -> bool:
         """Whether the teacher is asked at this moment of the training."""
@@ -122,10 +141,14 @@ class OneBatch:
         with_labels = self.blending.labels_weight(progress) > 0
         if with_labels:
             refuse_head_for_a_teacher(self._student)
-        inputs = self.student_inputs(batch, labels=with_labels)
+        is_soft = with_labels and self.task.has_probabilities(batch)
+        inputs = self.student_inputs(batch, labels=with_labels and not is_soft)
         with self.reading(progress) as inside:
             outputs = student(**self.uncached(inputs))
-        mean = outputs["loss"] if with_labels else None
+        if is_soft:
+            mean: Tensor | None = cross_entropy_of_probabilities(outputs["logits"], batch["labels"])
+        else:
+            mean = outputs["loss"] if with_labels else None
         return self.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
 
     def without_logits(
@@ -252,3 +275,8 @@ def refuse_head_for_a_teacher(student: Any) -> None:
         f"takes no labels and has no loss. Train {name.removesuffix('WithTeacher')} instead, whose one head "
         "learns from both; or pass alpha=1, and the mean of both heads learns from the teacher."
     )
+
+
+def _told_by(config: Any) -> dict[str, Any]:
+    """What `Task.write_to` may write."""
+    return {name: getattr(config, name, None) for name in ("problem_type", "id2label", "label2id")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -33,7 +34,6 @@ from hf_distill.trainer_parts.refusals import (
     refuse_other_views,
     refuse_sequence_parallel,
     refuse_two_blends,
-    refuse_unlabelled,
 )
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
@@ -90,25 +90,24 @@ class DistillationMixin(
         # this draws from the random generators is undone by Trainer's own seeding.
         if model is not None:
             self.distiller = self._make_distiller(model, args, given.get("processing_class"), distiller)
-            refuse_unlabelled(
-                self.distiller, train_dataset=given.get("train_dataset"), data_collator=given.get("data_collator")
-            )
+            self._look_at_data(model, args, given)
         folder = "tmp_trainer" if args is None else args.output_dir  # the former is Trainer's own default
         fresh_folder = not os.path.exists(folder)
         super().__init__(model, args, *positional, **keywords)
         try:
-            self._finish_init(model, distiller)
+            self._finish_init(model, distiller, given)
         except ValueError:
             if fresh_folder and os.path.isdir(folder) and not os.listdir(folder):
                 os.rmdir(folder)
             raise
 
-    def _finish_init(self, model: Any, distiller: Distiller | None) -> None:
+    def _finish_init(self, model: Any, distiller: Distiller | None, given: Mapping[str, Any]) -> None:
         refuse_data_parallel(self.args, self.model)
         refuse_sequence_parallel(self)
         if model is None:
             with random_state_kept():
                 self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
+            self._look_at_data(self.model, self.args, given)
         self._check_view()
         if self.distiller.needs_labels() and not self._has_own_loss():
             refuse_head_for_a_teacher(unwrapped(self.model))

@@ -112,19 +112,27 @@ def label_ids(config: Any) -> dict[str, int]:
     """Name → column of a config's labels, from `label2id`, or `id2label` where only that was set."""
     forward = {str(name): int(index) for name, index in (config.label2id or {}).items()}
     backward = {str(name): int(index) for index, name in (config.id2label or {}).items()}
-    chosen = backward if _is_default(forward) and not _is_default(backward) else forward
+    chosen = backward if has_default_names(forward) and not has_default_names(backward) else forward
     return chosen if len(chosen) == config.num_labels else backward
 
 
-def _is_default(ids: Mapping[str, int]) -> bool:
+def has_default_names(ids: Mapping[str, int]) -> bool:
+    """Whether these are the names that transformers gives to labels without names: LABEL_0, LABEL_1, …"""
     return all(name == f"LABEL_{index}" for name, index in ids.items())
 
 
 def _names(config: Any) -> str:
     ids = label_ids(config)
-    names = sorted(ids, key=lambda name: ids[name])
-    shown = ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
-    return "{" + shown + "}"
+    return listed_names(sorted(ids, key=lambda name: ids[name]))
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Label names in the order of their numbers, for a message.
+
+    >>> listed_names(["no", "yes"])
+    '{no, yes}'
+    """
+    return "{" + ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "") + "}"
 
 
 def match_vocabularies(

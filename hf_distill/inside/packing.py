@@ -143,6 +143,11 @@ class PackingCheck:
         return found
 
 
+def packs_several(batch: Batch) -> bool:
+    """Whether a row holds several sequences, as far as a batch without a mask shows it."""
+    return (may_be_packed(batch) or _has_boundaries(batch)) and _holds_several(batch)
+
+
 def may_be_packed(batch: Batch) -> bool:
     """Whether rows may hold several sequences: they are numbered, and no mask says otherwise."""
     ids = batch.get("position_ids")

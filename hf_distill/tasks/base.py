@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import Columns, has_default_names, label_ids
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -52,6 +52,7 @@ class Task:
     sums_over_examples: bool = False
     over_vocabulary: ClassVar[bool] = False
     inferred: bool = False
+    _label_names: Mapping[str, int] | None = None  # the teacher's, or else the dataset's, where they have names
 
     @classmethod
     def from_model(cls, model: Any) -> Task:
@@ -76,6 +77,10 @@ class Task:
         """n, from the batch alone."""
         return batch_size(batch)
 
+    def rows_are_distributions(self, batch: Batch) -> bool:
+        """Whether a softmax over its columns makes a distribution of each row, as the model's output has it."""
+        return not self.on_values
+
     def label_count(self, batch: Batch) -> Tensor:
         """Scalar: over how many labels the head's own loss is a mean."""
         return (batch["labels"] != IGNORED).sum()
@@ -86,9 +91,31 @@ class Task:
 
     def learn_from(self, teacher_config: Any) -> None:
         """What a teacher's config tells of the task that the student's does not."""
+        if self.matched_by == "labels" and getattr(teacher_config, "id2label", None):
+            names = label_ids(teacher_config)
+            self._label_names = None if has_default_names(names) else names
+
+    def learn_names(self, names: Sequence[str] | None) -> None:
+        """What the dataset calls the labels, in the order of the head's classes; a teacher's names come first."""
+        if names is not None and self._label_names is None:
+            self._label_names = {name: number for number, name in enumerate(names)}
+
+    def write_to(self, config: Any, batch: Batch) -> None:
+        """Write into the student's config what it is trained as, where the config does not say it yet.
+
+        Args:
+            config: the student's.
+            batch: one of the training.
+        """
+        if self.matched_by == "labels" and getattr(config, "id2label", None):
+            name_labels(config, self._label_names or {})
 
     def check_labels(self, batch: Batch) -> None:
         """Raise `DataError` for labels that this head cannot take (called once an optimizer step)."""
+
+    def has_probabilities(self, batch: Batch) -> bool:
+        """Whether the labels are a probability for each class, which no head of transformers has a loss for."""
+        return False
 
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
         """The batch with what both models must be given alike (decoder inputs)."""
@@ -138,6 +165,26 @@ class PositionTask(Task):
         keep = self.keep(batch)
         assert keep is not None  # every subclass says so
         return keep.numel()
+
+
+def name_labels(config: Any, names: Mapping[str, int]) -> None:
+    """Give the classes of a config names, where they have none: these, or those of its other table.
+
+    >>> from transformers import BertConfig
+    >>> config = BertConfig(num_labels=2)
+    >>> name_labels(config, {"no": 0, "yes": 1})
+    >>> config.id2label
+    {0: 'no', 1: 'yes'}
+    """
+    ids = label_ids(config)
+    if has_default_names(ids) and len(names) == len(ids):
+        ids = {name: names[name] for name in sorted(names, key=lambda name: names[name])}
+    if has_default_names(ids):
+        return
+    if has_default_names({name: int(index) for index, name in config.id2label.items()}):
+        config.id2label = {index: name for name, index in ids.items()}
+    if has_default_names({name: int(index) for name, index in config.label2id.items()}):
+        config.label2id = dict(ids)
 
 
 def labels_of_rows(batch: Batch) -> Tensor | None:

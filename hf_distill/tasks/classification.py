@@ -22,7 +22,7 @@ from hf_distill.tasks.base import (
 )
 from hf_distill.vocabulary import Columns
 
-_SEVERAL = "multi_label_classification"
+SEVERAL, SINGLE = "multi_label_classification", "single_label_classification"
 _ADVICE = (
     "Set config.problem_type of both to what the labels are (transformers takes float labels for several at once), "
     "and use a teacher that was trained for that."
@@ -33,7 +33,8 @@ class Classification(Task):
     """One row an example, or, with several labels at once, one Bernoulli row (z, 0) a label.
 
     Every example counts; single-label examples with label -100 are unlabelled and still distilled. Which of the two
-    it is follows transformers: `config.problem_type`, else the labels' dtype (float: several at once).
+    it is follows transformers: `config.problem_type`, else the labels' dtype (float: several at once). Rows of floats
+    where the config says "single_label_classification" are probabilities: the labels' term is their cross-entropy.
     """
 
     kind = "classification"
@@ -51,12 +52,25 @@ class Classification(Task):
     def learn_from(self, teacher_config: Any) -> None:
         """A fine-tuned teacher's config says which of the two it is; a fresh student's says so only after a labelled
         step."""
+        super().learn_from(teacher_config)
         self._teachers_problem = getattr(teacher_config, "problem_type", None)
-        self._problem()
+        self.problem  # noqa: B018  # raises where the two contradict each other
 
-    def _problem(self) -> str | None:
+    def write_to(self, config: Any, batch: Batch) -> None:
+        """Names, and that it predicts several labels at once: a pipeline then takes a sigmoid, as the loss does."""
+        super().write_to(config, batch)
+        if getattr(config, "problem_type", SINGLE) is None and self.is_multi_label(batch):
+            config.problem_type = SEVERAL
+
+    @property
+    def problem(self) -> str | None:
+        """The student's `problem_type`, or else the teacher's.
+
+        Raises:
+            TeacherError: the two contradict each other.
+        """
         ours, theirs = getattr(self._config, "problem_type", None), self._teachers_problem
-        if ours is not None and theirs is not None and (ours == _SEVERAL) != (theirs == _SEVERAL):
+        if ours is not None and theirs is not None and (ours == SEVERAL) != (theirs == SEVERAL):
             raise TeacherError(
                 f"the student's problem_type is {ours!r}, the teacher's {theirs!r}: one predicts one label, the other "
                 f"several at once. {_ADVICE}"
@@ -64,15 +78,21 @@ class Classification(Task):
         return ours or theirs
 
     def is_multi_label(self, batch: Batch) -> bool:
-        problem, labels = self._problem(), batch.get("labels")
+        problem, labels = self.problem, batch.get("labels")
         if problem is None:
             return labels is not None and labels.is_floating_point() and labels.dim() == 2
-        if problem == _SEVERAL and labels is not None and labels.dim() == 1:
+        if problem == SEVERAL and labels is not None and labels.dim() == 1:
             raise TeacherError(
                 f"there is one label an example, but problem_type is {problem!r} (the teacher's: "
                 f"{self._teachers_problem!r}): several at once. {_ADVICE}"
             )
-        return problem == _SEVERAL
+        return problem == SEVERAL
+
+    def has_probabilities(self, batch: Batch) -> bool:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.dim() != 2:
+            return False
+        return labels.shape[1] > 1 and self.problem == SINGLE
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
         logits = output_named("logits", outputs)
@@ -101,19 +121,35 @@ class Classification(Task):
         labels = batch.get("labels")
         return batch_size(batch) * (self._config.num_labels if labels is None else labels.shape[1])
 
+    def rows_are_distributions(self, batch: Batch) -> bool:
+        return not self.is_multi_label(batch)
+
     def label_count(self, batch: Batch) -> Tensor:
         labels = batch["labels"]
         if self.is_multi_label(batch):
             return torch.tensor(labels.shape[0], device=labels.device)
+        labels = labels[:, 0] if self.has_probabilities(batch) else labels
         return (labels != IGNORED).sum()
 
     def targets(self, batch: Batch) -> Tensor | None:
         labels = batch.get("labels")
-        return None if labels is None or self.is_multi_label(batch) else labels.flatten()
+        if labels is None or self.is_multi_label(batch) or self.has_probabilities(batch):
+            return None
+        return labels.flatten()
 
     def check_labels(self, batch: Batch) -> None:
         if self.is_multi_label(batch):
             refuse_ignored(batch["labels"], "several labels at once")
+        elif self.has_probabilities(batch):
+            self._refuse_no_probabilities(batch["labels"])
+
+    def _refuse_no_probabilities(self, labels: Tensor) -> None:
+        labelled = labels[labels[:, 0] != IGNORED]
+        if bool(((labelled.sum(1) - 1).abs() > 1e-3).any()):
+            raise TeacherError(
+                "the labels have a number for each class and do not add up to 1, so they are several labels at once, "
+                f"but problem_type is {SINGLE!r} (the teacher's: {self._teachers_problem!r}). {_ADVICE}"
+            )
 
 
 class MultipleChoice(Task):

@@ -35,6 +35,12 @@ class Regression(Task):
     def check_labels(self, batch: Batch) -> None:
         refuse_ignored(batch["labels"], "regression")
 
+    def write_to(self, config: Any, batch: Batch) -> None:
+        """Names, and that it predicts values: without that a pipeline takes a sigmoid of a single one."""
+        super().write_to(config, batch)
+        if getattr(config, "problem_type", "regression") is None:
+            config.problem_type = "regression"
+
 
 class Embedding(Task):
     """One row `[b d]` an example: the last hidden state, pooled over the attended positions.

@@ -34,6 +34,9 @@ class Span(Task):
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1)
 
+    def rows_are_distributions(self, batch: Batch) -> bool:
+        return False  # their columns are positions
+
     def rows(self, batch: Batch) -> int:
         return 2 * batch_size(batch)
 

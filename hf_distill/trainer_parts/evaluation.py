@@ -30,6 +30,7 @@ class EvaluationMixin(_Trainer):
     _teacher_metrics: TeacherMetrics | None = None
     _evaluated_outputs: Any = None
     _packing: PackingCheck | None = None
+    _loss_of_probabilities: Any
 
     @property
     def _progress(self) -> float:
@@ -59,7 +60,8 @@ class EvaluationMixin(_Trainer):
         inputs = self.distiller.student_inputs(inputs)
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
             num_items = None
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
+        with self._loss_of_probabilities(inputs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
         self._evaluated_outputs = outputs
         return (loss, outputs) if return_outputs else loss
 

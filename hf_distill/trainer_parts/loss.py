@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
@@ -11,6 +13,7 @@ from transformers.trainer_utils import has_length
 from hf_distill._compat import divides_the_loss
 from hf_distill.blend import DistillerOutput
 from hf_distill.counts import Counts
+from hf_distill.objectives.labels import cross_entropy_of_probabilities
 from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
 from hf_distill.trainer_parts.running_terms import RunningTerms
 
@@ -91,6 +94,29 @@ class LossMixin(_Trainer):
             loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
+    def _users_code_reads_labels(self, compute_loss_func: Any) -> bool:
+        """Whether the user's own code reads the labels: `compute_loss_func`, or an override of `compute_loss`."""
+        of_base = getattr(super().compute_loss, "__func__", None)
+        overridden = of_base is not Trainer.compute_loss or type(self).compute_loss is not LossMixin.compute_loss
+        return compute_loss_func is not None or overridden
+
+    @contextlib.contextmanager
+    def _loss_of_probabilities(self, batch: Any) -> Iterator[None]:
+        """Labels that are a probability for each class have their cross-entropy, for which no head has a loss."""
+        if self.compute_loss_func is not None or not self.distiller.task.has_probabilities(batch):
+            yield
+            return
+        smoothing = self.args.label_smoothing_factor
+
+        def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+            return cross_entropy_of_probabilities(outputs["logits"], labels, smoothing=smoothing)
+
+        self.compute_loss_func = loss_of
+        try:
+            yield
+        finally:
+            self.compute_loss_func = None
+
     def _without_logits(self, model: Any, batch: Any, counts: Counts, progress: float) -> DistillerOutput | None:
         return self.distiller.without_logits(
             model,
@@ -119,7 +145,7 @@ class LossMixin(_Trainer):
             if with_labels:
                 is_trainer = whole_step and labels_weight == 1
                 own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
-                with unscaled(self.args):
+                with unscaled(self.args), self._loss_of_probabilities(batch):
                     mean, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=own)
             else:
                 mean, outputs = None, model(**inputs)

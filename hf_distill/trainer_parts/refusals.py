@@ -28,15 +28,6 @@ def refuse_sequence_parallel(trainer: Any) -> None:
         )
 
 
-def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator: Any) -> None:
-    """Labels that are needed and cannot come. A collator of the user's may make them: then the first step tells."""
-    columns = getattr(train_dataset, "column_names", None)
-    if columns is None or data_collator is not None or not distiller.needs_labels():
-        return
-    if not {"label", "label_ids"} & set(columns):  # transformers' own collators rename these
-        distiller.task.require_labels({name: name for name in columns})
-
-
 def refuse_two_blends(objectives: Any) -> None:
     if objectives is not None:
         raise SettingError("objectives= and distiller= together: give the objectives to the Distiller.")

@@ -81,7 +81,7 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
         write(self, shard, *rest)
 
     monkeypatch.setattr(Folder, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"answers to 4 of 7 prompts are kept in .*the same call goes on"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
     monkeypatch.setattr(Folder, "write", write)
     with pytest.raises(DataError, match=r"unfinished completions of something else: seed: 3 there, 4 now"):

@@ -55,7 +55,7 @@ def test_loss_and_metrics_are_those_of_trainer_and_the_teacher_is_not_run(tmp_pa
 def test_every_head_evaluates_as_with_trainer(tmp_path, name: str) -> None:
     head = HEADS[name]
     student = head.make(seed=0)
-    given = {"eval_dataset": head.examples(5), "data_collator": head.collate}
+    given = {"eval_dataset": head.examples(5), "data_collator": head.collate, "train_dataset": None}
     settings = {"per_device_eval_batch_size": 2}
     theirs = Trainer(model=student, args=arguments(tmp_path, TrainingArguments, **settings), **given).predict(
         given["eval_dataset"]
@@ -164,7 +164,8 @@ def test_tokens_count_each_by_itself(tmp_path) -> None:
     """The mean is over tokens with a label, not over sequences or batches."""
     head = HEADS["bert_tokens"]
     student, teacher, data = head.make(seed=0), head.make(seed=1), head.examples(5)
-    metrics = asked(tmp_path, student, teacher, eval_dataset=data, data_collator=head.collate).evaluate()
+    given = {"eval_dataset": data, "data_collator": head.collate, "train_dataset": None}
+    metrics = asked(tmp_path, student, teacher, **given).evaluate()
     divergences, agrees = [], []
     for example in data:
         kept = torch.tensor(example["labels"]) != -100

@@ -183,7 +183,12 @@ def test_other_words_for_the_student_are_refused_by_the_kind_of_head(tmp_path) -
     collate = AugmentingCollator(padded, replacing(), student_only=True)
     with pytest.raises(SettingError, match="rows that are tokens"):
         make(
-            tmp_path, bert("TokenClassification"), bert("TokenClassification", seed=1), data_collator=collate, alpha=1.0
+            tmp_path,
+            bert("TokenClassification"),
+            bert("TokenClassification", seed=1),
+            data_collator=collate,
+            alpha=1.0,
+            train_dataset=None,
         )
 
 

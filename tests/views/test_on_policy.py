@@ -178,7 +178,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, **settings)
     for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
         with pytest.raises(SettingError, match=told):
-            make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), view=always, alpha=1.0)
+            make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), view=always, alpha=1.0, train_dataset=None)
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, alpha=1.0)
     trainer._view_fits = None
     with monkeypatch.context() as sharded:

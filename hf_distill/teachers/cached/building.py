@@ -110,8 +110,11 @@ class Builder:
                 "predictions=False and nothing of the inside: say what is to be kept, objectives= or reads=."
             )
         asked.place(given.accelerator, state)
+        labels = planning.label_reader(asked, dataset, chosen)
+        planning.refuse_unprocessed_data(asked, dataset, given.collator)
         every = with_versions(dataset, chosen)
-        return cls(Source(asked, every, chosen, given.processor, inside, kept.predictions), folder, state, settings)
+        source = Source(asked, every, chosen, given.processor, inside, kept.predictions, labels)
+        return cls(source, folder, state, settings)
 
     def run(self) -> bool:
         """Whether there was anything to do.
@@ -134,7 +137,15 @@ class Builder:
             self.state.wait_for_everyone()
         except files.DiskFull as error:
             raise DataError(self._full(error)) from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self._kept()}; the same call goes on from there.") from None
         return True
+
+    def _kept(self) -> str:
+        """How much of the pass is on the disk, in words."""
+        receipts = [files.read_json(path) for path in sorted(self.folder.glob(files.RECEIPTS))]
+        kept, asked = sum(one["examples"] for one in receipts), self.plan["dataset"]["examples"]
+        return f"{kept:,} of {asked:,} examples are kept in {self.folder}"
 
     def _pass(self, plan: dict[str, Any]) -> Pass:
         return Pass(self.source, self.folder, plan, self.state.device, num_workers=self.settings.num_workers)
@@ -203,6 +214,12 @@ class Builder:
             logger.warning(f"About the teacher's cache: {remark}")
         examples = planning.shard_size(self.settings.shard_examples, found.total / count, count, batch_size)
         measured: dict[str, Any] = {"positions_an_example": found.positions, "change_by_padding": change}
+        errors = planning.rounding_errors(self.source, plan, batch_size=batch_size, device=self.state.device)
+        if errors:
+            measured["rounding"] = errors
+            remark = planning.rounding_remark(errors, plan)
+            if remark is not None:
+                logger.warning(f"About the teacher's cache: {remark}")
         agreement = self.source.measured_agreement(
             self.source.batch(list(range(min(batch_size, count)))), self.state.device
         )
@@ -212,8 +229,10 @@ class Builder:
 
     def _refuse_other_plan(self, there: dict[str, Any], now: dict[str, Any], what: str) -> None:
         differing = fingerprints.differences({name: there.get(name) for name in now}, now)
-        finished = "shards" in there  # then it does not matter which versions made it
-        differing = [line for line in differing if not line.startswith("versions") or not finished]
+        finished = "shards" in there
+        if finished:  # then neither matters which versions made it, nor in which format of before it lies
+            of_before = ("versions", "format_version", "store.keeps_largest: None")
+            differing = [line for line in differing if not line.startswith(of_before)]
         differing = [line for line in differing if not line.startswith("dataset.content")]
         if differing:
             raise DataError(
@@ -238,12 +257,11 @@ class Builder:
             raise DataError(self._full(error)) from error
 
     def _full(self, error: files.DiskFull) -> str:
-        done = len(list(self.folder.glob(files.RECEIPTS)))
         free = size.readable(size.free_bytes(self.folder))
+        kept = self._kept() if self.plan else "Nothing is kept yet"
         return (
-            f"the disk is full ({error.strerror}; {free} free at {self.folder}). {done} of "
-            f"{self.plan['shard_count']} shards are finished and stay. Free space and make the same call again: it "
-            "goes on with the next shard."
+            f"the disk is full ({error.strerror}; {free} free at {self.folder}). {kept}. Free space and make the same "
+            "call again: it goes on from there."
         )
 
     def _say(self, text: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, TeacherError
+from hf_distill.inside.packing import packs_several
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.cached import files, fingerprints, inside_layout, layout
 from hf_distill.teachers.cached.building import Builder, Given, Kept, Settings
@@ -100,14 +101,16 @@ class TeacherCache:
             student: the model that is to learn, where its head is of a class that is not the teacher's. task: instead.
             data_collator, processing_class: as in the training; the default collator is Trainer's.
             batch_size: consecutive examples; part of what the cache is, where predictions depend on padding.
-            store: None: `TopK()` for a vocabulary of more than 4,096 columns, else `Dense()`.
+            store: None: `TopK()` for a vocabulary of more than 4,096 columns, `Dense("float32")` for values, else
+                `Dense()`.
             predictions: False: none are kept, for training on objectives alone (`alpha=None`).
             temperature: of the training, for teachers whose predictions hold for one (a mean of probabilities).
             objectives: of the training: what they read of the teacher's inside is kept. reads: what to keep by name,
                 ("hidden", block) or a `Read`. inside_dtype: "float16", "bfloat16" or "float32".
-            dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file; None: as many as make 64 MB.
+            dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file, which are lost at most when the pass
+                is interrupted; None: 256 or a thousandth of all, and no more than 64 MB.
             accelerator: None: processes and device as Accelerate finds them.
-            say: is given the announcements; None: the log does. progress: a bar, with tokens/s and the time left.
+            say: is given the announcements; None: the log does. progress: a bar, with the speed and the time left.
 
         Raises:
             DataError: it does not fit, the disk is full (what is finished stays), or the folder holds something else.
@@ -188,7 +191,7 @@ class TeacherCache:
         """
         where = self._mapped.find(content_keys(batch, self.columns, main=self.main))
         if bool((where < 0).any()):
-            self._refuse_missing(where)
+            self._refuse_missing(where, batch)
         spans, laid = self._mapped.spans(where), {}
         counts = counts_of(spans)
         frames = self.axis == "frames"  # of which the task knows, by the student's rule
@@ -217,7 +220,13 @@ class TeacherCache:
         """`[b]` bool: which rows of a batch are in the cache."""
         return self._mapped.find(content_keys(batch, self.columns, main=self.main)) >= 0
 
-    def _refuse_missing(self, where: np.ndarray) -> None:
+    def _refuse_missing(self, where: np.ndarray, batch: Batch) -> None:
+        if packs_several(batch):
+            raise DataError(
+                "the collator packs several examples into a row, and the teacher's cache knows each example by itself. "
+                "Train with a collator that pads (DataCollatorForSeq2Seq(tokenizer)), or with the live teacher; or "
+                "pack the dataset once before, and build the cache of the packed rows."
+            )
         missing = np.flatnonzero(where < 0)
         masked = "" if self.manifest["inputs"]["masked"] else " (the cache was built without attention_mask)"
         raise DataError(
@@ -271,9 +280,9 @@ def _opened(folder: Path) -> dict[str, Any]:
         return manifest
     if (folder / files.PLAN).is_file():
         plan = files.read_json(folder / files.PLAN)
-        done = len(list(folder.glob(files.RECEIPTS)))
+        done = sum(files.read_json(path)["examples"] for path in folder.glob(files.RECEIPTS))
         raise DataError(
-            f"{folder} is an unfinished cache: {done} of {plan['shard_count']} shards are there. Call "
+            f"{folder} is an unfinished cache: {done:,} of {plan['dataset']['examples']:,} examples are there. Call "
             "TeacherCache.build with the same arguments: it goes on where it was."
         )
     raise TeacherError(f"{folder} holds no teacher cache (no {files.MANIFEST}). Build one: TeacherCache.build(...).")

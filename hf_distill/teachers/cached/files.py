@@ -22,7 +22,7 @@ MANIFEST, PLAN, INDEX, CARD = "manifest.json", "unfinished.json", "index.arrow",
 STATE, INFO = "state.json", "dataset_info.json"  # what datasets.load_from_disk reads
 PARTIAL = ".partial"
 RECEIPTS = "shard-*.json"
-FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 1
+FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 2  # 2: the largest column beside rounded rows
 
 
 _open: Any = open  # tests put a quota here

@@ -5,7 +5,7 @@ What is agreed on before stands in `building.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Pass:
         loader: DataLoader[Any] = DataLoader(
             _Examples(self.source),  # type: ignore[arg-type]  # what a Dataset must have, it has
             batch_sampler=self._batches(shards),
-            collate_fn=_as_dict_of(self.source.collator),
+            collate_fn=self.source.collated,
             num_workers=self.num_workers,
             generator=torch.Generator(),  # that of the training is left alone
         )
@@ -93,7 +93,7 @@ class Pass:
         store = store_from(self.plan["store"])
         batches = self._loaded(shards)
         total, before = len(self._batches([*done, *shards])), len(self._batches(done))
-        with Bar(total=total, finished=before, shown=shown and bool(shards)) as bar:
+        with Bar(total=total, axis=self.source.axis, finished=before, shown=shown and bool(shards)) as bar:
             for shard in shards:
                 parts = []
                 for indices in self._batches([shard]):
@@ -179,13 +179,3 @@ class _Examples:
 
     def __getitem__(self, index: int) -> Any:
         return self.source.example(index)
-
-
-class _as_dict_of:
-    """A collator whose batches are plain dicts, also in a worker process."""
-
-    def __init__(self, collator: Callable[..., Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, features: list[Any]) -> dict[str, Any]:
-        return dict(self.collator(features))

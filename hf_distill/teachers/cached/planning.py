@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,19 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import TEACHER_PREFIX
+from hf_distill.tasks.dataset_columns import columns_of, is_own_collator, refuse_unprocessed
+from hf_distill.tasks.dataset_labels import LabelReader
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.language import decoder_inputs, decoder_rule
 from hf_distill.teachers.cached import files, fingerprints, size, versions
-from hf_distill.teachers.cached.asking import models_of
+from hf_distill.teachers.cached.asking import Asked, models_of
 from hf_distill.teachers.cached.inside import by_axis, itemsize, of_inside
 from hf_distill.teachers.cached.keys import MASK, read_by_teacher
 from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.nothing import Nothing
 from hf_distill.teachers.cached.source import Said, Source, examples_named
-from hf_distill.teachers.cached.stores import Dense, Store, described, store_from
+from hf_distill.teachers.cached.stores import Dense, Store, described, rounding_error, store_from
 from hf_distill.teachers.cached.topk import TopK
 from hf_distill.teachers.fitting import tokenizer_in
 
@@ -31,8 +35,33 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = 64  # examples whose length is measured
 SHARD_BYTES = 64_000_000
+SHARD_EXAMPLES = 256  # or a thousandth of all: so much is lost at most where a pass is interrupted
+_ROUNDED = 0.01  # of what the rows differ by: more is told
 _LARGE = 4096  # columns from which not all are kept, unless asked for
 _SEES_PADDING = 1e-3  # of the largest prediction; half precision alone makes more than rounding, see `_threshold`
+
+
+def label_reader(asked: Asked, dataset: Any, collator: Any) -> LabelReader:
+    """Of the dataset of a pass. Most teachers are told no labels: those that cannot be read are then left out."""
+    config, needed = (
+        getattr(unwrapped(asked.learner), "config", None),
+        asked.reads_labels or asked.task.kind == "seq2seq",
+    )
+    return LabelReader(
+        asked.task,
+        config,
+        dataset,
+        whose="the dataset",
+        needed=needed,
+        as_trainer=not needed,
+        own_collator=is_own_collator(collator),
+    )
+
+
+def refuse_unprocessed_data(asked: Asked, dataset: Any, collator: Any) -> None:
+    """Raises DataError: text that was not tokenized, and no column of the teacher's own either."""
+    if not any(name.startswith(TEACHER_PREFIX) for name in columns_of(dataset) or ()):
+        refuse_unprocessed(dataset, asked.learner, whose="the dataset", collator=collator)
 
 
 def default_collator(processor: Any) -> Callable[..., Any]:
@@ -43,11 +72,13 @@ def default_collator(processor: Any) -> Callable[..., Any]:
 
 
 def default_store(task: Task, columns: int, temperature: float | None = None) -> Store:
-    """All columns of a small head; of a large vocabulary the likeliest, and the others as one.
+    """All columns of a small head, values in full; of a large vocabulary the likeliest, and the others as one.
 
     Args:
         temperature: that the predictions are for; None: for any.
     """
+    if task.on_values:
+        return Dense("float32")  # of large values, half precision would round away what they differ by
     if task.matched_by != "vocabulary" or columns <= _LARGE:
         return Dense()
     return TopK() if temperature is None else TopK(temperatures=(temperature,))
@@ -156,6 +187,9 @@ def _chosen_store(source: Source, said: Said, store: Store | None) -> Store:
         )
     if source.asked.temperature is not None:
         chosen.check_temperature(source.asked.temperature, said.width)
+    if isinstance(chosen, Dense) and chosen.keeps_largest is None:
+        halves = chosen.dtype != "float32" and source.task.rows_are_distributions(said.prepared)
+        chosen = replace(chosen, keeps_largest=halves)
     return chosen
 
 
@@ -176,7 +210,7 @@ def size_of(source: Source, plan: Mapping[str, Any], *, batch_size: int) -> size
     for axis, kept in by_axis(plan["inside"]).items():
         each = sum(one.width for one in kept) * itemsize(plan["inside"]["dtype"])
         inside.append(size.Part(axis, means.get(axis) or plan["inside"]["positions"].get(axis, 1.0), each))
-    return size.Size(count, means["predictions"], size.bytes_a_position(fields), tuple(inside))
+    return size.Size(count, means["predictions"], size.bytes_a_position(fields), tuple(inside), source.axis)
 
 
 def change_by_padding(source: Source, *, batch_size: int, device: Any) -> float | None:
@@ -211,6 +245,34 @@ def change_by_padding(source: Source, *, batch_size: int, device: Any) -> float 
     return float(f"{difference.item():.2g}")
 
 
+def rounding_errors(source: Source, plan: Mapping[str, Any], *, batch_size: int, device: Any) -> dict[str, float]:
+    """What is kept in half precision → how much that changes it, see `rounding_error`; of the first batch."""
+    store, found = store_from(plan["store"]), {}
+    inside = plan["inside"]["dtype"] if plan["inside"] is not None else "float32"
+    dtype = store.dtype if isinstance(store, Dense) and not store.keeps_largest else "float32"
+    if (inside, dtype) == ("float32", "float32"):
+        return {}
+    said = source.said(source.batch(list(range(min(batch_size, _length(source.dataset))))), device)
+    if dtype != "float32" and said.rows is not None and bool(said.rows.isfinite().all()):
+        found["predictions"] = rounding_error(said.rows, dtype)
+    if inside != "float32":
+        found |= {one.field: rounding_error(rows, inside) for one, (rows, _) in said.inside.items()}
+    return {name: float(f"{error:.2g}") for name, error in found.items()}
+
+
+def rounding_remark(errors: Mapping[str, float], plan: Mapping[str, Any]) -> str | None:
+    """What to tell of `rounding_errors`; None: they are small."""
+    if not errors or max(errors.values()) <= _ROUNDED:
+        return None
+    name, error = max(errors.items(), key=lambda one: one[1])
+    dtype = plan["store"]["dtype"] if name == "predictions" else plan["inside"]["dtype"]
+    instead = 'store=Dense("float32")' if name == "predictions" else 'inside_dtype="float32"'
+    return (
+        f"rounding to {dtype} changes {name} by {error:.2g} of what they differ by between positions (root mean "
+        f"squares, in the first batch): they are large beside their differences. Pass {instead}."
+    )
+
+
 def padding_remark(change: float | None, plan: Mapping[str, Any]) -> str | None:
     """What to tell of `change_by_padding`; None: it is rounding."""
     exact = plan["teacher"]["dtype"] in ("float32", "float64")
@@ -226,7 +288,8 @@ def padding_remark(change: float | None, plan: Mapping[str, Any]) -> str | None:
 
 def shard_size(asked: int | None, bytes_an_example: float, count: int, batch_size: int) -> int:
     """Examples in a shard, whole batches, so that no batch is cut by its end."""
-    wanted = asked if asked is not None else int(SHARD_BYTES / max(1.0, bytes_an_example))
+    few = max(SHARD_EXAMPLES, count // 1000)
+    wanted = asked if asked is not None else min(few, int(SHARD_BYTES / max(1.0, bytes_an_example)))
     return max(1, min(wanted, count) // batch_size) * batch_size
 
 

@@ -37,12 +37,14 @@ class Size:
 
     Attributes:
         examples: how many. positions: of an example, a mean over a sample. bytes_a_position: exact. inside: beside.
+        axis: what the predictions run along; "example": each has one.
     """
 
     examples: int
     positions: float
     bytes_a_position: int
     inside: tuple[Part, ...] = ()
+    axis: str = "input"
 
     @property
     def total(self) -> int:
@@ -68,9 +70,12 @@ def announced(size: Size, folder: Path, *, free: int) -> str:
         f", and of its inside {part.bytes_a_position:,} bytes at each of {part.positions:.1f} {_AXES[part.along]}"
         for part in size.inside
     )
+    each = f"of {size.positions:.1f} positions, {size.bytes_a_position:,} bytes a position"
+    if size.axis == "example":
+        each = f"with {size.bytes_a_position:,} bytes of predictions each"
     return (
-        f"about {readable(size.total)} in all: {size.examples:,} examples of {size.positions:.1f} positions, "
-        f"{size.bytes_a_position:,} bytes a position{inside}; {readable(free)} are free at {folder}"
+        f"about {readable(size.total)} in all: {size.examples:,} examples {each}{inside}; {readable(free)} are free at "
+        f"{folder}"
     )
 
 

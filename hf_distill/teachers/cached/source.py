@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError, TeacherError
+from hf_distill.errors import DataError, HfDistillError, TeacherError
 from hf_distill.inside.positions import Positions
 from hf_distill.signals import Read, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX, batch_size
+from hf_distill.tasks.dataset_columns import why_not_collated
+from hf_distill.tasks.dataset_labels import LabelReader
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers.cached import inside_layout, layout
 from hf_distill.teachers.cached.asking import Asked
@@ -58,6 +60,7 @@ class Source:
         asked: the teacher, with the task and the student whose rule makes decoder inputs.
         dataset: examples as a collator takes them. collator: makes batches. processor: of the dataset's preprocessing.
         wanted: of its inside; None: nothing. predictions: whether they are kept.
+        labels: reads those of the dataset.
     """
 
     asked: Asked
@@ -66,6 +69,7 @@ class Source:
     processor: Any
     wanted: Wanted | None
     predictions: bool
+    labels: LabelReader
 
     @property
     def task(self) -> Task:
@@ -94,7 +98,33 @@ class Source:
         return {k: v for k, v in example.items() if k in known or k.startswith(TEACHER_PREFIX)}
 
     def batch(self, indices: list[int]) -> dict[str, Any]:
-        return dict(self.collator([self.example(index) for index in indices]))
+        return self.collated([self.example(index) for index in indices])
+
+    def collated(self, features: Sequence[Any]) -> dict[str, Any]:
+        """The batch that the collator makes of examples.
+
+        Raises:
+            DataError: labels that cannot be read, nothing that pads, or a collator that packs examples into a row.
+        """
+        features = self.labels(features)
+        try:
+            batch = dict(self.collator(features))
+        except HfDistillError:
+            raise
+        except (ValueError, TypeError) as error:
+            why = why_not_collated(features, self.collator, self.task.kind)
+            if why is None:
+                raise
+            raise DataError(why) from error
+        main = read_by_teacher(batch, self.main).get(self.main)
+        if isinstance(main, Tensor) and len(main) != len(features):
+            raise DataError(
+                f"the collator makes {len(main)} row(s) of {len(features)} examples: it packs them. A cache keeps what "
+                "the teacher says of each example by itself. Build it with a collator that pads "
+                "(DataCollatorForSeq2Seq(tokenizer), DataCollatorWithPadding(tokenizer)), and train with one, or with "
+                "the live teacher."
+            )
+        return batch
 
     def key_columns(self, batch: Batch) -> tuple[str, ...]:
         found = key_columns(batch, main=self.main, inputs=self.asked.inputs, decodes=self.task.kind == "seq2seq")

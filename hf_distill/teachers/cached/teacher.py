@@ -22,6 +22,7 @@ from hf_distill.teachers.cached.inside import CachedInside
 from hf_distill.teachers.cached.keys import CACHED_PREFIX, read_by_teacher
 from hf_distill.teachers.cached.listed import Listed
 from hf_distill.teachers.cached.mapped import POSITIONS
+from hf_distill.teachers.cached.stores import Dense
 from hf_distill.vocabulary import Columns
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class CachedTeacher:
             if isinstance(self.cache.store, Listed):
                 _refuse_not_asked(listed, task, batch)
             return Signals(logits=None, columns=self.columns, inside=inside, sparse=listed)
-        logits = task.read(layout.as_outputs(task, own["logits"].float()), batch, self.columns, teacher=True)
+        assert isinstance(self.cache.store, Dense)  # every other store lists columns
+        logits = task.read(layout.as_outputs(task, self.cache.store.logits(own)), batch, self.columns, teacher=True)
         return Signals(logits=logits, columns=self.columns, inside=inside)
 
     def check_needs(self, needs: Needs) -> None:

@@ -40,7 +40,7 @@ def generate_completions(
     generation: Mapping[str, Any] | None = None,
     prompt_column: str = DEFAULT,
     batch_size: int = 8,
-    shard_examples: int = 512,
+    shard_examples: int = 128,
     seed: int = 0,
 ) -> datasets.Dataset:
     """A dataset of what the teacher writes to each prompt, in the folder `path`; made again, it is opened.
@@ -63,7 +63,8 @@ def generate_completions(
         num_return_sequences: for each prompt, one after the other.
         generation: further settings by transformers' names (`num_beams`, `top_p`, Whisper's `language`), the last word
             where both are said; what is not said is the teacher's own `generation_config`.
-        batch_size: prompts at once; rounding, and what is drawn, depend on it. shard_examples: prompts a file.
+        batch_size: prompts at once; rounding, and what is drawn, depend on it. shard_examples: prompts a file, so
+            many are lost at most when the pass is interrupted; within it prompts of like length are asked together.
 
     Raises:
         SettingError, DataError, TeacherError: see the messages.
@@ -158,10 +159,13 @@ class _Pass:
                 self.folder.begin()
         if not (getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)):
             self.model.to(state.device)
-        for number, indices, digest in zip(numbers, shards, digests, strict=True):
-            if not self.folder.is_done(number, digest):
-                asked = [self.prompts[index] for index in indices]
-                self.folder.write(number, self._written(number, indices, asked), digest_of(asked))
+        try:
+            for number, indices, digest in zip(numbers, shards, digests, strict=True):
+                if not self.folder.is_done(number, digest):
+                    asked = [self.prompts[index] for index in indices]
+                    self.folder.write(number, self._written(number, indices, asked), digest_of(asked))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.folder.kept()}; the same call goes on from there.") from None
         state.wait_for_everyone()
         if state.is_main_process:
             self.folder.tidy() if finished else self.folder.finish()

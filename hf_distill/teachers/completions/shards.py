@@ -143,9 +143,16 @@ class Folder:
             files.write_json(self.path / files.receipt_name(shard), receipt)
         except files.DiskFull as error:
             raise DataError(
-                f"the disk is full at {self.path}. The shards that are finished stay: free space and make the same "
-                "call again."
+                f"the disk is full at {self.path}. {self.kept()}. Free space and make the same call again: it goes on "
+                "from there."
             ) from error
+
+    def kept(self) -> str:
+        """How much of the pass is on the disk, in words."""
+        receipts = [files.read_json(path) for path in sorted(self.path.glob(files.RECEIPTS))]
+        each = self.plan["generation"].get("num_return_sequences") or 1
+        kept = sum(one["rows"] for one in receipts) // each
+        return f"The answers to {kept:,} of {self.plan['examples']:,} prompts are kept in {self.path}"
 
     def finish(self) -> None:
         """The files of a dataset, the card and the manifest; then what only an unfinished pass needs goes."""

@@ -214,7 +214,7 @@ def test_a_collator_is_wrapped_once_and_an_ensemble_in_an_ensemble(tmp_path: Pat
     assert ensemble.collator(collator) is collator
     batch = collator(some)
     slots = {name.removeprefix("teacher_cached_") for name in batch if name.startswith("teacher_")}
-    assert slots == {"0_0_logits", "0_1_logits", "1_logits"}
+    assert slots == {f"{slot}_{field}" for slot in ("0_0", "0_1", "1") for field in ("logits", "largest")}
     plain = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
     assert distiller(bert(), batch).loss.item() == pytest.approx(distiller(bert(), plain).loss.item(), rel=1e-6)
 

@@ -42,8 +42,8 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text", "--batch-size", "3")
     assert run(*build) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "takes about 200 B in all: 4 examples of 1.0 positions, 6 bytes a position" in said
-    assert "tokens/s" in said and "TeacherCache(4 examples, dense," in said
+    assert "takes about 216 B in all: 4 examples with 10 bytes of predictions each" in said
+    assert " examples/s" in said and "TeacherCache(4 examples, dense," in said
     assert run("show", folder) == 0
     shown = capsys.readouterr().out
     assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
@@ -65,7 +65,7 @@ def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: p
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text")
     assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--inside-dtype", "bfloat16") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "0 bytes a position, and of its inside 64 bytes at each of 2.5 tokens" in said
+    assert "with 0 bytes of predictions each, and of its inside 64 bytes at each of 2.5 tokens" in said
     assert run("show", folder) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "inside: hidden of the embeddings, hidden of block 0, bfloat16" in shown

@@ -99,6 +99,7 @@ def test_training_is_the_live_training_to_the_bit(tmp_path: Path) -> None:
     batch = next(iter(make(tmp_path / "b", bert(), cached, objectives=HiddenMatch("last")).get_train_dataloader()))
     assert {name for name in batch if name.startswith("teacher_")} == {
         "teacher_cached_logits",
+        "teacher_cached_largest",
         "teacher_cached_hidden_1",
     }
 

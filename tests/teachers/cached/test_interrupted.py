@@ -15,6 +15,7 @@ import pytest
 from hf_distill import DataError
 from hf_distill.teachers import CachedTeacher, TeacherCache
 from hf_distill.teachers.cached import files
+from hf_distill.teachers.cached.planning import shard_size
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents, made
 
@@ -96,18 +97,72 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(tmp_path: Path, monkeyp
     asked: list[Any] = []
     teacher.register_forward_hook(lambda *_: asked.append(1))
     folder = tmp_path / "full"
-    for room, finished in ((5500, "2 of 4"), (1700, "3 of 4")):
+    for room, finished in ((5500, "12 of 20"), (1700, "18 of 20")):
         with monkeypatch.context() as patch:
             patch.setattr(files, "_open", Quota(room).open)
-            with pytest.raises(DataError, match=rf"the disk is full .*{finished} shards are finished and stay. Free"):
+            with pytest.raises(DataError, match=rf"the disk is full .*{finished} examples are kept in .*Free"):
                 build(folder, head, teacher, examples)
         assert not [name for name in contents(folder) if ".partial" in name]
-        with pytest.raises(DataError, match=rf"unfinished cache: {finished} shards .*it goes on where it was"):
+        with pytest.raises(DataError, match=rf"unfinished cache: {finished} examples .*it goes on where it was"):
             TeacherCache(folder)
     asked.clear()
     build(folder, head, teacher, examples)
     assert len(asked) == 1 + 1  # the plan's look at the first batch, and the last shard's two examples
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+class Stopped:
+    """A teacher's hook: Ctrl-C when it is asked for the so-manieth time."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_what_was_asked_and_says_how_much(tmp_path: Path) -> None:
+    """By default a shard has 256 examples, however few bytes they take."""
+    head = HEADS["bert_single_label"]
+    teacher, examples = head.make(2), head.examples(600)
+    settings = {"batch_size": 32, "shard_examples": None, "store": None}
+    build(tmp_path / "whole", head, teacher, examples, **settings)
+    assert len(list((tmp_path / "whole").glob("shard-*.arrow"))) == 3
+    folder = tmp_path / "part"
+    looks = 1 + 2  # the plan's at the first batch, and two of what padding changes
+    handle = teacher.register_forward_hook(Stopped(at=looks + 600 // 32))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        build(folder, head, teacher, examples, **settings)
+    assert str(stopped.value) == f"512 of 600 examples are kept in {folder}; the same call goes on from there."
+    handle.remove()
+    with pytest.raises(DataError, match="unfinished cache: 512 of 600 examples are there"):
+        TeacherCache(folder)
+    asked: list[Any] = []
+    teacher.register_forward_hook(lambda *_: asked.append(1))
+    build(folder, head, teacher, examples, **settings)
+    assert len(asked) == 1 + 3  # the plan's look, and the last 88 examples
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("asked", "bytes_an_example", "count", "batch_size", "expected"),
+    [
+        (None, 200, 10_003, 32, 256),
+        (None, 200, 10_003, 48, 240),
+        (None, 200, 10_003, 1024, 1024),
+        (None, 200, 40, 32, 32),
+        (None, 200, 3_000_000, 32, 2976),
+        (None, 1_000_000, 3_000_000, 32, 64),
+        (1000, 200, 10_003, 32, 992),
+    ],
+)
+def test_how_many_examples_a_shard_has(
+    asked: int | None, bytes_an_example: float, count: int, batch_size: int, expected: int
+) -> None:
+    """256 or a thousandth of all, no more than 64 MB, in whole batches."""
+    assert shard_size(asked, bytes_an_example, count, batch_size) == expected
 
 
 def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
 
 from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
@@ -18,6 +19,7 @@ from hf_distill.views import Augmentation, AugmentingCollator
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, made
 from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import make
 
 NAME = "bert_tokens"
 
@@ -56,8 +58,8 @@ def test_damaged_files(tmp_path: Path, file: str, damage: Callable[[Path], None]
         (b"[]", "manifest.json holds no JSON object"),
         (b'{"format": "another"}', "is of 'another', version None; this version of hf-distill reads 'hf-distill teach"),
         (
-            b'{"format": "hf-distill teacher cache", "format_version": 2}',
-            "version 2; this version .* Update hf-distill",
+            b'{"format": "hf-distill teacher cache", "format_version": 3}',
+            "version 3; this version .* Update hf-distill",
         ),
     ],
 )
@@ -219,11 +221,13 @@ def test_overflow_and_dtypes(tmp_path: Path) -> None:
     head = HEADS[NAME]
     teacher = head.make(2)
     with torch.no_grad():
-        teacher.classifier.bias.add_(1e5)
+        teacher.classifier.bias[0].add_(1e5)
     with pytest.raises(
-        SettingError, match=r"logits reach 1e\+05, float16 ends at 65504. Pass store=Dense\(\"bfloat16\""
+        SettingError, match=r"logits differ by 1e\+05, float16 ends at 65504. Pass store=Dense\(\"bfloat16\""
     ):
         build(tmp_path, head, teacher, head.examples(4), store=Dense())
+    with pytest.raises(SettingError, match=r"logits reach 1e\+05, float16 ends at 65504"):
+        build(tmp_path / "as-it-is", head, teacher, head.examples(4), store=Dense(keeps_largest=False))
     with pytest.raises(SettingError, match=r"Dense\(dtype='int8'\): allowed are float16, bfloat16, float32"):
         Dense("int8")
 
@@ -279,3 +283,38 @@ def test_it_travels_to_worker_processes(tmp_path: Path) -> None:
     collate.collator = head.collate
     there, here = sent(examples[:3]), collate(examples[:3])
     assert torch.equal(there["teacher_cached_logits"], here["teacher_cached_logits"])
+
+
+def packing(some: list[dict[str, Any]]) -> Any:
+    return DataCollatorWithFlattening(return_tensors="pt")(some)
+
+
+def test_a_collator_that_packs_is_named(tmp_path: Path) -> None:
+    """Where the cache is built, and where a training looks an example up: in the collator, or when the loss asks."""
+    head = HEADS["llama_causal_lm"]
+    teacher, some = head.make(2), head.examples(8)
+    with pytest.raises(DataError, match=r"makes 1 row\(s\) of 3 examples: it packs them.*a collator that pads"):
+        build(tmp_path, head, teacher, some, data_collator=packing)
+    cached = CachedTeacher(build(tmp_path, head, teacher, some))
+    named = r"the collator packs several examples into a row, and the teacher's cache knows each example by itself"
+    for collate in (cached.collator(packing), packing):
+        with pytest.raises(DataError, match=named):
+            Distiller(head.make(1), cached)(head.make(1), collate(some))
+    trainer = make(
+        tmp_path, head.make(1), cached, train_dataset=some, data_collator=packing, remove_unused_columns=False
+    )  # fmt: skip
+    with pytest.raises(DataError, match=named):
+        trainer.train()
+
+
+def test_rows_that_were_packed_once_are_examples_like_others(tmp_path: Path) -> None:
+    """The way out that the message names."""
+    head = HEADS["llama_causal_lm"]
+    teacher, student, some = head.make(2), head.make(1), head.examples(8)
+    batches = [packing(some[at : at + 4]) for at in (0, 4)]
+    rows = [{name: batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids")} for batch in batches]
+    cached = CachedTeacher(build(tmp_path, head, teacher, rows, data_collator=default_data_collator, batch_size=1))
+    for row in rows[::-1]:
+        batch = default_data_collator([row])
+        live = Distiller(student, teacher, alpha=1.0)(student, batch).loss.item()
+        assert Distiller(student, cached, alpha=1.0)(student, batch).loss.item() == pytest.approx(live, rel=1e-5)
