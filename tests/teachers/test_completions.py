@@ -146,22 +146,6 @@ def test_an_encoder_decoder_answers(tmp_path) -> None:
         assert (row["input_ids"], row["labels"]) == (source["input_ids"], written)
 
 
-def test_whisper_writes_pseudo_labels(tmp_path) -> None:
-    """Its `generate` gives the text alone, which becomes labels as any transcript does."""
-    whisper, words = HEADS["whisper_seq2seq"].make(2), tokenizer(40)
-    sounds = datasets.Dataset.from_list([{"input_features": one["input_features"]} for one in
-                                         HEADS["whisper_seq2seq"].examples(3)])  # fmt: skip
-    made = generate_completions(whisper, sounds, tmp_path / "1", processing_class=words, **SHORT)
-    assert made.column_names == ["index", "labels", "completion"] and made["index"][:] == [0, 1, 2]
-    written = whisper.generate(input_features=torch.tensor(sounds["input_features"][:1]), max_new_tokens=5)
-    assert (
-        made["completion"][0] == words.decode(written[0])
-        and made["labels"][0] == words(made["completion"][0]).input_ids
-    )
-    with pytest.raises(SettingError, match="input_features needs the teacher's tokenizer"):
-        generate_completions(whisper, sounds, tmp_path / "2", **SHORT)
-
-
 def test_from_a_folder(tmp_path) -> None:
     teacher, words = LLAMA.make(2), tokenizer(40)
     teacher.save_pretrained(tmp_path / "teacher")
