@@ -15,6 +15,7 @@ from hf_distill.teachers.load import find_tokenizer
 from hf_distill.vocabulary import Columns, match_labels, match_vocabularies, tokenizer_difference
 
 logger = logging.getLogger(__name__)
+_WRITING = ("seq2seq", "causal_lm")
 Tokenizers = tuple[Any, Any]  # the student's and the teacher's, None where not known
 
 
@@ -36,9 +37,11 @@ def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
 def refuse_other_head(teacher: nn.Module, task: Task) -> None:
     kind = _kind_or_none(teacher)  # None: not a class of transformers; its outputs will tell
     if kind not in (None, task.kind):
+        by_texts = kind in _WRITING and task.kind in (*_WRITING, "ctc")
+        way_out = ", or train on texts that this one writes: hf_distill.generate_completions" if by_texts else ""
         raise TeacherError(
             f"the teacher ({type(teacher).__name__}) has a {kind} head, the student needs a teacher for {task.kind}. "
-            "Fine-tune a teacher with the student's kind of head."
+            f"Fine-tune a teacher with the student's kind of head{way_out}."
         )
 
 
