@@ -19,7 +19,7 @@ REASONS_TO_BE_LONG: dict[str, str] = {}
 # Parts of the design that are yet to be built have their place already.
 LAYERS = (
     "errors",
-    "_compat | loss_sum | learned | unused_outputs | schedules | counts | layer_map | vocabulary | run_facts",
+    "_compat | audio | loss_sum | learned | unused_outputs | schedules | counts | layer_map | vocabulary | run_facts",
     "signals",
     "functional",
     "tasks",

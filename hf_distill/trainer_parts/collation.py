@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill.audio import AudioFeatures
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.trainer_parts.answers import padded_as, with_answers_marked
@@ -21,8 +22,9 @@ class TeacherInputsCollator:
     """The user's collator for the student's columns; the teacher's are made beside it.
 
     `teacher_text` (and `teacher_text_pair`; or `teacher_prompt`, what it begins with and is no answer),
-    `teacher_audio` and `teacher_image` go through the teacher's processing class; ready `teacher_input_ids`,
-    `teacher_labels` and the like are padded by it. The student never sees either.
+    `teacher_audio` (whatever `hf_distill.audio.read_recording` reads) and `teacher_image` go through the teacher's
+    processing class; ready `teacher_input_ids`, `teacher_labels` and the like are padded by it. The student never sees
+    either.
 
     Args:
         collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or
@@ -32,6 +34,9 @@ class TeacherInputsCollator:
     def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
         self.collator = collator
         self.processor = processor
+        extractor = getattr(processor, "feature_extractor", processor)
+        reads_audio = getattr(extractor, "sampling_rate", None) is not None
+        self._audio = AudioFeatures(extractor, "teacher_audio") if reads_audio else None
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
@@ -42,7 +47,11 @@ class TeacherInputsCollator:
     def for_evaluation(self) -> TeacherInputsCollator:
         """Around the collator that the user's own names for evaluation, where it augments."""
         clean = getattr(self.collator, "for_evaluation", None)
-        return self if clean is None else TeacherInputsCollator(clean(), self.processor)
+        if clean is None:
+            return self
+        other = copy.copy(self)
+        other.collator = clean()
+        return other
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         own, theirs = [], []
@@ -83,9 +92,8 @@ class TeacherInputsCollator:
                 return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
             made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
         elif "teacher_audio" in raw:
-            extractor = getattr(self.processor, "feature_extractor", self.processor)
-            waves = [np.asarray(_samples(sound, extractor.sampling_rate)) for sound in raw["teacher_audio"]]
-            made = extractor(waves, sampling_rate=extractor.sampling_rate, return_tensors="pt", **_padding(extractor))
+            audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
+            made = audio(raw["teacher_audio"])
         else:
             images = getattr(self.processor, "image_processor", self.processor)
             made = images(raw["teacher_image"], return_tensors="pt")
@@ -117,22 +125,3 @@ def _refuse_unlike(features: list[dict[str, Any]]) -> None:
         empty = [name for name, value in feature.items() if value is None]
         if empty:
             raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
-
-
-def _samples(sound: Any, sampling_rate: int) -> Any:
-    """The samples of a `datasets` audio cell (a dict, or a decoder that is asked like one), or of a bare array."""
-    if isinstance(sound, (np.ndarray, torch.Tensor, list, tuple)):
-        return sound
-    if sound["sampling_rate"] != sampling_rate:
-        raise DataError(
-            f"teacher_audio was recorded at {sound['sampling_rate']} Hz, the teacher reads {sampling_rate} Hz. Cast "
-            "the column: "
-            f'dataset.cast_column("teacher_audio", datasets.Audio(sampling_rate={sampling_rate})).'
-        )
-    return sound["array"]
-
-
-def _padding(extractor: Any) -> dict[str, Any]:
-    """The extractor's own padding where it has one (Whisper's 30 seconds), else to the longest."""
-    knob = inspect.signature(extractor.__call__).parameters.get("padding")
-    return {} if knob is None else {"padding": knob.default or True}

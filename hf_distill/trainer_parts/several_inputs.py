@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ class SeveralInputsCollator:
     def __init__(self, collator: Callable[..., Any], processors: Sequence[Any]) -> None:
         self.collator = collator
         self.processors = list(processors)
+        self._each = [TeacherInputsCollator(collator, processor) for processor in self.processors]
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
@@ -42,14 +44,18 @@ class SeveralInputsCollator:
     def for_evaluation(self) -> SeveralInputsCollator:
         """Around the collator that the user's own names for evaluation, where it augments."""
         clean = getattr(self.collator, "for_evaluation", None)
-        return self if clean is None else SeveralInputsCollator(clean(), self.processors)
+        if clean is None:
+            return self
+        other = copy.copy(self)
+        other.collator = clean()
+        return other
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         batch = self.collator([{k: v for k, v in one.items() if not k.startswith(TEACHER_PREFIX)} for one in features])
-        for number, processor in enumerate(self.processors):
-            theirs = [_of_teacher(one, number, shares=processor is not None) for one in features]
+        for number, inputs in enumerate(self._each):
+            theirs = [_of_teacher(one, number, shares=inputs.processor is not None) for one in features]
             if theirs and theirs[0]:
-                made = TeacherInputsCollator(self.collator, processor).teacher_batch(theirs)
+                made = inputs.teacher_batch(theirs)
                 batch.update({f"{TEACHER_PREFIX}{number}_{name}": value for name, value in made.items()})
         return batch
 
