@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
+from hf_distill.tasks.generating import set_generation
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -102,7 +103,7 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
 
 def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
     teacher = LLAMA.make(2, vocab_size=90)
-    teacher.generation_config.update(top_k=2, temperature=0.01)
+    set_generation(teacher.generation_config, dict(top_k=2, temperature=0.01))
     data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, 6]]})  # in batches of one: each draws its own
     settings = {
         "batch_size": 1,
