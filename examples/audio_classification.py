@@ -65,6 +65,9 @@ def main() -> None:
     extractor = AutoFeatureExtractor.from_pretrained(script.teacher)
     teacher = AutoModelForAudioClassification.from_pretrained(script.teacher)
     names = getattr(train.features["label"], "names", None)  # of numbered labels; words have none
+    unknown = {str(name) for name in names or train.unique("label")} - set(teacher.config.label2id)
+    if unknown:
+        parser.error(f"the teacher's labels are {sorted(teacher.config.label2id)}; it has no {sorted(unknown)}")
     set_seed(args.seed)
     trainer = DistillationTrainer(
         model=inherit(teacher, layers=script.student_layers),

@@ -61,6 +61,9 @@ def main() -> None:
         parser.error("--teacher and --dataset are needed")
     processor = AutoImageProcessor.from_pretrained(script.teacher)
     teacher = AutoModelForImageClassification.from_pretrained(script.teacher)
+    names = data["train"].features["label"].names
+    if unknown := set(names) - set(teacher.config.label2id):
+        parser.error(f"the teacher's labels are {sorted(teacher.config.label2id)}; it has no {sorted(unknown)}")
     set_seed(args.seed)
     trainer = DistillationTrainer(
         model=inherit(teacher, layers=script.student_layers),
@@ -69,7 +72,7 @@ def main() -> None:
         train_dataset=data["train"],
         eval_dataset=data["validation" if "validation" in data else "test"],
         processing_class=processor,
-        data_collator=Collator(processor, data["train"].features["label"].names, teacher.config.label2id),
+        data_collator=Collator(processor, names, teacher.config.label2id),
         compute_metrics=measure,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -176,6 +176,16 @@ def test_what_is_needed_is_said(run: Run, script: str, capsys: pytest.CaptureFix
     assert "error: --teacher and --dataset are needed" in capsys.readouterr().err
 
 
+def test_labels_that_the_teacher_does_not_know(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture) -> None:
+    import smoke
+
+    teacher, _ = smoke.audio_classifier()
+    by_folder(tmp_path / "data", "label", ["high", "middle"])
+    with pytest.raises(SystemExit):
+        run("audio_classification.py", f"--dataset data --teacher {teacher} --student_layers 1")
+    assert "error: the teacher's labels are ['high', 'low']; it has no ['middle']" in capsys.readouterr().err
+
+
 def test_texts_of_a_csv(tmp_path: Path, run: Run) -> None:
     """Labels are words, some are missing; the teacher numbers them in another order, which is matched by name."""
     import smoke
