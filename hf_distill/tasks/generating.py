@@ -23,8 +23,8 @@ Tokens = list[int]
 _CUTS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # beside top_k and top_p: what cuts off tokens
 _OF_SAMPLING = ("temperature", "top_k", "top_p", *_CUTS)
 _SHOWN = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-_WHISPERS_OWN = ("language", "task", "return_timestamps", "prompt_ids")  # beside GenerationConfig's
-# Of recordings longer than a window: windows that are skipped, written again, or written after what came before.
+_WHISPERS_OWN = ("language", "task", "return_timestamps", "prompt_ids")  # GenerationConfig does not declare them
+# For recordings longer than a window: they skip windows, write them again, or condition them on the ones before.
 _OF_SEVERAL_WINDOWS = (
     *("condition_on_prev_tokens", "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"),
     "prompt_condition_type",
@@ -64,16 +64,16 @@ def drawn_from(device: torch.device, *key: int | str) -> Iterator[None]:
 def set_generation(settings: GenerationConfig, values: Mapping[str, Any], *, own: Sequence[str] = ()) -> None:
     """Set these values, and raise if transformers leaves one of them aside.
 
-    `GenerationConfig.update` returns the names that it does not know and changes nothing else. `language` and `task` of
-    a published Whisper are among them, because its `generation_config.json` does not name them.
+    `GenerationConfig.update` does not raise for names that it does not know: it returns them. For a published Whisper,
+    `language` and `task` are such names, because its `generation_config.json` does not have them.
 
     Args:
-        settings: changed in place.
-        values: by transformers' names.
-        own: names that the model's own `generate` reads from its config, whether they are there already or not.
+        settings: the configuration to change.
+        values: the values by transformers' names.
+        own: names that the model's own `generate` reads from the configuration; they are set even if it lacks them.
 
     Raises:
-        SettingError: an unknown name, or a value that transformers refuses.
+        SettingError: a name is unknown, or transformers refuses a value.
     """
     for name in own:
         if name in values:
@@ -87,14 +87,14 @@ def set_generation(settings: GenerationConfig, values: Mapping[str, Any], *, own
 
 
 def source_of(model: Any) -> str:
-    """The input that a model writes to: input_ids, or the input_features or input_values of a sound."""
+    """The name of the input that a model reads: input_ids, or input_features or input_values for audio."""
     inner = unwrapped(model)
     name = getattr(inner, "main_input_name", "input_ids")
     return getattr(inner.encoder, "main_input_name", name) if name == "inputs" else name
 
 
 def window_of(model: Any) -> int | None:
-    """How many frames a Whisper reads at once; None for a model whose `generate` has no windows."""
+    """The number of frames that Whisper reads at once; None for a model whose `generate` has no windows."""
     inner = unwrapped(model)
     if "force_unique_generate_call" not in inspect.signature(type(inner).generate).parameters:
         return None
@@ -113,12 +113,12 @@ def generation_settings(
 ) -> GenerationConfig:
     """The model's own `generation_config` with these said anew; sampling is from all tokens unless `others` cut it.
 
-    Its forced end is not followed: a text that is cut off then shows no end.
+    `forced_eos_token_id` is not taken over: it would put an end token behind a text that is cut off.
 
     Args:
         followed: names of what is taken over from the model's own; None: all.
         others: further settings of `generate`, by transformers' names (num_beams, top_p, ...); they are the last word.
-            Of a Whisper also its language, task, return_timestamps and prompt_ids.
+            Whisper also takes language, task, return_timestamps and prompt_ids.
 
     Raises:
         SettingError: a model that cannot generate, a number out of range, an unknown setting, one that cannot be used
@@ -206,7 +206,7 @@ def _refuse_whispers_settings(model: Any, merged: Mapping[str, Any], others: Map
     if merged["do_sample"] and others.get("num_beams") not in (None, 1):
         raise SettingError(f"num_beams={others['num_beams']}: {name} samples without beams. Leave one of the two out.")
     if isinstance(merged.get("language"), (list, tuple)):
-        raise SettingError("language: one for all recordings. Write those of each language in a call of its own.")
+        raise SettingError("language: give one for all recordings, and make a call for each language.")
     english_only = merged.get("is_multilingual") is False
     for setting, table in (("language", "lang_to_id"), ("task", "task_to_id")):
         if merged.get(setting) is not None and (english_only or not merged.get(table)):
@@ -256,8 +256,8 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
 def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
-    A Whisper's begin with its tokens of language, task and timestamps, as it was asked for them or detected them; a
-    prompt before them is left out.
+    Whisper's labels begin with its tokens for language (set or detected), task and timestamps. They do not contain the
+    prompt.
 
     Raises:
         DataError: an empty source, or one too long for the model.
@@ -272,7 +272,7 @@ def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) 
 
 
 def try_settings(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> None:
-    """Write one token with these settings, so that what `generate` refuses is known before much is written.
+    """Let Whisper write one token, so that settings which its `generate` refuses are found before the work begins.
 
     Raises:
         SettingError: transformers' `generate` refuses the settings.
@@ -285,8 +285,11 @@ def try_settings(model: Any, inputs: Mapping[str, Any], settings: GenerationConf
 def _windows_written(
     model: Any, inputs: Mapping[str, Any], settings: GenerationConfig, **arguments: Any
 ) -> list[Tokens]:
-    """With one call of the general `generate`: more of them, or a look at its result, would take the ids away that say
-    how the text begins and whether it ended."""
+    """Whisper's labels for a batch of windows.
+
+    `force_unique_generate_call` makes Whisper run the general `generate` once and return all of its ids. Otherwise it
+    removes those that begin and end the text.
+    """
     prompt = getattr(settings, "prompt_ids", None) or []
     if prompt:
         arguments["prompt_ids"] = torch.tensor(prompt, device=next(model.parameters()).device)

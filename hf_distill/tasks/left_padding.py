@@ -61,12 +61,12 @@ def refuse_unlike_alone(
 
 
 def sound_padding_is_read(model: Any, sound: Tensor, column: str, start: int) -> bool:
-    """Whether silence behind a sound changes what is written first, though the mask leaves it out.
+    """Whether masked silence behind a recording changes the model's first prediction.
 
     Args:
-        model: in evaluation mode.
+        model: an encoder-decoder in evaluation mode.
         sound: `[time ...]`, on the model's device.
-        column: its name in the forward.
+        column: the forward's name for it.
         start: the token that the decoder starts from.
     """
     if "attention_mask" not in forward_names(model):

@@ -57,7 +57,7 @@ def generate_completions(
     Columns: `index` (of the prompt in `dataset`), `input_ids` and `labels` (-100 on the prompt), ready to train on,
     `prompt` and `completion` as texts, and `finished`: whether the teacher wrote the end of the text. An
     encoder-decoder's labels are its answer. Of speech there are no `input_ids`: take sounds from `dataset` by `index`.
-    All labels are the ids that the teacher wrote: a Whisper's begin with its tokens of language, task and timestamps,
+    All labels are the ids that the teacher wrote: Whisper's begin with its tokens for language, task and timestamps,
     and none has an end that was not written. Killed at any moment, the same call goes on with the shard it was at, to
     the same bytes. Several processes share the shards.
 
@@ -76,8 +76,8 @@ def generate_completions(
         sampling_temperature: with do_sample, of all tokens, whatever the teacher's `generation_config` says.
         num_return_sequences: for each prompt, one after the other.
         generation: further settings by transformers' names (`num_beams`, `top_p`, `forced_bos_token_id`), the last word
-            where both are said. Of a Whisper also `language`, `task`, `return_timestamps` and `prompt_ids`, which guide
-            the teacher and are not in the labels. What is not said is the teacher's own `generation_config`, except
+            where both are said. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`, which
+            guides the teacher and is not in the labels. What is not said is the teacher's own `generation_config`, except
             for `forced_eos_token_id`, which would end texts that were cut off.
         prompt_column: the column of texts or messages.
         batch_size: prompts at once; rounding, and what is drawn, depend on it.
@@ -204,7 +204,7 @@ class _Pass:
         return [row for of_prompt in rows for row in of_prompt]
 
     def _batches(self, asked: list[Any]) -> Iterator[tuple[int, list[int]]]:
-        """Places of prompts that are asked together, and where in the shard's order they begin."""
+        """Batches as places in `asked`, each with the number of prompts before it."""
         size, order = self.folder.plan["batch_size"], sorted(range(len(asked)), key=lambda place: -len(asked[place]))
         at = 0
         while at < len(order):
@@ -215,7 +215,7 @@ class _Pass:
             at += len(places)
 
     def _padding_is_read(self, asked: list[Any], places: list[int]) -> bool:
-        """Whether these sounds would be padded, and the model would read it. Tried once, with the first sound."""
+        """Whether these sounds would be padded and the model reads padding; tried once, with the first sound."""
         if len(asked[places[0]]) == len(asked[places[-1]]):
             return False
         if self._reads_padding is None:

@@ -128,7 +128,7 @@ def test_a_whisper_samples_where_it_is_asked_to(tmp_path: Path) -> None:
     [
         ({"language": "klingon"}, "generate refuses these settings: Unsupported language: klingon"),
         ({"task": "sing"}, "The `sing` task is not supported"),
-        ({"language": ["de", "en", "de", "en"]}, "language: one for all recordings"),
+        ({"language": ["de", "en", "de", "en"]}, "language: give one for all recordings"),
         ({"return_segments": True}, "return_segments cannot be given: each window of sound is written once"),
         ({"logprob_threshold": -1.0}, "logprob_threshold cannot be given"),
         ({"temperature": (0.0, 0.2)}, r"temperature=\(0.0, 0.2\) without sampling changes nothing"),
