@@ -76,9 +76,9 @@ def generate_completions(
         sampling_temperature: with do_sample, of all tokens, whatever the teacher's `generation_config` says.
         num_return_sequences: for each prompt, one after the other.
         generation: further settings by transformers' names (`num_beams`, `top_p`, `forced_bos_token_id`), the last word
-            where both are said. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`, which
-            guides the teacher and is not in the labels. What is not said is the teacher's own `generation_config`, except
-            for `forced_eos_token_id`, which would end texts that were cut off.
+            where both are given. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`, which
+            guides the teacher and is not in the labels. All other settings come from the teacher's `generation_config`,
+            except `forced_eos_token_id`, which would end texts that were cut off.
         prompt_column: the column of texts or messages.
         batch_size: prompts at once; rounding, and what is drawn, depend on it.
         shard_examples: prompts a file.
