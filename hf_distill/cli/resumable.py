@@ -17,6 +17,8 @@ _RECEIPTS = "shard-*.json"  # beside each finished shard of an unfinished folder
 def resumable(console: Console, folder: Path, *, counted: str, noun: str) -> Iterator[None]:
     """Inside, Ctrl-C prints what is kept and ends the process with code 130.
 
+    An interrupt that has a message of its own is printed with that.
+
     Args:
         console: where the message goes.
         folder: the folder that is being filled.
@@ -25,14 +27,10 @@ def resumable(console: Console, folder: Path, *, counted: str, noun: str) -> Ite
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         kept = sum(_count(receipt, counted) for receipt in folder.glob(_RECEIPTS))
-        console.print(
-            f"Stopped. {kept:,} {noun} are kept in {folder}; the same command goes on from there."
-            if kept
-            else "Stopped before the first shard was finished: nothing is kept, and the same command begins again.",
-            highlight=False,
-        )
+        told = str(interrupt) or f"{kept:,} {noun} are kept in {folder}; the same command goes on from there."
+        console.print(f"Stopped. {told}", highlight=False)
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
