@@ -161,11 +161,11 @@ def plot(options: argparse.Namespace, path: Path) -> None:
         "columns": [(n // 4, v // 4, 0.0), (n // 4, v // 2, 0.0), (n // 4, v, 0.0), (n // 4, 2 * v, 0.0)],
         f"share of {n:,} rows that are ignored": [(n, v, 0.0), (n, v, 0.25), (n, v, 0.5), (n, v, 0.75), (n, v, 0.85)],
     }
-    drawn, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5))
+    drawn, axes = pyplot.subplots(1, len(panels), figsize=(12, 3.5), sharey=True)
     for axis, (title, sizes), which in zip(axes, panels.items(), range(len(panels)), strict=True):
-        for way, marker in (("ours", "o"), ("naive", "s")):
+        for way, marker, label in (("ours", "o", "hf-distill, chunk by chunk"), ("naive", "s", "whole logits")):
             took = [fastest(way, size, options) for size in sizes]
-            axis.plot([size[which] for size in sizes], took, marker=marker, label=way)
+            axis.plot([size[which] for size in sizes], took, marker=marker, label=label)
         axis.set_xlabel(title)
         axis.locator_params(axis="x", nbins=5)
         axis.set_xlim(left=0)

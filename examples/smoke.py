@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import datasets
 import torch
 import transformers as tf
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from PIL import Image
 
 # Defaults of the training options under --smoke: seconds on a CPU, nothing asked of the Hub.
 SETTINGS = {
@@ -61,10 +63,11 @@ def text() -> Made:
 
 def whisper() -> Made:
     """Two Whispers and data like LibriSpeech, of tones."""
-    start, *tasks = (f"<|{name}|>" for name in ("startoftranscript", "en", "transcribe", "translate", "notimestamps"))
+    names = ("startoftranscript", "en", "de", "transcribe", "translate", "notimestamps")
+    start, *tasks = (f"<|{name}|>" for name in names)
     tokenizer = tf.WhisperTokenizer(vocab=_bytes(), merges=[], pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": [start, *tasks]})
-    english, transcribe, translate, notimestamps = tokenizer.convert_tokens_to_ids(tasks)
+    english, german, transcribe, translate, notimestamps = tokenizer.convert_tokens_to_ids(tasks)
     processor = tf.WhisperProcessor(tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1), tokenizer)
     sizes = {f"{part}_{size}": 2 for part in ("encoder", "decoder") for size in ("attention_heads", "layers")}
     sizes |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8}
@@ -73,14 +76,16 @@ def whisper() -> Made:
         vocab_size=len(tokenizer), max_source_positions=50, max_target_positions=48, begin_suppress_tokens=None,
         **sizes, **ids,
     )  # fmt: skip
+    # As published, and not made from the config: what is made from it comes back from the disk without these names.
+    published = tf.GenerationConfig(
+        is_multilingual=True, lang_to_id={"<|en|>": english, "<|de|>": german}, no_timestamps_token_id=notimestamps,
+        task_to_id={"transcribe": transcribe, "translate": translate}, **ids,
+    )  # fmt: skip
     models = []
     for layers in (2, 1):
         config.update({"encoder_layers": layers, "decoder_layers": layers})
         models.append(_made(tf.WhisperForConditionalGeneration, config))
-        models[-1].generation_config.update(
-            is_multilingual=True, lang_to_id={"<|en|>": english}, no_timestamps_token_id=notimestamps,
-            task_to_id={"transcribe": transcribe, "translate": translate},
-        )  # fmt: skip
+        models[-1].generation_config = published
     return *(_save(model, processor) for model in models), _speech()
 
 
@@ -100,13 +105,40 @@ def wav2vec2() -> tuple[str, DatasetDict]:
     return _save(model, processor), _speech()
 
 
-def _speech() -> DatasetDict:
+def audio_classifier() -> tuple[str, DatasetDict]:
+    """A Wav2Vec2 classifier, from whose layers the student is made, and tones with the names of their pitch."""
+    names = {"low": 0, "high": 1}
+    config = tf.Wav2Vec2Config(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5,
+        conv_dim=(8, 8), conv_kernel=(10, 8), conv_stride=(160, 2), num_conv_pos_embeddings=4, apply_spec_augment=False,
+        num_conv_pos_embedding_groups=2, classifier_proj_size=8, label2id=names, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    model = _made(tf.Wav2Vec2ForSequenceClassification, config)
+    return _save(model, tf.Wav2Vec2FeatureExtractor()), _speech(label=["low", "low", "high", "high"])
+
+
+def image_classifier() -> tuple[str, DatasetDict]:
+    """A ViT, from whose layers the student is made, and images of one colour with its name."""
+    names = ["blue", "red"]
+    config = tf.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        label2id={name: i for i, name in enumerate(names)}, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    colours = [(200 - 10 * i, 20, 20) if i % 2 else (20, 20, 200 - 10 * i) for i in range(6)]
+    rows = {"image": [Image.new("RGB", (40, 30), colour) for colour in colours], "label": [i % 2 for i in range(6)]}
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=names)})
+    processor = tf.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return _save(_made(tf.ViTForImageClassification, config), processor), _splits(Dataset.from_dict(rows, features))
+
+
+def _speech(**columns: list[str]) -> DatasetDict:
     sounds = [[math.sin(0.01 * pitch * t) for t in range(6000 + 1000 * pitch)] for pitch in range(1, 5)]
     rows = {
         "audio": [{"array": sound, "sampling_rate": 16_000} for sound in sounds],
         "text": ["A", "GOOD", "DOG", "AGO"],
+        **columns,
     }
-    return _splits(Dataset.from_dict(rows), train="train.100")
+    return _splits(Dataset.from_dict(rows))
 
 
 def _berts(kind: type, texts: list[str], labels: list[str] | None = None) -> tuple[str, str]:
@@ -132,8 +164,8 @@ def _bytes() -> dict[str, int]:
     return {**{chr(i) if 33 <= i < 127 else chr(256 + i): i for i in range(256)}, "<|endoftext|>": 256}
 
 
-def _splits(data: Dataset, train: str = "train") -> DatasetDict:
-    return DatasetDict({train: data, "validation": data})
+def _splits(data: Dataset) -> DatasetDict:
+    return DatasetDict({"train": data, "validation": data})
 
 
 def _save(model: tf.PreTrainedModel, processor: object) -> str:

@@ -1,5 +1,6 @@
 """Distil a large Wav2Vec2 (CTC) into one with half of its layers, on LibriSpeech, and report the word error rate.
 
+Data of your own: --dataset FOLDER, with audio files and SPLIT/metadata.csv (file_name,text), or of parquet files.
 Every option of DistillationArguments is an option here.
 """
 
@@ -8,20 +9,21 @@ from dataclasses import dataclass, field
 
 import jiwer
 import numpy as np
+import own_data
 import smoke
 import torch
-from datasets import Audio, load_dataset
-from transformers import AutoModelForCTC, AutoProcessor, HfArgumentParser, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForCTC, AutoProcessor, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction, set_seed
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill.audio import AudioFeatures
 
 
 @dataclass
 class ScriptArguments:
-    dataset: str = field(default="openslr/librispeech_asr", metadata={"help": "With columns audio and text."})
-    dataset_config: str | None = field(default="clean", metadata={"help": "Which part of the dataset."})
-    train_split: str = field(default="train.100", metadata={"help": "Its validation split is measured on."})
+    dataset: str = field(default="openslr/librispeech_asr", metadata={"help": "Folder or Hub id: audio and text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Which part of it; clean for LibriSpeech."})
+    train_split: str | None = field(default=None, metadata={"help": "train.100 for LibriSpeech, else train."})
     # A model whose processor makes an attention mask: without one it cannot be told which frames are padding.
     teacher: str = field(default="facebook/wav2vec2-large-960h-lv60-self", metadata={"help": "A folder or Hub id."})
     student_layers: int = field(default=12, metadata={"help": "How many of the teacher's layers the student keeps."})
@@ -32,22 +34,23 @@ class ScriptArguments:
 class Collator:
     """Sounds to padded samples with their mask, texts to padded labels."""
 
-    processor: ProcessorMixin
+    features: AudioFeatures
+    tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        extractor = self.processor.feature_extractor
-        sounds = [row["audio"]["array"] for row in rows]
-        batch = dict(extractor(sounds, sampling_rate=extractor.sampling_rate, padding=True, return_tensors="pt"))
-        labels = self.processor.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+        batch, known = self.features([row["audio"] for row in rows]), {" ", *self.tokenizer.get_vocab()}
+        texts = [row["text"].upper() if "A" in known else row["text"].lower() for row in rows]
+        texts = ["".join(letter for letter in text if letter in known) for text in texts]
+        labels = self.tokenizer(texts, padding=True, return_tensors="pt")
         batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
         return batch
 
 
-def measure(prediction: EvalPrediction, processor: ProcessorMixin) -> dict[str, float]:
+def measure(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Words wrong, missing and too many, over words spoken."""
-    both, blank = (prediction.label_ids, prediction.predictions), processor.tokenizer.pad_token_id
+    both, blank = (prediction.label_ids, prediction.predictions), tokenizer.pad_token_id
     spoken, heard = (np.where(ids == -100, blank, ids) for ids in both)
-    return {"wer": jiwer.wer(processor.batch_decode(spoken, group_tokens=False), processor.batch_decode(heard))}
+    return {"wer": jiwer.wer(tokenizer.batch_decode(spoken, group_tokens=False), tokenizer.batch_decode(heard))}
 
 
 def thinned(teacher: str, layers: int) -> PreTrainedModel:
@@ -74,19 +77,20 @@ def main() -> None:
     script, args = parser.parse_args_into_dataclasses()
     if script.smoke:
         script.teacher, data = smoke.wav2vec2()
+        train, held_out = data.values()
     else:
-        data = load_dataset(script.dataset, script.dataset_config).cast_column("audio", Audio(sampling_rate=16_000))
+        train, held_out = own_data.recordings(script.dataset, script.dataset_config, script.train_split, "text")
     processor = AutoProcessor.from_pretrained(script.teacher)
     set_seed(args.seed)
     trainer = DistillationTrainer(
         model=thinned(script.teacher, script.student_layers),
         teacher_model=script.teacher,
         args=args,
-        train_dataset=data[script.train_split],
-        eval_dataset=data["validation"],
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=processor,
-        data_collator=Collator(processor),
-        compute_metrics=lambda prediction: measure(prediction, processor),
+        data_collator=Collator(AudioFeatures(processor), processor.tokenizer),
+        compute_metrics=lambda prediction: measure(prediction, processor.tokenizer),
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),  # not the whole vocabulary
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

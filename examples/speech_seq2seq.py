@@ -1,6 +1,7 @@
 """Distil a Whisper medium into a Whisper small on LibriSpeech, and report the word error rate of what it generates.
 
 Both must have the same tokenizer and the same number of mel bins: so have tiny to large-v2, but not large-v3.
+Data of your own: --dataset FOLDER, with audio files and SPLIT/metadata.csv (file_name,text), or of parquet files.
 Every option of Seq2SeqDistillationArguments is an option here.
 """
 
@@ -9,20 +10,21 @@ from dataclasses import dataclass, field
 
 import jiwer
 import numpy as np
+import own_data
 import smoke
 import torch
-from datasets import Audio, load_dataset
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser, ProcessorMixin
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction, set_seed
 
 from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
+from hf_distill.audio import AudioFeatures
 
 
 @dataclass
 class ScriptArguments:
-    dataset: str = field(default="openslr/librispeech_asr", metadata={"help": "With columns audio and text."})
-    dataset_config: str | None = field(default="clean", metadata={"help": "Which part of the dataset."})
-    train_split: str = field(default="train.100", metadata={"help": "Its validation split is measured on."})
+    dataset: str = field(default="openslr/librispeech_asr", metadata={"help": "Folder or Hub id: audio and text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Which part of it; clean for LibriSpeech."})
+    train_split: str | None = field(default=None, metadata={"help": "train.100 for LibriSpeech, else train."})
     language: str = field(default="english", metadata={"help": "What is spoken."})
     teacher: str = field(default="openai/whisper-medium", metadata={"help": "A folder or Hub id."})
     student: str = field(default="openai/whisper-small", metadata={"help": "A folder or Hub id."})
@@ -33,25 +35,24 @@ class ScriptArguments:
 class Collator:
     """Sounds to mel spectrograms of 30 s, texts to padded labels."""
 
-    processor: ProcessorMixin
+    features: AudioFeatures
+    tokenizer: PreTrainedTokenizerBase
     start_token: int
     longest: int
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        extractor, tokenizer = self.processor.feature_extractor, self.processor.tokenizer
-        sounds = [row["audio"]["array"] for row in rows]
-        batch = dict(extractor(sounds, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
-        texts = [row["text"].lower() for row in rows]  # LibriSpeech is written in capitals
-        labels = tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+        batch = self.features([row["audio"] for row in rows])
+        texts = [row["text"].lower() if row["text"].isupper() else row["text"] for row in rows]  # as LibriSpeech is
+        cut = {"truncation": True, "max_length": self.longest}
+        labels = self.tokenizer(texts, padding=True, return_tensors="pt", **cut)
         ids = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
         # The model puts the start token before the labels by itself.
         batch["labels"] = ids[:, 1:] if bool((ids[:, 0] == self.start_token).all()) else ids
         return batch
 
 
-def measure(prediction: EvalPrediction, processor: ProcessorMixin) -> dict[str, float]:
+def measure(prediction: EvalPrediction, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Word error rate without case and punctuation: words wrong, missing and too many, over words spoken."""
-    tokenizer = processor.tokenizer
     texts = []
     for ids in (prediction.label_ids, prediction.predictions):
         ids = np.where(ids == -100, tokenizer.pad_token_id, ids)
@@ -71,22 +72,27 @@ def main() -> None:
     script, args = parser.parse_args_into_dataclasses()
     if script.smoke:
         script.teacher, script.student, data = smoke.whisper()
+        train, held_out = data.values()
     else:
-        data = load_dataset(script.dataset, script.dataset_config).cast_column("audio", Audio(sampling_rate=16_000))
-    processor = AutoProcessor.from_pretrained(script.student, language=script.language, task="transcribe")
+        train, held_out = own_data.recordings(script.dataset, script.dataset_config, script.train_split, "text")
     student = AutoModelForSpeechSeq2Seq.from_pretrained(script.student)
-    student.generation_config.update(language=script.language, task="transcribe", forced_decoder_ids=None)
+    multilingual = getattr(student.generation_config, "is_multilingual", True)  # whisper-small.en is not
+    spoken = {"language": script.language, "task": "transcribe"} if multilingual else {}
+    for name, value in {**spoken, "forced_decoder_ids": None}.items():  # `update` leaves aside what it does not know
+        setattr(student.generation_config, name, value)
+    processor = AutoProcessor.from_pretrained(script.student, **spoken)
+    start, longest = student.config.decoder_start_token_id, student.config.max_target_positions
     set_seed(args.seed)
     trainer = Seq2SeqDistillationTrainer(
         model=student,
         teacher_model=script.teacher,
         teacher_processing_class=AutoProcessor.from_pretrained(script.teacher),
         args=args,
-        train_dataset=data[script.train_split],
-        eval_dataset=data["validation"],
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=processor,
-        data_collator=Collator(processor, student.config.decoder_start_token_id, student.config.max_target_positions),
-        compute_metrics=lambda prediction: measure(prediction, processor),
+        data_collator=Collator(AudioFeatures(processor), processor.tokenizer, start, longest),
+        compute_metrics=lambda prediction: measure(prediction, processor.tokenizer),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.log_metrics("eval", trainer.evaluate())

@@ -1,5 +1,6 @@
 """Distil a BERT-large fine-tuned on a GLUE task into a DistilBERT; --baseline trains that student alone, too.
 
+Data of your own: --train_file my.csv --text_column text --label_column label --teacher FOLDER; labels may be words.
 Every option of DistillationArguments (and so of TrainingArguments) is an option here: --alpha 0.5 --bf16 false ...
 """
 
@@ -7,6 +8,7 @@ import copy
 import sys
 from dataclasses import dataclass, field
 
+import own_data
 import smoke
 import torch
 from datasets import load_dataset
@@ -21,6 +23,10 @@ from hf_distill import DistillationArguments, DistillationTrainer
 @dataclass
 class ScriptArguments:
     task: str = field(default="sst2", metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli."})
+    train_file: str | None = field(default=None, metadata={"help": "A csv or jsonl file, instead of a GLUE task."})
+    validation_file: str | None = field(default=None, metadata={"help": "Without it a tenth of --train_file."})
+    text_column: str = field(default="text", metadata={"help": "Of --train_file."})
+    label_column: str = field(default="label", metadata={"help": "Of --train_file; may be empty in some rows."})
     teacher: str = field(
         default="yoshitomo-matsubara/bert-large-uncased-{task}", metadata={"help": "Fine-tuned: a folder or Hub id."}
     )
@@ -45,13 +51,17 @@ def main() -> None:
     parser.set_defaults(per_device_train_batch_size=32, warmup_steps=0.06, bf16=torch.cuda.is_available())
     parser.set_defaults(eval_strategy="epoch", save_strategy="epoch", save_total_limit=1)
     # The default teachers learned GLUE's own numbering of the labels; their configs need not name them as GLUE does.
-    parser.set_defaults(label_matching="by_index")
+    if not any(word.startswith("--train_file") for word in sys.argv):
+        parser.set_defaults(label_matching="by_index")
     if "--smoke" in sys.argv:
         parser.set_defaults(**smoke.SETTINGS)
     script, args = parser.parse_args_into_dataclasses()
     script.teacher = script.teacher.format(task=script.task)
     if script.smoke:
         script.teacher, script.student, data = smoke.glue()
+    elif script.train_file:
+        columns = script.text_column, script.label_column
+        script.task, data = "own", own_data.texts(script.train_file, script.validation_file, *columns)
     else:
         data = load_dataset("nyu-mll/glue", script.task)
 

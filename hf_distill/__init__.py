@@ -1,53 +1,61 @@
-"""hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train."""
+"""hf-distill: knowledge distillation for every head that the Hugging Face Trainer can train.
 
-from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
-from hf_distill.blend import DistillerOutput
-from hf_distill.chain import Chain, Link
-from hf_distill.counts import Counts
-from hf_distill.distiller import Distiller
-from hf_distill.errors import (
-    DataError,
-    HfDistillError,
-    MissingExtraError,
-    SettingError,
-    TeacherError,
-)
-from hf_distill.hub import write_card
-from hf_distill.layer_map import LayerMap
-from hf_distill.objectives import (
-    AttentionMatch,
-    CosineEmbedding,
-    ExitMatch,
-    HiddenMatch,
-    RelationMatch,
-    SimilarityMatch,
-    UniversalLogitMatch,
-)
-from hf_distill.presets import Preset, Stage
-from hf_distill.stages import train_in_stages
-from hf_distill.tasks import Task
-from hf_distill.teachers import (
-    AdaptersOff,
-    CachedTeacher,
-    Ensemble,
-    ModelTeacher,
-    MovingAverage,
-    Peer,
-    SecondPass,
-    Snapshot,
-    Teacher,
-    TeacherCache,
-    TemporalEnsemble,
-)
-from hf_distill.teachers.completions import generate_completions
-from hf_distill.trainer import (
-    DistillationMixin,
-    DistillationTrainer,
-    Seq2SeqDistillationTrainer,
-)
+Public names are imported when they are first used, so that `import hf_distill` and the command line stay quick:
+torch and transformers take seconds.
+"""
 
-# The trainer and the card do not know each other; they meet here.
-DistillationMixin.card_renderer = write_card
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_distill import trainer_parts
+
+if TYPE_CHECKING:
+    from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
+    from hf_distill.blend import DistillerOutput
+    from hf_distill.chain import Chain, Link
+    from hf_distill.counts import Counts
+    from hf_distill.distiller import Distiller
+    from hf_distill.errors import (
+        DataError,
+        HfDistillError,
+        MissingExtraError,
+        SettingError,
+        TeacherError,
+    )
+    from hf_distill.layer_map import LayerMap
+    from hf_distill.objectives import (
+        AttentionMatch,
+        CosineEmbedding,
+        ExitMatch,
+        HiddenMatch,
+        RelationMatch,
+        SimilarityMatch,
+        UniversalLogitMatch,
+    )
+    from hf_distill.presets import Preset, Stage
+    from hf_distill.stages import train_in_stages
+    from hf_distill.tasks import Task
+    from hf_distill.teachers import (
+        AdaptersOff,
+        CachedTeacher,
+        Ensemble,
+        ModelTeacher,
+        MovingAverage,
+        Peer,
+        SecondPass,
+        Snapshot,
+        Teacher,
+        TeacherCache,
+        TemporalEnsemble,
+    )
+    from hf_distill.teachers.completions import generate_completions
+    from hf_distill.trainer import (
+        DistillationMixin,
+        DistillationTrainer,
+        Seq2SeqDistillationTrainer,
+    )
+
+__version__ = "0.1.0.dev0"  # pyproject.toml reads it here
 
 __all__ = [
     "AdaptersOff",
@@ -90,3 +98,55 @@ __all__ = [
     "generate_completions",
     "train_in_stages",
 ]
+
+# The imports above, for run time: tests/test_lazy_imports.py compares the two.
+_MODULES = {
+    "arguments": ("DistillationArguments", "Seq2SeqDistillationArguments"),
+    "blend": ("DistillerOutput",),
+    "chain": ("Chain", "Link"),
+    "counts": ("Counts",),
+    "distiller": ("Distiller",),
+    "errors": ("DataError", "HfDistillError", "MissingExtraError", "SettingError", "TeacherError"),
+    "layer_map": ("LayerMap",),
+    "objectives": (
+        *("AttentionMatch", "CosineEmbedding", "ExitMatch", "HiddenMatch", "RelationMatch", "SimilarityMatch"),
+        "UniversalLogitMatch",
+    ),
+    "presets": ("Preset", "Stage"),
+    "stages": ("train_in_stages",),
+    "tasks": ("Task",),
+    "teachers": (
+        *("AdaptersOff", "CachedTeacher", "Ensemble", "ModelTeacher", "MovingAverage", "Peer", "SecondPass"),
+        *("Snapshot", "Teacher", "TeacherCache", "TemporalEnsemble"),
+    ),
+    "teachers.completions": ("generate_completions",),
+    "trainer": ("DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a submodule, when it is first used."""
+    if name in _MODULE_OF:
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+    module = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the submodule is there, and something that it imports is not
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _write_card(facts: Any, output_dir: str) -> Any:
+    from hf_distill.hub import write_card
+
+    return write_card(facts, output_dir)
+
+
+trainer_parts.card_renderer = _write_card  # the trainer and the card do not import each other: they meet here

@@ -175,10 +175,19 @@ def test_the_readme_has_a_row_for_every_kind_of_head() -> None:
         assert any(row.startswith(f"| {word}") for row in rows), kind
 
 
-def test_the_first_two_lines_say_what_it_is_and_what_it_is_not() -> None:
-    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.strip()]
+def test_the_readme_begins_with_what_it_is() -> None:
+    """What it is not, TRL's class, is said once, and later."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.strip()]
     assert lines[0].startswith("# ") and "distillation" in lines[0]
-    assert "not TRL" in lines[1]
+    assert "*student*" in lines[1] and "*teacher*" in lines[1]
+    assert text.index("TRL has a class of the same name") > text.index("## A whole script")
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\((\w+\.md)", index))
 
 
 @pytest.mark.parametrize("name", ["README.md", "hf_distill/README.md"])

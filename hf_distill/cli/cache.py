@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from rich.console import Console
 
-from hf_distill.cli.progress import quiet_libraries
+from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
+from hf_distill.cli.resumable import resumable
 from hf_distill.cli.stores import add_store_options, store_of
-from hf_distill.errors import DataError, SettingError
-from hf_distill.tasks import TASKS
-from hf_distill.teachers import TeacherCache, load_teacher
-from hf_distill.teachers.cached.inside import DTYPES as DTYPES_INSIDE
-from hf_distill.teachers.load import DTYPES, find_tokenizer
+from hf_distill.errors import SettingError
 
-_INTERRUPTED = 130  # as the command itself
+if TYPE_CHECKING:
+    from hf_distill.teachers import TeacherCache
+
+# The library's own lists, which would take seconds to import for the help: tests/cli/test_quick.py compares them.
+_TASKS = (
+    *("causal_lm", "classification", "ctc", "embedding", "masked_lm", "multiple_choice", "regression", "seq2seq"),
+    *("span", "token_classification"),
+)
+_TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_INSIDE_DTYPES = ("float16", "bfloat16", "float32")
 _INPUTS = ("input_ids", "input_values", "input_features", "pixel_values")
 
 
@@ -44,11 +49,9 @@ def _add_build(kinds: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     build.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of the model")
-    build.add_argument("dataset", metavar="DATASET", help="folder of save_to_disk, or Hub id")
+    add_dataset_arguments(build)
     build.add_argument("folder", type=Path, metavar="CACHE", help="the folder to fill")
-    build.add_argument("--task", choices=sorted(TASKS), required=True, help="the kind of head")
-    build.add_argument("--name", help="configuration of the dataset")
-    build.add_argument("--split", default="train", help="which split of the dataset")
+    build.add_argument("--task", choices=_TASKS, required=True, help="the kind of head")
     build.add_argument("--text-column", help="text to tokenize, where the dataset is not tokenized")
     build.add_argument("--text-pair-column", help="second text of each example")
     build.add_argument("--max-length", type=int, help="tokens an example is cut to; else what the tokenizer says")
@@ -63,28 +66,31 @@ def _add_build(kinds: Any) -> None:
         help="keep the hidden states of these blocks, counted from 0, for objectives on the inside; -1: the embeddings",
     )
     build.add_argument(
-        "--inside-dtype", choices=tuple(DTYPES_INSIDE), default="float16", help="of hidden states, on the disk"
+        "--inside-dtype", choices=_INSIDE_DTYPES, default="float16", help="of hidden states, on the disk"
     )
     build.add_argument(
         "--no-predictions", action="store_true", help="with --hidden: keep hidden states alone (to train at alpha=None)"
     )
-    build.add_argument("--teacher-dtype", choices=DTYPES, help="of the teacher's weights; else the checkpoint's own")
+    build.add_argument(
+        "--teacher-dtype", choices=_TEACHER_DTYPES, help="of the teacher's weights; else the checkpoint's own"
+    )
     build.add_argument("--workers", type=int, default=0, help="processes that make batches")
     build.set_defaults(run=_build)
 
 
 def _build(arguments: argparse.Namespace) -> None:
     console = Console()
-    try:
+    with resumable(console, arguments.folder, counted="examples", noun="examples"):
         cache = _built(arguments, console)
-    except KeyboardInterrupt:
-        console.print("Stopped. The shards that are finished stay; the same command goes on with the next.")
-        raise SystemExit(_INTERRUPTED) from None
     console.print(f"{cache!r} in {arguments.folder}", highlight=False)
     console.print("To train with it: DistillationTrainer(teacher_model=CachedTeacher(folder), ...)", highlight=False)
 
 
 def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
+    from hf_distill.cli.progress import quiet_libraries
+    from hf_distill.teachers import TeacherCache, load_teacher
+    from hf_distill.teachers.load import find_tokenizer
+
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
         data = _tokenized(dataset_of(arguments), tokenizer, arguments)
@@ -106,6 +112,8 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from hf_distill.teachers import TeacherCache
+
     cache, console = TeacherCache(arguments.folder), Console()
     manifest, inside = cache.manifest, cache.inside.kept
     beside = [f"inside: {', '.join(map(str, inside))}, {manifest['inside']['dtype']}"] if inside else []
@@ -125,21 +133,6 @@ def _show(arguments: argparse.Namespace) -> None:
         + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
     ):
         console.print(line, highlight=False)
-
-
-def dataset_of(arguments: argparse.Namespace) -> Any:
-    """The dataset that is meant: a folder of save_to_disk, or one split of a Hub id."""
-    if Path(arguments.dataset).is_dir() and (Path(arguments.dataset) / "state.json").is_file():
-        return datasets.load_from_disk(arguments.dataset)
-    try:
-        if (Path(arguments.dataset) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(arguments.dataset)[arguments.split]
-        return datasets.load_dataset(arguments.dataset, arguments.name, split=arguments.split)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"dataset {arguments.dataset!r}, split {arguments.split!r}, cannot be loaded: {error}. Give a folder that "
-            "Dataset.save_to_disk wrote, or a Hub id (with --name and --split)."
-        ) from error
 
 
 def _tokenized(data: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:

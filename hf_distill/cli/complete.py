@@ -8,11 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_distill.cli.cache import dataset_of
-from hf_distill.cli.progress import quiet_libraries
-from hf_distill.teachers.completions import generate_completions
-
-_INTERRUPTED = 130  # as the command itself
+from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
+from hf_distill.cli.resumable import resumable
 
 
 def add_command(commands: Any) -> None:
@@ -26,10 +23,8 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of a model that writes text")
-    parser.add_argument("dataset", metavar="DATASET", help="folder of save_to_disk, or Hub id")
+    add_dataset_arguments(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to fill")
-    parser.add_argument("--name", help="configuration of the dataset")
-    parser.add_argument("--split", default="train", help="which split of the dataset")
     parser.add_argument("--prompt-column", default="prompt", help="texts, or lists of messages")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer")
     parser.add_argument("--beams", type=int, default=1, help="width of the beam search")
@@ -43,23 +38,27 @@ def add_command(commands: Any) -> None:
 
 def _complete(arguments: argparse.Namespace) -> None:
     console = Console()
-    try:
-        with quiet_libraries():
-            made = generate_completions(
-                arguments.teacher,
-                dataset_of(arguments),
-                arguments.folder,
-                max_new_tokens=arguments.max_new_tokens,
-                do_sample=arguments.sample,
-                sampling_temperature=arguments.sampling_temperature,
-                num_return_sequences=arguments.answers,
-                generation={"num_beams": arguments.beams},
-                prompt_column=arguments.prompt_column,
-                batch_size=arguments.batch_size,
-                seed=arguments.seed,
-            )
-    except KeyboardInterrupt:
-        console.print("Stopped. The shards that are finished stay; the same command goes on with the next.")
-        raise SystemExit(_INTERRUPTED) from None
+    with resumable(console, arguments.folder, counted="rows", noun="answers"):
+        made = _made(arguments)
     console.print(f"{len(made):,} answers in {arguments.folder}", highlight=False)
     console.print("To train on them: datasets.load_from_disk(folder)", highlight=False)
+
+
+def _made(arguments: argparse.Namespace) -> Any:
+    from hf_distill.cli.progress import quiet_libraries
+    from hf_distill.teachers.completions import generate_completions
+
+    with quiet_libraries():
+        return generate_completions(
+            arguments.teacher,
+            dataset_of(arguments),
+            arguments.folder,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=arguments.sample,
+            sampling_temperature=arguments.sampling_temperature,
+            num_return_sequences=arguments.answers,
+            generation={"num_beams": arguments.beams},
+            prompt_column=arguments.prompt_column,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+        )

@@ -59,10 +59,12 @@ class StepBar(TrainerCallback):
 def quiet_libraries() -> Iterator[None]:
     """Without the logs, warnings and bars of transformers and datasets, which come back after."""
     verbosity = transformers.utils.logging.get_verbosity()
+    of_datasets = datasets.logging.get_verbosity()
     bars = datasets.are_progress_bars_disabled()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -70,5 +72,6 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()
+        datasets.logging.set_verbosity(of_datasets)
         if not bars:
             datasets.enable_progress_bars()

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -39,38 +38,13 @@ from hf_distill.compare import (
 )
 from hf_distill.errors import require
 
-DEFAULT_OUTPUT = "hf-distill-quickstart"
 ALONE_FOLDER, DISTILLED_FOLDER = "student-alone", "student-distilled"
 PLOT = "accuracy-against-latency.png"
 ENTRIES = (ALONE_FOLDER, DISTILLED_FOLDER, "report.json", "report.md", PLOT)
 
 
-def add_command(commands: Any) -> None:
-    """Add `quickstart` to the subcommands of a parser."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "quickstart",
-        help="distil a small model on this machine's own text: offline, in minutes",
-        description="Reads the documentation strings of the Python standard library, trains a "
-        "teacher to tell which package a paragraph is about, then the same small student without "
-        "and with that teacher. Prints a table; leaves the students, a report, a plot and a model "
-        "card. Downloads nothing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path(DEFAULT_OUTPUT), help="where the results go")
-    parser.add_argument("--seed", type=_seed, default=0, help="the first seed; the others follow it")
-    parser.add_argument("--fast", action="store_true", help="a shorter run with fewer seeds and weaker models")
-    parser.set_defaults(run=_run_command)
-
-
-def _seed(text: str) -> int:
-    """A seed that numpy takes too, with room for the seeds after it."""
-    value = int(text)
-    if not 0 <= value < 2**32 - 10:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 2**32 - 11")
-    return value
-
-
-def _run_command(arguments: argparse.Namespace) -> None:
+def run_command(arguments: argparse.Namespace) -> None:
+    """Run the quickstart with the options of the command line."""
     settings = FAST if arguments.fast else FULL
     run_quickstart(arguments.output_dir, seed=arguments.seed, settings=settings, console=Console())
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_distill.errors import SettingError
-from hf_distill.teachers.cached import Dense, Hybrid, Sampled, TopK
+
+if TYPE_CHECKING:
+    from hf_distill.teachers.cached import Dense, Hybrid, Sampled, TopK
 
 # Which options a store has.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -80,6 +82,8 @@ def store_of(arguments: argparse.Namespace) -> Dense | TopK | Sampled | Hybrid |
 
 
 def _made(name: str, given: dict[str, Any]) -> Dense | TopK | Sampled | Hybrid:
+    from hf_distill.teachers.cached import Dense, Hybrid, Sampled, TopK
+
     renamed = {"top_k": "k", "store_dtype": "dtype"}
     settings = {renamed.get(option, option): value for option, value in given.items()}
     if name == "dense":

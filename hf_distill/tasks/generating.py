@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import IGNORED
@@ -20,7 +21,14 @@ from hf_distill.tasks.writing_limits import Limits, positions
 
 Tokens = list[int]
 _CUTS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # beside top_k and top_p: what cuts off tokens
+_OF_SAMPLING = ("temperature", "top_k", "top_p", *_CUTS)
 _SHOWN = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_WHISPERS_OWN = ("language", "task", "return_timestamps", "prompt_ids")  # GenerationConfig does not declare them
+# For recordings longer than a window: they skip windows, write them again, or condition them on the ones before.
+_OF_SEVERAL_WINDOWS = (
+    *("condition_on_prev_tokens", "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"),
+    "prompt_condition_type",
+)
 _REFUSED = {
     "stop_strings": "a text ends with a token here. Name it: eos_token_id",
     "max_length": "say how many tokens are to be written: max_new_tokens",
@@ -53,6 +61,47 @@ def drawn_from(device: torch.device, *key: int | str) -> Iterator[None]:
         yield
 
 
+def set_generation(settings: GenerationConfig, values: Mapping[str, Any], *, own: Sequence[str] = ()) -> None:
+    """Set these values, and raise if transformers leaves one of them aside.
+
+    `GenerationConfig.update` does not raise for names that it does not know: it returns them. For a published Whisper,
+    `language` and `task` are such names, because its `generation_config.json` does not have them.
+
+    Args:
+        settings: the configuration to change.
+        values: the values by transformers' names.
+        own: names that the model's own `generate` reads from the configuration; they are set even if it lacks them.
+
+    Raises:
+        SettingError: a name is unknown, or transformers refuses a value.
+    """
+    for name in own:
+        if name in values:
+            setattr(settings, name, values[name])
+    try:
+        unknown = sorted(settings.update(**{name: value for name, value in values.items() if name not in own}))
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"transformers refuses these settings of generate: {error}") from error
+    if unknown:
+        raise SettingError(f"transformers' generate has no setting {', '.join(unknown)}.")
+
+
+def source_of(model: Any) -> str:
+    """The name of the input that a model reads: input_ids, or input_features or input_values for audio."""
+    inner = unwrapped(model)
+    name = getattr(inner, "main_input_name", "input_ids")
+    return getattr(inner.encoder, "main_input_name", name) if name == "inputs" else name
+
+
+def window_of(model: Any) -> int | None:
+    """The number of frames that Whisper reads at once; None for a model whose `generate` has no windows."""
+    inner = unwrapped(model)
+    if "force_unique_generate_call" not in inspect.signature(type(inner).generate).parameters:
+        return None
+    encoder = inner.get_encoder()
+    return int(encoder.conv1.stride[0] * encoder.conv2.stride[0] * inner.config.max_source_positions)
+
+
 def generation_settings(
     model: Any,
     *,
@@ -64,9 +113,12 @@ def generation_settings(
 ) -> GenerationConfig:
     """The model's own `generation_config` with these said anew; sampling is from all tokens unless `others` cut it.
 
+    `forced_eos_token_id` is not taken over: it would put an end token behind a text that is cut off.
+
     Args:
         followed: names of what is taken over from the model's own; None: all.
         others: further settings of `generate`, by transformers' names (num_beams, top_p, ...); they are the last word.
+            Whisper also takes language, task, return_timestamps and prompt_ids.
 
     Raises:
         SettingError: a model that cannot generate, a number out of range, an unknown setting, one that cannot be used
@@ -81,18 +133,19 @@ def generation_settings(
         settings = GenerationConfig(**{name: value for name, value in kept.items() if value is not None})
     others = dict(others or {})
     do_sample = bool(others.get("do_sample", do_sample))
+    own = _WHISPERS_OWN if window_of(model) is not None else ()
+    if own and others.get("prompt_ids") is not None:
+        others["prompt_ids"] = [int(token) for token in others["prompt_ids"]]  # it may be a tensor
     sampling: dict[str, Any] = {"temperature": sampling_temperature, "top_k": 0, "top_p": 1.0}
-    given = {"max_new_tokens": max_new_tokens, "max_length": None, "do_sample": do_sample}
-    given |= dict.fromkeys(name for name in (*_SHOWN, *_CUTS) if hasattr(settings, name))
+    given = {"max_new_tokens": max_new_tokens, "max_length": None, "do_sample": do_sample, "forced_eos_token_id": None}
+    given |= dict.fromkeys(name for name in (*_SHOWN, *_CUTS, *_OF_SEVERAL_WINDOWS) if hasattr(settings, name))
     given |= sampling if do_sample else dict.fromkeys(sampling)
+    given |= {"num_beams": 1} if own and do_sample else {}  # as transformers does
     merged = {**settings.to_dict(), **given, **others}
-    _refuse_settings(model, merged, sampling_temperature)
-    try:
-        unknown = sorted(settings.update(**{**given, **others}))
-    except (ValueError, TypeError) as error:
-        raise SettingError(f"transformers refuses these settings of generate: {error}") from error
-    if unknown:
-        raise SettingError(f"transformers' generate has no setting {', '.join(unknown)}.")
+    _refuse_settings(model, merged, others, sampling_temperature)
+    if own:
+        _refuse_whispers_settings(model, merged, others)
+    set_generation(settings, {**given, **others}, own=own)
     if settings.pad_token_id is None:
         ends = end_tokens(settings)
         if not ends:
@@ -101,7 +154,9 @@ def generation_settings(
     return settings
 
 
-def _refuse_settings(model: Any, merged: Mapping[str, Any], sampling_temperature: float) -> None:
+def _refuse_settings(
+    model: Any, merged: Mapping[str, Any], others: Mapping[str, Any], sampling_temperature: float
+) -> None:
     new, temperature = merged["max_new_tokens"], merged["temperature"] if merged["do_sample"] else sampling_temperature
     if not _is_count(new) or not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
         raise SettingError(
@@ -109,13 +164,20 @@ def _refuse_settings(model: Any, merged: Mapping[str, Any], sampling_temperature
             "tokens, do_sample=False)."
         )
     count, beams = (1 if merged.get(name) is None else merged[name] for name in ("num_return_sequences", "num_beams"))
+    windowed = window_of(model) is not None
     for name, value in (("num_return_sequences", count), ("num_beams", beams)):
         if not _is_count(value):
             raise SettingError(f"{name}={value!r}: a whole number, at least 1.")
-    if count > beams and not merged["do_sample"]:
+    if count > (1 if windowed else beams) and not merged["do_sample"]:
+        beams_do = "" if windowed else f", or generation={{'num_beams': {count}}}"  # Whisper's give the best one alone
         raise SettingError(
-            f"num_return_sequences={count} of the likeliest text are the same text. Pass do_sample=True, or "
-            f"generation={{'num_beams': {count}}}."
+            f"num_return_sequences={count} of the likeliest text are the same text. Pass do_sample=True{beams_do}."
+        )
+    idle = [name for name in _OF_SAMPLING if others.get(name) is not None and not merged["do_sample"]]
+    if idle:
+        raise SettingError(
+            f"{', '.join(f'{name}={others[name]}' for name in idle)} without sampling changes nothing. Pass "
+            "do_sample=True, or leave it out."
         )
     for name, reason in _REFUSED.items():
         if merged.get(name):
@@ -129,6 +191,30 @@ def _refuse_settings(model: Any, merged: Mapping[str, Any], sampling_temperature
             f"max_new_tokens={new} are more than the {known} positions that the decoder of "
             f"{type(unwrapped(model)).__name__} knows. Lower max_new_tokens."
         )
+
+
+def _refuse_whispers_settings(model: Any, merged: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    name = type(unwrapped(model)).__name__
+    parameters = inspect.signature(type(unwrapped(model)).generate).parameters
+    general = {"generation_config", "synced_gpus", *vars(GenerationConfig()), *_WHISPERS_OWN}
+    wrong = sorted(set(others) & (set(parameters) | set(_OF_SEVERAL_WINDOWS)) - general)
+    if wrong:
+        raise SettingError(
+            f"{', '.join(wrong)} cannot be given: each window of sound is written once and by itself here. Of {name}'s "
+            f"own settings, {', '.join(_WHISPERS_OWN)} can be given."
+        )
+    if merged["do_sample"] and others.get("num_beams") not in (None, 1):
+        raise SettingError(f"num_beams={others['num_beams']}: {name} samples without beams. Leave one of the two out.")
+    if isinstance(merged.get("language"), (list, tuple)):
+        raise SettingError("language: give one for all recordings, and make a call for each language.")
+    english_only = merged.get("is_multilingual") is False
+    for setting, table in (("language", "lang_to_id"), ("task", "task_to_id")):
+        if merged.get(setting) is not None and (english_only or not merged.get(table)):
+            reason = "says is_multilingual=False" if english_only else f"has no {table}"
+            raise SettingError(
+                f"{setting}={merged[setting]!r}: the generation_config of this {name} {reason}, so it has no token for "
+                f"it. Leave {setting} out."
+            )
 
 
 def _is_count(value: Any) -> bool:
@@ -170,18 +256,51 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
 def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
-    (Whisper's `generate` gives the text alone, without language, task and end tokens.)
+    Whisper's labels begin with its tokens for language (set or detected), task and timestamps. They do not contain the
+    prompt.
 
     Raises:
         DataError: an empty source, or one too long for the model.
+        SettingError: transformers' `generate` refuses the settings.
     """
     _refuse_sources(model, inputs)
+    if window_of(model) is not None:
+        return _windows_written(model, inputs, settings)
     with _writing(model, settings):
         written = model.generate(**inputs, generation_config=settings)
-    ends = end_tokens(settings)
-    if unwrapped(model).main_input_name == "input_features":
-        return [until_end(row, ends, padding=settings.pad_token_id) for row in written.tolist()]
-    return [until_end(row, ends) for row in written[:, 1:].tolist()]
+    return [until_end(row, end_tokens(settings)) for row in written[:, 1:].tolist()]
+
+
+def try_settings(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> None:
+    """Let Whisper write one token, so that settings which its `generate` refuses are found before the work begins.
+
+    Raises:
+        SettingError: transformers' `generate` refuses the settings.
+    """
+    once = StoppingCriteriaList([lambda ids, scores, **rest: torch.ones(len(ids), dtype=torch.bool, device=ids.device)])
+    with drawn_from(next(model.parameters()).device, 0):
+        _windows_written(model, inputs, settings, stopping_criteria=once)
+
+
+def _windows_written(
+    model: Any, inputs: Mapping[str, Any], settings: GenerationConfig, **arguments: Any
+) -> list[Tokens]:
+    """Whisper's labels for a batch of windows.
+
+    `force_unique_generate_call` makes Whisper run the general `generate` once and return all of its ids. Otherwise it
+    removes those that begin and end the text.
+    """
+    prompt = getattr(settings, "prompt_ids", None) or []
+    if prompt:
+        arguments["prompt_ids"] = torch.tensor(prompt, device=next(model.parameters()).device)
+    if settings.do_sample:
+        arguments["temperature"] = settings.temperature  # else Whisper's own `generate` does not sample
+    try:
+        with _writing(model, settings):
+            written = model.generate(**inputs, generation_config=settings, force_unique_generate_call=True, **arguments)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"transformers' generate refuses these settings: {error}") from error
+    return [until_end(row, end_tokens(settings)) for row in written[:, len(prompt) + 1 :].tolist()]
 
 
 def prompt_of(ids: Sequence[int], read: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> Tokens:
@@ -202,19 +321,16 @@ def prompt_of(ids: Sequence[int], read: Sequence[int] | None = None, labels: Seq
     return [token for token, _ in real[:first]]
 
 
-def until_end(tokens: Sequence[int], ends: set[int], *, padding: int | None = None) -> Tokens:
-    """Up to the first token that ends a text, with it; without one, up to the padding behind the last token.
+def until_end(tokens: Sequence[int], ends: set[int]) -> Tokens:
+    """Up to the first token that ends a text, with it.
 
-    >>> until_end([5, 2, 0, 0], {2}), until_end([5, 6], {2}), until_end([5, 0, 0], {2}, padding=0)
-    ([5, 2], [5, 6], [5])
+    >>> until_end([5, 2, 0, 0], {2}), until_end([5, 6], {2})
+    ([5, 2], [5, 6])
     """
     for place, token in enumerate(tokens):
         if token in ends:
             return list(tokens[: place + 1])
-    last = len(tokens)
-    while last and tokens[last - 1] == padding:
-        last -= 1
-    return list(tokens[:last])
+    return list(tokens)
 
 
 def _refuse_sources(model: Any, inputs: Mapping[str, Any]) -> None:

@@ -6,10 +6,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import IGNORED, Batch, PositionTask, attended, labels_of_rows
+
+_SHOWN = 3  # of the texts that are too long; the others are counted
 
 
 class MaskedLM(PositionTask):
@@ -85,6 +87,8 @@ class Seq2Seq(PositionTask):
     def keep(self, batch: Batch) -> Tensor:
         if batch.get("labels") is not None:
             return (batch["labels"] != IGNORED).flatten()
+        if batch.get("decoder_input_ids") is None:
+            raise DataError(_no_text(batch))
         return attended(batch, "decoder_attention_mask", ("decoder_input_ids",)).flatten()
 
     def targets(self, batch: Batch) -> Tensor | None:
@@ -94,14 +98,44 @@ class Seq2Seq(PositionTask):
         return batch.get("labels") is not None or batch.get("decoder_input_ids") is not None
 
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
-        if batch.get("decoder_input_ids") is not None:
-            return batch
-        if batch.get("labels") is None:
-            raise DataError(
-                "a sequence-to-sequence batch needs labels or decoder_input_ids: where the decoder is, is otherwise "
-                f"not known. The batch has {sorted(batch)}."
-            )
-        return {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
+        if batch.get("decoder_input_ids") is None:
+            if batch.get("labels") is None:
+                raise DataError(_no_text(batch))
+            batch = {**batch, "decoder_input_ids": decoder_inputs(batch["labels"], student)}
+        _check_length(batch, student)
+        return batch
+
+
+def _no_text(batch: Batch) -> str:
+    return (
+        f"the batch has no labels, only {sorted(batch)}, and a decoder is compared on the texts that it is shown, also "
+        "with alpha=1. Give transcripts or translations as labels, or let the teacher write them: "
+        "hf_distill.generate_completions(teacher, dataset, folder)."
+    )
+
+
+def _check_length(batch: Batch, student: Any) -> None:
+    """Raise if a text is longer than the decoder's table of positions, naming the examples.
+
+    Models whose positions have no table (T5), or one that grows (M2M100, Speech2Text), take texts of any length.
+    """
+    find = getattr(student, "get_decoder", None)
+    table = None if find is None else getattr(find(), "embed_positions", None)
+    if not isinstance(table, nn.Embedding):
+        return
+    known, width = table.num_embeddings - getattr(table, "offset", 0), batch["decoder_input_ids"].shape[1]
+    if width <= known:
+        return
+    labels = batch.get("labels")
+    counted = torch.ones_like(batch["decoder_input_ids"]) if labels is None else (labels != IGNORED).long()
+    lengths = (counted * torch.arange(1, width + 1, device=counted.device)).amax(1).tolist()
+    long = [f"example {row} of the batch has {length}" for row, length in enumerate(lengths) if length > known]
+    raise DataError(
+        f"the texts are padded to {width} tokens, and the decoder of {type(student).__name__} has {known} positions: "
+        f"{', '.join(long[:_SHOWN]) or 'no text is longer, only the padding'}"
+        f"{f', and {len(long) - _SHOWN} more are too long' if len(long) > _SHOWN else ''}. Cut them "
+        f"(tokenizer(..., truncation=True, max_length={known})) or leave such examples out."
+    )
 
 
 def decoder_inputs(labels: Tensor, model: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""Whether a causal model writes to prompts of a batch what it writes to each alone: found by experiment, once.
+"""Whether a model writes to inputs of a batch what it writes to each alone: found by experiment, once.
 
-They are padded on the left. Most models mask it and number positions from the first token on; recurrent ones (RWKV)
+Prompts are padded on the left. Most models mask it and number positions from the first token on; recurrent ones (RWKV)
 read it as text, decoders of encoder-decoders (BART's) count it, and prompt tuning puts its vectors before it.
+Sounds are padded at their end: models that normalise over all of a recording (Moonshine) read that too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hf_distill.errors import DataError
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.unused_outputs import several_processes
 
 _LONGEST, _PADDING, _NEW = 3, 4, 2  # tokens of the trial: its prompt, before it, after it
+_SILENCE = 4  # a sound is tried with a quarter of its length behind it
 _EXACT, _ROUNDED = 0.01, 0.3  # of a row's standard deviation; seen: 1e-6, or 0.08 and more where padding is read
 _ALONE, _OF_ONE_LENGTH, _TOGETHER = range(3)  # how prompts may be asked
 _found: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()  # with a cache, without
@@ -56,6 +58,29 @@ def refuse_unlike_alone(
             f"{name} does not leave out the padding before a prompt: what it writes changes with the longest prompt of "
             f"the batch. Give it prompts of one length a batch, or {one_by_one}."
         )
+
+
+def sound_padding_is_read(model: Any, sound: Tensor, column: str, start: int) -> bool:
+    """Whether masked silence behind a recording changes the model's first prediction.
+
+    Args:
+        model: an encoder-decoder in evaluation mode.
+        sound: `[time ...]`, on the model's device.
+        column: the forward's name for it.
+        start: the token that the decoder starts from.
+    """
+    if "attention_mask" not in forward_names(model):
+        return True
+    silence = sound.new_zeros(max(1, len(sound) // _SILENCE), *sound.shape[1:])
+    decoder = torch.tensor([[start]], device=sound.device)
+    logits = []
+    for padding in (silence[:0], silence):
+        mask = torch.tensor([[1] * len(sound) + [0] * len(padding)], device=sound.device)
+        inputs = {column: torch.cat([sound, padding])[None], "attention_mask": mask}
+        with torch.no_grad():
+            logits.append(model(**inputs, decoder_input_ids=decoder).logits[0, -1].float())
+    alone, padded = logits
+    return bool((alone - padded).abs().max() > (_ROUNDED if _rounds(model) else _EXACT) * alone.std())
 
 
 def _tried(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, writing: _Writing) -> int:

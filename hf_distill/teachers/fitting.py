@@ -16,6 +16,7 @@ from hf_distill.vocabulary import Columns, is_trimmed, match_labels, match_vocab
 
 logger = logging.getLogger(__name__)
 _WARNED_OF: WeakSet[Any] = WeakSet()  # teachers whose tokenizer is not known
+_WRITING = ("seq2seq", "causal_lm")
 Tokenizers = tuple[Any, Any]  # the student's and the teacher's, None where not known
 
 
@@ -39,10 +40,12 @@ def refuse_other_head(teacher: nn.Module, task: Task) -> None:
     kind = _kind_or_none(teacher)  # None: not a class of transformers; its outputs will tell
     if task.inferred and kind not in (None, task.kind):
         article = "an" if str(kind)[0] in "aeiou" else "a"
+        by_texts = kind in _WRITING and task.kind in (*_WRITING, "ctc")
+        way_out = ", or train on texts that this one writes: hf_distill.generate_completions" if by_texts else ""
         raise TeacherError(
             f"the teacher ({type(teacher).__name__}) has {article} {kind} head, the student needs a teacher for "
-            f"{task.kind}. Fine-tune a teacher with the student's kind of head, or pass task= an object derived from "
-            "hf_distill.tasks.Task that reads the outputs of both."
+            f"{task.kind}. Fine-tune a teacher with the student's kind of head{way_out}; or pass task= an object "
+            "derived from hf_distill.tasks.Task that reads the outputs of both."
         )
 
 

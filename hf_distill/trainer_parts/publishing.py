@@ -1,7 +1,7 @@
 """What leaves the machine: the model card, and a push of the student and its processor and nothing else.
 
 `Trainer` uploads its whole output folder (training arguments, logs, whatever lies there); here only the files that
-saving the student writes, and the card. The card itself is rendered elsewhere: `card_renderer` is given from outside.
+saving the student writes, and the card. The card itself is rendered elsewhere: see `trainer_parts.card_renderer`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from hf_distill import trainer_parts
 from hf_distill.arguments import setting
 from hf_distill.blend import needs_teacher
 from hf_distill.functional import PROPERTIES
@@ -40,8 +41,6 @@ from hf_distill.trainer_parts.student_files import CARD, copied, moved
 
 class PublishingMixin:
     """`create_model_card`, `push_to_hub` and the pushes during training, for a trainer with a `distiller`."""
-
-    card_renderer: ClassVar[Callable[[RunFacts, str], Any] | None] = None
 
     if TYPE_CHECKING:  # Trainer's, and DistillationMixin's
         model: Any
@@ -81,7 +80,7 @@ class PublishingMixin:
         The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
         `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
         """
-        if not self.is_world_process_zero() or type(self).card_renderer is None:
+        if not self.is_world_process_zero():
             return
         facts = self._run_facts(
             name=model_name or Path(self.args.output_dir).absolute().name,
@@ -91,7 +90,7 @@ class PublishingMixin:
             base=finetuned_from,
             datasets=_listed(dataset) or _listed(dataset_tags),
         )
-        type(self).card_renderer(facts, self.args.output_dir)  # type: ignore[misc]  # looked up on the class, so not bound
+        trainer_parts.card_renderer(facts, self.args.output_dir)
 
     def _run_facts(self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any) -> RunFacts:
         student = self.accelerator.unwrap_model(self.model)

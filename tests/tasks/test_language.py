@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch.nn import functional as F
 
-from hf_distill import DataError, Distiller
+from hf_distill import DataError, Distiller, TeacherError
 from hf_distill.tasks import CausalLM, MaskedLM, Seq2Seq
 from hf_distill.tasks.language import decoder_inputs
 from tests.heads import HEADS
@@ -128,9 +128,52 @@ def test_decoder_inputs_that_are_given_are_kept() -> None:
     assert Seq2Seq().prepare(batch, None) is batch
 
 
-def test_a_decoder_without_labels_and_inputs_is_refused() -> None:
-    with pytest.raises(DataError, match=r"needs labels or decoder_input_ids.*The batch has \['input_ids'\]"):
-        Seq2Seq().prepare({"input_ids": IDS}, None)
+@pytest.mark.parametrize("method", ["prepare", "keep"])
+def test_a_decoder_without_labels_and_inputs_is_refused(method: str) -> None:
+    """Also at alpha=1: the error names the way to labels."""
+    task, batch = Seq2Seq(), {"input_features": torch.ones(1, 2, 3)}
+    with pytest.raises(
+        DataError, match=r"no labels, only \['input_features'\].* teacher write them: .*generate_complet"
+    ):
+        task.prepare(batch, None) if method == "prepare" else task.keep(batch)
+
+
+def long_texts(name: str, *lengths: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A student with 16 positions in its decoder, and a batch of texts of these lengths."""
+    positions = {"whisper_seq2seq": "max_target_positions"}.get(name, "max_position_embeddings")
+    student = HEADS[name].make(1, **({} if name == "t5_seq2seq" else {positions: 16}))
+    inputs = {key: value for key, value in HEADS[name].batch(len(lengths)).items() if key != "labels"}
+    labels = torch.full((len(lengths), max(lengths)), -100)
+    for row, length in enumerate(lengths):
+        labels[row, :length] = 5
+    return student, {**inputs, "labels": labels}
+
+
+@pytest.mark.parametrize("name", ["whisper_seq2seq", "bart_seq2seq", "marian_seq2seq"])
+def test_texts_longer_than_the_decoder_are_named(name: str) -> None:
+    """16 positions hold 16 tokens and not 17, as the model's own forward has it."""
+    student, batch = long_texts(name, 10, 17, 20, 3, 18, 19)
+    with pytest.raises(DataError) as told:
+        Seq2Seq().prepare(batch, student)
+    assert (
+        f"padded to 20 tokens, and the decoder of {type(student).__name__} has 16 positions: example 1 of the batch "
+        "has 17, example 2 of the batch has 20, example 4 of the batch has 18, and 1 more are too long. Cut them "
+        "(tokenizer(..., truncation=True, max_length=16)) or leave such examples out."
+    ) in str(told.value)
+    with pytest.raises((ValueError, IndexError)):
+        student(**batch)
+    student, batch = long_texts(name, 16, 3)
+    assert student(**Seq2Seq().prepare(batch, student)).loss.isfinite()
+
+
+def test_a_decoder_without_a_table_of_positions_has_no_limit() -> None:
+    student, batch = long_texts("t5_seq2seq", 90, 3)
+    assert student(**Seq2Seq().prepare(batch, student)).loss.isfinite()
+    grows = hf.M2M100ForConditionalGeneration(hf.M2M100Config(
+        vocab_size=40, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+        encoder_attention_heads=1, decoder_attention_heads=1, max_position_embeddings=16,
+    ))  # fmt: skip
+    assert grows(**Seq2Seq().prepare(batch, grows)).loss.isfinite()
 
 
 def test_a_config_without_a_start_token_is_refused() -> None:
@@ -162,3 +205,18 @@ def test_labels_are_left_alone_by_a_rule_that_writes_into_them() -> None:
     made = decoder_inputs(labels, hf.FSMTForConditionalGeneration(config))
     assert made.tolist() == [[2, 5, 6, 2], [2, 7, 2, 1]]
     assert labels.tolist() == [[5, 6, 2, -100], [7, 2, -100, -100]]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "by_texts"),
+    [
+        ("wav2vec2_ctc_mean", "whisper_seq2seq", True),
+        ("t5_seq2seq", "llama_causal_lm", True),
+        ("llama_causal_lm", "bert_masked_lm", False),
+        ("bert_masked_lm", "llama_causal_lm", False),
+    ],
+)
+def test_a_teacher_with_another_head_may_still_write_texts(student: str, teacher: str, by_texts: bool) -> None:
+    with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as told:
+        Distiller(HEADS[student].make(1), HEADS[teacher].make(2))
+    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(told.value)) is by_texts

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
+from hf_distill.tasks.generating import set_generation
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -102,7 +103,7 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
 
 def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
     teacher = LLAMA.make(2, vocab_size=90)
-    teacher.generation_config.update(top_k=2, temperature=0.01)
+    set_generation(teacher.generation_config, dict(top_k=2, temperature=0.01))
     data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, 6]]})  # in batches of one: each draws its own
     settings = {
         "batch_size": 1,
@@ -144,22 +145,6 @@ def test_an_encoder_decoder_answers(tmp_path) -> None:
             with torch.no_grad():
                 written.append(int(t5.eval()(input_ids=ids[0], decoder_input_ids=ids[1]).logits[0, -1].argmax()))
         assert (row["input_ids"], row["labels"]) == (source["input_ids"], written)
-
-
-def test_whisper_writes_pseudo_labels(tmp_path) -> None:
-    """Its `generate` gives the text alone, which becomes labels as any transcript does."""
-    whisper, words = HEADS["whisper_seq2seq"].make(2), tokenizer(40)
-    sounds = datasets.Dataset.from_list([{"input_features": one["input_features"]} for one in
-                                         HEADS["whisper_seq2seq"].examples(3)])  # fmt: skip
-    made = generate_completions(whisper, sounds, tmp_path / "1", processing_class=words, **SHORT)
-    assert made.column_names == ["index", "labels", "completion"] and made["index"][:] == [0, 1, 2]
-    written = whisper.generate(input_features=torch.tensor(sounds["input_features"][:1]), max_new_tokens=5)
-    assert (
-        made["completion"][0] == words.decode(written[0])
-        and made["labels"][0] == words(made["completion"][0]).input_ids
-    )
-    with pytest.raises(SettingError, match="input_features needs the teacher's tokenizer"):
-        generate_completions(whisper, sounds, tmp_path / "2", **SHORT)
 
 
 def test_from_a_folder(tmp_path) -> None:

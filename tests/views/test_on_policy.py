@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
+from hf_distill.tasks.generating import set_generation
 from hf_distill.views import OnPolicy
 from hf_distill.views.on_policy import prompts_of
 from tests.heads import HEADS
@@ -43,7 +44,7 @@ def test_it_is_what_the_student_writes() -> None:
     student = LLAMA.make(1, attention_dropout=0.5).train()
     student.model.norm.eval()  # a module that is kept in evaluation mode stays so
     asked = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}  # which would not be its own distribution
-    student.generation_config.update(**asked, pad_token_id=5)  # which some prompts hold
+    set_generation(student.generation_config, dict(**asked, pad_token_id=5))  # which some prompts hold
     batch = LLAMA.collate(LLAMA.examples(6), pad_to=13)
     before, modes = torch.get_rng_state(), [module.training for module in student.modules()]
     shown = OnPolicy(lmbda=1.0, max_new_tokens=6, sampling_temperature=NO_TEMPERATURE)(batch, student, step=3)
@@ -76,7 +77,7 @@ def test_a_text_ends_with_its_end_token() -> None:
 def test_it_samples_from_all_tokens_by_a_key() -> None:
     """Not from transformers' default, the 50 likeliest, nor as the student's generation_config says."""
     student = LLAMA.make(1, vocab_size=90)
-    student.generation_config.update(top_k=3, top_p=0.1, repetition_penalty=9.0)
+    set_generation(student.generation_config, dict(top_k=3, top_p=0.1, repetition_penalty=9.0))
     batch = {"input_ids": torch.tensor([[5, 6]]).expand(900, 2)}
     hot = OnPolicy(lmbda=1.0, max_new_tokens=1, sampling_temperature=1e4)
     drawn = hot(batch, student, step=0)["labels"][:, 2]

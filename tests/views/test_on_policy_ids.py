@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_distill import Ensemble, SettingError
 from hf_distill.tasks import infer_task
+from hf_distill.tasks.generating import set_generation
 from hf_distill.views import OnPolicy
 from hf_distill.views.writing import ids_not_shared
 from hf_distill.vocabulary import Columns
@@ -115,7 +116,7 @@ def test_it_writes_from_its_own_distribution_whatever_its_generation_config_says
     plain = written(LLAMA.make(1))
     for asked in NOT_FOLLOWED:
         student = LLAMA.make(1)
-        student.generation_config.update(**asked)
+        set_generation(student.generation_config, asked)
         kept, said = student.generation_config, student.generation_config.to_dict()
         assert written(student) == plain, asked
         assert student.generation_config is kept and kept.to_dict() == said

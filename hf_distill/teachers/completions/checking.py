@@ -23,7 +23,7 @@ def digests_of(prompts: Prompts, shards: Iterable[range], *, batch_size: int, pr
         DataError: rows that cannot be asked, by column and index.
     """
     digests, wrong = [], []
-    shape = None
+    usual = None
     for indices in shards:
         asked: list[Any] = []
         for index in indices:
@@ -33,19 +33,13 @@ def digests_of(prompts: Prompts, shards: Iterable[range], *, batch_size: int, pr
                 wrong.append((index, str(error)))
                 continue
             if batch_size > 1 and isinstance(asked[-1], torch.Tensor):
-                shape = asked[-1].shape if shape is None else shape
-                if asked[-1].shape != shape:
-                    wrong.append((index, f"{prompts.column}[{index}]: {_other_shape(asked[-1].shape, shape)}"))
+                usual = asked[-1] if usual is None else usual
+                reason = prompts.other_shape(asked[-1], usual) if asked[-1].shape != usual.shape else None
+                if reason is not None:
+                    wrong.append((index, f"{prompts.column}[{index}]: {reason}"))
         digests.append(digest_of(asked))
     _refuse(sorted(wrong if processes == 1 else gather_object(wrong)), len(prompts))
     return digests
-
-
-def _other_shape(found: Any, usual: Any) -> str:
-    return (
-        f"a sound of shape {list(found)}, and others are {list(usual)}: let the feature extractor pad them all alike, "
-        "or ask with batch_size=1"
-    )
 
 
 def _refuse(wrong: list[tuple[int, str]], count: int) -> None:

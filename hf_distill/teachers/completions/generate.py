@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,25 @@ from transformers import AutoConfig, GenerationConfig
 
 from hf_distill._compat import processes
 from hf_distill.errors import SettingError
-from hf_distill.tasks.generating import answered, continued, drawn_from, end_tokens, generation_settings
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.generating import (
+    answered,
+    continued,
+    drawn_from,
+    end_tokens,
+    evaluating,
+    generation_settings,
+    try_settings,
+)
+from hf_distill.tasks.left_padding import sound_padding_is_read
 from hf_distill.teachers.cached import fingerprints
 from hf_distill.teachers.completions.checking import digests_of
-from hf_distill.teachers.completions.prompts import DEFAULT, FEATURES, Prompts
+from hf_distill.teachers.completions.prompts import DEFAULT, Prompts
 from hf_distill.teachers.completions.shards import Folder, digest_of
 from hf_distill.teachers.fitting import tokenizer_of
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
 
-SPOKEN = ("language", "task")  # arguments of Whisper's `generate` itself
+logger = logging.getLogger(__name__)
 
 
 def generate_completions(
@@ -46,28 +55,40 @@ def generate_completions(
     """A dataset of what the teacher writes to each prompt, in the folder `path`; made again, it is opened.
 
     Columns: `index` (of the prompt in `dataset`), `input_ids` and `labels` (-100 on the prompt), ready to train on,
-    `prompt` and `completion` as texts, and `finished` (the text came to its end). An encoder-decoder's labels are its
-    answer; of Whisper there are no `input_ids`: take the sounds of `dataset` by `index`. Killed at any moment, the same
-    call goes on with the shard it was at, to the same bytes. Several processes share the shards.
+    `prompt` and `completion` as texts, and `finished`: whether the teacher wrote the end of the text. An
+    encoder-decoder's labels are its answer. Of speech there are no `input_ids`: take sounds from `dataset` by `index`.
+    All labels are the ids that the teacher wrote: Whisper's begin with its tokens for language, task and timestamps,
+    and none has an end that was not written. Killed at any moment, the same call goes on with the shard it was at, to
+    the same bytes. Several processes share the shards.
 
     Kim and Rush 2016 (Sequence-Level Knowledge Distillation), section 3.2, with `generation={"num_beams": 5}`; their
     interpolation with gold texts is not here. Pseudo-labels: Gandhi et al. 2023 (Distil-Whisper), without its filter.
 
     Args:
-        teacher: a model that can generate, a folder or a Hub id. dataset: with `prompt_column` (texts, or messages for
-            the chat template), or `input_ids` (up to the first label that counts), or `input_features`. Gold answers
-            are cut off: of messages, those of the assistant at the end. All are checked before anything is written.
+        teacher: a model that can generate, a folder or a Hub id.
+        dataset: with `prompt_column` (texts, or messages for the chat template), or `input_ids` (up to the first label
+            that counts), or the features of sounds (`input_features` or `input_values`). Gold answers are cut off: of
+            messages, those of the assistant at the end. All are checked before anything is written.
+        path: the folder to fill.
         processing_class: the teacher's tokenizer or processor; None: the one beside its weights.
-        max_new_tokens: the longest completion. do_sample: else the likeliest token at each step.
+        max_new_tokens: the longest completion.
+        do_sample: draw the tokens; else the likeliest one is written at each step.
         sampling_temperature: with do_sample, of all tokens, whatever the teacher's `generation_config` says.
         num_return_sequences: for each prompt, one after the other.
-        generation: further settings by transformers' names (`num_beams`, `top_p`, Whisper's `language`), the last word
-            where both are said; what is not said is the teacher's own `generation_config`.
-        batch_size: prompts at once; rounding, and what is drawn, depend on it. shard_examples: prompts a file, so
-            many are lost at most when the pass is interrupted; within it prompts of like length are asked together.
+        generation: further settings by transformers' names (`num_beams`, `top_p`, `forced_bos_token_id`), the last word
+            where both are given. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`, which
+            guides the teacher and is not in the labels. All other settings come from the teacher's `generation_config`,
+            except `forced_eos_token_id`, which would end texts that were cut off.
+        prompt_column: the column of texts or messages.
+        batch_size: prompts at once; rounding, and what is drawn, depend on it.
+        shard_examples: prompts a file. An interrupted pass loses at most one file; within it prompts of like length
+            are asked together.
+        seed: another seed draws other completions.
 
     Raises:
-        SettingError, DataError, TeacherError: see the messages.
+        SettingError: a setting that `generate` does not know or refuses, or a model that writes no text.
+        DataError: prompts that cannot be asked, by index, or a folder that holds something else.
+        TeacherError: no teacher can be loaded.
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,24 +129,20 @@ def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Se
     """Everything is checked; nothing is written."""
     given.check()
     model, processor = _loaded(teacher, processor)
-    speaks = unwrapped(model).main_input_name == FEATURES
-    spoken = {name: value for name, value in given.generation.items() if speaks and name in SPOKEN}
-    others = {name: value for name, value in given.generation.items() if name not in spoken}
     settings = generation_settings(
         model,
         max_new_tokens=given.max_new_tokens,
         do_sample=given.do_sample,
         sampling_temperature=given.sampling_temperature,
-        others={"num_return_sequences": given.num_return_sequences, **others},
+        others={"num_return_sequences": given.num_return_sequences, **given.generation},
     )
     prompts = Prompts(dataset, model, processor, given.prompt_column, max_new_tokens=settings.max_new_tokens)
     plan = {
         "format": "hf-distill completions",
-        "version": 1,
+        "version": 2 if prompts.listens else 1,  # in 1, labels of sounds were made from the text
         "teacher": fingerprints.of_teacher(model),
         "processor": fingerprints.of_processor(processor),
         "generation": {k: value for k, value in settings.to_diff_dict().items() if k != "transformers_version"},
-        "spoken": spoken,
         "column": prompts.column,
         "seed": given.seed if settings.do_sample else None,
         "batch_size": given.batch_size,
@@ -146,6 +163,7 @@ class _Pass:
         self.folder = folder
         self.seed = seed
         self.state = processes()
+        self._reads_padding: bool | None = None  # None: not tried yet
 
     def run(self) -> None:
         plan, state = self.folder.plan, self.state
@@ -153,12 +171,12 @@ class _Pass:
         numbers = range(state.process_index, plan["shard_count"], state.num_processes)
         shards = [self._indices(number) for number in numbers]
         digests = digests_of(self.prompts, shards, batch_size=plan["batch_size"], processes=state.num_processes)
+        if self.prompts.window is not None and not finished:
+            try_settings(self.model, self._inputs([self.prompts[0]]), self.settings)
         state.wait_for_everyone()  # all have looked, and refused nothing
         with state.main_process_first():
             if state.is_main_process and not finished:
                 self.folder.begin()
-        if not (getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)):
-            self.model.to(state.device)
         try:
             for number, indices, digest in zip(numbers, shards, digests, strict=True):
                 if not self.folder.is_done(number, digest):
@@ -177,11 +195,9 @@ class _Pass:
 
     def _written(self, shard: int, indices: range, asked: list[Any]) -> list[dict[str, Any]]:
         """The rows of a shard; prompts of like length are asked together."""
-        size, each = self.folder.plan["batch_size"], self.settings.num_return_sequences or 1
-        order = sorted(range(len(asked)), key=lambda place: -len(asked[place]))
+        each = self.settings.num_return_sequences or 1
         rows: list[list[dict[str, Any]]] = [[] for _ in asked]
-        for at in range(0, len(order), size):
-            places = order[at : at + size]
+        for at, places in self._batches(asked):
             written = self._ask([asked[place] for place in places], shard, at)
             for position, place in enumerate(places):
                 for tokens in written[position * each : (position + 1) * each]:
@@ -189,14 +205,44 @@ class _Pass:
                     rows[place].append({"index": indices[place], **row})
         return [row for of_prompt in rows for row in of_prompt]
 
+    def _batches(self, asked: list[Any]) -> Iterator[tuple[int, list[int]]]:
+        """Batches as places in `asked`, each with the number of prompts before it."""
+        size, order = self.folder.plan["batch_size"], sorted(range(len(asked)), key=lambda place: -len(asked[place]))
+        at = 0
+        while at < len(order):
+            places = order[at : at + size]
+            if self.prompts.listens and self._padding_is_read(asked, places):
+                places = [place for place in places if len(asked[place]) == len(asked[places[0]])]
+            yield at, places
+            at += len(places)
+
+    def _padding_is_read(self, asked: list[Any], places: list[int]) -> bool:
+        """Whether these sounds would be padded and the model reads padding; tried once, with the first sound."""
+        if len(asked[places[0]]) == len(asked[places[-1]]):
+            return False
+        if self._reads_padding is None:
+            column, start = self.prompts.column, self.settings.decoder_start_token_id
+            (sound,) = self._inputs([self.prompts[0]])[column]
+            with evaluating(self.model):
+                self._reads_padding = sound_padding_is_read(self.model, sound, column, start)
+            if self._reads_padding:
+                logger.info(
+                    f"{type(self.model).__name__} reads the padding behind a recording, so recordings of unequal "
+                    "length are given to it one after the other."
+                )
+        return self._reads_padding
+
     def _ask(self, prompts: list[Any], shard: int, at: int) -> list[list[int]]:
         device = next(self.model.parameters()).device
         with drawn_from(device, self.seed, shard, at):
             if not self.prompts.answers:
                 return continued(self.model, prompts, self.settings)
-            padding = self.settings.pad_token_id
-            inputs = self.prompts.batch(prompts, padding=padding, device=device)
-            return answered(self.model, {**inputs, **self.folder.plan["spoken"]}, self.settings)
+            return answered(self.model, self._inputs(prompts), self.settings)
+
+    def _inputs(self, prompts: list[Any]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        batch = self.prompts.batch(prompts, padding=self.settings.pad_token_id, device=device)
+        return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
 
 def _loaded(teacher: Any, processor: Any) -> tuple[Any, Any]:

@@ -9,15 +9,16 @@ import datasets
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import IGNORED
-from hf_distill.tasks.generating import Tokens, prompt_of
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.generating import Tokens, prompt_of, source_of, window_of
+from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.tasks.writing_limits import Limits
 from hf_distill.teachers.fitting import tokenizer_in
 
-FEATURES = "input_features"
+SOUNDS = ("input_features", "input_values")
 DEFAULT = "prompt"  # the column's name, where none is said
 
 
@@ -26,7 +27,8 @@ class Prompts:
 
     Args:
         column: of texts, or of lists of messages. The default one may be missing: then `input_ids`, up to the first
-            label that counts, are read. A model that listens has its `input_features`.
+            label that counts, are read. A model that listens reads its `input_features` or `input_values`, up to the
+            end of their `attention_mask` where there is one.
         max_new_tokens: how much will be written behind each.
 
     Raises:
@@ -47,30 +49,32 @@ class Prompts:
         self._limits = Limits.of(model, max_new_tokens)
         self.tokenizer = tokenizer_in(processor)
         self.answers = bool(unwrapped(model).config.is_encoder_decoder)
-        speech = unwrapped(model).main_input_name == FEATURES
-        if speech and column not in (DEFAULT, FEATURES):
+        source = source_of(model)
+        self.listens = source in SOUNDS
+        self.window = window_of(model) if self.listens else None
+        self._masked = "attention_mask" in forward_names(model)
+        if self.listens and column not in (DEFAULT, source):
             raise SettingError(
-                f"prompt_column={column!r}: {type(unwrapped(model)).__name__} reads {FEATURES}. Leave it out."
+                f"prompt_column={column!r}: {type(unwrapped(model)).__name__} reads {source}. Leave it out."
             )
-        wanted = (FEATURES,) if speech else (column, "input_ids") if column == DEFAULT else (column,)
+        wanted = (source,) if self.listens else (column, "input_ids") if column == DEFAULT else (column,)
         found = next((name for name in wanted if name in names), None)
         if found is None:
             raise DataError(
                 f"the dataset has no column {' or '.join(wanted)}, only {sorted(names)}. Name the one with the "
                 "prompts: prompt_column=."
             )
-        if self.tokenizer is None and (speech or found != "input_ids"):
+        if self.tokenizer is None and not self.listens and found != "input_ids":
             raise SettingError(f"{found} needs the teacher's tokenizer. Pass processing_class=.")
         self.column = found
-        if speech and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
+        if self.listens and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
             self._dataset = dataset.with_format("numpy")  # the same numbers; lists of a sound take ten times as long
-        self._start = getattr(unwrapped(model).config, "decoder_start_token_id", None)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Token ids, or the features of a sound `[mel t]`.
+        """Token ids, or a sound: `[mel frames]` for a Whisper, else `[time ...]`.
 
         Raises:
             SettingError: messages, and no chat template.
@@ -79,7 +83,7 @@ class Prompts:
         example = self._dataset[index]
         try:
             prompt = self._read(example[self.column], example)
-            reason = None if self.column == FEATURES else self._limits.obstacle(prompt)
+            reason = self._too_long(prompt) if self.listens else self._limits.obstacle(prompt)
         except _NoPromptError as error:
             reason = str(error)
         if reason is not None:
@@ -89,8 +93,8 @@ class Prompts:
     def _read(self, value: Any, example: Mapping[str, Any]) -> Any:
         if value is None:
             raise _NoPromptError("None, where a prompt should be")
-        if self.column == FEATURES:
-            return _as_sound(value)
+        if self.listens:
+            return self._as_sound(value, example.get("attention_mask"))
         if isinstance(value, str):
             return self._without_end(self.tokenizer(value)["input_ids"])
         if self.column != "input_ids":
@@ -102,15 +106,14 @@ class Prompts:
             raise _NoPromptError(f"no list of token ids, with a mask and labels as long ({error})") from error
 
     def batch(self, prompts: Sequence[Any], *, padding: int, device: torch.device) -> dict[str, Tensor]:
-        """What an encoder-decoder is called with: padded on the right.
-
-        Raises:
-            DataError: sounds of unequal length.
-        """
-        if self.column == FEATURES:
-            if len({tuple(one.shape) for one in prompts}) > 1:
-                raise DataError(f"{FEATURES} of unequal length. Let the feature extractor pad them all alike.")
-            return {FEATURES: torch.stack(list(prompts)).to(device)}
+        """What an encoder-decoder is called with: padded on the right."""
+        if self.window is not None:  # all of one shape: see `other_shape`
+            return {self.column: torch.stack(list(prompts)).to(device)}
+        if self.listens:
+            padded = {self.column: list(prompts)}
+            if self._masked:
+                padded["attention_mask"] = [torch.ones(len(one), dtype=torch.long) for one in prompts]
+            return {name: pad_sequence(rows, batch_first=True).to(device) for name, rows in padded.items()}
         width = max(map(len, prompts))
         ids = torch.tensor([[*one, *[padding] * (width - len(one))] for one in prompts], device=device)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in prompts], device=device)
@@ -120,17 +123,41 @@ class Prompts:
         """The columns of a completion: ready to train on, and as text where there is a tokenizer."""
         finished = bool(written) and written[-1] in ends
         text = None if self.tokenizer is None else self.tokenizer.decode(written, skip_special_tokens=True)
-        if self.column == FEATURES:  # `generate` gave the text alone: its labels are as those of any transcript
-            return {"labels": self._as_labels(text or ""), "completion": text}
+        if self.listens:
+            return {"labels": written, **({} if text is None else {"completion": text}), "finished": finished}
         texts = {} if text is None else {"prompt": self.tokenizer.decode(prompt), "completion": text}
         if self.answers:
             return {"input_ids": prompt, "labels": written, **texts, "finished": finished}
         labels = [IGNORED] * len(prompt) + written
         return {"input_ids": prompt + written, "labels": labels, **texts, "finished": finished}
 
-    def _as_labels(self, text: str) -> Tokens:
-        ids = self.tokenizer(text)["input_ids"]
-        return ids[1:] if ids and ids[0] == self._start else ids  # the model puts it before labels by itself
+    def other_shape(self, sound: Tensor, usual: Tensor) -> str | None:
+        """Why two sounds cannot be asked about in one batch; None: they can."""
+        if self.window is None and sound.shape[1:] == usual.shape[1:]:
+            return None  # they are padded in time
+        return (
+            f"a sound of shape {list(sound.shape)}, and others are {list(usual.shape)}: let the feature extractor pad "
+            "them all alike, or ask with batch_size=1"
+        )
+
+    def _as_sound(self, value: Any, mask: Any) -> Tensor:
+        try:
+            sound = torch.as_tensor(value, dtype=torch.float32)
+            real = len(sound) if mask is None or self.window is not None else int(torch.as_tensor(mask).sum())
+        except (TypeError, ValueError) as error:
+            raise _NoPromptError(f"no features of a sound ({error})") from error
+        axes = "[mel, time]" if self.window is not None else "[time]" if self.column == SOUNDS[1] else "[time, mel]"
+        if sound.dim() != axes.count(",") + 1 or real == 0:
+            raise _NoPromptError(f"features of shape {list(sound.shape)}, where {axes} should be")
+        return sound[:real]
+
+    def _too_long(self, sound: Tensor) -> str | None:
+        if self.window is None or sound.shape[-1] <= self.window:
+            return None
+        return (
+            f"{sound.shape[-1]} frames, more than the {self.window} that the model reads at once: cut the recording, "
+            "so that each part gets labels of its own"
+        )
 
     def _without_end(self, ids: Tokens) -> Tokens:
         """An end token that the tokenizer adds would end a prompt; behind an encoder's input it belongs."""
@@ -162,13 +189,3 @@ class Prompts:
 
 class _NoPromptError(Exception):
     """What a row holds instead of a prompt."""
-
-
-def _as_sound(value: Any) -> Tensor:
-    try:
-        sound = torch.as_tensor(value, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        raise _NoPromptError(f"no features of a sound ({error})") from error
-    if sound.dim() != 2:
-        raise _NoPromptError(f"features of shape {list(sound.shape)}, where [mel, time] should be")
-    return sound

@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, 
 
 from hf_distill import DataError, SettingError, TeacherError, generate_completions
 from hf_distill.cli.main import main
-from hf_distill.tasks.generating import answered, continued, generation_settings
+from hf_distill.tasks.generating import answered, continued, generation_settings, set_generation
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -182,10 +182,10 @@ def test_what_the_teachers_own_settings_ask_for(tmp_path) -> None:
     """What `generate` returns is ours to say; a None undoes the teacher's own setting; its beams allow two answers."""
     data, teacher = of(input_ids=[[5, 6], [7]]), LLAMA.make(2)
     plain = generate_completions(teacher, data, tmp_path / "1", **SHORT).to_list()
-    teacher.generation_config.update(return_dict_in_generate=True, output_scores=True)
+    set_generation(teacher.generation_config, dict(return_dict_in_generate=True, output_scores=True))
     assert generate_completions(teacher, data, tmp_path / "2", **SHORT).to_list() == plain
     written = [row["labels"][len(ids)] for row, ids in zip(plain, data["input_ids"], strict=True)]
-    teacher.generation_config.update(suppress_tokens=written, stop_strings=["w5"])
+    set_generation(teacher.generation_config, dict(suppress_tokens=written, stop_strings=["w5"]))
     undone = {"suppress_tokens": None, "stop_strings": None}
     own = teacher.generation_config
     assert generate_completions(teacher, data, tmp_path / "3", **SHORT, generation=undone).to_list() == plain
@@ -200,7 +200,7 @@ def test_what_the_teachers_own_settings_ask_for(tmp_path) -> None:
 def test_sampling_that_is_asked_for_by_generation(tmp_path) -> None:
     """It follows from the seed and the temperature, of all tokens, as by `do_sample=True`."""
     teacher, data = LLAMA.make(2), of(input_ids=[[5, 6]] * 8)
-    teacher.generation_config.update(min_p=0.999, typical_p=0.01)  # would leave the likeliest one
+    set_generation(teacher.generation_config, dict(min_p=0.999, typical_p=0.01))  # would leave the likeliest one
 
     def made(name: str, seed: int = 0, temperature: float = 1e4, **settings: Any) -> list[Any]:
         settings = {"sampling_temperature": temperature, "max_new_tokens": 2, **settings}
