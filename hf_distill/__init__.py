@@ -11,6 +11,7 @@ from hf_distill.errors import (
     MissingExtraError,
     SettingError,
     TeacherError,
+    TrainingError,
 )
 from hf_distill.hub import write_card
 from hf_distill.layer_map import LayerMap
@@ -86,6 +87,7 @@ __all__ = [
     "TeacherCache",
     "TeacherError",
     "TemporalEnsemble",
+    "TrainingError",
     "UniversalLogitMatch",
     "generate_completions",
     "train_in_stages",

@@ -17,7 +17,7 @@ from hf_distill.vocabulary import Columns
 Batch = Mapping[str, Any]
 IGNORED = -100
 TEACHER_PREFIX = "teacher_"
-_MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
+MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 
 
 class Task:
@@ -79,6 +79,22 @@ class Task:
 
     def check_labels(self, batch: Batch) -> None:
         """Raise `DataError` for labels that this head cannot take (called once an optimizer step)."""
+
+    def label_fault(self, batch: Batch) -> str | None:
+        """Why the head's own loss of these labels cannot be finite; None if the labels are not the cause."""
+        return None
+
+    def counted(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar counts of labelled examples, to be logged as their sum since the last log."""
+        return {}
+
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...] | None:
+        """The outputs of a student that predicts `x`, as `read` reads it; None if they cannot be told from it.
+
+        Args:
+            x: predictions over the shared columns. width: the student's columns.
+        """
+        return (columns.as_student(x, width),)
 
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
         """The batch with what both models must be given alike (decoder inputs)."""
@@ -157,7 +173,7 @@ def output_named(name: str, outputs: Any) -> Tensor:
 
 def first_tensor(batch: Batch) -> Tensor:
     """A tensor with an entry an example: the main input where its name is known, else any."""
-    for name in (*_MAIN_INPUTS, *batch):
+    for name in (*MAIN_INPUTS, *batch):
         value = batch.get(name)
         if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(TEACHER_PREFIX):
             return value

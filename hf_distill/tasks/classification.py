@@ -79,6 +79,9 @@ class Classification(Task):
             return logits
         return torch.stack((logits, torch.zeros_like(logits)), -1)  # [b v 2]
 
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...]:
+        return (columns.as_student(x[..., 0] if x.dim() == 3 else x, width),)
+
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1) if self.is_multi_label(batch) else x
 
