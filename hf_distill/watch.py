@@ -104,8 +104,10 @@ class FiniteCheck:
         seen, self._seen = self._seen, []
         if self._ignored or not self._deferred or norm is None:
             return
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients (FSDP2)
         if isinstance(norm, Tensor) and not self._several:
-            finite = bool(torch.stack([norm.detach().float(), *(one.loss.float() for one in seen)]).isfinite().all())
+            losses = [one.loss.to(norm.device, torch.float32) for one in seen]
+            finite = bool(torch.stack([norm.detach().float(), *losses]).isfinite().all())
         else:
             finite = math.isfinite(norm)
         if not finite:
@@ -135,7 +137,7 @@ class FiniteCheck:
             if error is not None:
                 raise type(error)(f"process {process}: {error}") if self._several else error
         if norm is not None and refuses_students:
-            raise _gradient_error(seen, norm)
+            raise _gradient_error(norm)
 
     def _cause(self, seen: list[MicroBatch], *, refuses_students: bool) -> HfDistillError | None:
         for position, one in enumerate(seen):
@@ -278,15 +280,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _gradient_error(seen: list[MicroBatch], norm: float) -> HfDistillError:
-    with_gradient = [(name, p.grad) for name, p in seen[0].student.named_parameters() if p.grad is not None]
-    broken = [name for name, gradient in with_gradient if not bool(_local(gradient).isfinite().all())]
-    where = f" (not finite in {len(broken)} of {len(with_gradient)} weights, first in {broken[0]})" if broken else ""
-    return TrainingError(
-        f"the norm of the gradient is {norm}{where}, and every term of its loss is finite. No step was made. Causes: "
-        "overflow in half precision (train with bf16=True rather than in float16, or in float32), or a square root, "
-        "a division or a norm at 0 in a loss or an objective of your own; torch.autograd.set_detect_anomaly(True) "
-        "names the operation."
+def _gradient_error(norm: float) -> HfDistillError:
+    return TrainingError(  # of which weight is not known: clipping by such a norm has made all of them NaN
+        f"the norm of the gradient is {norm}, and every term of the loss is finite. No step was made. Causes: overflow "
+        "in half precision (train with bf16=True rather than in float16, or in float32), or a square root, a division "
+        "or a norm at 0 in a loss or an objective of your own; torch.autograd.set_detect_anomaly(True) names the "
+        "operation."
     )
 
 

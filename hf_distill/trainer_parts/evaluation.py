@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
 
 from hf_distill.arguments import setting
 from hf_distill.inside.packing import PackingCheck
@@ -135,16 +136,17 @@ class EvaluationMixin(_Trainer):
     def _each_example_once(self, dataloader: Any) -> Iterator[None]:
         """In several processes, gather without the examples that fill up the last batches."""
         accelerator = self.accelerator
-        keeps_all = self.gather_function == accelerator.gather  # Seq2SeqTrainer's choice
-        if (
-            accelerator.num_processes == 1
-            or self.get_tp_size() > 1
-            or not (keeps_all or self.gather_function == accelerator.gather_for_metrics)
-        ):
+        gathers = getattr(self.gather_function, "func", self.gather_function)  # Trainer binds a setting to it
+        keeps_all = gathers == accelerator.gather  # Seq2SeqTrainer's choice
+        is_trainers = keeps_all or gathers == accelerator.gather_for_metrics
+        alone = accelerator.num_processes == 1 or self.get_tp_size() > 1
+        if alone or not is_trainers or self.args.eval_use_gather_object:
             yield
             return
         with examples_counted(dataloader) as counted:
-            self.gather_function = EachOnce(accelerator, counted, whole_batches=keeps_all)
+            # As in one process, where nothing is cut off of a dataset without a length either.
+            whole_batches = keeps_all or (counted is not None and not has_length(counted))
+            self.gather_function = EachOnce(accelerator, counted, whole_batches=whole_batches)
             try:
                 yield
             finally:
