@@ -39,10 +39,10 @@ class LabelAgreement:
     @torch.no_grad()
     def add(self, task: Task, batch: Batch, student: Signals, teacher: Signals) -> None:
         """Count the labelled rows of a micro-batch whose predictions are compared."""
-        if self._done or task.over_vocabulary or student.logits is None:
+        if self._done or task.over_vocabulary or student.logits is None or teacher.logits is None:
             return
-        targets, chosen = task.targets(batch), choices(task, batch, teacher)
-        if targets is None or chosen is None or chosen.shape != targets.shape:
+        targets, chosen = task.targets(batch), task.select(teacher.logits, batch).argmax(-1)
+        if targets is None or chosen.shape != targets.shape:
             return
         targets = teacher.columns.of_labels(targets)
         labelled = targets >= 0
@@ -68,16 +68,6 @@ class LabelAgreement:
                 "dataset numbers its labels otherwise than config.label2id, label_matching='by_index' with heads of "
                 "different order, a teacher that was not trained on this task, or teacher_model and model exchanged."
             )
-
-
-def choices(task: Task, batch: Batch, signals: Signals) -> Tensor | None:
-    """`[n]` the likeliest of the compared columns in each row; None for a teacher that gives a random sample."""
-    if signals.sparse is None:
-        return None if signals.logits is None else task.select(signals.logits, batch).argmax(-1)
-    if signals.sparse.weights is not None:
-        return None
-    ids, log_p = (task.select(x, batch) for x in (signals.sparse.ids, signals.sparse.log_probabilities))
-    return ids.gather(-1, log_p.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def _counted(histogram: Tensor, values: Tensor, labelled: Tensor, width: int) -> Tensor:

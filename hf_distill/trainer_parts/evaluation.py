@@ -101,9 +101,9 @@ class EvaluationMixin(_Trainer):
         outputs = self._evaluated_outputs
         if outputs is None:  # no labels, or generation: the forward that is compared has not been made
             outputs = model(**self.distiller.student_inputs(batch, labels=False))
-        student, teacher = self._teacher_metrics.add(self.distiller, outputs, batch)
+        teacher = self._teacher_metrics.add(self.distiller, outputs, batch)
         if self._teacher_predictions is not None and found[2] is not None:
-            self._teacher_predictions.add(self.distiller, student, teacher, outputs, found)
+            self._teacher_predictions.add(self.distiller, teacher, outputs, found)
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
         """As the trainer's own, each example once; `evaluate_with_teacher` adds what it says of the teacher.

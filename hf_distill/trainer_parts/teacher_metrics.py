@@ -41,8 +41,8 @@ class TeacherMetrics:
         # divergence, agreeing rows, rows; labelled rows, right by the teacher, by the student alone, by it alone
         self._sums = torch.zeros(7, dtype=torch.float64)
 
-    def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> tuple[Signals, Signals]:
-        """Compare a batch, and return the predictions of student and teacher."""
+    def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
+        """Compare a batch, and return what the teacher predicts."""
         task, match = distiller.task, distiller.logits_match
         student, teacher = distiller.student_signals(outputs, batch), distiller.teacher_signals(batch)
         found = match.per_row(student, teacher, task, batch, progress=1.0)
@@ -57,7 +57,7 @@ class TeacherMetrics:
         sums = torch.zeros(examples, each.shape[1], device=each.device)
         sums.index_add_(0, kept // rows_an_example, each)
         self._sums += self._gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
-        return student, teacher
+        return teacher
 
     def read(self, *, on_values: bool) -> dict[str, float]:
         """The metrics; nothing where no row counted."""
@@ -111,24 +111,23 @@ class TeacherPredictions:
         self._found = EvalLoopContainer(self._args.eval_do_concat_batches, padding_index=-100)
         self.why_none: str | None = None
 
-    def add(self, distiller: Distiller, student: Signals, teacher: Signals, outputs: Any, found: Any) -> None:
+    def add(self, distiller: Distiller, teacher: Signals, outputs: Any, found: Any) -> None:
         """Collect a batch.
 
         Args:
-            student, teacher: their predictions.
+            teacher: its predictions.
             outputs: the student's outputs.
             found: loss, predictions and labels of the student, from `prediction_step`.
         """
         if self.why_none is not None:
             return
-        logits = _all_columns(teacher, student.predictions().shape[-1])
+        logits, own = teacher.logits, outputs.get("logits")
         if logits is None:
-            self.why_none = "the teacher lists only the likeliest columns of each row, and a metric may look at all"
+            self.why_none = "this teacher lists only the likeliest columns of each row, and a metric may look at all"
             return
-        own = outputs.get("logits")
         parts = distiller.task.as_outputs(logits, teacher.columns, logits.shape[-1] if own is None else own.shape[-1])
         if parts is None:
-            self.why_none = f"a {distiller.task.kind} head has other outputs than what is compared"
+            self.why_none = f"the outputs of a head for {distiller.task.kind} do not follow from what is compared"
             return
         if own is not None and own.numel() == parts[0].numel():
             parts = (parts[0].reshape(own.shape),)  # a single value without an axis of its own
@@ -163,18 +162,6 @@ class TeacherPredictions:
             return metrics
         named = {f"teacher_{name.removeprefix(f'{self._prefix}_')}": value for name, value in theirs.items()}
         return {**metrics, **named}
-
-
-def _all_columns(teacher: Signals, columns: int) -> Tensor | None:
-    """The teacher's logits; of one that lists columns, up to a constant a row, if it lists all that are compared."""
-    sparse = teacher.sparse
-    if sparse is None:
-        return teacher.predictions()
-    if sparse.weights is not None or sparse.ids.shape[-1] < columns:
-        return None
-    listed = (sparse.log_probabilities.float() * sparse.temperature).masked_fill(sparse.ids < 0, -torch.inf)
-    made = listed.new_full((*listed.shape[:-1], columns), -torch.inf)
-    return made.scatter_reduce(-1, sparse.ids.clamp(min=0), listed, "amax")
 
 
 def _copied(arrays: Any) -> Any:
