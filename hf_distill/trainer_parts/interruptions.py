@@ -144,7 +144,8 @@ class InterruptionMixin(_Trainer):
         for name in blending.ever_active():
             if name != LOGITS:
                 found[f"objectives.{name}"] = without_address(blending.described(name))
-        found["teacher"] = [_words(fact) for fact in self._teacher_facts()] if self.distiller.teacher else None
+        teachers = [] if self.distiller.teacher is None else [_words(fact) for fact in self._teacher_facts()]
+        found["teacher"] = "; ".join(teachers) or None
         found["view"] = None if self._view is None else without_address(repr(self._view))
         found["processes"] = self.args.world_size
         return found

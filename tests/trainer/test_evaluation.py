@@ -396,8 +396,8 @@ def test_an_embedding_has_none_and_says_so(tmp_path, log) -> None:
     head = HEADS["bert_embedding"]
     rows = [{**example, "labels": 0} for example in head.examples(4)]
     found = asked(
-        tmp_path, head.make(), head.make(seed=1), alpha=1.0, train_dataset=None, eval_dataset=rows, label_names=["labels"],
-        data_collator=padded, compute_metrics=lambda found: {"rows": len(found.predictions[0])},
+        tmp_path, head.make(), head.make(seed=1), alpha=1.0, train_dataset=None, eval_dataset=rows,
+        label_names=["labels"], data_collator=padded, compute_metrics=lambda found: {"rows": len(found.predictions[0])},
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs["last_hidden_state"].mean(),
     ).evaluate()  # fmt: skip
     assert found["eval_rows"] == 4 and "eval_divergence" in found and "eval_teacher_rows" not in found
