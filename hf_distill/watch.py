@@ -140,19 +140,20 @@ class FiniteCheck:
             raise _gradient_error(norm)
 
     def _cause(self, seen: list[MicroBatch], *, refuses_students: bool) -> HfDistillError | None:
+        """The fault of the first micro-batch of this process whose loss is not finite, where there is one."""
+        accelerator, found = self._accelerator, None
+        sharded = accelerator is not None and accelerator.distributed_type in _SHARDED
         for position, one in enumerate(seen):
-            if bool(one.loss.isfinite()):
+            # A sharded teacher's forward is one of all processes, whichever of them has the fault.
+            signals = one.teacher(one.batch) if sharded and one.teacher is not None else None
+            if found is not None or bool(one.loss.isfinite()):
                 continue
             place = f"micro-batch {position} of {self._micro_batches}"
-            error = _fault_of_data(one, place) or _fault_of_teacher(one, place)
-            if error is None and refuses_students:
-                alone = self._accelerator is None or self._accelerator.distributed_type not in _SHARDED
-                precision = contextlib.nullcontext() if self._accelerator is None else self._accelerator.autocast()
-                with precision:
-                    error = _fault_of_student(one, place, can_run=alone)
-            if error is not None:
-                return error
-        return None
+            found = _fault_of_data(one, place) or _fault_of_teacher(one, signals, place)
+            if found is None and refuses_students:
+                with contextlib.nullcontext() if accelerator is None else accelerator.autocast():
+                    found = _fault_of_student(one, place, can_run=not sharded)
+        return found
 
 
 def _what(one: MicroBatch, place: str) -> str:
@@ -184,10 +185,11 @@ def _fault_of_data(one: MicroBatch, place: str) -> HfDistillError | None:
     return None
 
 
-def _fault_of_teacher(one: MicroBatch, place: str) -> HfDistillError | None:
+def _fault_of_teacher(one: MicroBatch, signals: Signals | None, place: str) -> HfDistillError | None:
+    """Args: signals: what the teacher gives for this batch, if it has been asked again."""
     if one.teacher is None:
         return None
-    signals = one.teacher(one.batch)
+    signals = one.teacher(one.batch) if signals is None else signals
     if signals.logits is not None or signals.sparse is not None:
         error = _fault_of_rows(one.task, one.batch, signals.to_look_at(), place)
         if error is not None:

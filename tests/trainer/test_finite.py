@@ -22,10 +22,12 @@ from hf_distill import (
     Distiller,
     Seq2SeqDistillationArguments,
     Seq2SeqDistillationTrainer,
+    TeacherCache,
     TeacherError,
     TrainingError,
 )
 from hf_distill.tasks import CTC
+from hf_distill.teachers.cached import Dense
 from hf_distill.watch import FiniteCheck
 from tests.heads import HEADS
 from tests.trainer.not_finite import deaf, sounds
@@ -66,6 +68,18 @@ def test_a_text_of_more_than_its_frames_is_named(tmp_path, name: str, alpha: flo
         "No step was made.",
     ):
         assert words in said, (words, said)
+
+
+def test_with_a_cached_teacher_too(tmp_path) -> None:
+    head = HEADS["wav2vec2_ctc_mean"]
+    data = sounds(head, 8, wrong=3, fault="labels")
+    cache = TeacherCache.build(
+        head.make(seed=1), data, tmp_path / "cache", data_collator=head.collate, store=Dense(), progress=False
+    )
+    said = raised_by(
+        tmp_path, head.make(), cache, DataError, train_dataset=data, data_collator=head.collate, **ORDER
+    )  # fmt: skip
+    assert "micro-batch 1 of 2 (the term labels is inf): the labels of example 1 need 59 frames" in said
 
 
 def test_the_reproduction_of_the_trial() -> None:
