@@ -60,8 +60,8 @@ class EachOnce:
         elif not self._warned:
             self._warned = True
             logger.warning(
-                f"The last batch of the evaluation holds {kept} examples and {self._examples - kept} that fill it up. "
-                f"They cannot be told apart in {sorted(batch)} and are part of the mean loss of that batch."
+                f"In the last batch of the evaluation {self._examples - kept} of {self._examples} examples fill it up. "
+                f"They cannot be taken out of {sorted(batch)}, so they are part of the mean loss of that batch."
             )
 
     def _real_examples(self) -> int | None:

@@ -103,14 +103,11 @@ class LossMixin(_Trainer):
             return
         self._warned_of_loss = True
         too_long = logs.get("ctc_labels_too_long", 0)
+        cause = f" Examples whose labels need more frames than they have, since the last log: {too_long}."
         logger.warning(
             f"At step {self.state.global_step} the norm of the gradient is {norm}, and the optimizer has made the "
             "step: the student's weights are lost. Without a teacher this is Trainer's training, which goes on; with "
-            "one it is an error, before the step, that names the cause."
-            + (
-                f" Examples whose labels need more frames than they have, since the last log: {too_long}."
-                * bool(too_long)
-            )
+            f"one it is an error, before the step, that names the cause.{cause if too_long else ''}"
         )
 
     def compute_loss(

@@ -71,7 +71,7 @@ def test_a_batch_whose_rows_are_not_its_examples_is_left_whole_and_that_is_said(
         once.begin(shown)
     assert len(shown["labels"]) == 2
     [record] = caplog.records
-    assert "holds 1 examples and 1 that fill it up" in record.getMessage() and "'patches'" in record.getMessage()
+    assert "1 of 2 examples fill it up" in record.getMessage() and "'patches'" in record.getMessage()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
