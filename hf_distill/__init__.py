@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         SettingError,
         TeacherError,
+        TrainingError,
     )
     from hf_distill.layer_map import LayerMap
     from hf_distill.objectives import (
@@ -94,6 +95,7 @@ __all__ = [
     "TeacherCache",
     "TeacherError",
     "TemporalEnsemble",
+    "TrainingError",
     "UniversalLogitMatch",
     "generate_completions",
     "train_in_stages",
@@ -106,7 +108,7 @@ _MODULES = {
     "chain": ("Chain", "Link"),
     "counts": ("Counts",),
     "distiller": ("Distiller",),
-    "errors": ("DataError", "HfDistillError", "MissingExtraError", "SettingError", "TeacherError"),
+    "errors": ("DataError", "HfDistillError", "MissingExtraError", "SettingError", "TeacherError", "TrainingError"),
     "layer_map": ("LayerMap",),
     "objectives": (
         *("AttentionMatch", "CosineEmbedding", "ExitMatch", "HiddenMatch", "RelationMatch", "SimilarityMatch"),

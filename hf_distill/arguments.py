@@ -84,7 +84,8 @@ class _Distillation:
     evaluate_with_teacher: bool = field(
         default=False,
         metadata={
-            "help": "Evaluation also runs the teacher: agreement with it, and the divergence, at the final temperature."
+            "help": "Evaluation also runs the teacher: agreement with it, the divergence at the final temperature, and "
+            "a teacher_<metric> beside each metric of compute_metrics."
         },
     )
     projection_learning_rate: float | None = field(

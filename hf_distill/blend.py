@@ -162,8 +162,8 @@ class Blend:
         *,
         only: str | None = None,
         made: Made | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The loss of a micro-batch, its terms before their weights, and the sum of what the teacher was compared in.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, and its terms before their weights.
 
         Args:
             labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
@@ -171,7 +171,6 @@ class Blend:
         """
         terms: dict[str, Tensor] = {} if made is None else dict(made.terms)
         weighted: list[Tensor] = [] if made is None else [made.loss]
-        compared = terms.get(LOGITS)
         if labels is not None:
             terms[LABELS] = labels * counts.scale
             weight = self.labels_weight(progress)
@@ -181,13 +180,12 @@ class Blend:
             student, teacher = ask()
             for name in active:
                 found = self.objectives[name](student, teacher, task, batch, progress=progress)
-                compared = found.value.detach() if compared is None else compared + found.value.detach()
                 terms[name] = found.over(denominator_of(name, counts, progress)) * counts.scale
                 weighted.append(self.weight(name, progress) * terms[name])
         loss = weighted[0]
         for part in weighted[1:]:
             loss = loss + part
-        return loss, terms, compared
+        return loss, terms
 
     def lesson(self, student: Signals, task: Task, batch: Batch, counts: Counts, progress: float) -> Lesson:
         """This micro-batch for a teacher that learns of it."""

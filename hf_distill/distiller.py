@@ -17,14 +17,15 @@ from hf_distill.functional import Divergence
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
+from hf_distill.label_agreement import LabelAgreement
 from hf_distill.learned import Learned
 from hf_distill.objectives import LogitsMatch, Objective
 from hf_distill.one_batch import OneBatch
 from hf_distill.schedules import PROGRESS, Schedule
 from hf_distill.tasks import Embedding, Task, make_task
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.teachers import Teacher, as_teacher
-from hf_distill.watch import TeacherWatch
+from hf_distill.teachers import ModelTeacher, Teacher, as_teacher
+from hf_distill.watch import FiniteCheck
 from hf_distill.without_logits import WithoutLogits
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Distiller(OneBatch):
         self._processor = processing_class
         self._compares_anyway = compare_predictions
         self._seed = torch.initial_seed() % 2**32 if seed is None else seed
-        self._watch = TeacherWatch()
+        self.finite_check = FiniteCheck()
         self.blending = Blend(objectives)
         self.learned = Learned()
         self.reached: set[int] = set()  # see `unused_outputs`
@@ -96,7 +97,9 @@ class Distiller(OneBatch):
         )
         kind = make_task(student, task).kind
         self.teacher: Teacher | None = None if teacher_model is None else as_teacher(teacher_model, kind)
+        self.label_agreement = LabelAgreement(self.teacher)
         self.fit(student)
+        _warn_if_smaller(self.teacher, student)
 
     def set_blend(
         self,
@@ -189,3 +192,20 @@ class Distiller(OneBatch):
     def needs_labels(self) -> bool:
         """Whether any moment of the training uses labels."""
         return self.blending.uses_labels()
+
+
+def _warn_if_smaller(teacher: Any, student: nn.Module) -> None:
+    """Log a warning if a frozen teacher has fewer weights than its student: the two may have been exchanged."""
+    members = getattr(teacher, "teachers", [teacher])
+    if any(type(one) is not ModelTeacher or getattr(one.model, "is_quantized", False) for one in members):
+        return  # packed weights, a cache and the student itself cannot be counted
+    adapters = ("lora_", "modules_to_save")
+    sizes = [
+        sum(getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if not any(a in n for a in adapters))
+        for model in (student, *(one.model for one in members))
+    ]
+    if sum(sizes[1:]) < sizes[0]:
+        logger.warning(
+            f"The teacher has {sum(sizes[1:]):,} weights, fewer than the student's {sizes[0]:,}. If that is not meant, "
+            "model and teacher_model are exchanged."
+        )

@@ -5,6 +5,7 @@ HfDistillError (ValueError)
 ├── SettingError       a knob has a value that it cannot have, or two knobs contradict each other
 ├── DataError          a batch or a dataset lacks what the run needs
 ├── TeacherError       the teacher cannot be loaded, cannot teach this student, or said something that is no number
+├── TrainingError      the student's loss or gradient is not finite
 └── MissingExtraError  (also ImportError) an optional part is not installed
 ```
 Every message says what came, what is allowed and what to do next.
@@ -30,6 +31,10 @@ class DataError(HfDistillError):
 
 class TeacherError(HfDistillError):
     """The teacher cannot be loaded, cannot teach this student, or gave logits that are no numbers."""
+
+
+class TrainingError(HfDistillError):
+    """The loss or the gradient of an optimizer step is not finite, and neither teacher nor data are the cause."""
 
 
 class MissingExtraError(HfDistillError, ImportError):

@@ -21,6 +21,7 @@ from hf_distill.errors import SettingError
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
+from hf_distill.label_agreement import LabelAgreement
 from hf_distill.learned import Learned
 from hf_distill.objectives.labels import cross_entropy_of_probabilities
 from hf_distill.signals import Needs, Read, Signals
@@ -29,7 +30,7 @@ from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, read
 from hf_distill.teachers import Teacher
 from hf_distill.unused_outputs import parameters_of, several_processes, tied
 from hf_distill.vocabulary import Columns
-from hf_distill.watch import TeacherWatch
+from hf_distill.watch import FiniteCheck, MicroBatch
 from hf_distill.without_logits import Forward, WithoutLogits
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class OneBatch:
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
     _inside: Inside
-    _watch: TeacherWatch
+    finite_check: FiniteCheck
+    label_agreement: LabelAgreement
     _without_logits: WithoutLogits
     _check_packing: PackingCheck
     check_padding: PaddingCheck
@@ -85,7 +87,8 @@ class OneBatch:
         vector = gathered_sum(sums, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(terms):
             vector = torch.ones_like(vector)
-        self._watch.begin_step(len(micro_batches))
+        self.finite_check.begin_step(len(micro_batches), accelerator)
+        self.label_agreement.warn_if_chance(accelerator)
         return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
 
     def _refuse_frozen_student(self) -> None:
@@ -132,6 +135,9 @@ class OneBatch:
             batch: the student's inputs, labels, and `teacher_*` columns.
             counts: from `count`; None: this batch is a whole step of one process.
             progress: how much of the training is done, 0 → 1, for schedules.
+
+        Raises:
+            HfDistillError: the loss is not finite (see `FiniteCheck`).
         """
         counts = counts or self.count([batch], progress=progress)
         batch = self.prepare(batch) if self.asks_teacher(progress) else batch
@@ -229,19 +235,30 @@ class OneBatch:
         def ask() -> tuple[Signals, Signals]:
             if forward is not None and forward.said is not None:
                 return self.student_signals(outputs, batch, Needs(), inside), forward.said
-            return self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
+            student, teacher = self.student_signals(outputs, batch, ours, inside), self.teacher_signals(batch, theirs)
+            self.label_agreement.add(self.task, batch, student, teacher)
+            return student, teacher
 
         labels = None if labels_mean is None else labels_part(labels_mean, self.task, batch, counts, progress)
-        loss, terms, compared = self.blending.total(labels, ask, self.task, batch, counts, progress, made=made)
-        if compared is not None:
-            self._watch.look(self.task, batch, compared, lambda suspect: self.teacher_signals(suspect, theirs))
+        loss, terms = self.blending.total(labels, ask, self.task, batch, counts, progress, made=made)
+        terms = {name: term.detach() for name, term in terms.items()}
+        seen = MicroBatch(
+            self.task,
+            batch,
+            loss.detach(),
+            terms,
+            self._student,
+            self.uncached(self.student_inputs(batch, labels=LABELS in terms)),
+            teacher=None if terms.keys() <= {LABELS} else lambda suspect: self.teacher_signals(suspect, theirs),
+        )
+        loss = self.finite_check.add(loss, seen)
         if labels is None and not ours.logits and several_processes():
             self.reached |= parameters_of(loss)
             loss = tied(loss, outputs)
         hear = getattr(self.teacher, "hear", None)
         if hear is not None and torch.is_grad_enabled():
             hear(self.blending.lesson(self.student_signals(outputs, batch), self.task, batch, counts, progress))
-        return DistillerOutput(loss, {name: t.detach() for name, t in terms.items()}, outputs)
+        return DistillerOutput(loss, terms, outputs)
 
     def student_signals(
         self, outputs: Any, batch: Batch, needs: Needs | None = None, inside: Mapping[Read, Any] | None = None

@@ -24,6 +24,7 @@ from hf_distill.teachers import as_teacher
 from hf_distill.trainer_parts.after_step import AfterStep
 from hf_distill.trainer_parts.columns import ColumnsMixin
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
+from hf_distill.trainer_parts.interruptions import InterruptionMixin
 from hf_distill.trainer_parts.learning import ForgetGradients, LearningMixin
 from hf_distill.trainer_parts.loss import LossMixin
 from hf_distill.trainer_parts.publishing import PublishingMixin
@@ -46,7 +47,14 @@ _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after
 
 
 class DistillationMixin(
-    PublishingMixin, LossMixin, EvaluationMixin, ColumnsMixin, LearningMixin, RestoringMixin, ViewingMixin
+    PublishingMixin,
+    LossMixin,
+    EvaluationMixin,
+    ColumnsMixin,
+    InterruptionMixin,
+    LearningMixin,
+    RestoringMixin,
+    ViewingMixin,
 ):
     """Everything that a `Trainer` accepts, with the same meaning, and a teacher.
 
@@ -157,21 +165,6 @@ class DistillationMixin(
             materialize_logits=setting(args, "materialize_logits"),
             **blend,
         )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""
-        if "loss" in logs:
-            logs = {
-                "loss": logs["loss"],
-                **self._terms.read(self.accelerator),
-                **self._moving_knobs(),
-                **logs,
-            }
-        super().log(logs, start_time)
-
-    def _moving_knobs(self) -> dict[str, float]:
-        """Scheduled numbers, as the last optimizer step used them."""
-        return {name: s(self._step_progress) for name, s in self.distiller.blending.knobs().items() if s(0.0) != s(1.0)}
 
     # Hyperparameter search: a new student, new settings.
 

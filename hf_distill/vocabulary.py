@@ -36,6 +36,20 @@ class Columns:
     def of_teacher(self, x: Tensor) -> Tensor:
         return self._pick(x, "teacher", self.teacher)
 
+    def as_student(self, x: Tensor, width: int) -> Tensor:
+        """Compared columns, in their places among all of the student's; -inf in those that are not compared.
+
+        >>> Columns(student=(2, 0)).as_student(torch.tensor([[5.0, 6.0]]), 3).tolist()
+        [[6.0, -inf, 5.0]]
+        """
+        if self.student is None:
+            return x
+        found = x.new_full((*x.shape[:-1], width), -torch.inf)
+        if isinstance(self.student, int):
+            found[..., : self.student] = x
+            return found
+        return found.index_copy(-1, self._index("student", self.student, x.device), x)
+
     def of_labels(self, labels: Tensor) -> Tensor:
         """Label ids `[n]` as numbers of the compared columns; -100 for what is not compared.
 

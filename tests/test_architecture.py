@@ -24,7 +24,7 @@ LAYERS = (
     "functional",
     "tasks",
     "inside",
-    "objectives | teachers | views | students | watch",
+    "objectives | teachers | views | students | watch | label_agreement",
     "distiller + one_batch + without_logits + blend | presets",
     "trainer + trainer_parts + arguments | compare | hub",
     "chain + stages",

@@ -12,7 +12,7 @@ from hf_distill.run_facts import DatasetFacts, RunFacts
 from hf_distill.run_facts.names import HIDDEN_PATH
 
 TAGS = ("hf-distill", "knowledge-distillation", "distillation", "generated_from_trainer")
-_NOT_A_METRIC = ("loss", "divergence", "teacher_agreement")
+_NOT_A_METRIC = ("loss", "divergence")
 
 
 def metadata(facts: RunFacts) -> ModelCardData:
@@ -57,7 +57,7 @@ def _metrics(facts: RunFacts) -> Iterator[tuple[str, float, DatasetFacts | None]
         steps = (evaluation.step, facts.weights_step)
         if evaluation.subject == "student" and (None in steps or steps[0] == steps[1]):
             for name, value in evaluation.metrics.items():
-                if name not in _NOT_A_METRIC:
+                if name not in _NOT_A_METRIC and not name.startswith("teacher_"):
                     yield name, value, evaluation.dataset
 
 

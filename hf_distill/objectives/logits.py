@@ -42,12 +42,12 @@ class RowValues:
     teacher: Tensor
     ids: Tensor | None = None
 
-    def agrees(self) -> Tensor:
-        """`[m]` bool: whether the likeliest column is the same."""
+    def choices(self) -> tuple[Tensor, Tensor]:
+        """`[m]` the likeliest column of the student, and of the teacher."""
         if self.ids is None:
-            return self.student.argmax(-1) == self.teacher.argmax(-1)
+            return self.student.argmax(-1), self.teacher.argmax(-1)
         best = self.teacher[..., :-1].argmax(-1, keepdim=True)  # of the listed ones: the tail is no column
-        return self.student.argmax(-1) == self.ids.gather(-1, best).squeeze(-1)
+        return self.student.argmax(-1), self.ids.gather(-1, best).squeeze(-1)
 
 
 class LogitsMatch:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,22 @@ from hf_distill.errors import SettingError
 from hf_distill.presets.base import Stage
 from hf_distill.schedules import PROGRESS
 from hf_distill.stages.result import FINISHED_BEFORE, StageResult
+from hf_distill.trainer_parts.run_settings import DECIDING, plain, without_address
 
-BEGUN, FINISHED, STATE = "stage.json", "stage_finished.json", "trainer_state.json"
-# Of the arguments, what decides about the student. Where it is saved and what is logged may change.
-_DECIDE = (
-    *("temperature", "temperature_schedule", "temperature_end", "alpha", "alpha_schedule", "alpha_end"),
-    *("divergence", "divergence_kwargs", "projection_learning_rate"),
-    *("label_matching", "learning_rate", "num_train_epochs", "max_steps", "weight_decay", "optim"),
-    *("lr_scheduler_type", "warmup_steps", "max_grad_norm", "seed", "data_seed", "label_smoothing_factor"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-)
+BEGUN, FINISHED = "stage.json", "stage_finished.json"
 
 
 def described(stage: Stage, args: Any) -> dict[str, Any]:
     """What a stage is, as JSON: its name, its objectives with their weights, and the arguments that decide."""
-    objectives = [f"{_weight(one)} × {one.name}: {_without_address(one)}" for one in stage.make_objectives()]
-    names = dict.fromkeys([*_DECIDE, *stage.arguments])
-    arguments = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
+    objectives = [f"{_weight(one)} × {one.name}: {without_address(repr(one))}" for one in stage.make_objectives()]
+    names = dict.fromkeys([*DECIDING, *stage.arguments])
+    arguments = {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
     return {"name": stage.name, "objectives": objectives, "arguments": arguments}
-
-
-def _without_address(objective: Any) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(objective))
 
 
 def _weight(objective: Any) -> str:
     values = [objective.weight(progress) for progress in PROGRESS]
     return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{value:g}" for value in values)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def write(folder: str, name: str, content: Mapping[str, Any]) -> None:
@@ -84,24 +68,6 @@ def outcome(result: StageResult) -> dict[str, Any]:
         "metrics": output.metrics,
         "log_history": result.log_history,
     }
-
-
-def last_whole_checkpoint(folder: str) -> str | None:
-    """The last one that was written to the end: the state is what `Trainer` writes last."""
-    newest_first = sorted(Path(folder).glob("checkpoint-*"), key=_step, reverse=True)
-    return next((str(path) for path in newest_first if _is_whole(path)), None)
-
-
-def _step(path: Path) -> int:
-    digits = path.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else -1
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return "global_step" in json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
 
 
 def check_what_was_begun(

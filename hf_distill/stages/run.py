@@ -25,6 +25,7 @@ from hf_distill.tasks import make_task
 from hf_distill.teachers import as_teacher
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.trainer import DistillationMixin, DistillationTrainer
+from hf_distill.trainer_parts.checkpoints import last_whole_checkpoint
 from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.student_files import CARD
@@ -213,7 +214,7 @@ def _run(trainer: Any, one: _Planned, stage_is: dict[str, Any], student_of: str 
     """Train one stage, from where it is. `student_of`: the folder of a student that the model does not hold yet."""
     checkpoint = None
     if resume and not one.args.save_only_model:  # without the optimizer's state, only its start is exact
-        checkpoint = record.last_whole_checkpoint(one.folder)
+        checkpoint = last_whole_checkpoint(one.folder)
     if checkpoint is None and student_of is not None:
         _load_student(trainer, student_of)
     trainer.accelerator.wait_for_everyone()  # all have read what was there

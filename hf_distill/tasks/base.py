@@ -117,6 +117,22 @@ class Task:
         """Whether the labels are a probability for each class, which no head of transformers has a loss for."""
         return False
 
+    def label_fault(self, batch: Batch) -> str | None:
+        """Why the head's own loss of these labels cannot be finite; None if the labels are not the cause."""
+        return None
+
+    def counted(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar counts of labelled examples, to be logged as their sum since the last log."""
+        return {}
+
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...] | None:
+        """The outputs of a student that predicts `x`, as `read` reads it; None if they cannot be told from it.
+
+        Args:
+            x: predictions over the shared columns. width: the student's columns.
+        """
+        return (columns.as_student(x, width),)
+
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
         """The batch with what both models must be given alike (decoder inputs)."""
         return batch

@@ -112,6 +112,9 @@ class Classification(Task):
         rest = "an example has several rows" if is_last else "the last axis would be taken for the classes"
         return f"Axis {found[0]} is as long as config.num_labels ({classes}): {rest}. "
 
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...]:
+        return (columns.as_student(x[..., 0] if x.dim() == 3 else x, width),)
+
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1) if self.is_multi_label(batch) else x
 

@@ -21,13 +21,17 @@ class CTC(PositionTask):
     Args:
         frame_lengths: input length `[b]` → frames `[b]`.
         sums_over_examples: the head's loss is a sum.
+        config: the student's, for its blank (`pad_token_id`) and `ctc_zero_infinity`.
     """
 
     kind = "ctc"
     matched_by = "vocabulary"
 
-    def __init__(self, frame_lengths: Callable[[Tensor], Tensor], *, sums_over_examples: bool = False) -> None:
+    def __init__(
+        self, frame_lengths: Callable[[Tensor], Tensor], *, sums_over_examples: bool = False, config: Any = None
+    ) -> None:
         self._frame_lengths = frame_lengths
+        self._config = config
         self.sums_over_examples = sums_over_examples
 
     @classmethod
@@ -39,14 +43,54 @@ class CTC(PositionTask):
                 f"{type(model).__name__} does not say how long its output is. Pass task=CTC(frame_lengths) with a "
                 "function from input lengths to frames."
             )
-        return cls(rule, sums_over_examples=model.config.ctc_loss_reduction == "sum")
+        return cls(rule, sums_over_examples=model.config.ctc_loss_reduction == "sum", config=model.config)
 
     def keep(self, batch: Batch) -> Tensor:
-        mask = attended(batch, "attention_mask", ("input_values", "input_features"))
+        mask = self._mask(batch)
         frames = int(self._frame_lengths(torch.tensor(mask.shape[1])))
-        lengths = self._frame_lengths(mask.sum(-1)).to(mask.device)
         positions = torch.arange(frames, device=mask.device)
-        return (positions < lengths[:, None]).flatten()
+        return (positions < self.frames(batch)[:, None]).flatten()
+
+    def _mask(self, batch: Batch) -> Tensor:
+        return attended(batch, "attention_mask", ("input_values", "input_features"))
+
+    def frames(self, batch: Batch) -> Tensor:
+        """`[b]` the frames of each example."""
+        mask = self._mask(batch)
+        return self._frame_lengths(mask.sum(-1)).to(mask.device)
+
+    def frames_needed(self, batch: Batch) -> Tensor:
+        """`[b]` the fewest frames that can spell the labels: a frame a label, and a blank between equal neighbours.
+
+        >>> CTC(lambda samples: samples).frames_needed({"labels": torch.tensor([[4, 4, 5, -100], [4, 4, 4, 4]])})
+        tensor([4, 7])
+        """
+        labels = batch["labels"]
+        spelled = (labels >= 0) & (labels != getattr(self._config, "pad_token_id", -1))
+        order = spelled.int().argsort(dim=-1, descending=True, stable=True)  # without gaps, in their order
+        letters, real = labels.gather(-1, order), spelled.gather(-1, order)
+        repeats = (letters[:, 1:] == letters[:, :-1]) & real[:, 1:]
+        return spelled.sum(-1) + repeats.sum(-1)
+
+    def label_fault(self, batch: Batch) -> str | None:
+        if getattr(self._config, "ctc_zero_infinity", False):  # torch takes their loss for 0
+            return None
+        frames, needed = self.frames(batch), self.frames_needed(batch)
+        too_long = (needed > frames).nonzero().flatten().tolist()
+        if not too_long:
+            return None
+        first, others = too_long[0], len(too_long) - 1
+        return (
+            f"the labels of example {first} need {int(needed[first])} frames (one a label, and a blank between equal "
+            f"neighbours), and its input makes {int(frames[first])}"
+            f"{f'; {others} more examples of the micro-batch are like that' if others else ''}. CTC cannot spell them: "
+            "the loss is infinite. Leave such examples out, or set student.config.ctc_zero_infinity=True, with which "
+            "they count as 0 and are counted in the log (ctc_labels_too_long)"
+        )
+
+    def counted(self, batch: Batch) -> dict[str, Tensor]:
+        """Examples whose labels need more frames than there are: no loss is made of them."""
+        return {"ctc_labels_too_long": (self.frames_needed(batch) > self.frames(batch)).sum()}
 
     def label_count(self, batch: Batch) -> Tensor:
         labels = batch["labels"]

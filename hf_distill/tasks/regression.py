@@ -87,6 +87,9 @@ class Embedding(Task):
     def label_count(self, batch: Batch) -> Tensor:
         return torch.tensor(batch_size(batch), device=batch["labels"].device)
 
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> None:
+        """Nothing: the outputs are hidden states, of which `x` is a pool."""
+
     def _mask(self, hidden: Tensor, batch: Batch, *, teacher: bool) -> Tensor:
         mask = batch.get("attention_mask")
         if teacher and batch.get("teacher_attention_mask") is not None:

@@ -31,6 +31,9 @@ class Span(Task):
             return logits  # of another input: refused where the rows are compared
         return logits.masked_fill(~readable[:, None], -torch.inf)
 
+    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...]:
+        return x.unbind(1)  # start_logits and end_logits; padded positions are -inf
+
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1)
 

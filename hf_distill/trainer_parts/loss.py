@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_distill._compat import divides_the_loss
-from hf_distill.blend import DistillerOutput
+from hf_distill.blend import LABELS, DistillerOutput
 from hf_distill.counts import Counts
 from hf_distill.objectives.labels import cross_entropy_of_probabilities
 from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
@@ -34,12 +36,15 @@ class LossMixin(_Trainer):
     _micro_batches = _micro_batches_left = 0
     _step_progress = 0.0
     _in_training_step = False
+    _warned_of_loss = False
+    _is_plain: bool | None = None  # labels alone, at every moment: `Trainer`'s own training
     _terms: RunningTerms
     _progress: float
     _evaluation_loss: Any
 
     def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
-        self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
+        self._terms = RunningTerms(filters=self.args.logging_nan_inf_filter)  # nothing of an earlier run
+        self._counts, self._micro_batches_left, self._is_plain = None, 0, None
         return super()._inner_training_loop(*positional, **keywords)
 
     def training_step(self, *positional: Any, **keywords: Any) -> Any:
@@ -62,11 +67,51 @@ class LossMixin(_Trainer):
             return [], None
         if batches:
             self._counts = self._count(batches)
+            # DeepSpeed makes its step within the backward: the gradient is known too late.
+            if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+                self.distiller.finite_check.defer()
             self._micro_batches = self._micro_batches_left = len(batches)
         return batches, num_items
 
     def _count(self, batches: list[Any]) -> Counts:
-        return self.distiller.count(batches, self.accelerator, progress=self._progress, same_batch=self.get_tp_size())
+        counts = self.distiller.count(batches, self.accelerator, progress=self._progress, same_batch=self.get_tp_size())
+        if self._is_plain is None:
+            self._is_plain = not self.distiller.blending.ever_active()
+        if self._is_plain:
+            self.distiller.finite_check.ignore()
+        return counts
+
+    def _get_grad_norm(self, model: Any, *positional: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s, before the optimizer's step: a gradient or a loss that is not finite is an error here."""
+        norm = super()._get_grad_norm(model, *positional, **keywords)
+        self.distiller.finite_check.look_at_gradient(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""
+        if "loss" in logs:
+            terms = self._terms.read(self.accelerator, same_batch=self.get_tp_size())
+            logs = {"loss": logs["loss"], **terms, **self._moving_knobs(), **logs}
+            self._warn_if_lost(logs)
+        super().log(logs, start_time)
+
+    def _moving_knobs(self) -> dict[str, float]:
+        """Scheduled numbers, as the last optimizer step used them."""
+        return {name: s(self._step_progress) for name, s in self.distiller.blending.knobs().items() if s(0.0) != s(1.0)}
+
+    def _warn_if_lost(self, logs: dict[str, float]) -> None:
+        """Once, in a training that is exactly `Trainer`'s and so goes on."""
+        norm = logs.get("grad_norm")
+        if not self._is_plain or self._warned_of_loss or norm is None or math.isfinite(norm):
+            return
+        self._warned_of_loss = True
+        too_long = logs.get("ctc_labels_too_long", 0)
+        cause = f" Examples whose labels need more frames than they have, since the last log: {too_long}."
+        logger.warning(
+            f"At step {self.state.global_step} the norm of the gradient is {norm}, and the optimizer has made the "
+            "step: the student's weights are lost. Without a teacher this is Trainer's training, which goes on; with "
+            f"one it is an error, before the step, that names the cause.{cause if too_long else ''}"
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -87,7 +132,12 @@ class LossMixin(_Trainer):
             whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
             found = self._with_logits(model, batch, counts, progress, num_items_in_batch, whole_step=whole_step)
         if in_loop:
-            self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
+            self._terms.add(
+                found.terms,
+                loss=found.loss,
+                counted=distiller.task.counted(batch) if LABELS in found.terms else {},
+                begins_step=self._micro_batches_left == self._micro_batches,
+            )
             self._micro_batches_left -= 1
         loss = found.loss
         if in_loop and divides_the_loss(self, num_items_in_batch):

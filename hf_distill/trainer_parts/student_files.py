@@ -15,7 +15,7 @@ _STATE_FILES = (
     "scheduler*",
     "scaler*",
     "rng_state*",
-    "distill_*.safetensors",
+    "distill_*",
     "training_args.bin",
     "trainer_state.json",
 )

@@ -1,50 +1,170 @@
-"""Agreement with the teacher and the divergence from it, over an evaluation set; only when asked for."""
+"""What an evaluation says of the teacher: agreement, divergence, and the user's metrics of it; only when asked for."""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
 
 from hf_distill.distiller import Distiller
+from hf_distill.objectives.logits import RowValues
+from hf_distill.signals import Signals
 from hf_distill.tasks import Batch
 from hf_distill.tasks.base import batch_size
 
+logger = logging.getLogger(__name__)
+SURE = 2.0  # standard errors
+# What a function that was written for the student's outputs may raise on the teacher's.
+_METRIC_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+
 
 class TeacherMetrics:
-    """Sums an example, gathered so that an example that a sampler repeated to fill up a batch counts once.
+    """Sums over the examples of an evaluation; one that fills up a batch is not counted.
 
     `teacher_agreement`: share of the rows that count whose most likely class is the same (left out for values, which
     have no class). `divergence`: mean over the rows that count, at the temperature that training ends with, its factor
     included.
+
+    Args:
+        gather: gathers values of examples over the processes.
     """
 
-    def __init__(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)  # divergence, agreeing rows, rows
+    def __init__(self, gather: Callable[[Any], Any]) -> None:
+        self._gather = gather
+        # divergence, agreeing rows, rows; labelled rows, right by the teacher, by the student alone, by it alone
+        self._sums = torch.zeros(7, dtype=torch.float64)
 
-    def add(self, distiller: Distiller, outputs: Any, batch: Batch, *, gather: Any) -> None:
-        """Args: gather: `accelerator.gather_for_metrics`."""
+    def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
+        """Compare a batch, and return what the teacher predicts."""
         task, match = distiller.task, distiller.logits_match
-        student = distiller.student_signals(outputs, batch)
-        teacher = distiller.teacher_signals(batch)
+        student, teacher = distiller.student_signals(outputs, batch), distiller.teacher_signals(batch)
         found = match.per_row(student, teacher, task, batch, progress=1.0)
-        agrees = found.agrees()
+        ours, theirs = found.choices()
         examples = batch_size(batch)
         rows_an_example = max(1, task.rows(batch) // examples)
         kept = found.kept
         if kept is None:
             kept = torch.arange(found.values.shape[0], device=found.values.device)
-        each = torch.stack((found.values.float(), agrees.float(), torch.ones_like(agrees).float()), 1)
-        sums = torch.zeros(examples, 3, device=each.device)
+        figures = [found.values, ours == theirs, torch.ones_like(ours), *_right(distiller, found, teacher, batch, kept)]
+        each = torch.stack([figure.float() for figure in figures], 1)
+        sums = torch.zeros(examples, each.shape[1], device=each.device)
         sums.index_add_(0, kept // rows_an_example, each)
-        self._sums += gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
+        self._sums += self._gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
+        return teacher
 
     def read(self, *, on_values: bool) -> dict[str, float]:
         """The metrics; nothing where no row counted."""
-        divergence, agreeing, rows = self._sums.tolist()
+        divergence, agreeing, rows = self._sums[:3].tolist()
         if rows == 0:
             return {}
         metrics = {"divergence": divergence / rows}
         if not on_values:
             metrics["teacher_agreement"] = agreeing / rows
         return metrics
+
+    def passed(self) -> str | None:
+        """A sentence, if the student is right about more labels than its teacher, by more than chance."""
+        labelled, teachers, by_student, by_teacher = self._sums[3:].tolist()
+        if by_student - by_teacher <= SURE * math.sqrt(by_student + by_teacher):
+            return None
+        students = teachers + by_student - by_teacher
+        return (
+            f"The student has passed its teacher on these labels: it names {students / labelled:.1%} of "
+            f"{labelled:,.0f}, the teacher {teachers / labelled:.1%}. From here on the teacher holds it back: lower "
+            "alpha, or train the teacher longer."
+        )
+
+
+def _right(distiller: Distiller, found: RowValues, teacher: Signals, batch: Batch, kept: Tensor) -> list[Tensor]:
+    """`[m]` whether a row has a label; whether the teacher names it; the student and not the teacher; the reverse."""
+    targets = None if distiller.task.on_values else distiller.task.targets(batch)
+    ours, theirs = found.choices()
+    if targets is None or (teacher.sparse is not None and teacher.sparse.weights is not None):
+        return [torch.zeros_like(ours)] * 4
+    targets = teacher.columns.of_labels(targets[kept])
+    labelled, by_student, by_teacher = targets >= 0, ours == targets, theirs == targets
+    return [labelled, labelled & by_teacher, labelled & by_student & ~by_teacher, labelled & by_teacher & ~by_student]
+
+
+class TeacherPredictions:
+    """Collects the teacher's predictions as `Trainer` collects the student's, for the user's `compute_metrics`.
+
+    It stands in the place of `compute_metrics` during an evaluation, and adds a `teacher_<metric>` to each metric.
+
+    Args:
+        gather: gathers values of examples over the processes.
+    """
+
+    def __init__(self, trainer: Any, gather: Callable[[Any], Any], prefix: str) -> None:
+        self._compute_metrics = trainer.compute_metrics
+        self._preprocess = trainer.preprocess_logits_for_metrics
+        self._accelerator, self._args = trainer.accelerator, trainer.args
+        self._gather, self._prefix = gather, prefix
+        self._batches = 0
+        self._found = EvalLoopContainer(self._args.eval_do_concat_batches, padding_index=-100)
+        self.why_none: str | None = None
+
+    def add(self, distiller: Distiller, teacher: Signals, outputs: Any, found: Any) -> None:
+        """Collect a batch.
+
+        Args:
+            teacher: its predictions.
+            outputs: the student's outputs.
+            found: loss, predictions and labels of the student, from `prediction_step`.
+        """
+        if self.why_none is not None:
+            return
+        logits, own = teacher.logits, outputs.get("logits")
+        if logits is None:
+            self.why_none = "this teacher lists only the likeliest columns of each row, and a metric may look at all"
+            return
+        parts = distiller.task.as_outputs(logits, teacher.columns, logits.shape[-1] if own is None else own.shape[-1])
+        if parts is None:
+            self.why_none = f"the outputs of a head for {distiller.task.kind} do not follow from what is compared"
+            return
+        if own is not None and own.numel() == parts[0].numel():
+            parts = (parts[0].reshape(own.shape),)  # a single value without an axis of its own
+        made: Any = parts if isinstance(found[1], tuple) else parts[0]
+        made = self._accelerator.pad_across_processes(made, dim=1, pad_index=-100)
+        if self._preprocess is not None:
+            labels = self._accelerator.pad_across_processes(found[2], dim=1, pad_index=-100)
+            try:
+                made = self._preprocess(made, labels)
+            except _METRIC_ERRORS as error:
+                self.why_none = f"preprocess_logits_for_metrics failed on the teacher's predictions: {error!r}"
+                return
+        self._found.add(self._gather(made))
+        self._batches += 1
+        steps = self._args.eval_accumulation_steps
+        if steps is not None and self._batches % steps == 0:
+            self._found.to_cpu_and_numpy()
+
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, Any]:
+        """The student's metrics, and the teacher's."""
+        labels = _copied(evaluated.label_ids)  # many a function of metrics writes into them
+        metrics = self._compute_metrics(evaluated)
+        predictions = self._found.get_arrays()
+        if self.why_none is not None or predictions is None:
+            return metrics
+        try:
+            theirs = self._compute_metrics(
+                EvalPrediction(predictions=predictions, label_ids=labels, inputs=evaluated.inputs)
+            )
+        except _METRIC_ERRORS as error:
+            self.why_none = f"compute_metrics failed on the teacher's predictions: {error!r}"
+            return metrics
+        named = {f"teacher_{name.removeprefix(f'{self._prefix}_')}": value for name, value in theirs.items()}
+        return {**metrics, **named}
+
+
+def _copied(arrays: Any) -> Any:
+    if isinstance(arrays, (list, tuple)):
+        return type(arrays)(_copied(x) for x in arrays)
+    return np.array(arrays)

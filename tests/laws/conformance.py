@@ -110,6 +110,7 @@ TASK_ROWS: dict[str, TaskRow] = {
         not_knobs={
             "frame_lengths": "the student's own convolutions",
             "sums_over_examples": "the student's own config.ctc_loss_reduction",
+            "config": "the student's own",
         },
         not_permuted=_NO_NAMES,
     ),

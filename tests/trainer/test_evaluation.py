@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
+from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer, TeacherCache
+from hf_distill.teachers.cached import Dense, TopK
+from hf_distill.trainer_parts.teacher_metrics import TeacherPredictions
 from tests.heads import HEADS, Head
 from tests.trainer.tiny import arguments, bert, examples, make, never_called, padded, softened_kl
 
@@ -226,3 +229,253 @@ def test_a_dataset_of_datasets_with_more_columns_than_are_needed(tmp_path) -> No
     student, teacher = bert(), bert(seed=4)
     metrics = asked(tmp_path, student, teacher, eval_dataset=rows).evaluate()
     assert metrics["eval_divergence"] == pytest.approx(by_hand(student, teacher, data, 3.0)[0], rel=1e-4)
+
+
+# The teacher's metrics beside the student's.
+
+
+def scored(kind: str) -> Any:
+    """A metric of a head: how often a choice is the label, or how far a value is from it."""
+
+    def score(found: Any) -> dict[str, float]:
+        predictions = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+        labels = found.label_ids[0] if isinstance(found.label_ids, tuple) else found.label_ids
+        if kind == "regression":
+            return {"error": float(np.abs(predictions.reshape(labels.shape) - labels).mean())}
+        if kind == "several":
+            return {"score": float(((predictions > 0) == labels).mean())}
+        if kind == "ctc":
+            return {"score": float(predictions.max(-1)[:, 0].mean())}  # every sound has a first frame
+        known = (labels >= 0) & (labels < predictions.shape[-1])
+        at_label = np.take_along_axis(predictions, np.where(known, labels, 0)[..., None], -1)[..., 0]
+        return {
+            "score": float((predictions.argmax(-1) == labels)[known].mean()),
+            "logit": float(at_label[known].mean()),
+        }
+
+    return score
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if HEADS[name].kind != "embedding"])
+def test_the_teachers_metrics_are_those_of_the_teacher_in_a_trainer(tmp_path, name: str) -> None:
+    """The same function on the same examples, of the teacher as the model of a plain `Trainer`."""
+    head = HEADS[name]
+    metric = scored("several" if name == "bert_multi_label" else head.kind)
+    given = {"eval_dataset": head.examples(7), "data_collator": head.collate, "compute_metrics": metric}
+    args = arguments(tmp_path, TrainingArguments, per_device_eval_batch_size=3)
+    expected = Trainer(model=head.make(seed=1), args=args, **given).evaluate()
+    found = asked(tmp_path, head.make(seed=0), head.make(seed=1), train_dataset=None, **given).evaluate()
+    names = {key.removeprefix("eval_") for key in expected if key.endswith(("_score", "_error", "_logit"))}
+    assert names and {f"eval_teacher_{metric}" for metric in names} <= set(found)
+    for metric in names:
+        assert found[f"eval_teacher_{metric}"] == pytest.approx(expected[f"eval_{metric}"], rel=1e-5)
+    assert any(found[f"eval_teacher_{metric}"] != found[f"eval_{metric}"] for metric in names)
+    assert "eval_teacher_loss" not in found
+
+
+@pytest.mark.parametrize("accumulates", [None, 1, 2])
+def test_labels_of_another_order_are_put_into_the_students(tmp_path, accumulates: int | None) -> None:
+    """The teacher's classes are the student's in another order; what it chooses is compared by name."""
+    ours, theirs = ("no", "yes", "maybe"), ("maybe", "no", "yes")
+    named = [
+        {"label2id": {name: i for i, name in enumerate(names)}, "id2label": dict(enumerate(names))}
+        for names in (ours, theirs)
+    ]
+    student, teacher, data = bert(**named[0]), bert(seed=4, **named[1]), examples(7)
+    metrics = asked(
+        tmp_path, student, teacher, eval_dataset=data, compute_metrics=accuracy, eval_accumulation_steps=accumulates
+    ).evaluate()
+    right = []
+    for example in data:
+        batch = padded([example])
+        label = ours[batch.pop("labels").item()]
+        with torch.no_grad():
+            right.append(theirs[teacher(**batch).logits.argmax().item()] == label)
+    assert metrics["eval_teacher_accuracy"] == pytest.approx(np.mean(right))
+    assert 0 < np.mean(right) < 1
+
+
+def test_the_names_of_prefixes_and_datasets(tmp_path) -> None:
+    data = {"a": examples(4), "b": examples(7)}
+    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=data, compute_metrics=accuracy)
+    alone = {
+        name: asked(tmp_path, bert(), bert(seed=4), eval_dataset=rows, compute_metrics=accuracy).evaluate()
+        for name, rows in data.items()
+    }
+    found = trainer.evaluate()
+    for name in data:
+        assert found[f"eval_{name}_teacher_accuracy"] == alone[name]["eval_teacher_accuracy"]
+    assert "held_out_teacher_accuracy" in trainer.predict(examples(4), metric_key_prefix="held_out").metrics
+    assert "test_teacher_accuracy" in trainer.predict(examples(4)).metrics
+
+    def prefixed(found: Any) -> dict[str, float]:
+        return {f"eval_{name}": value for name, value in accuracy(found).items()}
+
+    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=prefixed)
+    assert trainer.evaluate()["eval_teacher_accuracy"] == alone["b"]["eval_teacher_accuracy"]
+    assert trainer.compute_metrics is prefixed
+
+
+def test_a_function_that_writes_into_the_labels_does_not_see_its_own_writing(tmp_path) -> None:
+    """As examples of transformers do, which put the padding token where -100 stood."""
+
+    def shifted(found: Any) -> dict[str, float]:
+        figure = float(found.label_ids.sum())
+        found.label_ids += 100
+        return {"sum": figure}
+
+    metrics = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=shifted).evaluate()
+    assert metrics["eval_teacher_sum"] == metrics["eval_sum"] == sum(e["labels"] for e in examples(7))
+
+
+def test_preprocessed_predictions_and_the_inputs(tmp_path) -> None:
+    head, seen = HEADS["bert_tokens"], []
+
+    def chosen(logits: Any, labels: Any) -> Any:
+        seen.append(logits.shape)
+        return logits.argmax(-1)
+
+    def share(found: Any) -> dict[str, float]:
+        known = found.label_ids >= 0
+        return {
+            "score": float((found.predictions == found.label_ids)[known].mean()),
+            "inputs": float(found.inputs.sum()),
+        }
+
+    given = {"eval_dataset": head.examples(5), "data_collator": head.collate, "train_dataset": None}
+    plain = asked(tmp_path, head.make(), head.make(seed=1), compute_metrics=scored("tokens"), **given).evaluate()
+    found = asked(
+        tmp_path, head.make(), head.make(seed=1), compute_metrics=share, preprocess_logits_for_metrics=chosen,
+        include_for_metrics=["inputs"], **given,
+    ).evaluate()  # fmt: skip
+    assert found["eval_teacher_score"] == pytest.approx(plain["eval_teacher_score"])
+    assert found["eval_teacher_inputs"] == found["eval_inputs"] > 0
+    assert len(seen) == 4 and seen[0] == seen[1]  # two batches, of the student and of the teacher
+
+
+@pytest.fixture
+def log(caplog: Any) -> Any:
+    caplog.set_level(logging.WARNING, logger="hf_distill")
+    return caplog
+
+
+def said(log: Any) -> list[str]:
+    messages = [record.getMessage() for record in log.records]
+    return [message for message in messages if "eval_" in message or "test_" in message]
+
+
+def test_a_cached_teacher_has_the_metrics_of_the_live_one(tmp_path) -> None:
+    data = examples(7)
+    cache = TeacherCache.build(
+        bert(seed=4), data, tmp_path / "cache", data_collator=padded, store=Dense("float32"), progress=False
+    )
+    live, cached = (
+        asked(tmp_path, bert(), teacher, train_dataset=data, eval_dataset=data, compute_metrics=accuracy).evaluate()
+        for teacher in (bert(seed=4), cache)
+    )
+    assert cached["eval_teacher_accuracy"] == live["eval_teacher_accuracy"]
+
+
+def test_a_cache_that_lists_some_columns_has_none_and_says_so(tmp_path, log) -> None:
+    head = HEADS["bert_masked_lm"]
+    data, store = head.examples(6), TopK(3, temperatures=(2.0,))
+    cache = TeacherCache.build(
+        head.make(seed=1), data, tmp_path / "cache", data_collator=head.collate, store=store, progress=False
+    )
+    found = asked(
+        tmp_path, head.make(), cache, temperature=2.0, train_dataset=data, eval_dataset=data,
+        data_collator=head.collate, compute_metrics=scored("tokens"),
+    ).evaluate()  # fmt: skip
+    assert "eval_score" in found and "eval_divergence" in found and "eval_teacher_score" not in found
+    assert said(log) == [
+        "There is no eval_teacher_<metric>: this teacher lists only the likeliest columns of each row, and a metric "
+        "may look at all."
+    ]
+
+
+def test_an_embedding_has_none_and_says_so(tmp_path, log) -> None:
+    head = HEADS["bert_embedding"]
+    rows = [{**example, "labels": 0} for example in head.examples(4)]
+    found = asked(
+        tmp_path, head.make(), head.make(seed=1), alpha=1.0, train_dataset=None, eval_dataset=rows,
+        label_names=["labels"], data_collator=padded, compute_metrics=lambda found: {"rows": len(found.predictions[0])},
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs["last_hidden_state"].mean(),
+    ).evaluate()  # fmt: skip
+    assert found["eval_rows"] == 4 and "eval_divergence" in found and "eval_teacher_rows" not in found
+    assert said(log) == [
+        "There is no eval_teacher_<metric>: the outputs of a head for embedding do not follow from what is compared."
+    ]
+
+
+def test_metrics_of_batches_have_none_and_say_so(tmp_path, log) -> None:
+    def score(found: Any, compute_result: bool) -> dict[str, float]:
+        return {"rows": float(len(found.predictions))}
+
+    trainer = asked(
+        tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), batch_eval_metrics=True, compute_metrics=score
+    )
+    found = trainer.evaluate()
+    assert found["eval_rows"] == 1 and "eval_divergence" in found and "eval_teacher_rows" not in found
+    trainer.evaluate()
+    assert len(said(log)) == 1 and "batch_eval_metrics=True: compute_metrics keeps sums" in said(log)[0]
+
+
+def test_generated_texts_are_the_students_and_that_is_said(tmp_path, log) -> None:
+    """Also a prediction of examples without labels, of which nothing can be compared."""
+    head = HEADS["t5_seq2seq"]
+    args = arguments(
+        tmp_path, Seq2SeqDistillationArguments, predict_with_generate=True, generation_max_length=6,
+        evaluate_with_teacher=True,
+    )  # fmt: skip
+    trainer = Seq2SeqDistillationTrainer(
+        model=head.make(), teacher_model=head.make(seed=1), args=args, data_collator=head.collate,
+        compute_metrics=lambda p: {"length": p.predictions.shape[1]},
+    )  # fmt: skip
+    found = trainer.evaluate(head.examples(3))
+    assert "eval_length" in found and "eval_divergence" in found and "eval_teacher_length" not in found
+    assert said(log) == [
+        "There is no eval_teacher_<metric>: predict_with_generate=True: the metrics are of texts that only the student "
+        "generates."
+    ]
+    log.clear()
+    assert not [key for key in trainer.predict(head.examples(3, labelled=False)).metrics if "teacher" in key]
+    assert any("there is no test_divergence and nothing else of the teacher" in message for message in said(log))
+
+
+def test_a_function_that_fails_on_the_teacher_stops_nothing(tmp_path, log) -> None:
+    calls = []
+
+    def once(found: Any) -> dict[str, float]:
+        calls.append(found)
+        if len(calls) % 2 == 0:
+            raise KeyError("logits")
+        return accuracy(found)
+
+    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=once)
+    assert "eval_teacher_accuracy" not in trainer.evaluate()
+    assert said(log) == [
+        "There is no eval_teacher_<metric>: compute_metrics failed on the teacher's predictions: KeyError('logits')."
+    ]
+
+
+def test_without_a_function_of_metrics_no_prediction_is_kept(tmp_path, monkeypatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("predictions were collected")
+
+    monkeypatch.setattr(TeacherPredictions, "add", never)
+    assert "eval_divergence" in asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7)).evaluate()
+    trainer = asked(
+        tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=accuracy, prediction_loss_only=True
+    )
+    assert "eval_divergence" in trainer.evaluate()
+
+
+def test_the_best_model_may_be_chosen_by_the_students_metric_still(tmp_path) -> None:
+    trainer = asked(
+        tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=accuracy, max_steps=2,
+        eval_strategy="steps", eval_steps=1, metric_for_best_model="accuracy",
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert len(logged) == 2 and all("eval_teacher_accuracy" in entry for entry in logged)
+    assert trainer.state.best_metric == max(entry["eval_accuracy"] for entry in logged)

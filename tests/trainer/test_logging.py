@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from tests.trainer.tiny import bert, examples, make, padded, softened_kl
+from tests.trainer.tiny import arguments, bert, examples, make, padded, softened_kl
 
 STILL = {"learning_rate": 0.0, "logging_steps": 1, "per_device_train_batch_size": 8}  # every step sees the same weights
 
@@ -113,3 +116,45 @@ def test_an_alpha_that_ends_at_one_stops_looking_at_labels(tmp_path) -> None:
     assert ran == [1, 2]
     assert first["loss"] == pytest.approx(by_hand(2.0)[0], rel=1e-4)
     assert all(entry["loss/logits"] == pytest.approx(by_hand(2.0)[1], rel=1e-4) for entry in rest)
+
+
+def failing_at(step: int) -> Any:
+    """A mean loss that is NaN in one step, whose gradient is finite."""
+    steps = count(1)
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        mean = torch.nn.functional.cross_entropy(outputs["logits"], labels)
+        return mean + (torch.nan if next(steps) == step else 0.0)
+
+    return loss
+
+
+@pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 7])
+def test_the_filter_of_the_loss_is_that_of_its_terms(tmp_path, filters: bool, step: int) -> None:
+    """Ten steps, a log each five, as `Trainer` logs them; a bad step blanks no figure of a window."""
+    settings = {"max_steps": 10, "logging_steps": 5, "logging_nan_inf_filter": filters, "train_dataset": examples(40)}
+    found = logs_of(make(tmp_path, bert(), alpha=0.0, compute_loss_func=failing_at(step), **settings))
+    given = {"train_dataset": settings.pop("train_dataset"), "data_collator": padded}
+    theirs = Trainer(
+        model=bert(),
+        args=arguments(tmp_path, TrainingArguments, **settings),
+        compute_loss_func=failing_at(step),
+        **given,
+    )
+    expected = logs_of(theirs)
+    assert [entry["loss"] for entry in found] == pytest.approx([e["loss"] for e in expected], nan_ok=True)
+    for entry in found:  # without the filter Trainer's loss stays NaN; a term does not
+        if math.isfinite(entry["loss"]):
+            assert entry["loss/labels"] == pytest.approx(entry["loss"], rel=1e-5)
+    assert [math.isfinite(entry["loss/labels"]) for entry in found] == [filters or step > 5, filters or step < 6]
+
+
+def test_terms_that_are_filtered_together_still_add_up(tmp_path) -> None:
+    """Where the scaler of fp16 decides about the step, a loss that is NaN is no error: all its terms are left out."""
+    settings = {"max_steps": 10, "logging_steps": 5, "train_dataset": examples(40), "alpha": 0.25}
+    trainer = make(tmp_path, bert(), bert(seed=1), compute_loss_func=failing_at(2), **settings)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for entry in logs_of(trainer):
+        assert math.isfinite(entry["loss"])
+        assert entry["loss"] == pytest.approx(0.75 * entry["loss/labels"] + 0.25 * entry["loss/logits"], rel=1e-4)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hf_distill import HiddenMatch, RelationMatch
 from hf_distill.learned import STATE_FILE
 from hf_distill.trainer_parts import publishing
+from hf_distill.trainer_parts.interruptions import SETTINGS
 from tests.trainer.test_objectives import student, teacher
 from tests.trainer.tiny import arguments, assert_same_bits, examples, make, padded, weights
 
@@ -52,10 +53,12 @@ def test_a_saved_model_is_the_students_alone(saved) -> None:
     assert_same_bits(weights(again), weights(ours.model))
 
 
-def test_a_checkpoint_has_one_file_more(saved) -> None:
+def test_a_checkpoint_has_two_files_more(saved) -> None:
+    """What is learned, and the settings of the run."""
     ours, theirs, _ = saved
     found, expected = files(ours.args.output_dir), files(theirs.args.output_dir)
-    assert found - expected == {f"checkpoint-{step}/{STATE_FILE}" for step in (1, 2)} and not expected - found
+    more = {f"checkpoint-{step}/{name}" for step in (1, 2) for name in (STATE_FILE, SETTINGS)}
+    assert found - expected == more and not expected - found
     checkpoint = Path(ours.args.output_dir) / "checkpoint-2"
     assert set(load_file(checkpoint / "model.safetensors")) == set(ours.model.state_dict())
     learned = weights(ours.distiller.learned.module)

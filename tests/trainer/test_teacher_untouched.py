@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_distill.trainer_parts.interruptions import SETTINGS
 from tests.heads import HEADS
 from tests.trainer.tiny import (
     arguments,
@@ -118,12 +119,13 @@ def files(folder: str | Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
-def test_checkpoints_hold_the_files_of_trainer_and_no_more_bytes(saved) -> None:
+def test_checkpoints_hold_the_files_of_trainer_and_the_settings_and_no_more_bytes(saved) -> None:
     ours, theirs, _ = saved
     found, expected = files(ours.args.output_dir), files(theirs.args.output_dir)
-    assert set(found) == set(expected) and any("checkpoint-2" in name for name in found)
-    for name, path in found.items():
-        allowed = expected[name].stat().st_size + 4096  # more settings in training_args.bin, more figures in the log
+    settings = {f"checkpoint-{step}/{SETTINGS}" for step in (1, 2)}
+    assert set(found) == set(expected) | settings and any("checkpoint-2" in name for name in expected)
+    for name, path in found.items():  # more settings in training_args.bin, more figures in the log
+        allowed = 4096 + (0 if name in settings else expected[name].stat().st_size)
         assert path.stat().st_size < allowed, name
 
 

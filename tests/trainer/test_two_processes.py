@@ -12,6 +12,8 @@ from filelock import FileLock
 
 from tests.distributed.launch import two_processes
 from tests.heads import HEADS
+from tests.trainer.each_once import EVALUATIONS, evaluated
+from tests.trainer.not_finite import FAULTS
 from tests.trainer.steps import asked_teacher, in_double, inside_steps, one_step
 from tests.trainer.tiny import assert_same_bits, update_difference, weights
 from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_cases
@@ -100,3 +102,61 @@ def test_a_teacher_sharded_by_fsdp2_says_what_the_whole_one_says(from_two) -> No
     """The student's wrapping policy is as it was, and Accelerate lists no model more."""
     kept = {"policy kept": True, "training": False, "models": 0}
     assert from_two["sharded"] == {"difference": 0.0, "sharded": True, **kept}
+
+
+@pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_evaluate_each_example_once(from_two, tmp_path, case) -> None:
+    """Whatever the size: metrics, losses and predictions are those of one process, of the teacher too."""
+    expected, found = evaluated(tmp_path, *case), from_two["each_once"][case]
+    for part in ("evaluated", "predicted"):
+        assert (found[part] is None) == (expected[part] is None)
+        if expected[part] is not None:
+            assert found[part] == pytest.approx(expected[part], rel=1e-6)
+    metrics = found["evaluated"]
+    assert "eval_loss" in metrics
+    if case[2] != "loss_alone":
+        assert metrics["eval_examples"] == metrics["eval_predicted"] == case[1]
+    taught = case[2] not in ("generates", "alpha_zero", "loss_alone", "batch_metrics")
+    assert ("eval_teacher_examples" in metrics) == taught
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_the_loss_of_two_processes_is_that_of_each_example_by_itself(from_two, size: int) -> None:
+    """Worked out example by example, without padding."""
+    head = HEADS["bert_single_label"]
+    student, losses, labels = head.make(seed=0).double().eval(), [], []
+    for example in head.examples(size):
+        with torch.no_grad():
+            losses.append(student(**head.collate([example])).loss.item())
+        labels.append(example["labels"])
+    found = from_two["each_once"]["bert_single_label", size, "plain"]
+    for part, prefix in (("evaluated", "eval"), ("predicted", "test")):
+        assert found[part][f"{prefix}_loss"] == pytest.approx(sum(losses) / size, rel=1e-6)
+        assert found[part][f"{prefix}_labels"] == sum(labels)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 7])
+def test_a_generating_trainers_loss_is_the_mean_of_its_batches(from_two, size: int) -> None:
+    """As `Seq2SeqTrainer` has it in one process: a last batch of one counts as one of two."""
+    head = HEADS["t5_seq2seq"]
+    student, data = head.make(seed=0).double().eval(), head.examples(size)
+    with torch.no_grad():
+        losses = [student(**in_double(head, data[at : at + 2])).loss.item() for at in range(0, size, 2)]
+    found = from_two["each_once"]["t5_seq2seq", size, "generates"]["evaluated"]
+    assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert found["eval_examples"] == size
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids="-".join)
+def test_all_processes_raise_what_one_of_them_finds(from_two, fault: tuple[str, str]) -> None:
+    """Example 1 of process 1's second micro-batch is wrong: no process makes a step, and none waits for the other."""
+    (ours, ours_kept), (theirs, theirs_kept) = (from_two["raised"][fault][rank] for rank in (0, 1))
+    assert ours == theirs and ours_kept and theirs_kept
+    words = {
+        "labels": ("DataError: process 1: ", "micro-batch 1 of 2", "example 1 need 59 frames"),
+        "input": ("DataError: process 1: ", "micro-batch 1 of 2", "input_values of example 1 holds nan"),
+        "teacher": ("TeacherError: process 1: ", "micro-batch 1 of 2", "teacher's logits hold nan in example 1"),
+        "gradient": ("TrainingError: the norm of the gradient is nan",),
+        "unclipped": ("TrainingError: the norm of the gradient is nan",),
+    }[fault[1]]
+    assert ours.startswith(words[0]) and all(word in ours for word in words), ours

@@ -125,11 +125,11 @@ def test_evaluation_during_training_has_logits(tmp_path: Path, name: str) -> Non
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         found.append([{key: x for key, x in entry.items() if key.count("_per_second") == 0} for entry in evaluated])
     expected, ours = found
-    names = {"eval_loss", "eval_right", "eval_divergence", "eval_teacher_agreement"}
+    names = {"eval_loss", "eval_right", "eval_teacher_right", "eval_divergence", "eval_teacher_agreement"}
     assert len(expected) == 2 and names <= set(expected[0])
     for one, other in zip(ours, expected, strict=True):
         for key in names:
             assert one[key] == pytest.approx(other[key], rel=1e-6), key
-    assert len(given_to_metrics) == 4
-    for one, other in zip(given_to_metrics[2:], given_to_metrics[:2], strict=True):
+    assert len(given_to_metrics) == 8  # of the student and of the teacher, at two evaluations of two trainings
+    for one, other in zip(given_to_metrics[4:], given_to_metrics[:4], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

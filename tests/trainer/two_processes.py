@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 from tests.distributed.sharded import sharded_teacher
 from tests.heads import HEADS
+from tests.trainer.each_once import EVALUATIONS, evaluated
+from tests.trainer.not_finite import FAULTS, what_each_process_raises
 from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
 
 CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
@@ -62,7 +64,7 @@ def main(path: str) -> None:
     gc.collect()
     gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
-    found, evaluated, inside = {}, {}, {}
+    found, asked, inside, each_once, raised = {}, {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             name, alpha, micro_batch, accumulation, variant = case
@@ -70,18 +72,23 @@ def main(path: str) -> None:
             state, logged = one_step(folder, HEADS[name], alpha=alpha, variant=variant, **cut)
             found[case] = (state, logged)
         for name, count in [*EVALUATED, *((name, 6) for name in WHOLE_BATCHES)]:
-            evaluated[name, count] = asked_teacher(folder, HEADS[name], count=count)
+            asked[name, count] = asked_teacher(folder, HEADS[name], count=count)
+        for evaluation in EVALUATIONS:
+            each_once[evaluation] = evaluated(folder, *evaluation)
         for name, kind, alpha, optim in inside_cases():
             cut = {"micro_batch": 2, "accumulation": 2}
             own = inside_steps(folder, HEADS[name], kind=kind, alpha=alpha, optim=optim, **cut)
             inside[name, kind, alpha, optim] = own
+        for fault in FAULTS:
+            raised[fault] = what_each_process_raises(folder, fault)
     sharded = sharded_teacher()
     rank, processes = dist.get_rank(), dist.get_world_size()
     learned: list[object] = [None] * processes
     dist.all_gather_object(learned, {case: own["learned"] for case, own in inside.items()})
     if rank == 0:
-        all_found = {"found": found, "evaluated": evaluated, "inside": inside, "learned": learned, "sharded": sharded}
-        torch.save({"processes": processes, **all_found}, f"{path}.partial")
+        all_found = {"found": found, "evaluated": asked, "inside": inside, "learned": learned, "sharded": sharded}
+        more = {"each_once": each_once, "raised": raised}
+        torch.save({"processes": processes, **all_found, **more}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()
 

@@ -1,0 +1,82 @@
+"""Whether a teacher knows the labels: how often its choice is the label, over the first labelled rows of a training.
+
+Only for heads of few classes: a vocabulary is compared by its tokens, and values have no class to choose.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_distill.signals import Signals
+from hf_distill.tasks import Batch, Task
+
+logger = logging.getLogger(__name__)
+ROWS = 256  # labelled rows that are enough: a share of them is known to about 0.03
+GIVEN_UP = 64 * ROWS  # rows without that many labels
+SKILL = 0.1  # of the way from chance to always right
+
+
+class LabelAgreement:
+    """Counts how often the teacher's choice is the label, and warns once if that is no more than chance.
+
+    Chance is what independent choices of the same frequencies would give, so that naming the commonest class counts as
+    nothing. Everything is counted on the device and read once.
+
+    Args:
+        teacher: the teacher; one that training changes knows nothing at the start, and is left out.
+    """
+
+    def __init__(self, teacher: Any) -> None:
+        self._done = teacher is None or _changes(teacher)
+        self._rows, self._enough = 0, ROWS  # rows are known without reading the labels
+        self._labels = self._choices = self._right = torch.zeros(())
+
+    @torch.no_grad()
+    def add(self, task: Task, batch: Batch, student: Signals, teacher: Signals) -> None:
+        """Count the labelled rows of a micro-batch whose predictions are compared."""
+        if self._done or task.over_vocabulary or student.logits is None or teacher.logits is None:
+            return
+        targets, chosen = task.targets(batch), task.select(teacher.logits, batch).argmax(-1)
+        if targets is None or chosen.shape != targets.shape:
+            return
+        targets = teacher.columns.of_labels(targets)
+        labelled = targets >= 0
+        self._rows += len(targets)
+        self._labels = _counted(self._labels, targets, labelled, student.logits.shape[-1])
+        self._choices = _counted(self._choices, chosen, labelled, student.logits.shape[-1])
+        self._right = self._right.to(targets.device) + (labelled & (chosen == targets)).sum()
+
+    def warn_if_chance(self, accelerator: Any = None) -> None:
+        """Log a warning, once there are enough labelled rows, if the teacher's choices have nothing to do with them."""
+        if self._done or self._rows < self._enough:
+            return
+        by_chance = (self._labels * self._choices).sum() / self._labels.sum().clamp(min=1)
+        labelled, right, by_chance = torch.stack([self._labels.sum(), self._right, by_chance]).tolist()
+        self._enough *= 2
+        self._done = labelled >= ROWS or self._rows >= GIVEN_UP
+        if labelled < ROWS or right > by_chance + SKILL * (labelled - by_chance):
+            return
+        if accelerator is None or accelerator.is_main_process:
+            logger.warning(
+                f"The teacher does not know these labels: in the first {labelled:.0f} labelled rows its choice is the "
+                f"label in {right / labelled:.1%}, and {by_chance / labelled:.1%} would be by chance. Causes: the "
+                "dataset numbers its labels otherwise than config.label2id, label_matching='by_index' with heads of "
+                "different order, a teacher that was not trained on this task, or teacher_model and model exchanged."
+            )
+
+
+def _counted(histogram: Tensor, values: Tensor, labelled: Tensor, width: int) -> Tensor:
+    """The histogram `[v]` of the labelled values so far; positions of a longer batch make it longer."""
+    grown = F.pad(histogram.to(values.device), (0, max(0, width - histogram.numel()))) if histogram.dim() else None
+    counts = values.new_zeros(width if grown is None else len(grown), dtype=torch.float32)
+    counts.index_add_(0, values.clamp(0, width - 1), labelled.float())
+    return counts if grown is None else grown + counts
+
+
+def _changes(teacher: Any) -> bool:
+    return any(hasattr(one, "state") or hasattr(one, "hear") for one in getattr(teacher, "teachers", [teacher]))
