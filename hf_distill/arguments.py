@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.objectives import LogitsMatch
 from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
@@ -107,7 +107,8 @@ class _Distillation:
                 f"divergence_kwargs={self.divergence_kwargs!r}: must be a dict, or JSON that starts with {{."
             )
         if self.label_matching not in LABEL_MATCHING:
-            raise SettingError(f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
+            allowed, hint = " and ".join(LABEL_MATCHING), did_you_mean(self.label_matching, LABEL_MATCHING)
+            raise SettingError(f"label_matching={self.label_matching!r}: allowed are {allowed}.{hint}")
         if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
             self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
         self.teacher_quantization = as_setting(self.teacher_quantization)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, TeacherError
-from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
+from hf_distill.errors import SettingError, TeacherError, did_you_mean
+from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
 from hf_distill.inside.recorder import Inside
@@ -80,7 +80,10 @@ class LogitsMatch:
         self.settings = dict(settings or {})
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            raise SettingError(f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}.")
+            raise SettingError(
+                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
+                f"{did_you_mean(divergence, DIVERGENCES, DIVERGENCE_ALIASES)}"
+            )
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
 
@@ -227,7 +230,8 @@ class LogitsMatch:
         if unknown:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
             name = getattr(self._given, "__name__", type(self._given).__name__)
-            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.")
+            hint = did_you_mean(unknown[0], allowed)
+            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
         rows = torch.zeros(2, 3)
         try:
             found = self._given(rows, rows, **self.settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 PROJECTIONS = ("auto", "linear", "shared", "none")
 
@@ -29,7 +29,8 @@ class Projections(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in PROJECTIONS:
-            raise SettingError(f"projection={kind!r}: allowed are {', '.join(PROJECTIONS)}.")
+            hint = did_you_mean(kind, PROJECTIONS)
+            raise SettingError(f"projection={kind!r}: allowed are {', '.join(PROJECTIONS)}.{hint}")
         self._kind = kind
         differ = student_width != teacher_width
         if kind == "none" and differ:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.tasks.base import Task
 from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
 from hf_distill.tasks.ctc import CTC
@@ -32,6 +32,20 @@ TASKS: dict[str, type[Task]] = {
         CTC,
         Embedding,
     )
+}
+
+# What the Hub and AutoModel classes call them; only proposed in messages.
+TASK_ALIASES: dict[str, str] = {
+    **dict.fromkeys(("text_classification", "sequence_classification", "seq_cls", "multi_label"), "classification"),
+    **dict.fromkeys(("image_classification", "audio_classification", "multi_label_classification"), "classification"),
+    **dict.fromkeys(("ner", "pos", "token_cls", "tagging", "sequence_tagging"), "token_classification"),
+    **dict.fromkeys(("qa", "question_answering", "extractive_qa", "question_ans"), "span"),
+    **dict.fromkeys(("mlm", "fill_mask", "masked_language_modeling"), "masked_lm"),
+    **dict.fromkeys(("clm", "lm", "text_generation", "language_modeling", "sft"), "causal_lm"),
+    **dict.fromkeys(("seq2seq_lm", "seq_2_seq_lm", "seq_to_seq", "summarization", "translation"), "seq2seq"),
+    **dict.fromkeys(("speech_seq2seq", "text2text_generation"), "seq2seq"),
+    **dict.fromkeys(("feature_extraction", "sentence_similarity", "embeddings", "feature_ext"), "embedding"),
+    **dict.fromkeys(("swag", "mc"), "multiple_choice"),
 }
 
 # In this order: BART and T5 stand in the masked-LM table too, and are sequence to sequence first.
@@ -123,7 +137,8 @@ def make_task(model: Any, task: Task | str | None) -> Task:
     if isinstance(task, Task):
         return task
     if task not in TASKS:
-        raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.")
+        hint = did_you_mean(task, TASKS, TASK_ALIASES)
+        raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.{hint}")
     return TASKS[task].from_model(unwrapped(model))
 
 

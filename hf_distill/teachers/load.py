@@ -11,9 +11,15 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from hf_distill.errors import HfDistillError, SettingError, TeacherError
+from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What people call them; only proposed in messages.
+DTYPE_ALIASES = {
+    **dict.fromkeys(("fp32", "float", "f32", "torch.float32", "full"), "float32"),
+    **dict.fromkeys(("bf16", "bfloat", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "f16", "torch.float16"), "float16"),
+}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +63,8 @@ def as_dtype(name: str | torch.dtype | None) -> Any:
     if name is None or name == "auto" or isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
-        raise SettingError(f"teacher_dtype={name!r}: allowed are {', '.join(DTYPES)}.")
+        hint = did_you_mean(name, DTYPES, DTYPE_ALIASES)
+        raise SettingError(f"teacher_dtype={name!r}: allowed are {', '.join(DTYPES)}.{hint}")
     return getattr(torch, name)
 
 
