@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.blend import SETTING_ALIASES
+from hf_distill.errors import SettingError, check_keywords, did_you_mean
 from hf_distill.objectives import LogitsMatch
 from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
 from hf_distill.teachers.quantised_loading import as_setting
 from hf_distill.vocabulary import LABEL_MATCHING
 
+_OF_THE_TRAINER = {
+    name: f"It is a keyword of the trainer: DistillationTrainer({name}=...)."
+    for name in ("teacher_model", "teacher_processing_class", "task", "objectives", "view", "distiller")
+}
 _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # given as JSON on the command line
 
 
@@ -95,6 +100,13 @@ class _Distillation:
         default="by_name",
         metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
     )
+
+    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
+
+        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
+            """Raises TypeError for a keyword that is no field, with the nearest one."""
+            check_keywords(cls.__init__, keywords, called=cls.__name__, also=SETTING_ALIASES, elsewhere=_OF_THE_TRAINER)
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         args: Any = self  # and so a TrainingArguments

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
-from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, labels_part
+from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, labels_part
 from hf_distill.counts import Counts, scale_of
+from hf_distill.errors import check_keywords
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import Needs, Read, Signals
@@ -41,6 +42,14 @@ class OneBatch:
     _watch: TeacherWatch
     _without_logits: WithoutLogits
     _check_packing: PackingCheck
+
+    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
+
+        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
+            """Raises TypeError for a keyword that does not exist, with the nearest one."""
+            also = {**SETTING_ALIASES, "teacher": "teacher_model", "tokenizer": "processing_class"}
+            check_keywords(cls.__init__, keywords, called=cls.__name__, also=also)
+            return super().__new__(cls)
 
     def count(
         self,
