@@ -69,6 +69,7 @@ class Blend:
 
     def __init__(self, objectives: Objectives = None) -> None:
         self.alpha: Schedule | None = None
+        self.labels_alone = False  # whether alpha is 0 throughout, and no objective ever weighs anything
         # Copies: what one learns of a run stays with the run, though several are made with the same object.
         self._others = {name: copy.copy(one) for name, one in _named(objectives).items()}
         self.objectives: dict[str, Objective] = dict(self._others)
@@ -89,6 +90,7 @@ class Blend:
             raise SettingError("alpha=None is a loss of the objectives alone, and there are none. Pass objectives=.")
         self.alpha = schedule
         self.objectives = {LOGITS: match, **self._others}
+        self.labels_alone = schedule is not None and not self.ever_active()
 
     @property
     def logits_match(self) -> LogitsMatch:
@@ -229,6 +231,11 @@ class Blend:
         return nn.ModuleDict({name: o.learned for name, o in self.objectives.items() if o.learned is not None})
 
 
+def compares_nothing(alpha: Schedule | None, objectives: Objectives) -> bool:
+    """Whether such a blend is the labels' term alone: alpha 0 throughout, and no objectives."""
+    return alpha is not None and not _named(objectives) and not any(alpha(p) > 0 for p in PROGRESS)
+
+
 def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
     """Whether a teacher is asked at some moment."""
     others = _named(objectives).values()
@@ -291,7 +298,7 @@ def _check_objective(one: Any) -> None:
         raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
     if hasattr(one, "stages"):  # a Preset, which this module does not know
         way_out = (
-            f"Its parts are `.objectives` and `.arguments`: pass objectives=preset.objectives to the trainer, and "
+            "Its parts are `.objectives` and `.arguments`: pass objectives=preset.objectives to the trainer, and "
             "DistillationArguments(..., **preset.arguments)."
             if len(one.stages) == 1
             else f"It has {len(one.stages)} trainings: train_in_stages(preset, model=..., teacher_model=..., args=...)."

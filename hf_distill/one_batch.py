@@ -38,6 +38,7 @@ class OneBatch:
     _student: nn.Module
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
+    _student_label_names: tuple[str, ...] | None
     _inside: Inside
     _watch: TeacherWatch
     _without_logits: WithoutLogits
@@ -69,6 +70,7 @@ class OneBatch:
         Raises:
             DataError: a label is needed and missing, or is one that the head cannot take.
         """
+        micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
         terms, sums = self.blending.count(self.task, micro_batches, device, progress)
@@ -77,6 +79,25 @@ class OneBatch:
             vector = torch.ones_like(vector)
         self._watch.begin_step(len(micro_batches))
         return Counts(dict(zip(terms, vector.unbind(), strict=True)), scale_of(accelerator, same_batch))
+
+    def compares_nothing(self) -> bool:
+        """Whether the loss is the labels' term alone, at every moment of the training."""
+        return self.blending.labels_alone
+
+    def with_task_labels(self, batch: Batch) -> Batch:
+        """The batch with its labels under the names that the task reads, beside the names that the student reads."""
+        own = self._student_label_names
+        if own is None or len(own) != len(self.task.label_names) or self.task.has_labels(batch):
+            return batch
+        if any(batch.get(name) is None for name in own):
+            return batch
+        return {**batch, **{name: batch[given] for name, given in zip(self.task.label_names, own, strict=True)}}
+
+    def finds_labels(self, batch: Batch) -> bool:
+        """Whether the task can count this batch's labels."""
+        batch = self.with_task_labels(batch)
+        found = [batch[name] for name in self.task.label_names if batch.get(name) is not None]
+        return self.task.has_labels(batch) and all(isinstance(labels, Tensor) for labels in found)
 
     def asks_teacher(self, progress: float = 0.0) -> bool:
         """Whether the teacher is asked at this moment of the training."""
@@ -99,6 +120,7 @@ class OneBatch:
             progress: how much of the training is done, 0 → 1, for schedules.
         """
         counts = counts or self.count([batch], progress=progress)
+        batch = self.with_task_labels(batch)
         batch = self.prepare(batch) if self.asks_teacher(progress) else batch
         found = self.without_logits(student, batch, counts, progress=progress)
         if found is not None:
@@ -154,11 +176,18 @@ class OneBatch:
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
         """What the student is called with: nothing of the teacher's, and labels only where they are used."""
-        batch = batch if labels else self.task.without_labels(batch)
+        own = self._student_label_names
+        if not labels:
+            batch = self.task.without_labels(batch)
+        removed = set() if labels or own is None else set(own)
+        if own is not None:  # the task's own names for the same labels
+            removed |= set(self.task.label_names) - set(own) - set(self._student_names)
         return {
             name: value
             for name, value in batch.items()
-            if not name.startswith(TEACHER_PREFIX) and name not in self._teacher_only
+            if (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
+            and name not in self._teacher_only
+            and name not in removed
         }
 
     def blend(

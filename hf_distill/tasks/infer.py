@@ -17,6 +17,7 @@ from hf_distill.tasks.ctc import CTC
 from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_distill.tasks.regression import Embedding, Regression
 from hf_distill.tasks.span import Span
+from hf_distill.tasks.unknown import UnknownTask
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task
@@ -124,6 +125,14 @@ def infer_task(model: Any) -> Task:
     'token_classification'
     """
     return TASKS[infer_kind(model)].from_model(unwrapped(model))
+
+
+def task_or_unknown(model: Any) -> Task:
+    """The task of a student, or an `UnknownTask` where its class is not known: for a training that compares nothing."""
+    try:
+        return infer_task(model)
+    except SettingError:
+        return UnknownTask()
 
 
 def make_task(model: Any, task: Task | str | None) -> Task:

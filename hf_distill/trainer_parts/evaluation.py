@@ -14,6 +14,7 @@ from hf_distill.arguments import setting
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.signals import Needs
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer_parts.teacher_metrics import TeacherMetrics
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class EvaluationMixin(_Trainer):
     _teacher_metrics: TeacherMetrics | None = None
     _evaluated_outputs: Any = None
     _packing: PackingCheck | None = None
+    _follow_settings: Any
+    _collate_answer_masks: Any
 
     @property
     def _progress(self) -> float:
@@ -38,16 +41,18 @@ class EvaluationMixin(_Trainer):
 
     def get_eval_dataloader(self, *positional: Any, **keywords: Any) -> Any:
         """As the trainer's own, of data as they are: a collator that augments says what evaluates."""
-        with self._unaugmented():
+        with self._ready_to_evaluate(*positional, *keywords.values()):
             return super().get_eval_dataloader(*positional, **keywords)
 
     def get_test_dataloader(self, *positional: Any, **keywords: Any) -> Any:
         """As `get_eval_dataloader`."""
-        with self._unaugmented():
+        with self._ready_to_evaluate(*positional, *keywords.values()):
             return super().get_test_dataloader(*positional, **keywords)
 
     @contextlib.contextmanager
-    def _unaugmented(self) -> Iterator[None]:
+    def _ready_to_evaluate(self, *datasets: Any) -> Iterator[None]:
+        self._follow_settings()
+        self._collate_answer_masks(*(data for data in datasets if not isinstance(data, str)))
         kept, clean = self.data_collator, getattr(self.data_collator, "for_evaluation", None)
         self.data_collator = kept if clean is None else clean()
         try:
@@ -57,16 +62,22 @@ class EvaluationMixin(_Trainer):
 
     def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
         inputs = self.distiller.student_inputs(inputs)
+        if isinstance(self.distiller.task, UnknownTask):
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        wants_outputs = return_outputs or self._teacher_metrics is not None
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
             num_items = None
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
-        self._evaluated_outputs = outputs
-        return (loss, outputs) if return_outputs else loss
+        found = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
+        if not wants_outputs:
+            return found
+        loss, self._evaluated_outputs = found
+        return found if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """As the trainer's own, on the student's columns; with `evaluate_with_teacher`, the teacher is asked too."""
         self._evaluated_outputs = None
-        self._check_packing(inputs)
+        if not isinstance(self.distiller.task, UnknownTask):
+            self._check_packing(inputs)
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
         self._compare_with_teacher(model, inputs)
         self._evaluated_outputs = None
@@ -86,7 +97,7 @@ class EvaluationMixin(_Trainer):
     def _compare_with_teacher(self, model: Any, inputs: Any) -> None:
         if self._teacher_metrics is None or not self._compares(inputs):
             return
-        batch = self.distiller.prepare(self._prepare_inputs(inputs))
+        batch = self.distiller.prepare(self.distiller.with_task_labels(self._prepare_inputs(inputs)))
         outputs = self._evaluated_outputs
         if outputs is None:  # no labels, or generation: the forward that is compared has not been made
             outputs = model(**self.distiller.student_inputs(batch, labels=False))

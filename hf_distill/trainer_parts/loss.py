@@ -1,18 +1,28 @@
-"""The loss of a training step: rows counted before any forward, the blend of each micro-batch. No mathematics."""
+"""The loss of a training step: rows counted before any forward, the blend of each micro-batch. No mathematics.
+
+A step in which nothing is compared and no labels can be counted is the base trainer's own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_distill._compat import divides_the_loss
 from hf_distill.blend import DistillerOutput
 from hf_distill.counts import Counts
+from hf_distill.errors import DataError, SettingError
 from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
+from hf_distill.trainer_parts.random_state import random_state_kept
 from hf_distill.trainer_parts.running_terms import RunningTerms
+from hf_distill.trainer_parts.training_callback import registered_callback
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -25,19 +35,36 @@ class LossMixin(_Trainer):
     """Training steps on the blend; in evaluation, the plain task loss."""
 
     distiller: Any
-    # The terms already are divided by the counts of the whole optimizer step.
-    loss_is_scaled_for_ga = True
     _counts: Counts | None = None
     _micro_batches = _micro_batches_left = 0
     _step_progress = 0.0
     _in_training_step = False
+    _is_base_step = False  # the current optimizer step is the base trainer's own
+    _base_loss_is_scaled: bool | None = None  # what a base trainer has set `loss_is_scaled_for_ga` to
+    _base_outputs_serve: bool | None = None  # whether they carry the gradient of one forward; None: not known yet
     _terms: RunningTerms
     _progress: float
     _evaluation_loss: Any
+    _follow_settings: Callable[[], None]
+
+    @property
+    def loss_is_scaled_for_ga(self) -> bool | None:
+        """True: the terms are divided by the counts of the whole optimizer step. In a base step, the base trainer's."""
+        if not self._is_base_step:
+            return True
+        if self._base_loss_is_scaled is not None:
+            return self._base_loss_is_scaled
+        return getattr(super(), "loss_is_scaled_for_ga", None)
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._base_loss_is_scaled = value
 
     def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
         self._terms, self._counts, self._micro_batches_left = RunningTerms(), None, 0  # nothing of an earlier run
-        return super()._inner_training_loop(*positional, **keywords)
+        self._is_base_step, self._base_outputs_serve = False, None
+        with registered_callback(self):
+            return super()._inner_training_loop(*positional, **keywords)
 
     def training_step(self, *positional: Any, **keywords: Any) -> Any:
         self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
@@ -48,8 +75,13 @@ class LossMixin(_Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
+        self._follow_settings()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_progress = self._progress
+        self._is_base_step = bool(batches) and self._belongs_to_base(batches)
+        if self._is_base_step:
+            self._counts, self._micro_batches_left = None, 0
+            return batches, num_items
         if 0 < len(batches) < num_batches and not has_length(self.callback_handler.train_dataloader):
             # Trainer would make no step of them, and leave their gradients to the first step of the next epoch.
             logger.warning(
@@ -61,6 +93,26 @@ class LossMixin(_Trainer):
             self._counts = self._count(batches)
             self._micro_batches = self._micro_batches_left = len(batches)
         return batches, num_items
+
+    def _belongs_to_base(self, batches: list[Any]) -> bool:
+        """Whether the loss of these micro-batches is left to the base trainer.
+
+        That is where nothing is compared throughout, and the task finds no labels that it could count: the class is
+        not known, or its loss needs no labels.
+        """
+        distiller = self.distiller
+        return distiller.compares_nothing() and not all(map(distiller.finds_labels, batches))
+
+    def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+        """The base trainer's own loss; without labels that the task would count, its error is explained."""
+        try:
+            return super().compute_loss(model, self.distiller.student_inputs(inputs), return_outputs, num_items)
+        except ValueError as error:
+            try:
+                self.distiller.task.require_labels(inputs)
+            except DataError as missing:
+                raise missing from error
+            raise
 
     def _count(self, batches: list[Any]) -> Counts:
         return self.distiller.count(batches, self.accelerator, progress=self._progress, same_batch=self.get_tp_size())
@@ -76,13 +128,18 @@ class LossMixin(_Trainer):
         if not (model.training or self._in_training_step):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         in_loop = self._counts is not None and self._micro_batches_left > 0
+        if self._is_base_step or (not in_loop and self._belongs_to_base([inputs])):
+            return self._base_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = distiller.with_task_labels(inputs)
         counts = self._counts if in_loop else self._count([inputs])
         assert counts is not None
         batch = distiller.prepare(inputs) if distiller.asks_teacher(progress) else inputs
         found = None if return_outputs else self._without_logits(model, batch, counts, progress)
         if found is None:
             whole_step = self.accelerator.num_processes == 1 and (not in_loop or self._micro_batches == 1)
-            found = self._with_logits(model, batch, counts, progress, num_items_in_batch, whole_step=whole_step)
+            found = self._with_logits(
+                model, batch, counts, progress, num_items_in_batch, whole_step=whole_step, wants_outputs=return_outputs
+            )
         if in_loop:
             self._terms.add(found.terms, begins_step=self._micro_batches_left == self._micro_batches)
             self._micro_batches_left -= 1
@@ -91,32 +148,105 @@ class LossMixin(_Trainer):
             loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
+    @property
+    def _overrides_loss(self) -> bool:
+        """Whether the base trainer computes its loss in a way of its own."""
+        return getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+
     def _without_logits(self, model: Any, batch: Any, counts: Counts, progress: float) -> DistillerOutput | None:
-        overridden = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
         return self.distiller.without_logits(
             model,
             batch,
             counts,
             progress=progress,
             smoothing=self.args.label_smoothing_factor,
-            own_loss=self.compute_loss_func is not None or overridden,
+            own_loss=self.compute_loss_func is not None or self._overrides_loss,
         )
 
     def _with_logits(
-        self, model: Any, batch: Any, counts: Counts, progress: float, num_items: Any, *, whole_step: bool
+        self,
+        model: Any,
+        batch: Any,
+        counts: Counts,
+        progress: float,
+        num_items: Any,
+        *,
+        whole_step: bool,
+        wants_outputs: bool,
     ) -> DistillerOutput:
         distiller = self.distiller
         labels_weight = distiller.blending.labels_weight(progress)
-        with_labels = labels_weight > 0
-        # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts a label too many an example.
-        shifts = self._loss_shifts_labels or distiller.task.kind == "causal_lm"
-        inputs = distiller.student_inputs(batch, labels=with_labels)
-        with distiller.reading(progress) as inside:
-            if with_labels:
-                is_trainer = whole_step and labels_weight == 1
-                own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
-                with unscaled(self.args):
-                    mean, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=own)
+        compares = distiller.asks_teacher(progress) or hasattr(distiller.teacher, "hear")
+        mean, outputs, inside = None, None, None
+        if labels_weight > 0:
+            # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts a label too many an
+            # example.
+            shifts = self._loss_shifts_labels or distiller.task.kind == "causal_lm"
+            is_trainer = whole_step and labels_weight == 1
+            own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
+            if not self._overrides_loss:
+                with distiller.reading(progress) as inside:
+                    mean, outputs = self._labels_loss(model, batch, own, return_outputs=True)
+            elif compares or wants_outputs:
+                mean, outputs, inside = self._loss_and_outputs_of_base(model, batch, own, progress)
             else:
-                mean, outputs = None, model(**inputs)
+                mean = self._labels_loss(model, batch, own, return_outputs=False)
+                return distiller.blend(None, batch, counts, labels_mean=mean, progress=progress)
+        if outputs is None:
+            with distiller.reading(progress) as inside:
+                outputs = model(**distiller.student_inputs(batch, labels=False))
         return distiller.blend(outputs, batch, counts, labels_mean=mean, progress=progress, inside=inside)
+
+    def _labels_loss(self, model: Any, batch: Any, num_items: Any, *, return_outputs: bool) -> Any:
+        """The base trainer's loss over this micro-batch, as its own mean."""
+        with unscaled(self.args):
+            return super().compute_loss(
+                model, self.distiller.student_inputs(batch), return_outputs=return_outputs, num_items_in_batch=num_items
+            )
+
+    def _loss_and_outputs_of_base(self, model: Any, batch: Any, num_items: Any, progress: float) -> tuple[Any, ...]:
+        """The labels' loss of a base trainer with its own `compute_loss`, and its outputs where they can be compared.
+
+        TRL's `SFTTrainer` returns the outputs of a second forward, made without gradient: a divergence of them would
+        be logged and teach nothing. So the first micro-batch of a training shows whether `compute_loss` calls the
+        student once, with gradient. Where it does not, None stands for its outputs: the student needs a forward of its
+        own for what is compared.
+        """
+        if self._base_outputs_serve is not False:
+            with contextlib.ExitStack() as undone:
+                if self._base_outputs_serve is None:
+                    undone.enter_context(random_state_kept())
+                found = self._tried_loss_of_base(model, batch, num_items, progress)
+                if found is not None:
+                    undone.pop_all()
+                    self._base_outputs_serve = True
+                    return found
+            self._base_outputs_serve = False
+        return self._labels_loss(model, batch, num_items, return_outputs=False), None, None
+
+    def _tried_loss_of_base(
+        self, model: Any, batch: Any, num_items: Any, progress: float
+    ) -> tuple[Any, Any, Mapping[Any, Any]] | None:
+        """Loss, outputs and inside; None where the outputs are not those of one forward with gradient."""
+        if self._base_outputs_serve:
+            with self.distiller.reading(progress) as inside:
+                loss, outputs = self._labels_loss(model, batch, num_items, return_outputs=True)
+            return loss, outputs, inside
+        calls: list[bool] = []
+        hook = model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        try:
+            with self.distiller.reading(progress) as inside:
+                loss, outputs = self._labels_loss(model, batch, num_items, return_outputs=True)
+        except SettingError:  # what was read has no gradient
+            if calls == [True]:
+                raise
+            return None
+        finally:
+            hook.remove()
+        return (loss, outputs, inside) if calls == [True] and _carries_gradient(outputs) else None
+
+
+def _carries_gradient(outputs: Any) -> bool:
+    """Whether a model's outputs, other than its loss, lead back to its parameters."""
+    values = [value for name, value in outputs.items() if name != "loss"] if isinstance(outputs, Mapping) else outputs
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)

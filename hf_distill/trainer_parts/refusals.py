@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.trainer_parts.answer_masks import ANSWER_MASKS
 from hf_distill.views.collator import OTHER_TOKENS
 
 
@@ -28,13 +30,25 @@ def refuse_sequence_parallel(trainer: Any) -> None:
         )
 
 
-def refuse_unlabelled(distiller: Distiller, *, train_dataset: Any, data_collator: Any) -> None:
-    """Labels that are needed and cannot come. A collator of the user's may make them: then the first step tells."""
+def refuse_unlabelled(
+    distiller: Distiller, *, train_dataset: Any, data_collator: Any, label_names: Iterable[str]
+) -> None:
+    """Labels that are needed and cannot come. A collator of the user's may make them: then the first step tells.
+
+    Args:
+        label_names: what the student's forward takes as labels. Where nothing is compared, and they are not those of
+            the task, the student's own loss may need none.
+    """
     columns = getattr(train_dataset, "column_names", None)
     if columns is None or data_collator is not None or not distiller.needs_labels():
         return
+    task, alone = distiller.task, distiller.compares_nothing()
+    if alone and not set(task.label_names) <= set(label_names):
+        return
+    if task.kind == "causal_lm" and not alone and set(ANSWER_MASKS) & set(columns):
+        return  # they become labels
     if not {"label", "label_ids"} & set(columns):  # transformers' own collators rename these
-        distiller.task.require_labels({name: name for name in columns})
+        task.require_labels(distiller.with_task_labels({name: name for name in columns}))
 
 
 def refuse_two_blends(objectives: Any) -> None:
