@@ -25,8 +25,11 @@ _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # 
 
 
 @dataclass
-class _Distillation:
-    """The fields, shared by the two argument classes; validated when they are built."""
+class DistillationArgumentsMixin:
+    """The settings of a distillation, for a dataclass derived from any training arguments; validated when it is built.
+
+    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` gives TRL's `SFTTrainer` both.
+    """
 
     temperature: float = field(
         default=2.0,
@@ -134,7 +137,7 @@ class _Distillation:
 
 
 @dataclass
-class DistillationArguments(_Distillation, TrainingArguments):
+class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` and the settings of a distillation.
 
     Args: see each field's help; `HfArgumentParser` makes command-line options of them.
@@ -150,7 +153,7 @@ class DistillationArguments(_Distillation, TrainingArguments):
 
 
 @dataclass
-class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
+class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
@@ -158,7 +161,7 @@ class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
 
 def setting(args: Any, name: str) -> Any:
     """A setting of a distillation; its default where `args` is a plain `TrainingArguments`."""
-    return getattr(args, name, _Distillation.__dataclass_fields__[name].default)
+    return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
 
 
 def blend_of(args: Any) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from hf_distill.blend import DistillerOutput
 from hf_distill.counts import Counts
 from hf_distill.errors import DataError, SettingError
 from hf_distill.trainer_parts.labels_mean import own_num_items, unscaled
-from hf_distill.trainer_parts.random_state import random_state_kept
+from hf_distill.trainer_parts.random_state import random_state, set_random_state
 from hf_distill.trainer_parts.running_terms import RunningTerms
 from hf_distill.trainer_parts.training_callback import registered_callback
 
@@ -204,46 +204,54 @@ class LossMixin(_Trainer):
                 model, self.distiller.student_inputs(batch), return_outputs=return_outputs, num_items_in_batch=num_items
             )
 
-    def _loss_and_outputs_of_base(self, model: Any, batch: Any, num_items: Any, progress: float) -> tuple[Any, ...]:
-        """The labels' loss of a base trainer with its own `compute_loss`, and its outputs where they can be compared.
+    def _loss_and_outputs_of_base(
+        self, model: Any, batch: Any, num_items: Any, progress: float
+    ) -> tuple[Any, Any, Mapping[Any, Any] | None]:
+        """The labels' loss of a base trainer with its own `compute_loss`, and outputs and inside of the same forward.
 
         TRL's `SFTTrainer` returns the outputs of a second forward, made without gradient: a divergence of them would
         be logged and teach nothing. So the first micro-batch of a training shows whether `compute_loss` calls the
-        student once, with gradient. Where it does not, None stands for its outputs: the student needs a forward of its
-        own for what is compared.
+        student once, with gradient. Where it does not, outputs and inside are None, and the student needs a forward of
+        its own for what is compared.
         """
-        if self._base_outputs_serve is not False:
-            with contextlib.ExitStack() as undone:
-                if self._base_outputs_serve is None:
-                    undone.enter_context(random_state_kept())
-                found = self._tried_loss_of_base(model, batch, num_items, progress)
-                if found is not None:
-                    undone.pop_all()
-                    self._base_outputs_serve = True
-                    return found
-            self._base_outputs_serve = False
-        return self._labels_loss(model, batch, num_items, return_outputs=False), None, None
-
-    def _tried_loss_of_base(
-        self, model: Any, batch: Any, num_items: Any, progress: float
-    ) -> tuple[Any, Any, Mapping[Any, Any]] | None:
-        """Loss, outputs and inside; None where the outputs are not those of one forward with gradient."""
+        if self._base_outputs_serve is False:
+            return self._labels_loss(model, batch, num_items, return_outputs=False), None, None
         if self._base_outputs_serve:
             with self.distiller.reading(progress) as inside:
                 loss, outputs = self._labels_loss(model, batch, num_items, return_outputs=True)
             return loss, outputs, inside
-        calls: list[bool] = []
-        hook = model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-        try:
-            with self.distiller.reading(progress) as inside:
-                loss, outputs = self._labels_loss(model, batch, num_items, return_outputs=True)
-        except SettingError:  # what was read has no gradient
-            if calls == [True]:
-                raise
-            return None
-        finally:
-            hook.remove()
-        return (loss, outputs, inside) if calls == [True] and _carries_gradient(outputs) else None
+        loss = outputs = None
+        with _forwards_of(model) as (with_gradient, states):
+            try:
+                with self.distiller.reading(progress) as inside:
+                    loss, outputs = self._labels_loss(model, batch, num_items, return_outputs=True)
+            except SettingError:  # what was read has no gradient
+                if loss is None or with_gradient == [True]:
+                    raise
+        self._base_outputs_serve = with_gradient == [True] and _carries_gradient(outputs)
+        if self._base_outputs_serve:
+            return loss, outputs, inside
+        if states:  # what was drawn for outputs is not drawn in later steps, so that a resumed run draws the same
+            set_random_state(states[-1])
+        return loss, None, None
+
+
+@contextlib.contextmanager
+def _forwards_of(model: torch.nn.Module) -> Iterator[tuple[list[bool], list[Any]]]:
+    """Whether each forward of the model has gradients, and the random state after each one that has."""
+    with_gradient: list[bool] = []
+    states: list[Any] = []
+
+    def ended(*_: Any) -> None:
+        with_gradient.append(torch.is_grad_enabled())
+        if with_gradient[-1]:
+            states.append(random_state())
+
+    hook = model.register_forward_hook(ended)
+    try:
+        yield with_gradient, states
+    finally:
+        hook.remove()
 
 
 def _carries_gradient(outputs: Any) -> bool:
