@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, check_keywords, did_you_mean
 from hf_distill.objectives import LogitsMatch
+from hf_distill.objectives.logits import divergence_name
 from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
 from hf_distill.teachers.quantised_loading import as_setting
@@ -135,6 +139,12 @@ class DistillationArgumentsMixin:
         temperature = checked_schedule("temperature", blend["temperature"])
         LogitsMatch(blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature)
 
+    def to_json_string(self) -> str:
+        """As `TrainingArguments`'; a divergence that is a function stands there by its name."""
+        args: Any = self
+        named = None if self.divergence is None else divergence_name(self.divergence)
+        return json.dumps({**args.to_dict(), "divergence": named}, indent=2)
+
 
 @dataclass
 class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
@@ -162,6 +172,21 @@ class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingAr
 def setting(args: Any, name: str) -> Any:
     """A setting of a distillation; its default where `args` is a plain `TrainingArguments`."""
     return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
+
+
+@contextlib.contextmanager
+def picklable(args: Any) -> Iterator[None]:
+    """Around a place that pickles `args`: a divergence that cannot be pickled (a lambda) stands there by its name."""
+    given = setting(args, "divergence")
+    try:
+        pickle.dumps(given)
+    except (pickle.PicklingError, AttributeError, TypeError):  # what pickle raises for local functions
+        args.divergence = divergence_name(given)
+    try:
+        yield
+    finally:
+        if given is not None:
+            args.divergence = given
 
 
 def blend_of(args: Any) -> Mapping[str, Any]:

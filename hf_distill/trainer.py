@@ -21,7 +21,7 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.tasks import make_task
 from hf_distill.tasks.infer import task_or_unknown, unwrapped
 from hf_distill.teachers import as_teacher
-from hf_distill.trainer_parts.columns import ColumnsMixin
+from hf_distill.trainer_parts.columns import ColumnsMixin, columns_of
 from hf_distill.trainer_parts.evaluation import EvaluationMixin
 from hf_distill.trainer_parts.learning import LearningMixin
 from hf_distill.trainer_parts.loss import LossMixin
@@ -34,6 +34,7 @@ from hf_distill.trainer_parts.refusals import (
     refuse_sequence_parallel,
     refuse_two_blends,
     refuse_unlabelled,
+    refuse_values_without_teacher,
 )
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
@@ -98,6 +99,7 @@ class DistillationMixin(
         self._objectives_setting = objectives
         self._view = view
         self._blend_is_ours = distiller is None
+        self._columns_given = set(columns_of(given.get("train_dataset")))
         self._terms = RunningTerms()
         # transformers' own trainers take model and data as they are, so everything is checked before they make a folder
         # or a repository; what this draws from the random generators is undone by Trainer's own seeding. A base trainer
@@ -162,10 +164,13 @@ class DistillationMixin(
         blend, teacher = blend_of(args), None
         if evaluates and blend["alpha"] is None:
             raise SettingError("evaluate_with_teacher=True compares predictions, and alpha=None has none compared.")
+        asks_teacher = uses_teacher(blend["alpha"], self._objectives_setting)
+        if asks_teacher and self._teacher_setting is None:
+            refuse_values_without_teacher(self._columns_given)
         task = self._task_setting
         if task is None and not evaluates and compares_nothing(blend["alpha"], self._objectives_setting):
             task = task_or_unknown(student)
-        if self._teacher_setting is not None and (evaluates or uses_teacher(blend["alpha"], self._objectives_setting)):
+        if self._teacher_setting is not None and (evaluates or asks_teacher):
             teacher = as_teacher(
                 self._teacher_setting,
                 make_task(student, task).kind,
@@ -200,8 +205,9 @@ class DistillationMixin(
         super().log(logs, start_time)
 
     def _moving_knobs(self) -> dict[str, float]:
-        """Scheduled numbers, as the last optimizer step used them."""
-        return {name: s(self._step_progress) for name, s in self.distiller.blending.knobs().items() if s(0.0) != s(1.0)}
+        """Scheduled numbers, and those that were changed during the training, as the last optimizer step used them."""
+        knobs, changed = self.distiller.blending.knobs(), self._blend_at_start
+        return {name: s(self._step_progress) for name, s in knobs.items() if s(0.0) != s(1.0) or name in changed}
 
     # Hyperparameter search: a new student, new settings.
 

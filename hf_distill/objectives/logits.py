@@ -212,9 +212,7 @@ class LogitsMatch:
         """The divergence's name, for logs and cards."""
         if self._given is None:
             return "mean_squared_error" if task.on_values else "forward_kl"
-        function = getattr(self._given, "func", self._given)
-        known = [name for name, catalogued in DIVERGENCES.items() if catalogued is function]
-        return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
+        return divergence_name(self._given)
 
     def _try_settings(self) -> None:
         """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
@@ -242,6 +240,15 @@ class LogitsMatch:
                 f"a divergence returns one number a row, [n]; given two rows, this one returned {list(found.shape)}. "
                 "Leave out the mean or the sum over rows."
             )
+
+
+def divergence_name(divergence: str | Divergence) -> str:
+    """A divergence's name in `DIVERGENCES`, or `own:` and the name of a function of the user's."""
+    if isinstance(divergence, str):
+        return divergence
+    function = getattr(divergence, "func", divergence)
+    known = [name for name, catalogued in DIVERGENCES.items() if catalogued is function]
+    return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
 
 
 def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:

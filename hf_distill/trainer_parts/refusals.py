@@ -8,6 +8,7 @@ from typing import Any
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
 from hf_distill.trainer_parts.answer_masks import ANSWER_MASKS
+from hf_distill.trainer_parts.columns import VALUES_AS_TEACHER, columns_with_values
 from hf_distill.views.collator import OTHER_TOKENS
 
 
@@ -49,6 +50,15 @@ def refuse_unlabelled(
         return  # they become labels
     if not {"label", "label_ids"} & set(columns):  # transformers' own collators rename these
         task.require_labels(distiller.with_task_labels({name: name for name in columns}))
+
+
+def refuse_values_without_teacher(columns: Iterable[str]) -> None:
+    """A teacher's predictions in the dataset, and no teacher that would read them."""
+    values = sorted(columns_with_values(columns))
+    if values:
+        raise SettingError(
+            f"there is no teacher, and the dataset's {', '.join(values)} is not read as one. {VALUES_AS_TEACHER}"
+        )
 
 
 def refuse_two_blends(objectives: Any) -> None:

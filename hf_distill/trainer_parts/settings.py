@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
-from hf_distill.arguments import blend_of, setting
+from hf_distill.arguments import blend_of, picklable, setting
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.errors import SettingError
 from hf_distill.tasks.unknown import UnknownTask
@@ -48,7 +48,7 @@ class SettingsMixin(_Trainer):
 
     def _use_settings(self) -> None:
         """Take the settings as they are now for those that are in use."""
-        self._settings_in_use = _settings_of(self.args)
+        self._settings_in_use, self._blend_at_start = _settings_of(self.args), {}
 
     def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
         self._follow_settings()
@@ -63,6 +63,11 @@ class SettingsMixin(_Trainer):
         loader = super().get_train_dataloader()
         self._batches_are_made = self.is_in_train
         return loader
+
+    def _save(self, *positional: Any, **keywords: Any) -> None:
+        """As `Trainer`'s: it pickles `args`."""
+        with picklable(self.args):
+            super()._save(*positional, **keywords)
 
     def _follow_settings(self) -> None:
         """Let the distiller follow what has changed in `args`.
@@ -122,6 +127,11 @@ class SettingsMixin(_Trainer):
             made = self._make_distiller(self.model, self.args, self.processing_class)
         if self._batches_are_made:
             self._refuse_dropped_columns(made.teacher)
+            if self.distiller.learned:  # the optimizer holds these parameters, and not the new ones
+                raise SettingError(
+                    "args now ask for the teacher, and objectives that learn are being trained without it. Let alpha "
+                    "rise by a schedule (alpha_schedule='linear', alpha_end=...), or change it before train()."
+                )
         made.place(self.accelerator)
         self.distiller = made
         self._signature_columns = None  # the teacher's inputs belong to them from now on
