@@ -25,6 +25,7 @@ _OF_THE_TRAINER = {
     name: f"It is a keyword of the trainer: DistillationTrainer({name}=...)."
     for name in ("teacher_model", "teacher_processing_class", "task", "objectives", "view", "distiller")
 }
+_NUMBERS = ("temperature", "alpha", "temperature_end", "alpha_end", "projection_learning_rate")
 _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # given as JSON on the command line
 
 
@@ -121,6 +122,10 @@ class DistillationArgumentsMixin:
         if args.greater_is_better is None and metric is not None and metric.endswith("divergence"):
             args.greater_is_better = False  # transformers takes all that does not end in "loss" for a score
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
+        for name in _NUMBERS:  # a hyperparameter search casts what it chose to the type that was there
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, name, float(value))
         if isinstance(self.divergence_kwargs, str):
             raise SettingError(
                 f"divergence_kwargs={self.divergence_kwargs!r}: must be a dict, or JSON that starts with {{."

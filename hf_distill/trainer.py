@@ -38,6 +38,7 @@ from hf_distill.trainer_parts.refusals import (
 )
 from hf_distill.trainer_parts.restoring import RestoringMixin
 from hf_distill.trainer_parts.running_terms import RunningTerms
+from hf_distill.trainer_parts.search import SearchMixin
 from hf_distill.trainer_parts.settings import SettingsMixin
 from hf_distill.trainer_parts.several_inputs import teacher_inputs_collator
 from hf_distill.trainer_parts.viewing import ViewingMixin
@@ -54,6 +55,7 @@ _KEYWORD_ALIASES = {
 
 class DistillationMixin(
     PublishingMixin,
+    SearchMixin,
     SettingsMixin,
     LossMixin,
     EvaluationMixin,
