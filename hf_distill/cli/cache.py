@@ -13,7 +13,7 @@ from hf_distill.cli.progress import quiet_libraries
 from hf_distill.cli.stores import add_store_options, store_of
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks import TASKS
-from hf_distill.teachers import TeacherCache, load_teacher
+from hf_distill.teachers import TeacherCache
 from hf_distill.teachers.cached.inside import DTYPES as DTYPES_INSIDE
 from hf_distill.teachers.load import DTYPES, find_tokenizer
 
@@ -46,7 +46,7 @@ def _add_build(kinds: Any) -> None:
     build.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of the model")
     build.add_argument("dataset", metavar="DATASET", help="folder of save_to_disk, or Hub id")
     build.add_argument("folder", type=Path, metavar="CACHE", help="the folder to fill")
-    build.add_argument("--task", choices=sorted(TASKS), required=True, help="the kind of head")
+    build.add_argument("--task", choices=sorted(TASKS), help="the kind of head; else that of the checkpoint")
     build.add_argument("--name", help="configuration of the dataset")
     build.add_argument("--split", default="train", help="which split of the dataset")
     build.add_argument("--text-column", help="text to tokenize, where the dataset is not tokenized")
@@ -88,12 +88,12 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
         data = _tokenized(dataset_of(arguments), tokenizer, arguments)
-        teacher = load_teacher(arguments.teacher, arguments.task, dtype=arguments.teacher_dtype)
         return TeacherCache.build(
-            teacher,
+            arguments.teacher,
             data,
             arguments.folder,
             task=arguments.task,
+            dtype=arguments.teacher_dtype,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,
             store=None if arguments.no_predictions else store_of(arguments),

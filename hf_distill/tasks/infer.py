@@ -106,15 +106,23 @@ def infer_kind(model: Any) -> str:
     """
     model = unwrapped(model)
     for cls in type(model).__mro__:
-        for kind, tables in _TABLES:
-            if cls.__name__ in _class_names(tables) and _is_meant(kind, cls.__name__):
-                return _narrowed(kind, model)
+        kind = kind_of_class(cls.__name__, getattr(model, "config", None))
+        if kind is not None:
+            return kind
     raise SettingError(
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
         f'head: {", ".join(TASKS)}. If it behaves like one of them, pass its name, task="classification" for '
         "example; else pass your own: an object derived from hf_distill.tasks.Task. (With alpha=0 and no objectives "
         "nothing is compared, and any class trains as with Trainer.)"
     )
+
+
+def kind_of_class(name: str, config: Any) -> str | None:
+    """The kind of head of transformers' class of this name, with this config; None where it is in no table."""
+    for kind, tables in _TABLES:
+        if name in _class_names(tables) and _is_meant(kind, name):
+            return _narrowed(kind, config)
+    return None
 
 
 def infer_task(model: Any) -> Task:
@@ -163,18 +171,18 @@ def _is_meant(kind: str, name: str) -> bool:
     return kind != "causal_lm" or name not in _NOT_CAUSAL
 
 
-def _narrowed(kind: str, model: Any) -> str:
+def _narrowed(kind: str, config: Any) -> str:
     """What the config says beside the class.
 
     Audio language models stand in the sequence-to-sequence tables, but have no decoder inputs and shift their labels.
     A sequence classification head with one output, or declared so, is a regression.
     """
-    if kind == "seq2seq" and not model.config.is_encoder_decoder:
+    if kind == "seq2seq" and not config.is_encoder_decoder:
         return "causal_lm"
     if kind != "classification":
         return kind
-    problem = getattr(model.config, "problem_type", None)
-    alone = problem is None and model.config.num_labels == 1
+    problem = getattr(config, "problem_type", None)
+    alone = problem is None and config.num_labels == 1
     return "regression" if problem == "regression" or alone else kind
 
 

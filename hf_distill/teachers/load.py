@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
+from hf_distill.tasks.infer import kind_of_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What people call them; only proposed in messages.
@@ -88,11 +89,7 @@ def load_teacher(
             transformers would fill at random teaches noise.
     """
     path = os.fspath(path)
-    if not os.path.isdir(path) and _looks_local(path):
-        raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
-            "id like organisation/name."
-        )
+    _refuse_missing(path)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise TeacherError(
             f"teacher_model={path!r} holds a PEFT adapter, and what head its base is to get is not known here. Load "
@@ -119,6 +116,30 @@ def load_teacher(
             "Fine-tune it first, and give the folder that training saved."
         )
     return model
+
+
+def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
+    """The kind of head that a checkpoint was saved with, from its config.json; None where that does not tell.
+
+    Raises:
+        TeacherError: there is no such folder, or its config cannot be read.
+    """
+    path = os.fspath(path)
+    _refuse_missing(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
+    named = getattr(config, "architectures", None) or ()
+    return next((kind for kind in (kind_of_class(name, config) for name in named) if kind is not None), None)
+
+
+def _refuse_missing(path: str) -> None:
+    if not os.path.isdir(path) and _looks_local(path):
+        raise TeacherError(
+            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
+            "id like organisation/name."
+        )
 
 
 def find_tokenizer(path: str | os.PathLike[str]) -> Any:

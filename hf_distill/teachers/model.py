@@ -176,7 +176,7 @@ class ModelTeacher:
         }
         if "decoder_input_ids" in batch:
             own.setdefault("decoder_input_ids", batch["decoder_input_ids"])
-        main = getattr(unwrapped(self.model), "main_input_name", "input_ids")
+        main = self._main_input()
         source: Mapping[str, Any] = own if main in own else batch
         # A forward that names nothing is given whatever the student is given.
         known = self.inputs or tuple(n for n in source if n not in _NEVER_GIVEN and not n.startswith(TEACHER_PREFIX))
@@ -198,6 +198,11 @@ class ModelTeacher:
         if "use_cache" in self.inputs:  # it would cost memory, and hide from transformers where packed sequences end
             inputs["use_cache"] = False
         return inputs
+
+    def _main_input(self) -> str:
+        """What the class calls its main input, or the first argument of a forward that does not know that name."""
+        named = str(getattr(unwrapped(self.model), "main_input_name", "input_ids"))
+        return named if not self.inputs or named in self.inputs else self.inputs[0]
 
     def _explain(self, error: Exception, inputs: dict[str, Any]) -> None:
         """Say whose forward failed, where that follows from the length of the input."""
