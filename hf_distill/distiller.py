@@ -82,7 +82,7 @@ class Distiller(OneBatch):
         self._given_task = task
         self._processor = processing_class
         self._compares_anyway = compare_predictions
-        self._student_label_names = None if label_names is None else tuple(label_names)
+        self._label_names = label_names
         self._seed = torch.initial_seed() % 2**32 if seed is None else seed
         self._watch = TeacherWatch()
         self.blending = Blend(objectives)
@@ -133,7 +133,7 @@ class Distiller(OneBatch):
             self.blending.refuse_without_teacher()
             return
         if LOGITS in self.blending.ever_active() and not self.pairs_predictions:
-            if hasattr(self.teacher, "state"):  # fitted again, it would begin anew
+            if hasattr(self.teacher, "state"):  # fitting it again would restart it
                 raise SettingError(
                     f"alpha rose above 0, and the predictions of this {type(self.teacher).__name__} were not compared "
                     "until now. Let alpha rise by a schedule (alpha_schedule, alpha_end) instead."
@@ -178,6 +178,9 @@ class Distiller(OneBatch):
         self._student_names = forward_names(student)
         read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(read) - set(self._student_names)
+        own, known = self._label_names, task.label_names
+        differ = own is not None and len(own) == len(known) and tuple(own) != known
+        self._label_aliases = dict(zip(known, own or (), strict=True)) if differ else {}
         self._fitted = student
 
     def _fit_teacher(self, student: nn.Module, task: Task) -> None:

@@ -70,10 +70,10 @@ def did_you_mean(name: Any, known: Iterable[str], also: Mapping[str, str] | None
     if not isinstance(name, str):
         return ""
     spelt = {one.lower(): one for one in known}
-    asked = name.strip().lower().replace("-", "_").replace(" ", "_")
-    if also is not None and asked in also:
-        return f" Did you mean {also[asked]!r}?"
-    near = difflib.get_close_matches(asked, spelt, 1)
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")
+    if also is not None and plain in also:
+        return f" Did you mean {also[plain]!r}?"
+    near = difflib.get_close_matches(plain, spelt, 1)
     return f" Did you mean {spelt[near[0]]!r}?" if near else ""
 
 
@@ -92,7 +92,7 @@ def check_keywords(
         given: the keywords.
         called: its name, for the message.
         also: as for `did_you_mean`.
-        elsewhere: keywords that belong to something else, and a sentence that says where.
+        elsewhere: keywords that belong to something else, each with a sentence on where it belongs.
 
     Raises:
         TypeError: as Python itself raises it, with the nearest keyword.

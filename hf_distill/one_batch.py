@@ -38,7 +38,7 @@ class OneBatch:
     _student: nn.Module
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
-    _student_label_names: tuple[str, ...] | None
+    _label_aliases: dict[str, str]
     _inside: Inside
     _watch: TeacherWatch
     _without_logits: WithoutLogits
@@ -86,12 +86,10 @@ class OneBatch:
 
     def with_task_labels(self, batch: Batch) -> Batch:
         """The batch with its labels under the names that the task reads, beside the names that the student reads."""
-        own = self._student_label_names
-        if own is None or len(own) != len(self.task.label_names) or self.task.has_labels(batch):
+        aliases = self._label_aliases
+        if not aliases or self.task.has_labels(batch) or any(batch.get(own) is None for own in aliases.values()):
             return batch
-        if any(batch.get(name) is None for name in own):
-            return batch
-        return {**batch, **{name: batch[given] for name, given in zip(self.task.label_names, own, strict=True)}}
+        return {**batch, **{name: batch[own] for name, own in aliases.items()}}
 
     def finds_labels(self, batch: Batch) -> bool:
         """Whether the task can count this batch's labels."""
@@ -176,18 +174,14 @@ class OneBatch:
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
         """What the student is called with: nothing of the teacher's, and labels only where they are used."""
-        own = self._student_label_names
+        aliases = self._label_aliases
+        removed = self._teacher_only | (aliases.keys() - set(self._student_names))
         if not labels:
-            batch = self.task.without_labels(batch)
-        removed = set() if labels or own is None else set(own)
-        if own is not None:  # the task's own names for the same labels
-            removed |= set(self.task.label_names) - set(own) - set(self._student_names)
+            batch, removed = self.task.without_labels(batch), removed | set(aliases.values())
         return {
             name: value
             for name, value in batch.items()
-            if (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
-            and name not in self._teacher_only
-            and name not in removed
+            if name not in removed and (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
         }
 
     def blend(

@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import Seq2SeqTrainer, Trainer
@@ -45,6 +46,7 @@ from hf_distill.trainer_parts.viewing import ViewingMixin
 
 logger = logging.getLogger(__name__)
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
+_NO_KEYWORDS = {"self", "args", "kwargs", "positional", "keywords"}
 # What people call the keywords; only proposed in messages.
 _KEYWORD_ALIASES = {
     "teacher": "teacher_model",
@@ -121,7 +123,10 @@ class DistillationMixin(
         try:
             super().__init__(model, args, *positional, **keywords)
         except TypeError as error:
-            raise _explained(error, type(self)) from error
+            hint = _keyword_hint(error, keywords, type(self))
+            if hint:
+                raise TypeError(f"{error}.{hint}") from error
+            raise
         try:
             self._finish_init(None if checks_first else distiller, makes_distiller=not checks_first)
         except ValueError:
@@ -264,23 +269,20 @@ def _is_of_transformers(init: Any) -> bool:
     return getattr(init, "__func__", None) in (Trainer.__init__, Seq2SeqTrainer.__init__)
 
 
-def _explained(error: TypeError, trainer_class: type) -> TypeError:
-    """The same error, with the keyword that was probably meant, where one is not known."""
+def _keyword_hint(error: TypeError, given: Iterable[str], trainer_class: type) -> str:
+    """A sentence on the keyword that was probably meant, where one of these is not known; empty for other errors."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if found is None:
-        return error
-    name = found[1]
-    if SETTING_ALIASES.get(name, name) in DistillationArguments.__dataclass_fields__:
-        hint = (
-            f" {SETTING_ALIASES.get(name, name)} belongs into args: DistillationArguments(...). A base trainer with "
-            "arguments of its own needs a class of both: class Args(DistillationArgumentsMixin, ItsArguments)."
+        return ""
+    name, meant = found[1], SETTING_ALIASES.get(found[1], found[1])
+    if meant in DistillationArguments.__dataclass_fields__:
+        return (
+            f" {meant} is a setting: pass args=DistillationArguments(..., {meant}=...). A base trainer with its own "
+            "arguments needs a class of both: class Args(DistillationArgumentsMixin, ItsArguments)."
         )
-    else:
-        known = {
-            parameter
-            for one in trainer_class.__mro__
-            if "__init__" in vars(one)
-            for parameter in inspect.signature(vars(one)["__init__"]).parameters
-        }
-        hint = did_you_mean(name, known - {"self", "args", "kwargs"}, _KEYWORD_ALIASES)
-    return TypeError(f"{error}.{hint}") if hint else error
+    if name not in given:
+        return ""
+    parameters = [
+        inspect.signature(vars(one)["__init__"]).parameters for one in trainer_class.__mro__ if "__init__" in vars(one)
+    ]
+    return did_you_mean(name, {name for known in parameters for name in known} - _NO_KEYWORDS, _KEYWORD_ALIASES)

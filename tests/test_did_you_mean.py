@@ -181,8 +181,8 @@ OF_THE_TRAINER = {
     "teacher": r"Did you mean 'teacher_model'",
     "tokenizer": r"Did you mean 'processing_class'",
     "train_datset": r"Did you mean 'train_dataset'",
-    "temperature": r"temperature belongs into args",
-    "kd_alpha": r"alpha belongs into args",
+    "temperature": r"temperature is a setting: pass args=",
+    "kd_alpha": r"alpha is a setting: pass args=",
 }
 
 

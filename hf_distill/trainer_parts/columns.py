@@ -28,7 +28,7 @@ _VALUES = re.compile(r"(top_?k?_)?(logits|log_?probs|log_?probabilities|probs)|s
 
 
 class ColumnsMixin(_Trainer):
-    """Keeps what the teacher reads, and what says which tokens are of answers."""
+    """Keeps the columns that the teacher reads, and the masks of answers."""
 
     distiller: Any
     _signature_columns: Any
@@ -48,7 +48,7 @@ class ColumnsMixin(_Trainer):
 
     @property
     def _base_chooses_columns(self) -> bool:
-        """Whether the base trainer says which columns it reads, as TRL's do: then it reads the masks of answers too."""
+        """Whether the base trainer chooses its columns itself, as TRL's do: then it reads the masks of answers too."""
         own = getattr(super()._set_signature_columns_if_needed, "__func__", None)
         return own is not Trainer._set_signature_columns_if_needed
 

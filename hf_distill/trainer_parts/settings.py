@@ -15,6 +15,7 @@ from hf_distill.arguments import blend_of, picklable, setting
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.errors import SettingError
 from hf_distill.tasks.unknown import UnknownTask
+from hf_distill.trainer_parts.columns import columns_of
 from hf_distill.trainer_parts.random_state import random_state_kept
 
 if TYPE_CHECKING:
@@ -104,13 +105,15 @@ class SettingsMixin(_Trainer):
         evaluates = setting(self.args, "evaluate_with_teacher")
         asks_teacher = evaluates or uses_teacher(blend["alpha"], self._objectives_setting)
         needs_task = evaluates or not compares_nothing(blend["alpha"], self._objectives_setting)
-        knobs = self.distiller.blending.knobs()
+        blending = self.distiller.blending
+        knobs = blending.knobs()
         is_unknown = isinstance(self.distiller.task, UnknownTask)
         if (asks_teacher and self.distiller.teacher is None) or (needs_task and is_unknown):
             self._remake_distiller()
         else:
             self.distiller.set_blend(**blend)
         if evaluates and not self.distiller.pairs_predictions:
+            self.distiller.blending = blending
             raise SettingError(
                 "evaluate_with_teacher=True was set after the trainer was made, and its blend compares no predictions. "
                 "Set it in args before."
@@ -122,14 +125,14 @@ class SettingsMixin(_Trainer):
                     self._blend_at_start.setdefault(name, knobs[name](0.0))
 
     def _remake_distiller(self) -> None:
-        """A distiller with the teacher that no setting asked for until now."""
+        """Replace the distiller by one with the teacher, which no setting needed until now."""
         with random_state_kept():
             made = self._make_distiller(self.model, self.args, self.processing_class)
         if self._batches_are_made:
             self._refuse_dropped_columns(made.teacher)
             if self.distiller.learned:  # the optimizer holds these parameters, and not the new ones
                 raise SettingError(
-                    "args now ask for the teacher, and objectives that learn are being trained without it. Let alpha "
+                    "args now need the teacher, and objectives that learn are being trained without it. Let alpha "
                     "rise by a schedule (alpha_schedule='linear', alpha_end=...), or change it before train()."
                 )
         made.place(self.accelerator)
@@ -142,13 +145,13 @@ class SettingsMixin(_Trainer):
         """Raise SettingError where the running training's batches lack something that the teacher would read."""
         if not self.args.remove_unused_columns:
             return
-        known = getattr(self.train_dataset, "column_names", None)
+        known = set(columns_of(self.train_dataset))
         read = set(teacher.inputs) - set(self._signature_columns or ())
-        lacking = sorted(read if known is None else read & set(known))
+        lacking = sorted(read & known if known else read)
         if lacking or self._has_teacher_columns():
             what = ", ".join(lacking) or "teacher_* columns"
             raise SettingError(
-                "args now ask for the teacher, and the batches of the running training were made without what it "
+                "args now need the teacher, and the batches of the running training were made without what it "
                 f"reads ({what}). Let alpha rise by a schedule (alpha_schedule='linear', alpha_end=...), or change it "
                 "before train()."
             )

@@ -16,7 +16,7 @@ class TrainingCallback(TrainerCallback):
     """After each optimizer step the teacher learns of it; before each epoch the data collator does.
 
     Args:
-        trainer: the trainer whose `distiller` and `data_collator` are told.
+        trainer: the trainer whose `distiller` and `data_collator` are called.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -281,7 +281,7 @@ def test_a_teacher_that_cannot_teach_leaves_nothing_behind(tmp_path) -> None:
 def test_keywords_that_do_not_exist_name_the_right_one(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'techer_model'\. Did you mean 'teacher_model'\?"):
         mine(tmp_path, techer_model=HEAD.make(2))
-    with pytest.raises(TypeError, match=r"'temperature'.*belongs into args.*DistillationArgumentsMixin"):
+    with pytest.raises(TypeError, match=r"'temperature'.*is a setting: pass args=.*DistillationArgumentsMixin"):
         Mine(model=student(), args=args(tmp_path), train_dataset=texts(), temperature=2.0)
 
 

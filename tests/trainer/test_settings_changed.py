@@ -242,6 +242,24 @@ def test_columns_that_the_running_training_has_dropped(tmp_path) -> None:
         trainer.train()
 
 
+def test_evaluation_of_predictions_that_are_not_compared(tmp_path) -> None:
+    trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.0, objectives=HiddenMatch("last"), eval_dataset=examples())
+    blending = trainer.distiller.blending
+    trainer.args.evaluate_with_teacher = True
+    with pytest.raises(SettingError, match="its blend compares no predictions"):
+        trainer.evaluate()
+    assert trainer.distiller.blending is blending
+
+
+def test_a_teacher_of_another_class_that_reads_what_the_student_reads(tmp_path) -> None:
+    """It could read token types too, but this dataset has none."""
+    distil = HEADS["distilbert_single_label"]
+    given = {"train_dataset": distil.examples(8), "data_collator": distil.collate, "callbacks": [Change(alpha=0.5)]}
+    trainer = make(tmp_path, distil.make(0), HEADS["bert_single_label"].make(1), alpha=0.0, **given, **STILL)
+    trainer.train()
+    assert "loss/logits" in trainer.state.log_history[1]
+
+
 def test_a_cache_that_holds_for_one_temperature(tmp_path) -> None:
     head = HEADS["llama_causal_lm"]
     given = {"train_dataset": head.examples(8), "data_collator": head.collate}
