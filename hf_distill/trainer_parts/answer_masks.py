@@ -43,8 +43,9 @@ class AnswerMaskCollator:
         return self if clean is None else AnswerMaskCollator(clean(), reads_masks=self._reads_masks)
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        names = [name for name in ANSWER_MASKS if isinstance(features[0], Mapping) and name in features[0]]
-        if not names:
+        first = features[0] if isinstance(features[0], Mapping) else {}
+        names = [name for name in ANSWER_MASKS if name in first]
+        if not names or "input_ids" not in first:
             return self.collator(features)
         given = [dict(feature) for feature in features]
         if not self._reads_masks:

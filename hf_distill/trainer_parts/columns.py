@@ -87,7 +87,7 @@ class ColumnsMixin(_Trainer):
                 f"The dataset has {' and '.join(masks)}, which is not read: {why}. To train on answers alone, give it "
                 "labels that are -100 on all other tokens."
             )
-        if teacher is not None:
+        if teacher is not None and teacher.inputs:  # one that names no inputs is given all that begins with teacher_
             values = sorted(columns_with_values(columns) - {*forward_names(self.model), *_read_by(teacher)})
             if values:
                 logger.warning(f"The dataset has {', '.join(values)}, which is not read. {VALUES_AS_TEACHER}")
