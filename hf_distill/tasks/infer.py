@@ -113,7 +113,7 @@ def infer_kind(model: Any) -> str:
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
         f'head: {", ".join(TASKS)}. If it behaves like one of them, pass its name, task="classification" for '
         "example; else pass your own: an object derived from hf_distill.tasks.Task. (With alpha=0 and no objectives "
-        "nothing is compared, and any class trains as with Trainer.)"
+        "a DistillationTrainer compares nothing, and trains any class as Trainer does.)"
     )
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from tests.distributed.sharded import sharded_teacher
 from tests.heads import HEADS
+from tests.trainer.drop_in_steps import everything
 from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
 
 CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
@@ -75,13 +76,14 @@ def main(path: str) -> None:
             cut = {"micro_batch": 2, "accumulation": 2}
             own = inside_steps(folder, HEADS[name], kind=kind, alpha=alpha, optim=optim, **cut)
             inside[name, kind, alpha, optim] = own
+        dropped_in = everything(folder, 4)
     sharded = sharded_teacher()
     rank, processes = dist.get_rank(), dist.get_world_size()
     learned: list[object] = [None] * processes
     dist.all_gather_object(learned, {case: own["learned"] for case, own in inside.items()})
     if rank == 0:
         all_found = {"found": found, "evaluated": evaluated, "inside": inside, "learned": learned, "sharded": sharded}
-        torch.save({"processes": processes, **all_found}, f"{path}.partial")
+        torch.save({"processes": processes, "drop_in": dropped_in, **all_found}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()
 
