@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_distill.errors import SettingError
+from hf_distill.blend import SETTING_ALIASES
+from hf_distill.errors import SettingError, check_keywords, did_you_mean
 from hf_distill.objectives import LogitsMatch
+from hf_distill.objectives.logits import divergence_name
 from hf_distill.schedules import Schedule, checked_schedule, make_schedule
 from hf_distill.teachers.load import as_dtype
 from hf_distill.teachers.quantised_loading import as_setting
 from hf_distill.vocabulary import LABEL_MATCHING
 
+_OF_THE_TRAINER = {
+    name: f"It is a keyword of the trainer: DistillationTrainer({name}=...)."
+    for name in ("teacher_model", "teacher_processing_class", "task", "objectives", "view", "distiller")
+}
+_NUMBERS = ("temperature", "alpha", "temperature_end", "alpha_end", "projection_learning_rate")
 _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # given as JSON on the command line
 
 
 @dataclass
-class _Distillation:
-    """The fields, shared by the two argument classes; validated when they are built."""
+class DistillationArgumentsMixin:
+    """The settings of a distillation, for a dataclass derived from any training arguments; validated when it is built.
+
+    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` gives TRL's `SFTTrainer` both.
+    """
 
     temperature: float = field(
         default=2.0,
@@ -97,18 +110,30 @@ class _Distillation:
         metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
     )
 
+    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
+
+        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
+            """Raises TypeError for a keyword that is no field, with the nearest one."""
+            check_keywords(cls.__init__, keywords, called=cls.__name__, also=SETTING_ALIASES, elsewhere=_OF_THE_TRAINER)
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         args: Any = self  # and so a TrainingArguments
         metric = args.metric_for_best_model
         if args.greater_is_better is None and metric is not None and metric.endswith("divergence"):
             args.greater_is_better = False  # transformers takes all that does not end in "loss" for a score
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
+        for name in _NUMBERS:  # a hyperparameter search casts what it chose to the type that was there
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, name, float(value))
         if isinstance(self.divergence_kwargs, str):
             raise SettingError(
                 f"divergence_kwargs={self.divergence_kwargs!r}: must be a dict, or JSON that starts with {{."
             )
         if self.label_matching not in LABEL_MATCHING:
-            raise SettingError(f"label_matching={self.label_matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
+            allowed, hint = " and ".join(LABEL_MATCHING), did_you_mean(self.label_matching, LABEL_MATCHING)
+            raise SettingError(f"label_matching={self.label_matching!r}: allowed are {allowed}.{hint}")
         if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
             self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
         self.teacher_quantization = as_setting(self.teacher_quantization)
@@ -120,9 +145,15 @@ class _Distillation:
         temperature = checked_schedule("temperature", blend["temperature"])
         LogitsMatch(blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature)
 
+    def to_json_string(self) -> str:
+        """As `TrainingArguments`'; a divergence that is a function stands there by its name."""
+        args: Any = self
+        named = None if self.divergence is None else divergence_name(self.divergence)
+        return json.dumps({**args.to_dict(), "divergence": named}, indent=2)
+
 
 @dataclass
-class DistillationArguments(_Distillation, TrainingArguments):
+class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` and the settings of a distillation.
 
     Args: see each field's help; `HfArgumentParser` makes command-line options of them.
@@ -138,7 +169,7 @@ class DistillationArguments(_Distillation, TrainingArguments):
 
 
 @dataclass
-class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
+class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
@@ -146,7 +177,22 @@ class Seq2SeqDistillationArguments(_Distillation, Seq2SeqTrainingArguments):
 
 def setting(args: Any, name: str) -> Any:
     """A setting of a distillation; its default where `args` is a plain `TrainingArguments`."""
-    return getattr(args, name, _Distillation.__dataclass_fields__[name].default)
+    return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
+
+
+@contextlib.contextmanager
+def picklable(args: Any) -> Iterator[None]:
+    """Around a place that pickles `args`: a divergence that cannot be pickled (a lambda) stands there by its name."""
+    given = setting(args, "divergence")
+    try:
+        pickle.dumps(given)
+    except (pickle.PicklingError, AttributeError, TypeError):  # what pickle raises for local functions
+        args.divergence = divergence_name(given)
+    try:
+        yield
+    finally:
+        if given is not None:
+            args.divergence = given
 
 
 def blend_of(args: Any) -> Mapping[str, Any]:

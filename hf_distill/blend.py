@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.counts import Counts
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional import Divergence
 from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
@@ -21,6 +21,12 @@ from hf_distill.teachers.base import Lesson
 
 LABELS = "labels"
 LOGITS = "logits"
+# What people call the settings; only proposed in messages.
+SETTING_ALIASES: dict[str, str] = {
+    **dict.fromkeys(("t", "temp", "tau", "kd_temperature", "distillation_temperature"), "temperature"),
+    **dict.fromkeys(("kd_alpha", "alpha_kd", "kd_weight", "kd_ratio", "distillation_weight", "lambda_kd"), "alpha"),
+    **dict.fromkeys(("loss", "loss_type", "kd_loss", "distillation_loss", "divergence_type"), "divergence"),
+}
 Objectives = Objective | Sequence[Objective] | Mapping[str, Objective] | None
 
 
@@ -63,6 +69,7 @@ class Blend:
 
     def __init__(self, objectives: Objectives = None) -> None:
         self.alpha: Schedule | None = None
+        self.labels_alone = False  # whether alpha is 0 throughout, and no objective ever weighs anything
         # Copies: what one learns of a run stays with the run, though several are made with the same object.
         self._others = {name: copy.copy(one) for name, one in _named(objectives).items()}
         self.objectives: dict[str, Objective] = dict(self._others)
@@ -83,6 +90,7 @@ class Blend:
             raise SettingError("alpha=None is a loss of the objectives alone, and there are none. Pass objectives=.")
         self.alpha = schedule
         self.objectives = {LOGITS: match, **self._others}
+        self.labels_alone = schedule is not None and not self.ever_active()
 
     @property
     def logits_match(self) -> LogitsMatch:
@@ -221,6 +229,11 @@ class Blend:
         return nn.ModuleDict({name: o.learned for name, o in self.objectives.items() if o.learned is not None})
 
 
+def compares_nothing(alpha: Schedule | None, objectives: Objectives) -> bool:
+    """Whether such a blend is the labels' term alone: alpha 0 throughout, and no objectives."""
+    return alpha is not None and not _named(objectives) and not any(alpha(p) > 0 for p in PROGRESS)
+
+
 def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
     """Whether a teacher is asked at some moment."""
     others = _named(objectives).values()
@@ -255,17 +268,12 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
     if isinstance(objectives, Mapping):
         pairs: Iterable[tuple[str, Any]] = objectives.items()
     else:
-        several = objectives if isinstance(objectives, Sequence) else [objectives]
+        given: Any = objectives
+        several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
         pairs = [(getattr(one, "name", type(one).__name__), one) for one in several]
     named: dict[str, Objective] = {}
     for name, one in pairs:
-        if isinstance(one, LogitsMatch):
-            raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
-        if not all(hasattr(one, part) for part in ("weight", "count", "fit", "needs")):
-            raise SettingError(
-                f"objectives: {one!r} is no objective. Give instances of {', '.join(o.__name__ for o in _ADDED)}, or "
-                "of your own class with the methods of hf_distill.objectives.Objective."
-            )
+        _check_objective(one)
         if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
             raise SettingError(
                 f"objectives: {name!r} cannot be the name of a term: a word without dots, and none that torch's "
@@ -279,4 +287,27 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
     return named
 
 
-_ADDED = tuple(one for name, one in OBJECTIVES.items() if name != LOGITS)
+_ADDED = {name: one.__name__ for name, one in OBJECTIVES.items() if name != LOGITS}
+
+
+def _check_objective(one: Any) -> None:
+    """Raise SettingError for what is not an objective, with what was probably meant."""
+    if isinstance(one, LogitsMatch):
+        raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
+    if hasattr(one, "stages"):  # a Preset, which this module does not know
+        way_out = (
+            "Its parts are `.objectives` and `.arguments`: pass objectives=preset.objectives to the trainer, and "
+            "DistillationArguments(..., **preset.arguments)."
+            if len(one.stages) == 1
+            else f"It has {len(one.stages)} trainings: train_in_stages(preset, model=..., teacher_model=..., args=...)."
+        )
+        raise SettingError(f"objectives: {getattr(one, 'name', type(one).__name__)!r} is a preset. {way_out}")
+    if all(hasattr(one, part) for part in ("weight", "count", "fit", "needs")):
+        return
+    is_short = one is None or isinstance(one, (str, int, float, type))
+    also = {word: name for kind, name in _ADDED.items() for word in (kind, kind.replace("_", ""), f"{kind}_match")}
+    raise SettingError(
+        f"objectives: {repr(one) if is_short else f'a {type(one).__name__}'} is no objective. Give instances of "
+        f"{', '.join(_ADDED.values())}, or of your own class with the methods of hf_distill.objectives.Objective."
+        f"{did_you_mean(one, _ADDED.values(), also)}"
+    )

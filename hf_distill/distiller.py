@@ -5,14 +5,16 @@ Works in any training loop. It knows no Trainer; what it learns of processes com
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_distill.blend import LOGITS, Blend, Objectives
+from hf_distill.errors import HfDistillError, SettingError
 from hf_distill.functional import Divergence
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.padding import PaddingCheck
@@ -51,6 +53,7 @@ class Distiller(OneBatch):
         None: torch's own. compare_predictions: demand a teacher whose predictions can be compared, even where no term
         does so (an evaluation may). materialize_logits: False or None (where the vocabulary is large): see
         `WithoutLogits`; the outputs then have none.
+        label_names: what the student's forward calls its labels, if not as the task does; None: as the task.
 
     Raises:
         SettingError, TeacherError: see the messages; nothing is changed then.
@@ -79,16 +82,20 @@ class Distiller(OneBatch):
         seed: int | None = None,
         compare_predictions: bool = False,
         materialize_logits: bool | None = True,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         self._given_task = task
         self._processor = processing_class
         self._compares_anyway = compare_predictions
+        self._label_names = label_names
         self._seed = torch.initial_seed() % 2**32 if seed is None else seed
         self.finite_check = FiniteCheck()
         self.blending = Blend(objectives)
         self.learned = Learned()
         self.reached: set[int] = set()  # see `unused_outputs`
         self._without_logits = WithoutLogits(materialize_logits)
+        self._fitted: nn.Module | None = None
+        self.pairs_predictions = False  # whether the columns of the teacher's head are paired with the student's
         self.set_blend(
             temperature=temperature,
             alpha=alpha,
@@ -109,14 +116,37 @@ class Distiller(OneBatch):
         divergence: str | Divergence | None = None,
         divergence_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Choose alpha and the divergence anew (a hyperparameter search does, between trials).
+        """Change alpha, the temperature and the divergence, also while a training runs.
 
         Raises:
-            SettingError: a value that cannot be.
+            SettingError: a value that cannot be, or that this task or teacher cannot serve; the blend is as it was.
+            TeacherError: the teacher's predictions, compared from now on, cannot be paired with the student's.
         """
+        before = copy.copy(self.blending)
         self.blending.set(
             temperature=temperature, alpha=alpha, divergence=divergence, divergence_kwargs=divergence_kwargs
         )
+        if self._fitted is None:
+            return
+        try:
+            self._check_changed_blend(self._fitted)
+        except HfDistillError:
+            self.blending = before
+            raise
+
+    def _check_changed_blend(self, student: nn.Module) -> None:
+        self.logits_match.divergence_for(self.task)
+        if self.teacher is None:
+            self.blending.refuse_without_teacher()
+            return
+        if LOGITS in self.blending.ever_active() and not self.pairs_predictions:
+            if hasattr(self.teacher, "state"):  # fitting it again would restart it
+                raise SettingError(
+                    f"alpha rose above 0, and the predictions of this {type(self.teacher).__name__} were not compared "
+                    "until now. Let alpha rise by a schedule (alpha_schedule, alpha_end) instead."
+                )
+            self._fit_teacher(student, self.task)
+        self._check_teacher_needs()
 
     @property
     def objectives(self) -> dict[str, Objective]:
@@ -137,22 +167,14 @@ class Distiller(OneBatch):
         self.logits_match.divergence_for(task)
         asked = self.blending.ever_active()
         if self.teacher is not None:
-            self.teacher.fit(
-                student,
-                task,
-                student_processor=self._processor,
-                compares_predictions=LOGITS in asked or not asked or self._compares_anyway,
-                same_inputs=self.blending.compares_positions(),
-            )
+            self._fit_teacher(student, task)
         else:
             self.blending.refuse_without_teacher()
         theirs = getattr(self.teacher, "inside", None)
         for name in asked:
             self.objectives[name].fit(inside, theirs, task, model=unwrapped(student), seed=self._seed)
+        self._check_teacher_needs()
         teacher: Any = self.teacher
-        if hasattr(teacher, "check_needs"):  # what objectives need of it is known once they are fitted
-            for moment in PROGRESS:
-                teacher.check_needs(self.blending.needs(moment)[1])
         if hasattr(teacher, "check_objectives"):
             teacher.check_objectives([self.objectives[name] for name in asked])
         self.learned.hold(self.blending.learned())
@@ -173,6 +195,29 @@ class Distiller(OneBatch):
         self._student_names = forward_names(student)
         read = self.teacher.inputs if self.teacher is not None and self._student_names else ()
         self._teacher_only = set(read) - set(self._student_names)
+        own, known = self._label_names, task.label_names
+        differ = own is not None and len(own) == len(known) and tuple(own) != known
+        self._label_aliases = dict(zip(known, own or (), strict=True)) if differ else {}
+        self._fitted = student
+
+    def _fit_teacher(self, student: nn.Module, task: Task) -> None:
+        assert self.teacher is not None
+        asked = self.blending.ever_active()
+        self.pairs_predictions = LOGITS in asked or not asked or self._compares_anyway
+        self.teacher.fit(
+            student,
+            task,
+            student_processor=self._processor,
+            compares_predictions=self.pairs_predictions,
+            same_inputs=self.blending.compares_positions(),
+        )
+
+    def _check_teacher_needs(self) -> None:
+        """What objectives need of the teacher is known once they are fitted."""
+        teacher: Any = self.teacher
+        if hasattr(teacher, "check_needs"):
+            for moment in PROGRESS:
+                teacher.check_needs(self.blending.needs(moment)[1])
 
     def is_for(self, student: nn.Module) -> bool:
         """Whether `fit` has seen this student."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 
 class Link(NamedTuple):
@@ -208,7 +208,8 @@ def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> La
         return layers
     if isinstance(layers, str):
         if layers not in NAMED:
-            raise SettingError(f"{layers!r}: no such map. Allowed: {', '.join(NAMED)}, a LayerMap, or pairs.")
+            hint = did_you_mean(layers, NAMED)
+            raise SettingError(f"{layers!r}: no such map. Allowed: {', '.join(NAMED)}, a LayerMap, or pairs.{hint}")
         made: LayerMap = getattr(LayerMap, layers)(student_layers, teacher_layers)
         return made
     if isinstance(layers, Sequence):

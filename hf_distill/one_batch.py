@@ -9,15 +9,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill._compat import gathered_sum
-from hf_distill.blend import LABELS, LOGITS, Blend, DistillerOutput, labels_part
+from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, labels_part
 from hf_distill.counts import Counts, scale_of
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, check_keywords
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.inside.padding import PaddingCheck
 from hf_distill.inside.recorder import Inside
@@ -47,6 +47,7 @@ class OneBatch:
     _whole_student: nn.Module  # with what PEFT puts around it: the vectors of prompt tuning are no part of the base
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
+    _label_aliases: dict[str, str]
     _inside: Inside
     finite_check: FiniteCheck
     label_agreement: LabelAgreement
@@ -56,6 +57,14 @@ class OneBatch:
     learned: Learned
     _found_trainable: bool = False
     _config_is_written: bool
+
+    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
+
+        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
+            """Raises TypeError for a keyword that does not exist, with the nearest one."""
+            also = {**SETTING_ALIASES, "teacher": "teacher_model", "tokenizer": "processing_class"}
+            check_keywords(cls.__init__, keywords, called=cls.__name__, also=also)
+            return super().__new__(cls)
 
     def count(
         self,
@@ -76,6 +85,7 @@ class OneBatch:
             DataError: a label is needed and missing, or is one that the head cannot take.
             SettingError: the student has no trainable parameter.
         """
+        micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
         if self.asks_teacher(progress):
             self._write_config(micro_batches[0])
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
@@ -116,6 +126,27 @@ class OneBatch:
         if written:
             logger.info(f"Written to the student's config, as it is trained so: {written}.")
 
+    def compares_nothing(self) -> bool:
+        """Whether the loss is the labels' term alone, at every moment of the training."""
+        return self.blending.labels_alone
+
+    def has_other_label_names(self) -> bool:
+        """Whether the student's forward calls its labels by other names than the task."""
+        return bool(self._label_aliases)
+
+    def with_task_labels(self, batch: Batch) -> Batch:
+        """The batch with its labels under the names that the task reads, beside the names that the student reads."""
+        aliases = self._label_aliases
+        if not aliases or self.task.has_labels(batch) or any(batch.get(own) is None for own in aliases.values()):
+            return batch
+        return {**batch, **{name: batch[own] for name, own in aliases.items()}}
+
+    def finds_labels(self, batch: Batch) -> bool:
+        """Whether the task can count this batch's labels."""
+        batch = self.with_task_labels(batch)
+        found = [batch[name] for name in self.task.label_names if batch.get(name) is not None]
+        return self.task.has_labels(batch) and all(isinstance(labels, Tensor) for labels in found)
+
     def asks_teacher(self, progress: float = 0.0) -> bool:
         """Whether the teacher is asked at this moment of the training."""
         return bool(self.blending.active(progress))
@@ -140,6 +171,7 @@ class OneBatch:
             HfDistillError: the loss is not finite (see `FiniteCheck`).
         """
         counts = counts or self.count([batch], progress=progress)
+        batch = self.with_task_labels(batch)
         batch = self.prepare(batch) if self.asks_teacher(progress) else batch
         found = self.without_logits(student, batch, counts, progress=progress)
         if found is not None:
@@ -205,11 +237,14 @@ class OneBatch:
         Features and labels are its own copies: what it writes into them changes neither the batch nor what the teacher
         reads.
         """
-        batch = batch if labels else self.task.without_labels(batch)
+        aliases = self._label_aliases
+        removed = self._teacher_only | (aliases.keys() - set(self._student_names))
+        if not labels:
+            batch, removed = self.task.without_labels(batch), removed | set(aliases.values())
         inputs = {
             name: value
             for name, value in batch.items()
-            if not name.startswith(TEACHER_PREFIX) and name not in self._teacher_only
+            if name not in removed and (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
         }
         return own_copies(inputs, self.task.label_names)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 Schedule = Callable[[float], float]
 
@@ -44,12 +44,19 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "cosine": cosine,
 }
+# What other libraries call them; only proposed in messages.
+_ALSO_CALLED = {
+    **dict.fromkeys(("linear_decay", "linear_warmup", "lerp"), "linear"),
+    **dict.fromkeys(("cos", "cosine_annealing", "cosine_decay"), "cosine"),
+    **dict.fromkeys(("const", "none", "fixed"), "constant"),
+}
 
 
 def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Schedule:
     """The named schedule from `start` to `end`; `knob` is the setting's name, for messages."""
     if kind not in SCHEDULES:
-        raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.")
+        hint = did_you_mean(kind, SCHEDULES, _ALSO_CALLED)
+        raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.{hint}")
     for name, value in ((knob, start), (f"{knob}_end", end)):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number and (name == knob or value is not None):

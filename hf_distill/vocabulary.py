@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import SettingError, TeacherError, did_you_mean
 
 LABEL_MATCHING = ("by_name", "by_index")
 
@@ -94,7 +94,8 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
         SettingError: no such matching.
     """
     if matching not in LABEL_MATCHING:
-        raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.")
+        hint = did_you_mean(matching, LABEL_MATCHING)
+        raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.{hint}")
     for whose, config in (("student", student), ("teacher", teacher)):
         if sorted(label_ids(config).values()) != list(range(config.num_labels)):
             raise TeacherError(

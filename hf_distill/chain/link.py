@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from hf_distill.errors import HfDistillError, SettingError
+from hf_distill.errors import HfDistillError, SettingError, did_you_mean
 from hf_distill.objectives import Objective
 from hf_distill.presets.base import Factory, Preset, Stage
 from hf_distill.teachers.load import load_teacher
@@ -65,7 +65,10 @@ class Link:
         if self.stages and self.objectives:
             raise SettingError(f"link {self.name!r}: objectives beside stages. Give each Stage its objectives.")
         if self.teacher not in TEACHERS:
-            raise SettingError(f"link {self.name!r}: teacher={self.teacher!r}: allowed are {', '.join(TEACHERS)}.")
+            hint = did_you_mean(self.teacher, TEACHERS)
+            raise SettingError(
+                f"link {self.name!r}: teacher={self.teacher!r}: allowed are {', '.join(TEACHERS)}.{hint}"
+            )
 
     def make_stages(self) -> tuple[Stage, ...]:
         """Its trainings, with the link's arguments and keywords under their own."""

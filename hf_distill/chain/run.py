@@ -18,7 +18,7 @@ from hf_distill.chain.planning import Planned, planned, validation_of
 from hf_distill.chain.result import INTERRUPTED, NO_EVALUATION, ChainResult, LinkResult, best_of
 from hf_distill.compare.files import write_text_whole
 from hf_distill.compare.size import parameter_count
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.objectives import Objective
 from hf_distill.presets.base import Factory
 from hf_distill.stages import StagesResult, train_in_stages
@@ -70,7 +70,7 @@ class Chain:
             raise SettingError(f"two links are called {twice[0]!r}; the links are {', '.join(names)}. Rename one.")
         models = [id(one.model) for one in self.links if isinstance(one.model, nn.Module)]
         if keep not in KEEP:
-            raise SettingError(f"Chain: keep={keep!r}: allowed are {', '.join(KEEP)}.")
+            raise SettingError(f"Chain: keep={keep!r}: allowed are {', '.join(KEEP)}.{did_you_mean(keep, KEEP)}")
         if len(set(models)) != len(models):
             raise SettingError("Chain: one model stands in two links. Each needs a student of its own.")
 

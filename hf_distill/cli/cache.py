@@ -51,7 +51,7 @@ def _add_build(kinds: Any) -> None:
     build.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of the model")
     add_dataset_arguments(build)
     build.add_argument("folder", type=Path, metavar="CACHE", help="the folder to fill")
-    build.add_argument("--task", choices=_TASKS, required=True, help="the kind of head")
+    build.add_argument("--task", choices=_TASKS, help="the kind of head; else that of the checkpoint")
     build.add_argument("--text-column", help="text to tokenize, where the dataset is not tokenized")
     build.add_argument("--text-pair-column", help="second text of each example")
     build.add_argument("--max-length", type=int, help="tokens an example is cut to; else what the tokenizer says")
@@ -88,18 +88,18 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
     from hf_distill.cli.progress import quiet_libraries
-    from hf_distill.teachers import TeacherCache, load_teacher
+    from hf_distill.teachers import TeacherCache
     from hf_distill.teachers.load import find_tokenizer
 
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
         data = _tokenized(dataset_of(arguments), tokenizer, arguments)
-        teacher = load_teacher(arguments.teacher, arguments.task, dtype=arguments.teacher_dtype)
         return TeacherCache.build(
-            teacher,
+            arguments.teacher,
             data,
             arguments.folder,
             task=arguments.task,
+            dtype=arguments.teacher_dtype,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,
             store=None if arguments.no_predictions else store_of(arguments),

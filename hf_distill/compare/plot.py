@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 
 
-def plot_accuracy_against_latency(report: Report, path: Path) -> None:
+def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw the report's models into an image file; the suffix says its format.
 
     A model without accuracy or latency is left out, and the picture says so. Draws on a canvas of
@@ -42,7 +43,8 @@ def plot_accuracy_against_latency(report: Report, path: Path) -> None:
     absent = [r.name for r in report.results if r not in shown]
     if absent:
         figure.supxlabel("not measured: " + ", ".join(absent), fontsize="small")
-    write_whole(path, lambda beside: figure.savefig(beside, format=path.suffix.lstrip(".")))
+    target = Path(path)
+    write_whole(target, lambda beside: figure.savefig(beside, format=target.suffix.lstrip(".")))
 
 
 def _is_complete(result: ModelResult) -> bool:

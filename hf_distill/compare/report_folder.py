@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hf_distill.compare.files import write_text_whole
@@ -12,15 +13,15 @@ from hf_distill.errors import DataError
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     """Write report.json and report.md into `folder`, each whole or not at all."""
-    write_text_whole(folder / JSON_NAME, report.to_json())
-    write_text_whole(folder / MARKDOWN_NAME, report_markdown(report))
+    write_text_whole(Path(folder, JSON_NAME), report.to_json())
+    write_text_whole(Path(folder, MARKDOWN_NAME), report_markdown(report))
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | os.PathLike[str]) -> Report:
     """The report in `folder`; `DataError` when there is none or it is not one."""
-    path = folder / JSON_NAME
+    path = Path(folder, JSON_NAME)
     if not path.is_file():
         raise DataError(f"no {JSON_NAME} in {folder}. Give the folder that a comparison wrote.")
     return Report.from_json(path.read_text(encoding="utf-8"))

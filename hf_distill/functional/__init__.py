@@ -25,6 +25,7 @@ from hf_distill.functional.fused_inputs import (
 )
 from hf_distill.functional.fused_linear import FusedLoss, fused_linear_distillation
 from hf_distill.functional.properties import (
+    DIVERGENCE_ALIASES,
     DIVERGENCES,
     PROPERTIES,
     Divergence,
@@ -35,6 +36,7 @@ from hf_distill.functional.similarity import SIMILARITIES
 __all__ = [
     "DISTANCES",
     "DIVERGENCES",
+    "DIVERGENCE_ALIASES",
     "PROPERTIES",
     "SIMILARITIES",
     "Divergence",

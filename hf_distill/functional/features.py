@@ -43,6 +43,12 @@ class DistanceProperties:
 
 DISTANCES: dict[str, Distance] = {}
 DISTANCE_PROPERTIES: dict[str, DistanceProperties] = {}
+# What people call them; only proposed in messages.
+DISTANCE_ALIASES = {
+    **dict.fromkeys(("mse", "mean_squared_error", "l2", "squared", "mse_loss"), "mean_squared"),
+    **dict.fromkeys(("cos", "cosine_similarity", "cosine_embedding"), "cosine"),
+    **dict.fromkeys(("l1", "huber", "mae"), "smooth_l1"),
+}
 
 
 def _catalogued(properties: DistanceProperties) -> Callable[[Distance], Distance]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError, SettingError
-from hf_distill.functional.properties import DIVERGENCES, PROPERTIES
+from hf_distill.errors import DataError, SettingError, did_you_mean
+from hf_distill.functional.properties import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
 
 IGNORED = -100  # the label of a row that has none
@@ -125,7 +125,10 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
-            raise SettingError(f"divergence={self.divergence!r}: no such divergence. Allowed: {', '.join(fusable())}.")
+            raise SettingError(
+                f"divergence={self.divergence!r}: no such divergence. Allowed: {', '.join(fusable())}."
+                f"{did_you_mean(self.divergence, fusable(), DIVERGENCE_ALIASES)}"
+            )
         if PROPERTIES[self.divergence].couples_rows and self.settings.get("intra_weight", 1.0) != 0:
             raise SettingError(
                 f"divergence={self.divergence!r} compares rows with each other, so it cannot be taken chunk by chunk. "

@@ -37,6 +37,21 @@ class DivergenceProperties:
 
 DIVERGENCES: dict[str, Divergence] = {}
 PROPERTIES: dict[str, DivergenceProperties] = {}
+# What papers and other libraries call them; only proposed in messages.
+DIVERGENCE_ALIASES: dict[str, str] = {
+    **dict.fromkeys(("kl", "kld", "kl_div", "kldiv", "kl_divergence", "kldivloss", "fkl", "forward"), "forward_kl"),
+    **dict.fromkeys(("forward_kld", "ce", "soft_ce", "cross_entropy", "soft_cross_entropy"), "forward_kl"),
+    **dict.fromkeys(("rkl", "reverse", "reverse_kld", "backward_kl", "rev_kl"), "reverse_kl"),
+    **dict.fromkeys(("js", "jsd", "js_divergence", "gkd", "generalized_jsd"), "jensen_shannon"),
+    **dict.fromkeys(("symmetric_kl", "sym_kl", "j_divergence", "jeffrey"), "jeffreys"),
+    **dict.fromkeys(("skl", "skew_kl", "skewed_kl", "sfkl", "skew_forward_kl"), "skewed_forward_kl"),
+    **dict.fromkeys(("srkl", "skew_reverse_kl", "skewed_rkl"), "skewed_reverse_kl"),
+    **dict.fromkeys(("tv", "tvd", "l1", "mae", "total_variation_distance"), "total_variation"),
+    **dict.fromkeys(("mse", "mse_loss", "l2", "mean_square_error", "logits_mse"), "mean_squared_error"),
+    **dict.fromkeys(("dkd", "decoupled_kd", "decoupled_kl"), "decoupled"),
+    **dict.fromkeys(("dist_loss", "pearson", "correlation"), "dist"),
+    **dict.fromkeys(("hard_label", "hard_labels", "argmax", "pseudo_labels", "hard_distillation"), "hard"),
+}
 
 
 def catalogued(properties: DivergenceProperties) -> Callable[[Divergence], Divergence]:

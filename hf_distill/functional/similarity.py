@@ -39,6 +39,14 @@ class SimilarityProperties:
 
 SIMILARITIES: dict[str, Similarity] = {}
 SIMILARITY_PROPERTIES: dict[str, SimilarityProperties] = {}
+# What papers call them; only proposed in messages.
+SIMILARITY_ALIASES = {
+    "cka": "centered_kernel_alignment",
+    "sp": "similarity_preserving",
+    "rkd": "distance_relations",
+    "rkd_distance": "distance_relations",
+    "rkd_angle": "angle_relations",
+}
 
 
 def _catalogued(properties: SimilarityProperties) -> Callable[[Similarity], Similarity]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.inside.features import Features, Place, find_features
 from hf_distill.inside.shared import depth_of, shares_layers
 from hf_distill.inside.stacks import Stack, find_stacks, module_lists
@@ -72,7 +72,8 @@ def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack:
     """
     model = unwrapped(model)
     if side is not None and side not in SIDES:
-        raise SettingError(f"side={side!r}: allowed are 'encoder' and 'decoder', or None.")
+        hint = did_you_mean(side, SIDES)
+        raise SettingError(f"side={side!r}: allowed are 'encoder' and 'decoder', or None.{hint}")
     if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:
         raise SettingError(
             f"the {whose} ({type(model).__name__}) computes on [time, example], not [example, time]; its inside cannot "

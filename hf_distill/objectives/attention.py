@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
 from hf_distill.inside.blocks import Blocks
 from hf_distill.layer_map import Link
@@ -64,7 +64,8 @@ class AttentionMatch(InsideMatch):
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
         if compare not in _COMPARED:
-            raise SettingError(f"AttentionMatch: compare={compare!r}: allowed are {', '.join(_COMPARED)}.")
+            hint = did_you_mean(compare, _COMPARED)
+            raise SettingError(f"AttentionMatch: compare={compare!r}: allowed are {', '.join(_COMPARED)}.{hint}")
         if isinstance(heads, str) and heads != "grouped":
             raise SettingError(f"AttentionMatch: heads={heads!r}: give 'grouped', teacher heads, or lists of them.")
         self.compare = compare

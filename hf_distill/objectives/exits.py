@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.inside.positions import Positions, check_positions
@@ -24,9 +24,9 @@ from hf_distill.schedules import Schedule, checked_schedule
 from hf_distill.signals import HIDDEN, Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, rows_of
+from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
 
 KINDS = ("classification", "token_classification")
-POOLING = ("mean", "first", "last")
 
 
 class ExitHead(nn.Module):
@@ -97,7 +97,8 @@ class ExitMatch:
         if not exits or not all(type(one) is int for one in exits):
             raise SettingError(f"ExitMatch: exits={exits!r}: give a list of blocks by number, such as [2, 5].")
         if pooling not in POOLING:
-            raise SettingError(f"ExitMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+            hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
+            raise SettingError(f"ExitMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         if isinstance(feature_weight, bool) or not 0 <= feature_weight < float("inf"):
             raise SettingError(f"ExitMatch: feature_weight={feature_weight!r}: must be at least 0 and finite.")
         self.exits, self.pooling, self.name = tuple(exits), pooling, name

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
-from hf_distill.functional.features import DISTANCES, Distance
+from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance
 from hf_distill.inside.blocks import Blocks
 from hf_distill.layer_map import Link
 from hf_distill.objectives.matching import InsideMatch, Kept, Layers
@@ -18,6 +18,7 @@ from hf_distill.objectives.projections import Projections
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
 from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.regression import POOLING_ALIASES
 
 POSITIONS = ("all", "first", "last")
 
@@ -86,7 +87,8 @@ class HiddenMatch(InsideMatch):
             teacher_stack=teacher_stack,
         )
         if positions not in POSITIONS:
-            raise SettingError(f"HiddenMatch: positions={positions!r}: allowed are {', '.join(POSITIONS)}.")
+            hint = did_you_mean(positions, POSITIONS, POOLING_ALIASES)
+            raise SettingError(f"HiddenMatch: positions={positions!r}: allowed are {', '.join(POSITIONS)}.{hint}")
         self.distance = distance
         self.settings = dict(settings or {})
         self.projection = projection
@@ -182,12 +184,16 @@ def _key(link: Link) -> str:
 
 def _checked_distance(name: str, settings: Mapping[str, Any]) -> Distance:
     if name not in DISTANCES:
-        raise SettingError(f"HiddenMatch: distance={name!r}: no such distance. Allowed: {', '.join(DISTANCES)}.")
+        raise SettingError(
+            f"HiddenMatch: distance={name!r}: no such distance. Allowed: {', '.join(DISTANCES)}."
+            f"{did_you_mean(name, DISTANCES, DISTANCE_ALIASES)}"
+        )
     function = DISTANCES[name]
     knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(settings) - set(knobs))
     if unknown:
         takes = f"takes {', '.join(knobs)}" if knobs else "takes no settings"
-        raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.")
+        hint = did_you_mean(unknown[0], knobs)
+        raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
     function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # a value that cannot be fails now
     return function

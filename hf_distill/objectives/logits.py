@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, TeacherError
-from hf_distill.functional import DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
+from hf_distill.errors import SettingError, TeacherError, did_you_mean
+from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
@@ -88,7 +88,7 @@ class LogitsMatch:
                     f" {divergence} is a distance of hidden states: alpha=None, objectives=HiddenMatch('last', "
                     f"distance={divergence!r})."
                     if divergence in DISTANCES
-                    else ""
+                    else did_you_mean(divergence, DIVERGENCES, DIVERGENCE_ALIASES)
                 )
             )
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
@@ -225,9 +225,7 @@ class LogitsMatch:
         """The divergence's name, for logs and cards."""
         if self._given is None:
             return "mean_squared_error" if task.on_values else "forward_kl"
-        function = getattr(self._given, "func", self._given)
-        known = [name for name, catalogued in DIVERGENCES.items() if catalogued is function]
-        return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
+        return divergence_name(self._given)
 
     def _try_settings(self) -> None:
         """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
@@ -243,7 +241,8 @@ class LogitsMatch:
         if unknown:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
             name = getattr(self._given, "__name__", type(self._given).__name__)
-            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.")
+            hint = did_you_mean(unknown[0], allowed)
+            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
         rows = torch.zeros(2, 3)
         try:
             found = self._given(rows, rows, **self.settings)
@@ -254,6 +253,15 @@ class LogitsMatch:
                 f"a divergence returns one number a row, [n]; given two rows, this one returned {list(found.shape)}. "
                 "Leave out the mean or the sum over rows."
             )
+
+
+def divergence_name(divergence: str | Divergence) -> str:
+    """A divergence's name in `DIVERGENCES`, or `own:` and the name of a function of the user's."""
+    if isinstance(divergence, str):
+        return divergence
+    function = getattr(divergence, "func", divergence)
+    known = [name for name, catalogued in DIVERGENCES.items() if catalogued is function]
+    return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
 
 
 def refuse_other_count(values: Tensor, task: Task, batch: Batch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 PROJECTIONS = ("auto", "linear", "shared", "none")
 
@@ -31,7 +31,8 @@ class Projections(nn.Module):
     def __init__(self, widths: Mapping[str, tuple[int | None, int | None]], *, kind: str, seed: int) -> None:
         super().__init__()
         if kind not in PROJECTIONS:
-            raise SettingError(f"projection={kind!r}: allowed are {', '.join(PROJECTIONS)}.")
+            hint = did_you_mean(kind, PROJECTIONS)
+            raise SettingError(f"projection={kind!r}: allowed are {', '.join(PROJECTIONS)}.{hint}")
         self._kind = kind
         self.matrices = nn.ModuleDict()
         wanted = {key: pair for key, pair in widths.items() if kind == "linear" or pair[0] != pair[1]}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.errors import SettingError
-from hf_distill.functional.similarity import SIMILARITIES
+from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES
 from hf_distill.layer_map import Link
 from hf_distill.objectives.matching import InsideMatch, Kept, Layers
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task
-
-POOLING = ("mean", "first", "last")
+from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
 
 
 class SimilarityMatch(InsideMatch):
@@ -55,9 +54,11 @@ class SimilarityMatch(InsideMatch):
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
         if compare not in SIMILARITIES:
-            raise SettingError(f"SimilarityMatch: compare={compare!r}: allowed are {', '.join(SIMILARITIES)}.")
+            hint = did_you_mean(compare, SIMILARITIES, SIMILARITY_ALIASES)
+            raise SettingError(f"SimilarityMatch: compare={compare!r}: allowed are {', '.join(SIMILARITIES)}.{hint}")
         if pooling not in POOLING:
-            raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+            hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
+            raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         self.compare = compare
         self.pooling = self.pools = pooling
 

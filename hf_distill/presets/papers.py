@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, RelationMatch
 from hf_distill.objectives.attention import Heads
@@ -114,7 +114,8 @@ def pkd(
         SettingError: another variant, a student of one layer, a beta or width that cannot be.
     """
     if variant not in ("skip", "last"):
-        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.")
+        hint = did_you_mean(variant, ("skip", "last"))
+        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{hint}")
     whole = getattr(LayerMap, variant)(student_layers, teacher_layers)
     if student_layers == 1 or not beta >= 0 or not width >= 1:
         raise SettingError(

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_distill._compat import forget_preparation
 from hf_distill.arguments import blend_of, setting
-from hf_distill.blend import uses_teacher
+from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
 from hf_distill.errors import HfDistillError, SettingError
 from hf_distill.presets.base import Preset, Stage
@@ -192,6 +192,8 @@ def _check_distillers(stages: Sequence[_Planned], model: Any, teacher_of: Callab
     for one in stages:
         task, processor = (one.keywords.get(name) for name in ("task", "processing_class"))
         objectives, teacher = one.stage.make_objectives(), teacher_of(one)
+        if compares_nothing(blend_of(one.args)["alpha"], objectives) and not one.needs_teacher:
+            continue  # any class trains so
         try:
             asked = _as_teacher(teacher, model, one) if teacher is not None and one.needs_teacher else None
             Distiller(

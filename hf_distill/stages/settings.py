@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import os
 import re
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.presets.base import Preset, Stage
 
 # Whatever is in several stages the same, or is a stage's own, comes from elsewhere.
@@ -92,6 +91,5 @@ def _refuse(
         if name in reasons:
             raise SettingError(f"{where}: {name}= does not go here: {reasons[name]}.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It must be one of: {', '.join(sorted(known))}."
+            hint = did_you_mean(name, known) or f" It must be one of: {', '.join(sorted(known))}."
             raise SettingError(f"{where}: there is no {what} {name!r}.{hint}")

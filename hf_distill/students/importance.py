@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.students.units import Axis, Group
 
 IMPORTANCE = ("activation", "gradient")
@@ -157,7 +157,8 @@ def _best(scores: Tensor, keep: int) -> Tensor:
 def check_importance(importance: Any) -> None:
     """Raise SettingError for a name that is none."""
     if importance not in IMPORTANCE:
-        raise SettingError(f"narrow: importance={importance!r}: allowed are {' and '.join(IMPORTANCE)}.")
+        hint = did_you_mean(importance, IMPORTANCE)
+        raise SettingError(f"narrow: importance={importance!r}: allowed are {' and '.join(IMPORTANCE)}.{hint}")
 
 
 def on_device(batch: Any, device: torch.device) -> dict[str, Any]:

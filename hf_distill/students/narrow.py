@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from transformers import PreTrainedModel
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.students.calibration import Calibration
 from hf_distill.students.checks import check_teacher
 from hf_distill.students.cutting import Cut
@@ -133,7 +133,8 @@ def _narrow(
 
 def _check_width(width: Any, hidden: int | None) -> None:
     if width not in ("importance", "projection"):
-        raise SettingError(f"narrow: width={width!r}: allowed are importance and projection.")
+        hint = did_you_mean(width, ("importance", "projection"))
+        raise SettingError(f"narrow: width={width!r}: allowed are importance and projection.{hint}")
     if width == "projection" and hidden is None:
         raise SettingError("narrow: width='projection' says how hidden= is made smaller. Give hidden= with it.")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
 from hf_distill.tasks.base import (
     IGNORED,
     Batch,
@@ -175,7 +175,8 @@ class TokenClassification(PositionTask):
 
     def __init__(self, rows: str = "labelled") -> None:
         if rows not in ("labelled", "attended"):
-            raise SettingError(f"rows={rows!r}: allowed are 'labelled' and 'attended'.")
+            hint = did_you_mean(rows, ("labelled", "attended"), {"labeled": "labelled"})
+            raise SettingError(f"rows={rows!r}: allowed are 'labelled' and 'attended'.{hint}")
         self._rows = rows
 
     def keep(self, batch: Batch) -> Tensor:

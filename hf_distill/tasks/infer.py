@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.tasks.base import OWN_TASK, Task
 from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
 from hf_distill.tasks.ctc import CTC
 from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_distill.tasks.regression import Embedding, Regression
 from hf_distill.tasks.span import Span
+from hf_distill.tasks.unknown import UnknownTask
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task
@@ -32,6 +33,20 @@ TASKS: dict[str, type[Task]] = {
         CTC,
         Embedding,
     )
+}
+
+# What the Hub and AutoModel classes call them; only proposed in messages.
+TASK_ALIASES: dict[str, str] = {
+    **dict.fromkeys(("text_classification", "sequence_classification", "seq_cls", "multi_label"), "classification"),
+    **dict.fromkeys(("image_classification", "audio_classification", "multi_label_classification"), "classification"),
+    **dict.fromkeys(("ner", "pos", "token_cls", "tagging", "sequence_tagging"), "token_classification"),
+    **dict.fromkeys(("qa", "question_answering", "extractive_qa", "question_ans"), "span"),
+    **dict.fromkeys(("mlm", "fill_mask", "masked_language_modeling"), "masked_lm"),
+    **dict.fromkeys(("clm", "lm", "text_generation", "language_modeling", "sft"), "causal_lm"),
+    **dict.fromkeys(("seq2seq_lm", "seq_2_seq_lm", "seq_to_seq", "summarization", "translation"), "seq2seq"),
+    **dict.fromkeys(("speech_seq2seq", "text2text_generation"), "seq2seq"),
+    **dict.fromkeys(("feature_extraction", "sentence_similarity", "embeddings", "feature_ext"), "embedding"),
+    **dict.fromkeys(("swag", "mc"), "multiple_choice"),
 }
 
 # In this order: BART and T5 stand in the masked-LM table too, and are sequence to sequence first.
@@ -102,14 +117,23 @@ def infer_kind(model: Any) -> str:
     """
     model = unwrapped(model)
     for cls in type(model).__mro__:
-        for kind, tables in _TABLES:
-            if cls.__name__ in _class_names(tables) and _is_meant(kind, cls.__name__):
-                return _narrowed(kind, model)
+        kind = kind_of_class(cls.__name__, getattr(model, "config", None))
+        if kind is not None:
+            return kind
     raise SettingError(
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
         f"head: {', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form "
-        f'(task="classification": one row of logits an example, [examples, classes]). {OWN_TASK}'
+        f'(task="classification": one row of logits an example, [examples, classes]). {OWN_TASK} (With alpha=0 and no '
+        "objectives a DistillationTrainer compares nothing, and trains any class as Trainer does.)"
     )
+
+
+def kind_of_class(name: str, config: Any) -> str | None:
+    """The kind of head of transformers' class of this name, with this config; None where it is in no table."""
+    for kind, tables in _TABLES:
+        if name in _class_names(tables) and _is_meant(kind, name):
+            return _narrowed(kind, config)
+    return None
 
 
 def infer_task(model: Any) -> Task:
@@ -129,6 +153,14 @@ def _made(kind: str, model: Any) -> Task:
     return task
 
 
+def task_or_unknown(model: Any) -> Task:
+    """The task of a student, or an `UnknownTask` where its class is not known: for a training that compares nothing."""
+    try:
+        return infer_task(model)
+    except SettingError:
+        return UnknownTask()
+
+
 def make_task(model: Any, task: Task | str | None) -> Task:
     """The task that was given, by name or whole, or else the student's own.
 
@@ -140,7 +172,8 @@ def make_task(model: Any, task: Task | str | None) -> Task:
     if isinstance(task, Task):
         return task
     if task not in TASKS:
-        raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.")
+        hint = did_you_mean(task, TASKS, TASK_ALIASES)
+        raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.{hint}")
     return _made(task, model)
 
 
@@ -155,18 +188,18 @@ def _is_meant(kind: str, name: str) -> bool:
     return kind != "causal_lm" or name not in _NOT_CAUSAL
 
 
-def _narrowed(kind: str, model: Any) -> str:
+def _narrowed(kind: str, config: Any) -> str:
     """What the config says beside the class.
 
     Audio language models stand in the sequence-to-sequence tables, but have no decoder inputs and shift their labels.
     A sequence classification head with one output, or declared so, is a regression.
     """
-    if kind == "seq2seq" and not model.config.is_encoder_decoder:
+    if kind == "seq2seq" and not config.is_encoder_decoder:
         return "causal_lm"
     if kind != "classification":
         return kind
-    problem = getattr(model.config, "problem_type", None)
-    alone = problem is None and model.config.num_labels == 1
+    problem = getattr(config, "problem_type", None)
+    alone = problem is None and config.num_labels == 1
     return "regression" if problem == "regression" or alone else kind
 
 

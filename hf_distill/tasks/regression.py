@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import refuse_ignored
 from hf_distill.vocabulary import Columns
 
 POOLING = ("mean", "first", "last")
+POOLING_ALIASES = {"cls": "first", "average": "mean", "avg": "mean", "eos": "last", "lasttoken": "last"}
 
 
 class Regression(Task):
@@ -59,7 +60,8 @@ class Embedding(Task):
 
     def __init__(self, pooling: str = "mean") -> None:
         if pooling not in POOLING:
-            raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.")
+            hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
+            raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         self.pooling = pooling
 
     def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -63,7 +63,7 @@ class Ensemble:
         offload: str | None = None,
     ) -> None:
         if mean not in MEANS:
-            raise SettingError(f"Ensemble: mean={mean!r}: allowed are {', '.join(MEANS)}.")
+            raise SettingError(f"Ensemble: mean={mean!r}: allowed are {', '.join(MEANS)}.{did_you_mean(mean, MEANS)}")
         if offload not in (None, "cpu"):
             raise SettingError(f"Ensemble: offload={offload!r}: allowed are None and 'cpu'.")
         if isinstance(teachers, (str, nn.Module)) or len(teachers) < 2:

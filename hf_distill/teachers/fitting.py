@@ -24,15 +24,22 @@ def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
     if student is teacher:
         raise TeacherError(
             "student and teacher are the same object, so there is nothing to learn and freezing the one freezes the "
-            "other. Load the teacher apart, or pass copy.deepcopy(model)."
+            f"other. {_of_one_base(student)}Load the teacher apart, or pass copy.deepcopy(model)."
         )
     theirs = {id(p) for p in teacher.parameters()}
     shared = [name for name, p in student.named_parameters() if id(p) in theirs]
     if shared:
         raise TeacherError(
             f"student and teacher share weights ({shared[0]} and {len(shared) - 1} more): training the one changes "
-            "the other. Load the teacher apart."
+            f"the other. {_of_one_base(student)}Load the teacher apart."
         )
+
+
+def _of_one_base(student: nn.Module) -> str:
+    """What to do where the student is a base with adapters, which PEFT puts into the base itself."""
+    if not any(hasattr(module, "base_layer") for module in student.modules()):
+        return ""
+    return "The student has adapters: for its own base as teacher pass teacher_model=AdaptersOff(). "
 
 
 def refuse_other_head(teacher: nn.Module, task: Task) -> None:

@@ -11,9 +11,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from hf_distill.errors import HfDistillError, SettingError, TeacherError
+from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
+from hf_distill.tasks.infer import kind_of_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What people call them; only proposed in messages.
+DTYPE_ALIASES = {
+    **dict.fromkeys(("fp32", "float", "f32", "torch.float32", "full"), "float32"),
+    **dict.fromkeys(("bf16", "bfloat", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "half", "f16", "torch.float16"), "float16"),
+}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,7 +64,8 @@ def as_dtype(name: str | torch.dtype | None) -> Any:
     if name is None or name == "auto" or isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
-        raise SettingError(f"teacher_dtype={name!r}: allowed are {', '.join(DTYPES)}.")
+        hint = did_you_mean(name, DTYPES, DTYPE_ALIASES)
+        raise SettingError(f"teacher_dtype={name!r}: allowed are {', '.join(DTYPES)}.{hint}")
     return getattr(torch, name)
 
 
@@ -81,11 +89,7 @@ def load_teacher(
             transformers would fill at random teaches noise.
     """
     path = os.fspath(path)
-    if not os.path.isdir(path) and _looks_local(path):
-        raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
-            "id like organisation/name."
-        )
+    _refuse_missing(path)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise TeacherError(
             f"teacher_model={path!r} holds a PEFT adapter, and what head its base is to get is not known here. Load "
@@ -112,6 +116,30 @@ def load_teacher(
             "Fine-tune it first, and give the folder that training saved."
         )
     return model
+
+
+def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
+    """The kind of head that a checkpoint was saved with, from its config.json; None where that does not tell.
+
+    Raises:
+        TeacherError: there is no such folder, or its config cannot be read.
+    """
+    path = os.fspath(path)
+    _refuse_missing(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
+    named = getattr(config, "architectures", None) or ()
+    return next((kind for kind in (kind_of_class(name, config) for name in named) if kind is not None), None)
+
+
+def _refuse_missing(path: str) -> None:
+    if not os.path.isdir(path) and _looks_local(path):
+        raise TeacherError(
+            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
+            "id like organisation/name."
+        )
 
 
 def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> Any:

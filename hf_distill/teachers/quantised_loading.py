@@ -10,7 +10,7 @@ from torch import nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.quantised import INT8_DYNAMIC, QuantisedTeacher, quantise_dynamically
 
@@ -70,6 +70,7 @@ def as_setting(quantization: Any) -> str | dict[str, Any] | None:
         raise SettingError(
             f"teacher_quantization={quantization!r}: allowed are {INT8_DYNAMIC!r}, a quantization config of "
             'transformers (BitsAndBytesConfig, TorchAoConfig, …), or that as a dict with "quant_method".'
+            f"{did_you_mean(quantization, (INT8_DYNAMIC,), {'int8': INT8_DYNAMIC, 'dynamic': INT8_DYNAMIC})}"
         )
     return {name: getattr(value, "value", value) for name, value in found.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.vocabulary import Columns
@@ -37,7 +37,8 @@ def checked_weights(weights: Sequence[float] | str | None, count: int) -> list[f
         return None
     if isinstance(weights, str):
         if weights not in WEIGHTS:
-            raise SettingError(f"Ensemble: weights={weights!r}: allowed are {', '.join(WEIGHTS)}, or numbers.")
+            hint = did_you_mean(weights, WEIGHTS)
+            raise SettingError(f"Ensemble: weights={weights!r}: allowed are {', '.join(WEIGHTS)}, or numbers.{hint}")
         return weights
     numbers = [float(weight) for weight in weights]
     if len(numbers) != count or not all(0 < weight < float("inf") for weight in numbers):

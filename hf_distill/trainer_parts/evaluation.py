@@ -16,6 +16,7 @@ from hf_distill.arguments import setting
 from hf_distill.inside.packing import PackingCheck
 from hf_distill.signals import Needs
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer_parts.each_once import EachOnce, examples_counted
 from hf_distill.trainer_parts.teacher_metrics import TeacherMetrics, TeacherPredictions
 
@@ -37,6 +38,8 @@ class EvaluationMixin(_Trainer):
     _evaluated_outputs: Any = None
     _packing: PackingCheck | None = None
     _loss_of_probabilities: Any
+    _follow_settings: Any
+    _collate_answer_masks: Any
 
     @property
     def _progress(self) -> float:
@@ -45,16 +48,18 @@ class EvaluationMixin(_Trainer):
 
     def get_eval_dataloader(self, *positional: Any, **keywords: Any) -> Any:
         """As the trainer's own, of data as they are: a collator that augments says what evaluates."""
-        with self._unaugmented():
+        with self._ready_to_evaluate(*positional, *keywords.values()):
             return super().get_eval_dataloader(*positional, **keywords)
 
     def get_test_dataloader(self, *positional: Any, **keywords: Any) -> Any:
         """As `get_eval_dataloader`."""
-        with self._unaugmented():
+        with self._ready_to_evaluate(*positional, *keywords.values()):
             return super().get_test_dataloader(*positional, **keywords)
 
     @contextlib.contextmanager
-    def _unaugmented(self) -> Iterator[None]:
+    def _ready_to_evaluate(self, *datasets: Any) -> Iterator[None]:
+        self._follow_settings()
+        self._collate_answer_masks(*(data for data in datasets if not isinstance(data, str)))
         kept, clean = self.data_collator, getattr(self.data_collator, "for_evaluation", None)
         self.data_collator = kept if clean is None else clean()
         try:
@@ -64,12 +69,17 @@ class EvaluationMixin(_Trainer):
 
     def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
         inputs = self.distiller.student_inputs(inputs)
+        if isinstance(self.distiller.task, UnknownTask):
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        wants_outputs = return_outputs or self._teacher_metrics is not None
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
             num_items = None
         with self._loss_of_probabilities(inputs):
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items)
-        self._evaluated_outputs = outputs
-        return (loss, outputs) if return_outputs else loss
+            found = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
+        if not wants_outputs:
+            return found
+        loss, self._evaluated_outputs = found
+        return found if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
         """As the trainer's own, on the student's columns; with `evaluate_with_teacher`, the teacher is asked too."""
@@ -77,7 +87,8 @@ class EvaluationMixin(_Trainer):
         each_once = self.gather_function if isinstance(self.gather_function, EachOnce) else None
         if each_once is not None:
             each_once.begin(inputs)
-        self._check_packing(inputs)
+        if not isinstance(self.distiller.task, UnknownTask):
+            self._check_packing(inputs)
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
         self._compare_with_teacher(model, inputs, found)
         self._evaluated_outputs = None
@@ -102,7 +113,7 @@ class EvaluationMixin(_Trainer):
     def _compare_with_teacher(self, model: Any, inputs: Any, found: Any) -> None:
         if self._teacher_metrics is None or not self._compares(inputs):
             return
-        batch = self.distiller.prepare(self._prepare_inputs(inputs))
+        batch = self.distiller.prepare(self.distiller.with_task_labels(self._prepare_inputs(inputs)))
         outputs = self._evaluated_outputs
         if outputs is None:  # no labels, or generation: the forward that is compared has not been made
             outputs = model(**self.distiller.student_inputs(batch, labels=False))

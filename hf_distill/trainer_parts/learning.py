@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_distill.arguments import setting
 from hf_distill.errors import SettingError
@@ -111,15 +111,3 @@ class _Together:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-class ForgetGradients(TrainerCallback):
-    """`Trainer` zeroes the gradients of its model alone."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        self._trainer.distiller.learned.zero_grad()
-
-    on_train_begin = on_step_end

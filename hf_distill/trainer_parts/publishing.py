@@ -48,6 +48,7 @@ class PublishingMixin:
         state: Any
         distiller: Any
         _blend_is_ours: bool
+        _blend_at_start: dict[str, float]
         accelerator: Any
         processing_class: Any
         train_dataset: Any
@@ -144,6 +145,8 @@ class PublishingMixin:
     def _schedule(self, knob: str, schedule: Schedule) -> ScheduleFacts:
         """As it ran, which the arguments do not tell where the user gave a distiller."""
         start, end = schedule(0.0), schedule(1.0)
+        if knob in self._blend_at_start:
+            return ScheduleFacts(start=self._blend_at_start[knob], end=end, schedule="changed during the training")
         if start == end == schedule(0.5):
             return ScheduleFacts(start=start)
         kind = setting(self.args, f"{knob}_schedule")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.trainer_parts.columns import VALUES_AS_TEACHER, columns_with_values
 from hf_distill.views.collator import OTHER_TOKENS
 
 
@@ -25,6 +27,15 @@ def refuse_sequence_parallel(trainer: Any) -> None:
         raise SettingError(
             "context or sequence parallelism: the rows of a sequence are then on different processes, which is not "
             "supported. Use data parallelism, FSDP or tensor parallelism."
+        )
+
+
+def refuse_values_without_teacher(columns: Iterable[str]) -> None:
+    """A teacher's predictions in the dataset, and no teacher that would read them."""
+    values = sorted(columns_with_values(columns))
+    if values:
+        raise SettingError(
+            f"there is no teacher, and the dataset's {', '.join(values)} is not read as one. {VALUES_AS_TEACHER}"
         )
 
 

@@ -58,6 +58,8 @@ def report(**changes):
 def test_round_trip(tmp_path):
     write_report(report(), tmp_path / "new")
     assert read_report(tmp_path / "new") == report()
+    write_report(report(), str(tmp_path / "by name"))
+    assert read_report(str(tmp_path / "by name")) == report()
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
 
 

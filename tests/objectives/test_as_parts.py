@@ -10,6 +10,7 @@ import torch
 
 from hf_distill import AttentionMatch, Distiller, HiddenMatch, RelationMatch, SimilarityMatch
 from hf_distill.objectives import LogitsMatch
+from hf_distill.presets import distilbert, pkd, tinybert
 from hf_distill.signals import Signals
 from tests.heads import HEADS
 from tests.objectives.by_hand import refused
@@ -26,7 +27,12 @@ HEAD = HEADS["bert_tokens"]
         ([LogitsMatch()], ("the logits' term is there already. Say divergence=, temperature=, alpha=",)),
         ({"a": LogitsMatch()}, ("the logits' term is there already",)),
         ([HiddenMatch], ("is no objective", "HiddenMatch, CosineEmbedding, AttentionMatch")),
-        ("hidden", ("'h' is no objective",)),
+        ("hidden", ("'hidden' is no objective", "Did you mean 'HiddenMatch'?")),
+        (["AttentonMatch"], ("'AttentonMatch' is no objective", "Did you mean 'AttentionMatch'?")),
+        (HEAD.make(1), ("a BertForTokenClassification is no objective",)),
+        (distilbert(), ("'distilbert' is a preset", ".objectives", ".arguments", "**preset.arguments")),
+        ([pkd(2, 4)], ("'pkd' is a preset", ".objectives")),
+        (tinybert(), ("'tinybert' is a preset", "train_in_stages(preset")),
         ([None], ("None is no objective",)),
     ],
 )

@@ -232,3 +232,29 @@ def test_a_plain_teacher_over_a_vocabulary() -> None:
     assert found == pytest.approx(softened_kl(ours, theirs, T).mean().item(), rel=1e-4)
     with pytest.raises(TeacherError, match="equally many columns"):
         Distiller(student, Tokens(VOCABULARY + 1), alpha=1.0)(student, batch)
+
+
+class OwnNames(Plain):
+    """Its forward calls its input `x`, and the class left `main_input_name` as it was, if there is one."""
+
+    def forward(self, x: Tensor, labels: Any = None) -> dict[str, Tensor]:  # type: ignore[override]  # on purpose
+        return super().forward(x, labels=labels)
+
+
+@pytest.mark.parametrize("own_column", [False, True])
+@pytest.mark.parametrize("has_name", [False, True])
+def test_the_main_input_is_what_the_forward_names(has_name: bool, own_column: bool) -> None:
+    """Not `input_ids`, which nothing but the default of `main_input_name` says."""
+    student, teacher = OwnNames(0), OwnNames(1)
+    if has_name:
+        teacher.main_input_name = "input_ids"
+    batch = {"x": torch.arange(8).view(4, 2), "labels": torch.tensor([0, 1, 2, 0])}
+    if own_column:
+        batch["teacher_x"] = batch["x"].flip(1)
+    output = Distiller(student, by_index(teacher), temperature=T, task="classification")(student, batch)
+    with torch.no_grad():
+        theirs = teacher(batch["teacher_x" if own_column else "x"])["logits"]
+        expected = softened_kl(student(batch["x"])["logits"], theirs, T).mean().item()
+    assert output.terms["logits"].item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(DataError, match=r"the teacher \(OwnNames\) needs x, the batch has \['y'\]"):
+        by_index(teacher)._inputs({"y": batch["x"]})

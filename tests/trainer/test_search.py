@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import optuna
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from hf_distill import DistillationTrainer, Distiller, SettingError, TeacherError
+from hf_distill import DistillationTrainer, Distiller, HiddenMatch, SettingError, TeacherCache, TeacherError
+from hf_distill.teachers.cached import TopK
+from tests.heads import HEADS
 from tests.trainer.tiny import arguments, bert, examples, make, padded, weights
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -134,3 +139,149 @@ def test_model_init_and_a_teacher_that_does_not_fit_leave_no_folder(tmp_path) ->
         make(tmp_path, None, teacher, model_init=new_student)
     assert not list(tmp_path.iterdir())
     assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+
+
+# The space that is searched where none is given.
+
+
+def searching(folder: Any, **changed: Any) -> DistillationTrainer:
+    given = {"model_init": new_student, "eval_dataset": examples(4), "learning_rate": 0.01, "max_steps": 1}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, **given, **changed}
+    return make(folder, None, settings.pop("teacher_model", bert(seed=1)), **settings)
+
+
+def searched(trainer: Any, trials: int = 1, **given: Any) -> Any:
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    return trainer.hyperparameter_search(n_trials=trials, backend="optuna", sampler=sampler, **given)
+
+
+OF_A_DISTILLATION = {"alpha", "temperature", "learning_rate"}
+SPACES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "a distillation": ({}, OF_A_DISTILLATION),
+    "whole numbers": ({"alpha": 0, "temperature": 2}, OF_A_DISTILLATION),
+    "no labels needed": ({"alpha": 1.0}, {"temperature", "learning_rate"}),
+    "schedules": (
+        {"alpha_schedule": "linear", "alpha_end": 0.9, "temperature_schedule": "linear", "temperature_end": 1.0},
+        set(),
+    ),
+    "no temperature in it": ({"divergence": "mean_squared_error"}, {"alpha", "learning_rate"}),
+    "objectives alone": ({"alpha": None, "objectives": HiddenMatch("last")}, set()),
+    "no teacher": ({"alpha": 0.0, "teacher_model": None}, set()),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_space_to_begin_with(tmp_path, name: str) -> None:
+    settings, expected = SPACES[name]
+    found = set(searched(searching(tmp_path, **settings)).hyperparameters)
+    of_transformers = {"learning_rate", "num_train_epochs", "seed", "per_device_train_batch_size"}
+    assert found == (expected or of_transformers)
+
+
+def test_its_ranges_and_what_a_trial_uses(tmp_path) -> None:
+    """Integers given at first do not make the values that are drawn integers."""
+    trainer = searching(tmp_path, alpha=0, temperature=2)
+    used: list[dict[str, float]] = []
+
+    def objective(metrics: dict[str, float]) -> float:
+        distiller, args = trainer.distiller, trainer.args
+        used.append(
+            {
+                "alpha": distiller.blending.alpha(0.0),
+                "temperature": distiller.logits_match.temperature(0.0),
+                "learning_rate": args.learning_rate,
+            }
+        )
+        return metrics["eval_loss"]
+
+    best = searched(trainer, 4, compute_objective=objective)
+    assert best.hyperparameters in used and len({one["alpha"] for one in used}) == 4
+    for one in used:
+        assert 0 <= one["alpha"] <= 1 and 1 <= one["temperature"] <= 8 and 0.001 <= one["learning_rate"] <= 0.1
+        assert one["temperature"] != round(one["temperature"])
+
+
+def test_a_cache_that_holds_for_one_temperature_keeps_it(tmp_path) -> None:
+    head = HEADS["llama_causal_lm"]
+    given = {"data_collator": head.collate, "progress": False}
+    for number, (store, expected) in enumerate(((TopK(2, temperatures=(2.0,)), set()), (None, {"temperature"}))):
+        cache = TeacherCache.build(head.make(1), head.examples(8), tmp_path / str(number), store=store, **given)
+        data = {"train_dataset": head.examples(8), "eval_dataset": head.examples(2), "data_collator": head.collate}
+        trainer = searching(tmp_path, model_init=lambda: head.make(0), teacher_model=cache, **data)
+        assert set(searched(trainer).hyperparameters) == {"alpha", "learning_rate"} | expected
+
+
+def test_plain_training_arguments_have_nothing_of_a_distillation_to_search(tmp_path) -> None:
+    args = arguments(tmp_path, TrainingArguments, max_steps=1, eval_strategy="steps", eval_steps=1)
+    assert "alpha" not in searched(searching(tmp_path, args=args)).hyperparameters
+
+
+def test_what_was_measured_of_the_teacher_is_no_part_of_the_objective(tmp_path) -> None:
+    found = []
+    for ask in (False, True):
+        trainer = searching(tmp_path, evaluate_with_teacher=ask, compute_metrics=lambda prediction: {"mine": 3.0})
+        found.append(searched(trainer).objective)
+    assert found == [3.0, 3.0]
+
+
+def test_the_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
+    """Neither is installed here: Ray's functions are stood in for, W&B's space is a dict."""
+    trainer = searching(tmp_path)
+    wandb = trainer._default_space("wandb")(None)
+    assert wandb["method"] == "random" and set(wandb["metric"]) == {"name", "goal"}
+    assert wandb["parameters"] == {
+        "alpha": {"distribution": "uniform", "min": 0.0, "max": 1.0},
+        "temperature": {"distribution": "log_uniform_values", "min": 1.0, "max": 8.0},
+        "learning_rate": {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1},
+    }
+    tune = types.SimpleNamespace(loguniform=lambda *ends: ("log", *ends), uniform=lambda *ends: ("even", *ends))
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.tune", tune)
+    assert trainer._default_space("ray")(None) == {
+        "alpha": ("even", 0.0, 1.0),
+        "temperature": ("log", 1.0, 8.0),
+        "learning_rate": ("log", 0.001, 0.1),
+    }
+
+
+# Names in a space.
+
+
+def one(name: str, value: float = 0.5) -> Any:
+    return lambda trial: {name: trial.suggest_float(name, value, value)}
+
+
+NAMES = {
+    "temprature": r"hp_space: there is no setting 'temprature'\. Did you mean 'temperature'\?",
+    "kd_alpha": r"there is no setting 'kd_alpha'\. Did you mean 'alpha'\?",
+    "learning_rte": r"Did you mean 'learning_rate'\?",
+    "zzz": r"there is no setting 'zzz'\.$",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_no_setting_stops_the_search_before_it_trains(tmp_path, name: str) -> None:
+    trainer = searching(tmp_path)
+    with pytest.raises(SettingError, match=NAMES[name]):
+        searched(trainer, hp_space=one(name))
+    assert trainer.state.global_step == 0
+
+
+def test_a_setting_of_a_distillation_and_arguments_without_it(tmp_path) -> None:
+    args = arguments(tmp_path, TrainingArguments, max_steps=1, eval_strategy="steps", eval_steps=1)
+    with pytest.raises(SettingError, match="It is a setting of DistillationArguments, and args is a TrainingArguments"):
+        searched(searching(tmp_path, args=args), hp_space=one("alpha"))
+
+
+def test_a_setting_that_a_trial_cannot_change(tmp_path) -> None:
+    with pytest.raises(SettingError, match=r"args\.label_matching was 'by_name' and is now 'by_index'"):
+        searched(
+            searching(tmp_path),
+            hp_space=lambda trial: {"label_matching": trial.suggest_categorical("label_matching", ["by_index"])},
+        )
+
+
+def test_alpha_of_a_given_distiller(tmp_path) -> None:
+    trainer = searching(tmp_path, teacher_model=None, distiller=Distiller(bert(), bert(seed=1)))
+    with pytest.raises(SettingError, match=r"args\.alpha was 0\.5 and is now 0\.75.*set_blend"):
+        searched(trainer, hp_space=one("alpha", 0.75))

@@ -12,10 +12,11 @@ from filelock import FileLock
 
 from tests.distributed.launch import two_processes
 from tests.heads import HEADS
+from tests.trainer.drop_in_steps import UNKNOWN, own_forward, rising_alpha
 from tests.trainer.each_once import EVALUATIONS, evaluated
 from tests.trainer.not_finite import FAULTS
 from tests.trainer.steps import asked_teacher, in_double, inside_steps, one_step
-from tests.trainer.tiny import assert_same_bits, update_difference, weights
+from tests.trainer.tiny import assert_same_bits, bert, update_difference, weights
 from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_cases
 
 
@@ -160,3 +161,25 @@ def test_all_processes_raise_what_one_of_them_finds(from_two, fault: tuple[str, 
         "unclipped": ("TrainingError: the norm of the gradient is nan",),
     }[fault[1]]
     assert ours.startswith(words[0]) and all(word in ours for word in words), ours
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_two_processes_train_an_unknown_class_as_trainer_does(from_two, name: str) -> None:
+    """At alpha=0, with accumulation and evaluation: the base trainer's own, bit for bit."""
+    theirs, ours = from_two["drop_in"][name]
+    assert_same_bits(ours[0], theirs[0])
+    assert ours[1:] == theirs[1:] and len(theirs[1]) == 2
+
+
+def test_two_processes_over_a_base_trainer_whose_outputs_have_no_gradient(from_two, tmp_path) -> None:
+    """DDP sees two forwards and one backward; the update is that of one process."""
+    (found, loss), (expected, expected_loss) = from_two["drop_in"]["own_forward"], own_forward(tmp_path, 8)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_two_processes_load_a_teacher_when_alpha_rises(from_two, tmp_path) -> None:
+    (found, losses), (expected, expected_losses) = from_two["drop_in"]["rising_alpha"], rising_alpha(tmp_path, 8)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert update_difference(found, expected, weights(bert().double())) < 1e-6

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from tests.distributed.sharded import sharded_teacher
 from tests.heads import HEADS
+from tests.trainer.drop_in_steps import everything
 from tests.trainer.each_once import EVALUATIONS, evaluated
 from tests.trainer.not_finite import FAULTS, what_each_process_raises
 from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
@@ -79,6 +80,7 @@ def main(path: str) -> None:
             cut = {"micro_batch": 2, "accumulation": 2}
             own = inside_steps(folder, HEADS[name], kind=kind, alpha=alpha, optim=optim, **cut)
             inside[name, kind, alpha, optim] = own
+        dropped_in = everything(folder, 4)
         for fault in FAULTS:
             raised[fault] = what_each_process_raises(folder, fault)
     sharded = sharded_teacher()
@@ -87,7 +89,7 @@ def main(path: str) -> None:
     dist.all_gather_object(learned, {case: own["learned"] for case, own in inside.items()})
     if rank == 0:
         all_found = {"found": found, "evaluated": asked, "inside": inside, "learned": learned, "sharded": sharded}
-        more = {"each_once": each_once, "raised": raised}
+        more = {"each_once": each_once, "raised": raised, "drop_in": dropped_in}
         torch.save({"processes": processes, **all_found, **more}, f"{path}.partial")
         os.replace(f"{path}.partial", path)
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ from hf_distill.tasks.infer import main_input_of, unwrapped
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cached import fingerprints, layout
 from hf_distill.teachers.fitting import tokenizer_in
-from hf_distill.teachers.load import as_dtype, load_teacher
+from hf_distill.teachers.load import as_dtype, kind_of_checkpoint, load_teacher
 from hf_distill.teachers.model import ModelTeacher
 
 
@@ -214,10 +214,14 @@ def _as_model_teacher(teacher: Any, student: Any, task: Task | str | None, dtype
     if isinstance(teacher, torch.nn.Module):
         return ModelTeacher(teacher, dtype=as_dtype(dtype))
     if student is None and task is None:
-        raise SettingError(
-            f"teacher={str(teacher)!r}: which head it is to be loaded with is not known. Pass student= or task=."
-        )
-    kind = task if isinstance(task, str) else make_task(student, task).kind
+        kind = kind_of_checkpoint(teacher)
+        if kind is None:
+            raise SettingError(
+                f"teacher={str(teacher)!r}: which head it is to be loaded with is not known: its config.json names no "
+                "class of a known kind. Pass student= or task=."
+            )
+    else:
+        kind = task if isinstance(task, str) else make_task(student, task).kind
     return ModelTeacher(load_teacher(teacher, kind, dtype=dtype), dtype=as_dtype(dtype))
 
 

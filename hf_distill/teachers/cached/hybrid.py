@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.drawing import BLOCK, drawn, merged
 from hf_distill.functional.rows import BLOCKED, in_full_precision
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.cached.sampled import CELLS, refuse_other_temperature
 from hf_distill.teachers.cached.stores import STORES, Field, id_type
 from hf_distill.teachers.cached.uniforms import refuse_seed, uniforms
+from hf_distill.teachers.load import DTYPE_ALIASES
 
 _DTYPES = {"float16": np.float16, "float32": np.float32}
 
@@ -59,7 +60,8 @@ class Hybrid:
                 "least 1, and the temperature is above 0. For samples alone take Sampled, for none TopK."
             )
         if self.dtype not in _DTYPES:
-            raise SettingError(f"Hybrid(dtype={self.dtype!r}): allowed are {', '.join(_DTYPES)}.")
+            hint = did_you_mean(self.dtype, _DTYPES, DTYPE_ALIASES)
+            raise SettingError(f"Hybrid(dtype={self.dtype!r}): allowed are {', '.join(_DTYPES)}.{hint}")
         refuse_seed(self.seed, "Hybrid")
 
     def settings(self) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.inside.blocks import SIDES, Blocks
 from hf_distill.inside.features import Features
 from hf_distill.inside.recorder import Inside
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
 from hf_distill.tasks import Task
+from hf_distill.teachers.load import DTYPE_ALIASES
 
 KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
 _POOLED = {
@@ -89,7 +90,8 @@ def wanted(
         TeacherError: a teacher that shows nothing of its inside.
     """
     if dtype not in DTYPES:
-        raise SettingError(f"inside_dtype={dtype!r}: allowed are {', '.join(DTYPES)}.")
+        hint = did_you_mean(dtype, DTYPES, DTYPE_ALIASES)
+        raise SettingError(f"inside_dtype={dtype!r}: allowed are {', '.join(DTYPES)}.{hint}")
     if not _listed(objectives) and not reads:
         return None
     if not isinstance(inside, Inside):
@@ -142,7 +144,8 @@ def _checked(read: Read, inside: Inside) -> Blocks:
             "Use RelationMatch (queries, keys and values are kept) or HiddenMatch, or the live teacher."
         )
     if read.what not in KEPT:
-        raise SettingError(f"reads: {read.what!r} cannot be kept. Allowed: {', '.join(KEPT)}.")
+        hint = did_you_mean(read.what, KEPT)
+        raise SettingError(f"reads: {read.what!r} cannot be kept. Allowed: {', '.join(KEPT)}.{hint}")
     blocks = inside.blocks(read.side, read.stack)
     lowest = EMBEDDINGS if read.what == HIDDEN else 0
     if not lowest <= read.layer < blocks.length:

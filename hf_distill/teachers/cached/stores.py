@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import SparseRows
+from hf_distill.teachers.load import DTYPE_ALIASES
 
 _ARROW_TYPE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # Arrow knows no bfloat16
 
@@ -93,7 +94,8 @@ class Dense:
 
     def __post_init__(self) -> None:
         if self.dtype not in _ARROW_TYPE:
-            raise SettingError(f"Dense(dtype={self.dtype!r}): allowed are {', '.join(_ARROW_TYPE)}.")
+            hint = did_you_mean(self.dtype, _ARROW_TYPE, DTYPE_ALIASES)
+            raise SettingError(f"Dense(dtype={self.dtype!r}): allowed are {', '.join(_ARROW_TYPE)}.{hint}")
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.cached.stores import STORES, Field, id_type
+from hf_distill.teachers.load import DTYPE_ALIASES
 
 _ARROW = {"float16": np.float16, "float32": np.float32}
 
@@ -56,7 +57,8 @@ class TopK:
                 "temperature, above 0."
             )
         if self.dtype not in _ARROW:
-            raise SettingError(f"TopK(dtype={self.dtype!r}): allowed are {', '.join(_ARROW)}.")
+            hint = did_you_mean(self.dtype, _ARROW, DTYPE_ALIASES)
+            raise SettingError(f"TopK(dtype={self.dtype!r}): allowed are {', '.join(_ARROW)}.{hint}")
 
     def settings(self) -> dict[str, Any]:
         return {**asdict(self), "temperatures": list(self.temperatures)}

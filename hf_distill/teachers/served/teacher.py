@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
@@ -71,7 +71,7 @@ class ServedTeacher:
         api_key_env: str | None = None,
     ) -> None:
         if api not in APIS:
-            raise SettingError(f"api={api!r}: allowed are {', '.join(APIS)}.")
+            raise SettingError(f"api={api!r}: allowed are {', '.join(APIS)}.{did_you_mean(api, APIS)}")
         counts = {"top_logprobs": top_logprobs, "batch_size": batch_size, "max_concurrency": max_concurrency}
         for name, value, least in [*((n, v, 1) for n, v in counts.items()), ("retries", retries, 0)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Callable
@@ -244,6 +245,22 @@ def test_what_can_be_built_of(tmp_path: Path) -> None:
         build(tmp_path, head, max, head.examples(3))
     with pytest.raises(SettingError, match="batch_size=0, shard_examples=6: at least 1"):
         build(tmp_path, head, head.make(2), head.examples(3), batch_size=0)
+
+
+def test_the_head_of_a_folder_is_that_of_its_config(tmp_path: Path) -> None:
+    """`TeacherCache.build("folder")` asks for nothing that config.json tells."""
+    for name in (NAME, "llama_causal_lm", "bert_regression"):
+        head = HEADS[name]
+        head.make(2).save_pretrained(tmp_path / name)
+        given = {"data_collator": head.collate, "progress": False}
+        cache = TeacherCache.build(str(tmp_path / name), head.examples(3), tmp_path / f"{name} cache", **given)
+        assert cache.manifest["task"]["kind"] == head.kind
+    config = json.loads((tmp_path / NAME / "config.json").read_text())
+    (tmp_path / NAME / "config.json").write_text(json.dumps({**config, "architectures": ["BertForPreTraining"]}))
+    with pytest.raises(SettingError, match=r"its config\.json names no class of a known kind\. Pass student= or task="):
+        TeacherCache.build(str(tmp_path / NAME), head.examples(3), tmp_path / "another")
+    with pytest.raises(TeacherError, match="no such folder"):
+        TeacherCache.build(str(tmp_path / "nowhere"), head.examples(3), tmp_path / "another")
 
 
 def test_a_teacher_that_lies_on_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
