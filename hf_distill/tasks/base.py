@@ -186,6 +186,8 @@ class PositionTask(Task):
 def name_labels(config: Any, names: Mapping[str, int]) -> None:
     """Give the classes of a config names, where they have none: these, or those of its other table.
 
+    LABEL_0, LABEL_1, … in another order are no names: the columns of such a teacher were paired by them.
+
     >>> from transformers import BertConfig
     >>> config = BertConfig(num_labels=2)
     >>> name_labels(config, {"no": 0, "yes": 1})
@@ -193,7 +195,7 @@ def name_labels(config: Any, names: Mapping[str, int]) -> None:
     {0: 'no', 1: 'yes'}
     """
     ids = label_ids(config)
-    if has_default_names(ids) and len(names) == len(ids):
+    if has_default_names(ids) and len(names) == len(ids) and set(names) != set(ids):
         ids = {name: names[name] for name in sorted(names, key=lambda name: names[name])}
     if has_default_names(ids):
         return

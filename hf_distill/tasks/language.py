@@ -108,9 +108,9 @@ class Seq2Seq(PositionTask):
 
 def _no_text(batch: Batch) -> str:
     return (
-        f"the batch has no labels, only {sorted(batch)}, and a decoder is compared on the texts that it is shown, also "
-        "with alpha=1. Give transcripts or translations as labels, or let the teacher write them: "
-        "hf_distill.generate_completions(teacher, dataset, folder)."
+        f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}, and a decoder is compared on the "
+        "texts that it is shown, also with alpha=1. Give transcripts or translations as labels, or let the teacher "
+        "write them: hf_distill.generate_completions(teacher, dataset, folder)."
     )
 
 

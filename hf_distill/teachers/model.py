@@ -243,13 +243,7 @@ class ModelTeacher:
         known = self.inputs or tuple(n for n in source if n not in _NEVER_GIVEN and not n.startswith(TEACHER_PREFIX))
         inputs = {name: source[name] for name in known if source.get(name) is not None}
         if main not in inputs and "inputs_embeds" not in inputs and (self.inputs or not inputs):
-            self._refuse_foreign_forward(main, batch)
-            raise DataError(
-                f"the teacher ({type(unwrapped(self.model)).__name__}) needs {main}, the batch has {sorted(batch)}. "
-                f"Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio or "
-                f"{TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. "
-                "If a map() or a collator of yours dropped it, keep it there."
-            )
+            raise self._missing_input(main, batch)
         if self._difference is not None and source is batch:
             raise DataError(
                 f"the teacher ({type(unwrapped(self.model)).__name__}) may misread the student's {main}: "
@@ -262,18 +256,23 @@ class ModelTeacher:
             inputs["use_cache"] = False
         return inputs
 
-    def _refuse_foreign_forward(self, main: str, batch: Batch) -> None:
-        """Raise DataError for a module of another library, whose forward takes no column that a batch could have."""
-        if main in MAIN_INPUTS:
-            return
+    def _missing_input(self, main: str, batch: Batch) -> DataError:
+        """The error for a batch without this model's main input."""
         model = unwrapped(self.model)
-        way_out = 'Pass a module whose forward takes columns by these names and returns {"logits": ...}.'
+        why = f"the teacher ({type(model).__name__}) needs {main}, the batch has {sorted(batch)}."
         if main == "features" or any(cls.__name__ == "SentenceTransformer" for cls in type(model).__mro__):
-            way_out = (
-                "Of a SentenceTransformer pass the transformers model in it, model[0].auto_model, and "
+            return DataError(
+                f"{why} Of a SentenceTransformer pass the transformers model in it, model[0].auto_model, and "
                 "task=Embedding(pooling=...) of hf_distill.tasks, as it pools."
             )
-        raise DataError(
-            f"the teacher ({type(model).__name__}) is called with columns of the batch by name; its forward takes "
-            f"{', '.join(self.inputs)}, and the batch has {sorted(batch)}. {way_out}"
+        if main not in MAIN_INPUTS:
+            return DataError(
+                f"{why} A teacher is called with columns of the batch by name. Give the dataset a column "
+                f"{TEACHER_PREFIX}{main}, or pass a module whose forward takes columns that the batch has and returns "
+                '{"logits": ...}.'
+            )
+        return DataError(
+            f"{why} Give the dataset a column {TEACHER_PREFIX}{main}, or {TEACHER_PREFIX}text, {TEACHER_PREFIX}audio "
+            f"or {TEACHER_PREFIX}image with teacher_processing_class=; such columns survive remove_unused_columns. If "
+            "a map() or a collator of yours dropped it, keep it there."
         )

@@ -168,8 +168,12 @@ class ColumnsMixin(_Trainer):
                 self._readers.append((data, whose == _TRAINED_ON, reader))
 
     def _reads_labels(self) -> bool:
-        """Whether labels can be read as the student numbers them: its task is known, and calls them as it does."""
-        return not isinstance(self.distiller.task, UnknownTask) and not self.distiller.has_other_label_names()
+        """Whether labels can be read as the student numbers them: its task is known, and calls them as it does.
+
+        A base trainer may make data loaders before there is a distiller.
+        """
+        distiller = getattr(self, "distiller", None)
+        return not (distiller is None or isinstance(distiller.task, UnknownTask) or distiller.has_other_label_names())
 
     def _needs_label_column(self, data: Any, model: Any, args: Any) -> bool:
         """Whether a training on this dataset is impossible without a column of the task's labels."""

@@ -25,7 +25,6 @@ else:
     _Trainer = object
 
 _SOME_TEMPERATURE = 1.2345  # none that a cache is likely to be bound to
-_TEACHER_IS_ASKED = ("divergence", "teacher_agreement")  # metrics that evaluate_with_teacher adds
 
 
 class _Range(NamedTuple):
@@ -66,8 +65,8 @@ class SearchMixin(_Trainer):
         prefixes = ["eval"]
         if isinstance(self.eval_dataset, dict):
             prefixes += [f"eval_{name}" for name in self.eval_dataset]
-        left_out = {f"{prefix}_{name}" for prefix in prefixes for name in _TEACHER_IS_ASKED}
-        return float(default_compute_objective({k: v for k, v in metrics.items() if k not in left_out}))
+        of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
+        return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
 
     def _default_space(self, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
         """None: what transformers searches, because nothing of a distillation can be chosen."""

@@ -165,7 +165,9 @@ def vit() -> Any:
 def test_a_module_that_takes_no_column_by_name() -> None:
     """It was said to need input_ids, of images."""
     student, images = vit(), {"pixel_values": torch.randn(2, 3, 32, 32)}
-    words = r"the teacher \(Net\) is called with .* its forward takes x, and the batch has \['pixel_values'\]\. Pass"
+    words = (
+        r"the teacher \(Net\) needs x, the batch has \['pixel_values'\]\. .* pass a module whose forward takes columns"
+    )
     with pytest.raises(DataError, match=words):
         Distiller(student, ModelTeacher(Net(), label_matching="by_index"), alpha=1.0)(student, images)
     teacher = Named()
@@ -181,7 +183,7 @@ def test_a_sentence_transformer_as_teacher(teacher: Any) -> None:
     """It was said to need input_ids, of a batch that has them. Its transformers model is what can teach."""
     student, given = bert(), teacher()
     takes = "features" if teacher is Sentence else "input"
-    words = rf"the teacher \({teacher.__name__}\) .* its forward takes {takes}.*model\[0\]\.auto_model.*pooling="
+    words = rf"the teacher \({teacher.__name__}\) needs {takes}, .*model\[0\]\.auto_model.*pooling="
     with pytest.raises(DataError, match=words):
         Distiller(student, given, alpha=1.0)(student, IDS)
     found = Distiller(student, given.body, alpha=1.0, task=Embedding(pooling="first"))(student, IDS).loss.item()

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill.trainer_parts.interruptions import SETTINGS as SETTINGS_FILE
 from tests.heads import HEADS
 from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, padded, weights
 
@@ -318,7 +319,7 @@ def evaluation_before_the_first_step_and_in_pieces(script: Script) -> Any:
 def predictions_of_unequal_length_are_padded(script: Script) -> Any:
     """Token classification: each batch as long as its longest example, the array as long as the longest batch."""
     head = HEADS["bert_tokens"]
-    trainer = script.trainer(head.make(), data_collator=head.collate, per_device_eval_batch_size=2)
+    trainer = script.trainer(head.make(), train_dataset=None, data_collator=head.collate, per_device_eval_batch_size=2)
     output = trainer.predict(head.examples(7))
     return output.predictions, output.label_ids, without_times(output.metrics)
 
@@ -535,12 +536,12 @@ def the_best_model_by_a_metric(script: Script) -> Any:
 
 @scenario()
 def what_is_saved(script: Script) -> Any:
-    """Names of files in a checkpoint and in what `save_model` writes."""
+    """Names of files in a checkpoint and in what `save_model` writes; ours records its settings beside them."""
     trainer = script.trainer(**{**SAVED, "max_steps": 1})
     trainer.train()
     trainer.save_model(str(script.folder / "model"))
     folders = script.out / "checkpoint-1", script.folder / "model"
-    return [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    return [sorted(path.name for path in folder.iterdir() if path.name != SETTINGS_FILE) for folder in folders]
 
 
 # Data, and search.

@@ -150,11 +150,11 @@ def test_an_input_that_is_not_finite_is_named_before_the_models(tmp_path, value:
 def test_a_label_that_is_not_finite_is_named(tmp_path) -> None:
     head = HEADS["bert_regression"]
     data = head.examples(8)
-    data[1]["labels"] = float("nan")
+    data[1]["labels"] = float("inf")  # NaN means that there is no label, which the data check names first
     said = raised_by(
         tmp_path, head.make(), head.make(seed=1), DataError, train_dataset=data, data_collator=head.collate, **ORDER
     )
-    assert "micro-batch 0 of 2 (the term labels is nan): labels of example 1 holds nan" in said
+    assert "micro-batch 0 of 2 (the term labels is inf): labels of example 1 holds inf" in said
 
 
 class Overflow(nn.Module):
