@@ -25,12 +25,12 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import BertForSequenceClassification, Trainer
 from transformers.utils import logging
 
-# Accelerate collects garbage twice in every training: a second each with all of transformers loaded, and a tenth with
-# the models and reports of five thousand tests. What is there when a file begins stays anyway, so the collector need
-# not look at it.
-KEPT = (datasets, transformers, BertForSequenceClassification, Trainer)
+from tests.cheap import make_trainings_cheap
+
+LOADED = (datasets, transformers, BertForSequenceClassification, Trainer)  # by almost every test
 torch.set_num_threads(1)
 logging.set_verbosity_error()
+make_trainings_cheap()
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_garbage_collection() -> None:
+    """What is there when a file begins stays anyway, so the collector need not look at it."""
     gc.collect()
     gc.freeze()
 
