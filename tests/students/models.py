@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -176,3 +178,13 @@ MODELS: dict[str, Tiny] = {
     }.items()
     for tiny in tinies
 }
+
+
+def one_an_architecture(names: Iterable[str] = tuple(MODELS)) -> list[Any]:
+    """Parameters of a test: other heads of an architecture that came before are slow."""
+    seen, made = set(), []
+    for name in names:
+        config = MODELS[name].model_class.config_class
+        made.append(pytest.param(name, marks=pytest.mark.slow if config in seen else ()))
+        seen.add(config)
+    return made
