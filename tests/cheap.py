@@ -1,9 +1,13 @@
-"""What trainings do at a cost and to no end where they are tiny and there is no accelerator."""
+"""What tiny models and trainings cost to no end: made again and again, seeds for accelerators, garbage collection."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import memory
@@ -21,3 +25,20 @@ def make_trainings_cheap() -> None:
             accelerator.manual_seed_all = lambda seed: None
     memory.gc = SimpleNamespace(collect=lambda: 0)
     gc.freeze()
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that makes a model of its arguments alone: one of each is made, and copies are given out.
+
+    The tests ask for thousands, and a copy costs half of that.
+    """
+    kept: dict[str, Any] = {}
+
+    @functools.wraps(make)
+    def copied(*arguments: Any, **named: Any) -> Any:
+        key = f"{arguments!r} {sorted(named.items())!r}"
+        if key not in kept:
+            kept[key] = make(*arguments, **named)
+        return copy.deepcopy(kept[key])
+
+    return copied

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import transformers as hf
 from torch.nn import functional as F
+
+from tests.cheap import made_once
 
 VOCABULARY = 40
 LABELS = 3
@@ -55,8 +56,8 @@ class Head:
     longest: int = LONGEST
     may_ignore: bool = False
     labels_see_padding: bool = False
-    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @made_once
     def make(self, seed: int = 0, *, layers: int | None = None, width: int | None = None, **settings: Any) -> Any:
         """A model, by seed. Every parameter is shaken, so that no bias is 0 and logits are far from uniform.
 
@@ -66,12 +67,6 @@ class Head:
         for value, names in ((layers, _DEPTHS), (width, _WIDTHS)):
             if value is not None:
                 settings = {**{name: value for name in names if name in self.settings}, **settings}
-        key = f"{seed} {sorted(settings.items())}"
-        if key not in self._made:  # the tests make thousands, and a copy costs half of that
-            self._made[key] = self._new(seed, settings)
-        return copy.deepcopy(self._made[key])
-
-    def _new(self, seed: int, settings: dict[str, Any]) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model_class(self.config_class(**{**self.settings, **settings}))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
+from tests.cheap import made_once
 from tests.heads import _BART, _BERT, _DISTILBERT, _GPT2, _LLAMA, _SPEECH, _T5, _VIT, _WHISPER, FRAMES, MEL, VOCABULARY
 
 LAYERS = 4
@@ -35,6 +36,7 @@ class Tiny:
     listens_to: str = "text"
     generates: bool = False
 
+    @made_once
     def make(self, layers: int = LAYERS, **settings: Any) -> Any:
         """A teacher whose every parameter is unlike the others, so that no two layers are equal by chance."""
         wanted = {**self.settings, **{name: layers for name in DEPTHS if name in self.settings}, **settings}
