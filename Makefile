@@ -8,9 +8,16 @@ QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 # One BLAS thread for each test process: two processes with two threads each spin on two cores.
 TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two processes, each with whole files and these in order: what a file makes once is made once, and the long ones begin.
+IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
+# Kernels without vectors and, for products, of AVX2: as if the processor were ten years older.
+OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
+OLD_CPU_TESTS = tests/laws tests/functional tests/students/test_matrix.py tests/trainer/test_alpha_zero.py \
+	tests/trainer/test_resume.py tests/trainer/test_accumulation.py tests/trainer/test_without_logits_small_chunks.py \
+	tests/trainer/test_without_logits_trials.py tests/teachers/cached/test_laws.py
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-old-cpu test-slow lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -19,7 +26,10 @@ quickstart: $(VENV)/.installed-report ## install into .venv and run the quicksta
 	$(BIN)/hf-distill quickstart $(QUICKSTART_ARGS)
 
 test: $(VENV)/.installed-dev ## install into .venv and run the test suite
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(IN_TWO) $(PYTEST_ARGS)
+
+test-old-cpu: $(VENV)/.installed-dev ## run the part that rounding touches as an old processor would
+	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest $(IN_TWO) $(OLD_CPU_TESTS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev ## run the tests that take minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -47,9 +47,11 @@ class Rows:
     labels: Tensor
 
     @classmethod
-    def drawn(cls, n: int, v: int, widths: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> Rows:
-        """Logits of standard deviation 3, as trained models have, from a fixed seed."""
-        generator = torch.Generator().manual_seed(0)
+    def drawn(
+        cls, n: int, v: int, widths: tuple[int, int], dtype: torch.dtype, device: str = "cpu", *, seed: int = 0
+    ) -> Rows:
+        """Logits of standard deviation 3, as trained models have."""
+        generator = torch.Generator().manual_seed(seed)
 
         def side(d: int) -> tuple[Tensor, Tensor]:
             rows, head = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator)

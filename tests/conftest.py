@@ -16,25 +16,31 @@ import gc
 import random
 from collections.abc import Iterator
 
-import datasets
 import numpy as np
 import pytest
-import torch
-import transformers
-from accelerate.state import AcceleratorState, GradientState
-from transformers import BertForSequenceClassification, Trainer
-from transformers.utils import logging
 
-# Accelerate collects garbage twice in every training: a second each with all of transformers loaded, and a tenth with
-# the models and reports of five thousand tests. What is there when a file begins stays anyway, so the collector need
-# not look at it.
-KEPT = (datasets, transformers, BertForSequenceClassification, Trainer)
-torch.set_num_threads(1)
-logging.set_verbosity_error()
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import what almost every test does, except where none runs: in the process that hands them out to others."""
+    if session.config.getoption("numprocesses", None):
+        return
+    import datasets
+    import torch
+    from transformers import BertForSequenceClassification, Trainer
+    from transformers.utils import logging
+
+    from tests.cheap import make_trainings_cheap
+
+    assert all((datasets, BertForSequenceClassification, Trainer))
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    make_trainings_cheap()
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -42,6 +48,7 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_garbage_collection() -> None:
+    """What is there when a file begins stays anyway, so the collector need not look at it."""
     gc.collect()
     gc.freeze()
 
@@ -50,5 +57,7 @@ def _cheap_garbage_collection() -> None:
 def _no_accelerator_left_over() -> Iterator[None]:
     """Mixed precision, and where in its data an interrupted training was, are kept in singletons."""
     yield
+    from accelerate.state import AcceleratorState, GradientState
+
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

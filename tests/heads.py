@@ -15,6 +15,8 @@ import torch
 import transformers as hf
 from torch.nn import functional as F
 
+from tests.cheap import made_once
+
 VOCABULARY = 40
 LABELS = 3
 IGNORED = -100
@@ -55,6 +57,7 @@ class Head:
     may_ignore: bool = False
     labels_see_padding: bool = False
 
+    @made_once
     def make(self, seed: int = 0, *, layers: int | None = None, width: int | None = None, **settings: Any) -> Any:
         """A model, by seed. Every parameter is shaken, so that no bias is 0 and logits are far from uniform.
 

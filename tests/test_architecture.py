@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,9 +52,14 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported_modules(path: Path) -> Iterator[str]:
     """Modules of this package, wherever in the file they are imported."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "hf_distill")
         elif isinstance(node, ast.ImportFrom):
@@ -119,7 +125,7 @@ def test_a_file_says_what_it_is_for_and_a_long_one_has_a_reason(path: Path) -> N
     text = path.read_text(encoding="utf-8")
     if path.name == "__init__.py" and not text.strip():
         return
-    docstring = ast.get_docstring(ast.parse(text))
+    docstring = ast.get_docstring(tree_of(path))
     assert docstring and text.startswith('"""'), "no docstring in the first line"
     if len(text.splitlines()) > LINES_WITHOUT_A_REASON:
         assert name_of(path) in REASONS_TO_BE_LONG, "is it one idea? Then say in REASONS_TO_BE_LONG why it is long"
@@ -127,7 +133,7 @@ def test_a_file_says_what_it_is_for_and_a_long_one_has_a_reason(path: Path) -> N
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_catches_everything(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: bare except"
             caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}

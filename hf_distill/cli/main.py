@@ -79,6 +79,9 @@ def _add_quickstart(commands: Any) -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=Path(DEFAULT_OUTPUT), help="where the results go")
     parser.add_argument("--seed", type=_seed, default=0, help="the first seed; the others follow it")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), help="models that are trained at a time; 2 where there are two cores"
+    )
     parser.add_argument("--fast", action="store_true", help="a shorter run with fewer seeds and weaker models")
     parser.set_defaults(run=_run_quickstart)
 

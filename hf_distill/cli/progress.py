@@ -15,16 +15,26 @@ from transformers import TrainerCallback
 
 
 class Stages:
-    """A list of bars that grows by one a stage; a finished stage's bar stays."""
+    """A list of bars that grows by one a stage; a finished stage's bar stays.
+
+    Attributes:
+        at_each_step: called whenever a bar moves; what it raises ends the stage.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self.at_each_step: Callable[[], None] = lambda: None
 
     @contextmanager
     def stage(self, name: str, *, total: int) -> Iterator[Callable[[], None]]:
         """A bar of `total` steps; call what this yields after each of them."""
         task = self._progress.add_task(name, total=total)
-        yield lambda: self._progress.advance(task)
+
+        def advance() -> None:
+            self._progress.advance(task)
+            self.at_each_step()
+
+        yield advance
         self._progress.update(task, completed=total)
 
     def say(self, text: str) -> None:

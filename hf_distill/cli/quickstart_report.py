@@ -23,6 +23,7 @@ from hf_distill.compare import (
 )
 
 ALONE, DISTILLED, TEACHER = "student alone", "student distilled", "teacher"
+ALL_LABELS = "student, all labels"
 _ONE_TEACHER = "one teacher was trained, for all seeds"
 
 
@@ -34,6 +35,7 @@ class Answers:
     teacher: list[str]
     alone: list[list[str]]
     distilled: list[list[str]]
+    all_labels: list[list[str]]
 
 
 def make_report(
@@ -44,10 +46,16 @@ def make_report(
     corpus: Corpus,
     settings: Settings,
     seed: int,
+    processes: int,
     cost: Mapping[str, float],
 ) -> Report:
     """The report; `models` and `latencies` are of the first seed, by result name."""
-    runs = {ALONE: answers.alone, DISTILLED: answers.distilled, TEACHER: [answers.teacher]}
+    runs = {
+        ALONE: answers.alone,
+        DISTILLED: answers.distilled,
+        ALL_LABELS: answers.all_labels,
+        TEACHER: [answers.teacher],
+    }
     results = tuple(
         _result(
             name,
@@ -64,8 +72,8 @@ def make_report(
         title=title,
         results=results,
         machine=this_machine(),
-        settings=_settings(settings, corpus, seed) | {"latency_calls": settings.latency_calls},
-        notes=_notes(results, answers, corpus, settings, cost),
+        settings=_settings(settings, corpus, seed) | {"processes": processes},
+        notes=_notes(results, answers, corpus, settings, cost, processes),
         cost=dict(cost),
     )
 
@@ -140,12 +148,14 @@ def _notes(
     corpus: Corpus,
     settings: Settings,
     cost: Mapping[str, float],
+    processes: int,
 ) -> tuple[str, ...]:
     by_name = {result.name: result for result in results}
     alone, distilled = by_name[ALONE], by_name[DISTILLED]
     most_common = max(answers.truth.count(package) for package in corpus.packages)
     labelled = round(settings.labelled_share * len(corpus.train))
     peak = f" and {cost['peak_memory_mb']:.0f} MB" if "peak_memory_mb" in cost else ""
+    together = " in two processes" if processes > 1 else ""
     notes = [
         gain_sentence(alone.accuracy_share_runs, distilled.accuracy_share_runs),
         f"The task: which of {len(corpus.packages)} standard library packages is this paragraph "
@@ -153,11 +163,11 @@ def _notes(
         f"trained on and that no "
         f"setting was chosen by. Naming the most common package always would score "
         f"{most_common / len(answers.truth):.3f}.",
-        f"Both students took {settings.student_steps} steps of {settings.batch_size} paragraphs "
+        f"All students took {settings.student_steps} steps of {settings.batch_size} paragraphs "
         f"from the same first weights. Alone: the {labelled} paragraphs with a label. Distilled: "
-        f"those, and the {len(corpus.train) - labelled} others without their label. The teacher "
-        f"had every label.",
-        f"Size and latency are of the first seed's models. The run took {cost['seconds_total']:.0f} s{peak}.",
+        f"those, and the {len(corpus.train) - labelled} others without their label. All labels: every label and no "
+        f"teacher, as the teacher itself was trained. That is what labelling the others by hand would buy.",
+        f"Size and latency are of the first seed's models. The run took {cost['seconds_total']:.0f} s{peak}{together}.",
     ]
     if settings.fast:
         notes.insert(0, "Made with --fast: a shorter run; its numbers are not those of a full one.")

@@ -1,8 +1,9 @@
-"""Accuracy against latency, as a picture: one labelled point a model, error bars over seeds."""
+"""Accuracy against latency, as a picture: a point a model, error bars over seeds, names and numbers in a legend."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) 
     shown = [r for r in report.results if _is_complete(r)]
     if not shown:
         raise DataError("no result has both an accuracy and a latency: there is nothing to plot.")
-    figure = figures.Figure(figsize=(7, 4.5), dpi=144, layout="constrained")
+    figure = figures.Figure(figsize=(7, 4.8), dpi=144, layout="constrained")
     backend.FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, result in enumerate(shown):
@@ -38,11 +39,12 @@ def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) 
     axes.set_title(report.title, loc="left", fontsize="medium")
     axes.margins(x=0.2)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(*_accuracies(shown))
     axes.grid(alpha=0.3)
     absent = [r.name for r in report.results if r not in shown]
     if absent:
-        figure.supxlabel("not measured: " + ", ".join(absent), fontsize="small")
+        axes.plot([], [], linestyle="none", label="not measured: " + ", ".join(absent))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")  # names at points would collide
     target = Path(path)
     write_whole(target, lambda beside: figure.savefig(beside, format=target.suffix.lstrip(".")))
 
@@ -51,26 +53,32 @@ def _is_complete(result: ModelResult) -> bool:
     return result.accuracy_share_mean is not None and result.latency_ms_p50 is not None
 
 
+def _accuracies(shown: Sequence[ModelResult]) -> tuple[float, float]:
+    """The part of the axis from 0 to 1 where the models are, error bars included."""
+    ends = [
+        mean + sign * (r.accuracy_share_spread or 0.0)
+        for r in shown
+        if (mean := r.accuracy_share_mean) is not None
+        for sign in (-1, 1)
+    ]
+    margin = max(0.02, 0.1 * (max(ends) - min(ends)))
+    return max(0.0, min(ends) - margin), min(1.0, max(ends) + margin)
+
+
 def _draw_point(axes: Any, result: ModelResult, place: int) -> None:
     p50, p95 = result.latency_ms_p50, result.latency_ms_p95
     colour = _COLOURS[place % len(_COLOURS)]
     if p95 is not None:
         axes.hlines(result.accuracy_share_mean, p50, p95, color=colour, alpha=0.35, linewidth=1)
+    spread = result.accuracy_share_spread
+    accuracy = f"{result.accuracy_share_mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
     axes.errorbar(
         p50,
         result.accuracy_share_mean,
-        yerr=result.accuracy_share_spread,
+        yerr=spread,
         fmt=_MARKERS[place % len(_MARKERS)],
         color=colour,
+        fillstyle="none",  # models of one size and one accuracy lie over each other
         capsize=4,
-    )
-    spread = result.accuracy_share_spread
-    accuracy = f"{result.accuracy_share_mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-    axes.annotate(
-        f"{result.name}\n{accuracy}",
-        (p50, result.accuracy_share_mean),
-        xytext=(8, 8),
-        textcoords="offset points",
-        fontsize="small",
-        color=colour,
+        label=f"{result.name}: {accuracy}",
     )

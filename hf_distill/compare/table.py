@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 
 from hf_distill.compare.report import ModelResult, Report
 
 UNKNOWN = "-"
-_NARROW = {"parameters": "para-\nmeters", "p50 ms": "p50\nms", "p95 ms": "p95\nms", "speed-up": "speed\nup"}
+# Headings that are wider than their column.
+_NARROW = {"parameters": "params", "p50 ms": "p50\nms", "p95 ms": "p95\nms", "speed-up": "speed"}
 
 
 def _with_spread(mean: float | None, spread: float | None) -> str:
@@ -40,16 +43,52 @@ def _rows(report: Report) -> list[list[str]]:
     return [[cell(result) for cell in _COLUMNS.values()] for result in report.results]
 
 
-def terminal_table(report: Report) -> Table:
-    """The comparison as a rich table, which fits 80 columns."""
-    table = Table(title=report.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in _COLUMNS:
-        left = heading == "model"
-        narrow = _NARROW.get(heading, heading)
-        table.add_column(narrow, justify="left" if left else "right", no_wrap=True)
-    for row in _rows(report):
-        table.add_row(*row)
-    return table
+def terminal_table(report: Report) -> RenderableType:
+    """The comparison for a terminal, to be printed by rich: a line a model, or where that is too wide a line a number.
+
+    A line a model fits 80 columns if no model's name is longer than 23 letters.
+    """
+    return _TerminalTable(report)
+
+
+class _TerminalTable:
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._of_models()
+        wide = Measurement.get(console, options.update(width=10_000), table).maximum
+        yield table if wide <= options.max_width else self._of_numbers()
+
+    def _of_models(self) -> Table:
+        table = self._table()
+        for heading in _COLUMNS:
+            left = heading in ("model", "accuracy", "agreement")  # some of whose numbers have a spread after them
+            narrow = _NARROW.get(heading, heading)
+            table.add_column(narrow, justify="left" if left else "right", no_wrap=True)
+        for row in _rows(self._report):
+            table.add_row(*row)
+        return table
+
+    def _of_numbers(self) -> Table:
+        table = self._table(show_header=False)
+        table.add_column()
+        table.add_column()
+        for name, *cells in _rows(self._report):
+            table.add_row(name)
+            for heading, cell in zip(list(_COLUMNS)[1:], cells, strict=True):
+                table.add_row(f"  {heading}", cell)
+        return table
+
+    def _table(self, *, show_header: bool = True) -> Table:
+        return Table(
+            title=self._report.title,
+            title_justify="left",
+            box=None,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_header=show_header,
+        )
 
 
 def markdown_table(report: Report) -> str:

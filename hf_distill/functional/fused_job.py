@@ -93,7 +93,8 @@ class Job:
     def _set_factors(self, terms: Terms, power: int, row_weights: Tensor | None, logit_scale: float) -> None:
         """Split each factor of the gradient into what all rows share (`unit`) and what a row has of it.
 
-        The shared part is multiplied in last, so that a gradient in fp16 does not vanish under a small factor.
+        The shared part is multiplied in last, so that a gradient in fp16 does not vanish under a small factor. In 16
+        bits it is a power of two, so that the gradient at the hidden rows is not rounded once more.
         """
         device = self.product.weight.device
         of_labels, of_divergence = (
@@ -105,9 +106,11 @@ class Job:
         softened = self.divergence_factor / self.temperature  # of the gradient at the logits, not at logits / T
         parts = [of_labels.abs()] if self.labels is not None else []
         parts += [softened.abs()] if self.teacher is not None else []
-        largest = torch.stack(parts).amax()
-        unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        self.unit = unit * logit_scale
+        largest = torch.stack(parts).amax() * logit_scale
+        self.unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+        if self.product.dtype.itemsize == 2:
+            self.unit = torch.ldexp(torch.ones_like(self.unit), torch.frexp(self.unit).exponent - 1)
+        unit = self.unit / logit_scale
         self.label_weights = None
         if self.labels is not None:
             known = (self.labels.ids != IGNORED).to(self.full)

@@ -27,8 +27,9 @@ def sorted_distance(student: Tensor, teacher: Tensor) -> Tensor:
     >>> round(sorted_distance(student, teacher).item(), 6)  # |0.5 - 0.75| + |0.25 - 0.25| + |0.25 - 0|
     0.5
     """
+    # Logits are sorted before the softmax: a row in another order then has the same sum, to the last bit.
     q, p = (
-        in_full_precision(rows).softmax(-1).sort(dim=-1, descending=True, stable=True).values
+        in_full_precision(rows).sort(dim=-1, descending=True, stable=True).values.softmax(-1)
         for rows in (student, teacher)
     )
     wider = max(q.shape[-1], p.shape[-1])

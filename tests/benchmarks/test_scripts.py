@@ -18,6 +18,7 @@ SCRIPTS = (
     "large_vocabulary",
     "objectives_cost",
     "real_data",
+    "sixteen_bits",
     "store_training",
     "teacher_cost",
     "teacher_kinds",
@@ -86,6 +87,18 @@ def test_every_way_of_a_step_has_one_loss(
     assert [way for way, _ in rows] == ways[1:]
     first, *others = (float(loss) for _, loss in rows)
     assert first > 0 and others == [pytest.approx(first, abs=2e-4)] * 2
+
+
+def test_errors_in_16_bits_are_of_both_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["--seeds", "1", "--rows", "10", "--columns", "12", "--widths", "4", "5", "--heads", "gpt2_causal_lm"]
+    run("sixteen_bits", *tiny, monkeypatch=monkeypatch)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| f")]
+    assert [row[0] for row in rows] == ["forward_kl"] * 2 and [len(row) for row in rows] == [9, 5]
+    for _, *numbers in rows:
+        for plain, ours, ratio, largest in zip(*[iter(map(float, numbers))] * 4, strict=True):
+            assert 1e-4 < plain < 0.1 and [ratio, largest] == pytest.approx([ours / plain] * 2, abs=0.02)
 
 
 def test_real_data_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

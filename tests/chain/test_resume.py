@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,8 @@ from hf_distill import SettingError
 from hf_distill.chain import Chain, Link, record
 from tests.chain.killed import MOMENTS
 from tests.chain.tiny_chain import links, run, student
+from tests.distributed.launch import alone
 from tests.trainer.tiny import assert_same_bits, bert
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Killed(RuntimeError):
@@ -75,12 +71,8 @@ def _kept_metrics(one: Any) -> dict[str, float]:
 )
 def test_killed_and_resumed(whole, tmp_path, moments: list[str]) -> None:
     """One chain, killed at each of these moments on its way (SIGKILL), in a process that does nothing else."""
-    program = Path(__file__).with_name("killed.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path), *moments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if line.split(": ")[0] in {*MOMENTS, "never"})
+    printed = alone(Path(__file__).with_name("killed.py"), str(tmp_path), *moments)
+    said = dict(line.split(": ", 1) for line in printed.splitlines() if line.split(": ")[0] in {*MOMENTS, "never"})
     assert said == {**dict.fromkeys(moments, "killed"), "never": "0"}
     assert_same_students(tmp_path / "out", whole["folder"])
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "report.md").read_text().splitlines()]

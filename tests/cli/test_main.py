@@ -7,13 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_distill.cli.quickstart as quickstart
+from hf_distill.cli import second_process
 from hf_distill.cli.main import main
 from hf_distill.cli.quickstart_settings import FAST
 from hf_distill.compare import read_report
 from hf_distill.errors import DataError
+from tests.distributed.launch import SERVER
+from tests.trainer.tiny import assert_same_bits
 
 TINY = replace(
     FAST,
@@ -35,7 +39,7 @@ def test_help_names_every_option(capsys):
         main(["quickstart", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--output-dir", "--seed", "--fast", "Downloads nothing"):
+    for option in ("--output-dir", "--seed", "--fast", "--processes", "Downloads nothing"):
         assert option in shown
 
 
@@ -69,30 +73,47 @@ def test_a_library_without_documentation_leaves_nothing(tmp_path, library):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_whole_run(tmp_path, library):
-    out, screen = tmp_path / "out", io.StringIO()
-    report = quickstart.run_quickstart(
-        out, seed=3, settings=TINY, console=Console(file=screen, width=120), root=library
-    )
+def test_a_whole_run(tmp_path, library, monkeypatch):
+    monkeypatch.setattr(second_process.multiprocessing, "get_context", lambda kind: SERVER)
+    out, alone, screen = tmp_path / "out", tmp_path / "alone", io.StringIO()
+    run = {"seed": 3, "settings": TINY, "root": library}
+    report = quickstart.run_quickstart(out, processes=2, console=Console(file=screen, width=80), **run)
+    one_process = quickstart.run_quickstart(alone, processes=1, console=Console(quiet=True), **run)
     left = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     assert left == set(quickstart.ENTRIES)
     check_report(report)
     assert read_report(out) == report
     check_students(out)
     shown = screen.getvalue()
-    for text in ("student distilled, seed 4", "teacher", "Made with --fast", "± "):
+    for text in ("student distilled, seed 4", "student, all labels, seed 4", "teacher", "Made with --fast", "± "):
         assert text in shown
+    table, notes = shown.split("\n\n")  # a blank line between the two
+    assert "speed" in table and notes.startswith("Made with")
+    assert all(len(line) <= 80 for line in shown.splitlines())
     assert (out / quickstart.PLOT).read_bytes().startswith(b"\x89PNG")
+    check_that_processes_change_nothing(report, one_process, out, alone)
+
+
+def check_that_processes_change_nothing(two, one, of_two, of_one):
+    for ours, theirs in zip(two.results, one.results, strict=True):
+        assert ours.accuracy_share_runs == theirs.accuracy_share_runs
+        assert ours.agreement_share_mean == theirs.agreement_share_mean
+    for name in ("student-alone", "student-distilled"):
+        weights = [load_file(folder / name / "model.safetensors") for folder in (of_two, of_one)]
+        assert_same_bits(*weights)
+    assert (two.settings["processes"], one.settings["processes"]) == (2, 1)
+    assert two.cost["peak_memory_mb"] > one.cost["peak_memory_mb"] + 100  # of both together
+    assert two.notes[-1].endswith(" MB in two processes.") and one.notes[-1].endswith(" MB.")
 
 
 def check_report(report):
-    assert [r.name for r in report.results] == ["student alone", "student distilled", "teacher"]
-    alone, distilled, teacher = report.results
-    assert alone.parameters == distilled.parameters < teacher.parameters
-    assert len(alone.accuracy_share_runs) == len(distilled.accuracy_share_runs) == 2
+    assert [r.name for r in report.results] == ["student alone", "student distilled", "student, all labels", "teacher"]
+    alone, distilled, all_labels, teacher = report.results
+    assert alone.parameters == distilled.parameters == all_labels.parameters < teacher.parameters
+    assert [len(one.accuracy_share_runs) for one in report.results] == [2, 2, 2, 1]
     assert teacher.speed_up_times == 1.0
     assert teacher.not_measured["accuracy_share_spread"].startswith("one teacher was trained")
-    assert not alone.not_measured and not distilled.not_measured
+    assert not alone.not_measured and not distilled.not_measured and not all_labels.not_measured
     assert report.settings["seeds"] == [3, 4] and report.settings["fast"] is True
     assert report.cost["seconds_total"] > 0
     assert teacher.accuracy_share_mean > 0.5  # the topic's name stands in every paragraph

@@ -117,6 +117,30 @@ def test_tables_show_the_same_rows():
         assert "teacher" in lines[2] and "0.780 " in lines[2] and "±" in lines[2]
 
 
+def names_and_numbers(width, models):
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(terminal_table(report(results=models)))
+    lines = shown.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    return " ".join(lines)
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 36])
+def test_no_word_and_no_number_is_cut(width):
+    shown = names_and_numbers(width, [result("student, all labels", 0.5), result("teacher", 0.78)])
+    for text in ("student, all labels", "teacher", "0.500 ± 0.010", "311,000", "1.24", "0.80", "1.20", "2.5 ×"):
+        assert text in shown
+    for heading in ("accuracy", "MB", "agreement", "speed", "params" if width > 72 else "parameters"):
+        assert f" {heading}" in shown
+    assert "…" not in shown and "- " not in shown
+
+
+def test_a_table_that_fits_has_a_line_a_model():
+    assert names_and_numbers(80, [result("a student of twenty-two")]).count("accuracy") == 1
+    assert names_and_numbers(60, [result("one"), result("two")]).count("accuracy") == 2
+
+
 def test_report_md_says_why_a_number_is_missing(tmp_path):
     write_report(report(), tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -162,6 +186,25 @@ def test_the_plot_names_models_and_what_is_absent(tmp_path):
     plot_accuracy_against_latency(shown, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert "not measured: student alone" in drawn and "student distilled" in drawn
+
+
+def test_no_name_in_the_plot_covers_another_or_a_point(tmp_path, monkeypatch):
+    import matplotlib.figure
+
+    figures, make = [], matplotlib.figure.Figure
+    monkeypatch.setattr(matplotlib.figure, "Figure", lambda **settings: figures.append(make(**settings)) or figures[0])
+    models = [("student alone", 0.457, 0.06), ("student distilled", 0.789, 0.002), ("student, all labels", 0.788, 0.01)]
+    shown = report(results=[result(*model, latency=0.38) for model in models])
+    plot_accuracy_against_latency(shown, tmp_path / "plot.png")
+    (figure,) = figures
+    texts = [text.get_window_extent() for legend in figure.legends for text in legend.get_texts()]
+    assert len(texts) == 3
+    inside, (axes,) = figure.bbox, figure.axes
+    for number, box in enumerate(texts):
+        assert not any(box.overlaps(other) for other in (*texts[:number], axes.get_window_extent()))
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0
+    low, high = axes.get_ylim()
+    assert low < 0.457 - 0.06 and 0.789 + 0.002 < high < 0.9 and low > 0.3  # no half of it is empty
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):

@@ -7,7 +7,6 @@ real differences from one process are seen.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 from functools import partial
@@ -161,8 +160,6 @@ def refused(folder: Path) -> str:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

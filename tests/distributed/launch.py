@@ -1,13 +1,30 @@
-"""Running a program in several gloo processes: under torchrun, or two alone, which import torch once less."""
+"""Running a program in processes of its own: under torchrun, or forked from one that has imported torch for all.
 
+An interpreter takes five to ten seconds to import torch and transformers. The standard library's fork server does so
+once for all programs that a test process starts.
+"""
+
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+
+from tests.cheap import make_trainings_cheap
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["transformers.trainer", "transformers.models.bert.modeling_bert", "datasets", "peft", "hf_distill.trainer"]
+)
+SECONDS = 300
 
 
 def launched(program: str, *arguments: str, says: str, processes: int) -> str:
@@ -21,7 +38,7 @@ def launched(program: str, *arguments: str, says: str, processes: int) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(f"{says} ")]
@@ -35,25 +52,54 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def alone(program: Path, *arguments: str, folder: Path | None = None) -> str:
+    """What the program printed, run as the main module of a process of its own, in `folder`."""
+    return _forked(program, arguments, [{}], folder)[0]
+
+
 def two_processes(program: Path, *arguments: str) -> list[str]:
-    """What each of two processes printed, by rank."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        started.append(
-            subprocess.Popen([sys.executable, str(program), *arguments], env=env, stdout=pipe, stderr=pipe, text=True)
-        )
-    printed = []
-    try:
-        for process in started:
-            out, errors = process.communicate(timeout=500)
-            assert process.returncode == 0, out[-3000:] + errors[-6000:]
-            printed.append(out)
-    finally:
-        for process in started:
-            if process.poll() is None:  # it would wait for the other for minutes
-                process.kill()
-                process.communicate()
-    return printed
+    """What each of two processes of one group printed, by rank."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    return _forked(program, arguments, [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")], None)
+
+
+def _forked(
+    program: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path | None
+) -> list[str]:
+    """What a process in each of these environments printed; all of them must end well."""
+    with tempfile.TemporaryDirectory() as printed, ExitStack() as stack:
+        started = []
+        for number, environment in enumerate(environments):
+            given = (str(program), arguments, dict(environment), f"{printed}/{number}", folder or Path.cwd())
+            started.append(SERVER.Process(target=_run, args=given))
+            stack.callback(_end, started[-1])
+            started[-1].start()
+        running = {process.sentinel: process for process in started}
+        while running:
+            ended = multiprocessing.connection.wait(list(running), timeout=SECONDS)
+            said = "\n".join(path.read_text()[-6000:] for path in sorted(Path(printed).iterdir()))
+            assert ended, f"{program} has not ended after {SECONDS} s: {said}"
+            for sentinel in ended:
+                process = running.pop(sentinel)
+                process.join()
+                assert process.exitcode == 0, said  # the others may wait for it for minutes
+        return [Path(f"{printed}/{number}.out").read_text() for number in range(len(started))]
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    if process.is_alive():
+        process.kill()
+        process.join()
+    process.close()
+
+
+def _run(program: str, arguments: Sequence[str], environment: Mapping[str, str], printed: str, folder: Path) -> None:
+    """In the new process: as `python program ARGUMENTS` would."""
+    make_trainings_cheap()
+    os.chdir(folder)
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        with open(f"{printed}.{name}", "wb") as file:
+            os.dup2(file.fileno(), stream)
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")

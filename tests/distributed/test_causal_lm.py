@@ -6,13 +6,11 @@ What each of them is in one process: `tests/teachers/test_completions.py`, `test
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 
 from tests.distributed.causal_lm_program import (
     ACCUMULATION,
@@ -29,13 +27,9 @@ from tests.trainer.tiny import assert_moved, assert_same_bits, update_difference
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two processes wrote; started once, also for all workers of pytest-xdist."""
-    own = tmp_path_factory.getbasetemp()
-    made = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "causal-lm-in-two"
-    made.mkdir(exist_ok=True)
-    with FileLock(f"{made}.lock"):
-        if not (made / "process-1.pt").exists():
-            two_processes(Path(__file__).with_name("causal_lm_program.py"), str(made))
+    """Where two processes wrote; started once."""
+    made = tmp_path_factory.mktemp("causal-lm-in-two")
+    two_processes(Path(__file__).with_name("causal_lm_program.py"), str(made))
     return made
 
 

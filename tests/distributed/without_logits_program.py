@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -149,8 +148,6 @@ def compared(case: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dist.init_process_group("gloo")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import transformers as tf
-from filelock import FileLock
+
+from tests.distributed.launch import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -42,17 +43,8 @@ def run(command: list[str | Path], folder: Path) -> str:
 @pytest.fixture(scope="module")
 def smoked(tmp_path_factory) -> Path:
     """A folder with, for each script, what `--help` and `--smoke` printed and the student it left."""
-    runner = Path(__file__).with_name("run_smoke.py")
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        folder = tmp_path_factory.mktemp("smoked")
-        run([runner, *SCRIPTS], folder)
-        return folder
-    folder = tmp_path_factory.getbasetemp().parent / "smoked"  # of all workers: the first that comes runs the scripts
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            unfinished = tmp_path_factory.mktemp("smoked")
-            run([runner, *SCRIPTS], unfinished)
-            unfinished.rename(folder)
+    folder = tmp_path_factory.mktemp("smoked")
+    alone(Path(__file__).with_name("run_smoke.py"), *map(str, SCRIPTS), folder=folder)
     return folder
 
 

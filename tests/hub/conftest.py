@@ -28,7 +28,7 @@ def run_with_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., str]:
     return partial(run_against, hub, tmp_path)
 
 
-def run_against(hub: FakeHub, folder: Path, program: str, *, cache: str = "cache", token: str = TOKEN) -> str:
+def run_against(hub: FakeHub, folder: Path, program: str, *, token: str = TOKEN) -> str:
     """Run Python text in `folder`, in a process of its own, with `hub` as its Hub.
 
     Of its own, because huggingface_hub reads its endpoint when it is imported.
@@ -38,7 +38,7 @@ def run_against(hub: FakeHub, folder: Path, program: str, *, cache: str = "cache
         **kept,
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": token,
-        "HF_HOME": str(folder / cache),
+        "HF_HOME": str(folder / "cache"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -202,7 +202,7 @@ def test_a_model_that_is_read_can_be_copied_and_pickled() -> None:
         again = Distiller(
             other, teacher, alpha=None, objectives=[HiddenMatch(), AttentionMatch(), RelationMatch()], seed=0
         )
-        assert again(other, batch).loss.item() == expected
+        assert again(other, batch).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_only_matched_layers_are_kept() -> None:

@@ -6,10 +6,11 @@ does not hold for a member, its row says why; nowhere else is anything left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from tests.heads import HEADS, IGNORED
@@ -162,6 +163,33 @@ def allowed(head: str, divergence: str) -> bool:
     return HEADS[head].kind not in ON_VALUES or divergence in VALUE_DIVERGENCES
 
 
+def default_of(head: str) -> str:
+    """The divergence where none is named."""
+    return "mean_squared_error" if HEADS[head].kind in ON_VALUES else "forward_kl"
+
+
 PAIRS = [(head, divergence) for head in HEADS for divergence in DIVERGENCE_ROWS]
 CASES = [pair for pair in PAIRS if allowed(*pair)]
 REFUSED = [pair for pair in PAIRS if not allowed(*pair)]
+
+
+def quick_cases() -> set[tuple[str, str]]:
+    """Every divergence with every task, and with one head of it in turn; every head with its default divergence.
+
+    A divergence sees rows, and which rows those are is the task's: all pairs of heads and divergences hold hardly more.
+    """
+    special = [d for d, row in DIVERGENCE_ROWS.items() if row.blind_on_two_columns or row.no_gradient_on_two_columns]
+    chosen = {(head, divergence) for head in TWO_COLUMNS for divergence in special}
+    chosen |= {(head, default_of(head)) for head in HEADS}
+    for kind in TASK_ROWS:
+        heads = [name for name, head in HEADS.items() if head.kind == kind]
+        divergences = [name for name in DIVERGENCE_ROWS if allowed(heads[0], name)]
+        for turn in range(max(len(heads), len(divergences))):
+            chosen.add((heads[turn % len(heads)], divergences[turn % len(divergences)]))
+    return chosen
+
+
+def walked(cases: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Parameters (head, divergence, ...) of a test: those beyond the quick cases are slow."""
+    quick = quick_cases()
+    return [pytest.param(*case, marks=() if case[:2] in quick else pytest.mark.slow) for case in cases]

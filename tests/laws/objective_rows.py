@@ -1,15 +1,17 @@
 """The conformance table of the objectives on a model's inside, and the cases that the laws walk.
 
 The first variant of each runs over every head, and on the encoder's side of those that have one; the others over a head
-whose positions are masked and one whose positions all count.
+whose positions are masked and one whose positions all count. `walked` says which of these are slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+
+import pytest
 
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.similarity import SIMILARITIES
@@ -182,6 +184,28 @@ def _cases() -> list[Case]:
     return made
 
 
+def _quick() -> set[Case]:
+    """Of the first variants each with every task, and with one head of it in turn; all of the other variants.
+
+    Architectures, of which blocks and attention are read, are walked in tests/inside.
+    """
+    chosen = {case for case in INSIDE if case.head in MASKED_AND_NOT}
+    for turn, objective in enumerate(OBJECTIVES):
+        of_it = [case for case in INSIDE if case.objective == objective]
+        groups: dict[Any, list[Case]] = {}
+        for case in of_it:
+            if case.variant == of_it[0].variant:
+                groups.setdefault((HEADS[case.head].kind, case.side), []).append(case)
+        chosen |= {cases[turn % len(cases)] for cases in groups.values()}
+    return chosen
+
+
+def walked(cases: Iterable[Case]) -> list[Any]:
+    """Parameters of a test, with their names: those beyond the quick cases are slow."""
+    return [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow, id=str(case)) for case in cases]
+
+
 INSIDE = _cases()
+QUICK = _quick()
 APART = [case for case in INSIDE if OBJECTIVE_ROWS[case.objective].couples_examples is None]
 COUPLED = [case for case in INSIDE if OBJECTIVE_ROWS[case.objective].couples_examples is not None]

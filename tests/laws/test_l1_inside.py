@@ -10,12 +10,12 @@ import pytest
 from hf_distill.signals import Signals
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case
+from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case, walked
 
 ROUNDING = 1e-9
 
 
-@pytest.mark.parametrize("case", INSIDE, ids=str)
+@pytest.mark.parametrize("case", walked(INSIDE))
 def test_equal_models_have_nothing_to_learn(case: Case) -> None:
     if case.variant in OBJECTIVE_ROWS[case.objective].at_equality:
         return equal_and_as_stated(case)
@@ -44,7 +44,7 @@ def equal_and_as_stated(case: Case) -> None:
     assert all(x.grad.abs().max() < ROUNDING for x in leaves.values())
 
 
-@pytest.mark.parametrize("case", INSIDE, ids=str)
+@pytest.mark.parametrize("case", walked(INSIDE))
 def test_different_models_have_something_to_learn(case: Case) -> None:
     """So that the law above is not kept by a term that is always 0."""
     batch = m.collated(case.head, HEADS[case.head].examples(4))

@@ -10,7 +10,7 @@ import torch
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.laws.conformance import Batch
-from tests.laws.objective_rows import INSIDE, Case
+from tests.laws.objective_rows import INSIDE, Case, walked
 
 ALL_COUNT = "nothing masks it: every patch, and every frame of Whisper's 30 seconds, counts"
 
@@ -37,7 +37,7 @@ def test_what_cannot_be_silent() -> None:
     }
 
 
-@pytest.mark.parametrize("case", SILENT, ids=str)
+@pytest.mark.parametrize("case", walked(SILENT))
 def test_no_position_is_zero_with_a_backward(case: Case) -> None:
     batch = silenced(case, m.collated(case.head, HEADS[case.head].examples(4)))
     distiller = m.distiller_for(case)
@@ -47,7 +47,7 @@ def test_no_position_is_zero_with_a_backward(case: Case) -> None:
     assert not gradient.any()  # NaN counts as something
 
 
-@pytest.mark.parametrize("case", [case for case in SILENT if case.head == "bert_tokens"], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in SILENT if case.head == "bert_tokens"]))
 def test_a_silent_micro_batch_changes_nothing_for_the_others(case: Case) -> None:
     head, student = HEADS[case.head], m.deep_student_of(case.head)
     distiller = m.distiller_for(case)

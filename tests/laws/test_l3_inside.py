@@ -13,13 +13,13 @@ from hf_distill.inside.attention_record import AttentionRecord
 from hf_distill.signals import ATTENTION, Signals
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.objective_rows import INSIDE, Case
+from tests.laws.objective_rows import INSIDE, Case, walked
 
 DIFFERENT = ("bert_tokens", "t5_seq2seq", "wav2vec2_ctc_mean")  # in what counts: tokens, a decoder's positions, frames
 PADDED = [case for case in INSIDE if HEADS[case.head].pads]
 
 
-@pytest.mark.parametrize("case", PADDED, ids=str)
+@pytest.mark.parametrize("case", walked(PADDED))
 def test_more_padding_changes_nothing(case: Case) -> None:
     head, student = HEADS[case.head], m.deep_student_of(case.head)
     distiller, examples = m.distiller_for(case), head.examples(4)
@@ -29,7 +29,7 @@ def test_more_padding_changes_nothing(case: Case) -> None:
     assert m.difference(padded, gradient) < 1e-6
 
 
-@pytest.mark.parametrize("case", [case for case in INSIDE if case.variant in ("embeddings", "plain", "all")], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in INSIDE if case.variant in ("embeddings", "plain", "all")]))
 def test_labels_do_not_say_which_positions_count(case: Case) -> None:
     """Every token that is attended does, labelled or not: only a decoder, which is made of its labels, needs them."""
     head = HEADS[case.head]
@@ -81,7 +81,7 @@ def measured(distiller: Any, case: Case, batch: Any, ours: Signals, theirs: Sign
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
-@pytest.mark.parametrize("case", [case for case in PADDED if case.head in DIFFERENT], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in PADDED if case.head in DIFFERENT]))
 def test_positions_that_do_not_count_are_never_looked_at(case: Case, garbage: float) -> None:
     batch = m.collated(case.head, HEADS[case.head].examples(4))
     distiller = m.distiller_for(case)

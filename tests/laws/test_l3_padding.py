@@ -9,13 +9,13 @@ from torch import Tensor
 from hf_distill.functional import PROPERTIES
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TASK_ROWS, Batch
+from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TASK_ROWS, Batch, walked
 
 PADDED = [case for case in CASES if HEADS[case[0]].pads]
 WITH_OTHER_ROWS = [case for case in CASES if TASK_ROWS[HEADS[case[0]].kind].silence]
 
 
-@pytest.mark.parametrize(("name", "divergence"), PADDED)
+@pytest.mark.parametrize(("name", "divergence"), walked(PADDED))
 def test_more_padding_changes_nothing(name: str, divergence: str) -> None:
     head = HEADS[name]
     # Span QA's own loss in transformers takes its softmax over padded positions: there the divergence alone is ours.
@@ -80,7 +80,7 @@ def test_more_padding_on_the_left_changes_nothing(labelled: bool) -> None:
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
-@pytest.mark.parametrize(("name", "divergence"), WITH_OTHER_ROWS)
+@pytest.mark.parametrize(("name", "divergence"), walked(WITH_OTHER_ROWS))
 def test_rows_that_are_not_kept_are_never_looked_at(name: str, divergence: str, garbage: float) -> None:
     task = m.task_of(name)
     batch, student, teacher = m.read_logits(name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.conformance import CASES, Batch
+from tests.laws.conformance import CASES, Batch, default_of, walked
 
 SPLITS = (2, 4, 8)
 
@@ -28,12 +28,12 @@ def split(name: str, parts: int) -> list[Batch]:
     return [m.collated(name, examples[i : i + size], pad_to) for i in range(0, 8, size)]
 
 
-@pytest.mark.parametrize(("name", "divergence"), CASES)
+@pytest.mark.parametrize(("name", "divergence"), walked(CASES))
 def test_accumulation_changes_nothing(name: str, divergence: str) -> None:
     distiller, student = m.distiller_of(name, divergence), m.student_of(name)
     loss, gradient = m.step(distiller, student, split(name, 1))
     assert gradient.norm() > 1e-3
-    for parts in SPLITS:
+    for parts in SPLITS if divergence == default_of(name) else (4,):
         found_loss, found_gradient = m.step(distiller, student, split(name, parts))
         assert m.difference(found_gradient, gradient) < 1e-6, f"{parts} micro-batches"
         assert found_loss == pytest.approx(loss, rel=1e-6)
@@ -44,8 +44,7 @@ def test_accumulation_changes_nothing(name: str, divergence: str) -> None:
 def test_each_term_alone_is_exact_too(name: str, alpha: float) -> None:
     distiller, student = m.distiller_of(name, alpha=alpha), m.student_of(name)
     _, gradient = m.step(distiller, student, split(name, 1))
-    for parts in SPLITS:
-        assert m.difference(m.step(distiller, student, split(name, parts))[1], gradient) < 1e-6
+    assert m.difference(m.step(distiller, student, split(name, 4))[1], gradient) < 1e-6
 
 
 RAGGED = [name for name, head in HEADS.items() if head.kind in ("token_classification", "masked_lm", "causal_lm")]

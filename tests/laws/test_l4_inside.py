@@ -10,13 +10,13 @@ import torch
 
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.objective_rows import APART, COUPLED, INSIDE, Case
+from tests.laws.objective_rows import APART, COUPLED, INSIDE, Case, walked
 from tests.laws.test_l4_accumulation import split
 
 LEARNS = ("hidden", "cosine")
 
 
-@pytest.mark.parametrize("case", APART, ids=str)
+@pytest.mark.parametrize("case", walked(APART))
 def test_accumulation_changes_nothing(case: Case) -> None:
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
     assert bool(distiller.learned) == (case.objective in LEARNS)  # so projections are in the gradient
@@ -32,7 +32,7 @@ def first_of(objective: str) -> Case:
     return next(case for case in INSIDE if case.objective == objective)
 
 
-@pytest.mark.parametrize("case", [case for case in APART if case.head == "bert_tokens"], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in APART if case.head == "bert_tokens"]))
 def test_the_gradient_of_the_projections_alone_is_exact(case: Case) -> None:
     """By itself: as a part of the whole it could be lost beside the student's."""
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
@@ -46,7 +46,7 @@ def test_the_gradient_of_the_projections_alone_is_exact(case: Case) -> None:
     assert all(m.difference(gradient, found[0]) < 1e-9 for gradient in found[1:])
 
 
-@pytest.mark.parametrize("case", [case for case in APART if case.head == "bert_tokens"], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in APART if case.head == "bert_tokens"]))
 def test_the_examples_are_ragged_enough_to_tell(case: Case) -> None:
     """A mean of means must be wrong on these examples, or the law above shows nothing."""
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
@@ -58,7 +58,7 @@ def test_the_examples_are_ragged_enough_to_tell(case: Case) -> None:
     assert m.difference(of_means / 4, gradient) > 0.02
 
 
-@pytest.mark.parametrize("case", COUPLED, ids=str)
+@pytest.mark.parametrize("case", walked(COUPLED))
 def test_what_couples_examples_is_the_mean_over_micro_batches_weighted_by_their_examples(case: Case) -> None:
     """Stated, not hidden: it is not the large batch's, and this is what it is instead."""
     head, student = HEADS[case.head], m.deep_student_of(case.head)
@@ -74,7 +74,7 @@ def test_what_couples_examples_is_the_mean_over_micro_batches_weighted_by_their_
     assert m.difference(gradient, whole) > 0.01
 
 
-@pytest.mark.parametrize("case", [case for case in INSIDE if case.head == "bert_tokens"], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in INSIDE if case.head == "bert_tokens"]))
 def test_whether_examples_are_coupled_is_as_stated(case: Case) -> None:
     """`couples_examples`, measured: the sum over a batch, and over its two halves."""
     distiller = m.distiller_for(case)

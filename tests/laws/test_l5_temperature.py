@@ -10,10 +10,10 @@ import pytest
 
 from hf_distill.functional import PROPERTIES
 from tests.laws import measuring as m
-from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TWO_COLUMNS
+from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TWO_COLUMNS, walked
 
 
-@pytest.mark.parametrize(("name", "divergence"), CASES)
+@pytest.mark.parametrize(("name", "divergence"), walked(CASES))
 def test_gradient_is_independent_of_a_high_temperature(name: str, divergence: str) -> None:
     batch, student, teacher = m.read_logits(name)
     task = m.task_of(name)

@@ -11,7 +11,7 @@ from hf_distill import Distiller, ModelTeacher
 from hf_distill.tasks import TASKS
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
-from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TASK_ROWS
+from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TASK_ROWS, walked
 from tests.tiny_tokenizers import tokenizer
 
 WITH_VOCABULARY = [case for case in CASES if TASK_ROWS[HEADS[case[0]].kind].not_widened is None]
@@ -33,7 +33,7 @@ def test_the_table_agrees_with_the_tasks() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "divergence"), WITH_VOCABULARY)
+@pytest.mark.parametrize(("name", "divergence"), walked(WITH_VOCABULARY))
 def test_a_padded_teacher_says_the_same(name: str, divergence: str) -> None:
     batch, student = m.collated(name, HEADS[name].examples()), m.student_of(name)
     found = []

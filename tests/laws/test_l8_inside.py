@@ -9,7 +9,7 @@ import pytest
 from hf_distill.objectives import OBJECTIVES
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case
+from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case, walked
 
 HEADS_OF_KNOBS = ("bert_tokens", "wav2vec2_ctc_mean", "vit_image_class")
 KNOBS = [
@@ -57,7 +57,7 @@ def test_the_seed_of_what_is_learned() -> None:
     assert not projection(seed=1).equal(projection(seed=2))
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", walked(FIRST))
 def test_schedules_of_weights_move_the_loss_with_progress(case: Case) -> None:
     distiller = m.inside_distiller(case.head, case.make(weight=lambda progress: 1.0 + 2 * progress))
     student, batch = m.deep_student_of(case.head), m.collated(case.head, HEADS[case.head].examples(2))

@@ -8,14 +8,14 @@ from hf_distill.functional import PROPERTIES
 from hf_distill.tasks import TASKS
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.conformance import CASES, DIVERGENCE_ROWS, ON_VALUES, TASK_ROWS, TWO_COLUMNS
+from tests.laws.conformance import CASES, DIVERGENCE_ROWS, ON_VALUES, TASK_ROWS, TWO_COLUMNS, walked
 
 KNOBS = [(name, divergence, knob) for name, divergence in CASES for knob in DIVERGENCE_ROWS[divergence].knobs]
 SOFTENED = [(n, d) for n, d in CASES if PROPERTIES[d].softens and HEADS[n].kind not in ON_VALUES]
 TASK_KNOBS = [(name, knob, value) for name, head in HEADS.items() for knob, value in TASK_ROWS[head.kind].knobs.items()]
 
 
-@pytest.mark.parametrize(("name", "divergence", "knob"), KNOBS)
+@pytest.mark.parametrize(("name", "divergence", "knob"), walked(KNOBS))
 def test_a_setting_of_a_divergence(name: str, divergence: str, knob: str) -> None:
     row = DIVERGENCE_ROWS[divergence]
     batch, student, teacher = m.read_logits(name)
@@ -29,7 +29,7 @@ def test_a_setting_of_a_divergence(name: str, divergence: str, knob: str) -> Non
     assert m.difference(gradient_after, gradient_before) > 1e-4 or row.no_gradient_on_two_columns
 
 
-@pytest.mark.parametrize(("name", "divergence"), SOFTENED)
+@pytest.mark.parametrize(("name", "divergence"), walked(SOFTENED))
 def test_the_temperature(name: str, divergence: str) -> None:
     batch, task = m.collated(name, HEADS[name].examples()), m.task_of(name)
     losses = [

@@ -12,7 +12,7 @@ import torch
 
 from hf_distill import Distiller
 from tests.heads import HEADS
-from tests.laws.objective_rows import INSIDE, Case
+from tests.laws.objective_rows import INSIDE, Case, walked
 from tests.trainer.tiny import assert_moved, assert_same_bits, weights
 
 FIRST = [case for case in INSIDE if case == next(c for c in INSIDE if (c[:2], c.side) == (case[:2], case.side))]
@@ -26,7 +26,7 @@ def hooks_of(model: Any) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", walked(FIRST))
 def test_training_leaves_no_trace_but_in_weights(case: Case) -> None:
     head = HEADS[case.head]
     student, teacher = head.make(1, layers=2).train(), head.make(2, layers=3, width=24).train()
@@ -52,7 +52,7 @@ def test_training_leaves_no_trace_but_in_weights(case: Case) -> None:
         assert not learned
 
 
-@pytest.mark.parametrize("case", [case for case in FIRST if case.head in DROPOUT and case.side is None], ids=str)
+@pytest.mark.parametrize("case", walked([case for case in FIRST if case.head in DROPOUT and case.side is None]))
 def test_the_teacher_is_in_eval_mode_whoever_reads_it(case: Case) -> None:
     """A teacher with dropout shows the same inside twice, even when something has set it to training mode."""
     head = HEADS[case.head]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
+from tests.cheap import made_once
 from tests.heads import _BART, _BERT, _DISTILBERT, _GPT2, _LLAMA, _SPEECH, _T5, _VIT, _WHISPER, FRAMES, MEL, VOCABULARY
 
 LAYERS = 4
@@ -33,6 +36,7 @@ class Tiny:
     listens_to: str = "text"
     generates: bool = False
 
+    @made_once
     def make(self, layers: int = LAYERS, **settings: Any) -> Any:
         """A teacher whose every parameter is unlike the others, so that no two layers are equal by chance."""
         wanted = {**self.settings, **{name: layers for name in DEPTHS if name in self.settings}, **settings}
@@ -176,3 +180,13 @@ MODELS: dict[str, Tiny] = {
     }.items()
     for tiny in tinies
 }
+
+
+def one_an_architecture(names: Iterable[str] = tuple(MODELS)) -> list[Any]:
+    """Parameters of a test: other heads of an architecture that came before are slow."""
+    seen, made = set(), []
+    for name in names:
+        config = MODELS[name].model_class.config_class
+        made.append(pytest.param(name, marks=pytest.mark.slow if config in seen else ()))
+        seen.add(config)
+    return made

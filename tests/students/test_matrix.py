@@ -13,7 +13,7 @@ import torch
 
 from hf_distill.layer_map import LayerMap
 from hf_distill.students import inherit
-from tests.students.models import LAYERS, MODELS, Tiny
+from tests.students.models import LAYERS, MODELS, Tiny, one_an_architecture
 
 NAMES = list(MODELS)
 # What is asked for → the teacher layers, worked out by hand, for a teacher of 4 layers.
@@ -22,6 +22,15 @@ CHOICES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "a list": ([0, -2], (0, 2)),
     "a map": (LayerMap.first_last(3, LAYERS), (0, 1, 3)),
 }
+
+
+def choices_in_turn() -> list[Any]:
+    """Every model with one of the choices, which are slow with the others."""
+    return [
+        pytest.param(name, choice, marks=() if turn % len(CHOICES) == number else pytest.mark.slow)
+        for turn, name in enumerate(NAMES)
+        for number, choice in enumerate(CHOICES)
+    ]
 
 
 def inherited(tiny: Tiny, teacher: Any, layers: Any) -> Any:
@@ -39,10 +48,12 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     }
 
 
-def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+def assert_as(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """To rounding: a product's sum may have another order where memory lies otherwise, as that of a file does."""
     assert one.keys() == two.keys() and one
     for key, value in one.items():
-        assert torch.equal(value, two[key]), key
+        near = 2e-2 if value.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(value, two[key], rtol=near, atol=near, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def source_of(name: str, tiny: Tiny, kept: tuple[int, ...]) -> str:
@@ -57,8 +68,7 @@ def source_of(name: str, tiny: Tiny, kept: tuple[int, ...]) -> str:
     return name
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "choice"), choices_in_turn())
 def test_every_tensor_is_the_chosen_one(name: str, choice: str) -> None:
     tiny = MODELS[name]
     asked, kept = CHOICES[choice]
@@ -79,7 +89,7 @@ def test_every_tensor_is_the_chosen_one(name: str, choice: str) -> None:
 def test_all_layers_give_the_teacher(name: str) -> None:
     tiny = MODELS[name]
     teacher = tiny.make()
-    assert_equal(outputs(inherited(tiny, teacher, LAYERS), tiny.batch()), outputs(teacher, tiny.batch()))
+    assert_as(outputs(inherited(tiny, teacher, LAYERS), tiny.batch()), outputs(teacher, tiny.batch()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +99,9 @@ def test_a_saved_student_is_read_back(name: str, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path)
     again, loading = tiny.model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values()), loading
-    assert_equal(outputs(again.eval(), tiny.batch()), outputs(student, tiny.batch()))
+    saved, read = student.state_dict(), again.state_dict()
+    assert saved.keys() == read.keys() and all(torch.equal(read[key], value) for key, value in saved.items())
+    assert_as(outputs(again.eval(), tiny.batch()), outputs(student, tiny.batch()))
     assert again.config.num_hidden_layers == 2
 
 
@@ -99,11 +111,11 @@ def test_the_first_layers_compute_what_they_did(name: str) -> None:
     tiny = MODELS[name]
     teacher = tiny.make()
     ours, theirs = (outputs(model, tiny.batch()) for model in (inherited(tiny, teacher, [0, 1]), teacher))
-    for index in (0, 1):
-        assert torch.equal(ours[f"hidden_states.{index}"], theirs[f"hidden_states.{index}"])
+    inner = [f"hidden_states.{index}" for index in (0, 1)]
+    assert_as({key: ours[key] for key in inner}, {key: theirs[key] for key in inner})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", one_an_architecture())
 def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
     tiny = MODELS[name]
     teacher = tiny.make().train()

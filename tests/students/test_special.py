@@ -14,7 +14,7 @@ from hf_distill.inside.stacks import find_stacks
 from hf_distill.layer_map import LayerMap
 from hf_distill.students import inherit
 from tests.students.models import MODELS
-from tests.students.test_matrix import assert_equal, outputs
+from tests.students.test_matrix import assert_as, outputs
 
 
 def test_t5_takes_the_table_of_positions_from_layer_0_whatever_layer_comes_first() -> None:
@@ -93,7 +93,7 @@ def test_albert_runs_its_one_set_of_weights_fewer_times() -> None:
     assert report.student_parameters == report.teacher_parameters and "share their weights" in str(report)
     states = (outputs(model, tiny.batch()) for model in (student, teacher))
     ours, theirs = ({key: value for key, value in one.items() if key.endswith((".1", ".2"))} for one in states)
-    assert_equal(ours, theirs)
+    assert_as(ours, theirs)
 
 
 def test_albert_with_groups_keeps_each_layer_in_its_group() -> None:
@@ -130,7 +130,7 @@ def test_a_teacher_without_a_pooler_has_a_student_without() -> None:
     teacher = hf.BertModel(tiny.make().config, add_pooling_layer=False).eval()
     student = inherit(teacher, layers=4)
     assert student.pooler is None
-    assert_equal(outputs(student, tiny.batch()), outputs(teacher, tiny.batch()))
+    assert_as(outputs(student, tiny.batch()), outputs(teacher, tiny.batch()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -142,7 +142,7 @@ def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     student.save_pretrained(tmp_path)
     again = tiny.model_class.from_pretrained(tmp_path)
     assert again.dtype == dtype
-    assert_equal(outputs(again, tiny.batch()), outputs(student, tiny.batch()))
+    assert_as(outputs(again, tiny.batch()), outputs(student, tiny.batch()))
 
 
 def test_parameters_of_several_types_stay_so() -> None:
@@ -169,7 +169,7 @@ def test_a_teacher_in_the_middle_of_training() -> None:
     student = inherit(teacher, layers=2)
     assert not student.training and teacher.training
     tensors = outputs(student, MODELS["BertForMaskedLM"].batch())
-    assert_equal(tensors, outputs(inherit(teacher.eval(), layers=2), MODELS["BertForMaskedLM"].batch()))
+    assert_as(tensors, outputs(inherit(teacher.eval(), layers=2), MODELS["BertForMaskedLM"].batch()))
 
 
 def test_tied_weights_are_one_tensor_and_train_as_one() -> None:
@@ -211,7 +211,7 @@ def test_stacks_of_models_within_models() -> None:
     batch: dict[str, Any] = tiny.batch() | {"decoder_input_ids": torch.tensor([[1, 5], [1, 7]])}
     assert student.config.encoder.num_hidden_layers == 2 and student.config.decoder.n_layer == 2
     assert outputs(student, batch)["logits"].shape == (2, 2, 40)
-    assert_equal(outputs(inherit(teacher, encoder_layers=4), batch), outputs(teacher, batch))
+    assert_as(outputs(inherit(teacher, encoder_layers=4), batch), outputs(teacher, batch))
 
 
 def test_the_report_prints_what_was_done() -> None:
@@ -247,7 +247,7 @@ def test_a_block_in_several_lists() -> None:
         ours, theirs = (model.transformer.get_parameter(name.format(n)) for model, n in ((student, 1), (teacher, 3)))
         assert torch.equal(ours, theirs)
     batch = {"input_ids": torch.tensor([[3, 4, 5]])}
-    assert_equal(outputs(inherit(teacher, layers=4), batch), outputs(teacher, batch))
+    assert_as(outputs(inherit(teacher, layers=4), batch), outputs(teacher, batch))
 
 
 def test_one_of_two_stacks_that_are_no_sides() -> None:
@@ -278,7 +278,7 @@ def test_buffers_are_the_teachers() -> None:
     tiny = MODELS["LlamaForCausalLM"]
     teacher = tiny.make()
     teacher.model.rotary_emb.inv_freq.mul_(0.5)
-    assert_equal(outputs(inherit(teacher, layers=4), tiny.batch()), outputs(teacher, tiny.batch()))
+    assert_as(outputs(inherit(teacher, layers=4), tiny.batch()), outputs(teacher, tiny.batch()))
 
 
 def test_a_default_device_does_not_matter() -> None:

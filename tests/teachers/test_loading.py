@@ -46,9 +46,11 @@ def test_every_head_from_a_folder_is_the_model_itself(tmp_path, name: str) -> No
             alpha=1.0 if name in NO_LOSS else 0.5,
         )  # fmt: skip
         assert type(model_of(trainer)) is head.model_class
+        assert_same_bits(weights(model_of(trainer)), weights(head.make(seed=1)))
         trainer.train()
         found.append(weights(student))
-    assert_same_bits(found[0], found[1])
+    # To rounding: a file's weights lie elsewhere in memory, where products may be summed in another order.
+    assert update_difference(*found, weights(head.make(seed=0))) < 1e-4
 
 
 def test_a_path_object_and_a_folder_named_without_a_slash(tmp_path, monkeypatch) -> None:

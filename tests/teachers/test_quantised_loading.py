@@ -16,7 +16,7 @@ from hf_distill.teachers import as_teacher
 from hf_distill.teachers import quantised_loading as module
 from hf_distill.teachers.quantised import QuantisedTeacher, is_dynamic
 from hf_distill.teachers.quantised_loading import as_setting
-from tests.trainer.tiny import QUIET, bert, make, weights
+from tests.trainer.tiny import QUIET, bert, make, update_difference, weights
 
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
@@ -38,8 +38,7 @@ def test_a_training_with_an_int8_teacher(tmp_path: Path, folder: Path, caplog: p
         assert isinstance(trainer.distiller.teacher, QuantisedTeacher) and is_dynamic(trainer.distiller.teacher.model)
         assert trainer.distiller.teacher.agreement.same_choice > 0.9
         trained.append(weights(student))
-    for name, value in trained[0].items():
-        assert torch.equal(value, trained[1][name])
+    assert update_difference(*trained, weights(bert(seed=1))) < 0.01  # a rounding may move an activation by 1 in 255
     assert caplog.text.count("Teacher, int8_dynamic, against its full precision: KL") == 2
     plain = bert(seed=1)
     make(tmp_path / "plain", plain, bert(seed=2)).train()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 
 from tests.distributed.launch import two_processes
 from tests.heads import HEADS
@@ -22,13 +20,9 @@ from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_
 
 @pytest.fixture(scope="module")
 def from_two(tmp_path_factory) -> dict[str, Any]:
-    """What two processes found; started once for all heads, and once for all workers of pytest-xdist."""
-    own = tmp_path_factory.getbasetemp()
-    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    path = folder / "two-processes.pt"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            two_processes(Path(__file__).with_name("two_processes.py"), str(path))
+    """What two processes found; started once for all heads."""
+    path = tmp_path_factory.mktemp("two") / "found.pt"
+    two_processes(Path(__file__).with_name("two_processes.py"), str(path))
     loaded = torch.load(path)
     assert loaded["processes"] == 2
     return loaded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -58,12 +59,28 @@ def learned(name: str, dtype: torch.dtype, *, materialize: bool, **knobs: Any) -
 def gradient_error(found: Gradients, expected: Gradients) -> float:
     """The largest of a parameter, relative to its norm; of one that hardly moves, to a hundredth of all norms."""
     assert set(found) == set(expected)
-    least = 0.01 * torch.stack([x.norm() for x in expected.values()]).norm()
+    least = 0.01 * norm_of(expected)
     return max(float((found[key] - x).norm() / torch.maximum(x.norm(), least)) for key, x in expected.items())
 
 
-@pytest.mark.parametrize("divergence", fusable())
-@pytest.mark.parametrize("name", LARGE)
+def norm_of(gradients: Gradients) -> Tensor:
+    return torch.stack([x.norm() for x in gradients.values()]).norm()
+
+
+def rounding_of(found: Gradients, expected: Gradients) -> float:
+    """The error of all parameters together. The worst one of either way is 0.6 to 1.7 times the other's by chance."""
+    return float(norm_of({key: found[key] - x for key, x in expected.items()}) / norm_of(expected))
+
+
+def cases() -> list[Any]:
+    """Every divergence with every kind of head, and with one head of it in turn; the other pairs are slow."""
+    kinds = {HEADS[name].kind: [other for other in LARGE if HEADS[other].kind == HEADS[name].kind] for name in LARGE}
+    quick = {(names[i % len(names)], d) for names in kinds.values() for i, d in enumerate(fusable())}
+    every = itertools.product(LARGE, fusable())
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in every]
+
+
+@pytest.mark.parametrize(("name", "divergence"), cases())
 def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: str, divergence: str) -> None:
     few_rows_at_once(monkeypatch)
     monkeypatch.setattr(fused_chunks, "TILE", 16)  # of 40 columns
@@ -73,14 +90,16 @@ def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: 
 
     def errors(dtype: torch.dtype, *, materialize: bool = False) -> tuple[float, float]:
         found, theirs = learned(name, dtype, materialize=materialize, **knobs)
-        return abs(found / loss - 1), gradient_error(theirs, gradients)
+        measure = rounding_of if dtype == torch.bfloat16 else gradient_error
+        return abs(found / loss - 1), measure(theirs, gradients)
 
     exact = 1e-10 if HEADS[name].kind != "causal_lm" else 1e-6  # whose own loss on labels is fp32
     assert max(errors(torch.float64)) < exact
     assert max(errors(torch.float32)) < 3e-6
-    # All of the model is bf16, so most of the error is made elsewhere: no further away than with whole logits.
+    # All of the model is bf16, so most of the error is made elsewhere: no further away than with whole logits, but for
+    # chance, which made 1.3 times of it in 840 models (benchmarks/sixteen_bits.py). A loss errs by a rounding of it.
     (ours, our_gradients), (plain, gradients_then) = (errors(torch.bfloat16, materialize=how) for how in (False, True))
-    assert ours < 1.1 * plain + 2e-4 and our_gradients < 1.5 * gradients_then + 5e-3
+    assert ours < 1.5 * plain + 2**-8 and our_gradients < 2 * gradients_then
 
 
 @pytest.mark.parametrize("divergence", fusable())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_distill import DistillationArguments, DistillationMixin, DistillationTrainer
+from tests.cheap import made_once
 
 SIZE = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LENGTHS = (5, 2, 7, 3, 6, 4, 2, 8)
@@ -20,6 +21,7 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strat
 PLAIN_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 1.0}
 
 
+@made_once
 def bert(head: str = "SequenceClassification", *, seed: int = 0, dropout: float = 0.0, **changed: Any) -> Any:
     """A random `BertFor<head>`; the caller's random state is left alone."""
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}

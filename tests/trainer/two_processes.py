@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import tempfile
@@ -62,8 +61,6 @@ def inside_cases() -> list[tuple[str, str, float | None, str]]:
 
 def main(path: str) -> None:
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # Accelerate collects at the start of every training: a second each, with all of transformers loaded
     logging.set_verbosity_error()
     found, asked, inside, each_once, raised = {}, {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from hf_distill.teachers.cached import files
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, contents, shuffled
-from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
+from tests.trainer.tiny import assert_moved, bert, examples, make, padded, update_difference, weights
 
 NAME = "bert_tokens"
 
@@ -78,7 +78,7 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis
         assert m.difference(gradient, found[0][1]) < 1e-5
 
 
-def test_training_is_the_live_training_to_the_bit(tmp_path: Path) -> None:
+def test_training_is_the_live_training(tmp_path: Path) -> None:
     """Examples one by one, so that their forward is the same in any order: shuffled, two epochs, accumulated."""
     some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(compare="angle_relations")]
     teacher, start = bert(seed=1, num_hidden_layers=2), weights(bert())
@@ -93,7 +93,7 @@ def test_training_is_the_live_training_to_the_bit(tmp_path: Path) -> None:
         trainer.train()
         trained.append(weights(trainer.model))
     assert_moved(trained[0], start)
-    assert_same_bits(trained[1], trained[0])
+    assert update_difference(trained[1], trained[0], start) < 1e-5
     apart = max((trained[2][name] - value).abs().max().item() for name, value in trained[0].items())
     assert 0 < apart < 1e-3
     batch = next(iter(make(tmp_path / "b", bert(), cached, objectives=HiddenMatch("last")).get_train_dataloader()))

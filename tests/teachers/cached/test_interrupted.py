@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,16 @@ from hf_distill import DataError
 from hf_distill.teachers import CachedTeacher, TeacherCache
 from hf_distill.teachers.cached import files
 from hf_distill.teachers.cached.planning import shard_size
+from tests.distributed.launch import alone
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents, made
 
-ROOT = Path(__file__).resolve().parents[3]
 NAME = "bert_tokens"
 
 
-def program(name: str, *arguments: str) -> str:
-    """Run a program of this folder; what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(name)), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
-
-
 def check_kills(folder: Path, random_kills: int, *words: str) -> dict[str, Any]:
-    found = json.loads(program("killed.py", str(folder), str(random_kills), *words).splitlines()[-1])
+    printed = alone(Path(__file__).with_name("killed.py"), str(folder), str(random_kills), *words)
+    found = json.loads(printed.splitlines()[-1])
     assert found["wrong"] == []
     # A plan; a shard and its receipt, four times; index, two dataset files, card, manifest; receipts and plan go.
     assert found["changes"] >= 1 + 8 + 5 + 5

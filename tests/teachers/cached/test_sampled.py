@@ -138,7 +138,7 @@ def test_rows_in_pieces_are_rows_at_once(store: Any, monkeypatch: pytest.MonkeyP
     for module in ("sampled", "hybrid"):
         monkeypatch.setattr(f"hf_distill.teachers.cached.{module}.CELLS", 3 * 8 * 128)
     pieces = encoded(store, rows, 5)
-    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
+    torch.testing.assert_close(pieces, whole)  # the drawn columns exactly, and numbers to rounding
 
 
 def test_what_a_row_tells() -> None:

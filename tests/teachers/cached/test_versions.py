@@ -11,7 +11,7 @@ import torch
 from hf_distill import SettingError
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
 from hf_distill.views import Augmentation, AugmentingCollator
-from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
+from tests.trainer.tiny import assert_moved, bert, examples, make, padded, update_difference, weights
 
 
 def scrambled(example: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_versions_follow_from_the_example_alone() -> None:
 
 
 def test_training_with_a_cache_of_the_same_versions(tmp_path: Path) -> None:
-    """Six examples in two versions, over three epochs, shuffled: to the bit what the live teacher says."""
+    """Six examples in two versions, over three epochs, shuffled: what the live teacher says."""
     some, start = examples(6), weights(bert())
     cache = built(tmp_path / "cache", augmenting(2, CHANGES, GROWS), some)
     there = {"views": 2, "seed": 0, "augmentations": ["scrambled", "longer"]}
@@ -69,7 +69,7 @@ def test_training_with_a_cache_of_the_same_versions(tmp_path: Path) -> None:
         trainer.train()
         trained.append(weights(trainer.model))
     assert_moved(trained[0], start)
-    assert_same_bits(trained[1], trained[0])
+    assert update_difference(trained[1], trained[0], start) < 1e-5
 
 
 def test_other_augmentations_are_refused_by_what_they_are(tmp_path: Path) -> None:
