@@ -68,7 +68,7 @@ PLACES: dict[str, tuple[Callable[[], Any], str]] = {
         "beta",
     ),
     "positions": (lambda: HiddenMatch(positions="cls"), "first"),
-    "projection": (lambda: Projections(["a"], 4, 4, kind="liner", seed=0), "linear"),
+    "projection": (lambda: Projections({"a": (4, 4)}, kind="liner", seed=0), "linear"),
     "attention": (lambda: AttentionMatch(compare="score"), "scores"),
     "similarity": (lambda: SimilarityMatch("cka"), "centered_kernel_alignment"),
     "pooling of examples": (lambda: SimilarityMatch(pooling="average"), "mean"),

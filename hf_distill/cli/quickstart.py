@@ -32,7 +32,7 @@ from hf_distill.cli.quickstart_jobs import (
 from hf_distill.cli.quickstart_models import make_tokenizer
 from hf_distill.cli.quickstart_report import ALL_LABELS, ALONE, DISTILLED, TEACHER, Answers, make_report
 from hf_distill.cli.quickstart_settings import FAST, FULL, Settings
-from hf_distill.cli.second_process import Jobs, peak_memory_mb
+from hf_distill.cli.second_process import Jobs, cores, peak_memory_mb
 from hf_distill.cli.stdlib_corpus import Corpus, read_stdlib_corpus
 from hf_distill.compare import (
     Latency,

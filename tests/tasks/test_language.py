@@ -133,7 +133,8 @@ def test_a_decoder_without_labels_and_inputs_is_refused(method: str) -> None:
     """Also at alpha=1: the error names the way to labels."""
     task, batch = Seq2Seq(), {"input_features": torch.ones(1, 2, 3)}
     with pytest.raises(
-        DataError, match=r"no labels, only \['input_features'\].* teacher write them: .*generate_complet"
+        DataError,
+        match=r"neither labels nor decoder_input_ids, only \['input_features'\].* teacher write them: .*generate_comp",
     ):
         task.prepare(batch, None) if method == "prepare" else task.keep(batch)
 
