@@ -211,7 +211,7 @@ class TeacherCache:
                 spans = self._mapped.spans(where, one.counts)
                 counts = counts_of(spans)
                 rows = inside_layout.as_tensor(self._mapped.gather(spans, one.field), self.manifest["inside"]["dtype"])
-                laid[one.field] = inside_layout.lay(rows, counts, one, own)
+                laid[one.field] = inside_layout.lay_hidden(rows, counts, one, own)
                 if one.along == "frames":
                     laid[one.counts] = torch.from_numpy(counts)
         return laid

@@ -76,7 +76,7 @@ def of_processor(processor: Any) -> dict[str, Any] | None:
         parts["tokenizer"] = _of_json([sorted(vocabulary.items()), _rules(tokenizer)])
     extractor = getattr(processor, "feature_extractor", getattr(processor, "image_processor", processor))
     if hasattr(extractor, "to_dict") and extractor is not tokenizer:
-        parts["extractor"] = _of_json(_plain(extractor.to_dict()))
+        parts["extractor"] = _of_json(_plain_value(extractor.to_dict()))
     return {"class": type(processor).__name__, **parts}
 
 
@@ -102,7 +102,7 @@ def of_file(path: Any) -> str:
 def of_collator(collator: Any) -> dict[str, Any]:
     """A collator's class and those of its settings that are plain values."""
     name = getattr(collator, "__qualname__", type(collator).__qualname__)
-    return {"collator": name, "settings": _plain(getattr(collator, "__dict__", {}))}
+    return {"collator": name, "settings": _plain_value(getattr(collator, "__dict__", {}))}
 
 
 def of_teacher(model: nn.Module) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def _rules(tokenizer: Any) -> Any:
     return {name: value for name, value in rules.items() if name not in ("padding", "truncation", "added_tokens")}
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_value(settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {str(name): value for name, value in settings.items() if isinstance(value, _PLAIN)}
     return {name: without_paths(value) if isinstance(value, str) else value for name, value in kept.items()}
 

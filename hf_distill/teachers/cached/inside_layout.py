@@ -20,7 +20,7 @@ from hf_distill.teachers.cached.inside import DTYPES, KeptRead
 from hf_distill.teachers.cached.keys import MASK
 
 
-def axis_of(batch: Mapping[str, Any], positions: Positions, *, kind: str, of_decoder: bool) -> str:
+def axis_of_hidden(batch: Mapping[str, Any], positions: Positions, *, kind: str, of_decoder: bool) -> str:
     """What hidden states run along: "tokens", "decoder", "frames", or "all" (the same number for every example)."""
     if of_decoder and (kind == "seq2seq" or batch.get("decoder_input_ids") is not None):
         return "decoder"
@@ -42,7 +42,7 @@ def mask_of(axis: str, batch: Mapping[str, Any]) -> Tensor | None:
     return mask.bool().cpu()
 
 
-def cut(x: Tensor, mask: Tensor | None, pools: str | None, examples: int) -> tuple[Tensor, np.ndarray]:
+def cut_hidden(x: Tensor, mask: Tensor | None, pools: str | None, examples: int) -> tuple[Tensor, np.ndarray]:
     """`[m t d]` → `[p d]` and how many positions each example has `[b]`; of what is pooled, a vector for each of m.
 
     Raises:
@@ -73,7 +73,7 @@ def _pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), chosen].masked_fill(~keep.any(1)[:, None], 0)
 
 
-def lay(rows: Tensor, counts: np.ndarray, kept: KeptRead, batch: Mapping[str, Any]) -> Tensor:
+def lay_hidden(rows: Tensor, counts: np.ndarray, kept: KeptRead, batch: Mapping[str, Any]) -> Tensor:
     """`[p d]` → `[b t d]` with 0 where nothing belongs (of choices `[b choices·t d]`); pooled: `[b r d]`.
 
     Raises:

@@ -179,12 +179,12 @@ class Source:
             axis = self.axis_of(read, own)
             mask = self.positions(read).keep(own) if axis == "frames" else inside_layout.mask_of(axis, own)
             kept = KeptRead(name, read.what, read.layer, blocks.path, pools, axis, int(x.shape[-1]))
-            yield kept, inside_layout.cut(x, mask, pools, batch_size(batch))
+            yield kept, inside_layout.cut_hidden(x, mask, pools, batch_size(batch))
 
     def axis_of(self, read: Read, own: Mapping[str, Any]) -> str:
         assert self.wanted is not None
         of_decoder = self.wanted.blocks(read).of_decoder
-        return inside_layout.axis_of(own, self.positions(read), kind=self.task.kind, of_decoder=of_decoder)
+        return inside_layout.axis_of_hidden(own, self.positions(read), kind=self.task.kind, of_decoder=of_decoder)
 
     def positions(self, read: Read) -> Positions:
         """Of the teacher, whose hidden states they are."""
