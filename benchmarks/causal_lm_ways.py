@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback
 from transformers.utils import logging
 
 from hf_distill import DistillationArguments, DistillationTrainer, UniversalLogitMatch, generate_completions
-from hf_distill.views import OnPolicy
+from hf_distill.augment import OnPolicy
 
 TOKENS, LENGTH, PROMPT = 32, 20, 4
 Rows = list[dict[str, list[int]]]

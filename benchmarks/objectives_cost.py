@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.live_tensors import LiveTensors
 from hf_distill import AttentionMatch, CosineEmbedding, Distiller, HiddenMatch, LayerMap, RelationMatch, SimilarityMatch
-from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.models.capture import AttentionRecord
 
 TEMPERATURE, ALPHA = 2.0, 0.5
 LOGITS = "logits only"

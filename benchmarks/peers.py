@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_distill.functional.fused_inputs import Head, TeacherHidden, TeacherLogits, Terms
-from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
 
 TEMPERATURE, HALF, CHUNK = 2.0, 0.5, 256
 

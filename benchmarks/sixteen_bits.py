@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from benchmarks.peers import Rows
 from hf_distill import Distiller
 from hf_distill.functional import DIVERGENCES, PROPERTIES
-from hf_distill.functional.fused_inputs import Head, TeacherHidden, Terms, fusable
-from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, Terms, fusable
+from hf_distill.functional.fused.loss import fused_linear_distillation
 from tests.heads import HEADS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,7 +32,7 @@ from transformers import (
 from benchmarks.large_vocabulary import MIB, resident
 from benchmarks.peers import Absent
 from hf_distill import DistillationArguments, DistillationTrainer
-from hf_distill.without_logits import LARGE
+from hf_distill.fused_forward import LARGE
 
 BARE, TRL, WHOLE, OURS = "bare loop", "TRL GKDTrainer", "DistillationTrainer, whole logits", "DistillationTrainer"
 MODELS = {"causal_lm": (LlamaForCausalLM, LlamaConfig), "masked_lm": (BertForMaskedLM, BertConfig)}

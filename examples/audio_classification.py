@@ -14,7 +14,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from transformers.trainer_utils import EvalPrediction, set_seed
 
 from hf_distill import DistillationArguments, DistillationTrainer
-from hf_distill.audio import AudioFeatures
+from hf_distill.data.audio import AudioFeatures
 from hf_distill.students import inherit
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from transformers.trainer_utils import set_seed
 
 from hf_distill import DistillationArguments, DistillationTrainer
-from hf_distill.views import OnPolicy
+from hf_distill.augment import OnPolicy
 
 
 @dataclass

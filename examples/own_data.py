@@ -41,7 +41,7 @@ def texts(file: str, validation_file: str | None, text_column: str, label_column
 def recordings(dataset: str, config: str | None, train_split: str | None, column: str) -> tuple[Dataset, Dataset]:
     """What to train on and what to measure on (validation, or else test), with the columns audio and `column`.
 
-    `hf_distill.audio` decodes them, by soundfile. (To read an audio folder, `datasets` needs torchcodec and FFmpeg.)
+    `hf_distill.data.audio` decodes them, by soundfile. (`datasets` itself needs torchcodec and FFmpeg for that.)
 
     Args:
         dataset: a Hub id; a folder of parquet files; or one of audio files, in which SPLIT/metadata.csv has their

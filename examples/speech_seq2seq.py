@@ -17,7 +17,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, HfArgumentPar
 from transformers.trainer_utils import EvalPrediction, set_seed
 
 from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
-from hf_distill.audio import AudioFeatures
+from hf_distill.data.audio import AudioFeatures
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers.trainer_utils import set_seed
 
 from hf_distill import DistillationArguments
 from hf_distill.presets import tinybert
-from hf_distill.stages import train_in_stages
+from hf_distill.runs import train_in_stages
 
 
 @dataclass
@@ -52,7 +52,7 @@ def main() -> None:
         prediction={"num_train_epochs": script.prediction_epochs},
     )
     print(preset)
-    # Augmented copies of the training set (hf_distill.views.augment_dataset) are a large part of TinyBERT's success.
+    # Augmented copies of the training set (hf_distill.augment.augment_dataset) are a large part of TinyBERT's success.
     result = train_in_stages(
         preset,
         model=AutoModelForSequenceClassification.from_pretrained(script.student, config=config),

@@ -7,13 +7,11 @@ torch and transformers take seconds.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_distill import trainer_parts
+from hf_distill import trainer as trainer_parts
 
 if TYPE_CHECKING:
-    from hf_distill.arguments import DistillationArguments, Seq2SeqDistillationArguments
     from hf_distill.blend import DistillerOutput
-    from hf_distill.chain import Chain, Link
-    from hf_distill.counts import Counts
+    from hf_distill.ddp import Counts
     from hf_distill.distiller import Distiller
     from hf_distill.errors import (
         DataError,
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
         UniversalLogitMatch,
     )
     from hf_distill.presets import Preset, Stage
-    from hf_distill.stages import train_in_stages
+    from hf_distill.runs import Chain, Link, train_in_stages
     from hf_distill.tasks import Task
     from hf_distill.teachers import (
         AdaptersOff,
@@ -50,7 +48,8 @@ if TYPE_CHECKING:
         TemporalEnsemble,
     )
     from hf_distill.teachers.completions import generate_completions
-    from hf_distill.trainer import (
+    from hf_distill.trainer.arguments import DistillationArguments, Seq2SeqDistillationArguments
+    from hf_distill.trainer.mixin import (
         DistillationMixin,
         DistillationTrainer,
         Seq2SeqDistillationTrainer,
@@ -103,10 +102,10 @@ __all__ = [
 
 # The imports above, for run time: tests/test_lazy_imports.py compares the two.
 _MODULES = {
-    "arguments": ("DistillationArguments", "Seq2SeqDistillationArguments"),
+    "trainer.arguments": ("DistillationArguments", "Seq2SeqDistillationArguments"),
     "blend": ("DistillerOutput",),
-    "chain": ("Chain", "Link"),
-    "counts": ("Counts",),
+    "runs": ("Chain", "Link", "train_in_stages"),
+    "ddp": ("Counts",),
     "distiller": ("Distiller",),
     "errors": ("DataError", "HfDistillError", "MissingExtraError", "SettingError", "TeacherError", "TrainingError"),
     "layer_map": ("LayerMap",),
@@ -115,14 +114,13 @@ _MODULES = {
         "UniversalLogitMatch",
     ),
     "presets": ("Preset", "Stage"),
-    "stages": ("train_in_stages",),
     "tasks": ("Task",),
     "teachers": (
         *("AdaptersOff", "CachedTeacher", "Ensemble", "ModelTeacher", "MovingAverage", "Peer", "SecondPass"),
         *("Snapshot", "Teacher", "TeacherCache", "TemporalEnsemble"),
     ),
     "teachers.completions": ("generate_completions",),
-    "trainer": ("DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"),
+    "trainer.mixin": ("DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.counts import Counts
+from hf_distill.ddp import Counts
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional import Divergence
 from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective

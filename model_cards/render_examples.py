@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from hf_distill.hub import render_card, write_card
-from hf_distill.run_facts import RunFacts
+from hf_distill.hub.facts import RunFacts
 
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "quickstart-student.facts.json"

@@ -14,21 +14,26 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_distill"
 LINES_WITHOUT_A_REASON = 600
 # A file is one idea. One that is longer than that has its reason here.
-REASONS_TO_BE_LONG: dict[str, str] = {}
+REASONS_TO_BE_LONG: dict[str, str] = {
+    "hf_distill/trainer/mixin.py": "one class, read from top to bottom",
+    "hf_distill/teachers/cache/build.py": "one pass, from the plan to the manifest",
+    "hf_distill/teachers/cache/stores.py": "one table of stores",
+}
 
 # A line may import from the lines above it. Parts of one line do not know each other, unless a + joins them.
 # Parts of the design that are yet to be built have their place already.
 LAYERS = (
     "errors",
-    "_compat | audio | loss_sum | learned | unused_outputs | schedules | counts | layer_map | vocabulary | run_facts",
-    "signals",
+    "_compat | _utils | learned | schedules | layer_map | vocabulary",
+    "ddp | signals",
     "functional",
     "tasks",
-    "inside",
-    "objectives | teachers | views | students | watch | label_agreement",
-    "distiller + one_batch + without_logits + blend | presets",
-    "trainer + trainer_parts + arguments | compare | hub",
-    "chain + stages",
+    "models | data",
+    "hub",
+    "objectives | teachers | students | label_agreement + finite | augment",
+    "distiller + fused_forward + blend | presets",
+    "trainer | compare",
+    "runs",
     "recipes",
     "cli",
 )
@@ -102,10 +107,10 @@ def test_imports_go_down(path: Path) -> None:
     [
         ("functional", "tasks", "upward"),
         ("objectives", "teachers", "sideways"),
-        ("hub", "trainer", "sideways"),
-        ("loss_sum", "schedules", "sideways"),
-        ("trainer", "trainer_parts", None),
-        ("arguments", "trainer", None),
+        ("hub", "trainer", "upward"),
+        ("learned", "schedules", "sideways"),
+        ("trainer", "hub", None),
+        ("runs", "trainer", None),
         ("cli", "errors", None),
         ("distiller", "cli", "upward"),
     ],

@@ -16,9 +16,9 @@ import transformers as hf
 from datasets import Audio, Dataset
 from torch.utils.data import DataLoader
 
-from hf_distill.audio import AudioFeatures, read_audio, read_recording
+from hf_distill.data.audio import AudioFeatures, read_audio, read_recording
 from hf_distill.errors import DataError, MissingExtraError
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
+from hf_distill.trainer.collators import TeacherInputsCollator
 
 RATE = 16_000
 
@@ -222,7 +222,7 @@ def test_the_example_and_its_file_are_named(tmp_path) -> None:
 
 
 def test_what_is_done_to_the_recordings_is_logged_once(caplog) -> None:
-    caplog.set_level(logging.INFO, "hf_distill.audio")
+    caplog.set_level(logging.INFO, "hf_distill.data.audio")
     features = AudioFeatures(hf.Wav2Vec2FeatureExtractor(), "teacher_audio")
     stereo = {"array": np.stack([tone(8_000)] * 2), "sampling_rate": 8_000}
     for _ in range(2):
@@ -241,7 +241,7 @@ def test_what_is_done_to_the_recordings_is_logged_once(caplog) -> None:
     ],
 )
 def test_a_recording_that_is_cut_is_warned_of_once(caplog, extractor: Any, window: str) -> None:
-    caplog.set_level(logging.INFO, "hf_distill.audio")
+    caplog.set_level(logging.INFO, "hf_distill.data.audio")
     features = AudioFeatures(extractor)
     features([tone(RATE, 1.0)] * 2)
     assert not caplog.records

@@ -33,14 +33,14 @@ from hf_distill.functional.features import DISTANCE_ALIASES
 from hf_distill.functional.similarity import SIMILARITY_ALIASES
 from hf_distill.layer_map import resolved_map
 from hf_distill.objectives import LogitsMatch
-from hf_distill.objectives.projections import Projections
+from hf_distill.objectives.hidden import Projections
 from hf_distill.presets import pkd
 from hf_distill.schedules import _ALSO_CALLED, SCHEDULES, make_schedule
-from hf_distill.students import narrow
+from hf_distill.students.narrow.narrow import narrow
 from hf_distill.tasks import TASKS, Embedding, TokenClassification, make_task
 from hf_distill.tasks.infer import TASK_ALIASES
 from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
-from hf_distill.teachers.cached import Dense, Hybrid, TopK
+from hf_distill.teachers.cache import Dense, Hybrid, TopK
 from hf_distill.teachers.load import DTYPE_ALIASES, DTYPES, as_dtype
 from hf_distill.teachers.served import ServedTeacher
 from hf_distill.vocabulary import match_labels

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import hf_distill
-from hf_distill.arguments import DistillationArguments
 from hf_distill.cli.main import make_parser
 from hf_distill.functional import DIVERGENCES
 from hf_distill.tasks import TASKS
+from hf_distill.trainer.arguments import DistillationArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted({ROOT / "README.md", ROOT / "hf_distill/README.md", *(ROOT / "docs").glob("**/*.md")})

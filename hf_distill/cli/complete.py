@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
-from hf_distill.cli.resumable import resumable
+from hf_distill.cli.dataset import add_dataset_arguments, dataset_of, resumable
 
 
 def add_command(commands: Any) -> None:

@@ -13,9 +13,7 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from hf_distill import DistillationTrainer
 from hf_distill.cli import quickstart_training as training
 from hf_distill.cli.progress import Stages
-from hf_distill.cli.quickstart_data import batches, choose_labelled, hide_labels
-from hf_distill.cli.quickstart_models import make_classifier
-from hf_distill.cli.quickstart_settings import Settings
+from hf_distill.cli.quickstart_training import Settings, batches, choose_labelled, hide_labels, make_classifier
 from hf_distill.compare import predicted_labels
 
 Weights = bytes

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_distill.cli.quickstart_settings import Settings
+from hf_distill.cli.quickstart_training import Settings
 from hf_distill.cli.stdlib_corpus import Corpus
 from hf_distill.compare import (
     Latency,

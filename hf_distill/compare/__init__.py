@@ -4,13 +4,11 @@ Measures models that are already trained. Trains nothing and knows no Trainer.
 """
 
 from hf_distill.compare.latency import Latency, measure_latency
-from hf_distill.compare.machine import Machine, this_machine
+from hf_distill.compare.machine import Machine, parameter_count, size_mb, this_machine
 from hf_distill.compare.plot import plot_accuracy_against_latency
-from hf_distill.compare.predictions import predicted_labels
-from hf_distill.compare.quality import Spread, share_equal, spread_of
+from hf_distill.compare.quality import Spread, predicted_labels, share_equal, spread_of
 from hf_distill.compare.report import ModelResult, Report
 from hf_distill.compare.report_folder import read_report, write_report
-from hf_distill.compare.size import parameter_count, size_mb
 from hf_distill.compare.table import markdown_table, terminal_table
 
 __all__ = [

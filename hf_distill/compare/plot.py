@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_distill.compare.files import write_whole
+from hf_distill._utils import write_whole
 from hf_distill.compare.report import ModelResult, Report
 from hf_distill.errors import DataError, require
 

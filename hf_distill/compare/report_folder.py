@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_distill.compare.files import write_text_whole
+from hf_distill._utils import write_text_whole
 from hf_distill.compare.report import Report
 from hf_distill.compare.table import report_markdown
 from hf_distill.errors import DataError

@@ -1,7 +1,7 @@
 """The mathematics: tensors in, tensors out. No models, no state, no reduction over rows."""
 
-from hf_distill.functional.decoupled import decoupled
 from hf_distill.functional.divergences import (
+    decoupled,
     dist,
     forward_kl,
     hard,
@@ -14,7 +14,7 @@ from hf_distill.functional.divergences import (
     total_variation,
 )
 from hf_distill.functional.features import DISTANCES
-from hf_distill.functional.fused_inputs import (
+from hf_distill.functional.fused.inputs import (
     Head,
     Labels,
     TeacherHidden,
@@ -23,7 +23,7 @@ from hf_distill.functional.fused_inputs import (
     Terms,
     fusable,
 )
-from hf_distill.functional.fused_linear import FusedLoss, fused_linear_distillation
+from hf_distill.functional.fused.loss import FusedLoss, fused_linear_distillation
 from hf_distill.functional.properties import (
     DIVERGENCE_ALIASES,
     DIVERGENCES,

@@ -1,10 +1,9 @@
 """What student and teacher should agree about, and what the labels say. Sums and counts, never means."""
 
 from hf_distill.objectives.attention import AttentionMatch
-from hf_distill.objectives.base import Objective
+from hf_distill.objectives.base import LabelsTerm, Objective
 from hf_distill.objectives.exits import ExitMatch
 from hf_distill.objectives.hidden import CosineEmbedding, HiddenMatch
-from hf_distill.objectives.labels import LabelsTerm
 from hf_distill.objectives.logits import LogitsMatch
 from hf_distill.objectives.relations import RelationMatch
 from hf_distill.objectives.similarity import SimilarityMatch

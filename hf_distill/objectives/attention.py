@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
-from hf_distill.inside.blocks import Blocks
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers
+from hf_distill.models.blocks import Blocks
+from hf_distill.objectives.layers import InsideMatch, Kept, Layers
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
 

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.inside.positions import Positions, check_positions
-from hf_distill.inside.recorder import Inside
-from hf_distill.loss_sum import LossSum
+from hf_distill.models.capture import Inside
+from hf_distill.models.positions import Positions, check_positions
+from hf_distill.objectives.layers import Kept, checked_weight
 from hf_distill.objectives.logits import kept_of
-from hf_distill.objectives.matching import Kept, checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
-from hf_distill.signals import HIDDEN, Needs, Read, Signals
+from hf_distill.signals import HIDDEN, LossSum, Needs, Read, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, rows_of
 from hf_distill.tasks.regression import POOLING, POOLING_ALIASES

@@ -15,10 +15,9 @@ from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, D
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
-from hf_distill.inside.recorder import Inside
-from hf_distill.loss_sum import LossSum
+from hf_distill.models.capture import Inside
 from hf_distill.schedules import Schedule, constant
-from hf_distill.signals import Needs, Signals, SparseRows
+from hf_distill.signals import LossSum, Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import rows_of
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.functional.relations import relation_kl
-from hf_distill.inside.blocks import Blocks
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers, checked_weight
+from hf_distill.models.blocks import Blocks
+from hf_distill.objectives.layers import InsideMatch, Kept, Layers, checked_weight
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES
 from hf_distill.layer_map import Link
-from hf_distill.objectives.matching import InsideMatch, Kept, Layers
+from hf_distill.objectives.layers import InsideMatch, Kept, Layers
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
+from hf_distill.functional.divergences import sorted_distance
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.functional.universal import sorted_distance
-from hf_distill.inside.packing import may_be_packed
-from hf_distill.inside.recorder import Inside
-from hf_distill.loss_sum import LossSum
-from hf_distill.objectives.matching import checked_weight
+from hf_distill.models.capture import Inside
+from hf_distill.models.packing import may_be_packed
+from hf_distill.objectives.layers import checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, rows_of
 

@@ -3,7 +3,7 @@
 from hf_distill.students.adapt import AdaptReport, adapt, save_merged
 from hf_distill.students.fresh import fresh
 from hf_distill.students.inherit import inherit
-from hf_distill.students.narrow import narrow
+from hf_distill.students.narrow.narrow import narrow
 from hf_distill.students.report import FreshReport, InheritReport, NarrowReport, SizeReport, StackReport
 from hf_distill.students.trimming import TrimmedVocabulary, trim_vocabulary
 

@@ -1,26 +1,310 @@
-"""A student of the teacher's architecture with fewer layers, filled from chosen ones of the teacher. Trains nothing."""
+"""Whether a layer of the student would compute what the teacher's did: same modules, same settings. No tensors."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.inside.depth import check_it_can_be_read_back, with_layers
-from hf_distill.inside.shared import NOTE, check_groups, depth_of, shares_layers
-from hf_distill.inside.stacks import Stack, candidates, empty_like, find_stacks, named_stack
 from hf_distill.layer_map import LayerMap
-from hf_distill.students.checks import check_teacher
-from hf_distill.students.copying import Copied, copy_tensors, drop_absent_modules
-from hf_distill.students.likeness import check_layers_alike, check_the_rest_alike
+from hf_distill.models.stacks import (
+    NOTE,
+    Stack,
+    blocks,
+    candidates,
+    check_groups,
+    check_it_can_be_read_back,
+    depth_of,
+    empty_like,
+    find_stacks,
+    module_lists,
+    named_stack,
+    shares_layers,
+    with_layers,
+)
+from hf_distill.students.checks import check_teacher, own_heads, set_apart
 from hf_distill.students.report import InheritReport, StackReport
-from hf_distill.students.ties import own_heads, set_apart
 from hf_distill.vocabulary import read_the_same_ids
+
+# Which layer it is; what only training does; what is switched on and off.
+_MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|checkpointing$|^_")
+
+
+def check_layers_alike(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tuple[int, ...]) -> None:
+    """Raise TeacherError, saying what differs, where a layer is built unlike the one whose weights it is to hold."""
+    of_teacher = dict(blocks(teacher, stack))
+    short = Stack(stack.paths, len(kept), stack.setting)
+    for layer, parts in blocks(student, short):
+        for path, part, source in zip(stack.paths, parts, of_teacher[kept[layer]], strict=True):
+            shared = _shared_tables(teacher, stack, path)
+            difference = _difference(part, source, shared)
+            if difference:
+                raise TeacherError(
+                    f"inherit: teacher layer {kept[layer]} cannot become student layer {layer} of {stack.name}: in the "
+                    f"student's, {difference}. {_advice(layer, kept[layer])}"
+                )
+
+
+def check_the_rest_alike(student: nn.Module, teacher: nn.Module, cut: Iterable[Stack]) -> None:
+    """Raise TeacherError where another list of modules changed along with the stacks that were to be cut."""
+    paths = {path for stack in cut for path in stack.paths}
+    for path, length in module_lists(student).items():
+        if path in paths:
+            continue
+        pairs = zip(student.get_submodule(path).children(), teacher.get_submodule(path).children(), strict=False)
+        differences = [_difference(one, two, set()) for one, two in pairs]
+        if module_lists(teacher).get(path) != length or any(differences):
+            raise TeacherError(
+                f"inherit: cutting {', '.join(sorted(paths))} changes {path} of the model too "
+                f"({next(filter(None, differences), 'its length')}): one setting of the config speaks of both."
+            )
+
+
+def _advice(layer: int, source: int) -> str:
+    if layer == 0:
+        return "This architecture builds its layer 0 unlike the others: take teacher layer 0 for it."
+    if source == 0:
+        return "This architecture builds its layer 0 unlike the others: it can only be the student's layer 0."
+    return "This architecture makes a layer depend on where it stands, so it cannot be moved there unchanged."
+
+
+def _shared_tables(teacher: nn.Module, stack: Stack, path: str) -> set[str]:
+    """Paths, inside a layer, of tables that layer 0 holds for all."""
+    first = teacher.get_submodule(f"{path}.0")
+    tables = {name for name, module in first.named_modules() if isinstance(module, nn.Embedding)}
+    return {name for name in tables if serves_all_layers(teacher, Place(stack, path, 0, f"{name}.weight"))}
+
+
+def _difference(student: nn.Module, teacher: nn.Module, shared: set[str]) -> str | None:
+    ours, theirs = (
+        {name: module for name, module in block.named_modules() if name not in shared} for block in (student, teacher)
+    )
+    owners = {name.rpartition(".")[0] for name in shared}
+    for name in sorted({*ours, *theirs}):
+        one, two = ours.get(name), theirs.get(name)
+        if _is_drop_path(one) or _is_drop_path(two):
+            continue
+        if one is None or two is None or type(one).__name__ != type(two).__name__:
+            return f"{name} is {_class(one)}, in the teacher's {_class(two)}"
+        for key in sorted({*_settings(one), *_settings(two)}):
+            ours_is, theirs_is = _settings(one).get(key), _settings(two).get(key)
+            if ours_is != theirs_is and not (name in owners and isinstance(ours_is, bool)):
+                return f"{name}.{key}".lstrip(".") + f" is {ours_is!r}, in the teacher's {theirs_is!r}"
+    return None
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if (value is None or isinstance(value, (bool, int, float, str))) and not _MAY_DIFFER.search(key)
+    }
+
+
+def _class(module: nn.Module | None) -> str:
+    return "missing" if module is None else type(module).__name__
+
+
+def _is_drop_path(module: nn.Module | None) -> bool:
+    return module is not None and "DropPath" in type(module).__name__
+
+
+@dataclass
+class Copied:
+    """Name in the student → name in the teacher; and what was special. See `InheritReport`."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    recut: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's name lies: in layer `layer` of `stack` under `rest`; outside of all stacks: `stack` is None."""
+
+    stack: Stack | None
+    path: str
+    layer: int
+    rest: str
+
+    def at(self, layer: int) -> str:
+        """The same tensor's name in another layer."""
+        return f"{self.path}.{layer}.{self.rest}"
+
+
+def place_of(name: str, stacks: Iterable[Stack]) -> Place:
+    """Take a tensor's name apart."""
+    for stack in stacks:
+        for path in stack.paths:
+            if name.startswith(f"{path}."):
+                layer, _, rest = name[len(path) + 1 :].partition(".")
+                return Place(stack, path, int(layer), rest)
+    return Place(None, "", -1, name)
+
+
+def drop_absent_modules(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Set to None in the student what is None in the teacher: a head built without its pooler stays without."""
+    dropped: list[str] = []
+    for name, _ in list(student.named_modules()):
+        path, _, last = name.rpartition(".")
+        if not name or any(name.startswith(f"{other}.") for other in dropped):
+            continue
+        try:
+            parent = teacher.get_submodule(path)
+        except AttributeError:
+            continue  # a layer is compared with its source elsewhere
+        if not isinstance(parent, nn.ModuleList) and getattr(parent, last, parent) is None:
+            setattr(student.get_submodule(path), last, None)
+            dropped.append(name)
+    return dropped
+
+
+def copy_tensors(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ...]]) -> Copied:
+    """Fill every parameter and buffer of the student. Values, dtype and device are the teacher's, the storage is not.
+
+    Raises TeacherError, naming the tensors, when one of the student has no source or one of the teacher no place.
+    """
+    done = Copied()
+    of_teacher = dict(teacher.named_parameters(remove_duplicate=False))
+    check_tied(student, of_teacher, sources)
+    missing = []
+    for name, parameter in student.named_parameters():
+        source = _source(name, of_teacher, student, teacher, sources)
+        if source is None:
+            missing.append(name)
+            continue
+        if place_of(source, sources).layer != _mapped_layer(name, sources):
+            done.carried.append(name)
+        parameter.data = _cut(name, parameter, source, of_teacher[source], sources, done)
+        done.names[name] = source
+    missing += _copy_buffers(student, teacher, sources, done)
+    if missing:
+        raise TeacherError(
+            f"inherit: the teacher has nothing to fill {_shown(missing)} of the student with. Either this architecture "
+            "builds some of its layers unlike others, or the teacher was changed after it was built from its config."
+        )
+    _account_for_the_rest(student, teacher, sources, done)
+    return done
+
+
+def _mapped_layer(name: str, sources: dict[Stack, tuple[int, ...]]) -> int:
+    place = place_of(name, sources)
+    return -1 if place.stack is None else sources[place.stack][place.layer]
+
+
+def _source(
+    name: str, of_teacher: dict[str, Any], student: nn.Module, teacher: nn.Module, sources: dict[Stack, tuple[int, ...]]
+) -> str | None:
+    place = place_of(name, sources)
+    if place.stack is None:
+        return name if name in of_teacher else None
+    mapped = place.at(sources[place.stack][place.layer])
+    if mapped in of_teacher:
+        return mapped
+    return place.at(0) if serves_all_layers(teacher, place) else None
+
+
+def serves_all_layers(model: nn.Module, place: Place) -> bool:
+    """True for a table that only layer 0 holds, because what it gives is handed on to the layers behind (T5, WavLM)."""
+    if place.stack is None or place.stack.length == 1:
+        return False
+    names = dict(model.named_parameters(remove_duplicate=False))
+    holders = [layer for layer in range(place.stack.length) if place.at(layer) in names]
+    return holders == [0] and isinstance(model.get_submodule(place.at(0).rpartition(".")[0]), nn.Embedding)
+
+
+def _cut(
+    name: str,
+    parameter: Tensor,
+    source: str,
+    given: Tensor,
+    sources: dict[Stack, tuple[int, ...]],
+    done: Copied,
+) -> Tensor:
+    """The teacher's values; of a vector with one entry a layer, the entries of the kept layers."""
+    given = given.detach()
+    if given.shape == parameter.shape:
+        return given.clone()
+    for stack, kept in sources.items():
+        for before in (0, 1):  # 1: the embeddings come first, as in `hidden_states`
+            if given.shape == (stack.length + before,) and parameter.shape == (len(kept) + before,):
+                done.recut.append(name)
+                return given[[*range(before), *(layer + before for layer in kept)]]
+    raise TeacherError(
+        f"inherit: {name} of the student has shape {tuple(parameter.shape)}, and {source} of the teacher has "
+        f"{tuple(given.shape)}. The teacher no longer fits its config: was a layer of it replaced?"
+    )
+
+
+def _copy_buffers(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ...]], done: Copied) -> list[str]:
+    """Copy the buffers; return the names of those that are saved and have no source."""
+    of_teacher = dict(teacher.named_buffers(remove_duplicate=False))
+    saved = set(student.state_dict())
+    missing = []
+    for name, buffer in student.named_buffers():
+        place = place_of(name, sources)
+        source = name if place.stack is None else place.at(sources[place.stack][place.layer])
+        given = of_teacher.get(source)
+        if given is not None and given.shape == buffer.shape:
+            buffer.data = given.detach().clone()
+            done.names[name] = source
+        elif name in saved:
+            missing.append(name)
+    return missing
+
+
+def check_tied(
+    student: Any, of_teacher: dict[str, Tensor], sources: dict[Stack, tuple[int, ...]], call: str = "inherit"
+) -> None:
+    """What is one tensor in the student must be equal in the teacher, or one of the two would be lost."""
+    together: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        together[id(parameter)].append(name)
+    for names in together.values():
+        found = [name for name in names if place_of(name, sources).stack is None and name in of_teacher]
+        for other in found[1:]:
+            one, two = of_teacher[found[0]], of_teacher[other]
+            if one is not two and not (one.shape == two.shape and torch.equal(one, two)):
+                raise TeacherError(
+                    f"{call}: {found[0]} and {other} are tied by the config, and differ in the teacher. Tie them "
+                    "(teacher.tie_weights()), or set teacher.config.tie_word_embeddings=False if they shall differ."
+                )
+
+
+def _account_for_the_rest(student: Any, teacher: Any, sources: dict[Stack, tuple[int, ...]], done: Copied) -> None:
+    """Every saved tensor of the teacher was copied, or is of a layer that was left behind."""
+    used = set(done.names.values())
+    tensors = teacher.state_dict(keep_vars=True)
+    used_tensors = {id(tensors[name]) for name in used if name in tensors}
+    lost = []
+    for name, tensor in tensors.items():
+        if name in used or id(tensor) in used_tensors:
+            continue
+        place = place_of(name, sources)
+        if place.stack is not None and place.layer not in sources[place.stack]:
+            done.left.append(name)
+        else:
+            lost.append(name)
+    if lost:
+        raise TeacherError(
+            f"inherit: the student has no place for {_shown(lost)} of the teacher. Either this architecture builds "
+            "some of its layers unlike others, or the teacher was changed after it was built from its config."
+        )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
 
 logger = logging.getLogger(__name__)
 Layers = int | Sequence[int] | LayerMap

@@ -1,16 +1,23 @@
 """Who speaks: anything that turns a batch into signals without gradient."""
 
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.cached import CachedTeacher, Dense, Hybrid, Sampled, TeacherCache, TopK
+from hf_distill.teachers.cache import CachedTeacher, Dense, Hybrid, Sampled, TeacherCache, TopK
 from hf_distill.teachers.ensemble import Ensemble
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.teachers.own import AdaptersOff, MovingAverage, Peer, SecondPass, Snapshot, TemporalEnsemble
+from hf_distill.teachers.peer import Peer
 from hf_distill.teachers.quantised import QuantisedTeacher, quantise_dynamically
+from hf_distill.teachers.self_distillation import AdaptersOff, MovingAverage, SecondPass, Snapshot
 from hf_distill.teachers.served import ServedTeacher
-from hf_distill.teachers.specialists import Specialists
-from hf_distill.teachers.specializing import SpecialistSet, confusable_classes, specialist_head, specialist_set
+from hf_distill.teachers.specialists import (
+    Specialists,
+    SpecialistSet,
+    confusable_classes,
+    specialist_head,
+    specialist_set,
+)
+from hf_distill.teachers.temporal import TemporalEnsemble
 
 __all__ = [
     "AdaptersOff",

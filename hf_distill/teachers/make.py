@@ -9,10 +9,10 @@ from torch import nn
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.cached import CachedTeacher, TeacherCache, is_cache
+from hf_distill.teachers.cache import CachedTeacher, TeacherCache, is_cache
 from hf_distill.teachers.load import as_dtype, find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.teachers.quantised_loading import quantised_teacher, refuse_quantization
+from hf_distill.teachers.quantised import quantised_teacher, refuse_quantization
 
 
 def as_teacher(

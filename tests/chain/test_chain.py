@@ -12,8 +12,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from hf_distill import Distiller, HiddenMatch
-from hf_distill.chain import Chain, ChainResult, Link, LinkResult
 from hf_distill.presets import Stage
+from hf_distill.runs import Chain, ChainResult, Link, LinkResult
 from hf_distill.students import inherit
 from hf_distill.teachers import Ensemble
 from tests.chain.tiny_chain import accuracy, links, run, student, teacher
@@ -159,7 +159,7 @@ def of(name: str, parameters: int, value: float, metric: str = "accuracy") -> Li
     ],
 )  # fmt: skip
 def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, sizes, best, kept, words) -> None:
-    import hf_distill.chain.run as module
+    import hf_distill.runs.chain as module
 
     results = iter([of(*one) for one in zip("abc", sizes, values, strict=True)])
     copies: list[str] = []
@@ -174,7 +174,7 @@ def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, size
 
 
 def test_less_is_better_of_a_loss() -> None:
-    from hf_distill.chain.result import best_of
+    from hf_distill.runs.chain_record import best_of
 
     listed = [of("a", 1, 0.9, "loss"), of("b", 1, 0.2, "loss"), of("c", 1, float("nan"), "loss")]
     assert best_of(listed, "loss", greater_is_better=False).name == "b"

@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import nn
 
 from hf_distill import HiddenMatch, SettingError
-from hf_distill.chain import Chain, Link
 from hf_distill.presets import Stage
+from hf_distill.runs import Chain, Link
 from hf_distill.students.adapt import adapt
 from tests.chain.tiny_chain import links, run, student
 from tests.trainer.tiny import bert, examples

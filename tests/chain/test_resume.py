@@ -9,9 +9,10 @@ import pytest
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import hf_distill.chain.run as module
+import hf_distill.runs.chain as module
 from hf_distill import SettingError
-from hf_distill.chain import Chain, Link, record
+from hf_distill.runs import Chain, Link
+from hf_distill.runs import chain_record as record
 from tests.chain.killed import MOMENTS
 from tests.chain.tiny_chain import links, run, student
 from tests.distributed.launch import alone

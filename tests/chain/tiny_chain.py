@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_distill import DistillationArguments
-from hf_distill.chain import Chain, ChainResult, Link
+from hf_distill.runs import Chain, ChainResult, Link
 from tests.trainer.tiny import QUIET, bert, examples, padded
 
 RUN = {

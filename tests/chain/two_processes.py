@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_distill.chain import Chain, Link
+from hf_distill.runs import Chain, Link
 from tests.chain.tiny_chain import run
 from tests.trainer.tiny import PLAIN_STEP, bert, examples
 

@@ -15,7 +15,7 @@ import pytest
 from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
 from hf_distill.cli.main import main
 from hf_distill.errors import DataError, SettingError
-from hf_distill.teachers.cached.passing import Pass
+from hf_distill.teachers.cache.build import Pass
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_distill.cli.quickstart as quickstart
 from hf_distill.cli import second_process
 from hf_distill.cli.main import main
-from hf_distill.cli.quickstart_settings import FAST
+from hf_distill.cli.quickstart_training import FAST
 from hf_distill.compare import read_report
 from hf_distill.errors import DataError
 from tests.distributed.launch import SERVER

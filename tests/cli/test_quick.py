@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import hf_distill
-from hf_distill import trainer_parts
+from hf_distill import trainer as trainer_parts
 from hf_distill.cli import cache
 from hf_distill.cli.main import main
-from hf_distill.run_facts import ModelFacts, RunFacts
+from hf_distill.hub.facts import ModelFacts, RunFacts
 from hf_distill.tasks import TASKS
-from hf_distill.teachers.cached.inside import DTYPES as INSIDE_DTYPES
+from hf_distill.teachers.cache.hidden import DTYPES as INSIDE_DTYPES
 from hf_distill.teachers.load import DTYPES as TEACHER_DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_a_public_name_is_that_of_its_module(name: str) -> None:
 
 def test_names_and_submodules_of_the_package() -> None:
     assert set(hf_distill.__all__) | {"__version__"} <= set(dir(hf_distill))
-    assert hf_distill.views.OnPolicy.__name__ == "OnPolicy"
+    assert hf_distill.augment.OnPolicy.__name__ == "OnPolicy"
     assert hf_distill.functional is sys.modules["hf_distill.functional"]
     with pytest.raises(AttributeError, match="module 'hf_distill' has no attribute 'Destiller'"):
         _ = hf_distill.Destiller

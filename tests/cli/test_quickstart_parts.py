@@ -6,16 +6,17 @@ import os
 import pytest
 import torch
 
-from hf_distill.cli.output_folder import MARK, fill_folder
-from hf_distill.cli.quickstart_data import (
+from hf_distill.cli.quickstart import MARK, fill_folder
+from hf_distill.cli.quickstart_report import gain_sentence
+from hf_distill.cli.quickstart_training import (
     UNLABELLED,
     batches,
     choose_labelled,
     hide_labels,
+    make_classifier,
+    make_tokenizer,
     tokenize,
 )
-from hf_distill.cli.quickstart_models import make_classifier, make_tokenizer
-from hf_distill.cli.quickstart_report import gain_sentence
 from hf_distill.cli.stdlib_corpus import Paragraph, read_stdlib_corpus
 from hf_distill.errors import SettingError
 from tests.distributed.launch import alone
@@ -30,7 +31,7 @@ def tokenizer():
 
 READ_AGAIN = """
 import json, pathlib, sys
-from hf_distill.cli.quickstart_models import make_tokenizer
+from hf_distill.cli.quickstart_training import make_tokenizer
 from hf_distill.cli.stdlib_corpus import read_stdlib_corpus
 train = read_stdlib_corpus(root=pathlib.Path(sys.argv[1]), packages=6).train
 texts = [paragraph.text for paragraph in train]

@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from hf_distill._utils import write_text_whole, write_whole
 from hf_distill.compare import (
     ModelResult,
     Report,
@@ -16,7 +17,6 @@ from hf_distill.compare import (
     this_machine,
     write_report,
 )
-from hf_distill.compare.files import write_text_whole, write_whole
 from hf_distill.errors import DataError, SettingError
 
 

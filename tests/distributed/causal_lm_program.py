@@ -22,8 +22,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hf_distill import TeacherError, UniversalLogitMatch, generate_completions
+from hf_distill.augment import OnPolicy
 from hf_distill.teachers.completions.shards import Folder
-from hf_distill.views import OnPolicy
 from tests.heads import HEADS
 from tests.objectives import test_universal_logit as two_tokenizers
 from tests.tiny_tokenizers import tokenizer

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["transformers.trainer", "transformers.models.bert.modeling_bert", "datasets", "peft", "hf_distill.trainer"]
+    ["transformers.trainer", "transformers.models.bert.modeling_bert", "datasets", "peft", "hf_distill.trainer.mixin"]
 )
 SECONDS = 300
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hf_distill.functional.drawing import drawn, merged
+from hf_distill.functional.sparse import drawn, merged
 
 
 def uniforms(n, k, seed=0):

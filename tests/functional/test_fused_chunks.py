@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hf_distill.functional.fused_chunks import ENOUGH_ROWS, FEW_ROWS, MOST_ROWS, ROUND_ROWS, rows_a_chunk
+from hf_distill.functional.fused.chunks import ENOUGH_ROWS, FEW_ROWS, MOST_ROWS, ROUND_ROWS, rows_a_chunk
 
 MIB = 2**20
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_distill.functional import fused_chunks as chunks
-from hf_distill.functional import fused_compiled as compiled
-from hf_distill.functional.fused_inputs import TeacherHidden, TeacherLogits
+from hf_distill.functional.fused import chunks, compiled
+from hf_distill.functional.fused.inputs import TeacherHidden, TeacherLogits
 from tests.functional.test_fused_linear import logits_of, no_further_than_the_plain_path, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler loads its own

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.functional import fused_compiled
-from hf_distill.functional.fused_inputs import Head, TeacherHidden, Terms
-from hf_distill.functional.fused_linear import fused_linear_distillation
-from hf_distill.functional.fused_rows import Room
+from hf_distill.functional.fused import compiled as fused_compiled
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
+from hf_distill.functional.fused.rows import Room
 
 N, V, D = 11, 29, 4
 

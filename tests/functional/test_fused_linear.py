@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.functional import DIVERGENCES, PROPERTIES
-from hf_distill.functional import fused_chunks as chunks
-from hf_distill.functional import fused_linear as fused
-from hf_distill.functional.fused_inputs import Head, Labels, TeacherHidden, TeacherLogits, Terms, fusable
+from hf_distill.functional.fused import chunks
+from hf_distill.functional.fused import loss as fused
+from hf_distill.functional.fused.inputs import Head, Labels, TeacherHidden, TeacherLogits, Terms, fusable
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in fusable()),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_distill.functional import fused_linear as fused
-from hf_distill.functional.fused_inputs import Head, Terms
+from hf_distill.functional.fused import loss as fused
+from hf_distill.functional.fused.inputs import Head, Terms
 from tests.functional.test_fused_linear import EVERY, in_float64, plainly, rows_to_bytes, setting
 
 

@@ -10,8 +10,8 @@ import torch
 
 from hf_distill import SettingError
 from hf_distill.errors import DataError
-from hf_distill.functional.fused_inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms
-from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused.inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
 
 ROWS, HEAD = torch.zeros(3, 4), Head(torch.zeros(5, 4))
 SAME = TeacherLogits(torch.zeros(3, 5))

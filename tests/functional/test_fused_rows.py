@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.functional.fused_rows import softmax_
+from hf_distill.functional.fused.rows import softmax_
 
 A_FEW = 8
 LEAST = 1e-30  # of probabilities that are compared by their ratio

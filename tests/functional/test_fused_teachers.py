@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.functional import DIVERGENCES, PROPERTIES
-from hf_distill.functional.fused_inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
-from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
+from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
 from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.functional import fused_chunks as chunks
-from hf_distill.functional.fused_inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
+from hf_distill.functional.fused import chunks
+from hf_distill.functional.fused.inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
 from tests.functional import references
 from tests.functional.test_fused_linear import SETTINGS, Setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hf_distill.functional.universal import sorted_distance
+from hf_distill.functional.divergences import sorted_distance
 
 
 def slow(student: list[float], teacher: list[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hf_distill.run_facts import (
+from hf_distill.hub.facts import (
     DatasetFacts,
     EvaluationFacts,
     ModelFacts,

@@ -11,10 +11,9 @@ from huggingface_hub import ModelCard
 
 from hf_distill.functional import DIVERGENCES
 from hf_distill.hub.card import render_card
+from hf_distill.hub.facts import DatasetFacts, EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts, TrainingFacts
 from hf_distill.hub.papers import DIVERGENCES as SHOWN
-from hf_distill.hub.use import program
-from hf_distill.run_facts import DatasetFacts, EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts
-from hf_distill.run_facts.facts import TrainingFacts
+from hf_distill.hub.usage import program
 from hf_distill.tasks import TASKS
 from tests.hub.card_rules import card_errors
 from tests.hub.sample_facts import GLUE, STUDENT, TEACHER, VALIDATION, sample_facts

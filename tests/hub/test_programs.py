@@ -11,8 +11,8 @@ import torch
 import transformers as tf
 
 from hf_distill.hub.card import render_card
-from hf_distill.hub.use import POOLED, program, use_of
-from hf_distill.run_facts import RunFacts, model_facts
+from hf_distill.hub.facts import RunFacts, model_facts
+from hf_distill.hub.usage import POOLED, program, use_of
 from hf_distill.tasks import Embedding
 from hf_distill.vocabulary import Columns
 from tests.hub.tiny import BERT, SMALL, WORDS, bert, tokenizer

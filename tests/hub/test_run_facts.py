@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_distill import run_facts
 from hf_distill.errors import SettingError
-from hf_distill.run_facts import (
+from hf_distill.hub import facts as run_facts
+from hf_distill.hub.facts import (
     DatasetFacts,
     ModelFacts,
     RunFacts,
@@ -196,7 +196,7 @@ def test_facts_import_neither_torch_nor_the_rest_of_the_library() -> None:
                 imported.add(str(node.module))
             elif isinstance(node, ast.Import):
                 imported.update(alias.name for alias in node.names)
-    ours = {name for name in imported if not name.startswith("hf_distill.run_facts")}
+    ours = {name for name in imported if not name.startswith("hf_distill.hub.facts")}
     foreign = {name for name in ours if name.split(".")[0] not in sys.stdlib_module_names}
     assert foreign == {"hf_distill.errors", "huggingface_hub.errors", "huggingface_hub.utils"}
 

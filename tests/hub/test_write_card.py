@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
-from hf_distill.hub.use import POOLED
+from hf_distill.hub.usage import POOLED
 from hf_distill.students.adapt import adapt
 from hf_distill.tasks import Embedding
 from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside
 from hf_distill.signals import Read
 from tests.heads import _LLAMA
 from tests.students.models import LAYERS, MODELS, Tiny

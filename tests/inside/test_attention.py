@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_distill import SettingError
 from hf_distill.functional.rows import BLOCKED
-from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.models.capture import AttentionRecord
 from hf_distill.signals import Read
 from tests.heads import HEADS
 from tests.inside.reading import ALL, model_of, of_side, read, reads, with_sides

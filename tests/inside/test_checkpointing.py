@@ -18,7 +18,7 @@ from hf_distill import (
     SettingError,
     SimilarityMatch,
 )
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside
 from tests.heads import HEADS
 from tests.laws import measuring as m
 

@@ -29,8 +29,8 @@ from hf_distill import (
     SimilarityMatch,
     TeacherCache,
 )
-from hf_distill.inside.features import Features, as_positions
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.blocks import Features, as_positions
+from hf_distill.models.capture import Inside
 from hf_distill.objectives import ExitMatch
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read
 from tests.trainer.tiny import arguments

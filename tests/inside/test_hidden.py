@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside
 from hf_distill.signals import Read
 from tests.inside.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
 from tests.students.models import LAYERS

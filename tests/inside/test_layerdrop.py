@@ -26,8 +26,7 @@ from hf_distill import (
     SecondPass,
     SettingError,
 )
-from hf_distill.inside.layerdrop import layerdrop_of
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside, layerdrop_of
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read
 from tests.trainer.tiny import arguments
 

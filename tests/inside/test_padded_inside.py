@@ -25,7 +25,7 @@ from hf_distill import (
     SimilarityMatch,
     TeacherCache,
 )
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside
 from hf_distill.objectives import ExitMatch
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
 from tests.trainer.tiny import arguments

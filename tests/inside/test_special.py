@@ -23,8 +23,7 @@ from hf_distill import (
     SettingError,
     SimilarityMatch,
 )
-from hf_distill.inside.attention_record import AttentionRecord
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import AttentionRecord, Inside
 from hf_distill.signals import Read
 from tests.heads import HEADS
 from tests.inside.reading import ALL, model_of, read, reads

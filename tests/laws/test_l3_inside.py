@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.models.capture import AttentionRecord
 from hf_distill.signals import ATTENTION, Signals
 from tests.heads import HEADS
 from tests.laws import measuring as m

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, TeacherError, teachers
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.teachers.cached.stores import STORES
+from hf_distill.teachers.cache.stores import STORES
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.laws.making_teachers import NAMES, Made, Place

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill import SettingError
-from hf_distill.inside.blocks import Blocks
+from hf_distill.models.blocks import Blocks
 from hf_distill.signals import Read, Signals
 from hf_distill.tasks import TASKS
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_distill import AttentionMatch, RelationMatch
-from hf_distill.inside.attention_record import AttentionRecord
+from hf_distill.models.capture import AttentionRecord
 from hf_distill.signals import Read
 from tests.objectives.by_hand import Shown, attended, doubles, fitted, found
 

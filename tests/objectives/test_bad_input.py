@@ -21,7 +21,7 @@ from hf_distill import (
     SimilarityMatch,
     TeacherError,
 )
-from hf_distill.inside.recorder import Inside
+from hf_distill.models.capture import Inside
 from tests.heads import _BERT, HEADS, LABELS
 from tests.objectives.by_hand import Shown, fitted, refused
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification, TrainerCallback
 
-import hf_distill.stages.run as module
+import hf_distill.runs.stages as module
 from hf_distill import HiddenMatch
 from hf_distill.presets import Preset, Stage
 from hf_distill.students import inherit
@@ -281,7 +281,7 @@ def test_a_student_that_is_saved_otherwise_goes_on_too(tmp_path, kind: str) -> N
 
 def test_the_teachers_unknown_tokenizer_is_warned_of_once(tmp_path, caplog) -> None:
     """And not at each stage; of a student that was built from the teacher not at all."""
-    with caplog.at_level(logging.WARNING, "hf_distill.teachers.fitting"):
+    with caplog.at_level(logging.WARNING, "hf_distill.teachers.model"):
         run(tmp_path / "first", student(), processing_class=tokenizer(23))
         assert sum("was not compared" in record.getMessage() for record in caplog.records) == 1
         caplog.clear()

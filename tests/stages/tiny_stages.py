@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_distill import DistillationArguments, HiddenMatch
 from hf_distill.presets import Stage
-from hf_distill.stages import StagesResult, train_in_stages
+from hf_distill.runs import StagesResult, train_in_stages
 from tests.trainer.tiny import QUIET, bert, examples, padded
 
 SETTINGS = {**QUIET, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "learning_rate": 0.01}

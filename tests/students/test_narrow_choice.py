@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_distill.students import narrow
+from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS
 from tests.students.narrow_models import N_HEADS, teacher_of
 from tests.students.projection_models import OTHERS

@@ -14,7 +14,8 @@ import torch
 from torch.testing import assert_close
 
 from hf_distill.errors import HfDistillError
-from hf_distill.students import inherit, narrow
+from hf_distill.students import inherit
+from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS, Tiny, one_an_architecture
 from tests.students.narrow_models import (
     HIDDEN,

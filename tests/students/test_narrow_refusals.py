@@ -10,7 +10,7 @@ import transformers as hf
 from torch.testing import assert_close
 
 from hf_distill.errors import DataError, HfDistillError, TeacherError
-from hf_distill.students import narrow
+from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS
 from tests.students.narrow_models import teacher_of
 

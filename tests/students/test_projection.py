@@ -13,7 +13,8 @@ import torch
 from torch.testing import assert_close
 
 from hf_distill.errors import DataError, SettingError, TeacherError
-from hf_distill.students import inherit, narrow
+from hf_distill.students import inherit
+from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS
 from tests.students.narrow_models import teacher_of
 from tests.students.projection_models import NAMES, keep_in_subspace, logits, make, tiny_of

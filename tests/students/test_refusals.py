@@ -10,8 +10,8 @@ import transformers as hf
 from torch import nn
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError
-from hf_distill.inside.depth import check_it_can_be_read_back
 from hf_distill.layer_map import LayerMap
+from hf_distill.models.stacks import check_it_can_be_read_back
 from hf_distill.students import inherit
 from tests.students.models import MODELS
 

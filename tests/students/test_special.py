@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.inside.stacks import find_stacks
 from hf_distill.layer_map import LayerMap
+from hf_distill.models.stacks import find_stacks
 from hf_distill.students import inherit
 from tests.students.models import MODELS
 from tests.students.test_matrix import assert_as, outputs

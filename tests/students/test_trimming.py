@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.testing import assert_close
 
 from hf_distill.errors import DataError, SettingError, TeacherError
-from hf_distill.students import inherit, narrow, trim_vocabulary
+from hf_distill.students import inherit, trim_vocabulary
+from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 

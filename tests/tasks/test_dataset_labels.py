@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from transformers import BertConfig
 
 from hf_distill import DataError
+from hf_distill.data.labels import LabelReader
 from hf_distill.tasks import (
     CTC,
     CausalLM,
@@ -22,7 +23,6 @@ from hf_distill.tasks import (
     Span,
     TokenClassification,
 )
-from hf_distill.tasks.dataset_labels import LabelReader
 
 NAMES = ["bad", "fair", "good"]
 SINGLE, SEVERAL = "single_label_classification", "multi_label_classification"

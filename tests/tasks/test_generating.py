@@ -8,7 +8,7 @@ import pytest
 import transformers as tf
 
 from hf_distill import SettingError
-from hf_distill.tasks.generating import generation_settings, set_generation, source_of, window_of
+from hf_distill.models.generation import generation_settings, set_generation, source_of, window_of
 from tests.heads import HEADS
 from tests.tiny_whisper import FRAMES, whisper
 

@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from hf_distill import DataError, generate_completions
-from hf_distill.tasks import left_padding
-from hf_distill.tasks.generating import continued, generation_settings
-from hf_distill.views import OnPolicy
+from hf_distill.augment import OnPolicy
+from hf_distill.models import generation as left_padding
+from hf_distill.models.generation import continued, generation_settings
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [12], [13, 14, 15]]
 SIZES: dict[str, Any] = {

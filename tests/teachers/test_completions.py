@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
-from hf_distill.tasks.generating import set_generation
+from hf_distill.models.generation import set_generation
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, Ensemble, Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
 from hf_distill.signals import Needs
-from hf_distill.teachers.cached import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers.cache import CachedTeacher, Dense, TeacherCache
 from tests.heads import HEADS
 from tests.trainer.tiny import QUIET, arguments, make, softened_kl
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
+from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.heads import FRAMES, HEADS, MEL
 from tests.teachers.reading import heard_by
 from tests.trainer.tiny import assert_moved, bert, examples, make, padded, weights

@@ -11,9 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hf_distill import DataError, DistillationArguments, Distiller, Ensemble, ModelTeacher, TeacherError
-from hf_distill.teachers.cached import TeacherCache
-from hf_distill.teachers.own import Peer
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
+from hf_distill.teachers import Peer
+from hf_distill.teachers.cache import TeacherCache
+from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert, examples, make, padded

@@ -12,7 +12,7 @@ from datasets import Dataset, Image
 from PIL import Image as Pillow
 
 from hf_distill.errors import DataError
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
+from hf_distill.trainer.collators import TeacherInputsCollator
 
 
 class Pixels:

@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from hf_distill import DataError, SettingError
 from hf_distill.teachers import Dense, Ensemble, TeacherCache
-from hf_distill.teachers.numbered import of_member
-from hf_distill.trainer_parts.several_inputs import SeveralInputsCollator
+from hf_distill.teachers.base import of_member
+from hf_distill.trainer.collators import SeveralInputsCollator
 from tests.hub.tiny import tokenizer
 from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
 from tests.tiny_tokenizers import tokenizer as counting

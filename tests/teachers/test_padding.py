@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_distill import Distiller, Ensemble, ModelTeacher, MovingAverage
 from hf_distill.signals import Needs
-from hf_distill.teachers.cached import TeacherCache
-from hf_distill.teachers.own import SecondPass, Snapshot
+from hf_distill.teachers import SecondPass, Snapshot
+from hf_distill.teachers.cache import TeacherCache
 from hf_distill.teachers.specialists import Specialists
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert, make, padded, softened_kl

@@ -13,9 +13,8 @@ from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from hf_distill import DistillationArguments, ModelTeacher, SettingError, TeacherError
 from hf_distill.teachers import as_teacher
-from hf_distill.teachers import quantised_loading as module
-from hf_distill.teachers.quantised import QuantisedTeacher, is_dynamic
-from hf_distill.teachers.quantised_loading import as_setting
+from hf_distill.teachers import quantised as module
+from hf_distill.teachers.quantised import QuantisedTeacher, as_setting, is_dynamic
 from tests.trainer.tiny import QUIET, bert, make, update_difference, weights
 
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -15,7 +15,8 @@ import torch
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.errors import DataError
 from hf_distill.signals import Needs, Read
-from hf_distill.teachers.served import ServedTeacher, endpoint
+from hf_distill.teachers.served import ServedTeacher
+from hf_distill.teachers.served import client as endpoint
 from tests.heads import VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.asking import NAME, SECRET, WORDS, batch_of, distiller_of, served

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.functional.groups import agreed_with_groups
-from hf_distill.teachers.specialists import Specialists
-from hf_distill.teachers.specializing import specialist_head
+from hf_distill.teachers.specialists import Specialists, specialist_head
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.specialized import FOUR, asked, named, specialist, told_by

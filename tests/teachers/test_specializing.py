@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from hf_distill import DataError, Distiller, MissingExtraError, SettingError
-from hf_distill.teachers.specialists import Specialists
-from hf_distill.teachers.specializing import confusable_classes, specialist_head, specialist_set
+from hf_distill.teachers.specialists import Specialists, confusable_classes, specialist_head, specialist_set
 from tests.teachers.specialized import FOUR, named
 from tests.trainer.tiny import assert_same_bits, bert, weights
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_distill import DataError, Distiller, SettingError
+from hf_distill.augment import Augmentation, AugmentingCollator
 from hf_distill.signals import Needs
 from hf_distill.teachers import TemporalEnsemble
-from hf_distill.views import Augmentation, AugmentingCollator
 from tests.heads import HEADS
 from tests.trainer.steps import in_double
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, softened_kl, weights
@@ -152,7 +152,7 @@ def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
     teachers = [TemporalEnsemble(), TemporalEnsemble()]
     student = head.make(seed=0).eval()
     sent: list[Any] = []
-    monkeypatch.setattr("hf_distill.teachers.own.temporal.gather_object", lambda mine: sent.extend(mine) or sent)
+    monkeypatch.setattr("hf_distill.teachers.temporal.gather_object", lambda mine: sent.extend(mine) or sent)
     for number, teacher in enumerate(teachers):
         distiller = Distiller(student, teacher, alpha=1.0)
         teacher.place(type("Two", (), {"num_processes": 2}))

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 from hf_distill import DataError, Distiller, ModelTeacher, TeacherError
 from hf_distill.students import inherit
-from hf_distill.students.narrow import narrow
+from hf_distill.students.narrow.narrow import narrow
 from hf_distill.students.trimming import trim_vocabulary
 from hf_distill.teachers.load import find_tokenizer
 from tests.heads import HEADS, VOCABULARY
@@ -25,7 +25,7 @@ from tests.trainer.tiny import make, softened_kl
 
 VOCABULARIES = ("bert_masked_lm", "gpt2_causal_lm", "t5_seq2seq")
 POSITIONS = ("bert_tokens", "bert_span", "bert_multiple_choice")
-LOGGER = "hf_distill.teachers.fitting"
+LOGGER = "hf_distill.teachers.model"
 
 
 def swapped() -> Any:

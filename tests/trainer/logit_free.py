@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill import Distiller
-from hf_distill.functional import fused_chunks
+from hf_distill.functional.fused import chunks as fused_chunks
 from tests.heads import HEADS, IGNORED, VOCABULARY, Head
 from tests.trainer.steps import in_double
 

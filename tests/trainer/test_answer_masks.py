@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_distill import DataError, TeacherCache
-from hf_distill.trainer_parts.answer_masks import AnswerMaskCollator
+from hf_distill.trainer.collators import AnswerMaskCollator
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import arguments, make, softened_kl, weights

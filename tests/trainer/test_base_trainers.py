@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_distill import AdaptersOff, DataError, DistillationMixin, HiddenMatch, SettingError, TeacherError
-from hf_distill.arguments import DistillationArgumentsMixin
+from hf_distill.trainer.arguments import DistillationArgumentsMixin
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.steps import dropout_of

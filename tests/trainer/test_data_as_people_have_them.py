@@ -30,7 +30,7 @@ from tests.trainer.tiny import arguments, assert_moved, assert_same_bits, bert, 
 
 NAMES = ["bad", "fair", "good"]
 NAMED = {"id2label": dict(enumerate(NAMES)), "label2id": {name: number for number, name in enumerate(NAMES)}}
-LOGGER = "hf_distill.trainer_parts.columns"
+LOGGER = "hf_distill.trainer.columns"
 WORDS = ["good", None, "bad", "fair", "good", "", "bad", "fair"]
 NUMBERS = [2, -100, 0, 1, 2, -100, 0, 1]
 

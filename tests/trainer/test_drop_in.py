@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from hf_distill import DistillationArguments, DistillationTrainer
-from hf_distill.trainer_parts.interruptions import SETTINGS as SETTINGS_FILE
+from hf_distill.trainer.interruptions import SETTINGS as SETTINGS_FILE
 from tests.heads import HEADS
 from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, padded, weights
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 
-from hf_distill.trainer_parts.each_once import EachOnce, examples_counted
+from hf_distill.trainer.evaluation import EachOnce, examples_counted
 from tests.trainer.each_once import Stream
 
 

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer, TeacherCache
-from hf_distill.teachers.cached import Dense, TopK
-from hf_distill.trainer_parts.teacher_metrics import TeacherPredictions
+from hf_distill.teachers.cache import Dense, TopK
+from hf_distill.trainer.evaluation import TeacherPredictions
 from tests.heads import HEADS, Head
 from tests.trainer.tiny import arguments, bert, examples, make, never_called, padded, softened_kl
 

@@ -26,9 +26,9 @@ from hf_distill import (
     TeacherError,
     TrainingError,
 )
+from hf_distill.finite import FiniteCheck
 from hf_distill.tasks import CTC
-from hf_distill.teachers.cached import Dense
-from hf_distill.watch import FiniteCheck
+from hf_distill.teachers.cache import Dense
 from tests.heads import HEADS
 from tests.trainer.not_finite import deaf, sounds
 from tests.trainer.tiny import arguments, assert_moved, assert_same_bits, bert, examples, make, padded, weights

@@ -16,8 +16,8 @@ import transformers as hf
 from torch import Tensor
 
 from hf_distill import Distiller, Ensemble, Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
-from hf_distill.teachers.cached import Dense, TeacherCache
-from hf_distill.teachers.own import Peer, SecondPass
+from hf_distill.teachers import Peer, SecondPass
+from hf_distill.teachers.cache import Dense, TeacherCache
 from tests.heads import HEADS
 from tests.teachers.reading import heard_by
 from tests.trainer.tiny import arguments, make, softened_kl

@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_distill import Distiller, HiddenMatch, Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer, SettingError
-from hf_distill.trainer_parts.checkpoints import STATE, is_whole, last_whole_checkpoint
-from hf_distill.trainer_parts.interruptions import SETTINGS
-from hf_distill.trainer_parts.run_settings import FROM_CHECKPOINT
+from hf_distill.trainer.interruptions import SETTINGS, STATE, is_whole, last_whole_checkpoint
+from hf_distill.trainer.settings import FROM_CHECKPOINT
 from tests.heads import HEADS
 from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make, weights
 

@@ -11,15 +11,9 @@ import torch
 import transformers as tf
 from transformers import Trainer
 
-from hf_distill import (
-    DistillationMixin,
-    DistillationTrainer,
-    Distiller,
-    HiddenMatch,
-    SettingError,
-    without_logits,
-)
-from hf_distill.inside.output_head import OutputHead
+from hf_distill import DistillationMixin, DistillationTrainer, Distiller, HiddenMatch, SettingError
+from hf_distill import fused_forward as without_logits
+from hf_distill.models.output_head import OutputHead
 from tests.heads import HEADS, VOCABULARY
 from tests.trainer.logit_free import assert_same, both, pair
 from tests.trainer.tiny import arguments, bert

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_distill import DistillationTrainer, Distiller, without_logits
-from hf_distill.inside.output_head import POSITIONS
+from hf_distill import DistillationTrainer, Distiller
+from hf_distill import fused_forward as without_logits
+from hf_distill.models.output_head import POSITIONS
 from tests.heads import HEADS, IGNORED, VOCABULARY
 from tests.trainer.logit_free import LARGE, WHOLE, counted_rows, few_rows_at_once
 from tests.trainer.tiny import arguments

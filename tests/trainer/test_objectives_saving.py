@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from hf_distill import HiddenMatch, RelationMatch
 from hf_distill.learned import STATE_FILE
-from hf_distill.trainer_parts import publishing
-from hf_distill.trainer_parts.interruptions import SETTINGS
+from hf_distill.trainer.interruptions import SETTINGS
+from hf_distill.trainer.mixin import publishing
 from tests.trainer.test_objectives import student, teacher
 from tests.trainer.tiny import arguments, assert_same_bits, examples, make, padded, weights
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
 
 from hf_distill import DataError, Distiller
-from hf_distill.inside import packing
+from hf_distill.models import packing
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.test_packed import T, one_by_one

@@ -17,7 +17,7 @@ from tests.teachers.test_padding import ROWS, made
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert, make, padded, softened_kl
 
-LOGGER = "hf_distill.inside.padding"
+LOGGER = "hf_distill.models.padding"
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 TEXTS = [{"input_ids": row, "labels": row} for row in ([1, 5, 6, 7, i + 4][: 3 + i % 3] for i in range(8))]

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_distill import DistillationTrainer, Distiller, HiddenMatch, SettingError, TeacherCache, TeacherError
-from hf_distill.teachers.cached import TopK
+from hf_distill.teachers.cache import TopK
 from tests.heads import HEADS
 from tests.trainer.tiny import arguments, bert, examples, make, padded, weights
 

@@ -19,8 +19,8 @@ from hf_distill import (
     SettingError,
     TeacherCache,
 )
-from hf_distill.teachers.cached import TopK
-from hf_distill.views import OnPolicy
+from hf_distill.augment import OnPolicy
+from hf_distill.teachers.cache import TopK
 from tests.heads import HEADS
 from tests.trainer.tiny import (
     arguments,

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset as TorchStream
 from tests.heads import HEADS
 from tests.trainer.tiny import bert, examples, make, padded, update_difference, weights
 
-LOGGER = "hf_distill.trainer"
+LOGGER = "hf_distill.trainer.mixin"
 ALPHA = 0.75
 
 

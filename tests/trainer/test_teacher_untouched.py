@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_distill.trainer_parts.interruptions import SETTINGS
+from hf_distill.trainer.interruptions import SETTINGS
 from tests.heads import HEADS
 from tests.trainer.tiny import (
     arguments,

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_distill import DistillationMixin
-from hf_distill.arguments import DistillationArgumentsMixin
+from hf_distill.trainer.arguments import DistillationArgumentsMixin
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import QUIET, softened_kl, weights

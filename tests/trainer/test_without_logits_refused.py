@@ -11,16 +11,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from hf_distill import (
-    DistillationTrainer,
-    Distiller,
-    Ensemble,
-    ModelTeacher,
-    Peer,
-    SettingError,
-    UniversalLogitMatch,
-    without_logits,
-)
+from hf_distill import DistillationTrainer, Distiller, Ensemble, ModelTeacher, Peer, SettingError, UniversalLogitMatch
+from hf_distill import fused_forward as without_logits
 from tests.heads import HEADS, VOCABULARY
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.steps import own_mean

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill import Distiller
-from hf_distill.functional import fused_chunks
-from hf_distill.functional.fused_inputs import fusable
+from hf_distill.functional.fused import chunks as fused_chunks
+from hf_distill.functional.fused.inputs import fusable
 from tests.heads import HEADS
 from tests.trainer.logit_free import KNOBS, LARGE, PART, WHOLE, counted_rows, few_rows_at_once
 

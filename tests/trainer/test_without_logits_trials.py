@@ -11,8 +11,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_distill import Distiller, HiddenMatch, RelationMatch, SettingError
-from hf_distill.functional.fused_inputs import Head, TeacherLogits, Terms
-from hf_distill.functional.fused_linear import fused_linear_distillation
+from hf_distill.functional.fused.inputs import Head, TeacherLogits, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
 from tests.heads import HEADS, VOCABULARY
 from tests.trainer.logit_free import assert_same, both, pair
 

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
+from hf_distill.augment import Augmentation, AugmentingCollator, Noise, WordReplacement
+from hf_distill.augment.augmentation import digest, seeded
 from hf_distill.errors import DataError, SettingError
-from hf_distill.trainer_parts.collation import TeacherInputsCollator
-from hf_distill.views import Augmentation, AugmentingCollator, Noise, WordReplacement
-from hf_distill.views.randomness import digest, seeded
+from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.trainer.tiny import examples, padded
 from tests.views.making import Draws, Nothing, whole_words
 

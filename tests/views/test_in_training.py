@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_distill import HiddenMatch
+from hf_distill.augment import Augmentation, AugmentingCollator, Noise, SpecAugment, WordReplacement
 from hf_distill.errors import SettingError
-from hf_distill.views import Augmentation, AugmentingCollator, Noise, SpecAugment, WordReplacement
 from tests.heads import HEADS
 from tests.trainer.steps import dropout_of
 from tests.trainer.test_resume import RUN

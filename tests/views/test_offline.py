@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 
+from hf_distill.augment import Augmentation, Noise, WordReplacement, augment_dataset
 from hf_distill.errors import SettingError
-from hf_distill.views import Augmentation, Noise, WordReplacement, augment_dataset
 from tests.trainer.tiny import examples
 from tests.views.making import Counting, Draws, masked_lm, whole_words
 

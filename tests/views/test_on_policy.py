@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
-from hf_distill.tasks.generating import set_generation
-from hf_distill.views import OnPolicy
-from hf_distill.views.on_policy import prompts_of
+from hf_distill.augment import OnPolicy
+from hf_distill.augment.on_policy import prompts_of
+from hf_distill.models.generation import set_generation
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, make, softened_kl, weights
 

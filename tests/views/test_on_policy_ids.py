@@ -13,10 +13,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_distill import Ensemble, SettingError
+from hf_distill.augment import OnPolicy
+from hf_distill.augment.on_policy import ids_not_shared
+from hf_distill.models.generation import set_generation
 from hf_distill.tasks import infer_task
-from hf_distill.tasks.generating import set_generation
-from hf_distill.views import OnPolicy
-from hf_distill.views.writing import ids_not_shared
 from hf_distill.vocabulary import Columns
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -175,7 +175,7 @@ def test_what_is_no_view(tmp_path) -> None:
     for view, told in (
         ("on-policy", "view='on-policy' is no view: that is an object such as"),
         (OnPolicy, r"view=OnPolicy is a class. Make one of it: view=OnPolicy\(...\)"),
-        (lambda batch: batch, "data_collator=hf_distill.views.AugmentingCollator"),
+        (lambda batch: batch, "data_collator=hf_distill.augment.AugmentingCollator"),
     ):
         with pytest.raises(SettingError, match=told):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=view, alpha=1.0)

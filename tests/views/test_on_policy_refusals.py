@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from transformers import DataCollatorWithFlattening
 
 from hf_distill import DataError, SettingError
-from hf_distill.views import OnPolicy
+from hf_distill.augment import OnPolicy
 from tests.heads import HEADS
 from tests.teachers.cached.built import made
 from tests.trainer.tiny import assert_same_bits, make, weights

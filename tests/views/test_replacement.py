@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_distill.augment import WordReplacement
+from hf_distill.augment.words import Blank, LikelyWords, Neighbours, Words
 from hf_distill.errors import DataError, SettingError
-from hf_distill.views import WordReplacement
-from hf_distill.views.masked_lm import Blank, LikelyWords
-from hf_distill.views.neighbours import Neighbours
-from hf_distill.views.words import Words
 from tests.views.making import masked_lm, whole_words, word_pieces
 
 WORDS = 23

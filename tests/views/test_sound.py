@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import BatchFeature
 
+from hf_distill.augment import Noise, SpecAugment
 from hf_distill.errors import DataError, SettingError
-from hf_distill.views import Noise, SpecAugment
 
 MARK = -7.0  # of masked cells: nothing else has this value
 

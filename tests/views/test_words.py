@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hf_distill.augment.words import Words
 from hf_distill.errors import SettingError
-from hf_distill.views.words import Words
 from tests.tiny_tokenizers import bpe_tokenizer
 from tests.views.making import byte_level, sentence_piece, whole_words, word_pieces
 

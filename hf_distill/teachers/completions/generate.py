@@ -1,37 +1,77 @@
-"""generate_completions: a teacher answers the prompts of a dataset, once, before the training."""
+"""All prompts, read once before anything is written: which of them cannot be asked, and what each shard asks."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from hf_distill._compat import processes
-from hf_distill.errors import SettingError
-from hf_distill.tasks.generating import (
+from hf_distill.errors import DataError, SettingError
+from hf_distill.models.generation import (
     answered,
     continued,
     drawn_from,
     end_tokens,
     evaluating,
     generation_settings,
+    sound_padding_is_read,
     try_settings,
 )
-from hf_distill.tasks.left_padding import sound_padding_is_read
-from hf_distill.teachers.cached import fingerprints
-from hf_distill.teachers.completions.checking import digests_of
+from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.completions.prompts import DEFAULT, Prompts
 from hf_distill.teachers.completions.shards import Folder, digest_of
-from hf_distill.teachers.fitting import tokenizer_of
 from hf_distill.teachers.load import find_tokenizer, load_teacher
-from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.model import ModelTeacher, tokenizer_of
+
+_SHOWN = 4  # of the rows that cannot be asked; the others are counted
+
+
+def digests_of(prompts: Prompts, shards: Iterable[range], *, batch_size: int, processes: int = 1) -> list[str]:
+    """Of what each of these shards asks. Each process reads its own, and all of them refuse alike.
+
+    Raises:
+        SettingError: the prompts cannot be read with this tokenizer.
+        DataError: rows that cannot be asked, by column and index.
+    """
+    digests, wrong = [], []
+    usual = None
+    for indices in shards:
+        asked: list[Any] = []
+        for index in indices:
+            try:
+                asked.append(prompts[index])
+            except DataError as error:
+                wrong.append((index, str(error)))
+                continue
+            if batch_size > 1 and isinstance(asked[-1], torch.Tensor):
+                usual = asked[-1] if usual is None else usual
+                reason = prompts.other_shape(asked[-1], usual) if asked[-1].shape != usual.shape else None
+                if reason is not None:
+                    wrong.append((index, f"{prompts.column}[{index}]: {reason}"))
+        digests.append(digest_of(asked))
+    _refuse(sorted(wrong if processes == 1 else gather_object(wrong)), len(prompts))
+    return digests
+
+
+def _refuse(wrong: list[tuple[int, str]], count: int) -> None:
+    if not wrong:
+        return
+    more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    raise DataError(
+        f"{len(wrong)} of {count} prompts cannot be asked. {'; '.join(told for _, told in wrong[:_SHOWN])}{more}. Mend "
+        "such rows, or leave them out (dataset.filter)."
+    )
+
 
 logger = logging.getLogger(__name__)
 

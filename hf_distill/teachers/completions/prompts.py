@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_distill.errors import DataError, SettingError
+from hf_distill.models.generation import Limits, Tokens, prompt_of, source_of, window_of
 from hf_distill.tasks.base import IGNORED
-from hf_distill.tasks.generating import Tokens, prompt_of, source_of, window_of
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.tasks.writing_limits import Limits
-from hf_distill.teachers.fitting import tokenizer_in
+from hf_distill.teachers.model import tokenizer_in
 
 SOUNDS = ("input_features", "input_values")
 DEFAULT = "prompt"  # the column's name, where none is said

@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 
 from hf_distill.errors import DataError
-from hf_distill.teachers.cached import files, fingerprints
-from hf_distill.teachers.cached.finishing import is_finished
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache import keys as fingerprints
+from hf_distill.teachers.cache.build import is_finished
 
 MANIFEST, PLAN = "completions.json", "completions-unfinished.json"
 _CARD = """---

@@ -16,9 +16,8 @@ from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mea
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers import fitting
-from hf_distill.teachers.served.apis import APIS, Row, Tokens, read
-from hf_distill.teachers.served.endpoint import Endpoint
+from hf_distill.teachers import model as fitting
+from hf_distill.teachers.served.client import APIS, Endpoint, Row, Tokens, read
 from hf_distill.teachers.served.rows import ListedRows, listed_rows
 from hf_distill.vocabulary import Columns, match_vocabularies
 

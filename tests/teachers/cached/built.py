@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_distill.teachers.cached import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers.cache import CachedTeacher, Dense, TeacherCache
 from tests.heads import HEADS, Example, Head
 
 EXAMPLES = 20

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_distill.teachers.cached import Sampled
+from hf_distill.teachers.cache import Sampled
 from tests.distributed.launch import free_port
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents

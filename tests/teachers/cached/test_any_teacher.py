@@ -21,7 +21,7 @@ from hf_distill.teachers import (
     TopK,
     quantise_dynamically,
 )
-from hf_distill.teachers.cached import fingerprints
+from hf_distill.teachers.cache import keys as fingerprints
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.asking import NAME as SERVED

@@ -9,9 +9,9 @@ import datasets
 import pytest
 
 from hf_distill import SettingError
+from hf_distill.cli.cache import add_store_options, store_of
 from hf_distill.cli.main import main
-from hf_distill.cli.stores import add_store_options, store_of
-from hf_distill.teachers.cached import CachedTeacher, Dense, Hybrid, Sampled, TopK
+from hf_distill.teachers.cache import CachedTeacher, Dense, Hybrid, Sampled, TopK
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert, make
 

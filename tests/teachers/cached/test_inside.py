@@ -21,7 +21,7 @@ from hf_distill import (
 )
 from hf_distill.signals import Read
 from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache
-from hf_distill.teachers.cached import files
+from hf_distill.teachers.cache import files
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, contents, shuffled

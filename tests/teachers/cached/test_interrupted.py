@@ -12,8 +12,8 @@ import pytest
 
 from hf_distill import DataError
 from hf_distill.teachers import CachedTeacher, TeacherCache
-from hf_distill.teachers.cached import files
-from hf_distill.teachers.cached.planning import shard_size
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache.build import shard_size
 from tests.distributed.launch import alone
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents, made

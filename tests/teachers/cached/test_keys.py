@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_distill import DataError
-from hf_distill.teachers.cached.keys import content_keys, key_columns
+from hf_distill.teachers.cache.keys import content_keys, key_columns
 from tests.heads import HEADS
 from tests.teachers.cached.built import left_padded
 

@@ -12,8 +12,8 @@ import torch
 
 from hf_distill import Distiller, HiddenMatch
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
-from hf_distill.teachers.cached import files
-from hf_distill.teachers.cached.stores import rounding_error
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache.stores import rounding_error
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, contents
 from tests.trainer.tiny import bert, examples, padded

@@ -15,7 +15,7 @@ import yaml
 
 from hf_distill import Distiller
 from hf_distill.teachers import CachedTeacher
-from hf_distill.teachers.cached import is_cache
+from hf_distill.teachers.cache import is_cache
 from tests.hub.fake_hub import TOKEN, FakeHub
 from tests.teachers.cached.built import made
 

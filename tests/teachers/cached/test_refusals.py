@@ -14,9 +14,11 @@ import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
 
 from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
+from hf_distill.augment import Augmentation, AugmentingCollator
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
-from hf_distill.teachers.cached import building, files, fingerprints
-from hf_distill.views import Augmentation, AugmentingCollator
+from hf_distill.teachers.cache import build as building
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache import keys as fingerprints
 from tests.heads import HEADS
 from tests.teachers.cached.built import build, made
 from tests.tiny_tokenizers import tokenizer

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from hf_distill import SettingError
 from hf_distill.functional.sparse import sampled_forward_kl
-from hf_distill.teachers.cached import Hybrid, Sampled
-from hf_distill.teachers.cached.stores import described, store_from
-from hf_distill.teachers.cached.uniforms import uniforms
+from hf_distill.teachers.cache import Hybrid, Sampled
+from hf_distill.teachers.cache.stores import described, store_from, uniforms
 
 DRAWS, ROWS, COLUMNS = 3000, 3, 24
 STORES = [
@@ -136,7 +135,7 @@ def test_rows_in_pieces_are_rows_at_once(store: Any, monkeypatch: pytest.MonkeyP
     rows = torch.randn(10, COLUMNS, generator=torch.Generator().manual_seed(3))
     whole = encoded(store, rows, 5)
     for module in ("sampled", "hybrid"):
-        monkeypatch.setattr(f"hf_distill.teachers.cached.{module}.CELLS", 3 * 8 * 128)
+        monkeypatch.setattr(f"hf_distill.teachers.cache.{module}.CELLS", 3 * 8 * 128)
     pieces = encoded(store, rows, 5)
     torch.testing.assert_close(pieces, whole)  # the drawn columns exactly, and numbers to rounding
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError
 from hf_distill.schedules import linear
-from hf_distill.teachers.cached import CachedTeacher, Hybrid, Sampled, TeacherCache, files
+from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache, files
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, contents, left_padded, made, shuffled

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.schedules import linear
 from hf_distill.teachers import CachedTeacher, Dense, TopK
-from hf_distill.teachers.cached.planning import default_store
+from hf_distill.teachers.cache.build import default_store
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, made, shuffled

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_distill import SettingError
+from hf_distill.augment import Augmentation, AugmentingCollator
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
-from hf_distill.views import Augmentation, AugmentingCollator
 from tests.trainer.tiny import assert_moved, bert, examples, make, padded, update_difference, weights
 
 

@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, 
 
 from hf_distill import DataError, SettingError, TeacherError, generate_completions
 from hf_distill.cli.main import main
-from hf_distill.tasks.generating import answered, continued, generation_settings, set_generation
+from hf_distill.models.generation import answered, continued, generation_settings, set_generation
 from hf_distill.teachers.completions.shards import Folder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer

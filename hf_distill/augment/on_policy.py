@@ -1,0 +1,293 @@
+"""How a student writes from its own distribution: which ids it may use, and which of its settings are followed.
+
+When it writes, and what becomes of the texts, is said elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from hf_distill.errors import DataError, SettingError
+from hf_distill.models.generation import answered, continued, drawn_from, end_tokens, generation_settings, prompt_of
+from hf_distill.schedules import PROGRESS, Schedule, constant
+from hf_distill.tasks import Task
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
+from hf_distill.tasks.infer import unwrapped
+
+# What is followed of the student's generation_config. Anything else could make its samples another distribution than
+# its own; not all of what `generate` knows is listed there, so what is not here is left out.
+_FOLLOWED = (
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+)
+_LANGUAGE = "forced_bos_token_id"  # of an encoder-decoder's text (mBART, M2M100): given, as a prompt is
+
+
+def sampling_settings(
+    student: Any, *, max_new_tokens: int, sampling_temperature: float, never: Sequence[int] = ()
+) -> GenerationConfig:
+    """The settings to sample with: from all ids but those that are `never` to be written.
+
+    Raises:
+        SettingError: see `generation_settings`.
+    """
+    return generation_settings(
+        student,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        sampling_temperature=sampling_temperature,
+        others={"suppress_tokens": list(never) or None},
+        followed=(*_FOLLOWED, _LANGUAGE) if unwrapped(student).config.is_encoder_decoder else _FOLLOWED,
+    )
+
+
+def tokens_needed(settings: GenerationConfig, tokenizer: Any = None) -> dict[str, set[int]]:
+    """Tokens of which a text cannot do without all, by what it does with them."""
+    first, last = getattr(settings, _LANGUAGE), getattr(tokenizer, "eos_token_id", None)
+    return {
+        "begin": set() if first is None else {first},
+        "end": end_tokens(settings) | (set() if last is None else {last}),
+    }
+
+
+def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> list[int]:
+    """Columns of the student's head that its texts must not hold, as far as is known.
+
+    Those that no token belongs to (padding), that are not compared with the teacher's, and that one of the models has
+    no embedding for.
+
+    Args:
+        teacher: fitted. tokenizer: the student's. Each may be None.
+
+    >>> from types import SimpleNamespace
+    >>> student = nn.Module()
+    >>> student.get_output_embeddings = lambda: nn.Linear(2, 6)
+    >>> ids_not_shared(student, tokenizer=SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1, "c": 3}))
+    [2, 4, 5]
+    """
+    columns = range(_head_width(unwrapped(student)))
+    written = set(tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else columns)
+    compared = None if teacher is None else teacher.columns.student
+    if compared is not None:
+        written &= set(range(compared)) if isinstance(compared, int) else set(compared)
+    for model in (student, *_models_of(teacher)):
+        embedded = _embeddings(unwrapped(model))
+        if embedded is not None:
+            written &= set(range(embedded))
+    return sorted(set(columns) - written)
+
+
+def _models_of(teacher: Any) -> list[Any]:
+    """Those that read what the student writes."""
+    members = getattr(teacher, "teachers", None)
+    if members is not None:
+        return [model for member in members for model in _models_of(member)]
+    model = getattr(teacher, "model", None)
+    return [model] if isinstance(model, nn.Module) else []
+
+
+def _head_width(model: Any) -> int:
+    """`out_features`, since the weights of a quantised head have another shape."""
+    find = getattr(model, "get_output_embeddings", None)
+    width = getattr(None if find is None else find(), "out_features", None)
+    return int(model.config.get_text_config(decoder=True).vocab_size if width is None else width)
+
+
+def _embeddings(model: Any) -> int | None:
+    """How many ids it can read; None where that is not known."""
+    find = getattr(model, "get_input_embeddings", None)
+    found: Any = None if find is None else find()
+    count = getattr(found, "num_embeddings", None)
+    if count is None and isinstance(getattr(found, "weight", None), Tensor):  # under an adapter
+        count = found.weight.shape[0]
+    return None if count is None else int(count)
+
+
+KINDS = ("causal_lm", "seq2seq")
+_REPLACED = ("input_ids", "attention_mask", "labels")
+
+
+class OnPolicy:
+    """A share of the batches as the student continues their prompts; the other batches as they are.
+
+    A prompt is what comes before the first label that counts (`labels` -100), or all of a text without labels. The new
+    labels are the student's tokens, up to and with the one that ends a text, so that the teacher is compared on them
+    and on nothing else; they are no gold labels, so alpha must be 1 (or None): the labels' term would teach the student
+    what it wrote anyway.
+
+    Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
+    with its lmbda; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
+    reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`fit`), not from
+    transformers' default of the 50 likeliest; of its `generation_config` the special tokens and the cache are followed
+    (of an encoder-decoder also `forced_bos_token_id`, the language), and nothing else. No gradient goes through it.
+
+    What is drawn follows from the seed, the step and the place of the batch in it, and from nothing else: whether a
+    batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
+
+    Args:
+        lmbda: share of the batches, in [0, 1], or a schedule.
+        max_new_tokens: the longest continuation.
+        sampling_temperature: of the student's sampling.
+        seed: another seed, other texts.
+
+    Raises:
+        SettingError: a number out of range; (in `fit`) a student that writes no text.
+        DataError: (when called) packed texts, an empty prompt, or columns that would not fit the new texts.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    >>> student = LlamaForCausalLM(LlamaConfig(vocab_size=9, eos_token_id=2, **shape))
+    >>> batch = {"input_ids": torch.tensor([[1, 5, 6]]), "labels": torch.tensor([[-100, -100, 6]])}
+    >>> shown = OnPolicy(lmbda=1.0, max_new_tokens=4)(batch, student, step=0)
+    >>> shown["input_ids"][0, :2].tolist(), shown["labels"][0, :2].tolist()
+    ([1, 5], [-100, -100])
+    """
+
+    def __init__(
+        self,
+        *,
+        lmbda: float | Schedule = 0.5,
+        max_new_tokens: int = 128,
+        sampling_temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.lmbda: Schedule = lmbda if callable(lmbda) else constant(lmbda)
+        self.max_new_tokens = max_new_tokens
+        self.sampling_temperature = sampling_temperature
+        self.seed = seed
+        self._never_written: list[int] = []
+        for share in map(self.lmbda, PROGRESS):
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise SettingError(f"OnPolicy: lmbda={share!r}. It is a share of the batches, in [0, 1].")
+
+    def fit(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
+        """Refuse a student that cannot continue a batch; learn which ids its texts may hold.
+
+        A trainer calls it; in a loop of your own do so where a head has padded columns, or tokens were added.
+
+        Args:
+            teacher: fitted, as `distiller.teacher` is: its columns and its embeddings bound the ids.
+            processing_class: the student's tokenizer, or what has one.
+
+        Raises:
+            SettingError: see the message.
+        """
+        student = _alone(student)
+        speaks = getattr(unwrapped(student), "main_input_name", "input_ids") != "input_ids"
+        if task.kind not in KINDS or speaks:
+            what = "sound or images" if speaks else task.kind
+            raise SettingError(
+                f"OnPolicy continues texts, and this student is trained for {what}. Allowed: {', '.join(KINDS)}, of "
+                "text. For speech, let the teacher write: hf_distill.generate_completions."
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._never_written = ids_not_shared(student, teacher, tokenizer)
+        for what, tokens in tokens_needed(self._settings(student), tokenizer).items():
+            if tokens and tokens <= set(self._never_written):
+                raise SettingError(
+                    f"OnPolicy: the student's texts {what} with {sorted(tokens)}, which student, teacher and tokenizer "
+                    "do not share. Train with a teacher that knows this token, or name another one in the student's "
+                    "generation_config (eos_token_id, forced_bos_token_id)."
+                )
+
+    def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:
+        """Whether this batch is one of those that are continued: the same answer on all processes."""
+        return random.Random(f"{self.seed}:{step}:{micro_batch}").random() < self.lmbda(progress)
+
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        student: Any,
+        *,
+        step: int,
+        micro_batch: int = 0,
+        process: int = 0,
+        progress: float = 0.0,
+    ) -> Mapping[str, Any]:
+        """The batch, or what the student makes of it. Call it before `Distiller.count`: the rows are other ones then.
+
+        Args:
+            student: its mode and the random generators are as before, afterwards.
+            step: optimizer steps so far. micro_batch: its place in the step. process: of several.
+        """
+        if not self.continues(step, micro_batch, progress=progress):
+            return batch
+        student = _alone(student)
+        device = next(student.parameters()).device
+        with drawn_from(device, self.seed, step, micro_batch, process):
+            if unwrapped(student).config.is_encoder_decoder:
+                return self._answered(batch, student)
+            return self._continued(batch, student)
+
+    def _continued(self, batch: Mapping[str, Any], student: Any) -> dict[str, Tensor]:
+        _refuse_other_columns(batch, _REPLACED)
+        device = batch["input_ids"].device
+        prompts = prompts_of(batch)
+        written = continued(student, prompts, self._settings(student))
+        whole = [torch.tensor(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
+        labels = [torch.tensor([IGNORED] * len(p) + text) for p, text in zip(prompts, written, strict=True)]
+        masks = [torch.ones_like(ids) for ids in whole]
+        return {
+            "input_ids": pad_sequence(whole, batch_first=True).to(device),
+            "attention_mask": pad_sequence(masks, batch_first=True).to(device),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+        }
+
+    def _answered(self, batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
+        _refuse_other_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+        written = answered(student, inputs, self._settings(student))
+        labels = pad_sequence([torch.tensor(text) for text in written], batch_first=True, padding_value=IGNORED)
+        return {**inputs, "labels": labels.to(batch["input_ids"].device)}
+
+    def _settings(self, student: Any) -> GenerationConfig:
+        return sampling_settings(
+            student,
+            max_new_tokens=self.max_new_tokens,
+            sampling_temperature=self.sampling_temperature,
+            never=self._never_written,
+        )
+
+    def __repr__(self) -> str:
+        """As it was made, for logs."""
+        return f"OnPolicy(lmbda={self.lmbda(0.0):g}, max_new_tokens={self.max_new_tokens})"
+
+
+def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
+    """Of each example what comes before the first label that counts; all of it, if none does."""
+    ids = batch["input_ids"].tolist()
+    read, labels = (
+        [None] * len(ids) if batch.get(name) is None else batch[name].tolist() for name in ("attention_mask", "labels")
+    )
+    return [prompt_of(*one) for one in zip(ids, read, labels, strict=True)]
+
+
+def _alone(student: Any) -> Any:
+    """Without DDP around it: writing needs no other process."""
+    return student.module if isinstance(student, DistributedDataParallel) else student
+
+
+def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    packed = "position_ids" in batch or "shift_labels" in batch
+    others = sorted(name for name, value in batch.items() if name not in known and value is not None)
+    if not others and batch.get("input_ids") is not None:
+        return
+    if packed:
+        raise DataError("OnPolicy: texts are packed into a row, which cannot be continued. Use a collator that pads.")
+    if any(name.startswith(TEACHER_PREFIX) for name in others):
+        raise DataError(
+            f"OnPolicy: the teacher has columns of its own ({', '.join(others)}), which do not hold what the student "
+            "writes. Use a teacher with the student's tokenizer, or lmbda=0."
+        )
+    raise DataError(
+        f"OnPolicy continues a batch of {', '.join(known)}, and this one has {sorted(batch)}. Leave the other columns "
+        "out: they would not fit the new texts."
+    )

@@ -1,0 +1,251 @@
+"""Whether a model keeps sequences apart that are packed into one row: found by experiment, once, before the first step.
+
+transformers separates packed sequences by their `position_ids` where a model's mask is made of them. Some models make
+it without (OPT, BLOOM), recurrent ones (Mamba) know no mask, an attention mask that is given stands in its place, and
+flash attention looks at batches of one row alone: each sequence then sees those before it, in silence. Masks of four
+axes say themselves who sees whom, and are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_distill.ddp import several_processes
+from hf_distill.errors import DataError
+from hf_distill.models.generation import evaluating
+from hf_distill.signals import Needs
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.infer import forward_names, unwrapped
+
+_LENGTHS = (2, 3)  # of the two sequences that are tried
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
+_TELL = (*_BOUNDARIES, "seq_idx")  # where sequences begin, beside their positions
+_LONGEST = ("max_length_q", "max_length_k")
+_WITHOUT_MASK = (
+    "The attention_mask is why: without one they are kept apart. Drop attention_mask from the batch. (Collators that "
+    "pad, DataCollatorForSeq2Seq among them, add one: take default_data_collator, or DataCollatorWithFlattening.)"
+)
+_ONE_ROW = (
+    "In a batch of one row, without attention_mask, they are kept apart (flash attention does so there alone). Use "
+    "DataCollatorWithFlattening, or one row a batch."
+)
+_NUMBERED = (
+    "The batch has no position_ids, and what else tells them apart is not looked at by this model or this attention: "
+    "leave return_position_ids of DataCollatorWithFlattening as it is, or use a collator that pads."
+)
+_PADDED = (
+    "Use a collator that pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
+    "position_ids (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX among others)."
+)
+
+
+class _Layout(NamedTuple):
+    """How sequences are packed, as far as a model may take it differently.
+
+    Attributes:
+        several_rows: in a batch. masked: there is an attention mask `[b t]`. padded: it hides something. numbered: it
+            gives each sequence a number from 1.
+    """
+
+    several_rows: bool = False
+    masked: bool = False
+    padded: bool = False
+    numbered: bool = False
+
+
+class PackingCheck:
+    """Tries student and teacher once, when the first batch comes that may be packed; then looks at batches if need be.
+
+    Args:
+        student: without what wraps it.
+    """
+
+    def __init__(self, student: Any) -> None:
+        self.student = student
+        self._several_rows = False
+        self._tried: dict[tuple[str, _Layout], str] = {}  # → the model in words, if it leaks; "": it does not
+
+    def __call__(self, batches: Sequence[Batch], task: Task, teacher: Any, needs: Needs) -> None:
+        """Refuse packed sequences, where one of the models does not keep them apart.
+
+        Args:
+            batches: of an optimizer step. teacher: a Teacher, None: there is none. needs: what it is asked for.
+
+        Raises:
+            DataError: what one of two packed sequences makes of its tokens changes with the other's.
+        """
+        batches = [batch for batch in batches if batch.get("input_ids") is not None]
+        free = [one for one in batches if may_be_packed(one) or _has_boundaries(one)]
+        masked = [one for one in batches if _has_a_mask(one)]
+        if free:
+            # What was tried with several rows holds for one: then all processes try at the same step.
+            self._several_rows = self._several_rows or any(len(batch["input_ids"]) > 1 for batch in free)
+            why = self._refusal(_Layout(self._several_rows), free[0], task, teacher, needs)
+            if why and any(map(_holds_several, free)):
+                raise DataError(why)
+        if masked:
+            is_packed, *how = self._agreed(torch.stack([_found(batch) for batch in masked]).amax(0), teacher).tolist()
+            why = self._refusal(_Layout(*map(bool, how)), masked[0], task, teacher, needs) if is_packed else ""
+            if why:
+                raise DataError(why)
+
+    def _refusal(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+        """Why sequences in this layout are refused, and what to do; empty: they are not."""
+
+        def leaking(layout: _Layout) -> str:
+            return self._leaking(layout, batch, task, teacher, needs)
+
+        if not leaking(layout):
+            return ""
+        way_out = _PADDED if batch.get("position_ids") is not None else _NUMBERED
+        if layout.masked and not leaking(_Layout(layout.several_rows)):
+            way_out = _WITHOUT_MASK
+        elif layout.several_rows and not leaking(_Layout()):
+            way_out = _ONE_ROW
+        return (
+            f"several sequences are packed into a row, and the {leaking(layout)} lets each see those before it: what "
+            f"it makes of a sequence changes with the one packed before. {way_out}"
+        )
+
+    def _leaking(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+        """Of student and teacher those that leak, in words; each is tried once, when it is first asked."""
+        device = next(self.student.parameters()).device
+        uncached = {"use_cache": False} if "use_cache" in forward_names(self.student) else {}
+
+        def ask_student(tried: Batch) -> Mapping[str, Any]:
+            with torch.no_grad(), evaluating(self.student):
+                outputs: Mapping[str, Any] = self.student(**tried, **uncached)
+            return outputs
+
+        def ask_teacher(tried: Batch) -> Mapping[str, Any]:
+            shown = teacher(task, tried, needs)
+            return {"logits": shown.logits, **{str(read): value for read, value in shown.inside.items()}}
+
+        asked: list[tuple[str, Any, Callable[[Batch], Mapping[str, Any]]]] = [("student", self.student, ask_student)]
+        if (needs.logits or needs.reads) and _models_of(teacher):
+            asked.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
+        for whose, model, ask in asked:
+            if (whose, layout) not in self._tried:
+                leaks = _leaks(ask, batch, layout, device)
+                self._tried[whose, layout] = f"{whose} ({type(unwrapped(model)).__name__})" if leaks else ""
+        return " and the ".join(filter(None, (self._tried[whose, layout] for whose, _, _ in asked)))
+
+    def _agreed(self, found: Tensor, teacher: Any) -> Tensor:
+        """What any process found, where all must run a model if one does."""
+        if several_processes() and any(map(_is_sharded, (self.student, *_models_of(teacher)))):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
+
+
+def packs_several(batch: Batch) -> bool:
+    """Whether a row holds several sequences, as far as a batch without a mask shows it."""
+    return (may_be_packed(batch) or _has_boundaries(batch)) and _holds_several(batch)
+
+
+def may_be_packed(batch: Batch) -> bool:
+    """Whether rows may hold several sequences: they are numbered, and no mask says otherwise."""
+    ids = batch.get("position_ids")
+    return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
+
+
+def _has_boundaries(batch: Batch) -> bool:
+    """Whether flash attention or a recurrent model is told where sequences begin, and no mask says otherwise."""
+    return batch.get("attention_mask") is None and any(batch.get(name) is not None for name in _TELL)
+
+
+def _holds_several(batch: Batch) -> bool:
+    """Whether some row does, of a batch without a mask."""
+    if may_be_packed(batch):
+        return bool((batch["position_ids"].diff(dim=-1) != 1).any())
+    ends = next((batch[name] for name in _BOUNDARIES if batch.get(name) is not None), None)
+    return bool(batch["seq_idx"].diff(dim=-1).any()) if ends is None else ends.numel() > len(batch["input_ids"]) + 1
+
+
+def _has_a_mask(batch: Batch) -> bool:
+    """Whether rows are numbered although there is a mask, one that cannot say who sees whom."""
+    ids, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == mask.dim() == 2):
+        return False
+    return ids.shape[1] == mask.shape[1] and len(ids) in (1, len(mask))
+
+
+def _found(batch: Batch) -> Tensor:
+    """`[4]` int: whether a row is packed, and then what `_Layout` asks, but for `masked`, which it is."""
+    mask = batch["attention_mask"]
+    several = torch.tensor(len(batch["input_ids"]) > 1, device=mask.device)
+    how = torch.stack((several, torch.ones_like(several), (mask == 0).any(), (mask > 1).any()))
+    packed = _begins_anew(batch["position_ids"].expand_as(mask), mask != 0)
+    return torch.cat((packed[None], how & packed)).int()
+
+
+def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
+    """Scalar bool: whether the numbers `[b t]` of attended positions go back, or their first one comes twice on end."""
+    order = (~attended).int().argsort(dim=-1, stable=True)  # the attended ones in front, as they follow each other
+    numbers = positions.gather(1, order)
+    before, now = numbers[:, :-1], numbers[:, 1:]
+    again = (now < before) | ((now == before) & (now == numbers[:, :1]))
+    follows = torch.arange(1, numbers.shape[1], device=numbers.device) < attended.sum(-1, keepdim=True)
+    return (again & follows).any()
+
+
+def _models_of(teacher: Any) -> list[nn.Module]:
+    """The models that it runs on any batch; none, if it only knows what it saw. (The student itself is tried.)"""
+    members = getattr(teacher, "teachers", None)
+    if members:
+        found = [_models_of(member) for member in members]
+        return [model for models in found for model in models] if all(found) else []
+    model = getattr(teacher, "model", None)
+    return [model] if isinstance(model, nn.Module) else []
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Then its forward waits for that of every process."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _leaks(ask: Callable[[Batch], Mapping[str, Any]], batch: Batch, layout: _Layout, device: torch.device) -> bool:
+    """The first of two sequences is changed: does the second notice?"""
+    answers = []
+    for tokens in ((1, 2), (2, 3)):
+        tried = _two_sequences(batch, tokens, layout, device)
+        answers.append(list(_of_second(ask(tried), width=tried["input_ids"].shape[1])))
+    return any(bool((one - other).abs().max() > 1e-5 * one.abs().max()) for one, other in zip(*answers, strict=True))
+
+
+def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device: torch.device) -> dict[str, Any]:
+    """Two sequences in a row, told apart by whatever this batch tells them apart by."""
+    lengths = (*_LENGTHS, 1) if layout.padded else _LENGTHS
+    rows = 2 if layout.several_rows else 1
+    ids, mask = batch.get("position_ids"), batch.get("attention_mask")
+
+    def filled(values: list[int], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor([values] * rows, dtype=dtype, device=device)
+
+    def numbered(*numbers: int) -> list[int]:
+        return [number for number, length in zip(numbers, lengths, strict=False) for _ in range(length)]
+
+    made: dict[str, Any] = {"input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)])}
+    if ids is not None:
+        start = int((ids if mask is None else ids.expand_as(mask)[mask != 0]).min())
+        made["position_ids"] = filled([start + i for length in lengths for i in range(length)])
+    if layout.masked and mask is not None:
+        made["attention_mask"] = filled(numbered(1, 2 if layout.numbered else 1, 0), mask.dtype)
+    if batch.get("seq_idx") is not None:
+        made["seq_idx"] = filled(numbered(0, 1, 2), batch["seq_idx"].dtype)
+    ends = torch.tensor((0, *lengths * rows), device=device).cumsum(0)
+    made |= {name: ends.to(batch[name].dtype) for name in _BOUNDARIES if batch.get(name) is not None}
+    return made | {name: max(lengths) for name in _LONGEST if batch.get(name) is not None}
+
+
+def _of_second(outputs: Mapping[str, Any], *, width: int) -> Iterator[Tensor]:
+    """What a model says at each position of the second sequence `[b t *]`."""
+    for name in outputs:
+        value = outputs[name]
+        if name != "loss" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == width:
+            yield value[:, _LENGTHS[0] : sum(_LENGTHS)].float()

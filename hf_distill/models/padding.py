@@ -1,0 +1,177 @@
+"""Whether a model reads padding: looked at once, with the first batches.
+
+Two kinds of models do, in `Trainer` as well. The classification heads of decoders find the last token by
+`config.pad_token_id`, which may not be the token that the batch is padded with. And models with absolute positions
+count them from the padding on, if it is on the left. The first is set right where the tokenizer is known, as `Trainer`
+does when training starts; of the rest a warning is logged, and the student trains as it would in `Trainer`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_distill.models.generation import evaluating
+from hf_distill.tasks import Batch
+from hf_distill.tasks.base import TEACHER_PREFIX
+from hf_distill.tasks.infer import forward_names, unwrapped
+
+logger = logging.getLogger(__name__)
+_FINDS_LAST_TOKEN = re.compile(r"input_ids\s*!=\s*self\.config\S*\.pad_token_id")
+_TRIED_WITH = {"input_ids", "attention_mask", "token_type_ids"}  # models that read more are not tried
+_LONGEST, _PADDING = 8, 4  # tokens of the trial
+_EXACT, _ROUNDED = (
+    0.01,
+    0.3,
+)  # of the predictions' standard deviation; positions that are off by some make 0.08 and more
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+class PaddingCheck:
+    """Looks at the first batches.
+
+    Args:
+        student: the model, without what wraps it.
+        tokenizer: of the student; None where it is not known.
+    """
+
+    def __init__(self, student: Any, tokenizer: Any) -> None:
+        self._student = student
+        self._tokenizer = tokenizer
+        self._looked = False
+
+    def __call__(self, batches: Sequence[Batch], teacher: Any = None, accelerator: Any = None) -> None:
+        """Does nothing after the first call, so that no later step waits for the device.
+
+        Args:
+            batches: of an optimizer step, or one of an evaluation.
+            teacher: a Teacher; it is looked at where it is one model. None: there is none.
+            accelerator: None where there is one process.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        if finds_last_token(self._student):
+            self._align(batches)
+        if getattr(accelerator, "distributed_type", None) in _SHARDED:
+            return
+        models = [("student", self._student, batches)]
+        if isinstance(getattr(teacher, "model", None), nn.Module):
+            models.append(("teacher", unwrapped(teacher.model), [_read_by_teacher(batch) for batch in batches]))
+        found = [f"the {whose} ({type(model).__name__})" for whose, model, read in models if _sees_padding(model, read)]
+        if found:
+            logger.warning(
+                f"The batches are padded on the left and have no position_ids, and what {' and '.join(found)} makes of "
+                "a text changes with the padding before it: positions are counted from the padding on (as in Trainer), "
+                'or the padding is read. Pad on the right (tokenizer.padding_side = "right"), or let the collator add '
+                "position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), which both models then read."
+            )
+
+    def _align(self, batches: Sequence[Batch]) -> None:
+        """The student's padding token, if its head finds the last token by it."""
+        config = self._student.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        before, known = config.pad_token_id, getattr(self._tokenizer, "pad_token_id", None)
+        name = type(self._student).__name__
+        if known is not None:
+            if known != before:
+                config.pad_token_id = known
+                logger.warning(
+                    f"The student's config.pad_token_id was {before}, and its tokenizer pads with {known}. It is set "
+                    f"to {known}, as Trainer does when training starts: a {name} finds the last token of a text by it."
+                )
+            return
+        found = None if before is None else _padded_with(batches, before)
+        if found is not None:
+            logger.warning(
+                f"The student's config.pad_token_id is {before}, and the batch is padded with {found}. A {name} finds "
+                "the last token of a text by that entry, so it reads its prediction at a padded position. Pass "
+                f"processing_class= (the student's tokenizer), or set student.config.pad_token_id = {found}."
+            )
+
+
+@torch.no_grad()
+def _sees_padding(model: Any, batches: Sequence[Batch]) -> bool:
+    """Whether a model says something else of a few tokens of these batches when padding stands before them."""
+    batch = next((one for one in batches if _can_be_tried(model, one)), None)
+    if batch is None:
+        return False
+    weight = next(model.parameters())
+    ids, mask = (batch[name].to(weight.device) for name in ("input_ids", "attention_mask"))
+    padded = ((mask[:, 0] == 0) & (mask != 0).any(-1)).nonzero()
+    if isinstance(weight, DTensor) or not len(padded):
+        return False
+    row = int(padded[0])
+    real = ids[row][mask[row] != 0][:_LONGEST][None]
+    padding = ids[row][: min(_PADDING, int((mask[row] != 0).nonzero()[0]))][None]
+    decodes = "decoder_input_ids" in forward_names(model)
+    answers = []
+    with evaluating(model):
+        for before in (padding[:, :0], padding):
+            shown = torch.cat((before, real), 1)
+            attended = torch.cat((torch.zeros_like(before), torch.ones_like(real)), 1).to(mask.dtype)
+            decoded = {"decoder_input_ids": real[:, :1]} if decodes else {}
+            outputs = model(input_ids=shown, attention_mask=attended, **decoded)
+            answers.append(_predictions(outputs, width=shown.shape[1], count=before.shape[1]))
+    alone, beside = answers
+    if alone is None or beside is None or alone.shape != beside.shape:
+        return False
+    allowed = _EXACT if weight.dtype in (torch.float32, torch.float64) else _ROUNDED
+    spread = alone.std() if alone.numel() > 1 else alone.abs()
+    return bool((alone - beside).abs().max() > allowed * spread.clamp(min=1e-6))
+
+
+def _can_be_tried(model: Any, batch: Batch) -> bool:
+    names = set(forward_names(model))
+    read = {name for name, value in batch.items() if name in names and isinstance(value, Tensor)}
+    others = {name for name in read if not name.startswith(("decoder_", "labels")) and not name.endswith("positions")}
+    return {"input_ids", "attention_mask"} <= others <= _TRIED_WITH and _is_padded_left(batch)
+
+
+def _read_by_teacher(batch: Batch) -> Batch:
+    """Its own columns, where the batch has them."""
+    own = {name.removeprefix(TEACHER_PREFIX): batch[name] for name in batch if name.startswith(TEACHER_PREFIX)}
+    return own if "input_ids" in own else batch
+
+
+def finds_last_token(model: Any) -> bool:
+    """Whether a head finds the last token of a text by the padding token of its config, as those of decoders do."""
+    try:
+        return _FINDS_LAST_TOKEN.search(inspect.getsource(type(model).forward)) is not None
+    except (OSError, TypeError):  # no source
+        return False
+
+
+def _padded_with(batches: Sequence[Batch], expected: int) -> int | None:
+    """Another id than the expected one at a padded position; None: there is none."""
+    for batch in batches:
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape:
+            others = ids[(mask == 0) & (ids != expected)]
+            if len(others):
+                return int(others[0])
+    return None
+
+
+def _is_padded_left(batch: Batch) -> bool:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)) or ids.dim() != 2 or ids.shape != mask.shape:
+        return False
+    return batch.get("position_ids") is None and bool((mask[:, 0] == 0).any())
+
+
+def _predictions(outputs: Any, *, width: int, count: int) -> Tensor | None:
+    """The first output that is no loss, without the padded positions."""
+    for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
+        if name != "loss" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            along = value[:, count:] if value.shape[1] == width else value
+            return along.float()
+    return None

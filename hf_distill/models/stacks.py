@@ -1,0 +1,278 @@
+"""Rewriting a config for another number of layers: the count, and what it says of each layer. It builds nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+
+from hf_distill.errors import SettingError, TeacherError
+
+# What configs call the number of blocks. For a stack that the user names, every whole number is tried.
+DEPTH_NAMES = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_blocks",
+    "encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers",
+    "decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DepthSetting:
+    """A number in a config: `holder` are the names of the configs inside configs that lead to it."""
+
+    holder: tuple[str, ...]
+    name: str
+
+    def __str__(self) -> str:
+        return ".".join(("config", *self.holder, self.name))
+
+    def of(self, config: PreTrainedConfig) -> Any:
+        """The config that holds the setting."""
+        for name in self.holder:
+            config = getattr(config, name)
+        return config
+
+    def value(self, config: PreTrainedConfig) -> int:
+        """What it is now."""
+        return int(getattr(self.of(config), self.name))
+
+
+def usual_depths(config: PreTrainedConfig) -> list[DepthSetting]:
+    """The settings with a usual name, each once: an alias is left out."""
+    return [setting for setting in _whole_numbers(config) if setting.name in DEPTH_NAMES]
+
+
+def any_depths(config: PreTrainedConfig, length: int) -> list[DepthSetting]:
+    """Every whole number that equals `length`, those with a usual name first."""
+    found = [setting for setting in _whole_numbers(config) if setting.value(config) == length]
+    return sorted(found, key=lambda setting: setting.name not in DEPTH_NAMES)
+
+
+def _whole_numbers(config: PreTrainedConfig, holder: tuple[str, ...] = ()) -> Iterator[DepthSetting]:
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _whole_numbers(value, (*holder, name))
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0 and not name.startswith("_"):
+            yield DepthSetting(holder, name)
+
+
+def with_layers(config: PreTrainedConfig, setting: DepthSetting, chosen: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` for the layers `chosen` (which may repeat), with its lists of one entry a layer to match."""
+    new = copy.deepcopy(config)
+    holder = setting.of(new)
+    old = setting.value(config)
+    for name, values in _per_layer_lists(holder, setting, old):
+        setattr(holder, name, [values[i] for i in chosen])
+    setattr(holder, setting.name, len(chosen))
+    _recut_stages(holder, old, chosen)
+    return new
+
+
+def _per_layer_lists(config: Any, setting: DepthSetting, layers: int) -> list[tuple[str, list[Any]]]:
+    return [
+        (name, list(value))
+        for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == layers and _speaks_of_layers(name, setting)
+    ]
+
+
+def _speaks_of_layers(name: str, setting: DepthSetting) -> bool:
+    if name == "attention_window":  # Longformer; LED's is of the encoder
+        return "decoder" not in setting.name
+    other = {"encoder": "decoder", "decoder": "encoder"}
+    return "layer" in name and not any(side in setting.name and other[side] in name for side in other)
+
+
+def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
+    """A vision backbone's config names what comes in and what each layer puts out, and which of them are handed out.
+
+    Those of layers that are left behind are handed out no more; when none is left, the last layer's is.
+    """
+    names = vars(config).get("stage_names")
+    if (
+        not isinstance(names, list)
+        or len(names) != layers + 1
+        or not hasattr(config, "set_output_features_output_indices")
+    ):
+        return
+    out = {index % len(names) for index in config.out_indices}
+    sources = [0, *(layer + 1 for layer in chosen)]
+    config.stage_names = [names[0], *(f"stage{number}" for number in range(1, len(sources)))]
+    kept = [index for index, source in enumerate(sources) if source in out] or [len(chosen)]
+    config.set_output_features_output_indices(out_features=None, out_indices=kept)
+
+
+def check_it_can_be_read_back(config: PreTrainedConfig) -> None:
+    """Raise TeacherError where a config says something else after it was written and read."""
+    written = config.to_dict()
+    try:
+        read = type(config).from_dict(copy.deepcopy(written)).to_dict()
+    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
+        raise TeacherError(
+            f"inherit: {type(config).__name__} for the student cannot be read back from what it writes: "
+            f"{' '.join(str(error).split())}. "
+            "Its layers are described by a setting that cannot be cut to the student's layers."
+        ) from error
+    changed = sorted(name for name in written if read.get(name) != written[name])
+    if changed:
+        raise TeacherError(
+            f"inherit: {type(config).__name__} for the student reads back with other values in {', '.join(changed)}. "
+            "Its layers are described by a setting that cannot be cut to the student's layers."
+        )
+
+
+NOTE = "The layers share their weights: the student is faster than the teacher, and has as many parameters."
+
+
+def shares_layers(teacher: PreTrainedModel) -> bool:
+    """True for ALBERT's way: `num_hidden_groups` sets of weights, used `num_hidden_layers` times in all."""
+    return isinstance(getattr(teacher.config, "num_hidden_groups", None), int)
+
+
+def depth_of(config: PreTrainedConfig) -> DepthSetting:
+    """Where the number of layers stands."""
+    return DepthSetting((), config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+
+
+def check_groups(config: PreTrainedConfig, kept: tuple[int, ...]) -> None:
+    """Raise TeacherError where a kept layer would use another group's weights than it did in the teacher.
+
+    Layer i of n uses group int(i / (n / groups)), so with several groups not every choice of layers can be written.
+    """
+    groups, layers = config.num_hidden_groups, depth_of(config).value(config)
+    used = [int(layer / (layers / groups)) for layer in kept]
+    would_use = [int(layer / (len(kept) / groups)) for layer in range(len(kept))]
+    if used != would_use:
+        raise TeacherError(
+            f"inherit: the teacher's {layers} layers share {groups} groups of weights. Its layers {list(kept)} use "
+            f"groups {used}; a student of {len(kept)} layers uses {would_use}. Choose layers that use groups in that "
+            "order."
+        )
+
+
+# What a constructor may say to a setting that was only tried.
+REFUSALS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of a model. XLM keeps a block's parts in several lists, so there may be several `paths`."""
+
+    paths: tuple[str, ...]
+    length: int
+    setting: DepthSetting
+
+    @property
+    def name(self) -> str:
+        """The path of the blocks in the model."""
+        return self.paths[0]
+
+    @property
+    def side(self) -> str | None:
+        """`encoder` or `decoder`, when the path says so first."""
+        return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
+
+
+def empty_like(teacher: PreTrainedModel, config: PreTrainedConfig, device: str) -> Any:
+    """A model of the teacher's class without values: its parameters hold nothing of use. No random number is drawn."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device(device),
+        no_init_weights(),
+        meta_device_safe_creation_ops() if device == "meta" else contextlib.nullcontext(),
+    ):
+        model = type(teacher)(config)
+    model.tie_weights()
+    return model
+
+
+def find_stacks(teacher: PreTrainedModel) -> list[Stack]:
+    """Every stack that a setting with a usual name controls, in the order of the model."""
+    lists = module_lists(teacher)
+    found: dict[tuple[str, ...], Stack] = {}
+    for setting in usual_depths(teacher.config):
+        stack = _controlled(teacher, setting, lists)
+        if stack is not None:
+            found.setdefault(stack.paths, stack)
+    order = list(lists)
+    return sorted(found.values(), key=lambda stack: order.index(stack.name))
+
+
+def named_stack(teacher: PreTrainedModel, path: str) -> Stack:
+    """The stack that the user names, and the setting that controls it, whatever the setting is called."""
+    lists = module_lists(teacher)
+    if path not in lists:
+        raise SettingError(
+            f"stack={path!r}: {type(teacher).__name__} has no ModuleList of that name. {candidates(teacher)}"
+        )
+    for setting in any_depths(teacher.config, lists[path]):
+        stack = _controlled(teacher, setting, lists)
+        if stack is not None and path in stack.paths:
+            return stack
+    raise TeacherError(
+        f"stack={path!r}: no setting of {type(teacher.config).__name__} that is {lists[path]} makes this list longer, "
+        f"so no config for a student of fewer layers can be written. {candidates(teacher)}"
+    )
+
+
+def candidates(teacher: nn.Module) -> str:
+    """What could be a stack, for messages."""
+    lists = module_lists(teacher)
+    if not lists:
+        return "The model has no ModuleList at all."
+    shown = [f"{path!r} ({n} × {_class_inside(teacher, path)})" for path, n in lists.items()]
+    first = next(iter(lists))
+    return f"Its lists of modules: {', '.join(shown)}. Name one: inherit(teacher, layers=..., stack={first!r})."
+
+
+def _class_inside(teacher: nn.Module, path: str) -> str:
+    return " or ".join(sorted({type(module).__name__ for module in teacher.get_submodule(path).children()}))
+
+
+def module_lists(model: nn.Module) -> dict[str, int]:
+    """Path → length of the lists that are not empty and lie in no other list."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = len(module)
+    return found
+
+
+def _controlled(teacher: PreTrainedModel, setting: DepthSetting, lists: dict[str, int]) -> Stack | None:
+    """The lists that are one longer when the setting is one higher."""
+    layers = setting.value(teacher.config)
+    of_that_length = [path for path, length in lists.items() if length == layers]
+    if not of_that_length:
+        return None
+    try:
+        config = with_layers(teacher.config, setting, [*range(layers), layers - 1])
+        longer = module_lists(empty_like(teacher, config, "meta"))
+    except REFUSALS:
+        return None
+    paths = tuple(path for path in of_that_length if longer.get(path) == layers + 1)
+    return Stack(paths, layers, setting) if paths else None
+
+
+def blocks(model: nn.Module, stack: Stack) -> Iterator[tuple[int, list[nn.Module]]]:
+    """Index, and the modules of that layer."""
+    lists = [list(model.get_submodule(path).children()) for path in stack.paths]
+    for index, parts in enumerate(zip(*lists, strict=True)):
+        yield index, list(parts)

@@ -1,0 +1,231 @@
+"""What the objectives on a model's inside share: which layers, which positions, their weight. No losses here."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.functional.rows import in_full_precision
+from hf_distill.layer_map import LayerMap, Link, resolved_map
+from hf_distill.models.blocks import Blocks
+from hf_distill.models.capture import AttentionRecord, Inside, layerdrop_of
+from hf_distill.models.positions import Positions, check_positions
+from hf_distill.schedules import PROGRESS, Schedule, constant
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, LossSum, Needs, Read, Signals
+from hf_distill.tasks import Batch, Task
+from hf_distill.tasks.base import batch_size
+
+Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
+
+
+class InsideMatch(ABC):
+    """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
+
+    Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
+    whose own loss is a sum over utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio
+    does not change with the batch. The trainer works on a copy; it is `trainer.distiller.objectives[name]`.
+
+    Args:
+        layers: "even", "first", "last", "first_last" or "skip" (a `LayerMap` of all student blocks), a `LayerMap`, or
+            pairs (student, teacher) or (student, teacher, weight); negative ones count from the end.
+        weight: of the term in the loss, a number of at least 0 or a schedule.
+        side: "encoder" or "decoder" of an encoder-decoder; None: its decoder.
+        name: of the term; None: the class's own.
+        student_stack, teacher_stack: the path of the list of blocks, where it is not found.
+    """
+
+    default_name = "inside"
+    reads: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
+    needs_same_inputs = True
+    couples_examples = False
+    pools: str | None = None  # "first", "last" or "mean": of each example's hidden states this vector alone is compared
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        weight: float | Schedule,
+        side: str | None,
+        name: str | None,
+        student_stack: str | None = None,
+        teacher_stack: str | None = None,
+    ) -> None:
+        self.layers = layers
+        self.weight = checked_weight(type(self).__name__, weight)
+        self.side = side
+        self.name = name or self.default_name
+        self.stacks = student_stack, teacher_stack
+        self.layer_map: LayerMap | None = None
+        self.needs = self.teacher_needs = Needs()
+        self.learned: nn.Module | None = None
+
+    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+        """Find the blocks of both, pair them, and refuse what cannot be compared.
+
+        Raises:
+            SettingError, TeacherError: see the messages.
+        """
+        if teacher is None:
+            raise TeacherError(
+                f"{type(self).__name__} reads the inside of the teacher, and this teacher shows none. Use a model as "
+                "teacher, or leave the objective out."
+            )
+        ours = student.blocks(self.side, self.stacks[0])
+        theirs = teacher.blocks(self.side, self.stacks[1])
+        try:
+            self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
+        except SettingError as error:
+            raise SettingError(f"{type(self).__name__}: layers: {error}") from error
+        _refuse_layerdrop(self, ours)
+        _refuse_split_heads(self, ours, theirs)
+        self._positions = Positions(model, task, of_decoder=ours.of_decoder)
+        self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
+        self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
+        self.check(ours, theirs, model=model, seed=seed)
+
+    def check(self, student: Any, teacher: Any, *, model: Any, seed: int) -> None:  # noqa: B027 most need none
+        """Refuse what cannot be compared, and make what is learned; `student`, `teacher`: their `Blocks`."""
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        return self._positions.count(batch)
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        kept = Kept(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
+        first = next(iter(student.inside.values()))
+        device = (first.queries if isinstance(first, AttentionRecord) else first).device
+        with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
+            parts = [link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]
+        total = torch.stack(parts).sum()
+        return LossSum(total, self.count(task, batch).to(total.device))
+
+    @abstractmethod
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+        """Scalar: one pair of blocks, summed over the positions that count."""
+
+    def _links(self) -> tuple[Link, ...]:
+        assert self.layer_map is not None  # `fit` comes first
+        return self.layer_map.links
+
+    def _wanted(self) -> list[tuple[str, Link]]:
+        return [(what, link) for what in self.reads for link in self._links()]
+
+    def _read(self, what: str, layer: int, whose: int) -> Read:
+        return Read(what, layer, self.side, self.stacks[whose])
+
+    def __repr__(self) -> str:
+        """As it was made, for logs and cards."""
+        knobs = [f"{knob}={getattr(self, knob)!r}" for knob in self.shown if getattr(self, knob) not in (None, {})]
+        layers = repr(self.layers) if self.layer_map is None else str(self.layer_map)
+        inner = ", ".join([f"layers {layers}", *knobs])
+        return f"{type(self).__name__}({inner})"
+
+
+def where(what: str, link: Link, whose: str) -> str:
+    """For messages."""
+    layer = link.student if whose == "student" else link.teacher
+    return f"{what} of {'the embeddings' if layer == EMBEDDINGS else f'block {layer}'}"
+
+
+def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
+    """A block that is left out at random computes no attention; what went past it is its hidden state."""
+    if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
+        return
+    rate = layerdrop_of(student.holder)
+    if rate:
+        raise SettingError(
+            f"{type(objective).__name__}: the student leaves out blocks at random (layerdrop={rate}), and a block that "
+            f"is left out has no {objective.reads[0]}. Load it with layerdrop=0 (of an encoder-decoder: "
+            "encoder_layerdrop=0, decoder_layerdrop=0), or use HiddenMatch."
+        )
+
+
+def _refuse_split_heads(objective: InsideMatch, student: Blocks, teacher: Blocks) -> None:
+    if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
+        return
+    for blocks, whose in ((student, "student"), (teacher, "teacher")):
+        if blocks.split_heads:
+            raise SettingError(
+                f"{type(objective).__name__}: tensor parallelism splits the {whose}'s heads over processes, so none "
+                "sees all of them. Use HiddenMatch, or data parallelism."
+            )
+
+
+def checked_weight(what: str, weight: float | Schedule) -> Schedule:
+    """A weight as a schedule. Raises SettingError for one below 0."""
+    if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+        raise SettingError(f"{what}: weight={weight!r}. Give a number of at least 0, or a function of progress 0 → 1.")
+    schedule = weight if callable(weight) else constant(float(weight))
+    for found in map(schedule, PROGRESS):
+        if not 0 <= found < float("inf"):
+            raise SettingError(f"{what}: weight={found!r}. It must be at least 0 and finite, at every moment.")
+    return schedule
+
+
+class Kept:
+    """The positions that count, as a mask and as indices, each found once (on an accelerator that waits for it)."""
+
+    def __init__(self, mask: Tensor | None, segments: Tensor | None, examples: int) -> None:
+        self.mask = mask
+        self.segments = segments
+        self.examples = examples
+
+    def check(
+        self, ours: tuple[int, ...], theirs: tuple[int, ...], what: str, link: Link, *, paired: bool = True
+    ) -> None:
+        """Raise DataError where the models show other positions than the batch has, or than each other.
+
+        Args:
+            ours: the shape of what the student shows, up to its positions.
+            theirs: the teacher's.
+            what: what they show, for the message.
+            link: the pair of blocks.
+            paired: whether position is compared with position.
+        """
+        for shape, whose in ((ours, "student"), (theirs, "teacher")):
+            check_positions(self.mask, shape, examples=self.examples, whose=whose, what=where(what, link, whose))
+        if paired and tuple(ours) != tuple(theirs):  # no mask: images, or sound of one length
+            raise DataError(
+                f"{where(what, link, 'student')} of the student are at {ours[1]} positions, "
+                f"{where(what, link, 'teacher')} of the teacher at {theirs[1]}, and each position is compared with the "
+                "teacher's. Pair blocks of one resolution (layers=[(student, teacher), ...]), give both models images "
+                "of one size, or use SimilarityMatch, which compares one vector an example."
+            )
+
+    @functools.cached_property
+    def _positions(self) -> Tensor:
+        assert self.mask is not None
+        return self.mask.flatten().nonzero().squeeze(-1)
+
+    @functools.cached_property
+    def _examples(self) -> Tensor:
+        assert self.mask is not None
+        return self.mask.any(-1).nonzero().squeeze(-1)
+
+    def share(self, positions: int) -> float:
+        """What a position is worth: where all count, an example counts as one (see `Positions.count`)."""
+        return 1.0 if self.mask is not None else 1 / positions
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """`[b t d]` → `[n d]` of the positions that count."""
+        return x.flatten(0, 1) if self.mask is None else x.flatten(0, 1).index_select(0, self._positions)
+
+    def pooled(self, x: Tensor, how: str) -> Tensor:
+        """`[b t d]` → `[m d]`: of each example with a position that counts their mean, the first or the last."""
+        x = in_full_precision(x)
+        if self.mask is None:
+            return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
+        x, keep = x.index_select(0, self._examples), self.mask.index_select(0, self._examples)
+        if how == "mean":
+            return x.masked_fill(~keep[..., None], 0).sum(1) / keep.sum(1, keepdim=True)
+        positions = torch.arange(keep.shape[1], device=x.device)
+        chosen = torch.where(keep, positions, keep.shape[1]).amin(1) if how == "first" else (keep * positions).amax(1)
+        return x[torch.arange(x.shape[0], device=x.device), chosen]

@@ -1,0 +1,332 @@
+"""Stage and Preset: what one training agrees about, and the trainings of a paper. The papers are in `papers.py`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.layer_map import LayerMap
+from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, Objective, RelationMatch
+from hf_distill.objectives.attention import Heads
+from hf_distill.objectives.layers import Layers
+
+Factory = Callable[[], Sequence[Objective]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: what is agreed about, and what its arguments are.
+
+    Args:
+        name: of its folder. objectives: a function that makes them, or some that are copied for each run, so that two
+            runs share nothing that is learned.
+        arguments: fields of `DistillationArguments`, over those of the run.
+        keywords: keywords of the trainer (`train_dataset`, ...), over those of the run.
+
+    >>> Stage("logits", arguments={"alpha": 1.0}).make_objectives()
+    []
+    """
+
+    name: str
+    objectives: Factory | Sequence[Objective] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def make_objectives(self) -> list[Objective]:
+        """New ones, each time."""
+        return list(self.objectives() if callable(self.objectives) else copy.deepcopy(tuple(self.objectives)))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a paper trains with. A preset of one stage goes into one trainer, one of several into `train_in_stages`.
+
+    Args:
+        paper: with its section. stages: in order. differences: from the paper and from its code, a sentence each.
+
+    Raises:
+        SettingError: `objectives` or `arguments` of a preset with several stages.
+
+    >>> preset = Preset("plain", "Hinton et al. 2015, section 2", (Stage("plain", arguments={"alpha": 0.9}),))
+    >>> preset.arguments, preset.objectives
+    ({'alpha': 0.9}, [])
+    """
+
+    name: str
+    paper: str
+    stages: tuple[Stage, ...]
+    differences: tuple[str, ...] = ()
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """For a trainer's `objectives=`; new ones, each time."""
+        return self._only_stage("objectives").make_objectives()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For `DistillationArguments`."""
+        return dict(self._only_stage("arguments").arguments)
+
+    def _only_stage(self, what: str) -> Stage:
+        if len(self.stages) != 1:
+            names = ", ".join(stage.name for stage in self.stages)
+            raise SettingError(
+                f"{self.name} has {len(self.stages)} stages ({names}), each with its own {what}. Run them with "
+                f"train_in_stages({self.name}(), model=..., teacher_model=..., args=...), or take one: "
+                f"{self.name}().stages[0].make_objectives()."
+            )
+        return self.stages[0]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.paper}"]
+        for stage in self.stages:
+            lines.append(f"  {stage.name}: {', '.join(f'{k}={v}' for k, v in stage.arguments.items())}")
+            lines += [f"    {_weighed(one)}" for one in stage.make_objectives()]
+        return "\n".join([*lines, *(f"  differs: {sentence}" for sentence in self.differences)])
+
+
+def _weighed(objective: Objective) -> str:
+    weight = objective.weight(0.0)
+    return f"{objective!r}" if weight == 1 else f"{weight:.4g} × {objective!r}"
+
+
+_PADDING = "Padding is left out of every mean."
+
+
+def distilbert(*, temperature: float = 2.0) -> Preset:
+    """Logits, labels and the direction of the last hidden state: 5/7, 2/7 and 1/7.
+
+    Sanh et al. 2019, section 2 (the loss) and 3 (the training), and their code, whose weights are 5 (logits, T = 2), 2
+    (masked LM) and 1 (cosine).
+
+    Args:
+        temperature: of the logits.
+    """
+    return Preset(
+        "distilbert",
+        "Sanh et al. 2019, DistilBERT, sections 2 and 3",
+        (
+            Stage(
+                "distilbert",
+                lambda: [CosineEmbedding(weight=1 / 7)],
+                {"alpha": 5 / 7, "temperature": temperature},
+            ),
+        ),
+        (
+            "The loss is 1/7 of theirs (5, 2 and 1 became 5/7, 2/7 and 1/7), so that alpha is the teacher's share; "
+            "Adam does not see it, gradient clipping does: their max_grad_norm of 5 is 5/7 here.",
+            "Of a masked LM, logits are compared where a token was masked; in their code, wherever is no padding.",
+            "Where the widths differ a projection is learned; the paper has equal widths.",
+        ),
+    )
+
+
+def tinybert(
+    *,
+    layers: Layers = "skip",
+    heads: Heads | None = None,
+    temperature: float = 1.0,
+    intermediate: Mapping[str, Any] | None = None,
+    prediction: Mapping[str, Any] | None = None,
+) -> Preset:
+    """First attention scores, hidden states and embeddings, without labels; then the teacher's predictions.
+
+    Jiao et al. 2020, section 3.1 (equations 7 to 10) and 4.2 (20 epochs at 5e-5, then 3 epochs at 3e-5).
+
+    Args:
+        layers: of attention and hidden states, as in `InsideMatch`. heads: as in `AttentionMatch`.
+        temperature: of the second stage.
+        intermediate, prediction: arguments of the two stages, over the paper's (`num_train_epochs`, `learning_rate`).
+    """
+    first = {"alpha": None, "num_train_epochs": 20, "learning_rate": 5e-5, **(intermediate or {})}
+    second = {"alpha": 1.0, "temperature": temperature, "num_train_epochs": 3, "learning_rate": 3e-5}
+    return Preset(
+        "tinybert",
+        "Jiao et al. 2020, TinyBERT, sections 3.1 and 4.2",
+        (
+            Stage(
+                "intermediate",
+                lambda: [
+                    AttentionMatch(layers, heads=heads),
+                    HiddenMatch(layers, projection="shared"),
+                    HiddenMatch(None, embeddings=True, name="embeddings"),
+                ],
+                first,
+            ),
+            Stage("prediction", (), {**second, **(prediction or {})}),
+        ),
+        (
+            "The prediction stage is a KL divergence: their soft cross-entropy less the teacher's entropy. The "
+            "gradient is the same, and 0 means agreement.",
+            _PADDING,
+            "Regression learns the teacher's value; their code learns the label.",
+            "General distillation is not in it: run the intermediate stage on a corpus first, with a teacher that is "
+            "not fine-tuned. Augmented data come from hf_distill.augment.",
+            "Hidden states and embeddings have a matrix each, as in the paper; their code shares one, with a bias.",
+        ),
+    )
+
+
+def pkd(
+    student_layers: int,
+    teacher_layers: int,
+    *,
+    variant: str = "skip",
+    beta: float = 100.0,
+    alpha: float = 0.5,
+    temperature: float = 10.0,
+    width: int = 768,
+    projection: str = "none",
+) -> Preset:
+    """Labels, logits, and the direction of [CLS] in every layer but the last.
+
+    Sun et al. 2019, sections 3.1 (logits) and 3.2 (equations 7 and 8). They search beta in 10 to 1000, alpha in 0.2 to
+    0.7, and T in 5 to 20.
+
+    Args:
+        variant: "skip" (teacher layers k, 2k, ... counted from 1) or "last" (its last ones but the very last).
+        beta: as in their code, of a mean over layers and width. width: of both models, to undo that mean.
+        projection: as in `HiddenMatch`; the paper's widths agree.
+
+    Raises:
+        SettingError: another variant, a student of one layer, a beta or width that cannot be.
+    """
+    if variant not in ("skip", "last"):
+        hint = did_you_mean(variant, ("skip", "last"))
+        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{hint}")
+    whole = getattr(LayerMap, variant)(student_layers, teacher_layers)
+    if student_layers == 1 or not beta >= 0 or not width >= 1:
+        raise SettingError(
+            f"pkd: {student_layers} student layers, beta={beta!r}, width={width!r}. It takes at least 2 layers (the "
+            "last is left to the logits), a beta of at least 0, and a width of at least 1."
+        )
+    layers = LayerMap(student_layers, teacher_layers, whole.links[:-1])
+    weight = beta / ((student_layers - 1) * width)
+    return Preset(
+        "pkd",
+        f"Sun et al. 2019, PKD-{variant.title()}, sections 3.1 and 3.2",
+        (
+            Stage(
+                "pkd",
+                lambda: [
+                    HiddenMatch(
+                        layers,
+                        distance="normalized_squared",
+                        positions="first",
+                        projection=projection,
+                        weight=weight,
+                        name="patience",
+                    )
+                ],
+                {"alpha": alpha, "temperature": temperature},
+            ),
+        ),
+        (
+            f"Their code takes beta={beta:g} times a mean over {student_layers - 1} layers and {width} numbers; "
+            f"equation 7 of the paper, and this, sum over them, so the weight here is {weight:.4g}.",
+            "The logits' term is a KL divergence times T²; the paper has a cross-entropy without T², and their code "
+            "divides by the number of classes too, so that their alpha is less than it says.",
+        ),
+    )
+
+
+def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: int | None = None) -> Preset:
+    """How positions attend, and how their values relate, in the last layer.
+
+    Wang et al. 2020, sections 3.1 (attention) and 3.2 (values). Both models need as many attention heads.
+
+    Args:
+        student_layer, teacher_layer: counted from 0; the last of both in the paper.
+        relation_heads: None: the attention heads, as in the paper.
+    """
+    layers = ((student_layer, teacher_layer),)
+    return Preset(
+        "minilm",
+        "Wang et al. 2020, MiniLM, sections 3.1 and 3.2",
+        (
+            Stage(
+                "minilm",
+                lambda: [
+                    AttentionMatch(layers, compare="probabilities"),
+                    RelationMatch(layers, relations=("values",), relation_heads=relation_heads),
+                ],
+                {"alpha": None},
+            ),
+        ),
+        (_PADDING, "A teacher assistant (section 3.3) is a second run, with the assistant as teacher."),
+    )
+
+
+def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer: int = -1) -> Preset:
+    """How positions relate by their queries, their keys and their values, in one layer.
+
+    Wang et al. 2021, section 3.1 (relations) and 3.2 (which layer of a large teacher). No constraint on heads.
+
+    Args:
+        teacher_layer: counted from 0: the last of a base-size teacher; 20 of BERT-large, 18 of RoBERTa-large (21 and 19
+            counted from 1).
+        relation_heads: 48 for a base-size teacher, 64 for a large one; must divide both widths.
+        student_layer: counted from 0.
+    """
+    return Preset(
+        "minilmv2",
+        "Wang et al. 2021, MiniLMv2, sections 3.1 and 3.2",
+        (
+            Stage(
+                "minilmv2",
+                lambda: [RelationMatch(((student_layer, teacher_layer),), relation_heads=relation_heads)],
+                {"alpha": None},
+            ),
+        ),
+        (_PADDING,),
+    )
+
+
+def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: float = 1.0) -> Preset:
+    """The student's last layer predicts three of the teacher's, through a matrix each.
+
+    Chang et al. 2022, section 2.2 (equation 1). The matrices are left behind after training, as the paper's heads are.
+
+    Args:
+        teacher_layers: counted from 0: the paper's 4, 8 and 12 counted from 1. cosine_weight: λ of equation 1.
+    """
+    layers = tuple((-1, layer) for layer in teacher_layers)
+    return Preset(
+        "distilhubert",
+        "Chang et al. 2022, DistilHuBERT, section 2.2",
+        (
+            Stage(
+                "distilhubert",
+                lambda: [
+                    HiddenMatch(
+                        layers,
+                        distance="l1_cosine",
+                        settings={"cosine_weight": cosine_weight},
+                        projection="linear",
+                        name="heads",
+                    )
+                ],
+                {"alpha": None},
+            ),
+        ),
+        (
+            "A prediction head is one matrix; in their code, two layers with biases and a GELU between them.",
+            "The student, the teacher's convolutions and first two layers, is made beside it (students.inherit).",
+            _PADDING,
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[..., Preset]] = {
+    "distilbert": distilbert,
+    "tinybert": tinybert,
+    "pkd": pkd,
+    "minilm": minilm,
+    "minilmv2": minilmv2,
+    "distilhubert": distilhubert,
+}
+
+__all__ = ["PRESETS", "Preset", "Stage", "distilbert", "distilhubert", "minilm", "minilmv2", "pkd", "tinybert"]

@@ -1,0 +1,383 @@
+"""A collator that turns the masks of chat templates and of TRL into labels, for causal language models.
+
+`assistant_masks` and `completion_mask` hold a 1 for each token of an answer and a 0 for each other token.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_distill.data.audio import AudioFeatures
+from hf_distill.errors import DataError
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
+
+ANSWER_MASKS = ("assistant_masks", "completion_mask")
+
+
+class AnswerMaskCollator:
+    """The user's collator; labels are -100 wherever a mask of the examples is 0.
+
+    Where the collator makes no labels they are made of `input_ids`. Examples without masks are left as they are.
+
+    Args:
+        collator: makes batches.
+        reads_masks: whether the collator may read the masks itself. If it does and makes labels, they are kept.
+    """
+
+    def __init__(self, collator: Callable[..., Any], *, reads_masks: bool) -> None:
+        self.collator = collator
+        self._reads_masks = reads_masks
+
+    def __getattr__(self, name: str) -> Any:
+        """Every other attribute (`tokenizer`, say) is that of the user's collator."""
+        if name == "collator":  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def for_evaluation(self) -> AnswerMaskCollator:
+        """The same for evaluation, where the user's collator may have one without augmentation."""
+        clean = getattr(self.collator, "for_evaluation", None)
+        return self if clean is None else AnswerMaskCollator(clean(), reads_masks=self._reads_masks)
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        first = features[0] if isinstance(features[0], Mapping) else {}
+        names = [name for name in ANSWER_MASKS if name in first]
+        if not names or "input_ids" not in first:
+            return self.collator(features)
+        given = [dict(feature) for feature in features]
+        if not self._reads_masks:
+            given = [{k: v for k, v in feature.items() if k not in ANSWER_MASKS} for feature in given]
+        batch = self.collator(given)
+        has_labels = batch.get("labels") is not None or batch.get("shift_labels") is not None
+        if not (self._reads_masks and has_labels):
+            examples = [_mask_of(feature, names) for feature in features]
+            _set_labels(batch, _aligned(batch["input_ids"], batch.get("attention_mask"), examples))
+        for name in names:
+            batch.pop(name, None)  # the model's forward does not take it
+        return batch
+
+
+def _mask_of(feature: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The ids `[t]` of an example, and whether each token is of an answer `[t]`: under every mask that it has."""
+    ids = torch.as_tensor(feature["input_ids"])
+    keep = torch.ones(ids.shape, dtype=torch.bool)
+    for name in names:
+        mask = feature.get(name)
+        if mask is None or len(mask) != len(ids):
+            found = "none" if mask is None else f"{len(mask)} entries"
+            raise DataError(
+                f"an example has {len(ids)} input_ids, and its {name} has {found}. Give each token of each example a 0 "
+                "or a 1."
+            )
+        keep &= torch.as_tensor(mask).bool()
+    return ids, keep
+
+
+def _aligned(input_ids: Tensor, attention_mask: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`[b t]` bool: the masks of the examples where their tokens lie in the batch.
+
+    Raises:
+        DataError: the batch does not hold the examples' tokens, one example a row or all in one row.
+    """
+    if len(input_ids) == 1 and len(examples) > 1:  # without padding: one after the other
+        ids, keep = (torch.cat(parts) for parts in zip(*examples, strict=True))
+        examples = [(ids, keep)]
+    if len(input_ids) == len(examples):
+        rows = []
+        for row, (ids, keep) in enumerate(examples):
+            attended = attention_mask[row] if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            rows.append(_placed(input_ids[row], attended, ids, keep))
+        if all(row is not None for row in rows):
+            return torch.stack([row for row in rows if row is not None])
+    raise DataError(
+        f"{' or '.join(ANSWER_MASKS)} says which tokens are of answers, and the collator's batch "
+        f"{list(input_ids.shape)} does not hold the tokens of its {len(examples)} examples as they are, padded on one "
+        "side. Make labels of the masks in the dataset (-100 where a mask is 0), and pad them too."
+    )
+
+
+def _placed(row: Tensor, attended: Tensor | None, ids: Tensor, keep: Tensor) -> Tensor | None:
+    """`[t]`: an example's mask in its row, padded or truncated on either side; None: its tokens are not there."""
+    length, width = len(ids), len(row)
+    made = torch.zeros(width, dtype=torch.bool)
+    if length >= width:
+        for part in (slice(0, width), slice(length - width, length)):
+            if torch.equal(ids[part], row):
+                return keep[part]
+        return None
+    for start in (0, width - length):
+        beside = torch.ones(width, dtype=torch.bool)
+        beside[start : start + length] = False
+        if torch.equal(row[start : start + length], ids) and (attended is None or not attended[beside].any()):
+            made[start : start + length] = keep
+            return made
+    return None
+
+
+def _set_labels(batch: Any, answers: Tensor) -> None:
+    shifted = batch.get("shift_labels")
+    if shifted is not None:  # the label of a token stands at the token before
+        following = torch.cat((answers[:, 1:], torch.zeros_like(answers[:, :1])), 1)
+        batch["shift_labels"] = shifted.masked_fill(~following, IGNORED)
+    labels = batch.get("labels")
+    if labels is not None or shifted is None:
+        batch["labels"] = (batch["input_ids"] if labels is None else labels).masked_fill(~answers, IGNORED)
+
+
+def with_answers_marked(tokenizer: Any, texts: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The teacher's inputs, and its labels `[b t]`: -100 but for the tokens of a text that reach beyond its prompt.
+
+    A token that the tokenizer adds behind the text (the end of it) belongs to the answer, one that it adds before does
+    not.
+
+    Args:
+        tokenizer: a fast one, which knows where in a text its tokens are. prompts: what each text begins with.
+
+    Raises:
+        DataError: a text that does not begin with its prompt, or a tokenizer that does not know where its tokens are.
+    """
+    for text, prompt in zip(texts, prompts, strict=True):
+        if not text.startswith(prompt):
+            raise DataError(
+                f"teacher_text begins with {text[:40]!r}, its teacher_prompt is {prompt[:40]!r}. Give in teacher_text "
+                "the prompt and the answer, in teacher_prompt the prompt alone."
+            )
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"teacher_prompt needs a fast tokenizer, and {type(tokenizer).__name__} is none. Give the dataset "
+            "teacher_input_ids and teacher_labels."
+        )
+    made = dict(tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt", return_offsets_mapping=True))
+    ends = made.pop("offset_mapping")[..., 1]  # 0 of what the tokenizer adds
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    answers = ((ends > lengths[:, None]).cumsum(-1) > 0) & made["attention_mask"].bool()
+    return {**made, "labels": made["input_ids"].masked_fill(~answers, IGNORED)}
+
+
+def padded_as(mask: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
+    """Labels as long as the inputs of the same example, `[b t]`: -100 where the mask shows padding.
+
+    Raises:
+        DataError: a label too many or too few.
+
+    >>> padded_as(torch.tensor([[1, 1], [0, 1]]), [[-100, 7], [8]]).tolist()
+    [[-100, 7], [-100, 8]]
+    """
+    lengths, expected = [len(one) for one in labels], mask.sum(-1).tolist()
+    if lengths != expected:
+        raise DataError(f"teacher_labels have lengths {lengths}, teacher_input_ids {expected}. Give a label a token.")
+    padded = torch.full(mask.shape, IGNORED)
+    padded[mask.bool()] = torch.tensor([label for one in labels for label in one], dtype=torch.long)
+    return padded
+
+
+RAW = ("teacher_text", "teacher_text_pair", "teacher_prompt", "teacher_audio", "teacher_image")
+
+
+class TeacherInputsCollator:
+    """The user's collator for the student's columns; the teacher's are made beside it.
+
+    `teacher_text` (and `teacher_text_pair`; or `teacher_prompt`, what it begins with and is no answer),
+    `teacher_audio` (whatever `hf_distill.data.audio.read_recording` reads) and `teacher_image` go through the teacher's
+    processing class; ready `teacher_input_ids`, `teacher_labels` and the like are padded by it. The student never sees
+    either.
+
+    Args:
+        collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or
+        processor.
+    """
+
+    def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
+        self.collator = collator
+        self.processor = processor
+        extractor = getattr(processor, "feature_extractor", processor)
+        reads_audio = getattr(extractor, "sampling_rate", None) is not None
+        self._audio = AudioFeatures(extractor, "teacher_audio") if reads_audio else None
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
+        if name in ("collator", "processor"):  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def for_evaluation(self) -> TeacherInputsCollator:
+        """Around the collator that the user's own names for evaluation, where it augments."""
+        clean = getattr(self.collator, "for_evaluation", None)
+        if clean is None:
+            return self
+        other = copy.copy(self)
+        other.collator = clean()
+        return other
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        own, theirs = [], []
+        for feature in features:
+            own.append({k: v for k, v in feature.items() if not k.startswith(TEACHER_PREFIX)})
+            theirs.append({k: v for k, v in feature.items() if k.startswith(TEACHER_PREFIX)})
+        batch = self.collator(own)
+        if theirs and theirs[0]:
+            made = self.teacher_batch(theirs)
+            for name in [name for name in batch if name.startswith(TEACHER_PREFIX)]:
+                del batch[name]  # the clean example of an augmentation: the dataset's own columns win
+            batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
+        return batch
+
+    def teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Inputs from `teacher_*` columns, without the prefix.
+
+        Raises:
+            DataError: some examples have other columns, or nothing in one; or what cannot be read or padded.
+        """
+        _refuse_unlike(features)
+        columns = {name: [feature[name] for feature in features] for name in features[0]}
+        raw = {name: columns.pop(name) for name in RAW if name in columns}
+        made = self._processed(raw) if raw else {}
+        ready = {name.removeprefix(TEACHER_PREFIX): values for name, values in columns.items()}
+        return {**made, **self._padded(ready)} if ready else made
+
+    def _processed(self, raw: dict[str, list[Any]]) -> dict[str, Any]:
+        if self.processor is None:
+            raise DataError(
+                f"the dataset has {', '.join(raw)}, which only the teacher's processor can read. Pass "
+                "teacher_processing_class=."
+            )
+        if "teacher_text" in raw:
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            pairs = raw.get("teacher_text_pair")
+            if "teacher_prompt" in raw:
+                return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
+            made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
+            _refuse_empty(made, raw["teacher_text"])
+        elif "teacher_audio" in raw:
+            audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
+            made = audio(raw["teacher_audio"])
+        else:
+            images = getattr(self.processor, "image_processor", self.processor)
+            made = images(_images(raw["teacher_image"]), return_tensors="pt")
+        return dict(made)
+
+    def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
+        if isinstance(getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase):
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            labels = ready.pop("labels", None)
+            made = dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
+            return made if labels is None else {**made, "labels": padded_as(made["attention_mask"], labels)}
+        try:
+            return {name: torch.as_tensor(np.asarray(values)) for name, values in ready.items()}
+        except ValueError as error:
+            names = ", ".join(f"{TEACHER_PREFIX}{name}" for name in ready)
+            raise DataError(
+                f"{names}: rows of different lengths, and nothing to pad them with. Pass teacher_processing_class=."
+            ) from error
+
+
+def _refuse_unlike(features: list[dict[str, Any]]) -> None:
+    names = set(features[0])
+    for feature in features:
+        if set(feature) != names:
+            raise DataError(
+                f"one example of a batch has the columns {sorted(names)} for the teacher, another {sorted(feature)}. "
+                "Give all the same."
+            )
+        empty = [name for name, value in feature.items() if value is None]
+        if empty:
+            raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
+
+
+def _refuse_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """A text of which the tokenizer makes no token: the teacher has nothing to answer."""
+    mask = made.get("attention_mask")
+    if mask is None:
+        return
+    lengths = mask.sum(-1).tolist() if mask.numel() else [0] * len(texts)
+    if 0 in lengths:
+        example = lengths.index(0)
+        raise DataError(
+            f"teacher_text: the teacher's tokenizer makes no token of example {example} of the batch "
+            f"({texts[example]!r}). Leave empty texts out of the dataset."
+        )
+
+
+def _images(cells: Sequence[Any]) -> list[Any]:
+    """Images as a processor takes them: those of `datasets.Image(decode=False)` are opened, others left as they are."""
+    found = list(cells)
+    for number, cell in enumerate(cells):
+        if isinstance(cell, Mapping) and (cell.get("bytes") or cell.get("path")):
+            from PIL import Image  # what an image processor needs anyway
+
+            try:
+                found[number] = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+            except OSError as error:
+                raise DataError(f"teacher_image: example {number} of the batch cannot be opened: {error}") from error
+    return found
+
+
+_NUMBERED = re.compile(rf"{TEACHER_PREFIX}(\d+)_(.+)")
+
+
+def teacher_inputs_collator(collator: Callable[..., Any], processor: Any) -> Any:
+    """For one processor of all teachers, or for a list with one for each."""
+    if isinstance(processor, (list, tuple)):
+        return SeveralInputsCollator(collator, processor)
+    return TeacherInputsCollator(collator, processor)
+
+
+class SeveralInputsCollator:
+    """The user's collator for the student's columns; those of each teacher are made beside it.
+
+    `teacher_text` (audio, image) is read by every processor; `teacher_0_text` by the first alone, in its place. Where
+    the list has None, that teacher reads what the student reads, unless it has numbered columns, ready to be stacked.
+
+    Args:
+        collator: for everything else. processors: of each teacher, in the order of the ensemble.
+    """
+
+    def __init__(self, collator: Callable[..., Any], processors: Sequence[Any]) -> None:
+        self.collator = collator
+        self.processors = list(processors)
+        self._each = [TeacherInputsCollator(collator, processor) for processor in self.processors]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
+        if name in ("collator", "processors"):  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def for_evaluation(self) -> SeveralInputsCollator:
+        """Around the collator that the user's own names for evaluation, where it augments."""
+        clean = getattr(self.collator, "for_evaluation", None)
+        if clean is None:
+            return self
+        other = copy.copy(self)
+        other.collator = clean()
+        return other
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+        batch = self.collator([{k: v for k, v in one.items() if not k.startswith(TEACHER_PREFIX)} for one in features])
+        for number, inputs in enumerate(self._each):
+            theirs = [_of_teacher(one, number, shares=inputs.processor is not None) for one in features]
+            if theirs and theirs[0]:
+                made = inputs.teacher_batch(theirs)
+                batch.update({f"{TEACHER_PREFIX}{number}_{name}": value for name, value in made.items()})
+        return batch
+
+
+def _of_teacher(feature: Mapping[str, Any], number: int, *, shares: bool) -> dict[str, Any]:
+    """The columns of one teacher as if it were the only one."""
+    own, shared = {}, {}
+    for name, value in feature.items():
+        found = _NUMBERED.fullmatch(name)
+        if found is not None and int(found[1]) == number:
+            own[f"{TEACHER_PREFIX}{found[2]}"] = value
+        elif found is None and name.startswith(TEACHER_PREFIX):
+            shared[name] = value
+    return own or (shared if shares else {})

@@ -1,0 +1,307 @@
+"""Evaluation in several processes counts each example once, as in one process.
+
+Accelerate fills up the last batches with examples of the first. `Trainer` then cuts what it has gathered, but the loss
+of a batch is the mean over its fillers too; `Seq2SeqTrainer` cuts nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import recursively_apply
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
+
+from hf_distill.distiller import Distiller
+from hf_distill.objectives.logits import RowValues
+from hf_distill.signals import Signals
+from hf_distill.tasks import Batch
+from hf_distill.tasks.base import batch_size
+
+logger = logging.getLogger(__name__)
+
+
+class EachOnce:
+    """Stands in for `Trainer.gather_function`: gathers what was found for the examples that are no fillers.
+
+    A process's share of the last batch may be all fillers; it is computed, as the other processes wait for its part of
+    each collective operation, and left out.
+
+    Args:
+        counted: counts the examples, where Accelerate does not know how many there are.
+        whole_batches: each batch's loss counts as one of a whole batch, as with `Seq2SeqTrainer` in one process, rather
+            than once an example.
+    """
+
+    def __init__(self, accelerator: Any, counted: Counted | None, *, whole_batches: bool) -> None:
+        self._accelerator = accelerator
+        self._whole_batches = whole_batches
+        self._counted = counted
+        self._examples = 0  # in this process's part of the batch, fillers included
+        self._real: list[int] = []  # of each process, without fillers
+        self._computed = 0  # the examples whose values are gathered
+        self._loss_is_next = False
+        self._warned = False
+
+    def begin(self, batch: Any) -> None:
+        """Take the fillers out of this process's part of a batch, in place."""
+        self._examples = self._computed = batch_size(batch)
+        processes, real = self._accelerator.num_processes, self._real_examples()
+        starts = range(0, processes * self._examples, self._examples)
+        self._real = [self._examples if real is None else min(max(0, real - s), self._examples) for s in starts]
+        kept = self._real[self._accelerator.process_index]
+        if not 0 < kept < self._examples:
+            return
+        tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0}
+        if isinstance(batch, MutableMapping) and all(x.shape[0] == self._examples for x in tensors.values()):
+            batch.update({name: x[:kept] for name, x in tensors.items()})
+            self._computed = kept
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                f"In the last batch of the evaluation {self._examples - kept} of {self._examples} examples fill it up. "
+                f"They cannot be taken out of {sorted(batch)}, so they are part of the mean loss of that batch."
+            )
+
+    def _real_examples(self) -> int | None:
+        """How many examples of this step, over all processes, are no fillers; None: all of them."""
+        state = self._accelerator.gradient_state
+        if not state.end_of_dataloader:
+            return None
+        whole = self._examples * self._accelerator.num_processes
+        remainder = state.remainder if self._counted is None else self._counted.seen % whole
+        return remainder if remainder > 0 else None
+
+    def loss_is_next(self) -> None:
+        """The next tensor is the loss of the batch, once for each example of a whole batch."""
+        self._loss_is_next = True
+
+    def __call__(self, found: Any) -> Any:
+        """Gather over the processes, without fillers; nested as `Accelerator.gather_for_metrics` takes it."""
+        if not self._real:  # a prediction step that does not call ours
+            return self._accelerator.gather_for_metrics(found)
+        if self._loss_is_next:
+            self._loss_is_next = False
+            return self._losses(found)
+        if all(real == self._examples for real in self._real):
+            return self._accelerator.gather(found)
+        return recursively_apply(self._rows, found)
+
+    def _losses(self, losses: Tensor) -> Tensor:
+        of_processes = self._accelerator.gather(losses[:1])
+        times = [len(losses) * (real > 0) if self._whole_batches else real for real in self._real]
+        return of_processes.repeat_interleave(torch.tensor(times, device=of_processes.device))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Of a tensor with as many rows for each example."""
+        if x.dim() == 0 or x.shape[0] == 0 or x.shape[0] % self._computed:
+            return self._accelerator.gather(x)
+        each = x.shape[0] // self._computed
+        filled = x.new_zeros((each * self._examples, *x.shape[1:]))
+        filled[: x.shape[0]] = x
+        parts = self._accelerator.gather(filled).split(each * self._examples)
+        return torch.cat([part[: each * real] for part, real in zip(parts, self._real, strict=True)])
+
+
+class Counted(IterableDataset):
+    """Counts the examples of a dataset while they are read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.seen = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen = 0
+        for example in self._dataset:
+            self.seen += 1
+            yield example
+
+
+@contextlib.contextmanager
+def examples_counted(dataloader: Any) -> Iterator[Counted | None]:
+    """Count the examples of a dataset that every process reads for itself (`dispatch_batches=False`).
+
+    Accelerate knows how many fill up its last batch only if one process reads it for all; None then.
+    """
+    shard = getattr(dataloader, "dataset", None)
+    if not isinstance(shard, IterableDatasetShard):
+        yield None
+        return
+    if dataloader.num_workers > 0:
+        logger.warning(
+            "This dataset has no length and is read by worker processes, so how many examples fill up the last batches "
+            "of the evaluation is not known: they are counted. Set dataloader_num_workers=0, or leave "
+            "dispatch_batches to its default."
+        )
+        yield None
+        return
+    original, shard.dataset = shard.dataset, Counted(shard.dataset)
+    try:
+        yield shard.dataset
+    finally:
+        shard.dataset = original
+
+
+SURE = 2.0  # standard errors
+# What a function that was written for the student's outputs may raise on the teacher's.
+_METRIC_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+
+
+class TeacherMetrics:
+    """Sums over the examples of an evaluation; one that fills up a batch is not counted.
+
+    `teacher_agreement`: share of the rows that count whose most likely class is the same (left out for values, which
+    have no class). `divergence`: mean over the rows that count, at the temperature that training ends with, its factor
+    included.
+
+    Args:
+        gather: gathers values of examples over the processes.
+    """
+
+    def __init__(self, gather: Callable[[Any], Any]) -> None:
+        self._gather = gather
+        # divergence, agreeing rows, rows; labelled rows, right by the teacher, by the student alone, by it alone
+        self._sums = torch.zeros(7, dtype=torch.float64)
+
+    def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
+        """Compare a batch, and return what the teacher predicts."""
+        task, match = distiller.task, distiller.logits_match
+        student, teacher = distiller.student_signals(outputs, batch), distiller.teacher_signals(batch)
+        found = match.per_row(student, teacher, task, batch, progress=1.0)
+        ours, theirs = found.choices()
+        examples = batch_size(batch)
+        rows_an_example = max(1, task.rows(batch) // examples)
+        kept = found.kept
+        if kept is None:
+            kept = torch.arange(found.values.shape[0], device=found.values.device)
+        figures = [found.values, ours == theirs, torch.ones_like(ours), *_right(distiller, found, teacher, batch, kept)]
+        each = torch.stack([figure.float() for figure in figures], 1)
+        sums = torch.zeros(examples, each.shape[1], device=each.device)
+        sums.index_add_(0, kept // rows_an_example, each)
+        self._sums += self._gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
+        return teacher
+
+    def read(self, *, on_values: bool) -> dict[str, float]:
+        """The metrics; nothing where no row counted."""
+        divergence, agreeing, rows = self._sums[:3].tolist()
+        if rows == 0:
+            return {}
+        metrics = {"divergence": divergence / rows}
+        if not on_values:
+            metrics["teacher_agreement"] = agreeing / rows
+        return metrics
+
+    def passed(self) -> str | None:
+        """A sentence, if the student is right about more labels than its teacher, by more than chance."""
+        labelled, teachers, by_student, by_teacher = self._sums[3:].tolist()
+        if by_student - by_teacher <= SURE * math.sqrt(by_student + by_teacher):
+            return None
+        students = teachers + by_student - by_teacher
+        return (
+            f"The student has passed its teacher on these labels: it names {students / labelled:.1%} of "
+            f"{labelled:,.0f}, the teacher {teachers / labelled:.1%}. From here on the teacher holds it back: lower "
+            "alpha, or train the teacher longer."
+        )
+
+
+def _right(distiller: Distiller, found: RowValues, teacher: Signals, batch: Batch, kept: Tensor) -> list[Tensor]:
+    """`[m]` whether a row has a label; whether the teacher names it; the student and not the teacher; the reverse."""
+    targets = None if distiller.task.on_values else distiller.task.targets(batch)
+    ours, theirs = found.choices()
+    if targets is None or (teacher.sparse is not None and teacher.sparse.weights is not None):
+        return [torch.zeros_like(ours)] * 4
+    targets = teacher.columns.of_labels(targets[kept])
+    labelled, by_student, by_teacher = targets >= 0, ours == targets, theirs == targets
+    return [labelled, labelled & by_teacher, labelled & by_student & ~by_teacher, labelled & by_teacher & ~by_student]
+
+
+class TeacherPredictions:
+    """Collects the teacher's predictions as `Trainer` collects the student's, for the user's `compute_metrics`.
+
+    It stands in the place of `compute_metrics` during an evaluation, and adds a `teacher_<metric>` to each metric.
+
+    Args:
+        gather: gathers values of examples over the processes.
+    """
+
+    def __init__(self, trainer: Any, gather: Callable[[Any], Any], prefix: str) -> None:
+        self._compute_metrics = trainer.compute_metrics
+        self._preprocess = trainer.preprocess_logits_for_metrics
+        self._accelerator, self._args = trainer.accelerator, trainer.args
+        self._gather, self._prefix = gather, prefix
+        self._batches = 0
+        self._found = EvalLoopContainer(self._args.eval_do_concat_batches, padding_index=-100)
+        self.why_none: str | None = None
+
+    def add(self, distiller: Distiller, teacher: Signals, outputs: Any, found: Any) -> None:
+        """Collect a batch.
+
+        Args:
+            teacher: its predictions.
+            outputs: the student's outputs.
+            found: loss, predictions and labels of the student, from `prediction_step`.
+        """
+        if self.why_none is not None:
+            return
+        logits, own = teacher.logits, outputs.get("logits")
+        if logits is None:
+            self.why_none = "this teacher lists only the likeliest columns of each row, and a metric may look at all"
+            return
+        parts = distiller.task.as_outputs(logits, teacher.columns, logits.shape[-1] if own is None else own.shape[-1])
+        if parts is None:
+            self.why_none = f"the outputs of a head for {distiller.task.kind} do not follow from what is compared"
+            return
+        if own is not None and own.numel() == parts[0].numel():
+            parts = (parts[0].reshape(own.shape),)  # a single value without an axis of its own
+        made: Any = parts if isinstance(found[1], tuple) else parts[0]
+        made = self._accelerator.pad_across_processes(made, dim=1, pad_index=-100)
+        if self._preprocess is not None:
+            labels = self._accelerator.pad_across_processes(found[2], dim=1, pad_index=-100)
+            try:
+                made = self._preprocess(made, labels)
+            except _METRIC_ERRORS as error:
+                self.why_none = f"preprocess_logits_for_metrics failed on the teacher's predictions: {error!r}"
+                return
+        self._found.add(self._gather(made))
+        self._batches += 1
+        steps = self._args.eval_accumulation_steps
+        if steps is not None and self._batches % steps == 0:
+            self._found.to_cpu_and_numpy()
+
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, Any]:
+        """The student's metrics, and the teacher's."""
+        labels = _copied(evaluated.label_ids)  # many a function of metrics writes into them
+        metrics = self._compute_metrics(evaluated)
+        predictions = self._found.get_arrays()
+        if self.why_none is not None or predictions is None:
+            return metrics
+        try:
+            theirs = self._compute_metrics(
+                EvalPrediction(predictions=predictions, label_ids=labels, inputs=evaluated.inputs)
+            )
+        except _METRIC_ERRORS as error:
+            self.why_none = f"compute_metrics failed on the teacher's predictions: {error!r}"
+            return metrics
+        named = {f"teacher_{name.removeprefix(f'{self._prefix}_')}": value for name, value in theirs.items()}
+        return {**metrics, **named}
+
+
+def _copied(arrays: Any) -> Any:
+    if isinstance(arrays, (list, tuple)):
+        return type(arrays)(_copied(x) for x in arrays)
+    return np.array(arrays)

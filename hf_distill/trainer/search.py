@@ -1,0 +1,153 @@
+"""Hyperparameter search over the settings of a distillation: a space to begin with, and names that exist.
+
+How the settings of a trial are followed stands in `settings.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers import Trainer
+from transformers.hyperparameter_search import default_hp_search_backend
+from transformers.trainer_utils import HPSearchBackend, default_compute_objective
+
+from hf_distill.blend import SETTING_ALIASES
+from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.signals import Needs
+from hf_distill.trainer.arguments import DistillationArguments
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+_SOME_TEMPERATURE = 1.2345  # none that a cache is likely to be bound to
+
+
+class _Range(NamedTuple):
+    """From `low` to `high`, drawn evenly, or evenly on a logarithmic scale."""
+
+    low: float
+    high: float
+    logarithmic: bool = False
+
+
+class SearchMixin(_Trainer):
+    """`Trainer.hyperparameter_search`, which by default searches alpha, temperature and learning rate."""
+
+    distiller: Any
+    args: Any
+    _teacher_setting: Any
+    _blend_is_ours: bool
+
+    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> Any:
+        """As `Trainer`'s. Without `hp_space` a distillation searches alpha, the temperature and the learning rate.
+
+        Without `compute_objective` what `evaluate_with_teacher` measures is not added to the user's metrics.
+
+        Raises:
+            SettingError: the space has a name that is no setting.
+        """
+        bound = inspect.signature(Trainer.hyperparameter_search).bind(self, *positional, **keywords)
+        given = bound.arguments
+        space = given.get("hp_space") or self._default_space(given.get("backend"))
+        if space is not None:
+            given["hp_space"] = _checked(space, self.args)
+        if given.get("compute_objective") is None:
+            given["compute_objective"] = self._default_objective
+        return super().hyperparameter_search(*bound.args[1:], **bound.kwargs)
+
+    def _default_objective(self, metrics: dict[str, float]) -> float:
+        """transformers' own, without what was measured of the teacher."""
+        prefixes = ["eval"]
+        if isinstance(self.eval_dataset, dict):
+            prefixes += [f"eval_{name}" for name in self.eval_dataset]
+        of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
+        return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
+
+    def _default_space(self, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
+        """None: what transformers searches, because nothing of a distillation can be chosen."""
+        ranges = {name: one for name, one in self._ranges().items() if hasattr(self.args, name)}
+        if not ranges:
+            return None
+        rate = self.args.learning_rate
+        if rate > 0:
+            ranges["learning_rate"] = _Range(rate / 10, rate * 10, logarithmic=True)
+        return _SPACES[HPSearchBackend(default_hp_search_backend() if backend is None else backend)](ranges)
+
+    def _ranges(self) -> dict[str, _Range]:
+        """Of alpha and the temperature, where a search may choose them."""
+        blending = self.distiller.blending
+        found: dict[str, _Range] = {}
+        if not self._blend_is_ours or self._teacher_setting is None or blending.alpha is None:
+            return found
+        start, end = blending.alpha(0.0), blending.alpha(1.0)
+        if start == end < 1:  # at 1 the data need no labels
+            found["alpha"] = _Range(0.0, 1.0)
+        match = blending.logits_match
+        constant = match.temperature(0.0) == match.temperature(1.0)
+        if constant and match.divergence_for(self.distiller.task)[1].softens and not self.distiller.task.on_values:
+            try:
+                getattr(self.distiller.teacher, "check_needs", lambda needs: None)(
+                    Needs(logits=True, temperature=_SOME_TEMPERATURE)
+                )
+            except SettingError:  # a cache that holds for one temperature
+                return found
+            found["temperature"] = _Range(1.0, 8.0, logarithmic=True)
+        return found
+
+
+def _checked(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:
+    """The same space, whose names are looked at when it is first asked: before anything is trained."""
+
+    def checked(trial: Any) -> Any:
+        found = space(trial)
+        values = found.get("parameters", found) if isinstance(found, Mapping) else ()  # a sweep of W&B has more
+        for name in values:
+            if hasattr(args, name):
+                continue
+            if name in DistillationArguments.__dataclass_fields__:
+                hint = f" It is a setting of DistillationArguments, and args is a {type(args).__name__}."
+            else:
+                hint = did_you_mean(name, DistillationArguments.__dataclass_fields__, SETTING_ALIASES)
+            raise SettingError(f"hp_space: there is no setting {name!r}.{hint}")
+        return found
+
+    return checked
+
+
+def _for_optuna(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
+    return lambda trial: {
+        name: trial.suggest_float(name, one.low, one.high, log=one.logarithmic) for name, one in ranges.items()
+    }
+
+
+def _for_ray(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
+    def space(trial: Any) -> dict[str, Any]:
+        tune = importlib.import_module("ray.tune")  # Trainer has made sure that it is installed
+        drawn = {True: tune.loguniform, False: tune.uniform}
+        return {name: drawn[one.logarithmic](one.low, one.high) for name, one in ranges.items()}
+
+    return space
+
+
+def _for_wandb(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
+    drawn = {True: "log_uniform_values", False: "uniform"}
+    return lambda trial: {
+        "method": "random",
+        "metric": {"name": "objective", "goal": "minimize"},
+        "parameters": {
+            name: {"distribution": drawn[one.logarithmic], "min": one.low, "max": one.high}
+            for name, one in ranges.items()
+        },
+    }
+
+
+_SPACES = {
+    HPSearchBackend.OPTUNA: _for_optuna,
+    HPSearchBackend.RAY: _for_ray,
+    HPSearchBackend.WANDB: _for_wandb,
+}
