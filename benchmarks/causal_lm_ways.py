@@ -110,8 +110,8 @@ def ways(teacher: Any, gold: Rows, steps: int) -> dict[str, Callable[[int], Any]
         plain = {"steps": steps, "alpha": alpha, "temperature": 1.0}
         return lambda seed: trained(llama(1, 24, seed), data, teacher=asked, seed=seed, **plain, **given)
 
-    def on_policy(lmbda: float, divergence: str) -> Callable[[int], Any]:
-        view = OnPolicy(lmbda=lmbda, max_new_tokens=LENGTH - PROMPT)
+    def on_policy(student_share: float, divergence: str) -> Callable[[int], Any]:
+        view = OnPolicy(student_share=student_share, max_new_tokens=LENGTH - PROMPT)
         return student(gold, teacher, alpha=1.0, divergence=divergence, view=view)
 
     return {

@@ -212,7 +212,7 @@ def trl(setting: Setting, steps: Steps) -> None:
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, "<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     with tempfile.TemporaryDirectory() as folder:
-        args = GKDConfig(**common(setting, folder), lmbda=0.0, beta=0.0, gradient_checkpointing=False)
+        args = GKDConfig(**common(setting, folder), student_share=0.0, beta=0.0, gradient_checkpointing=False)
         given = {"train_dataset": setting.examples(), "data_collator": collate, "callbacks": [steps]}
         given |= {"teacher_model": setting.teacher, "processing_class": tokenizer}
         trained(GKDTrainer(setting.begin(), args=args, **given), steps)

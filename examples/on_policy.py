@@ -24,7 +24,7 @@ class ScriptArguments:
     dataset_config: str | None = field(default="main", metadata={"help": "Which part of the dataset."})
     teacher: str = field(default="Qwen/Qwen2.5-1.5B-Instruct", metadata={"help": "A folder or Hub id."})
     student: str = field(default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "With the teacher's tokenizer."})
-    lmbda: float = field(default=0.5, metadata={"help": "Share of the batches that the student continues."})
+    student_share: float = field(default=0.5, metadata={"help": "Share of the batches that the student continues."})
     max_new_tokens: int = field(default=256, metadata={"help": "The longest text that it writes."})
     smoke: bool = field(default=False, metadata={"help": "Tiny models and data, offline, in seconds."})
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.set_defaults(eval_strategy="steps", eval_steps=0.25, save_strategy="steps", save_steps=0.25)
     parser.set_defaults(save_total_limit=1, bf16=torch.cuda.is_available())
     if "--smoke" in sys.argv:
-        parser.set_defaults(**smoke.SETTINGS, lmbda=1.0, max_new_tokens=8)
+        parser.set_defaults(**smoke.SETTINGS, student_share=1.0, max_new_tokens=8)
     script, args = parser.parse_args_into_dataclasses()
     if script.smoke:
         script.teacher, script.student, data = smoke.text()
@@ -61,7 +61,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(script.student),
         teacher_model=script.teacher,
         teacher_processing_class=AutoTokenizer.from_pretrained(script.teacher),
-        view=OnPolicy(lmbda=script.lmbda, max_new_tokens=script.max_new_tokens, seed=args.seed),
+        view=OnPolicy(student_share=script.student_share, max_new_tokens=script.max_new_tokens, seed=args.seed),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["test"],

@@ -20,10 +20,10 @@ SETTINGS = {
     **{"use_cpu": True, "bf16": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False},
 }
 SENTENCES = ["a good film", "a dull and slow plot", "good acting", "slow", "a good plot and a good film", "dull acting"]
-Made = tuple[str, str, DatasetDict]  # the teacher's folder, the student's, and the data
+FusedTerms = tuple[str, str, DatasetDict]  # the teacher's folder, the student's, and the data
 
 
-def glue() -> Made:
+def glue() -> FusedTerms:
     """BERT, DistilBERT without a head, and data like SST-2."""
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     rows = {"sentence": SENTENCES, "label": [int("good" in text) for text in SENTENCES]}
@@ -31,7 +31,7 @@ def glue() -> Made:
     return *berts, _splits(Dataset.from_dict(rows, features=features))
 
 
-def ner() -> Made:
+def ner() -> FusedTerms:
     """BERT, its labels in another order than the data's, DistilBERT without a head, and data like CoNLL-2003."""
     texts = ["ada byron lived in london", "london is big", "ada left", "byron in london"]
     rows = {"tokens": [text.split() for text in texts], "ner_tags": [[1, 2, 0, 0, 3], [3, 0, 0], [1, 0], [1, 0, 3]]}
@@ -41,7 +41,7 @@ def ner() -> Made:
     return *berts, _splits(Dataset.from_dict(rows, features=features))
 
 
-def squad() -> Made:
+def squad() -> FusedTerms:
     """BERT, DistilBERT without a head, and data like SQuAD; one context is longer than a window."""
     rows = {
         "id": ["0", "1"],
@@ -52,7 +52,7 @@ def squad() -> Made:
     return *_berts(tf.BertForQuestionAnswering, rows["context"] + rows["question"]), _splits(Dataset.from_dict(rows))
 
 
-def text() -> Made:
+def text() -> FusedTerms:
     """Two GPT-2 and data like WikiText."""
     tokenizer = tf.GPT2Tokenizer(vocab=_bytes(), merges=[])
     ends = {"bos_token_id": 256, "eos_token_id": 256}
@@ -61,7 +61,7 @@ def text() -> Made:
     return *(_save(_made(tf.GPT2LMHeadModel, config), tokenizer) for config in configs), _splits(data)
 
 
-def whisper() -> Made:
+def whisper() -> FusedTerms:
     """Two Whispers and data like LibriSpeech, of tones."""
     names = ("startoftranscript", "en", "de", "transcribe", "translate", "notimestamps")
     start, *tasks = (f"<|{name}|>" for name in names)

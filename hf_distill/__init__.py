@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from hf_distill.runs import Chain, Link, train_in_stages
     from hf_distill.tasks import Task
     from hf_distill.teachers import (
-        AdaptersOff,
+        BaseModelTeacher,
         CachedTeacher,
         Ensemble,
         ModelTeacher,
         MovingAverage,
         Peer,
-        SecondPass,
+        RDropTeacher,
         Snapshot,
         Teacher,
         TeacherCache,
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"  # pyproject.toml reads it here
 
 __all__ = [
-    "AdaptersOff",
     "AttentionMatch",
+    "BaseModelTeacher",
     "CachedTeacher",
     "Chain",
     "CosineEmbedding",
@@ -81,8 +81,8 @@ __all__ = [
     "MovingAverage",
     "Peer",
     "Preset",
+    "RDropTeacher",
     "RelationMatch",
-    "SecondPass",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "SettingError",
@@ -116,7 +116,7 @@ _MODULES = {
     "presets": ("Preset", "Stage"),
     "tasks": ("Task",),
     "teachers": (
-        *("AdaptersOff", "CachedTeacher", "Ensemble", "ModelTeacher", "MovingAverage", "Peer", "SecondPass"),
+        *("BaseModelTeacher", "CachedTeacher", "Ensemble", "ModelTeacher", "MovingAverage", "Peer", "RDropTeacher"),
         *("Snapshot", "Teacher", "TeacherCache", "TemporalEnsemble"),
     ),
     "teachers.completions": ("generate_completions",),

@@ -17,7 +17,7 @@ from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.base import Lesson
+from hf_distill.teachers.base import StudentBatch
 
 LABELS = "labels"
 LOGITS = "logits"
@@ -46,7 +46,7 @@ class DistillerOutput:
 
 
 @dataclass(frozen=True)
-class Made:
+class FusedTerms:
     """Terms that were made within the student's forward, without whole logits.
 
     Attributes:
@@ -169,7 +169,7 @@ class Blend:
         progress: float,
         *,
         only: str | None = None,
-        made: Made | None = None,
+        made: FusedTerms | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its terms before their weights.
 
@@ -195,7 +195,7 @@ class Blend:
             loss = loss + part
         return loss, terms
 
-    def lesson(self, student: Signals, task: Task, batch: Batch, counts: Counts, progress: float) -> Lesson:
+    def lesson(self, student: Signals, task: Task, batch: Batch, counts: Counts, progress: float) -> StudentBatch:
         """This micro-batch for a teacher that learns of it."""
         heard = Signals(logits=student.predictions().detach(), columns=student.columns)
 
@@ -204,7 +204,7 @@ class Blend:
             return self.total(labels, lambda: (own, heard), task, batch, counts, progress, only=LOGITS)[0]
 
         uses_labels, temperature = self.labels_weight(progress) > 0, self.logits_match.temperature(progress)
-        return Lesson(heard, task, batch, temperature, progress, uses_labels, counts.scale, loss_of)
+        return StudentBatch(heard, task, batch, temperature, progress, uses_labels, counts.scale, loss_of)
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """What must be computed of the student and of the teacher."""

@@ -21,21 +21,21 @@ from hf_distill.ddp import Counts, parameters_of, scale_of, several_processes, t
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
 from hf_distill.finite import FiniteCheck, MicroBatch
 from hf_distill.functional import Divergence
-from hf_distill.fused_forward import Forward, WithoutLogits
+from hf_distill.fused_forward import FusedForward, FusedLoss
 from hf_distill.label_agreement import LabelAgreement
 from hf_distill.learned import Learned
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.packing import PackingCheck
 from hf_distill.models.padding import PaddingCheck
 from hf_distill.objectives import LogitsMatch, Objective
 from hf_distill.objectives.base import cross_entropy_of_probabilities
 from hf_distill.schedules import PROGRESS, Schedule
-from hf_distill.signals import Needs, Read, Signals
+from hf_distill.signals import ActivationKey, Needs, Signals
 from hf_distill.tasks import Batch, Embedding, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers import ModelTeacher, Teacher, as_teacher
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,10 @@ class OneBatch:
     _student_names: tuple[str, ...]
     _teacher_only: set[str]
     _label_aliases: dict[str, str]
-    _inside: Inside
+    _inside: ActivationCapture
     finite_check: FiniteCheck
     label_agreement: LabelAgreement
-    _without_logits: WithoutLogits
+    _without_logits: FusedLoss
     _check_packing: PackingCheck
     check_padding: PaddingCheck
     learned: Learned
@@ -227,7 +227,7 @@ class OneBatch:
         """As the teacher: with a cache, packed sequences see each other."""
         return {"use_cache": False, **inputs} if "use_cache" in self._student_names else inputs
 
-    def reading(self, progress: float = 0.0) -> AbstractContextManager[Mapping[Read, Any]]:
+    def reading(self, progress: float = 0.0) -> AbstractContextManager[Mapping[ActivationKey, Any]]:
         """Around the student's forward: gives what the objectives need of its inside, to be passed to `blend`."""
         return self._inside.reading(self.blending.needs(progress)[0].reads)
 
@@ -260,8 +260,8 @@ class OneBatch:
         *,
         labels_mean: Tensor | None,
         progress: float = 0.0,
-        inside: Mapping[Read, Any] | None = None,
-        forward: Forward | None = None,
+        inside: Mapping[ActivationKey, Any] | None = None,
+        forward: FusedForward | None = None,
     ) -> DistillerOutput:
         """The loss, from the student's outputs and its own mean loss over this micro-batch.
 
@@ -300,9 +300,9 @@ class OneBatch:
         return DistillerOutput(loss, terms, outputs)
 
     def student_signals(
-        self, outputs: Any, batch: Batch, needs: Needs | None = None, inside: Mapping[Read, Any] | None = None
+        self, outputs: Any, batch: Batch, needs: Needs | None = None, inside: Mapping[ActivationKey, Any] | None = None
     ) -> Signals:
-        columns, logits = Columns() if self.teacher is None else self.teacher.columns, None
+        columns, logits = HeadAlignment() if self.teacher is None else self.teacher.columns, None
         if needs is None or needs.logits:
             with reading_outputs_of(self._student, "student"):
                 logits = self.task.read(outputs, batch, columns, teacher=False)
@@ -357,7 +357,7 @@ class Distiller(OneBatch):
         objectives: one or more of `hf_distill.objectives`, beside the logits. seed: of what they learn (projections);
         None: torch's own. compare_predictions: demand a teacher whose predictions can be compared, even where no term
         does so (an evaluation may). materialize_logits: False or None (where the vocabulary is large): see
-        `WithoutLogits`; the outputs then have none.
+        `FusedLoss`; the outputs then have none.
         label_names: what the student's forward calls its labels, if not as the task does; None: as the task.
 
     Raises:
@@ -398,7 +398,7 @@ class Distiller(OneBatch):
         self.blending = Blend(objectives)
         self.learned = Learned()
         self.reached: set[int] = set()  # see `unused_outputs`
-        self._without_logits = WithoutLogits(materialize_logits)
+        self._without_logits = FusedLoss(materialize_logits)
         self._fitted: nn.Module | None = None
         self.pairs_predictions = False  # whether the columns of the teacher's head are paired with the student's
         self.set_blend(
@@ -468,7 +468,7 @@ class Distiller(OneBatch):
         Raises:
             SettingError, TeacherError: the student is as it was.
         """
-        task, inside = make_task(student, self._given_task), Inside(student, "student")
+        task, inside = make_task(student, self._given_task), ActivationCapture(student, "student")
         self.logits_match.divergence_for(task)
         asked = self.blending.ever_active()
         if self.teacher is not None:

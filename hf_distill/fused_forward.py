@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.blend import LABELS, LOGITS, Blend, Made, denominator_of
+from hf_distill.blend import LABELS, LOGITS, Blend, FusedTerms, denominator_of
 from hf_distill.ddp import Counts, tied
 from hf_distill.errors import SettingError
 from hf_distill.functional import PROPERTIES
@@ -29,17 +29,17 @@ from hf_distill.functional.fused.inputs import (
 from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.models.output_head import OutputHead, Trial
 from hf_distill.objectives.logits import refuse_other_keep, refuse_other_rows
-from hf_distill.signals import Signals, Unmade
+from hf_distill.signals import DeferredLogits, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 logger = logging.getLogger(__name__)
 LARGE = 16_384  # columns; below it whole logits are no burden
 LABEL_NAMES = ("labels", "shift_labels")
 
 
-class WithoutLogits:
+class FusedLoss:
     """Whether, and why not, logits of this student need not be made.
 
     Args:
@@ -72,7 +72,7 @@ class WithoutLogits:
         *,
         smoothing: float,
         own_loss: bool,
-    ) -> Forward | None:
+    ) -> FusedForward | None:
         """What makes the terms of this micro-batch within the student's forward; None: whole logits are needed.
 
         Args: student: as the loop calls it. own_loss: the labels' term is not the head's, but a function of the user's.
@@ -83,7 +83,7 @@ class WithoutLogits:
         if self.setting is True:
             return None
         blending, task, teacher = distiller.blending, distiller.task, distiller.teacher
-        columns = Columns() if teacher is None else teacher.columns
+        columns = HeadAlignment() if teacher is None else teacher.columns
         why = self._why_not(blending, task, columns, progress, own_loss=own_loss)
         if why is None and getattr(teacher, "hear", None) is not None:
             why = "the teacher learns from the student's logits"
@@ -96,14 +96,16 @@ class WithoutLogits:
             return None
         said = None
         if blending.weight(LOGITS, progress) > 0:
-            said = distiller.teacher_signals(batch, replace(blending.needs(progress)[1], unmade=True))
-        return Forward(self.head, blending, task, batch, counts, progress=progress, said=said, smoothing=smoothing)
+            said = distiller.teacher_signals(batch, replace(blending.needs(progress)[1], deferred=True))
+        return FusedForward(self.head, blending, task, batch, counts, progress=progress, said=said, smoothing=smoothing)
 
     def _refuse(self, why: str) -> None:
         if self.setting is False:
             raise SettingError(f"materialize_logits=False: {why}. Pass materialize_logits=True, or None.")
 
-    def _why_not(self, blending: Blend, task: Task, columns: Columns, progress: float, *, own_loss: bool) -> str | None:
+    def _why_not(
+        self, blending: Blend, task: Task, columns: HeadAlignment, progress: float, *, own_loss: bool
+    ) -> str | None:
         active = blending.active(progress)
         others = [name for name in active if name != LOGITS]
         makes = [
@@ -158,7 +160,7 @@ def _plain_loss(trial: Trial, task: Task) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=IGNORED)
 
 
-class Forward:
+class FusedForward:
     """One forward of the student in which the terms over the vocabulary are made.
 
     Args:
@@ -178,7 +180,7 @@ class Forward:
         smoothing: float,
     ) -> None:
         self.said = said
-        self.made: Made | None = None
+        self.made: FusedTerms | None = None
         self._head, self._blending, self._task, self._batch = head, blending, task, batch
         self._counts, self._progress, self._smoothing = counts, progress, smoothing
 
@@ -191,7 +193,7 @@ class Forward:
         assert self.made is not None  # the trial saw the head called
         self.made = replace(self.made, loss=tied(self.made.loss, [outputs["logits"]]))
 
-    def _work(self, ours: Unmade) -> Tensor:
+    def _work(self, ours: DeferredLogits) -> Tensor:
         blending, progress, task, batch, said = self._blending, self._progress, self._task, self._batch, self.said
         match, name = blending.logits_match, blending.logits_match.name_for(task)
         labels_weight, t = blending.labels_weight(progress), match.temperature(progress)
@@ -220,7 +222,7 @@ class Forward:
             terms[LABELS] = found.labels_total * self._factor(LABELS, 1.0)
         if said is not None:
             terms[LOGITS] = found.divergence_total * t ** PROPERTIES[name].temperature_power * self._factor(LOGITS, 1.0)
-        self.made = Made(found.loss, terms)
+        self.made = FusedTerms(found.loss, terms)
         return found.loss
 
     def _factor(self, term: str, weight: float) -> Tensor | float:
@@ -254,8 +256,8 @@ class Forward:
             refuse_other_rows(selected, selected, task, batch, columns=False)
             return selected.index_select(0, rows)
 
-        if said.unmade is not None:
-            return TeacherHidden(of_rows(said.unmade.hidden), _head(said.unmade))
+        if said.deferred is not None:
+            return TeacherHidden(of_rows(said.deferred.hidden), _head(said.deferred))
         if said.sparse is None:
             return TeacherLogits(of_rows(said.predictions()))
         listed = said.sparse
@@ -269,5 +271,5 @@ class Forward:
         )
 
 
-def _head(unmade: Unmade) -> Head:
-    return Head(unmade.weight, unmade.bias, unmade.logit_scale, unmade.softcap, unmade.dtype)
+def _head(deferred: DeferredLogits) -> Head:
+    return Head(deferred.weight, deferred.bias, deferred.logit_scale, deferred.softcap, deferred.dtype)

@@ -137,7 +137,7 @@ def tinybert(
     Jiao et al. 2020, section 3.1 (equations 7 to 10) and 4.2 (20 epochs at 5e-5, then 3 epochs at 3e-5).
 
     Args:
-        layers: of attention and hidden states, as in `InsideMatch`. heads: as in `AttentionMatch`.
+        layers: of attention and hidden states, as in `LayerObjective`. heads: as in `AttentionMatch`.
         temperature: of the second stage.
         intermediate, prediction: arguments of the two stages, over the paper's (`num_train_epochs`, `learning_rate`).
     """

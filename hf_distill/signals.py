@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ RELATED = ("queries", "keys", "values")
 EMBEDDINGS = -1  # as a layer: what the first block is given
 
 
-class Read(NamedTuple):
+class ActivationKey(NamedTuple):
     """One thing inside a model.
 
     Attributes:
@@ -89,7 +89,7 @@ class SparseRows:
 
 
 @dataclass(frozen=True)
-class Unmade:
+class DeferredLogits:
     """Predictions that are not made yet: an output head, and what it is given.
 
     logits = softcap · tanh(x / softcap), x = logit_scale · (hidden · weightᵀ + bias).
@@ -118,14 +118,14 @@ class Signals:
         columns: which columns of the heads these are.
         inside: what was read of the model's inside.
         sparse: predictions in place of logits, leading axes as theirs, of a teacher that does not tell all columns.
-        unmade: what the logits would be made of, in their place, where `Needs.unmade` said that this will do.
+        unmade: what the logits would be made of, in their place, where `Needs.deferred` said that this will do.
     """
 
     logits: Tensor | None
-    columns: Columns = field(default_factory=Columns)
-    inside: Mapping[Read, Any] = field(default_factory=dict)
+    columns: HeadAlignment = field(default_factory=HeadAlignment)
+    inside: Mapping[ActivationKey, Any] = field(default_factory=dict)
     sparse: SparseRows | None = None
-    unmade: Unmade | None = None
+    deferred: DeferredLogits | None = None
 
     def predictions(self) -> Tensor:
         """The logits, where there must be some."""
@@ -154,12 +154,12 @@ class Needs:
     """
 
     logits: bool = False
-    reads: frozenset[Read] = frozenset()
+    reads: frozenset[ActivationKey] = frozenset()
     temperature: float = 1.0
-    unmade: bool = False
+    deferred: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """Both: logits where one of them needs them made."""
         softened = self if self.logits else other
-        unmade = all(one.unmade for one in (self, other) if one.logits) and (self.unmade or other.unmade)
-        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature, unmade)
+        deferred = all(one.deferred for one in (self, other) if one.logits) and (self.deferred or other.deferred)
+        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature, deferred)

@@ -21,7 +21,7 @@ LABEL_MATCHING = ("by_name", "by_index")
 
 
 @dataclass(frozen=True)
-class Columns:
+class HeadAlignment:
     """Which columns of each head to compare: the first so many, the listed ones in the student's order, or all."""
 
     student: tuple[int, ...] | int | None = None
@@ -39,7 +39,7 @@ class Columns:
     def as_student(self, x: Tensor, width: int) -> Tensor:
         """Compared columns, in their places among all of the student's; -inf in those that are not compared.
 
-        >>> Columns(student=(2, 0)).as_student(torch.tensor([[5.0, 6.0]]), 3).tolist()
+        >>> HeadAlignment(student=(2, 0)).as_student(torch.tensor([[5.0, 6.0]]), 3).tolist()
         [[6.0, -inf, 5.0]]
         """
         if self.student is None:
@@ -53,7 +53,7 @@ class Columns:
     def of_labels(self, labels: Tensor) -> Tensor:
         """Label ids `[n]` as numbers of the compared columns; -100 for what is not compared.
 
-        >>> Columns(student=(0, 2)).of_labels(torch.tensor([2, 1, -100])).tolist()
+        >>> HeadAlignment(student=(0, 2)).of_labels(torch.tensor([2, 1, -100])).tolist()
         [1, -100, -100]
         """
         if self.student is None:
@@ -80,7 +80,7 @@ class Columns:
         return self._indices[side, device]
 
 
-def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Columns:
+def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> HeadAlignment:
     """Columns of two classification heads, paired by label name from the two configs.
 
     Both configs with transformers' default names (LABEL_0, …) are paired by index.
@@ -109,7 +109,7 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
             "from_pretrained(..., num_labels=..., label2id=..., id2label=...)."
         )
     if matching == "by_index":
-        return Columns()
+        return HeadAlignment()
     student_ids, teacher_ids = label_ids(student), label_ids(teacher)
     if set(student_ids) != set(teacher_ids):
         raise TeacherError(
@@ -120,7 +120,7 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> Co
         )
     in_student_order = sorted(student_ids, key=lambda name: student_ids[name])
     order = tuple(teacher_ids[name] for name in in_student_order)
-    return Columns() if order == tuple(range(len(order))) else Columns(teacher=order)
+    return HeadAlignment() if order == tuple(range(len(order))) else HeadAlignment(teacher=order)
 
 
 def label_ids(config: Any) -> dict[str, int]:
@@ -157,7 +157,7 @@ def match_vocabularies(
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
     teacher_embeddings: int | None = None,
-) -> Columns:
+) -> HeadAlignment:
     """Columns of two heads over a vocabulary: those that both tokenizers know, padding left out.
 
     Args:
@@ -170,7 +170,7 @@ def match_vocabularies(
     """
     if student_tokenizer is None or teacher_tokenizer is None:
         if student_width == teacher_width:
-            return Columns()
+            return HeadAlignment()
         raise TeacherError(
             f"student and teacher predict vocabularies of different width ({student_width} and {teacher_width}) and "
             "which columns they share is not known. Pass processing_class= (the student's tokenizer) and "
@@ -193,10 +193,10 @@ def match_vocabularies(
     shared = sorted(student_ids[token] for token in student_ids.keys() & teacher_ids.keys())
     shared = [index for index in shared if index < min(student_width, teacher_width)]
     if len(shared) == student_width == teacher_width:
-        return Columns()
+        return HeadAlignment()
     if shared == list(range(len(shared))):
-        return Columns(len(shared), len(shared))
-    return Columns(tuple(shared), tuple(shared))
+        return HeadAlignment(len(shared), len(shared))
+    return HeadAlignment(tuple(shared), tuple(shared))
 
 
 def tokenizer_difference(student: Any, teacher: Any) -> str | None:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from hf_distill.hub import render_card, write_card
-from hf_distill.hub.facts import RunFacts
+from hf_distill.hub.facts import CardData
 
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "quickstart-student.facts.json"
@@ -22,7 +22,7 @@ RECORDED = HERE / "quickstart-student.facts.json"
 
 def render(facts_file: Path) -> str:
     """The card of recorded facts."""
-    return render_card(RunFacts.from_json(facts_file.read_text(encoding="utf-8")))
+    return render_card(CardData.from_json(facts_file.read_text(encoding="utf-8")))
 
 
 def stale(folder: Path = HERE) -> list[str]:
@@ -50,7 +50,7 @@ def record() -> None:
     from hf_distill import DistillationMixin
     from hf_distill.cli.main import main as command
 
-    def keep(facts: RunFacts, output_dir: str) -> None:
+    def keep(facts: CardData, output_dir: str) -> None:
         _write(RECORDED, facts.to_json())
         write_card(facts, output_dir)
 

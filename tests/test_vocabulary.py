@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig
 
 from hf_distill import SettingError, TeacherError
-from hf_distill.vocabulary import Columns, label_ids, match_labels, match_vocabularies, tokenizer_difference
+from hf_distill.vocabulary import HeadAlignment, label_ids, match_labels, match_vocabularies, tokenizer_difference
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 
@@ -22,23 +22,23 @@ def labels(names: Sequence[str]) -> BertConfig:
 
 
 def test_default_names_are_matched_by_index() -> None:
-    assert match_labels(BertConfig(num_labels=3), BertConfig(num_labels=3)) == Columns()
+    assert match_labels(BertConfig(num_labels=3), BertConfig(num_labels=3)) == HeadAlignment()
 
 
 def test_the_same_names_in_the_same_order_need_no_picking() -> None:
-    assert match_labels(labels(["a", "b"]), labels(["a", "b"])) == Columns()
+    assert match_labels(labels(["a", "b"]), labels(["a", "b"])) == HeadAlignment()
 
 
 def test_the_teachers_columns_come_in_the_students_order() -> None:
     columns = match_labels(labels(["neg", "neutral", "pos"]), labels(["pos", "neg", "neutral"]))
-    assert columns == Columns(teacher=(1, 2, 0))
+    assert columns == HeadAlignment(teacher=(1, 2, 0))
     logits = torch.tensor([[9.0, 1.0, 5.0]])  # of the teacher: pos, neg, neutral
     assert columns.of_teacher(logits).tolist() == [[1.0, 5.0, 9.0]]
     assert columns.of_student(logits) is logits
 
 
 def test_by_index_believes_the_user() -> None:
-    assert match_labels(labels(["neg", "pos"]), labels(["0", "1"]), matching="by_index") == Columns()
+    assert match_labels(labels(["neg", "pos"]), labels(["0", "1"]), matching="by_index") == HeadAlignment()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_only_id2label_was_set() -> None:
     config = BertConfig(num_labels=2)
     config.id2label = {0: "neg", 1: "pos"}  # as scripts do; label2id still holds the defaults
     assert label_ids(config) == {"neg": 0, "pos": 1}
-    assert match_labels(config, labels(["pos", "neg"])) == Columns(teacher=(1, 0))
+    assert match_labels(config, labels(["pos", "neg"])) == HeadAlignment(teacher=(1, 0))
 
 
 def test_only_label2id_was_set() -> None:
@@ -96,7 +96,9 @@ def test_ids_that_are_strings_as_json_makes_them() -> None:
 # Vocabularies.
 
 
-def matched(student: Any, teacher: Any, widths: tuple[int, int] = (40, 40), embeddings: int | None = None) -> Columns:
+def matched(
+    student: Any, teacher: Any, widths: tuple[int, int] = (40, 40), embeddings: int | None = None
+) -> HeadAlignment:
     return match_vocabularies(
         student_width=widths[0],
         teacher_width=widths[1],
@@ -107,27 +109,27 @@ def matched(student: Any, teacher: Any, widths: tuple[int, int] = (40, 40), embe
 
 
 def test_equal_tokenizers_and_widths_need_no_picking() -> None:
-    assert matched(tokenizer(), tokenizer()) == Columns()
+    assert matched(tokenizer(), tokenizer()) == HeadAlignment()
 
 
 @pytest.mark.parametrize("widths", [(40, 48), (48, 40), (41, 64), (48, 48)])
 def test_padding_is_left_out(widths: tuple[int, int]) -> None:
-    assert matched(tokenizer(), tokenizer(), widths) == Columns(40, 40)
+    assert matched(tokenizer(), tokenizer(), widths) == HeadAlignment(40, 40)
 
 
 def test_tokens_that_one_of_them_has_beside_are_left_out() -> None:
     plain, more = tokenizer(), tokenizer(added=["<user>", "<bot>"])
-    assert matched(plain, more, (40, 42)) == Columns(40, 40)
-    assert matched(more, plain, (42, 40), embeddings=48) == Columns(40, 40)
+    assert matched(plain, more, (40, 42)) == HeadAlignment(40, 40)
+    assert matched(more, plain, (42, 40), embeddings=48) == HeadAlignment(40, 40)
     # the student's tokens in the teacher's padding: there the teacher says nothing about them
-    assert matched(more, plain, (42, 48), embeddings=48) == Columns(40, 40)
+    assert matched(more, plain, (42, 48), embeddings=48) == HeadAlignment(40, 40)
 
 
 def test_a_hole_in_the_middle_is_left_out_by_listing_the_others() -> None:
     """A token that only one of them knows, not at the end: no other is at that id."""
     holed = tokenizer({f"w{i}": i for i in range(40) if i != 7})
     columns = matched(holed, tokenizer())
-    assert columns == Columns(*[tuple(i for i in range(40) if i != 7)] * 2)
+    assert columns == HeadAlignment(*[tuple(i for i in range(40) if i != 7)] * 2)
     logits = torch.arange(40.0)[None]
     assert columns.of_teacher(logits).tolist() == [[float(i) for i in range(40) if i != 7]]
 
@@ -171,16 +173,16 @@ def test_a_student_that_reads_ids_the_teacher_cannot_embed_is_refused() -> None:
 def test_without_a_tokenizer_only_equal_widths_can_be_matched(known: str) -> None:
     ours = tokenizer() if known == "student" else None
     theirs = tokenizer() if known == "teacher" else None
-    assert matched(ours, theirs) == Columns()
+    assert matched(ours, theirs) == HeadAlignment()
     with pytest.raises(TeacherError, match=r"different width \(40 and 48\).*teacher_processing_class="):
         matched(ours, theirs, (40, 48))
 
 
 def test_columns_pick_views_and_copies() -> None:
     x = torch.arange(6.0).view(2, 3)
-    assert Columns(2, None).of_student(x).tolist() == [[0, 1], [3, 4]]
-    assert Columns(None, (2, 0)).of_teacher(x).tolist() == [[2, 0], [5, 3]]
-    assert Columns().of_teacher(x) is x
+    assert HeadAlignment(2, None).of_student(x).tolist() == [[0, 1], [3, 4]]
+    assert HeadAlignment(None, (2, 0)).of_teacher(x).tolist() == [[2, 0], [5, 3]]
+    assert HeadAlignment().of_teacher(x) is x
 
 
 # Labels among the compared columns.
@@ -189,15 +191,15 @@ def test_columns_pick_views_and_copies() -> None:
 @pytest.mark.parametrize(
     ("columns", "width"),
     [
-        (Columns(), 6),
-        (Columns(4, 4), 6),
-        (Columns((0, 2, 5), (0, 2, 5)), 6),
-        (Columns((3, 1), (1, 3)), 4),
-        (Columns(None, (2, 0, 1)), 3),
-        (Columns((0,), (0,)), 6),
+        (HeadAlignment(), 6),
+        (HeadAlignment(4, 4), 6),
+        (HeadAlignment((0, 2, 5), (0, 2, 5)), 6),
+        (HeadAlignment((3, 1), (1, 3)), 4),
+        (HeadAlignment(None, (2, 0, 1)), 3),
+        (HeadAlignment((0,), (0,)), 6),
     ],
 )
-def test_a_labels_column_holds_what_the_labels_own_column_held(columns: Columns, width: int) -> None:
+def test_a_labels_column_holds_what_the_labels_own_column_held(columns: HeadAlignment, width: int) -> None:
     ids = torch.tensor([*range(width), -100, 0, -100, width - 1])
     logits = torch.arange(float(width)) * 10  # column i of the student's holds 10 i
     picked = columns.of_student(logits).tolist()
@@ -205,8 +207,8 @@ def test_a_labels_column_holds_what_the_labels_own_column_held(columns: Columns,
     assert found == [picked.index(10.0 * i) if 10.0 * i in picked else -100 for i in ids.tolist()]
 
 
-@pytest.mark.parametrize("columns", [Columns(2, 2), Columns((0, 2), (0, 2)), Columns((2, 0), (0, 2))])
-def test_labels_beyond_every_column_and_none_at_all(columns: Columns) -> None:
+@pytest.mark.parametrize("columns", [HeadAlignment(2, 2), HeadAlignment((0, 2), (0, 2)), HeadAlignment((2, 0), (0, 2))])
+def test_labels_beyond_every_column_and_none_at_all(columns: HeadAlignment) -> None:
     assert columns.of_labels(torch.tensor([7, 3, 1_000_000])).tolist() == [-100] * 3
     empty = columns.of_labels(torch.empty(0, dtype=torch.long))
     assert empty.shape == (0,) and empty.dtype == torch.long
@@ -214,15 +216,15 @@ def test_labels_beyond_every_column_and_none_at_all(columns: Columns) -> None:
 
 def test_columns_of_labels_leaves_its_argument_as_it_was() -> None:
     ids = torch.tensor([0, 1, 2, -100])
-    for columns in (Columns(), Columns(1, 1), Columns((2, 0), (0, 2))):
+    for columns in (HeadAlignment(), HeadAlignment(1, 1), HeadAlignment((2, 0), (0, 2))):
         columns.of_labels(ids)
         assert ids.tolist() == [0, 1, 2, -100]
 
 
 def test_columns_are_equal_whatever_they_have_been_used_for() -> None:
     """The index that is kept beside them is no part of what they say."""
-    used, fresh = Columns((0, 2), (2, 0)), Columns((0, 2), (2, 0))
+    used, fresh = HeadAlignment((0, 2), (2, 0)), HeadAlignment((0, 2), (2, 0))
     used.of_student(torch.zeros(3))
     used.of_labels(torch.tensor([2]))
     assert used == fresh and repr(used) == repr(fresh)
-    assert Columns((0, 2), (2, 0)).of_teacher(torch.tensor([1.0, 2.0, 3.0])).tolist() == [3.0, 1.0]
+    assert HeadAlignment((0, 2), (2, 0)).of_teacher(torch.tensor([1.0, 2.0, 3.0])).tolist() == [3.0, 1.0]

@@ -124,7 +124,7 @@ class OnPolicy:
     what it wrote anyway.
 
     Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
-    with its lmbda; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
+    with its student_share; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
     reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`fit`), not from
     transformers' default of the 50 likeliest; of its `generation_config` the special tokens and the cache are followed
     (of an encoder-decoder also `forced_bos_token_id`, the language), and nothing else. No gradient goes through it.
@@ -133,7 +133,7 @@ class OnPolicy:
     batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
 
     Args:
-        lmbda: share of the batches, in [0, 1], or a schedule.
+        student_share: share of the batches, in [0, 1], or a schedule.
         max_new_tokens: the longest continuation.
         sampling_temperature: of the student's sampling.
         seed: another seed, other texts.
@@ -146,7 +146,7 @@ class OnPolicy:
     >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     >>> student = LlamaForCausalLM(LlamaConfig(vocab_size=9, eos_token_id=2, **shape))
     >>> batch = {"input_ids": torch.tensor([[1, 5, 6]]), "labels": torch.tensor([[-100, -100, 6]])}
-    >>> shown = OnPolicy(lmbda=1.0, max_new_tokens=4)(batch, student, step=0)
+    >>> shown = OnPolicy(student_share=1.0, max_new_tokens=4)(batch, student, step=0)
     >>> shown["input_ids"][0, :2].tolist(), shown["labels"][0, :2].tolist()
     ([1, 5], [-100, -100])
     """
@@ -154,19 +154,19 @@ class OnPolicy:
     def __init__(
         self,
         *,
-        lmbda: float | Schedule = 0.5,
+        student_share: float | Schedule = 0.5,
         max_new_tokens: int = 128,
         sampling_temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        self.lmbda: Schedule = lmbda if callable(lmbda) else constant(lmbda)
+        self.student_share: Schedule = student_share if callable(student_share) else constant(student_share)
         self.max_new_tokens = max_new_tokens
         self.sampling_temperature = sampling_temperature
         self.seed = seed
         self._never_written: list[int] = []
-        for share in map(self.lmbda, PROGRESS):
+        for share in map(self.student_share, PROGRESS):
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise SettingError(f"OnPolicy: lmbda={share!r}. It is a share of the batches, in [0, 1].")
+                raise SettingError(f"OnPolicy: student_share={share!r}. It is a share of the batches, in [0, 1].")
 
     def fit(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
         """Refuse a student that cannot continue a batch; learn which ids its texts may hold.
@@ -200,7 +200,7 @@ class OnPolicy:
 
     def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:
         """Whether this batch is one of those that are continued: the same answer on all processes."""
-        return random.Random(f"{self.seed}:{step}:{micro_batch}").random() < self.lmbda(progress)
+        return random.Random(f"{self.seed}:{step}:{micro_batch}").random() < self.student_share(progress)
 
     def __call__(
         self,
@@ -258,7 +258,7 @@ class OnPolicy:
 
     def __repr__(self) -> str:
         """As it was made, for logs."""
-        return f"OnPolicy(lmbda={self.lmbda(0.0):g}, max_new_tokens={self.max_new_tokens})"
+        return f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens})"
 
 
 def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
@@ -285,7 +285,7 @@ def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> N
     if any(name.startswith(TEACHER_PREFIX) for name in others):
         raise DataError(
             f"OnPolicy: the teacher has columns of its own ({', '.join(others)}), which do not hold what the student "
-            "writes. Use a teacher with the student's tokenizer, or lmbda=0."
+            "writes. Use a teacher with the student's tokenizer, or student_share=0."
         )
     raise DataError(
         f"OnPolicy continues a batch of {', '.join(known)}, and this one has {sorted(batch)}. Leave the other columns "

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_distill.hub import sections
-from hf_distill.hub.facts import HIDDEN_PATH, DatasetFacts, RunFacts, without_paths
+from hf_distill.hub.facts import HIDDEN_PATH, CardData, DatasetFacts, without_paths
 from hf_distill.hub.papers import DIVERGENCES, HINTON, OBJECTIVES, TEACHERS, Paper
 from hf_distill.hub.sections import escape
 from hf_distill.hub.usage import program, use_of
@@ -23,7 +23,7 @@ TAGS = ("hf-distill", "knowledge-distillation", "distillation", "generated_from_
 _NOT_A_METRIC = ("loss", "divergence")
 
 
-def metadata(facts: RunFacts) -> ModelCardData:
+def metadata(facts: CardData) -> ModelCardData:
     """The card's metadata; a key without a known value is left out."""
     results = _results(facts)
     relation = "adapter" if facts.student.adapter else "finetune"
@@ -47,7 +47,7 @@ def metadata(facts: RunFacts) -> ModelCardData:
     return data
 
 
-def _tags(facts: RunFacts) -> list[str]:
+def _tags(facts: CardData) -> list[str]:
     tags = [*TAGS, *facts.tags]
     if facts.student.adapter:
         tags += ["transformers", facts.student.adapter.lower()]
@@ -59,7 +59,7 @@ def _unique(items: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(item for item in items if item))
 
 
-def _metrics(facts: RunFacts) -> Iterator[tuple[str, float, DatasetFacts | None]]:
+def _metrics(facts: CardData) -> Iterator[tuple[str, float, DatasetFacts | None]]:
     """The task metrics of the weights that are saved, with the dataset of each."""
     for evaluation in facts.evaluations:
         steps = (evaluation.step, facts.weights_step)
@@ -69,7 +69,7 @@ def _metrics(facts: RunFacts) -> Iterator[tuple[str, float, DatasetFacts | None]
                     yield name, value, evaluation.dataset
 
 
-def _results(facts: RunFacts) -> list[EvalResult]:
+def _results(facts: CardData) -> list[EvalResult]:
     """The model index: only of metrics whose task and dataset are known, as the Hub asks."""
     use = use_of(facts)
     if use is None:
@@ -108,11 +108,11 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters["md"] = escape
 
 
-def render_card(facts: RunFacts) -> str:
+def render_card(facts: CardData) -> str:
     """The whole README.md: YAML metadata, then Markdown. What is not in the facts is left out.
 
     >>> from hf_distill.hub.facts import ModelFacts
-    >>> card = render_card(RunFacts(name="small", task="classification", student=ModelFacts()))
+    >>> card = render_card(CardData(name="small", task="classification", student=ModelFacts()))
     >>> "pipeline_tag: text-classification" in card, "Not measured" in card
     (True, True)
     """
@@ -133,7 +133,7 @@ def render_card(facts: RunFacts) -> str:
     return str(ModelCard(text))
 
 
-def _papers(facts: RunFacts) -> list[Paper]:
+def _papers(facts: CardData) -> list[Paper]:
     known = DIVERGENCES.get(facts.divergence or "") if facts.teachers else None
     matched = [OBJECTIVES.get(text.partition("(")[0]) for text in facts.objective_settings.values()]
     teachers = [TEACHERS.get(teacher.class_name or "") for teacher in facts.teachers]
@@ -141,7 +141,7 @@ def _papers(facts: RunFacts) -> list[Paper]:
     return list(dict.fromkeys(paper for paper in found if paper is not None))
 
 
-def write_card(facts: RunFacts, output_dir: str | os.PathLike[str]) -> Path:
+def write_card(facts: CardData, output_dir: str | os.PathLike[str]) -> Path:
     """Write `output_dir/README.md`, whole or not at all; returns its path.
 
     As in `Trainer.create_model_card` a README.md that is there is replaced. Its tags are kept, and
@@ -159,7 +159,7 @@ def write_card(facts: RunFacts, output_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _keeping(facts: RunFacts, path: Path) -> RunFacts:
+def _keeping(facts: CardData, path: Path) -> CardData:
     """The facts, with what the user had written into the old card's metadata."""
     if not path.is_file():
         return facts

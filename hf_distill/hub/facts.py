@@ -177,11 +177,11 @@ class TrainingFacts(_Facts):
 
 
 @dataclass(frozen=True)
-class RunFacts(_Facts):
+class CardData(_Facts):
     """All that the model card says. See each field; give only what is known.
 
-    >>> facts = RunFacts(name="small", task="classification", student=ModelFacts(parameters=9))
-    >>> RunFacts.from_json(facts.to_json()) == facts
+    >>> facts = CardData(name="small", task="classification", student=ModelFacts(parameters=9))
+    >>> CardData.from_json(facts.to_json()) == facts
     True
     """
 
@@ -240,7 +240,7 @@ class RunFacts(_Facts):
         return json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> RunFacts:
+    def from_json(cls, text: str) -> CardData:
         """The facts that `to_json` wrote; `SettingError` when the text is not that."""
         try:
             raw = json.loads(text)
@@ -426,10 +426,10 @@ def library_versions() -> dict[str, str]:
 
 
 __all__ = [
+    "CardData",
     "DatasetFacts",
     "EvaluationFacts",
     "ModelFacts",
-    "RunFacts",
     "ScheduleFacts",
     "TrainingFacts",
     "dataset_facts",

@@ -230,7 +230,7 @@ _MUTUAL = Paper(
 TEACHERS: dict[str, Paper] = {
     "MovingAverage": _MEAN_TEACHER,
     "Peer": _MUTUAL,
-    "SecondPass": _R_DROP,
+    "RDropTeacher": _R_DROP,
     "Snapshot": _SNAPSHOT,
     "TemporalEnsemble": _TEMPORAL,
 }

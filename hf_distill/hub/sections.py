@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from hf_distill.hub.facts import EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts
+from hf_distill.hub.facts import CardData, EvaluationFacts, ModelFacts, ScheduleFacts
 from hf_distill.hub.papers import DIVERGENCES
 from hf_distill.hub.usage import COUNTS_LABELS, POOLED
 
@@ -93,7 +93,7 @@ def named(model: ModelFacts) -> str:
     return f"{name} ({', '.join(known)})" if known else name
 
 
-def summary(facts: RunFacts) -> str:
+def summary(facts: CardData) -> str:
     """What the model is, in two or three sentences."""
     student = code(facts.student.class_name) if facts.student.class_name else "A model"
     if facts.teachers:
@@ -122,7 +122,7 @@ def link_dataset(name: str, hub_id: str | None) -> str:
     return f"[{escape(name)}](https://huggingface.co/datasets/{hub_id})"
 
 
-def models(facts: RunFacts) -> str:
+def models(facts: CardData) -> str:
     """The table of student and teachers; a row that nobody knows is left out."""
     everyone = (facts.student, *facts.teachers)
     several = len(facts.teachers) > 1
@@ -164,7 +164,7 @@ def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
     return f"{student.parameters / teacher.parameters:.1%} of the parameters"
 
 
-def loss(facts: RunFacts) -> str:
+def loss(facts: CardData) -> str:
     """The loss in symbols, its numbers, and the divergence in one line."""
     if not facts.teachers and not facts.objective_settings:
         return "The student's own loss on the labels: no teacher took part."
@@ -192,7 +192,7 @@ def loss(facts: RunFacts) -> str:
     return "\n".join([*lines, "", text + "."])
 
 
-def _formula(facts: RunFacts) -> str:
+def _formula(facts: CardData) -> str:
     divergence = plain(facts.divergence or "divergence")
     power = facts.temperature_power if facts.temperature else 0
     softened = {0: "", 1: "T * ", 2: "T² * "}.get(power, f"T^{power} * ") + divergence
@@ -206,7 +206,7 @@ def _formula(facts: RunFacts) -> str:
     return " + ".join(terms) or softened
 
 
-def _numbers(facts: RunFacts) -> Iterable[str]:
+def _numbers(facts: CardData) -> Iterable[str]:
     alpha = facts.alpha if "logits" in facts.objectives else None  # without them labels weigh 1
     for symbol, schedule in (("alpha", alpha), ("T", facts.temperature)):
         if schedule is not None:
@@ -219,7 +219,7 @@ def _scheduled(schedule: ScheduleFacts) -> str:
     return f"{schedule.start:g} → {schedule.end:g} ({plain(schedule.schedule)})"
 
 
-def results(facts: RunFacts) -> str:
+def results(facts: CardData) -> str:
     """One table a dataset; a column for each model that was measured there."""
     groups: dict[str, list[EvaluationFacts]] = {}
     for evaluation in facts.evaluations:
@@ -237,7 +237,7 @@ def _place(evaluation: EvaluationFacts) -> str:
     return name + config + (f", {escape(dataset.split)} split" if dataset.split else "")
 
 
-def _results_on(place: str, group: list[EvaluationFacts], facts: RunFacts) -> str:
+def _results_on(place: str, group: list[EvaluationFacts], facts: CardData) -> str:
     names = dict.fromkeys(n for e in group for n in (*e.metrics, *e.not_measured))
     rows = [[code(name), *(_measured(e, name) for e in group)] for name in names]
     head = ["Metric", *(escape(e.subject) for e in group)]
@@ -257,7 +257,7 @@ def _measured(evaluation: EvaluationFacts, name: str) -> str:
     return f"not measured: {escape(reason)}" if reason else "not measured"
 
 
-def settings(facts: RunFacts) -> str:
+def settings(facts: CardData) -> str:
     """The training settings that are known, as a table."""
     training = facts.training
     rows = [
@@ -270,7 +270,7 @@ def settings(facts: RunFacts) -> str:
     return table(["Setting", "Value"], rows) if rows else "The settings are not known."
 
 
-def history(facts: RunFacts) -> str:
+def history(facts: CardData) -> str:
     """The table of evaluations during training; empty when there were none."""
     if not facts.history:
         return ""
@@ -279,7 +279,7 @@ def history(facts: RunFacts) -> str:
     return table([code(name) for name in names], rows)
 
 
-def no_program(facts: RunFacts) -> str:
+def no_program(facts: CardData) -> str:
     """Why no program is shown."""
     if facts.student.adapter and facts.base_model is None:
         return "The adapter needs its base model, which is not known to be on the Hub."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hf_distill.hub.facts import RunFacts
+from hf_distill.hub.facts import CardData
 
 
 class Use(NamedTuple):
@@ -186,12 +186,12 @@ _BY_INPUT = {
 }
 
 
-def use_of(facts: RunFacts) -> Use | None:
+def use_of(facts: CardData) -> Use | None:
     """How the student is used; None for a task or an input that is not in the lists above."""
     return _BY_INPUT.get(facts.student.main_input, {}).get(facts.task)
 
 
-def program(facts: RunFacts) -> str | None:
+def program(facts: CardData) -> str | None:
     """A Python program that loads the student and calls it; None where none would run.
 
     Without a Hub repository it loads from ".", the folder that holds the card.

@@ -26,7 +26,7 @@ from hf_distill.tasks.infer import main_input_of, unwrapped
 
 _IMAGE, _SOUND = "pixel_values", "input_values"
 _EXAMPLES, _DEFAULT_SIZE, _SAMPLES = 2, 224, 16_000
-Place = tuple[str, int]  # as `Read` has them: what, layer
+Place = tuple[str, int]  # as `ActivationKey` has them: what, layer
 Shapes = dict[Place, tuple[int, ...]]
 
 

@@ -15,7 +15,7 @@ from hf_distill._compat import hearing_attention
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.blocks import Blocks, as_positions, ended_in, find_blocks, passed_on
-from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
+from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-Seen = dict[Read, Any]
+Seen = dict[ActivationKey, Any]
 
 
 def start_token_of(config: Any) -> int | None:
@@ -277,7 +277,7 @@ def start_token_of(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-class Inside:
+class ActivationCapture:
     """The inside of one model.
 
     Args:
@@ -285,7 +285,7 @@ class Inside:
 
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=1))
-    >>> inside, read = Inside(model, "student"), Read("hidden", 1)
+    >>> inside, read = ActivationCapture(model, "student"), ActivationKey("hidden", 1)
     >>> with inside.reading({read}) as seen:
     ...     _ = model(torch.tensor([[1, 2, 3]]))
     >>> seen[read].shape
@@ -309,7 +309,7 @@ class Inside:
         return self._found[side, stack]
 
     @contextlib.contextmanager
-    def reading(self, reads: set[Read] | frozenset[Read]) -> Iterator[Mapping[Read, Any]]:
+    def reading(self, reads: set[ActivationKey] | frozenset[ActivationKey]) -> Iterator[Mapping[ActivationKey, Any]]:
         """Read one forward. What was asked for is in the mapping when the block ends.
 
         Raises:
@@ -342,7 +342,7 @@ def _hear(stacks: list[_StackReading], *call: Any) -> None:
 class _StackReading:
     """One forward of one stack of blocks."""
 
-    def __init__(self, blocks: Blocks, reads: set[Read], seen: Seen, whose: str) -> None:
+    def __init__(self, blocks: Blocks, reads: set[ActivationKey], seen: Seen, whose: str) -> None:
         self._blocks, self._reads, self._seen, self._whose = blocks, reads, seen, whose
         self._hidden = {read.layer: read for read in reads if read.what == HIDDEN}
         self._attention = {read.layer: read for read in reads if read.what == ATTENTION}
@@ -384,10 +384,10 @@ class _StackReading:
                 hook = self._blocks.owner.register_forward_hook(self._owner_ended(read))
                 hooks.callback(hook.remove)
 
-    def _modules(self, layers: Mapping[int, Read]) -> list[nn.Module]:
+    def _modules(self, layers: Mapping[int, ActivationKey]) -> list[nn.Module]:
         return [self._blocks.modules[layer] for layer in layers]
 
-    def _attach_related(self, read: Read, hooks: contextlib.ExitStack) -> None:
+    def _attach_related(self, read: ActivationKey, hooks: contextlib.ExitStack) -> None:
         """In a model of shared layers every block is heard, and the one that runs tells which layer it is."""
         blocks = self._blocks.modules if self._blocks.shared else self._modules({read.layer: read})
         for block in blocks:
@@ -395,7 +395,7 @@ class _StackReading:
             hook = source.module.register_forward_hook(self._related(read, source.part))
             hooks.callback(hook.remove)
 
-    def _related(self, read: Read, part: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def _related(self, read: ActivationKey, part: Callable[[Tensor, Tensor], Tensor]) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             # The first call: DeBERTa calls the same modules again, with its relative positions.
             if self._running == read.layer and read not in self._seen:
@@ -439,7 +439,7 @@ class _StackReading:
         blocks = module.get_submodule(self._blocks.path.rpartition(".")[2])
         self._stream = input_of_stack(module, blocks, args, keywords, self._began)
 
-    def _owner_ended(self, read: Read) -> Any:
+    def _owner_ended(self, read: ActivationKey) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             last = ended_in(output)
             if isinstance(last, Tensor):
@@ -485,16 +485,16 @@ class _StackReading:
         if torch.is_grad_enabled() and self._whose == "student":
             self._refuse_cut_graphs()
 
-    def _as_positions(self, read: Read) -> Tensor:
+    def _as_positions(self, read: ActivationKey) -> Tensor:
         """A hidden state as `[b t d]`."""
         layer = 0 if read.what == LAST_HIDDEN else read.layer
         features, config = self._blocks.features.get((read.what, layer)), getattr(self._blocks.owner, "config", None)
         return as_positions(self._seen[read], features, config, what=self._named(read))
 
-    def _named(self, read: Read) -> str:
+    def _named(self, read: ActivationKey) -> str:
         return f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
 
-    def _not_seen(self, read: Read) -> str:
+    def _not_seen(self, read: ActivationKey) -> str:
         where = self._named(read)
         if read.what == LAST_HIDDEN and self._called:
             return f"{where}: {type(self._blocks.owner).__name__} returns no last_hidden_state. Use HiddenMatch."
@@ -540,7 +540,7 @@ class _StackReading:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or match a block that is trained.'
             )
 
-    def _left_out_below(self, read: Read) -> bool:
+    def _left_out_below(self, read: ActivationKey) -> bool:
         """Whether layerdrop left out some block that this was to depend on."""
         last = self._blocks.length - 1 if read.what == LAST_HIDDEN else read.layer
         return layerdrop_of(self._blocks.holder) > 0 and not self._ran.issuperset(range(last + 1))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hf_distill.signals import Unmade
+from hf_distill.signals import DeferredLogits
 from hf_distill.tasks.base import output_named
 from hf_distill.tasks.infer import unwrapped
 
@@ -47,7 +47,7 @@ class OutputHead:
         self._adds_positions = _adds_positions(model)
         find = getattr(self._model, "get_output_embeddings", None)
         self._module: Any = None if find is None else find()
-        self._work: Callable[[Unmade], Tensor] | None = None
+        self._work: Callable[[DeferredLogits], Tensor] | None = None
         self.refusal = self._why_not()
 
     @property
@@ -61,7 +61,7 @@ class OutputHead:
         return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
 
     @contextlib.contextmanager
-    def taken_over(self, work: Callable[[Unmade], Tensor]) -> Iterator[None]:
+    def taken_over(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
         """Around a forward: where the head would make logits, `work` is called and its scalar stands in for them.
 
         The scalar carries the graph: what waits for gradients from the model's outputs (DDP, FSDP) sees them come. It
@@ -76,10 +76,10 @@ class OutputHead:
             self._work = None
 
     @contextlib.contextmanager
-    def listened(self, heard: list[Unmade]) -> Iterator[None]:
+    def listened(self, heard: list[DeferredLogits]) -> Iterator[None]:
         """Around a forward without gradient: what the head was given is appended, and no logits are made."""
 
-        def listen(given: Unmade) -> Tensor:
+        def listen(given: DeferredLogits) -> Tensor:
             heard.append(given)
             return given.hidden.new_zeros(())
 
@@ -108,14 +108,14 @@ class OutputHead:
         # Not a view: models write into their logits.
         return scalar.to(hidden.dtype).expand(*[1] * (hidden.dim() - 1), self.columns).clone()
 
-    def _unmade(self, hidden: Tensor) -> Unmade:
+    def _unmade(self, hidden: Tensor) -> DeferredLogits:
         scale, softcap = _after_the_head(self._model.config)
         bias, later = self._module.bias, getattr(self._model, "final_logits_bias", None)
         if isinstance(later, Tensor):  # BART, Marian, Pegasus
             bias = later.flatten() if bias is None else bias + later.flatten()
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._module.weight.dtype
-        return Unmade(hidden, self._module.weight, bias, scale, softcap, dtype)
+        return DeferredLogits(hidden, self._module.weight, bias, scale, softcap, dtype)
 
     # The trial.
 
@@ -202,10 +202,10 @@ class Trial:
         return self.loss is None or bool(self.loss.isnan()) or _close(self.loss, value.float(), self.loss.dtype)
 
 
-def logits_of(unmade: Unmade) -> Tensor:
+def logits_of(deferred: DeferredLogits) -> Tensor:
     """`[b t v]`, made after all."""
-    x = nn.functional.linear(unmade.hidden, unmade.weight, unmade.bias) * unmade.logit_scale
-    return x if unmade.softcap is None else torch.tanh(x / unmade.softcap) * unmade.softcap
+    x = nn.functional.linear(deferred.hidden, deferred.weight, deferred.bias) * deferred.logit_scale
+    return x if deferred.softcap is None else torch.tanh(x / deferred.softcap) * deferred.softcap
 
 
 def _adds_positions(model: nn.Module) -> bool:

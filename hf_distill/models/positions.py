@@ -19,7 +19,7 @@ from hf_distill.tasks.infer import unwrapped
 _MASK = "attention_mask"
 
 
-class Positions:
+class PositionRule:
     """The positions of one side of a student.
 
     Args:

@@ -12,7 +12,7 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
-from hf_distill.objectives.layers import InsideMatch, Kept, Layers
+from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
 
@@ -20,7 +20,7 @@ _COMPARED = {"scores": score_distance, "probabilities": attention_kl}
 Heads = str | Sequence[int] | Sequence[Sequence[int]]
 
 
-class AttentionMatch(InsideMatch):
+class AttentionMatch(LayerObjective):
     """Student and teacher look at the same places: a distance of self-attention maps, head with head.
 
     What is compared is computed here, from the queries and keys that the attention of a matched layer is given: so it
@@ -33,7 +33,7 @@ class AttentionMatch(InsideMatch):
     al. 2020, section 3.1: "probabilities", the last layer).
 
     Args:
-        layers: see `InsideMatch`. compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
+        layers: see `LayerObjective`. compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
         heads: for unequal numbers of heads, what each student head learns from: teacher heads, lists of them (their
             scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
 
@@ -101,7 +101,7 @@ class AttentionMatch(InsideMatch):
         map_heads(torch.zeros(1, theirs, 1, 1), self.heads)  # type: ignore[arg-type]  # not a str here
         return list(self.heads)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         keep = kept.mask
         ours = student.inside[self._read(ATTENTION, link.student, 0)]
         theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]

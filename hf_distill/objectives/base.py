@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.schedules import Schedule
 from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -50,7 +50,9 @@ class Objective(Protocol):
     @property
     def learned(self) -> nn.Module | None: ...
 
-    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+    def fit(
+        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
+    ) -> None:
         """Learn which blocks there are, and refuse what cannot be compared.
 
         Args:

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.capture import Inside
-from hf_distill.models.positions import Positions, check_positions
-from hf_distill.objectives.layers import Kept, checked_weight
+from hf_distill.models.capture import ActivationCapture
+from hf_distill.models.positions import PositionRule, check_positions
+from hf_distill.objectives.layers import ValidPositions, checked_weight
 from hf_distill.objectives.logits import kept_of
 from hf_distill.schedules import Schedule, checked_schedule
-from hf_distill.signals import HIDDEN, LossSum, Needs, Read, Signals
+from hf_distill.signals import HIDDEN, ActivationKey, LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, rows_of
 from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
@@ -110,7 +110,9 @@ class ExitMatch:
         self.learned: nn.Module | None = None
         self._heads: dict[int, ExitHead] = {}
 
-    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+    def fit(
+        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
+    ) -> None:
         """Find the blocks and make the heads."""
         if task.kind not in KINDS:
             raise SettingError(
@@ -130,7 +132,7 @@ class ExitMatch:
             raise SettingError(
                 "ExitMatch: no config tells how wide the hidden states are. Set hidden_size in the config."
             )
-        self._positions = Positions(model, task, of_decoder=blocks.of_decoder)
+        self._positions = PositionRule(model, task, of_decoder=blocks.of_decoder)
         read = [*chosen, self._last] if self.feature_weight else chosen
         self.needs = Needs(logits=True, reads=frozenset(self._read(layer) for layer in read))
         one = next(model.parameters())
@@ -197,13 +199,13 @@ class ExitMatch:
         x = in_full_precision(student.inside[self._read(layer)])
         if task.kind == "token_classification":
             return _kept(task, rows_of(x, task, batch, whose="student"), batch)
-        kept = Kept(self._positions.keep(batch), None, batch_size(batch))
+        kept = ValidPositions(self._positions.keep(batch), None, batch_size(batch))
         what = f"hidden states of block {layer}"
         check_positions(kept.mask, x.shape[:2], examples=kept.examples, whose="student", what=what)
         return kept.pooled(x, self.pooling)
 
-    def _read(self, layer: int) -> Read:
-        return Read(HIDDEN, layer, self.side, self.stack)
+    def _read(self, layer: int) -> ActivationKey:
+        return ActivationKey(HIDDEN, layer, self.side, self.stack)
 
     def __repr__(self) -> str:
         """As it was made, for logs and cards."""

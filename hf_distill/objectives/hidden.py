@@ -13,9 +13,9 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
-from hf_distill.objectives.layers import InsideMatch, Kept, Layers
+from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read, Signals
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.regression import POOLING_ALIASES
 
@@ -92,7 +92,7 @@ def _one_for_all(widths: Mapping[str, tuple[int | None, int | None]]) -> dict[st
 POSITIONS = ("all", "first", "last")
 
 
-class HiddenMatch(InsideMatch):
+class HiddenMatch(LayerObjective):
     """A distance of the student's hidden states to the teacher's, at every position that is no padding.
 
     Layer k is what block k puts out: transformers' `hidden_states[k + 1]`, except that models with a norm behind their
@@ -105,7 +105,7 @@ class HiddenMatch(InsideMatch):
     The papers average over padding too; here it is left out.
 
     Args:
-        layers: see `InsideMatch`; None with `embeddings=True`: the embeddings alone.
+        layers: see `LayerObjective`; None with `embeddings=True`: the embeddings alone.
         distance: a name in `hf_distill.functional.features.DISTANCES`. settings: its keyword arguments.
         projection: "auto" (learned, one a pair, where the widths differ), "linear" (always), "shared" (one for all
             pairs), "none".
@@ -182,7 +182,7 @@ class HiddenMatch(InsideMatch):
         self._positions.refuse_packed(batch, f"positions={self.positions!r}")
         return self._positions.count_examples(batch)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         what = self.reads[0]
         ours = student.inside[self._read(what, link.student, 0)]
         theirs = teacher.inside[self._read(what, link.teacher, 1)]
@@ -237,8 +237,8 @@ class CosineEmbedding(HiddenMatch):
             teacher_stack=teacher_stack,
         )
 
-    def _read(self, what: str, layer: int, whose: int) -> Read:
-        return Read(what, 0, self.side, self.stacks[whose])
+    def _read(self, what: str, layer: int, whose: int) -> ActivationKey:
+        return ActivationKey(what, 0, self.side, self.stacks[whose])
 
 
 def of_dtype_and_place(module: Projections, model: Any) -> Projections:

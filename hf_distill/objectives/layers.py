@@ -14,17 +14,17 @@ from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.layer_map import LayerMap, Link, resolved_map
 from hf_distill.models.blocks import Blocks
-from hf_distill.models.capture import AttentionRecord, Inside, layerdrop_of
-from hf_distill.models.positions import Positions, check_positions
+from hf_distill.models.capture import ActivationCapture, AttentionRecord, layerdrop_of
+from hf_distill.models.positions import PositionRule, check_positions
 from hf_distill.schedules import PROGRESS, Schedule, constant
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, LossSum, Needs, Read, Signals
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size
 
 Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
 
-class InsideMatch(ABC):
+class LayerObjective(ABC):
     """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
 
     Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
@@ -66,7 +66,9 @@ class InsideMatch(ABC):
         self.needs = self.teacher_needs = Needs()
         self.learned: nn.Module | None = None
 
-    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+    def fit(
+        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
+    ) -> None:
         """Find the blocks of both, pair them, and refuse what cannot be compared.
 
         Raises:
@@ -85,7 +87,7 @@ class InsideMatch(ABC):
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
         _refuse_layerdrop(self, ours)
         _refuse_split_heads(self, ours, theirs)
-        self._positions = Positions(model, task, of_decoder=ours.of_decoder)
+        self._positions = PositionRule(model, task, of_decoder=ours.of_decoder)
         self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
         self.check(ours, theirs, model=model, seed=seed)
@@ -99,7 +101,7 @@ class InsideMatch(ABC):
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        kept = Kept(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
+        kept = ValidPositions(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
         first = next(iter(student.inside.values()))
         device = (first.queries if isinstance(first, AttentionRecord) else first).device
         with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
@@ -108,7 +110,7 @@ class InsideMatch(ABC):
         return LossSum(total, self.count(task, batch).to(total.device))
 
     @abstractmethod
-    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         """Scalar: one pair of blocks, summed over the positions that count."""
 
     def _links(self) -> tuple[Link, ...]:
@@ -118,8 +120,8 @@ class InsideMatch(ABC):
     def _wanted(self) -> list[tuple[str, Link]]:
         return [(what, link) for what in self.reads for link in self._links()]
 
-    def _read(self, what: str, layer: int, whose: int) -> Read:
-        return Read(what, layer, self.side, self.stacks[whose])
+    def _read(self, what: str, layer: int, whose: int) -> ActivationKey:
+        return ActivationKey(what, layer, self.side, self.stacks[whose])
 
     def __repr__(self) -> str:
         """As it was made, for logs and cards."""
@@ -135,7 +137,7 @@ def where(what: str, link: Link, whose: str) -> str:
     return f"{what} of {'the embeddings' if layer == EMBEDDINGS else f'block {layer}'}"
 
 
-def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
+def _refuse_layerdrop(objective: LayerObjective, student: Blocks) -> None:
     """A block that is left out at random computes no attention; what went past it is its hidden state."""
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
@@ -148,7 +150,7 @@ def _refuse_layerdrop(objective: InsideMatch, student: Blocks) -> None:
         )
 
 
-def _refuse_split_heads(objective: InsideMatch, student: Blocks, teacher: Blocks) -> None:
+def _refuse_split_heads(objective: LayerObjective, student: Blocks, teacher: Blocks) -> None:
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
     for blocks, whose in ((student, "student"), (teacher, "teacher")):
@@ -170,7 +172,7 @@ def checked_weight(what: str, weight: float | Schedule) -> Schedule:
     return schedule
 
 
-class Kept:
+class ValidPositions:
     """The positions that count, as a mask and as indices, each found once (on an accelerator that waits for it)."""
 
     def __init__(self, mask: Tensor | None, segments: Tensor | None, examples: int) -> None:
@@ -211,7 +213,7 @@ class Kept:
         return self.mask.any(-1).nonzero().squeeze(-1)
 
     def share(self, positions: int) -> float:
-        """What a position is worth: where all count, an example counts as one (see `Positions.count`)."""
+        """What a position is worth: where all count, an example counts as one (see `PositionRule.count`)."""
         return 1.0 if self.mask is not None else 1 / positions
 
     def vectors(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, D
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import LossSum, Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
@@ -104,7 +104,9 @@ class LogitsMatch:
         name = next((n for n, f in DIVERGENCES.items() if f is getattr(self._given, "func", self._given)), None)
         return name is not None and PROPERTIES[name].couples_rows
 
-    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: Any, seed: int) -> None:
+    def fit(
+        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
+    ) -> None:
         """Nothing beside the divergence, which the task may refuse."""
         self.divergence_for(task)
 

@@ -12,12 +12,12 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.relations import relation_kl
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
-from hf_distill.objectives.layers import InsideMatch, Kept, Layers, checked_weight
+from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions, checked_weight
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
 
 
-class RelationMatch(InsideMatch):
+class RelationMatch(LayerObjective):
     """How positions relate to each other, by their queries, keys or values: KL from the teacher's relations.
 
     Read by hooks on the projections of the matched layers, whatever the attention implementation. No learned
@@ -30,7 +30,7 @@ class RelationMatch(InsideMatch):
     values alone, beside the attention of that layer.
 
     Args:
-        layers: see `InsideMatch`; the last of both by default.
+        layers: see `LayerObjective`; the last of both by default.
         relations: names among "queries", "keys", "values", or name → weight.
         relation_heads: how many pieces the vectors are cut into; None: the attention heads of the teacher, or of the
             student, whichever divides both widths. More pieces are finer (48 for a base-size teacher in the paper).
@@ -85,7 +85,7 @@ class RelationMatch(InsideMatch):
                 "relation_heads=, a number that does."
             )
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         assert self._heads is not None  # `check` comes first
         totals = []
         for what, weight in self.relations.items():

@@ -7,14 +7,14 @@ from torch import Tensor
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES
 from hf_distill.layer_map import Link
-from hf_distill.objectives.layers import InsideMatch, Kept, Layers
+from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
 from hf_distill.signals import HIDDEN, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
 
 
-class SimilarityMatch(InsideMatch):
+class SimilarityMatch(LayerObjective):
     """Examples that are alike to the teacher are alike to the student: hidden states, pooled to a vector an example.
 
     It couples examples: each is compared with the others of its micro-batch alone. So with accumulation or several
@@ -26,7 +26,7 @@ class SimilarityMatch(InsideMatch):
     which they weigh 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
 
     Args:
-        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`. layers: see `InsideMatch`; the last of both.
+        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`. layers: see `LayerObjective`; the last of both.
         pooling: "mean" over the positions that count, or the "first" ([CLS]) or "last" of them.
 
     Raises:
@@ -66,7 +66,7 @@ class SimilarityMatch(InsideMatch):
         self._positions.refuse_packed(batch, "SimilarityMatch")
         return self._positions.count_examples(batch)
 
-    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: Kept) -> Tensor:
+    def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         ours = student.inside[self._read(HIDDEN, link.student, 0)]
         theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=False)

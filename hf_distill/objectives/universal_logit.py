@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_distill.errors import DataError, SettingError
 from hf_distill.functional.divergences import sorted_distance
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.packing import may_be_packed
 from hf_distill.objectives.layers import checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
@@ -69,7 +69,9 @@ class UniversalLogitMatch:
         self.name = name
         self._starts: tuple[int | None, int | None] = (None, None)
 
-    def fit(self, student: Inside, teacher: Inside | None, task: Task, *, model: object, seed: int) -> None:
+    def fit(
+        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: object, seed: int
+    ) -> None:
         if task.kind not in KINDS:
             raise SettingError(
                 f"UniversalLogitMatch compares written texts, and the student is trained for {task.kind}. Allowed: "

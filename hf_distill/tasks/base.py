@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.vocabulary import Columns, has_default_names, label_ids
+from hf_distill.vocabulary import HeadAlignment, has_default_names, label_ids
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -61,7 +61,7 @@ class Task:
 
     # What a subclass says of its rows.
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         """The predictions in a model's output, leading axes first, with the shared columns last."""
         return pick(output_named("logits", outputs), columns, teacher=teacher)
 
@@ -125,7 +125,7 @@ class Task:
         """Scalar counts of labelled examples, to be logged as their sum since the last log."""
         return {}
 
-    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...] | None:
+    def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> tuple[Tensor, ...] | None:
         """The outputs of a student that predicts `x`, as `read` reads it; None if they cannot be told from it.
 
         Args:
@@ -210,7 +210,7 @@ def labels_of_rows(batch: Batch) -> Tensor | None:
     return None if batch.get("labels") is None else batch["labels"].flatten()
 
 
-def pick(x: Tensor, columns: Columns, *, teacher: bool) -> Tensor:
+def pick(x: Tensor, columns: HeadAlignment, *, teacher: bool) -> Tensor:
     return columns.of_teacher(x) if teacher else columns.of_student(x)
 
 

@@ -20,7 +20,7 @@ from hf_distill.tasks.base import (
     pick,
     require_axes,
 )
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 SEVERAL, SINGLE = "multi_label_classification", "single_label_classification"
 _ADVICE = (
@@ -94,7 +94,7 @@ class Classification(Task):
             return False
         return labels.shape[1] > 1 and self.problem == SINGLE
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         logits = output_named("logits", outputs)
         require_axes(logits, ("example", "class"), what="logits", teacher=teacher, hint=self._class_axis(logits))
         logits = pick(logits, columns, teacher=teacher)  # [b v]
@@ -112,7 +112,7 @@ class Classification(Task):
         rest = "an example has several rows" if is_last else "the last axis would be taken for the classes"
         return f"Axis {found[0]} is as long as config.num_labels ({classes}): {rest}. "
 
-    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...]:
+    def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> tuple[Tensor, ...]:
         return (columns.as_student(x[..., 0] if x.dim() == 3 else x, width),)
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import refuse_ignored
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 POOLING = ("mean", "first", "last")
 POOLING_ALIASES = {"cls": "first", "average": "mean", "avg": "mean", "eos": "last", "lasttoken": "last"}
@@ -25,7 +25,7 @@ class Regression(Task):
     on_values = True
     needs_same_inputs = False
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         logits = output_named("logits", outputs)
         logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
         return pick(logits, columns, teacher=teacher)
@@ -64,7 +64,7 @@ class Embedding(Task):
             raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         self.pooling = pooling
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         hidden = output_named("last_hidden_state", outputs)
         require_axes(
             hidden,
@@ -89,7 +89,7 @@ class Embedding(Task):
     def label_count(self, batch: Batch) -> Tensor:
         return torch.tensor(batch_size(batch), device=batch["labels"].device)
 
-    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> None:
+    def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> None:
         """Nothing: the outputs are hidden states, of which `x` is a pool."""
 
     def _mask(self, hidden: Tensor, batch: Batch, *, teacher: bool) -> Tensor:

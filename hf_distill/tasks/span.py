@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, require_axes
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 
 class Span(Task):
@@ -22,7 +22,7 @@ class Span(Task):
     matched_by = "positions"
     label_names = ("start_positions", "end_positions")
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         both = output_named("start_logits", outputs), output_named("end_logits", outputs)
         require_axes(both[0], ("example", "position"), what="start_logits", teacher=teacher)
         logits = torch.stack(both, 1)  # [b 2 t]
@@ -31,7 +31,7 @@ class Span(Task):
             return logits  # of another input: refused where the rows are compared
         return logits.masked_fill(~readable[:, None], -torch.inf)
 
-    def as_outputs(self, x: Tensor, columns: Columns, width: int) -> tuple[Tensor, ...]:
+    def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> tuple[Tensor, ...]:
         return x.unbind(1)  # start_logits and end_logits; padded positions are -inf
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.teachers.peer import Peer
 from hf_distill.teachers.quantised import QuantisedTeacher, quantise_dynamically
-from hf_distill.teachers.self_distillation import AdaptersOff, MovingAverage, SecondPass, Snapshot
+from hf_distill.teachers.self_distillation import BaseModelTeacher, MovingAverage, RDropTeacher, Snapshot
 from hf_distill.teachers.served import ServedTeacher
 from hf_distill.teachers.specialists import (
     Specialists,
@@ -20,7 +20,7 @@ from hf_distill.teachers.specialists import (
 from hf_distill.teachers.temporal import TemporalEnsemble
 
 __all__ = [
-    "AdaptersOff",
+    "BaseModelTeacher",
     "CachedTeacher",
     "Dense",
     "Ensemble",
@@ -29,8 +29,8 @@ __all__ = [
     "MovingAverage",
     "Peer",
     "QuantisedTeacher",
+    "RDropTeacher",
     "Sampled",
-    "SecondPass",
     "ServedTeacher",
     "Snapshot",
     "SpecialistSet",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 
 @runtime_checkable
@@ -23,16 +23,16 @@ class Teacher(Protocol):
         inputs: what it reads of a batch, so that a `Trainer` does not drop these columns.
         columns: which columns of the student's head are compared with which of its own; known after `fit`.
 
-    It may have more: `inside` (an `Inside`), where it can show what its blocks compute; `check_needs(needs)`, which
+    It may have more: `inside` (an `ActivationCapture`), where it can show what its blocks compute; `check_needs(needs)`, which
     raises SettingError for what it cannot be asked; `collator(collator)`, where its answers can be fetched by the data
     loader's workers; `state()` and `load_state(state)` (name → tensor), where training changes it: then a checkpoint
     holds it, and a resumed run goes on from there; `hear(lesson)`, where it learns of each micro-batch of the training,
-    after it was asked (`Lesson`); `check_objectives(objectives)`, which is told all that will ask it, once they are
+    after it was asked (`StudentBatch`); `check_objectives(objectives)`, which is told all that will ask it, once they are
     fitted; `bound_to_temperature`, `reads_labels`: whether what it says depends on them, for a cache of it.
     """
 
     inputs: tuple[str, ...]
-    columns: Columns
+    columns: HeadAlignment
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals: ...
 
@@ -63,7 +63,7 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class StudentBatch:
     """A micro-batch of the training, for a teacher that learns of it.
 
     Attributes:

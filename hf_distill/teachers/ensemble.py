@@ -13,18 +13,18 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
-from hf_distill.teachers.base import Lesson, Teacher, numbered, of_member
+from hf_distill.teachers.base import StudentBatch, Teacher, numbered, of_member
 from hf_distill.teachers.cache import CachedTeacher
 from hf_distill.teachers.cache.source import is_bound
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 MEANS = ("probabilities", "logits")
 WEIGHTS = ("confidence", "entropy", "labels", "best")
 
 
-def labels_in_place(logits: Tensor, task: Task, batch: Batch, columns: Columns) -> Tensor:
+def labels_in_place(logits: Tensor, task: Task, batch: Batch, columns: HeadAlignment) -> Tensor:
     """`[... 1]`: the label of each row where its logits are, -100 where there is none."""
     leading = logits.shape[:-1]
     where = torch.arange(leading.numel(), device=logits.device).view(*leading, 1)
@@ -106,7 +106,7 @@ class Ensemble:
         self._accelerator: Any = None
         self._settings: list[dict[str, Any]] = [{} for _ in self._given]
         self.teachers: list[Teacher] = []
-        self.columns = Columns()
+        self.columns = HeadAlignment()
         self.slot = ""  # of an ensemble in another one: see `CachedTeacher`
 
     @property
@@ -174,7 +174,7 @@ class Ensemble:
                 f"({', '.join(sorted(map(str, compared)))}), so their predictions cannot be averaged. Use teachers "
                 "with the same labels or vocabulary."
             )
-        self.columns = Columns(student=self.teachers[0].columns.student)
+        self.columns = HeadAlignment(student=self.teachers[0].columns.student)
         if task.on_values:
             self._fixed(len(self.teachers))
 
@@ -227,11 +227,11 @@ class Ensemble:
             teacher.after_step(student)
 
     @property
-    def hear(self) -> Callable[[Lesson], None] | None:
+    def hear(self) -> Callable[[StudentBatch], None] | None:
         """For those of them that learn too; None: none does."""
         learning = [hear for hear in (getattr(teacher, "hear", None) for teacher in self.teachers) if hear is not None]
 
-        def tell(lesson: Lesson) -> None:
+        def tell(lesson: StudentBatch) -> None:
             for hear in learning:
                 hear(lesson)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from hf_distill._compat import prepare_for_evaluation
 from hf_distill.errors import DataError, HfDistillError, SettingError, TeacherError
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.output_head import OutputHead
-from hf_distill.signals import Needs, Signals, Unmade
+from hf_distill.signals import DeferredLogits, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, reading_outputs_of
 from hf_distill.tasks.infer import forward_names, infer_kind, main_input_of, unwrapped
@@ -24,7 +24,7 @@ from hf_distill.teachers import failures
 from hf_distill.teachers.load import find_tokenizer
 from hf_distill.teachers.padding import KINDS, OwnPadding
 from hf_distill.vocabulary import (
-    Columns,
+    HeadAlignment,
     is_trimmed,
     match_labels,
     match_vocabularies,
@@ -74,7 +74,9 @@ def refuse_other_head(teacher: nn.Module, task: Task) -> None:
         )
 
 
-def matched_columns(student: Any, teacher: Any, task: Task, *, tokenizers: Tokenizers, label_matching: str) -> Columns:
+def matched_columns(
+    student: Any, teacher: Any, task: Task, *, tokenizers: Tokenizers, label_matching: str
+) -> HeadAlignment:
     """The columns that both heads predict.
 
     Raises:
@@ -101,13 +103,13 @@ def matched_columns(student: Any, teacher: Any, task: Task, *, tokenizers: Token
             'hidden states), HiddenMatch("last") or CosineEmbedding() (position by position, through a learned '
             "projection)."
         )
-    return Columns()
+    return HeadAlignment()
 
 
-def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Tokenizers) -> Columns:
+def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Tokenizers) -> HeadAlignment:
     widths = _head_width(student), _head_width(teacher)
     if widths[0] is None or widths[1] is None:
-        return Columns()  # a head that is not found: the rows themselves are compared at the first step
+        return HeadAlignment()  # a head that is not found: the rows themselves are compared at the first step
     ours, theirs = tokenizers
     columns = match_vocabularies(
         student_width=widths[0],
@@ -125,12 +127,12 @@ def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Toke
     return columns
 
 
-def known_columns(task: Task, tokenizers: Tokenizers) -> Columns:
+def known_columns(task: Task, tokenizers: Tokenizers) -> HeadAlignment:
     """Of heads whose columns are not paired: over a vocabulary, those that each one's own tokenizer can write."""
     if task.matched_by != "vocabulary":
-        return Columns()
+        return HeadAlignment()
     known = [None if one is None else max(one.get_vocab().values()) + 1 for one in tokenizers]
-    return Columns(*known)
+    return HeadAlignment(*known)
 
 
 class InputDifference(NamedTuple):
@@ -261,14 +263,14 @@ class ModelTeacher:
         dtype: Any = None,
     ) -> None:
         self.model: Any = model
-        self.columns = Columns()
+        self.columns = HeadAlignment()
         self._processor = processor
         self._label_matching = label_matching
         self._dtype = dtype
         self._in_use = False
         self._accelerator: Any = None
         self._difference: InputDifference | None = None  # why it may not read the student's ids
-        self.inside = Inside(model, "teacher")
+        self.inside = ActivationCapture(model, "teacher")
         self._head: OutputHead | None = None
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
         self._padding: OwnPadding | None = None  # None: it pads as the student does
@@ -280,12 +282,12 @@ class ModelTeacher:
         inputs = self._model_inputs(batch)
         with torch.no_grad(), self._forward_of(inputs, batch):
             head = self._head_for(needs, inputs)
-            heard: list[Unmade] = []
+            heard: list[DeferredLogits] = []
             listening = contextlib.nullcontext() if head is None else head.listened(heard)
             with self.inside.reading(needs.reads) as inside, listening:
                 outputs = self.model(**inputs)
         if head is not None:
-            return Signals(None, columns=self.columns, inside=inside, unmade=heard[0])
+            return Signals(None, columns=self.columns, inside=inside, deferred=heard[0])
         logits = self._predictions(outputs, task, batch) if needs.logits else None
         return Signals(logits=logits, columns=self.columns, inside=inside)
 
@@ -366,7 +368,7 @@ class ModelTeacher:
 
     def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
         """The output head, where what it is given will do in place of the logits, and can be had."""
-        if not (needs.logits and needs.unmade):
+        if not (needs.logits and needs.deferred):
             return None
         if self._head is None:
             head = OutputHead(self.model)

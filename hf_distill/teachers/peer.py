@@ -17,9 +17,9 @@ from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Lesson
+from hf_distill.teachers.base import StudentBatch
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 _OF_CTC = "ctc_loss_reduction"
 
@@ -145,7 +145,7 @@ class Peer(ModelTeacher):
                 outputs = self._outputs(task, batch)
         return Signals(logits=self._predictions(outputs, task, batch).detach(), columns=self.columns)
 
-    def hear(self, lesson: Lesson) -> None:
+    def hear(self, lesson: StudentBatch) -> None:
         """Add this micro-batch's gradient."""
         held, self._held = self._held, None
         # It was not asked where alpha is 0 at the moment: it learns from the labels all the same.
@@ -230,7 +230,7 @@ def _checked_rate(rate: float | Schedule) -> Schedule:
     return schedule
 
 
-def _same_ids(columns: Columns) -> bool:
+def _same_ids(columns: HeadAlignment) -> bool:
     ours, theirs = columns.student, columns.teacher
     return ours == theirs or not (isinstance(theirs, tuple) or isinstance(ours, tuple))
 

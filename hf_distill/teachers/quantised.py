@@ -91,7 +91,7 @@ class QuantisedTeacher(ModelTeacher):
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         measures = needs.logits and self.agreement is None and self.not_measured is None
-        signals = super().__call__(task, batch, replace(needs, unmade=False) if measures else needs)
+        signals = super().__call__(task, batch, replace(needs, deferred=False) if measures else needs)
         if measures:
             self._measure(signals.predictions(), task, batch)
         return signals

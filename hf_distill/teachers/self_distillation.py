@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 
 class _StudentItself(ABC):
@@ -37,11 +37,11 @@ class _StudentItself(ABC):
         return () if self._teacher is None else self._teacher.inputs
 
     @property
-    def columns(self) -> Columns:
-        return Columns()
+    def columns(self) -> HeadAlignment:
+        return HeadAlignment()
 
     @property
-    def inside(self) -> Inside | None:
+    def inside(self) -> ActivationCapture | None:
         return None if self._teacher is None else self._teacher.inside
 
     def fit(
@@ -72,7 +72,7 @@ class _StudentItself(ABC):
         return self._teacher
 
 
-class AdaptersOff(_StudentItself):
+class BaseModelTeacher(_StudentItself):
     """The base model of a PEFT student, its adapters switched off for the moment: a teacher without a second copy.
 
     The student's forward is unchanged: modes and adapters are as they were afterwards, also when the forward raises.
@@ -101,14 +101,14 @@ class AdaptersOff(_StudentItself):
             )
 
 
-class SecondPass(_StudentItself):
+class RDropTeacher(_StudentItself):
     """The student once more, with other dropout: two passes over an example should agree (R-Drop).
 
     Liang et al. 2021 (section 2) take gradients through both passes, of
     `-log p1(y) - log p2(y) + α · ½ (KL(p1 ‖ p2) + KL(p2 ‖ p1))`. Here the second pass has none. The passes are drawn
     alike, so each half of the paper's gradient has the same expectation, and the gradient of `divergence="jeffreys"`
     (the sum of both directions) at temperature 1 is the paper's in expectation. The paper's labels' term is of two
-    passes, so its loss is, in expectation, (2 + α) times that of this blend at alpha = α / (2 + α): `SecondPass.alpha`
+    passes, so its loss is, in expectation, (2 + α) times that of this blend at alpha = α / (2 + α): `RDropTeacher.alpha`
     (with Adam the factor does not matter). It costs a forward, no backward and no memory of one; the paper's way costs
     a forward and a backward more, and its gradient is less noisy.
 
@@ -126,7 +126,7 @@ class SecondPass(_StudentItself):
     >>> shape = dict(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
     >>> _, student = torch.manual_seed(0), Bert(BertConfig(**shape, initializer_range=1.0)).train()
     >>> distiller = Distiller(
-    ...     student, SecondPass(), divergence="jeffreys", temperature=1.0, alpha=SecondPass.alpha(1.0)
+    ...     student, RDropTeacher(), divergence="jeffreys", temperature=1.0, alpha=RDropTeacher.alpha(1.0)
     ... )
     >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     >>> distiller(student, batch).terms["logits"].item() > 0
@@ -146,7 +146,7 @@ class SecondPass(_StudentItself):
         Raises:
             SettingError: below 0.
 
-        >>> SecondPass.alpha(2.0)
+        >>> RDropTeacher.alpha(2.0)
         0.5
         """
         if not 0 <= paper_weight < float("inf"):

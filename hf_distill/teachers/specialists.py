@@ -22,7 +22,7 @@ from hf_distill.teachers import model as fitting
 from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import Columns, label_ids
+from hf_distill.vocabulary import HeadAlignment, label_ids
 
 DUSTBIN = "dustbin"
 
@@ -235,7 +235,7 @@ class Specialists:
         self._orders: list[Tensor] = []  # of each specialist: its columns in the order of the classes, dustbin last
         self._generalist: Teacher | None = None
         self._specialists: list[ModelTeacher] = []
-        self.columns = Columns()
+        self.columns = HeadAlignment()
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -281,7 +281,7 @@ class Specialists:
             compares_predictions=compares_predictions,
             same_inputs=same_inputs,
         )
-        self.columns = Columns(student=self._generalist.columns.student)
+        self.columns = HeadAlignment(student=self._generalist.columns.student)
         if compares_predictions:
             self._pair_columns(student)
 

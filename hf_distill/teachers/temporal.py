@@ -15,9 +15,9 @@ from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.teachers.base import Lesson
+from hf_distill.teachers.base import StudentBatch
 from hf_distill.teachers.cache.keys import content_keys, key_columns
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 KINDS = ("classification", "multiple_choice", "token_classification")
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -58,7 +58,7 @@ class TemporalEnsemble:
     (0.0, True)
     """
 
-    columns = Columns()
+    columns = HeadAlignment()
 
     def __init__(self, *, momentum: float = 0.6, key: str | None = None) -> None:
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
@@ -141,7 +141,7 @@ class TemporalEnsemble:
         return Signals(None, sparse=SparseRows(ids.to(device), log_p.to(device), tail.to(device), temperature))
 
     @torch.no_grad()
-    def hear(self, lesson: Lesson) -> None:
+    def hear(self, lesson: StudentBatch) -> None:
         """Remember what the student said.
 
         Raises:

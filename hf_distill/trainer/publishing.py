@@ -17,8 +17,8 @@ from hf_distill import trainer as trainer_parts
 from hf_distill.blend import needs_teacher
 from hf_distill.functional import PROPERTIES
 from hf_distill.hub.facts import (
+    CardData,
     ModelFacts,
-    RunFacts,
     ScheduleFacts,
     dataset_facts,
     evaluations_from_log,
@@ -154,7 +154,7 @@ class PublishingMixin:
         )
         trainer_parts.card_renderer(facts, self.args.output_dir)
 
-    def _run_facts(self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any) -> RunFacts:
+    def _run_facts(self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any) -> CardData:
         student = self.accelerator.unwrap_model(self.model)
         origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
         match, task = self.distiller.logits_match, self.distiller.task
@@ -175,7 +175,7 @@ class PublishingMixin:
         else:  # as Trainer's card: one dataset that is named is what was evaluated on too
             evaluated = dataset_facts(self.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return RunFacts(
+        return CardData(
             name=name,
             task=task.kind,
             student=model_facts(student),

@@ -119,8 +119,11 @@ def trained(folder: Path, student: Any, teacher: Any, *, examples_a_process: int
 
 def on_policy(folder: Path, case: str, *, examples_a_process: int, student: Any = None) -> dict[str, Any]:
     """Three steps of a student that continues batches, and what it wrote."""
-    lmbda, temperature, same = POLICIES[case]
-    view, rows = Listening(lmbda=lmbda, max_new_tokens=6, sampling_temperature=temperature), LLAMA.examples(24)
+    student_share, temperature, same = POLICIES[case]
+    view, rows = (
+        Listening(student_share=student_share, max_new_tokens=6, sampling_temperature=temperature),
+        LLAMA.examples(24),
+    )
     found = trained(
         folder, student or writer(1), LLAMA.make(2).double(), view=view, alpha=1.0, temperature=2.0, max_steps=STEPS,
         train_dataset=rows[:1] * 24 if same else rows, data_collator=partial(in_double, LLAMA),

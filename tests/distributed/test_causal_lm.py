@@ -64,12 +64,12 @@ def test_completions_are_those_of_one_process(two, folder: Path, tmp_path: Path,
 
 
 def test_processes_agree_on_which_batches_are_continued(two) -> None:
-    for case, (lmbda, _, _) in POLICIES.items():
+    for case, (student_share, _, _) in POLICIES.items():
         ours, theirs = (one["policies"][case]["shown"] for one in two)
         decided = [(one["step"], one["micro_batch"], one["continued"]) for one in ours]
         assert decided == [(one["step"], one["micro_batch"], one["continued"]) for one in theirs]
         assert [one[:2] for one in decided] == [(step, place) for step in range(STEPS) for place in range(ACCUMULATION)]
-        assert {one[2] for one in decided} == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[lmbda]
+        assert {one[2] for one in decided} == {0.0: {False}, 0.5: {False, True}, 1.0: {True}}[student_share]
         assert ({one["process"] for one in ours}, {one["process"] for one in theirs}) == ({0}, {1})
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hf_distill.hub.facts import (
+    CardData,
     DatasetFacts,
     EvaluationFacts,
     ModelFacts,
-    RunFacts,
     ScheduleFacts,
     TrainingFacts,
 )
@@ -27,9 +27,9 @@ STUDENT = ModelFacts(
 TEACHER = ModelFacts(hub_id="some-org/big-teacher", class_name="RobertaForSequenceClassification", parameters=16_000)
 
 
-def sample_facts(**changed: object) -> RunFacts:
+def sample_facts(**changed: object) -> CardData:
     """A classification run with everything known; override any field."""
-    facts = RunFacts(
+    facts = CardData(
         name="small-student",
         task="classification",
         student=STUDENT,

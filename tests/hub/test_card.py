@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from hf_distill.functional import DIVERGENCES
 from hf_distill.hub.card import render_card
-from hf_distill.hub.facts import DatasetFacts, EvaluationFacts, ModelFacts, RunFacts, ScheduleFacts, TrainingFacts
+from hf_distill.hub.facts import CardData, DatasetFacts, EvaluationFacts, ModelFacts, ScheduleFacts, TrainingFacts
 from hf_distill.hub.papers import DIVERGENCES as SHOWN
 from hf_distill.hub.usage import program
 from hf_distill.tasks import TASKS
@@ -118,7 +118,7 @@ def test_a_student_made_from_its_teacher_is_no_fine_tuned_teacher() -> None:
 
 
 def test_a_bare_run_invents_nothing() -> None:
-    facts = RunFacts("bare", "causal_lm", ModelFacts(), teachers=(ModelFacts(),))
+    facts = CardData("bare", "causal_lm", ModelFacts(), teachers=(ModelFacts(),))
     text = render_card(facts)
     data = ModelCard(text).data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags"}

@@ -11,10 +11,10 @@ import torch
 import transformers as tf
 
 from hf_distill.hub.card import render_card
-from hf_distill.hub.facts import RunFacts, model_facts
+from hf_distill.hub.facts import CardData, model_facts
 from hf_distill.hub.usage import POOLED, program, use_of
 from hf_distill.tasks import Embedding
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.hub.tiny import BERT, SMALL, WORDS, bert, tokenizer
 
 SOUND = {
@@ -71,7 +71,7 @@ OTHER = {
 }
 
 
-def run_program(facts: RunFacts) -> str:
+def run_program(facts: CardData) -> str:
     text = program(facts)
     assert text is not None
     printed = io.StringIO()
@@ -80,9 +80,9 @@ def run_program(facts: RunFacts) -> str:
     return printed.getvalue()
 
 
-def facts_of(task: str, model: tf.PreTrainedModel, processor: object | None) -> RunFacts:
+def facts_of(task: str, model: tf.PreTrainedModel, processor: object | None) -> CardData:
     name = None if processor is None else type(processor).__name__
-    return RunFacts("tiny", task, model_facts(model), processor=name)
+    return CardData("tiny", task, model_facts(model), processor=name)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_embeddings_are_pooled_as_in_training(pooling: str, side: str, here) -> 
     batch = names["batch"]
     assert batch["attention_mask"][1, 0 if side == "left" else -1] == 0, "a padded text"
     with torch.no_grad():
-        expected = Embedding(pooling).read(model(**batch), batch, Columns(), teacher=False)
+        expected = Embedding(pooling).read(model(**batch), batch, HeadAlignment(), teacher=False)
     torch.testing.assert_close(names["embeddings"], expected)
     assert POOLED[pooling] in render_card(facts)
 

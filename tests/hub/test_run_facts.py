@@ -12,9 +12,9 @@ import pytest
 from hf_distill.errors import SettingError
 from hf_distill.hub import facts as run_facts
 from hf_distill.hub.facts import (
+    CardData,
     DatasetFacts,
     ModelFacts,
-    RunFacts,
     TrainingFacts,
     dataset_facts,
     evaluations_from_log,
@@ -31,13 +31,13 @@ PATHS = ["/home/me/x", "~/x", "~", "./x", "../x", "C:\\me\\x", "file:///home/me"
 
 def test_json_round_trip() -> None:
     facts = sample_facts()
-    assert RunFacts.from_json(facts.to_json()) == facts
+    assert CardData.from_json(facts.to_json()) == facts
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1', '{"name": "a", "nme": 2}'])
 def test_json_that_is_none_of_ours_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match=r"not what RunFacts\.to_json writes"):
-        RunFacts.from_json(text)
+        CardData.from_json(text)
 
 
 @pytest.mark.parametrize("path", PATHS)

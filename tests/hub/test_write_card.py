@@ -13,7 +13,7 @@ from hf_distill.hub.card import render_card, write_card
 from hf_distill.hub.usage import POOLED
 from hf_distill.students.adapt import adapt
 from hf_distill.tasks import Embedding
-from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage
+from hf_distill.teachers import BaseModelTeacher, Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.hub.sample_facts import sample_facts
 from tests.trainer.tiny import bert, make
@@ -65,7 +65,7 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
     ("teacher", "said"),
     [
         (lambda: MovingAverage(decay=0.9), ["a moving average of the student itself (decay 0.9)"]),
-        (AdaptersOff, ["the base model itself, its adapters switched off"]),
+        (BaseModelTeacher, ["the base model itself, its adapters switched off"]),
         (
             lambda: Ensemble([bert(seed=1), MovingAverage()], mean="logits", weights=[1, 3]),
             [
@@ -78,7 +78,7 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
 )
 def test_what_a_teacher_is_that_is_no_model_of_its_own(tmp_path, teacher: Any, said: list[str]) -> None:
     made = teacher()
-    student = adapt(bert(), targets=["query"]) if isinstance(made, AdaptersOff) else bert()
+    student = adapt(bert(), targets=["query"]) if isinstance(made, BaseModelTeacher) else bert()
     make(tmp_path, student, made).create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     for words in said:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-from hf_distill.models.capture import Inside
-from hf_distill.signals import Read
+from hf_distill.models.capture import ActivationCapture
+from hf_distill.signals import ActivationKey
 from tests.heads import _LLAMA
 from tests.students.models import LAYERS, MODELS, Tiny
 
@@ -46,14 +46,14 @@ def model_of(name: str, attention: str | None = None) -> Any:
     return ALL[name].make() if attention is None else ALL[name].make(attn_implementation=attention)
 
 
-def reads(what: str, side: str | None = None, layers: Iterable[int] = range(LAYERS)) -> list[Read]:
-    return [Read(what, layer, side) for layer in layers]
+def reads(what: str, side: str | None = None, layers: Iterable[int] = range(LAYERS)) -> list[ActivationKey]:
+    return [ActivationKey(what, layer, side) for layer in layers]
 
 
 @torch.no_grad()
-def read(model: Any, wanted: Iterable[Read], batch: dict[str, Any], **keywords: Any) -> tuple[Any, Any]:
+def read(model: Any, wanted: Iterable[ActivationKey], batch: dict[str, Any], **keywords: Any) -> tuple[Any, Any]:
     """What one forward shows, and what it returns."""
-    with Inside(model, "student").reading(set(wanted)) as seen:
+    with ActivationCapture(model, "student").reading(set(wanted)) as seen:
         outputs = model(**batch, **keywords)
     return seen, outputs
 

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hf_distill import SettingError
 from hf_distill.functional.rows import BLOCKED
 from hf_distill.models.capture import AttentionRecord
-from hf_distill.signals import Read
+from hf_distill.signals import ActivationKey
 from tests.heads import HEADS
 from tests.inside.reading import ALL, model_of, of_side, read, reads, with_sides
 from tests.inside.test_hidden import first_tensor
@@ -40,7 +40,7 @@ def test_scores_are_the_attention_of_the_eager_model(name: str, side: str | None
         unread = model(**batch)
     assert torch.equal(first_tensor(outputs), first_tensor(unread))
     for layer, expected in enumerate(of_side(shown, "attentions", side)):
-        record = seen[Read("attention", layer, side)]
+        record = seen[ActivationKey("attention", layer, side)]
         found = record.scores().masked_fill(~record.allowed(), BLOCKED).softmax(-1)
         assert found.shape == expected.shape
         apart = (found - expected).abs()
@@ -55,7 +55,7 @@ def test_what_is_not_in_the_scores_would_be_seen() -> None:
 
     def differs(name: str, side: str | None = None, **without: object) -> float:
         model, batch = model_of(name, implementation_of(name)), ALL[name].batch()
-        record = read(model, reads("attention", side), batch)[0][Read("attention", 0, side)]
+        record = read(model, reads("attention", side), batch)[0][ActivationKey("attention", 0, side)]
         other = dataclasses.replace(record, **without)
         return (record.scores() - other.scores()).abs().max().item()
 
@@ -82,7 +82,7 @@ def test_windows_differ_from_block_to_block() -> None:
     name = "Gemma3ForCausalLM"
     batch = {"input_ids": ALL[name].batch()["input_ids"]}
     seen, _ = read(model_of(name, "sdpa"), reads("attention"), batch)
-    sliding, full = (seen[Read("attention", layer)].allowed()[0, 0] for layer in (0, 1))
+    sliding, full = (seen[ActivationKey("attention", layer)].allowed()[0, 0] for layer in (0, 1))
     before = torch.ones(6, 6, dtype=torch.bool).tril()
     assert torch.equal(full, before)
     assert torch.equal(sliding, before & ~before.tril(-3))  # itself and the two before it
@@ -93,7 +93,7 @@ def test_attention_that_cannot_be_heard_is_refused(name: str, side: str | None) 
     with pytest.raises(
         SettingError, match=r"attention of block 2 of the student \(.*\): its attention does not go thr"
     ):
-        read(model_of(name), [Read("attention", 2, side)], ALL[name].batch())
+        read(model_of(name), [ActivationKey("attention", 2, side)], ALL[name].batch())
 
 
 def record(**changed: object) -> AttentionRecord:
@@ -160,7 +160,7 @@ def test_a_mask_that_hides_its_pairs_is_refused(monkeypatch) -> None:
 
 def test_sequences_packed_under_flash_attention_are_refused(monkeypatch) -> None:
     """By cumulative lengths, or by positions that begin anew; as long as they grow there is one sequence."""
-    model, wanted = HEADS["llama_causal_lm"].make(1), [Read("attention", 0)]
+    model, wanted = HEADS["llama_causal_lm"].make(1), [ActivationKey("attention", 0)]
     packed = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
     message = "sequences are packed under flash attention, .* load the model with attn_implementation='sdpa'"
     with pytest.raises(SettingError, match=f"AttentionMatch on LlamaAttention: {message}"):
@@ -178,4 +178,4 @@ def test_attention_sinks_are_refused() -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = hf.GptOssForCausalLM(hf.GptOssConfig(**tiny, **heads, pad_token_id=0))
     with pytest.raises(SettingError, match=r"GptOssAttention: it has attention sinks, .* Use RelationMatch"):
-        read(model, [Read("attention", 0)], {"input_ids": torch.tensor([[3, 4, 5]])})
+        read(model, [ActivationKey("attention", 0)], {"input_ids": torch.tensor([[3, 4, 5]])})

@@ -18,7 +18,7 @@ from hf_distill import (
     SettingError,
     SimilarityMatch,
 )
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from tests.heads import HEADS
 from tests.laws import measuring as m
 
@@ -67,7 +67,7 @@ def test_blocks_really_run_twice(models) -> None:
     """So that the test above says something: what is in a block is computed again in the backward."""
     name, student, _ = models
     runs: list[object] = []
-    block = Inside(student, "student").blocks().modules[0]
+    block = ActivationCapture(student, "student").blocks().modules[0]
     leaf = next(module for module in block.modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
     leaf.register_forward_hook(lambda *_: runs.append(1))
     measured(models, "hidden")

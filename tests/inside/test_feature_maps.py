@@ -30,9 +30,9 @@ from hf_distill import (
     TeacherCache,
 )
 from hf_distill.models.blocks import Features, as_positions
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.objectives import ExitMatch
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey
 from tests.trainer.tiny import arguments
 
 FIRST, LAST, TOKENS = "b c h w", "b h w c", "b t d"
@@ -149,8 +149,8 @@ def pixels(x: Tensor, axes: str) -> Tensor:
     return torch.stack(each, 1)
 
 
-def read(model: Any, reads: set[Read], batch: dict[str, Tensor]) -> Any:
-    with torch.no_grad(), Inside(model, "student").reading(reads) as seen:
+def read(model: Any, reads: set[ActivationKey], batch: dict[str, Tensor]) -> Any:
+    with torch.no_grad(), ActivationCapture(model, "student").reading(reads) as seen:
         model(**batch)
     return seen
 
@@ -163,10 +163,10 @@ def test_every_pixel_is_a_position(name: str, size: int) -> None:
         return  # they have one image size, or were made for this one
     _, _, path, axes, widths = ARCHITECTURES[name]
     model, batch = model_of(name), image(size)
-    reads = {Read(HIDDEN, layer, None, path) for layer in range(len(widths))}
+    reads = {ActivationKey(HIDDEN, layer, None, path) for layer in range(len(widths))}
     seen = read(model, reads, batch)
     for layer, (raw, width) in enumerate(zip(put_out(model, path, batch), widths, strict=True)):
-        found = seen[Read(HIDDEN, layer, None, path)]
+        found = seen[ActivationKey(HIDDEN, layer, None, path)]
         assert found.shape[-1] == width and found.dim() == 3
         torch.testing.assert_close(found.double(), pixels(raw, axes), atol=0, rtol=0)
 
@@ -183,7 +183,7 @@ def test_the_axes_are_found_without_a_forward_of_the_model() -> None:
     model, calls = made("resnet", 1).train(), []
     model.resnet.register_forward_hook(lambda *_: calls.append(1))
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    blocks = Inside(model, "student").blocks(None, "resnet.encoder.stages")
+    blocks = ActivationCapture(model, "student").blocks(None, "resnet.encoder.stages")
     assert blocks.features[HIDDEN, 1] == Features(1, 16) and blocks.features[LAST_HIDDEN, 0] == Features(1, 16)
     assert not calls and model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -235,12 +235,14 @@ def test_a_block_that_is_found_by_itself_is_no_exception() -> None:
 def test_the_input_of_the_first_block_and_the_last_hidden_state() -> None:
     path = "convnext.encoder.stages"
     model, batch = model_of("convnext"), image()
-    seen = read(model, {Read(HIDDEN, EMBEDDINGS, None, path), Read(LAST_HIDDEN, 0, None, path)}, batch)
+    seen = read(
+        model, {ActivationKey(HIDDEN, EMBEDDINGS, None, path), ActivationKey(LAST_HIDDEN, 0, None, path)}, batch
+    )
     with torch.no_grad():
         embedded = model.convnext.embeddings(batch["pixel_values"])
         last = model.convnext(**batch).last_hidden_state
-    assert torch.equal(seen[Read(HIDDEN, EMBEDDINGS, None, path)], pixels(embedded, FIRST))
-    assert torch.equal(seen[Read(LAST_HIDDEN, 0, None, path)], pixels(last, FIRST))
+    assert torch.equal(seen[ActivationKey(HIDDEN, EMBEDDINGS, None, path)], pixels(embedded, FIRST))
+    assert torch.equal(seen[ActivationKey(LAST_HIDDEN, 0, None, path)], pixels(last, FIRST))
     student, teacher = model_of("convnext"), model_of("convnext", 2)
     with torch.no_grad():
         s, t = (pixels(one.convnext(**batch).last_hidden_state.double(), FIRST) for one in (student, teacher))
@@ -457,7 +459,7 @@ def test_an_axis_that_is_not_known_is_not_guessed() -> None:
 
 
 def test_a_module_in_half_precision() -> None:
-    blocks = Inside(Homemade(8).bfloat16(), "student").blocks(None, "blocks")
+    blocks = ActivationCapture(Homemade(8).bfloat16(), "student").blocks(None, "blocks")
     assert blocks.features[HIDDEN, 1] == Features(1, 8)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_distill.models.capture import Inside
-from hf_distill.signals import Read
+from hf_distill.models.capture import ActivationCapture
+from hf_distill.signals import ActivationKey
 from tests.inside.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
 from tests.students.models import LAYERS
 
@@ -48,7 +48,7 @@ def first_tensor(outputs: object) -> torch.Tensor:
 def test_last_hidden_is_what_the_head_reads(name: str, side: str | None) -> None:
     """After a last norm, where there is one: the base model's own output."""
     model, batch = model_of(name), ALL[name].batch()
-    wanted = Read("last_hidden", 0, side)
+    wanted = ActivationKey("last_hidden", 0, side)
     seen, outputs = read(model, [wanted], batch, output_hidden_states=True)
     base = model.base_model
     if side is None and "last_hidden_state" in outputs:
@@ -67,7 +67,7 @@ def test_the_blocks_of_every_architecture_are_found(name: str) -> None:
     """By the path that the tables of `inherit` write by hand, how many, how wide, and with how many heads."""
     model = model_of(name)
     for (argument, path), side in zip(ALL[name].stacks.items(), sides_of(name), strict=True):
-        blocks = Inside(model, "student").blocks(side)
+        blocks = ActivationCapture(model, "student").blocks(side)
         assert (blocks.length, blocks.width, blocks.heads) == (LAYERS, 16, 2), argument
         assert blocks.shared == (path is None)
         if path is not None:
@@ -77,8 +77,10 @@ def test_the_blocks_of_every_architecture_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL if len(sides_of(name)) == 2])
 def test_without_a_side_it_is_the_decoder(name: str) -> None:
-    seen, _ = read(model_of(name), [Read("hidden", 1), Read("hidden", 1, "decoder")], ALL[name].batch())
-    assert torch.equal(seen[Read("hidden", 1)], seen[Read("hidden", 1, "decoder")])
+    seen, _ = read(
+        model_of(name), [ActivationKey("hidden", 1), ActivationKey("hidden", 1, "decoder")], ALL[name].batch()
+    )
+    assert torch.equal(seen[ActivationKey("hidden", 1)], seen[ActivationKey("hidden", 1, "decoder")])
     assert len(seen) == 2
 
 
@@ -88,4 +90,4 @@ def test_both_sides_are_read_in_one_forward() -> None:
     seen, outputs = read(model_of(name), wanted, ALL[name].batch(), output_hidden_states=True)
     assert set(seen) == set(wanted)
     for side in ("encoder", "decoder"):
-        assert torch.equal(seen[Read("hidden", 2, side)], of_side(outputs, "hidden_states", side)[3])
+        assert torch.equal(seen[ActivationKey("hidden", 2, side)], of_side(outputs, "hidden_states", side)[3])

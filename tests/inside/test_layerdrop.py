@@ -22,12 +22,12 @@ from hf_distill import (
     DistillationTrainer,
     Distiller,
     HiddenMatch,
+    RDropTeacher,
     RelationMatch,
-    SecondPass,
     SettingError,
 )
-from hf_distill.models.capture import Inside, layerdrop_of
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Read
+from hf_distill.models.capture import ActivationCapture, layerdrop_of
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey
 from tests.trainer.tiny import arguments
 
 # peft asks by the old name
@@ -123,11 +123,15 @@ DROPPING = {
 }  # fmt: skip
 
 
-def everything(case: Dropping, count: int = 2) -> set[Read]:
-    return {Read(HIDDEN, layer, case.side) for layer in range(EMBEDDINGS, count)} | {Read(LAST_HIDDEN, 0, case.side)}
+def everything(case: Dropping, count: int = 2) -> set[ActivationKey]:
+    return {ActivationKey(HIDDEN, layer, case.side) for layer in range(EMBEDDINGS, count)} | {
+        ActivationKey(LAST_HIDDEN, 0, case.side)
+    }
 
 
-def run(model: Any, inside: Inside, case: Dropping, seed: int) -> tuple[Any, list[tuple[int, Tensor, Tensor]]]:
+def run(
+    model: Any, inside: ActivationCapture, case: Dropping, seed: int
+) -> tuple[Any, list[tuple[int, Tensor, Tensor]]]:
     """What is read of one forward, and by hooks set up here, each block that ran, its input and its output."""
     ran: list[tuple[int, Tensor, Tensor]] = []
 
@@ -153,20 +157,20 @@ def test_every_draw_shows_what_went_past(name: str) -> None:
     """Whatever is left out: layer k is what the last block up to k put out, or else the stack's input."""
     case = DROPPING[name]
     model, left_out = case.make(0.6), set()
-    inside, norm = Inside(model, "student"), None if case.norm is None else model.get_submodule(case.norm)
+    inside, norm = ActivationCapture(model, "student"), None if case.norm is None else model.get_submodule(case.norm)
     for seed in range(12):
         seen, ran = run(model, inside, case, seed)
         left_out.add(tuple(layer for layer, _, _ in ran))
-        last = seen[Read(LAST_HIDDEN, 0, case.side)]
-        stream = ran[0][1] if ran else seen[Read(HIDDEN, EMBEDDINGS, case.side)]
-        assert torch.equal(seen[Read(HIDDEN, EMBEDDINGS, case.side)], stream)
+        last = seen[ActivationKey(LAST_HIDDEN, 0, case.side)]
+        stream = ran[0][1] if ran else seen[ActivationKey(HIDDEN, EMBEDDINGS, case.side)]
+        assert torch.equal(seen[ActivationKey(HIDDEN, EMBEDDINGS, case.side)], stream)
         outputs = {layer: output for layer, _, output in ran}
         for layer in (0, 1):
             stream = outputs.get(layer, stream)
-            assert torch.equal(seen[Read(HIDDEN, layer, case.side)], stream), (seed, layer)
+            assert torch.equal(seen[ActivationKey(HIDDEN, layer, case.side)], stream), (seed, layer)
         behind = stream if norm is None else norm(stream)
         torch.testing.assert_close(behind, last, atol=1e-6, rtol=1e-6)
-        assert seen[Read(HIDDEN, 1, case.side)].requires_grad
+        assert seen[ActivationKey(HIDDEN, 1, case.side)].requires_grad
     assert len(left_out) > 2 or name == "WavLM"  # which always keeps its first block
     assert (() in left_out) != (name == "WavLM")
 
@@ -176,7 +180,7 @@ def test_reading_changes_neither_draws_nor_outputs_nor_statistics(name: str) -> 
     """The stack is run again where every block was left out; nothing else may notice."""
     case = DROPPING[name]
     read, unread = case.make(1.0), case.make(1.0)
-    inside = Inside(read, "student")
+    inside = ActivationCapture(read, "student")
     for seed in range(2):
         found = []
         for model, reads in ((read, everything(case)), (unread, set())):
@@ -224,9 +228,9 @@ def test_loss_and_gradient_where_every_block_was_left_out(name: str) -> None:
         torch.testing.assert_close(ours[key], gradient, atol=1e-7, rtol=1e-4)
 
 
-def read_hidden(model: Any, case: Dropping, layer: int) -> dict[Read, Tensor]:
-    wanted = Read(HIDDEN, layer, case.side)
-    with Inside(model, "teacher").reading({wanted}) as seen:
+def read_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
+    wanted = ActivationKey(HIDDEN, layer, case.side)
+    with ActivationCapture(model, "teacher").reading({wanted}) as seen:
         model(**case.batch())
     return {wanted: seen[wanted]}
 
@@ -300,7 +304,7 @@ def test_the_student_as_its_own_teacher_in_a_second_pass() -> None:
     """Both passes leave out what they draw."""
     case = DROPPING["Hubert"]
     student, batch = case.make(0.8), case.batch()
-    distiller = Distiller(student, SecondPass(), objectives=HiddenMatch([(1, 1)]), alpha=None, task="embedding")
+    distiller = Distiller(student, RDropTeacher(), objectives=HiddenMatch([(1, 1)]), alpha=None, task="embedding")
     losses = [distiller(student, batch).loss for _ in range(12)]
     assert all(loss.isfinite() for loss in losses) and len({loss.item() for loss in losses}) > 3
 
@@ -349,7 +353,7 @@ def test_a_stack_whose_blocks_are_not_called_is_named() -> None:
 
 def test_the_rate_of_a_stack() -> None:
     def rate(model: Any, side: str | None = None) -> float:
-        return layerdrop_of(Inside(model, "student").blocks(side).holder)
+        return layerdrop_of(ActivationCapture(model, "student").blocks(side).holder)
 
     assert {name: rate(case.make(0.3), case.side) for name, case in DROPPING.items()} == dict.fromkeys(DROPPING, 0.3)
     assert rate(DROPPING["Bart encoder"].make(0.3), "decoder") == 0.0

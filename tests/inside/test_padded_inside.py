@@ -25,9 +25,9 @@ from hf_distill import (
     SimilarityMatch,
     TeacherCache,
 )
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from hf_distill.objectives import ExitMatch
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
 from tests.trainer.tiny import arguments
 
 LENGTH, PADDED = 15, 16  # windows and chunks are of 4 or 2
@@ -84,14 +84,14 @@ def batch(name: str, length: int = LENGTH) -> dict[str, Tensor]:
     return found if PADDING[name][2] is None else {**found, "decoder_input_ids": ids[:, :4]}
 
 
-def reads_of(name: str) -> set[Read]:
+def reads_of(name: str) -> set[ActivationKey]:
     side = PADDING[name][2]
-    hidden = {Read(HIDDEN, layer, side) for layer in (EMBEDDINGS, 0, 1)}
-    return hidden | {Read(what, 1, side) for what in RELATED if name != "reformer" or what == "values"}
+    hidden = {ActivationKey(HIDDEN, layer, side) for layer in (EMBEDDINGS, 0, 1)}
+    return hidden | {ActivationKey(what, 1, side) for what in RELATED if name != "reformer" or what == "values"}
 
 
-def read(model: Any, reads: set[Read], inputs: dict[str, Tensor]) -> Any:
-    with torch.no_grad(), Inside(model, "student").reading(reads) as seen:
+def read(model: Any, reads: set[ActivationKey], inputs: dict[str, Tensor]) -> Any:
+    with torch.no_grad(), ActivationCapture(model, "student").reading(reads) as seen:
         model(**inputs)
     return seen
 
@@ -112,10 +112,10 @@ def test_what_is_read_is_as_long_as_the_batch(name: str) -> None:
 def test_and_as_of_the_example_alone(name: str) -> None:
     """12 tokens are a multiple of the window: alone there is no padding. (BigBird's pattern depends on the length.)"""
     model, side = model_of(name), PADDING[name][2]
-    reads = {Read(HIDDEN, 1, side)}
-    among = read(model, reads, batch(name))[Read(HIDDEN, 1, side)][1, :12]
+    reads = {ActivationKey(HIDDEN, 1, side)}
+    among = read(model, reads, batch(name))[ActivationKey(HIDDEN, 1, side)][1, :12]
     inputs = {key: value[1:2, :12] for key, value in batch(name).items()}
-    alone = read(model, reads, inputs)[Read(HIDDEN, 1, side)][0]
+    alone = read(model, reads, inputs)[ActivationKey(HIDDEN, 1, side)][0]
     torch.testing.assert_close(among, alone, atol=1e-10, rtol=1e-10)
 
 
@@ -137,8 +137,8 @@ def test_a_loss_is_as_with_padding_outside(name: str) -> None:
     student, teacher, side = model_of(name), model_of(name, 2), PADDING[name][2]
     inside, outside = (terms(student, teacher, side, batch(name, length)) for length in (LENGTH, PADDED))
     assert inside == pytest.approx(outside, rel=1e-6) and all(value > 0 for value in inside.values())
-    s, t = (read(model, {Read(HIDDEN, 1, side)}, batch(name, PADDED)) for model in (student, teacher))
-    last = [one[Read(HIDDEN, 1, side)][torch.arange(3), [14, 11, 8]] for one in (s, t)]
+    s, t = (read(model, {ActivationKey(HIDDEN, 1, side)}, batch(name, PADDED)) for model in (student, teacher))
+    last = [one[ActivationKey(HIDDEN, 1, side)][torch.arange(3), [14, 11, 8]] for one in (s, t)]
     assert inside["last"] == pytest.approx((last[0] - last[1]).square().mean().item(), rel=1e-9)
 
 
@@ -149,18 +149,18 @@ def test_queries_of_a_block_that_computes_on_time_first(name: str) -> None:
     ids = torch.randint(3, 40, (8, 8), generator=torch.Generator().manual_seed(4))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= {"decoder_input_ids": ids[:, :4]} if side else {}
-    seen = read(model, {Read(HIDDEN, 0, side), *(Read(what, 1, side) for what in RELATED)}, inputs)
-    stream = seen[Read(HIDDEN, 0, side)]
+    seen = read(model, {ActivationKey(HIDDEN, 0, side), *(ActivationKey(what, 1, side) for what in RELATED)}, inputs)
+    stream = seen[ActivationKey(HIDDEN, 0, side)]
     block = model.encoder.layer[1] if name == "longformer" else model.encoder.layers[1]
     attention = block.attention.self if name == "longformer" else block.self_attn.longformer_self_attn
     for what, projection in zip(RELATED, (attention.query, attention.key, attention.value), strict=True):
         with torch.no_grad():
-            torch.testing.assert_close(seen[Read(what, 1, side)], projection(stream), atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(seen[ActivationKey(what, 1, side)], projection(stream), atol=1e-10, rtol=1e-10)
 
 
 def test_a_decoder_that_pads_nothing_is_not_cut() -> None:
-    seen = read(model_of("led"), {Read(HIDDEN, 1, "decoder")}, batch("led"))
-    assert seen[Read(HIDDEN, 1, "decoder")].shape == (3, 4, 16)
+    seen = read(model_of("led"), {ActivationKey(HIDDEN, 1, "decoder")}, batch("led"))
+    assert seen[ActivationKey(HIDDEN, 1, "decoder")].shape == (3, 4, 16)
 
 
 def test_a_reformer_teaches_and_is_no_student() -> None:
@@ -171,7 +171,7 @@ def test_a_reformer_teaches_and_is_no_student() -> None:
     found = Distiller(bert, reformer, objectives=HiddenMatch([(1, 1)]), alpha=None)(bert, inputs).loss.item()
     with torch.no_grad():
         s = bert(**inputs, output_hidden_states=True).hidden_states[2]
-    t = read(reformer, {Read(HIDDEN, 1)}, batch("reformer", PADDED))[Read(HIDDEN, 1)][:, :LENGTH]
+    t = read(reformer, {ActivationKey(HIDDEN, 1)}, batch("reformer", PADDED))[ActivationKey(HIDDEN, 1)][:, :LENGTH]
     keep = inputs["attention_mask"].bool()
     assert found == pytest.approx((s - t).square().mean(-1)[keep].mean().item(), rel=1e-9)
     student = hf.ReformerModel(reformer.config).double().eval()
@@ -260,5 +260,5 @@ def test_fsmt_computes_on_time_first_and_is_refused(side: str) -> None:
 
 def test_last_hidden_is_as_long_as_the_batch_too() -> None:
     for name in PADDING:
-        wanted = Read(LAST_HIDDEN, 0, PADDING[name][2])
+        wanted = ActivationKey(LAST_HIDDEN, 0, PADDING[name][2])
         assert read(model_of(name), {wanted}, batch(name))[wanted].shape[:2] == (3, LENGTH)

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from hf_distill import SettingError
-from hf_distill.signals import RELATED, Read
+from hf_distill.signals import RELATED, ActivationKey
 from tests.inside.reading import ALL, model_of, read, reads
 
 # For each architecture: the norm before the projections, if any, and their paths in a block.
@@ -55,14 +55,14 @@ def test_projections_of_the_blocks_input(name: str, layer: int) -> None:
     """On an encoder-decoder's decoder: those of its self-attention, not of what it attends to in the encoder."""
     model, batch = model_of(name), ALL[name].batch()
     side = "decoder" if len(ALL[name].stacks) == 2 else None
-    stream = Read("hidden", layer - 1, side)
-    seen, _ = read(model, [stream, *(Read(what, layer, side) for what in RELATED)], batch)
+    stream = ActivationKey("hidden", layer - 1, side)
+    seen, _ = read(model, [stream, *(ActivationKey(what, layer, side) for what in RELATED)], batch)
     path = ALL[name].stacks["decoder_layers" if side else "layers"]
     block = model.get_submodule(path)[layer]
     with torch.no_grad():
         expected = by_hand(block, convolved(model, seen[stream], batch, name, layer), name)
     for what, value in zip(RELATED, expected, strict=True):
-        torch.testing.assert_close(seen[Read(what, layer, side)], value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(seen[ActivationKey(what, layer, side)], value, atol=1e-5, rtol=1e-5)
 
 
 def convolved(model: Any, stream: torch.Tensor, batch: Any, name: str, layer: int) -> torch.Tensor:
@@ -79,28 +79,30 @@ def test_shared_layers_are_told_apart_by_their_turn() -> None:
     query = model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention.query
     for layer in range(4):
         with torch.no_grad():
-            expected = query(seen[Read("hidden", layer - 1)])
-        torch.testing.assert_close(seen[Read("queries", layer)], expected)
-    assert not torch.equal(seen[Read("queries", 0)], seen[Read("queries", 1)])
+            expected = query(seen[ActivationKey("hidden", layer - 1)])
+        torch.testing.assert_close(seen[ActivationKey("queries", layer)], expected)
+    assert not torch.equal(seen[ActivationKey("queries", 0)], seen[ActivationKey("queries", 1)])
 
 
 def test_grouped_keys_are_as_wide_as_they_are() -> None:
     """Llama with one group of keys for two heads: half as wide as the queries."""
-    seen, _ = read(model_of("LlamaForCausalLM"), [Read(what, 1) for what in RELATED], ALL["LlamaForCausalLM"].batch())
-    assert [seen[Read(what, 1)].shape[-1] for what in RELATED] == [16, 8, 8]
+    seen, _ = read(
+        model_of("LlamaForCausalLM"), [ActivationKey(what, 1) for what in RELATED], ALL["LlamaForCausalLM"].batch()
+    )
+    assert [seen[ActivationKey(what, 1)].shape[-1] for what in RELATED] == [16, 8, 8]
 
 
 @pytest.mark.parametrize("what", RELATED)
 def test_wavlm_hands_its_projections_to_a_function(what: str) -> None:
     name = "WavLMForCTC"
     with pytest.raises(SettingError, match=rf"{what} of block 1 of the student .* was not called \(WavLM hands"):
-        read(model_of(name), [Read(what, 1)], ALL[name].batch())
+        read(model_of(name), [ActivationKey(what, 1)], ALL[name].batch())
 
 
 def test_a_block_whose_projections_are_not_known_lists_its_modules() -> None:
     """A stack that is named and is none of attention: the convolutions of a speech model."""
     name = "Wav2Vec2ForCTC"
-    wanted = Read("queries", 0, None, "wav2vec2.feature_extractor.conv_layers")
+    wanted = ActivationKey("queries", 0, None, "wav2vec2.feature_extractor.conv_layers")
     with pytest.raises(SettingError) as raised:
         read(model_of(name), [wanted], ALL[name].batch())
     said = str(raised.value)
@@ -118,13 +120,13 @@ def test_a_fused_projection_of_unequal_parts_is_refused(what: str) -> None:
     """Phi-3 with one group of keys: 24 + 6 + 6 numbers are divisible by three, and no thirds."""
     model = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=1, pad_token_id=0))
     with pytest.raises(SettingError, match="makes 36 numbers of 24, which are not three equal parts"):
-        read(model, [Read(what, 1)], WORDS)
+        read(model, [ActivationKey(what, 1)], WORDS)
     equal = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=4, pad_token_id=0))
-    assert read(equal, [Read(what, 1)], WORDS)[0][Read(what, 1)].shape[-1] == 24
+    assert read(equal, [ActivationKey(what, 1)], WORDS)[0][ActivationKey(what, 1)].shape[-1] == 24
 
 
 def test_a_fused_projection_whose_parts_lie_interleaved_is_refused() -> None:
     """CodeGen's is as wide as three, in partitions of queries, values and keys."""
     config = hf.CodeGenConfig(**TINY, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, n_positions=20)
     with pytest.raises(SettingError, match=r"\(CodeGenBlock\): no modules for its keys were found.* Use HiddenMatch"):
-        read(hf.CodeGenForCausalLM(config), [Read("keys", 0)], WORDS)
+        read(hf.CodeGenForCausalLM(config), [ActivationKey("keys", 0)], WORDS)

@@ -23,8 +23,8 @@ from hf_distill import (
     SettingError,
     SimilarityMatch,
 )
-from hf_distill.models.capture import AttentionRecord, Inside
-from hf_distill.signals import Read
+from hf_distill.models.capture import ActivationCapture, AttentionRecord
+from hf_distill.signals import ActivationKey
 from tests.heads import HEADS
 from tests.inside.reading import ALL, model_of, read, reads
 from tests.laws.test_l9_inside import hooks_of
@@ -51,7 +51,7 @@ def test_a_block_that_was_left_out_shows_what_went_past_it(name: str) -> None:
         runs: list[object] = []
         hooks = [
             block.register_forward_hook(lambda *_: runs.append(1))  # noqa: B023 (removed before the next seed)
-            for block in Inside(student, "student").blocks(side).modules
+            for block in ActivationCapture(student, "student").blocks(side).modules
         ]
         torch.manual_seed(seed)
         seen, outputs = read(student, wanted, batch, output_hidden_states=True)
@@ -129,7 +129,7 @@ def lora(targets: list[str]) -> Any:
 def test_an_adapter_is_in_what_is_read() -> None:
     """Queries as the adapted projection gives them, and the same with the adapter merged."""
     student, batch = lora(["query", "value"]), HEADS["bert_tokens"].batch(2)
-    wanted = [Read("queries", 1), Read("hidden", 0), Read("last_hidden", 0)]
+    wanted = [ActivationKey("queries", 1), ActivationKey("hidden", 0), ActivationKey("last_hidden", 0)]
     adapted, _ = read(student.eval(), wanted, batch)
     with student.disable_adapter():
         plain, _ = read(student, wanted, batch)
@@ -172,14 +172,14 @@ class Broken(RuntimeError):
 def test_hooks_are_gone_after_an_exception_in_the_forward() -> None:
     name = "BertForMaskedLM"
     model = ALL[name].make()
-    inside = Inside(model, "student")
+    inside = ActivationCapture(model, "student")
     lookup = AttentionInterface.get_interface
 
     def breaks(*_: Any) -> None:
         raise Broken
 
     hook = model.bert.encoder.layer[2].register_forward_pre_hook(breaks)
-    wanted = {*reads("hidden"), *reads("attention"), *reads("values"), Read("last_hidden")}
+    wanted = {*reads("hidden"), *reads("attention"), *reads("values"), ActivationKey("last_hidden")}
     with pytest.raises(Broken), inside.reading(wanted):
         model(**ALL[name].batch())
     hook.remove()
@@ -213,13 +213,13 @@ def test_only_matched_layers_are_kept() -> None:
         block.register_forward_hook(lambda _, __, output, i=i: alive.update({i: weakref.ref(output)}))
         for i, block in enumerate(model.bert.encoder.layer)
     ]
-    seen, outputs = read(model, [Read("hidden", 1), Read("attention", 2)], ALL[name].batch())
+    seen, outputs = read(model, [ActivationKey("hidden", 1), ActivationKey("attention", 2)], ALL[name].batch())
     for hook in hooks:
         hook.remove()
     del outputs
     gc.collect()
     assert [i for i, output in alive.items() if output() is not None] == [1]
-    assert set(seen) == {Read("hidden", 1), Read("attention", 2)}
+    assert set(seen) == {ActivationKey("hidden", 1), ActivationKey("attention", 2)}
     assert sum(isinstance(value, AttentionRecord) for value in seen.values()) == 1
     del seen
     gc.collect()
@@ -228,7 +228,7 @@ def test_only_matched_layers_are_kept() -> None:
 
 def test_nothing_asked_nothing_hooked() -> None:
     model = ALL["BertForMaskedLM"].make()
-    with Inside(model, "student").reading(set()) as seen:
+    with ActivationCapture(model, "student").reading(set()) as seen:
         assert hooks_of(model) == 0
     assert not seen
 
@@ -239,6 +239,6 @@ def test_a_model_that_was_not_called() -> None:
             SettingError,
             match=r"of block 1 of the teacher \(bert\.encoder\.layer\): no block ran\. The model that was",
         ),
-        Inside(model_of("BertForMaskedLM"), "teacher").reading({Read("hidden", 1)}),
+        ActivationCapture(model_of("BertForMaskedLM"), "teacher").reading({ActivationKey("hidden", 1)}),
     ):
         pass

@@ -14,7 +14,7 @@ from hf_distill.objectives import LogitsMatch
 from hf_distill.schedules import constant
 from hf_distill.signals import Signals
 from hf_distill.tasks import Task
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.heads import HEADS, Example
 from tests.laws.conformance import DIVERGENCE_ROWS, Batch
 from tests.laws.objective_rows import Case
@@ -125,7 +125,7 @@ def read_logits(name: str) -> tuple[Batch, Tensor, Tensor]:
     inputs = task.without_labels(batch)
     with torch.no_grad():
         read = [
-            task.read(model(**inputs), batch, Columns(), teacher=model is not student)
+            task.read(model(**inputs), batch, HeadAlignment(), teacher=model is not student)
             for model in (student, teacher_of(name))
         ]
     return batch, read[0], read[1]

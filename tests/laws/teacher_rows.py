@@ -15,7 +15,7 @@ from tests.laws.making_teachers import (
     LANGUAGE,
     SENTENCES,
     TOKENS,
-    Made,
+    FusedTerms,
     Place,
     a_model,
     adapters_off,
@@ -49,7 +49,7 @@ class TeacherRow:
     """
 
     of: str
-    make: Callable[[Place], Made]
+    make: Callable[[Place], FusedTerms]
     heads: tuple[str, ...] = (SENTENCES, TOKENS)
     store: str | None = None
     temperature: float = 2.0
@@ -113,9 +113,9 @@ TEACHER_ROWS: dict[str, TeacherRow] = {
         keeps_state=True,
         not_permuted=_OWN_LABELS,
     ),
-    "adapters off": TeacherRow("AdaptersOff", adapters_off, heads=(SENTENCES, LANGUAGE), not_permuted=_OWN_LABELS),
+    "adapters off": TeacherRow("BaseModelTeacher", adapters_off, heads=(SENTENCES, LANGUAGE), not_permuted=_OWN_LABELS),
     "second pass": TeacherRow(
-        "SecondPass",
+        "RDropTeacher",
         second_pass,
         nothing_fixed="it is the student with other dropout",
         trained_along="it is the student",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from hf_distill import SettingError
 from hf_distill.models.blocks import Blocks
-from hf_distill.signals import Read, Signals
+from hf_distill.signals import ActivationKey, Signals
 from hf_distill.tasks import TASKS
 
 
 class Shown:
-    """Stands for `Inside`: blocks of a width and with heads, and no model behind them."""
+    """Stands for `ActivationCapture`: blocks of a width and with heads, and no model behind them."""
 
     def __init__(self, length: int, width: int, heads: int = 1, *, two_sided: bool = False) -> None:
         self.made = Blocks("blocks", (), length, nn.Module(), width=width, heads=heads, of_decoder=False)
@@ -37,8 +37,8 @@ def fitted(objective: Any, student: Shown, teacher: Shown, *, kind: str = "token
 
 def found(
     objective: Any,
-    student: Mapping[Read, Any],
-    teacher: Mapping[Read, Any],
+    student: Mapping[ActivationKey, Any],
+    teacher: Mapping[ActivationKey, Any],
     batch: Mapping[str, Tensor],
     *,
     kind: str = "token_classification",
@@ -58,9 +58,9 @@ def attended(*rows: list[int]) -> dict[str, Tensor]:
     return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
 
 
-def hidden(layer: int, *rows: Any, side: str | None = None) -> dict[Read, Tensor]:
+def hidden(layer: int, *rows: Any, side: str | None = None) -> dict[ActivationKey, Tensor]:
     """`[b t d]` of one block."""
-    return {Read("hidden", layer, side): doubles(*rows)}
+    return {ActivationKey("hidden", layer, side): doubles(*rows)}
 
 
 def refused(make: Callable[[], Any], *words: str, error: type[Exception] = SettingError) -> None:

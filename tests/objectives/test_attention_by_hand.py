@@ -10,16 +10,16 @@ import torch
 
 from hf_distill import AttentionMatch, RelationMatch
 from hf_distill.models.capture import AttentionRecord
-from hf_distill.signals import Read
+from hf_distill.signals import ActivationKey
 from tests.objectives.by_hand import Shown, attended, doubles, fitted, found
 
 
-def attention(*heads: Any, layer: int = 0, **changed: Any) -> dict[Read, AttentionRecord]:
+def attention(*heads: Any, layer: int = 0, **changed: Any) -> dict[ActivationKey, AttentionRecord]:
     """One example whose scores are these `[h t s]`: the keys are the unit vectors, so a query is its row of scores."""
     scores = doubles(*heads)[None]
     keys = torch.eye(scores.shape[-1], dtype=torch.float64).expand(1, scores.shape[1], -1, -1)
     plain: dict[str, Any] = {"bias": None, "softcap": None, "mask": None, "causal": False, **changed}
-    return {Read("attention", layer): AttentionRecord(scores, keys, 1.0, **plain)}
+    return {ActivationKey("attention", layer): AttentionRecord(scores, keys, 1.0, **plain)}
 
 
 def of(objective: Any, student: Any, teacher: Any, mask: list[int], heads: tuple[int, int] = (1, 1)) -> Any:
@@ -84,9 +84,9 @@ def test_attention_where_nothing_masks() -> None:
 NAN = float("nan")
 
 
-def vectors(what: str, *rows: Any) -> dict[Read, torch.Tensor]:
+def vectors(what: str, *rows: Any) -> dict[ActivationKey, torch.Tensor]:
     """`[1 t d]` of the last block."""
-    return {Read(what, 0): doubles(rows)}
+    return {ActivationKey(what, 0): doubles(rows)}
 
 
 def softmax(*scores: float) -> list[float]:

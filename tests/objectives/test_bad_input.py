@@ -21,7 +21,7 @@ from hf_distill import (
     SimilarityMatch,
     TeacherError,
 )
-from hf_distill.models.capture import Inside
+from hf_distill.models.capture import ActivationCapture
 from tests.heads import _BERT, HEADS, LABELS
 from tests.objectives.by_hand import Shown, fitted, refused
 
@@ -224,7 +224,7 @@ def test_a_model_of_two_towers_is_asked_which() -> None:
         text_config=sides["text"], vision_config={**sides["vision"], "image_size": 8, "patch_size": 4}
     )
     refused(
-        lambda: Inside(hf.CLIPModel(config), "student").blocks(),
+        lambda: ActivationCapture(hf.CLIPModel(config), "student").blocks(),
         "the student (CLIPModel) has several stacks of blocks: 'text_model.encoder.layers' (1 blocks)",
         "'vision_model.encoder.layers' (1 blocks)",
         "Name it: student_stack='text_model.encoder.layers'",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_distill import CosineEmbedding, HiddenMatch
-from hf_distill.signals import Read
+from hf_distill.signals import ActivationKey
 from tests.objectives.by_hand import Shown, attended, doubles, fitted, found, hidden
 
 NAN = float("nan")
@@ -168,7 +168,7 @@ def test_both_models_are_asked_for_the_named_stack() -> None:
 
 def test_cosine_embedding_is_one_less_the_cosine_of_what_the_head_reads() -> None:
     """(3, 4) and (4, 3): 1 - 24/25; (1, 0) and (-2, 0): 2; a zero vector: 1; padding is not read. Sum 3.04 of 3."""
-    read = Read("last_hidden", 0)
+    read = ActivationKey("last_hidden", 0)
     ours = {read: doubles([[3, 4], [1, 0], [0, 0], [NAN, NAN]])}
     theirs = {read: doubles([[4, 3], [-2, 0], [1, 1], [1, 1]])}
     objective = fitted(CosineEmbedding(), TWO, THREE)

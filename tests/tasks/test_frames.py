@@ -10,7 +10,7 @@ import torch
 
 from hf_distill import SettingError
 from hf_distill.tasks import CTC, Embedding
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.heads import HEADS
 
 CTC_HEADS = [name for name, head in HEADS.items() if head.kind == "ctc"]
@@ -76,22 +76,22 @@ LEFT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 )
 def test_pooling(pooling: str, mask: torch.Tensor | None, pooled: list[float]) -> None:
     batch = {} if mask is None else {"attention_mask": mask}
-    found = Embedding(pooling=pooling).read({"last_hidden_state": HIDDEN}, batch, Columns(), teacher=False)
+    found = Embedding(pooling=pooling).read({"last_hidden_state": HIDDEN}, batch, HeadAlignment(), teacher=False)
     assert found.flatten().tolist() == pytest.approx(pooled)
 
 
 def test_a_hidden_state_that_is_no_number_under_the_mask_is_not_read() -> None:
     hidden = HIDDEN.clone()
     hidden[0, 3] = float("nan")
-    found = Embedding().read({"last_hidden_state": hidden}, {"attention_mask": RIGHT}, Columns(), teacher=False)
+    found = Embedding().read({"last_hidden_state": hidden}, {"attention_mask": RIGHT}, HeadAlignment(), teacher=False)
     assert found.flatten().tolist() == [2.0, 6.5]
 
 
 def test_the_teachers_own_mask_is_used_for_the_teacher() -> None:
     batch = {"attention_mask": LEFT, "teacher_attention_mask": RIGHT}
     task, outputs = Embedding(), {"last_hidden_state": HIDDEN}
-    assert task.read(outputs, batch, Columns(), teacher=True).flatten().tolist() == [2.0, 6.5]
-    assert task.read(outputs, batch, Columns(), teacher=False)[0].item() == pytest.approx(104 / 3)
+    assert task.read(outputs, batch, HeadAlignment(), teacher=True).flatten().tolist() == [2.0, 6.5]
+    assert task.read(outputs, batch, HeadAlignment(), teacher=False)[0].item() == pytest.approx(104 / 3)
 
 
 def test_a_wrong_pooling_is_refused() -> None:

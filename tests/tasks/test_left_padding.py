@@ -130,4 +130,6 @@ def test_completions_and_on_policy_refuse_them(tmp_path) -> None:
     assert len(generate_completions(teacher, prompts, tmp_path / "one", max_new_tokens=4, batch_size=1)) == 3
     ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     with pytest.raises(DataError, match=TOLD):
-        OnPolicy(lmbda=1.0, max_new_tokens=4)({"input_ids": ids, "attention_mask": (ids != 0).long()}, teacher, step=0)
+        OnPolicy(student_share=1.0, max_new_tokens=4)(
+            {"input_ids": ids, "attention_mask": (ids != 0).long()}, teacher, step=0
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_distill import DataError, SettingError
 from hf_distill.tasks import Classification, MultipleChoice, Regression, Span, TokenClassification
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 T, F = True, False
 
@@ -20,8 +20,10 @@ def classification(problem_type: str | None = None, num_labels: int = 3) -> Clas
     return Classification(SimpleNamespace(problem_type=problem_type, num_labels=num_labels))
 
 
-def read(task: Any, logits: Tensor, batch: dict[str, Any], columns: Columns | None = None, **outputs: Tensor) -> Tensor:
-    return task.read({"logits": logits, **outputs}, batch, columns or Columns(), teacher=False)
+def read(
+    task: Any, logits: Tensor, batch: dict[str, Any], columns: HeadAlignment | None = None, **outputs: Tensor
+) -> Tensor:
+    return task.read({"logits": logits, **outputs}, batch, columns or HeadAlignment(), teacher=False)
 
 
 def test_single_label_is_a_row_an_example_labelled_or_not() -> None:
@@ -72,7 +74,7 @@ def test_a_missing_label_is_refused_where_it_would_be_learnt_as_a_value(task: An
 
 def test_columns_are_picked_from_each_side() -> None:
     task, logits = classification(), torch.tensor([[0.0, 1.0, 2.0]])
-    columns = Columns(student=2, teacher=(2, 0))
+    columns = HeadAlignment(student=2, teacher=(2, 0))
     outputs = {"logits": logits}
     assert task.read(outputs, {}, columns, teacher=False).tolist() == [[0.0, 1.0]]
     assert task.read(outputs, {}, columns, teacher=True).tolist() == [[2.0, 0.0]]
@@ -142,7 +144,7 @@ SPAN = {
 
 def test_spans_are_two_rows_an_example_over_positions_that_are_read() -> None:
     task, start, end = Span(), torch.randn(3, 4), torch.randn(3, 4)
-    logits = task.read({"start_logits": start, "end_logits": end}, SPAN, Columns(), teacher=False)
+    logits = task.read({"start_logits": start, "end_logits": end}, SPAN, HeadAlignment(), teacher=False)
     rows = task.select(logits, SPAN)
     assert rows.shape == (6, 4)
     assert torch.equal(rows[0, :3], start[0, :3]) and torch.equal(rows[1, :3], end[0, :3])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import Distiller, HiddenMatch, SettingError, TeacherError
-from hf_distill.signals import Needs, Read
+from hf_distill.signals import ActivationKey, Needs
 from hf_distill.teachers import Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.laws import measuring as m
@@ -207,7 +207,7 @@ def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> Non
     with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
         Distiller(student, ensemble, objectives=HiddenMatch())
     with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
-        ensemble.check_needs(Needs(reads=frozenset({Read("hidden", 0)})))
+        ensemble.check_needs(Needs(reads=frozenset({ActivationKey("hidden", 0)})))
     asked: list[Needs] = []
     ensemble.teachers[1].check_needs = asked.append
     Distiller(student, ensemble, alpha=1.0, temperature=3.0)

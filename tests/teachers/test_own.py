@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.signals import Needs
-from hf_distill.teachers import AdaptersOff, Ensemble, MovingAverage, Snapshot
+from hf_distill.teachers import BaseModelTeacher, Ensemble, MovingAverage, Snapshot
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.trainer.steps import in_double
@@ -180,7 +180,7 @@ def adapted(name: str = "llama_causal_lm", dropout: float = 0.0) -> tuple[Any, A
 def test_the_base_speaks_and_the_student_is_as_it_was() -> None:
     student, alone = adapted(dropout=0.2)
     student.train()
-    distiller = Distiller(student, AdaptersOff(), alpha=1.0)
+    distiller = Distiller(student, BaseModelTeacher(), alpha=1.0)
     batch = in_double(HEADS["llama_causal_lm"], HEADS["llama_causal_lm"].examples(4))
     modes = [module.training for module in student.modules()]
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
@@ -202,7 +202,7 @@ def test_the_base_speaks_and_the_student_is_as_it_was() -> None:
 def test_restored_even_when_the_forward_raises() -> None:
     student, _ = adapted()
     student.train()
-    distiller = Distiller(student, AdaptersOff(), alpha=1.0)
+    distiller = Distiller(student, BaseModelTeacher(), alpha=1.0)
     batch = in_double(HEADS["llama_causal_lm"], HEADS["llama_causal_lm"].examples(2))
 
     def fail(*_: Any) -> None:
@@ -223,7 +223,7 @@ def test_what_was_frozen_in_an_adapter_stays_frozen() -> None:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("lora_B" in name)
     trained = {name: p.requires_grad for name, p in student.named_parameters()}
-    distiller = Distiller(student, AdaptersOff(), alpha=1.0)
+    distiller = Distiller(student, BaseModelTeacher(), alpha=1.0)
     distiller.teacher_signals(in_double(HEADS["llama_causal_lm"], HEADS["llama_causal_lm"].examples(2)))
     assert {name: p.requires_grad for name, p in student.named_parameters()} == trained
 
@@ -234,11 +234,11 @@ def test_the_same_as_a_second_copy_of_the_base() -> None:
     batch = in_double(head, head.examples(4))
     student, alone = adapted()
     expected, gradient = m.step(Distiller(student, alone), student, [batch])
-    loss, found = m.step(Distiller(student, AdaptersOff()), student, [batch])
+    loss, found = m.step(Distiller(student, BaseModelTeacher()), student, [batch])
     assert loss == expected and torch.equal(found, gradient)
     student.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     student.train()
-    loss, found = m.step(Distiller(student, AdaptersOff()), student, [batch])
+    loss, found = m.step(Distiller(student, BaseModelTeacher()), student, [batch])
     assert loss == pytest.approx(expected, rel=1e-12) and m.difference(found, gradient) < 1e-10
 
 
@@ -250,12 +250,14 @@ def test_trained_accumulated_and_resumed(tmp_path) -> None:
         return adapted(dropout=dropout)[0].float()
 
     def trained(folder: str, **changed: Any) -> Any:
-        trainer = make(tmp_path / folder, student(changed.pop("dropout", 0.0)), AdaptersOff(), **{**given, **changed})
+        trainer = make(
+            tmp_path / folder, student(changed.pop("dropout", 0.0)), BaseModelTeacher(), **{**given, **changed}
+        )
         trainer.train(resume_from_checkpoint=changed.get("resume"))
         return weights(trainer.model)
 
     whole = trained("whole", dropout=0.3)
-    resumed = make(tmp_path / "resumed", student(0.3), AdaptersOff(), **given)
+    resumed = make(tmp_path / "resumed", student(0.3), BaseModelTeacher(), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     assert_same_bits(weights(resumed.model), whole)
     one = trained("one", max_steps=1, optim="sgd", per_device_train_batch_size=8)
@@ -267,4 +269,4 @@ def test_trained_accumulated_and_resumed(tmp_path) -> None:
 
 def test_a_student_without_adapters_is_refused() -> None:
     with pytest.raises(TeacherError, match="has no adapters to switch off"):
-        Distiller(bert(), AdaptersOff())
+        Distiller(bert(), BaseModelTeacher())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, Ensemble, ModelTeacher, MovingAverage
 from hf_distill.signals import Needs
-from hf_distill.teachers import SecondPass, Snapshot
+from hf_distill.teachers import RDropTeacher, Snapshot
 from hf_distill.teachers.cache import TeacherCache
 from hf_distill.teachers.specialists import Specialists
 from tests.tiny_tokenizers import tokenizer
@@ -208,7 +208,7 @@ def test_a_copy_of_the_student_is_aligned_with_it(tmp_path, own: Any, pad: int |
 
 def test_a_second_pass_reads_what_the_student_reads() -> None:
     student = made("gpt2", pad=3, attn_pdrop=0.5)
-    signals = Distiller(student, SecondPass(), alpha=1.0).teacher_signals
+    signals = Distiller(student, RDropTeacher(), alpha=1.0).teacher_signals
     student.eval()
     with torch.no_grad():
         expected = student(**padded(ROWS)).logits

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_distill import Distiller, Ensemble, HiddenMatch, SettingError, TeacherError
 from hf_distill.schedules import linear
-from hf_distill.signals import Needs, Read
+from hf_distill.signals import ActivationKey, Needs
 from hf_distill.teachers import Peer
 from tests.heads import HEADS
 from tests.trainer.steps import in_double
@@ -165,7 +165,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(SettingError, match="nothing compares predictions"):
         Distiller(bert(), Peer(bert(seed=1)), alpha=None, objectives=HiddenMatch("last"))
     with pytest.raises(SettingError, match="Peer is compared by its predictions alone"):
-        Peer(bert(seed=1)).check_needs(Needs(reads=frozenset({Read("hidden", 0)})))
+        Peer(bert(seed=1)).check_needs(Needs(reads=frozenset({ActivationKey("hidden", 0)})))
     peer = Peer(bert(seed=1))
     with pytest.raises(SettingError, match="Peer with fp16"):
         peer.place(SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="fp16"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_distill import Distiller, SettingError
 from hf_distill.signals import Needs
-from hf_distill.teachers import SecondPass
+from hf_distill.teachers import RDropTeacher
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
 
@@ -39,7 +39,7 @@ def test_its_gradient_is_r_drops_in_expectation() -> None:
     model = Dropped().train()
     x = torch.randn(1, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).expand(ALIKE, 5)
     settings = {"divergence": "jeffreys", "temperature": 1.0, "alpha": 1.0, "task": "classification"}
-    distiller = Distiller(model, SecondPass(), **settings)
+    distiller = Distiller(model, RDropTeacher(), **settings)
     torch.manual_seed(3)
     ours, theirs = [], []
     for _ in range(DRAWS):
@@ -62,21 +62,21 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
 def test_the_papers_weight() -> None:
     """2 · labels + α · D = (2 + α) · ((1 - a) · labels + a · D)."""
     for paper in (0.0, 1.0, 5.0):
-        a = SecondPass.alpha(paper)
+        a = RDropTeacher.alpha(paper)
         assert (2 + paper) * (1 - a) == pytest.approx(2) and (2 + paper) * a == pytest.approx(paper)
     with pytest.raises(SettingError, match=r"paper_weight=-1: must be at least 0"):
-        SecondPass.alpha(-1)
+        RDropTeacher.alpha(-1)
 
 
 def test_it_draws_apart_and_leaves_the_runs_numbers_alone() -> None:
     student, batch = bert(dropout=0.3).train(), padded(examples(4))
-    distiller = Distiller(student, SecondPass(seed=1), alpha=1.0)
+    distiller = Distiller(student, RDropTeacher(seed=1), alpha=1.0)
     state = torch.random.get_rng_state()
     one, other = (distiller.teacher_signals(batch, Needs(logits=True)).predictions() for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.equal(one, other) and not one.requires_grad
-    again = Distiller(student, SecondPass(seed=1)).teacher_signals(batch, Needs(logits=True)).predictions()
-    elsewhere = Distiller(student, SecondPass(seed=2)).teacher_signals(batch, Needs(logits=True)).predictions()
+    again = Distiller(student, RDropTeacher(seed=1)).teacher_signals(batch, Needs(logits=True)).predictions()
+    elsewhere = Distiller(student, RDropTeacher(seed=2)).teacher_signals(batch, Needs(logits=True)).predictions()
     assert torch.equal(one, again) and not torch.equal(one, elsewhere)
     assert all(module.training for module in student.modules())
 
@@ -84,7 +84,7 @@ def test_it_draws_apart_and_leaves_the_runs_numbers_alone() -> None:
 def test_running_statistics_move_at_the_students_own_pass_alone() -> None:
     model = Dropped().train()
     model.drop = nn.Sequential(nn.BatchNorm1d(5).double(), nn.Dropout(0.4))
-    distiller = Distiller(model, SecondPass(), alpha=1.0, task="classification")
+    distiller = Distiller(model, RDropTeacher(), alpha=1.0, task="classification")
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     distiller.teacher_signals({"inputs_embeds": torch.randn(4, 5, dtype=torch.float64)}, Needs(logits=True))
     assert_same_bits(dict(model.named_buffers()), before)
@@ -100,13 +100,13 @@ def test_trained_and_resumed_bit_for_bit(tmp_path) -> None:
         "learning_rate": 0.01,
         "divergence": "jeffreys",
         "temperature": 1.0,
-        "alpha": SecondPass.alpha(5.0),
+        "alpha": RDropTeacher.alpha(5.0),
         "logging_steps": 1,
     }
-    whole = make(tmp_path / "whole", bert(dropout=0.3), SecondPass(), **given)
+    whole = make(tmp_path / "whole", bert(dropout=0.3), RDropTeacher(), **given)
     whole.train()
     assert all(entry["loss/logits"] > 1e-4 for entry in whole.state.log_history if "loss" in entry)
-    resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), SecondPass(), **given)
+    resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), RDropTeacher(), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     assert_same_bits(weights(resumed.model), weights(whole.model))
     assert_moved(weights(whole.model), weights(bert()))
@@ -118,11 +118,11 @@ def test_a_student_that_draws_nothing_is_refused() -> None:
     with pytest.raises(
         SettingError, match=r"nothing in the student \(BertForSequenceClassification\) is drawn at random"
     ):
-        Distiller(bert(), SecondPass())
+        Distiller(bert(), RDropTeacher())
     heard = HEADS["wav2vec2_ctc_mean"]
     for settings in (
         {"attention_dropout": 0.1},
         {"layerdrop": 0.1},
         {"apply_spec_augment": True, "mask_time_prob": 0.1},
     ):
-        Distiller(heard.make(0, **settings), SecondPass())
+        Distiller(heard.make(0, **settings), RDropTeacher())

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_distill import AdaptersOff, DataError, DistillationMixin, HiddenMatch, SettingError, TeacherError
+from hf_distill import BaseModelTeacher, DataError, DistillationMixin, HiddenMatch, SettingError, TeacherError
 from hf_distill.trainer.arguments import DistillationArgumentsMixin
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -245,7 +245,7 @@ def test_adapters_that_the_base_adds(tmp_path) -> None:
     """The teacher is the base under them, which is known only when they are there."""
     peft = pytest.importorskip("peft")
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    given = {"adapters": adapters, "teacher_model": AdaptersOff(), "double": False}
+    given = {"adapters": adapters, "teacher_model": BaseModelTeacher(), "double": False}
     trainer = mine(tmp_path, max_steps=2, **given)
     trainer.train()
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)

@@ -16,7 +16,7 @@ import transformers as hf
 from torch import Tensor
 
 from hf_distill import Distiller, Ensemble, Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
-from hf_distill.teachers import Peer, SecondPass
+from hf_distill.teachers import Peer, RDropTeacher
 from hf_distill.teachers.cache import Dense, TeacherCache
 from tests.heads import HEADS
 from tests.teachers.reading import heard_by
@@ -100,7 +100,7 @@ def test_a_second_pass_and_a_peer_draw_their_own_masks() -> None:
     before = batch["input_features"].clone()
     student = student_of()
     seen = heard_by(student)
-    Distiller(student, SecondPass(), alpha=0.5)(student.train(), batch)
+    Distiller(student, RDropTeacher(), alpha=0.5)(student.train(), batch)
     assert len(seen) == 2 and all(zeros(read) > 0.3 for read in seen)
     assert not torch.equal(seen[0]["input_features"], seen[1]["input_features"])
     assert torch.equal(batch["input_features"], before)

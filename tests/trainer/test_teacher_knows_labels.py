@@ -13,7 +13,7 @@ from hf_distill import Distiller, Ensemble, ModelTeacher, MovingAverage, Teacher
 from hf_distill.label_agreement import ROWS, LabelAgreement
 from hf_distill.signals import Signals
 from hf_distill.tasks import TASKS
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.heads import HEADS
 from tests.trainer.tiny import bert, make, padded
 
@@ -143,7 +143,7 @@ def test_every_head_of_few_classes(log, name: str, knows: bool) -> None:
     for seed in range(80):
         batch = head.batch(8, seed)
         with torch.no_grad():
-            student = task.read(model(**batch), batch, Columns(), teacher=False)
+            student = task.read(model(**batch), batch, HeadAlignment(), teacher=False)
         targets = task.targets(batch)
         assert targets is not None
         labelled += int((targets >= 0).sum())

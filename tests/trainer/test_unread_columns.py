@@ -13,7 +13,7 @@ from torch import nn
 from hf_distill import SettingError
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.trainer.refusals import refused
 from tests.trainer.tiny import bert, examples, make, padded, softened_kl
 
@@ -66,7 +66,7 @@ class FromColumn:
     inputs = ("logits",)
 
     def __init__(self) -> None:
-        self.columns = Columns()
+        self.columns = HeadAlignment()
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         return Signals(batch["teacher_logits"], columns=self.columns)

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from hf_distill import (
-    AdaptersOff,
+    BaseModelTeacher,
     Distiller,
     Ensemble,
     HiddenMatch,
@@ -135,7 +135,7 @@ def test_the_base_of_adapters_teaches_with_the_student_s_own_head() -> None:
     student = peft.get_peft_model(
         base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
-    assert_same(both(student.double().train(), AdaptersOff(), pair("llama_causal_lm")[2]))
+    assert_same(both(student.double().train(), BaseModelTeacher(), pair("llama_causal_lm")[2]))
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")

@@ -84,7 +84,7 @@ def masked_lm(tokens: int, *, seed: int = 0) -> Any:
     return model
 
 
-class Nothing:
+class NoPredictions:
     """An augmentation that draws from every generator, and changes nothing."""
 
     moves_positions = False
@@ -105,7 +105,7 @@ class Draws:
         return {**example, "drawn": float(torch.rand((), dtype=torch.float64))}
 
 
-class Counting(Nothing):
+class Counting(NoPredictions):
     """An augmentation that counts how often it was called."""
 
     calls = 0

@@ -17,7 +17,7 @@ from hf_distill.augment.augmentation import digest, seeded
 from hf_distill.errors import DataError, SettingError
 from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.trainer.tiny import examples, padded
-from tests.views.making import Draws, Nothing, whole_words
+from tests.views.making import Draws, NoPredictions, whole_words
 
 WORDS = 23
 
@@ -163,7 +163,7 @@ def test_a_collator_that_draws_masks_alike_for_both() -> None:
     torch.manual_seed(4)
     plain, after = masking(features), torch.get_rng_state()
     torch.manual_seed(4)
-    batch = AugmentingCollator(masking, Nothing(), student_only=True)(features)
+    batch = AugmentingCollator(masking, NoPredictions(), student_only=True)(features)
     assert torch.equal(torch.get_rng_state(), after)
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(batch[name], plain[name]) and torch.equal(batch[f"teacher_{name}"], plain[name])
@@ -223,7 +223,7 @@ def test_other_words_for_the_student_only_where_rows_are_sentences(collate, feat
     with pytest.raises(DataError, match=r"rows that are tokens: .*Leave student_only out"):
         AugmentingCollator(collate, replacing(), student_only=True)(features)
     AugmentingCollator(collate, replacing())(features)  # shown to both
-    AugmentingCollator(collate, Nothing(), student_only=True)(features)
+    AugmentingCollator(collate, NoPredictions(), student_only=True)(features)
 
 
 def test_labels_of_a_sequence_to_sequence_model_are_not_of_the_inputs_tokens() -> None:

@@ -15,7 +15,7 @@ from tests.heads import HEADS
 from tests.trainer.steps import dropout_of
 from tests.trainer.test_resume import RUN
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, softened_kl, weights
-from tests.views.making import Nothing, masked_lm, whole_words
+from tests.views.making import NoPredictions, masked_lm, whole_words
 
 WORDS = 23
 
@@ -121,7 +121,10 @@ def test_resumed_is_uninterrupted_with_sound_and_workers(tmp_path, workers: int)
 def test_an_augmentation_that_changes_nothing_changes_nothing(tmp_path) -> None:
     """Though it draws: dropout and shuffling go on from where they were."""
     found = []
-    for name, collate in (("with", AugmentingCollator(padded, Nothing(), student_only=True)), ("without", padded)):
+    for name, collate in (
+        ("with", AugmentingCollator(padded, NoPredictions(), student_only=True)),
+        ("without", padded),
+    ):
         settings = {"data_collator": collate, "max_steps": 4, "alpha": 0.5}
         trainer = make(tmp_path / name, bert(dropout=0.3), bert(seed=1), **settings)
         trainer.train()

@@ -47,7 +47,7 @@ def test_it_is_what_the_student_writes() -> None:
     set_generation(student.generation_config, dict(**asked, pad_token_id=5))  # which some prompts hold
     batch = LLAMA.collate(LLAMA.examples(6), pad_to=13)
     before, modes = torch.get_rng_state(), [module.training for module in student.modules()]
-    shown = OnPolicy(lmbda=1.0, max_new_tokens=6, sampling_temperature=NO_TEMPERATURE)(batch, student, step=3)
+    shown = OnPolicy(student_share=1.0, max_new_tokens=6, sampling_temperature=NO_TEMPERATURE)(batch, student, step=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in student.modules()] == modes
     student.eval()
@@ -67,7 +67,7 @@ def test_a_text_ends_with_its_end_token() -> None:
     with torch.no_grad():
         student.lm_head.weight[2] += 5 * student.lm_head.weight.std()  # likelier to end
     batch = LLAMA.collate(LLAMA.examples(8))
-    shown = OnPolicy(lmbda=1.0, max_new_tokens=12, seed=1)(batch, student, step=0)
+    shown = OnPolicy(student_share=1.0, max_new_tokens=12, seed=1)(batch, student, step=0)
     texts = [row[row != -100].tolist() for row in shown["labels"]]
     assert all(2 not in text[:-1] for text in texts)
     assert {text[-1] == 2 for text in texts} == {True, False}  # some came to an end, some were cut off
@@ -79,10 +79,10 @@ def test_it_samples_from_all_tokens_by_a_key() -> None:
     student = LLAMA.make(1, vocab_size=90)
     set_generation(student.generation_config, dict(top_k=3, top_p=0.1, repetition_penalty=9.0))
     batch = {"input_ids": torch.tensor([[5, 6]]).expand(900, 2)}
-    hot = OnPolicy(lmbda=1.0, max_new_tokens=1, sampling_temperature=1e4)
+    hot = OnPolicy(student_share=1.0, max_new_tokens=1, sampling_temperature=1e4)
     drawn = hot(batch, student, step=0)["labels"][:, 2]
     assert len(set(drawn.tolist())) > 85
-    plain = OnPolicy(lmbda=1.0, max_new_tokens=1)
+    plain = OnPolicy(student_share=1.0, max_new_tokens=1)
     drawn = [plain(batch, student, step=step)["labels"][:, 2] for step in range(2)]
     with torch.no_grad():
         expected = student(input_ids=batch["input_ids"][:1]).logits[0, -1].softmax(-1)
@@ -95,11 +95,11 @@ def test_it_samples_from_all_tokens_by_a_key() -> None:
 
 
 def test_a_share_of_the_batches() -> None:
-    views = {lmbda: OnPolicy(lmbda=lmbda) for lmbda in (0.0, 0.3, 1.0)}
-    found = {lmbda: [view.continues(step) for step in range(1000)] for lmbda, view in views.items()}
+    views = {student_share: OnPolicy(student_share=student_share) for student_share in (0.0, 0.3, 1.0)}
+    found = {student_share: [view.continues(step) for step in range(1000)] for student_share, view in views.items()}
     assert not any(found[0.0]) and all(found[1.0]) and 250 < sum(found[0.3]) < 350
-    assert found[0.3] != [OnPolicy(lmbda=0.3, seed=1).continues(step) for step in range(1000)]
-    rising = OnPolicy(lmbda=lambda progress: progress)
+    assert found[0.3] != [OnPolicy(student_share=0.3, seed=1).continues(step) for step in range(1000)]
+    rising = OnPolicy(student_share=lambda progress: progress)
     assert not rising.continues(0, progress=0.0) and rising.continues(0, progress=1.0)
     batch = LLAMA.collate(LLAMA.examples(2))
     assert views[0.0](batch, LLAMA.make(1), step=0) is batch
@@ -107,7 +107,7 @@ def test_a_share_of_the_batches() -> None:
 
 def test_an_encoder_decoder_answers_anew() -> None:
     student, batch = T5.make(1), T5.collate(T5.examples(4))
-    shown = OnPolicy(lmbda=1.0, max_new_tokens=5, sampling_temperature=NO_TEMPERATURE)(batch, student, step=0)
+    shown = OnPolicy(student_share=1.0, max_new_tokens=5, sampling_temperature=NO_TEMPERATURE)(batch, student, step=0)
     for i, labels in enumerate(shown["labels"]):
         written: list[int] = []
         while len(written) < 5 and 2 not in written:
@@ -130,7 +130,7 @@ def train(folder: Any, student: Any, view: Any, *, steps: int = 1, **changed: An
 
 def test_a_step_is_the_mean_over_the_tokens_that_were_written(tmp_path) -> None:
     """Some micro-batches are continued, some are not; the denominator is that of what both models were shown."""
-    student, teacher, view = LLAMA.make(1), LLAMA.make(2), OnPolicy(lmbda=0.5, max_new_tokens=7)
+    student, teacher, view = LLAMA.make(1), LLAMA.make(2), OnPolicy(student_share=0.5, max_new_tokens=7)
     assert {view.continues(0, place) for place in range(4)} == {True, False}
     found = []
     for place in range(4):
@@ -154,7 +154,7 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
             return super().__call__(batch, student, **key)
 
     asked: list[Any] = []
-    trainer = train(tmp_path, LLAMA.make(1), Listening(lmbda=0.5, max_new_tokens=2), steps=2)
+    trainer = train(tmp_path, LLAMA.make(1), Listening(student_share=0.5, max_new_tokens=2), steps=2)
     trainer.train()
     assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
     trainer.create_model_card()
@@ -164,16 +164,20 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
     start, settings = LLAMA.make(1), {"save_strategy": "steps", "save_steps": 1, "steps": 3}
     whole = copy.deepcopy(start)
-    train(tmp_path, whole, OnPolicy(lmbda=0.7, max_new_tokens=4), **settings).train()
-    resumed = train(tmp_path, copy.deepcopy(start), OnPolicy(lmbda=0.7, max_new_tokens=4), **settings)
+    train(tmp_path, whole, OnPolicy(student_share=0.7, max_new_tokens=4), **settings).train()
+    resumed = train(tmp_path, copy.deepcopy(start), OnPolicy(student_share=0.7, max_new_tokens=4), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert_same_bits(weights(resumed.model), weights(whole))
 
 
 def test_refusals(tmp_path, monkeypatch) -> None:
-    student, batch, always = LLAMA.make(1), LLAMA.collate(LLAMA.examples(2)), OnPolicy(lmbda=1.0, max_new_tokens=4)
+    student, batch, always = (
+        LLAMA.make(1),
+        LLAMA.collate(LLAMA.examples(2)),
+        OnPolicy(student_share=1.0, max_new_tokens=4),
+    )
     with pytest.raises(SettingError, match=r"lmbda=1.5. It is a share of the batches, in \[0, 1\]"):
-        OnPolicy(lmbda=1.5)
+        OnPolicy(student_share=1.5)
     for settings in ({"alpha": 0.5}, {"alpha": 0.0, "objectives": UniversalLogitMatch()}):
         with pytest.raises(SettingError, match="shows texts that the student wrote, which are no gold labels"):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, **settings)
@@ -192,7 +196,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     with pytest.raises(SettingError, match=r"max_new_tokens=0 \(1 or more\)"):
         make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=OnPolicy(max_new_tokens=0), alpha=1.0)
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):
-        OnPolicy(lmbda=1.0, max_new_tokens=30)({"input_ids": torch.ones(1, 11, dtype=int)}, student, step=0)
+        OnPolicy(student_share=1.0, max_new_tokens=30)({"input_ids": torch.ones(1, 11, dtype=int)}, student, step=0)
     taught = "the teacher has columns of its own"
     for name, told in (("position_ids", "packed"), ("teacher_input_ids", taught), ("x", "'x'")):
         with pytest.raises(DataError, match=told):
@@ -202,7 +206,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
 
 
 def test_in_a_hand_written_loop() -> None:
-    student, view = LLAMA.make(1), OnPolicy(lmbda=1.0, max_new_tokens=4)
+    student, view = LLAMA.make(1), OnPolicy(student_share=1.0, max_new_tokens=4)
     distiller = Distiller(student, LLAMA.make(2), alpha=1.0, divergence="reverse_kl")
     batch = view(LLAMA.collate(LLAMA.examples(2)), student, step=0)
     counts = distiller.count([batch])

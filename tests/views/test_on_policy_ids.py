@@ -17,7 +17,7 @@ from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import ids_not_shared
 from hf_distill.models.generation import set_generation
 from hf_distill.tasks import infer_task
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
@@ -46,7 +46,7 @@ class Recording(OnPolicy):
 @pytest.mark.parametrize(("ours", "theirs", "both"), [(60, 46, True), (46, 60, True), (46, 46, True), (46, 46, False)])
 def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: bool) -> None:
     """Of heads of one width the student's tokenizer alone says which columns are tokens."""
-    view = Recording(lmbda=1.0, max_new_tokens=6)
+    view = Recording(student_share=1.0, max_new_tokens=6)
     trainer = make(
         tmp_path, llama(1, ours), llama(2, theirs), view=view, train_dataset=LLAMA.examples(8), max_steps=1, alpha=1.0,
         data_collator=LLAMA.collate, processing_class=tokenizer(WORDS),
@@ -58,7 +58,7 @@ def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: 
 
 def test_they_are_drawn_from_the_other_columns_as_if_these_were_all() -> None:
     """One token of each of 20,000: frequencies are the softmax over the columns that are left, to 5 standard errors."""
-    student, view = llama(1, 46), OnPolicy(lmbda=1.0, max_new_tokens=1)
+    student, view = llama(1, 46), OnPolicy(student_share=1.0, max_new_tokens=1)
     view.fit(student, infer_task(student), processing_class=tokenizer(WORDS))
     drawn = view({"input_ids": PROMPTS["input_ids"][:1].expand(20_000, 2)}, student, step=0)["labels"][:, 2]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_which_ids_are_shared() -> None:
     def teacher(compared: Any, *embedded: int) -> Any:
         first, *others = (SimpleNamespace(model=LLAMA.make(1, vocab_size=many)) for many in embedded)
         members = [first, SimpleNamespace(teachers=others)]
-        return SimpleNamespace(columns=Columns(student=compared), teachers=members)
+        return SimpleNamespace(columns=HeadAlignment(student=compared), teachers=members)
 
     student = LLAMA.make(1, vocab_size=12)
     gaps = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 5, "c": 11, "never": 30})
@@ -109,7 +109,7 @@ NOT_FOLLOWED: list[dict[str, Any]] = [
 
 
 def written(student: Any) -> list[list[int]]:
-    return OnPolicy(lmbda=1.0, max_new_tokens=3)(PROMPTS, student, step=0)["labels"].tolist()
+    return OnPolicy(student_share=1.0, max_new_tokens=3)(PROMPTS, student, step=0)["labels"].tolist()
 
 
 def test_it_writes_from_its_own_distribution_whatever_its_generation_config_says() -> None:
@@ -152,7 +152,7 @@ def test_an_encoder_decoder_ends_its_texts_itself_and_begins_them_in_its_languag
 
 
 def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> None:
-    view, settings = Recording(lmbda=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
+    view, settings = Recording(student_share=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
     data = {"train_dataset": LLAMA.examples(4), "data_collator": LLAMA.collate}
     inner = Ensemble([LLAMA.make(3), LLAMA.make(4)])
     trainer = make(tmp_path, LLAMA.make(1), Ensemble([LLAMA.make(2), inner]), view=view, **data, **settings)

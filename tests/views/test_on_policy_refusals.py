@@ -18,9 +18,9 @@ from tests.trainer.tiny import assert_same_bits, make, weights
 LLAMA = HEADS["llama_causal_lm"]
 
 
-def trainer_of(folder: Any, teacher: Any = None, *, lmbda: float = 1.0, **settings: Any) -> Any:
+def trainer_of(folder: Any, teacher: Any = None, *, student_share: float = 1.0, **settings: Any) -> Any:
     given = {"train_dataset": LLAMA.examples(8), "data_collator": LLAMA.collate, "max_steps": 1, **settings}
-    view = OnPolicy(lmbda=lmbda, max_new_tokens=4)
+    view = OnPolicy(student_share=student_share, max_new_tokens=4)
     return make(folder, LLAMA.make(1), teacher or LLAMA.make(2), view=view, alpha=1.0, **given)
 
 
@@ -40,9 +40,9 @@ def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) ->
 
 def test_a_teacher_that_was_asked_before(tmp_path) -> None:
     _, _, examples, cached = made(tmp_path / "cache", "llama_causal_lm")
-    for lmbda in (0.0, 1.0):
+    for student_share in (0.0, 1.0):
         with pytest.raises(SettingError, match=r"a cached teacher was asked before\. Use a model as teacher"):
-            trainer_of(tmp_path, cached, lmbda=lmbda, train_dataset=examples)
+            trainer_of(tmp_path, cached, student_share=student_share, train_dataset=examples)
 
 
 def with_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,11 +30,28 @@ from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import source as versions
 from hf_distill.teachers.cache.card import card_of
 from hf_distill.teachers.cache.files import POSITIONS
-from hf_distill.teachers.cache.hidden import KeptRead, by_axis, itemsize, kept_reads, of_inside, wanted
+from hf_distill.teachers.cache.hidden import StoredActivation, by_axis, itemsize, kept_reads, of_inside, wanted
 from hf_distill.teachers.cache.keys import MASK, read_by_teacher
 from hf_distill.teachers.cache.layout import stored
-from hf_distill.teachers.cache.source import Asked, Said, Source, asked_of, examples_named, models_of, with_versions
-from hf_distill.teachers.cache.stores import Dense, Listed, Nothing, Store, TopK, described, rounding_error, store_from
+from hf_distill.teachers.cache.source import (
+    Source,
+    TeacherOutputs,
+    TeacherRunner,
+    asked_of,
+    examples_named,
+    models_of,
+    with_versions,
+)
+from hf_distill.teachers.cache.stores import (
+    Dense,
+    NoPredictions,
+    Store,
+    TopK,
+    TopKFromServer,
+    described,
+    rounding_error,
+    store_from,
+)
 from hf_distill.teachers.model import tokenizer_in
 
 _UNITS = {"example": "examples", "input": "tokens", "decoder": "tokens", "frames": "frames"}
@@ -108,7 +125,7 @@ _LARGE = 4096  # columns from which not all are kept, unless asked for
 _SEES_PADDING = 1e-3  # of the largest prediction; half precision alone makes more than rounding, see `_threshold`
 
 
-def label_reader(asked: Asked, dataset: Any, collator: Any) -> LabelReader:
+def label_reader(asked: TeacherRunner, dataset: Any, collator: Any) -> LabelReader:
     """Of the dataset of a pass. Most teachers are told no labels: those that cannot be read are then left out."""
     config, needed = (
         getattr(unwrapped(asked.learner), "config", None),
@@ -125,7 +142,7 @@ def label_reader(asked: Asked, dataset: Any, collator: Any) -> LabelReader:
     )
 
 
-def refuse_unprocessed_data(asked: Asked, dataset: Any, collator: Any) -> None:
+def refuse_unprocessed_data(asked: TeacherRunner, dataset: Any, collator: Any) -> None:
     """Raises DataError: text that was not tokenized, and no column of the teacher's own either."""
     if not any(name.startswith(TEACHER_PREFIX) for name in columns_of(dataset) or ()):
         refuse_unprocessed(dataset, asked.learner, whose="the dataset", collator=collator)
@@ -230,7 +247,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
     }
 
 
-def _chosen_store(source: Source, said: Said, store: Store | None) -> Store:
+def _chosen_store(source: Source, said: TeacherOutputs, store: Store | None) -> Store:
     """The user's, or the default.
 
     Raises:
@@ -242,11 +259,11 @@ def _chosen_store(source: Source, said: Said, store: Store | None) -> Store:
                 f"store={store!r}: this teacher tells its likeliest columns and the rest as one, which is kept as it "
                 "is. Leave store= out."
             )
-        return Listed(k=int(said.listed.ids.shape[-1]), temperature=said.listed.temperature)
+        return TopKFromServer(k=int(said.listed.ids.shape[-1]), temperature=said.listed.temperature)
     if said.rows is None:
         if store is not None:
             raise SettingError(f"store={store!r} is for predictions, and predictions=False keeps none. Leave one out.")
-        return Nothing()
+        return NoPredictions()
     chosen = store or default_store(source.task, said.width, source.asked.temperature)
     if chosen.lists_columns and source.task.matched_by != "vocabulary":
         raise SettingError(
@@ -260,7 +277,7 @@ def _chosen_store(source: Source, said: Said, store: Store | None) -> Store:
     return chosen
 
 
-def _width(source: Source, said: Said) -> int:
+def _width(source: Source, said: TeacherOutputs) -> int:
     """Columns of the teacher's predictions."""
     return source.asked.compared_width() if said.listed is not None else said.width
 
@@ -394,7 +411,7 @@ class Pass:
         self.device = device
         self.num_workers = num_workers
         self.batch_size: int = plan["padding"]["batch_size"]
-        self._kept: list[KeptRead] = kept_reads(plan.get("inside"))
+        self._kept: list[StoredActivation] = kept_reads(plan.get("inside"))
 
     def _indices(self, shard: int) -> range:
         start, count = shard * self.plan["shard_examples"], self.plan["dataset"]["examples"]
@@ -461,8 +478,8 @@ class Pass:
         fields = {**self._predictions(said, keys, store), **self._inside(said)}
         return {"high": keys[:, 0], "low": keys[:, 1], POSITIONS: said.counts.astype(np.int32), **fields}
 
-    def _predictions(self, said: Said, keys: np.ndarray, store: Store) -> dict[str, np.ndarray]:
-        if said.listed is not None and isinstance(store, Listed):
+    def _predictions(self, said: TeacherOutputs, keys: np.ndarray, store: Store) -> dict[str, np.ndarray]:
+        if said.listed is not None and isinstance(store, TopKFromServer):
             return store.encode_listed(said.listed)
         if said.rows is None:
             return {}
@@ -477,7 +494,7 @@ class Pass:
             )
         return store.encode(rows, keys, said.counts)
 
-    def _inside(self, said: Said) -> dict[str, np.ndarray]:
+    def _inside(self, said: TeacherOutputs) -> dict[str, np.ndarray]:
         fields: dict[str, np.ndarray] = {}
         for now, there in zip(said.inside, self._kept, strict=True):
             if now != there:
@@ -616,7 +633,7 @@ _MEASURED = "measured"  # in the plan: what a resumed pass takes over and does n
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildOptions:
     """How the pass is made; see `TeacherCache.build`."""
 
     batch_size: int
@@ -628,7 +645,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheContents:
     """What is kept of what the teacher says; see `TeacherCache.build`."""
 
     predictions: bool
@@ -639,7 +656,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Given:
+class TrainingSetup:
     """What is known of the training; see `TeacherCache.build`."""
 
     student: Any
@@ -653,7 +670,7 @@ class Given:
 class Builder:
     """One process's part of a pass."""
 
-    def __init__(self, source: Source, folder: Path, state: Any, settings: Settings) -> None:
+    def __init__(self, source: Source, folder: Path, state: Any, settings: BuildOptions) -> None:
         self.source = source
         self.folder = folder
         self.state = state
@@ -663,7 +680,7 @@ class Builder:
 
     @classmethod
     def prepared(
-        cls, teacher: Any, dataset: Any, folder: Path, given: Given, kept: Kept, settings: Settings
+        cls, teacher: Any, dataset: Any, folder: Path, given: TrainingSetup, kept: CacheContents, settings: BuildOptions
     ) -> Builder:
         """Raises:
         SettingError, TeacherError: see the messages; nothing is written.

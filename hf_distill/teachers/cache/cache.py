@@ -21,8 +21,8 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.cache import files, layout
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout as inside_layout
-from hf_distill.teachers.cache.build import Builder, Given, Kept, Settings
-from hf_distill.teachers.cache.files import POSITIONS, Mapped, counts_of
+from hf_distill.teachers.cache.build import Builder, BuildOptions, CacheContents, TrainingSetup
+from hf_distill.teachers.cache.files import POSITIONS, MemoryMappedShards, counts_of
 from hf_distill.teachers.cache.hidden import CachedInside
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, content_keys, read_by_teacher
 from hf_distill.teachers.cache.size import readable
@@ -65,7 +65,7 @@ class TeacherCache:
         self._fields = list(fields)
         columns = {name: (POSITIONS, field.width) for name, field in fields.items()}
         columns |= {one.field: (one.counts, one.width) for one in self.inside.kept}
-        self._mapped = Mapped(self.path, [one["file"] for one in self.manifest["shards"]], columns)
+        self._mapped = MemoryMappedShards(self.path, [one["file"] for one in self.manifest["shards"]], columns)
 
     @classmethod
     def build(
@@ -108,7 +108,7 @@ class TeacherCache:
             predictions: False: none are kept, for training on objectives alone (`alpha=None`).
             temperature: of the training, for teachers whose predictions hold for one (a mean of probabilities).
             objectives: of the training: what they read of the teacher's inside is kept. reads: what to keep by name,
-                ("hidden", block) or a `Read`. inside_dtype: "float16", "bfloat16" or "float32".
+                ("hidden", block) or a `ActivationKey`. inside_dtype: "float16", "bfloat16" or "float32".
             dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file, which are lost at most when the pass
                 is interrupted; None: 256 or a thousandth of all, and no more than 64 MB.
             accelerator: None: processes and device as Accelerate finds them.
@@ -125,9 +125,9 @@ class TeacherCache:
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
-        given = Given(student, task, data_collator, processing_class, dtype, accelerator)
-        kept = Kept(predictions, temperature, objectives, reads, inside_dtype)
-        settings = Settings(batch_size, store, shard_examples, num_workers, say, progress)
+        given = TrainingSetup(student, task, data_collator, processing_class, dtype, accelerator)
+        kept = CacheContents(predictions, temperature, objectives, reads, inside_dtype)
+        settings = BuildOptions(batch_size, store, shard_examples, num_workers, say, progress)
         fresh = Builder.prepared(teacher, dataset, Path(path), given, kept, settings).run()
         return cls(path, verify=not fresh)
 

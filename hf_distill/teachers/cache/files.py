@@ -129,7 +129,7 @@ Spans = list[tuple[int, int, int]]
 POSITIONS = "positions"  # the column that says how many rows of predictions each example has
 
 
-class Mapped:
+class MemoryMappedShards:
     """The shards and the index of a finished cache.
 
     Args:

@@ -15,8 +15,8 @@ from torch import nn
 
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.models.blocks import SIDES, Blocks, Features
-from hf_distill.models.capture import Inside
-from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Read
+from hf_distill.models.capture import ActivationCapture
+from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
 from hf_distill.tasks import Task
 from hf_distill.teachers.load import DTYPE_ALIASES
 
@@ -30,7 +30,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedActivations:
     """What is to be read of the teacher.
 
     Attributes:
@@ -38,21 +38,21 @@ class Wanted:
         inside: the teacher's. dtype: on the disk.
     """
 
-    reads: Mapping[Read, str | None]
-    inside: Inside
+    reads: Mapping[ActivationKey, str | None]
+    inside: ActivationCapture
     dtype: str
 
-    def blocks(self, read: Read) -> Blocks:
+    def blocks(self, read: ActivationKey) -> Blocks:
         return self.inside.blocks(read.side, read.stack)
 
 
 @dataclass(frozen=True)
-class KeptRead:
+class StoredActivation:
     """A read as the manifest describes it.
 
     Attributes:
-        field: its column in the shards. what, layer: as `Read` has them. path: of the list of blocks.
-        pools: see `Wanted`. axis: what its positions run along. width: numbers a position.
+        field: its column in the shards. what, layer: as `ActivationKey` has them. path: of the list of blocks.
+        pools: see `WantedActivations`. axis: what its positions run along. width: numbers a position.
     """
 
     field: str
@@ -81,7 +81,7 @@ class KeptRead:
 
 def wanted(
     inside: Any, *, objectives: Any, reads: Iterable[Any] | None, student: Any, task: Task, dtype: str
-) -> Wanted | None:
+) -> WantedActivations | None:
     """What objectives will ask of this teacher, and what is named beside; None: nothing.
 
     Raises:
@@ -93,18 +93,18 @@ def wanted(
         raise SettingError(f"inside_dtype={dtype!r}: allowed are {', '.join(DTYPES)}.{hint}")
     if not _listed(objectives) and not reads:
         return None
-    if not isinstance(inside, Inside):
+    if not isinstance(inside, ActivationCapture):
         raise TeacherError(
             "objectives= and reads= keep what blocks of a model compute, and this teacher shows nothing of its inside. "
             "Build the cache of one model, or leave them out."
         )
-    found: dict[Read, set[str | None]] = {}
+    found: dict[ActivationKey, set[str | None]] = {}
     for objective in _listed(objectives):
         for read in sorted(_asked_by(objective, inside, student, task), key=str):
             found.setdefault(read, set()).add(getattr(objective, "pools", None))
     for read in reads or ():
-        found.setdefault(Read(*((read,) if isinstance(read, str) else read)), set()).add(None)
-    merged: dict[tuple[str, int, str], tuple[Read, set[str | None]]] = {}
+        found.setdefault(ActivationKey(*((read,) if isinstance(read, str) else read)), set()).add(None)
+    merged: dict[tuple[str, int, str], tuple[ActivationKey, set[str | None]]] = {}
     for read, pools in found.items():
         path = _checked(read, inside).path
         merged.setdefault((read.what, _layer(read), path), (read, set()))[1].update(pools)
@@ -112,7 +112,7 @@ def wanted(
         read._replace(layer=_layer(read)): next(iter(pools)) if len(pools) == 1 else None
         for read, pools in merged.values()
     }
-    return Wanted({read: one_way[read] for read in sorted(one_way, key=_in_order)}, inside, dtype)
+    return WantedActivations({read: one_way[read] for read in sorted(one_way, key=_in_order)}, inside, dtype)
 
 
 def _listed(objectives: Any) -> list[Any]:
@@ -124,19 +124,19 @@ def _listed(objectives: Any) -> list[Any]:
     return list(objectives) if isinstance(objectives, Sequence) else [objectives]
 
 
-def _asked_by(objective: Any, inside: Inside, student: Any, task: Task) -> frozenset[Read]:
+def _asked_by(objective: Any, inside: ActivationCapture, student: Any, task: Task) -> frozenset[ActivationKey]:
     if student is None:
         raise SettingError(
             "objectives=: which blocks of the teacher they match depends on the student. Pass student=, or name what "
             'is to be kept: reads=[("hidden", 3), ("hidden", 7)].'
         )
     fitted = copy.copy(objective)  # what it learns of a build is no part of the user's
-    fitted.fit(Inside(student, "student"), inside, task, model=student, seed=0)
-    asked: frozenset[Read] = fitted.teacher_needs.reads
+    fitted.fit(ActivationCapture(student, "student"), inside, task, model=student, seed=0)
+    asked: frozenset[ActivationKey] = fitted.teacher_needs.reads
     return asked
 
 
-def _checked(read: Read, inside: Inside) -> Blocks:
+def _checked(read: ActivationKey, inside: ActivationCapture) -> Blocks:
     if read.what == ATTENTION:
         raise SettingError(
             "a cache keeps no attention maps: they take length² numbers a head of each layer, far more than all else. "
@@ -155,16 +155,16 @@ def _checked(read: Read, inside: Inside) -> Blocks:
     return blocks
 
 
-def _layer(read: Read) -> int:
+def _layer(read: ActivationKey) -> int:
     """What the head reads is of no block: whichever an objective names there."""
     return 0 if read.what == LAST_HIDDEN else read.layer
 
 
-def _in_order(read: Read) -> tuple[str, str, str, int]:
+def _in_order(read: ActivationKey) -> tuple[str, str, str, int]:
     return (read.side or "", read.stack or "", read.what, read.layer)
 
 
-def of_inside(wanted: Wanted, kept: Mapping[KeptRead, Any]) -> dict[str, Any]:
+def of_inside(wanted: WantedActivations, kept: Mapping[StoredActivation, Any]) -> dict[str, Any]:
     """What the manifest says: the reads, and of the blocks as much as objectives ask for.
 
     Args:
@@ -181,14 +181,14 @@ def of_inside(wanted: Wanted, kept: Mapping[KeptRead, Any]) -> dict[str, Any]:
     }
 
 
-def kept_reads(manifest: Mapping[str, Any] | None) -> list[KeptRead]:
+def kept_reads(manifest: Mapping[str, Any] | None) -> list[StoredActivation]:
     """Of a manifest's part on the inside."""
-    return [] if manifest is None else [KeptRead(**one) for one in manifest["kept"]]
+    return [] if manifest is None else [StoredActivation(**one) for one in manifest["kept"]]
 
 
-def by_axis(manifest: Mapping[str, Any] | None) -> dict[str, list[KeptRead]]:
+def by_axis(manifest: Mapping[str, Any] | None) -> dict[str, list[StoredActivation]]:
     """What each is kept along → the reads."""
-    found: dict[str, list[KeptRead]] = {}
+    found: dict[str, list[StoredActivation]] = {}
     for one in kept_reads(manifest):
         found.setdefault(one.along, []).append(one)
     return found
@@ -198,7 +198,7 @@ def itemsize(dtype: str) -> int:
     return DTYPES[dtype].itemsize
 
 
-def _plain(inside: Inside, side: str | None, stack: str | None) -> dict[str, Any]:
+def _plain(inside: ActivationCapture, side: str | None, stack: str | None) -> dict[str, Any]:
     try:
         blocks = inside.blocks(side, stack)
     except SettingError:
@@ -206,7 +206,7 @@ def _plain(inside: Inside, side: str | None, stack: str | None) -> dict[str, Any
     return {name: getattr(blocks, name) for name in ("path", "length", "width", "heads", "of_decoder")}
 
 
-def field_names(wanted: Wanted) -> list[str]:
+def field_names(wanted: WantedActivations) -> list[str]:
     """A name for each read: `hidden_3`, `hidden_embeddings`, `values_11`, `encoder_hidden_0`, …"""
     paths = list(dict.fromkeys(wanted.blocks(read).path for read in wanted.reads))
     names = []
@@ -222,10 +222,10 @@ def field_names(wanted: Wanted) -> list[str]:
 
 
 class CachedInside:
-    """The inside of a teacher as its cache remembers it: what `Inside` tells objectives of blocks, and no modules.
+    """The inside of a teacher as its cache remembers it: what `ActivationCapture` tells objectives of blocks, and no modules.
 
     Args:
-        manifest: its part on the inside; None: predictions alone were kept. start_token: as `Inside.start_token`.
+        manifest: its part on the inside; None: predictions alone were kept. start_token: as `ActivationCapture.start_token`.
     """
 
     def __init__(self, manifest: Mapping[str, Any] | None, *, start_token: int | None = None) -> None:
@@ -234,7 +234,7 @@ class CachedInside:
         self.kept = kept_reads(manifest)
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
-        """As `Inside.blocks`.
+        """As `ActivationCapture.blocks`.
 
         Raises:
             TeacherError: nothing of the inside is kept, or nothing of this side.
@@ -252,7 +252,7 @@ class CachedInside:
             features={(kept.what, kept.layer): Features(2, kept.width) for kept in hidden},
         )
 
-    def find(self, read: Read) -> KeptRead:
+    def find(self, read: ActivationKey) -> StoredActivation:
         """Where a read is kept.
 
         Raises:
@@ -267,12 +267,12 @@ class CachedInside:
                 "a cached teacher shows no attention maps: they take length² numbers a head of each layer. Use "
                 "RelationMatch or HiddenMatch, or the live teacher."
             )
-        asked = KeptRead("", read.what, read.layer, path, None, "", 0)
+        asked = StoredActivation("", read.what, read.layer, path, None, "", 0)
         raise TeacherError(
             f"the cache holds no {asked} of its teacher; of {path!r} it holds {self._there(path)}. {_WAY}"
         )
 
-    def check(self, read: Read, pools: str | None) -> KeptRead:
+    def check(self, read: ActivationKey, pools: str | None) -> StoredActivation:
         """Where a read is kept for this use of it.
 
         Raises:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.positions import Positions
+from hf_distill.models.positions import PositionRule
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import OWN_TASK, batch_size, output_named
-from hf_distill.teachers.cache.hidden import DTYPES, KeptRead
+from hf_distill.teachers.cache.hidden import DTYPES, StoredActivation
 from hf_distill.teachers.cache.keys import MASK, decoder_lengths
-from hf_distill.vocabulary import Columns
+from hf_distill.vocabulary import HeadAlignment
 
 Axis = Literal["example", "input", "decoder", "frames"]
 AXES: tuple[str, ...] = get_args(Axis)
@@ -64,11 +64,11 @@ class RawRead(Task):
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    def read(self, outputs: Any, batch: Batch, columns: Columns, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         if self._task.kind == "span":
             return torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), -1)
         if self._task.kind == "embedding":
-            return self._task.read(outputs, batch, Columns(), teacher=True)
+            return self._task.read(outputs, batch, HeadAlignment(), teacher=True)
         logits = output_named("logits", outputs)
         return logits[:, None] if logits.dim() == 1 else logits
 
@@ -192,7 +192,7 @@ def _width_of_decoder(batch: Batch) -> int:
     raise DataError(f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}.")
 
 
-def axis_of_hidden(batch: Mapping[str, Any], positions: Positions, *, kind: str, of_decoder: bool) -> str:
+def axis_of_hidden(batch: Mapping[str, Any], positions: PositionRule, *, kind: str, of_decoder: bool) -> str:
     """What hidden states run along: "tokens", "decoder", "frames", or "all" (the same number for every example)."""
     if of_decoder and (kind == "seq2seq" or batch.get("decoder_input_ids") is not None):
         return "decoder"
@@ -245,7 +245,7 @@ def _pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), chosen].masked_fill(~keep.any(1)[:, None], 0)
 
 
-def lay_hidden(rows: Tensor, counts: np.ndarray, kept: KeptRead, batch: Mapping[str, Any]) -> Tensor:
+def lay_hidden(rows: Tensor, counts: np.ndarray, kept: StoredActivation, batch: Mapping[str, Any]) -> Tensor:
     """`[p d]` → `[b t d]` with 0 where nothing belongs (of choices `[b choices·t d]`); pooled: `[b r d]`.
 
     Raises:
@@ -265,7 +265,7 @@ def lay_hidden(rows: Tensor, counts: np.ndarray, kept: KeptRead, batch: Mapping[
 
 
 def shown(
-    laid: Tensor, kept: KeptRead, batch: Mapping[str, Any], positions: Positions, counts: Tensor | None
+    laid: Tensor, kept: StoredActivation, batch: Mapping[str, Any], positions: PositionRule, counts: Tensor | None
 ) -> Tensor:
     """What `lay` gave as the teacher's own hidden states would be: `[m t d]` in full precision.
 
@@ -293,7 +293,7 @@ def shown(
     return x if ids is None else x.view(-1, ids.shape[-1], x.shape[-1])
 
 
-def stored(rows: Tensor, kept: KeptRead, dtype: str) -> np.ndarray:
+def stored(rows: Tensor, kept: StoredActivation, dtype: str) -> np.ndarray:
     """`[p d]` as it lies on the disk.
 
     Raises:

@@ -19,8 +19,8 @@ from torch import Tensor
 from hf_distill.data.columns import why_not_collated
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError, SettingError, TeacherError
-from hf_distill.models.positions import Positions
-from hf_distill.signals import Needs, Read, SparseRows
+from hf_distill.models.positions import PositionRule
+from hf_distill.signals import ActivationKey, Needs, SparseRows
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, batch_size
 from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
@@ -28,7 +28,7 @@ from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
-from hf_distill.teachers.cache.hidden import KeptRead, Wanted, field_names
+from hf_distill.teachers.cache.hidden import StoredActivation, WantedActivations, field_names
 from hf_distill.teachers.cache.keys import content_keys, differences, key_columns, read_by_teacher
 from hf_distill.teachers.load import as_dtype, kind_of_checkpoint, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_in
@@ -97,10 +97,10 @@ class Answer:
 
     raw: Tensor | None
     sparse: SparseRows | None
-    inside: Mapping[Read, Tensor]
+    inside: Mapping[ActivationKey, Tensor]
 
 
-class Asked:
+class TeacherRunner:
     """A teacher as a pass asks it.
 
     Args:
@@ -133,7 +133,7 @@ class Asked:
         """Args: accelerator: None: `state` (a `PartialState`) alone says where the batches are."""
         self.teacher.place(accelerator or _Here(state))
 
-    def ask(self, batch: Batch, *, predictions: bool, reads: frozenset[Read]) -> Answer:
+    def ask(self, batch: Batch, *, predictions: bool, reads: frozenset[ActivationKey]) -> Answer:
         needs = Needs(predictions, reads, self.temperature or 1.0)
         read = layout.RawRead(self.task) if self.model is not None else self.task
         said = self.teacher(read, batch, needs)
@@ -175,7 +175,7 @@ def asked_of(
     temperature: float | None,
     processor: Any,
     predictions: bool,
-) -> Asked:
+) -> TeacherRunner:
     """The teacher that `TeacherCache.build` was given, ready but for its place.
 
     Raises:
@@ -193,7 +193,7 @@ def asked_of(
         made = make_task(learner, task)
         made.learn_from(getattr(model.model, "config", None))
         model.prepare_inputs(learner, made, tokenizer=model.tokenizer or tokenizer_in(processor))
-        return Asked(model, made, learner, None)
+        return TeacherRunner(model, made, learner, None)
     _refuse_what_cannot_be_asked(teacher, student, dtype)
     made = make_task(student, task)
     teacher.fit(student, made, student_processor=processor, compares_predictions=predictions)
@@ -203,7 +203,7 @@ def asked_of(
             "order; a cache would have to remember which. Use teachers with the student's tokenizer."
         )
     _refuse_moving(teacher, getattr(teacher, "state", dict)() or getattr(teacher, "hear", None) is not None)
-    return Asked(teacher, made, student, _temperature_of(teacher, made, temperature))
+    return TeacherRunner(teacher, made, student, _temperature_of(teacher, made, temperature))
 
 
 def models_of(teacher: Any) -> list[Any]:
@@ -305,7 +305,7 @@ _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
-class Said:
+class TeacherOutputs:
     """What was said of a batch, real positions alone.
 
     Attributes:
@@ -317,7 +317,7 @@ class Said:
     counts: np.ndarray
     rows: Tensor | None
     listed: SparseRows | None
-    inside: dict[KeptRead, tuple[Tensor, np.ndarray]]
+    inside: dict[StoredActivation, tuple[Tensor, np.ndarray]]
     prepared: Batch
 
     @property
@@ -337,11 +337,11 @@ class Source:
         labels: reads those of the dataset.
     """
 
-    asked: Asked
+    asked: TeacherRunner
     dataset: Any
     collator: Callable[..., Any]
     processor: Any
-    wanted: Wanted | None
+    wanted: WantedActivations | None
     predictions: bool
     labels: LabelReader
 
@@ -408,7 +408,7 @@ class Source:
     def keys(self, batch: Batch, columns: list[str] | tuple[str, ...]) -> np.ndarray:
         return content_keys(batch, columns, main=self.main)
 
-    def said(self, batch: Batch, device: Any) -> Said:
+    def said(self, batch: Batch, device: Any) -> TeacherOutputs:
         """What the teacher says of a collated batch."""
         prepared = self.prepared(batch)
         reads = frozenset(self.wanted.reads) if self.wanted is not None else frozenset()
@@ -416,12 +416,12 @@ class Source:
         inside = dict(self._inside(answer.inside, prepared))
         if answer.sparse is not None:
             listed, counts = self._listed(answer.sparse, prepared)
-            return Said(counts, None, listed, inside, prepared)
+            return TeacherOutputs(counts, None, listed, inside, prepared)
         if answer.raw is None:
-            return Said(np.ones(batch_size(prepared), dtype=np.int64), None, None, inside, prepared)
+            return TeacherOutputs(np.ones(batch_size(prepared), dtype=np.int64), None, None, inside, prepared)
         layout.refuse_other_axes(answer.raw, self.axis, self.task.kind)
         rows, counts = self._cut(answer.raw, prepared)
-        return Said(counts, rows, None, inside, prepared)
+        return TeacherOutputs(counts, rows, None, inside, prepared)
 
     def prepared(self, batch: Batch) -> dict[str, Any]:
         return self.task.prepare(dict(batch), self.student)
@@ -443,8 +443,8 @@ class Source:
         return replace(sparse, ids=ids, log_probabilities=log_p, log_tail=tail), counts
 
     def _inside(
-        self, seen: Mapping[Read, Tensor], batch: Batch
-    ) -> Iterator[tuple[KeptRead, tuple[Tensor, np.ndarray]]]:
+        self, seen: Mapping[ActivationKey, Tensor], batch: Batch
+    ) -> Iterator[tuple[StoredActivation, tuple[Tensor, np.ndarray]]]:
         if self.wanted is None:
             return
         own = read_by_teacher(batch, self.main)
@@ -452,18 +452,18 @@ class Source:
             blocks, x = self.wanted.blocks(read), seen[read]
             axis = self.axis_of(read, own)
             mask = self.positions(read).keep(own) if axis == "frames" else inside_layout.mask_of(axis, own)
-            kept = KeptRead(name, read.what, read.layer, blocks.path, pools, axis, int(x.shape[-1]))
+            kept = StoredActivation(name, read.what, read.layer, blocks.path, pools, axis, int(x.shape[-1]))
             yield kept, inside_layout.cut_hidden(x, mask, pools, batch_size(batch))
 
-    def axis_of(self, read: Read, own: Mapping[str, Any]) -> str:
+    def axis_of(self, read: ActivationKey, own: Mapping[str, Any]) -> str:
         assert self.wanted is not None
         of_decoder = self.wanted.blocks(read).of_decoder
         return inside_layout.axis_of_hidden(own, self.positions(read), kind=self.task.kind, of_decoder=of_decoder)
 
-    def positions(self, read: Read) -> Positions:
+    def positions(self, read: ActivationKey) -> PositionRule:
         """Of the teacher, whose hidden states they are."""
         assert self.wanted is not None
-        return Positions(self.asked.model, self.task, of_decoder=self.wanted.blocks(read).of_decoder)
+        return PositionRule(self.asked.model, self.task, of_decoder=self.wanted.blocks(read).of_decoder)
 
     def counted(self, batch: Batch) -> dict[str, float]:
         """Axis → positions in all of this batch, as far as they are known without asking the teacher."""

@@ -216,7 +216,7 @@ def described(store: Store) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoPredictions:
     """No prediction: what `TeacherCache.build(predictions=False)` keeps of them."""
 
     name = "nothing"
@@ -245,14 +245,14 @@ class Nothing:
         )
 
 
-STORES[Nothing.name] = Nothing
+STORES[NoPredictions.name] = NoPredictions
 
 
 _ARROW = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
-class Listed:
+class TopKFromServer:
     """The columns that the teacher told, and its tail, for the temperature that they are of.
 
     Where a row was not asked for (no label counted there), its tail is NaN.
@@ -261,7 +261,7 @@ class Listed:
         k: columns a row, at most; what a row lists beyond is put into the tail, the likeliest first.
         temperature: of the probabilities. dtype: of the log-probabilities, "float16" or "float32".
 
-    >>> sum(field.bytes for field in Listed(20).fields(32_000).values())
+    >>> sum(field.bytes for field in TopKFromServer(20).fields(32_000).values())
     124
     """
 
@@ -318,7 +318,7 @@ class Listed:
             )
 
 
-STORES[Listed.name] = Listed
+STORES[TopKFromServer.name] = TopKFromServer
 
 
 _ARROW = {"float16": np.float16, "float32": np.float32}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError
-from hf_distill.models.positions import Positions
-from hf_distill.signals import Needs, Read, Signals, SparseRows
+from hf_distill.models.positions import PositionRule
+from hf_distill.signals import ActivationKey, Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
@@ -29,8 +29,8 @@ from hf_distill.teachers.cache.files import POSITIONS
 from hf_distill.teachers.cache.hidden import CachedInside
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, read_by_teacher
 from hf_distill.teachers.cache.source import refuse_other_versions
-from hf_distill.teachers.cache.stores import Dense, Listed
-from hf_distill.vocabulary import Columns
+from hf_distill.teachers.cache.stores import Dense, TopKFromServer
+from hf_distill.vocabulary import HeadAlignment
 
 
 def remembered(cache: TeacherCache) -> Any:
@@ -45,7 +45,9 @@ def remembered(cache: TeacherCache) -> Any:
     )
 
 
-def matched_columns(cache: TeacherCache, student: Any, task: Task, *, processor: Any, label_matching: str) -> Columns:
+def matched_columns(
+    cache: TeacherCache, student: Any, task: Task, *, processor: Any, label_matching: str
+) -> HeadAlignment:
     """The columns that the student's head and the cache have in common.
 
     Raises:
@@ -71,11 +73,11 @@ def matched_columns(cache: TeacherCache, student: Any, task: Task, *, processor:
     return columns
 
 
-def known_columns(cache: TeacherCache, task: Task, *, processor: Any) -> Columns:
+def known_columns(cache: TeacherCache, task: Task, *, processor: Any) -> HeadAlignment:
     """Of heads whose columns are not paired: over a vocabulary, those that each one's own tokenizer can write."""
     ours = fitting.known_columns(task, (fitting.tokenizer_in(processor), None))
     theirs = (cache.manifest["processor"] or {}).get("ids") if task.matched_by == "vocabulary" else None
-    return Columns(ours.student, theirs)
+    return HeadAlignment(ours.student, theirs)
 
 
 def refuse_other_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
@@ -217,12 +219,12 @@ class CachedTeacher:
         label_matching: str = "by_name",
     ) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
-        self.columns = Columns()
+        self.columns = HeadAlignment()
         self.slot = ""
         self._label_matching = label_matching
         self._told = False
         self._fields: frozenset[str] | None = None  # of the inside, that objectives ask for; None: not known
-        self._positions: dict[bool, Positions] = {}
+        self._positions: dict[bool, PositionRule] = {}
         mask = ("attention_mask",) if self.cache.manifest["inputs"]["masked"] else ()
         self.inputs = tuple(dict.fromkeys([*self.cache.columns, *mask]))
         if teacher is not None:
@@ -274,7 +276,7 @@ class CachedTeacher:
         own = self._along_the_task(laid, task, batch)
         listed = self.cache.store.sparse_rows(own, needs.temperature)
         if listed is not None:
-            if isinstance(self.cache.store, Listed):
+            if isinstance(self.cache.store, TopKFromServer):
                 _refuse_not_asked(listed, task, batch)
             return Signals(logits=None, columns=self.columns, inside=inside, sparse=listed)
         assert isinstance(self.cache.store, Dense)  # every other store lists columns
@@ -331,7 +333,7 @@ class CachedTeacher:
         else:
             self.columns = known_columns(self.cache, task, processor=student_processor)
         task.learn_from(remembered(self.cache).config)
-        self._positions = {side: Positions(student, task, of_decoder=side) for side in (False, True)}
+        self._positions = {side: PositionRule(student, task, of_decoder=side) for side in (False, True)}
 
     def place(self, accelerator: Any) -> None:
         """Nothing: the answers travel with the batch."""
@@ -341,7 +343,7 @@ class CachedTeacher:
 
     # Answers.
 
-    def _answers(self, task: Task, batch: Batch, reads: Iterable[Read]) -> dict[str, Tensor]:
+    def _answers(self, task: Task, batch: Batch, reads: Iterable[ActivationKey]) -> dict[str, Tensor]:
         """What is kept, as the batch lies, on its device: that came with the batch, or is looked up now."""
         prefix = f"{CACHED_PREFIX}{self.slot}"
         fields = {self.cache.inside.find(read).field for read in reads}
@@ -365,7 +367,7 @@ class CachedTeacher:
         rows = task.rows(read_by_teacher(batch, self.cache.main)) // batch_size(batch)
         return {name: layout.lengthened(laid[name], rows) for name in names}
 
-    def _shown(self, read: Read, laid: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def _shown(self, read: ActivationKey, laid: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """One read as the teacher's own hidden states would be."""
         kept = self.cache.inside.find(read)
         positions = self._positions[self.cache.inside.blocks(read.side, read.stack).of_decoder]

@@ -19,7 +19,7 @@ from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import model as fitting
 from hf_distill.teachers.served.client import APIS, Endpoint, Row, Tokens, read
 from hf_distill.teachers.served.rows import ListedRows, listed_rows
-from hf_distill.vocabulary import Columns, match_vocabularies
+from hf_distill.vocabulary import HeadAlignment, match_vocabularies
 
 logger = logging.getLogger(__name__)
 _PROBED = 32  # tokens of the prompt that is scored before the training, to see what the server can do
@@ -79,7 +79,7 @@ class ServedTeacher:
             raise SettingError(f"timeout_s={timeout_s!r}: must be a number of seconds above 0.")
         if not hasattr(fitting.tokenizer_in(tokenizer), "get_vocab"):
             raise SettingError(f"tokenizer is a {type(tokenizer).__name__}: give that of the served model.")
-        self.columns = Columns()
+        self.columns = HeadAlignment()
         self._api, self._model, self._k = APIS[api], model, top_logprobs
         self._tokenizer = fitting.tokenizer_in(tokenizer)
         self._batch_size, self._max_concurrency = batch_size, max_concurrency
@@ -277,7 +277,7 @@ def _head_width(student: Any) -> int:
     return int(student.config.get_text_config(decoder=True).vocab_size)
 
 
-def _columns_of_tokens(columns: Columns, width: int) -> np.ndarray:
+def _columns_of_tokens(columns: HeadAlignment, width: int) -> np.ndarray:
     """`[tokens]` the compared column of each token id, -1: none. (Shared tokens have one id in both vocabularies.)"""
     if isinstance(columns.student, tuple):
         found = np.full(max(columns.student) + 1, -1, dtype=np.int64)

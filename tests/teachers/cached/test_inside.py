@@ -19,7 +19,7 @@ from hf_distill import (
     SimilarityMatch,
     TeacherError,
 )
-from hf_distill.signals import Read
+from hf_distill.signals import ActivationKey
 from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache
 from hf_distill.teachers.cache import files
 from tests.heads import HEADS
@@ -107,7 +107,7 @@ def test_training_is_the_live_training(tmp_path: Path) -> None:
 def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
     """What transformers shows as hidden states; each position of each example, without padding."""
     head, (_, teacher, some) = HEADS[NAME], deep()
-    reads = [("hidden", -1), ("hidden", 0), "last_hidden", Read("values", 2)]
+    reads = [("hidden", -1), ("hidden", 0), "last_hidden", ActivationKey("values", 2)]
     cache = kept(tmp_path, None, reads=reads, student=None, inside_dtype="bfloat16")
     assert [one.field for one in cache.inside.kept] == ["hidden_embeddings", "hidden_0", "last_hidden", "values_2"]
     batch = head.collate(some)
