@@ -88,20 +88,20 @@ def of_a_model(options: argparse.Namespace, name: str, divergence: str, seed: in
     models = [head.make(2 * seed + one).to(dtype) for one in (1, 2)]
     batch = {key: x.to(dtype) if x.is_floating_point() else x for key, x in head.batch(8).items()}
 
-    def gradients(dtype: torch.dtype, *, materialize: bool) -> list[Tensor]:
+    def gradients(dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
         student, teacher = (copy.deepcopy(model).to(dtype) for model in models)
         given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
         knobs: dict[str, Any] = {"divergence": divergence, "alpha": ALPHA, "temperature": TEMPERATURE}
-        distiller = Distiller(student, teacher, materialize_logits=materialize, **knobs)
-        counts = distiller.count([given])
+        distiller = Distiller(student, teacher, fused_loss=fused, **knobs)
+        counts = distiller.begin_step([given])
         if dtype == torch.float64:
             counts = replace(counts, denominators={term: x.double() for term, x in counts.denominators.items()})
-        distiller(student, given, counts=counts).loss.backward()
+        distiller(student, given, counts).loss.backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
 
-    exact = gradients(torch.float64, materialize=True)
-    ways = {"whole logits": True, "without": False}
-    return {f"all, {way}": apart(gradients(dtype, materialize=how), exact) for way, how in ways.items()}
+    exact = gradients(torch.float64, fused=False)
+    ways = {"whole logits": False, "without": True}
+    return {f"all, {way}": apart(gradients(dtype, fused=how), exact) for way, how in ways.items()}
 
 
 def line(title: str, found: Sequence[dict[str, float]]) -> str:

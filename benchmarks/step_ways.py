@@ -189,11 +189,11 @@ def trained(trainer: Any, steps: Steps) -> None:
     steps.first_loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
 
 
-def ours(setting: Setting, steps: Steps, *, materialize: bool | None) -> None:
+def ours(setting: Setting, steps: Steps, *, fused: bool | None) -> None:
     """DistillationTrainer; None: its own choice."""
     options = setting.options
     with tempfile.TemporaryDirectory() as folder:
-        knobs = {"alpha": options.alpha, "temperature": options.temperature, "materialize_logits": materialize}
+        knobs = {"alpha": options.alpha, "temperature": options.temperature, "fused_loss": fused}
         args = DistillationArguments(**common(setting, folder), **knobs)
         given = {"train_dataset": setting.examples(), "data_collator": collate, "callbacks": [steps]}
         trained(DistillationTrainer(setting.begin(), args, teacher_model=setting.teacher, **given), steps)
@@ -221,9 +221,9 @@ def trl(setting: Setting, steps: Steps) -> None:
 WAYS: dict[str, Callable[[Setting, Steps], None]] = {
     BARE: bare,
     TRL: trl,
-    WHOLE: lambda setting, steps: ours(setting, steps, materialize=True),
+    WHOLE: lambda setting, steps: ours(setting, steps, fused=False),
     # None, its default, where the vocabulary is large enough for that to be without logits.
     OURS: lambda setting, steps: ours(
-        setting, steps, materialize=None if setting.options.vocabulary >= LARGE else False
+        setting, steps, fused=None if setting.options.vocabulary >= LARGE else True
     ),
 }

@@ -70,11 +70,11 @@ def main() -> None:
         batches = iter(train)
         while window := list(islice(batches, script.accumulation)):
             # The denominators of the whole step, over all micro-batches and processes: nothing is divided afterwards.
-            counts = distiller.count(window, accelerator, progress=step / steps)
+            counts = distiller.begin_step(window, accelerator, progress=step / steps)
             found = []
             for batch in window:
                 with contextlib.nullcontext() if batch is window[-1] else accelerator.no_sync(student):
-                    output = distiller(student, batch, counts=counts, progress=step / steps)
+                    output = distiller(student, batch, counts, progress=step / steps)
                     accelerator.backward(output.loss)
                 found.append(output.terms)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)

@@ -7,11 +7,8 @@ torch and transformers take seconds.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_distill import trainer as trainer_parts
-
 if TYPE_CHECKING:
-    from hf_distill.blend import DistillerOutput
-    from hf_distill.ddp import Counts
+    from hf_distill.blend import DistillerOutput, Step
     from hf_distill.distiller import Distiller
     from hf_distill.errors import (
         DataError,
@@ -63,7 +60,6 @@ __all__ = [
     "CachedTeacher",
     "Chain",
     "CosineEmbedding",
-    "Counts",
     "DataError",
     "DistillationArguments",
     "DistillationMixin",
@@ -89,6 +85,7 @@ __all__ = [
     "SimilarityMatch",
     "Snapshot",
     "Stage",
+    "Step",
     "Task",
     "Teacher",
     "TeacherCache",
@@ -103,9 +100,8 @@ __all__ = [
 # The imports above, for run time: tests/test_lazy_imports.py compares the two.
 _MODULES = {
     "trainer.arguments": ("DistillationArguments", "Seq2SeqDistillationArguments"),
-    "blend": ("DistillerOutput",),
+    "blend": ("DistillerOutput", "Step"),
     "runs": ("Chain", "Link", "train_in_stages"),
-    "ddp": ("Counts",),
     "distiller": ("Distiller",),
     "errors": ("DataError", "HfDistillError", "MissingExtraError", "SettingError", "TeacherError", "TrainingError"),
     "layer_map": ("LayerMap",),
@@ -141,12 +137,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _write_card(facts: Any, output_dir: str) -> Any:
-    from hf_distill.hub import write_card
-
-    return write_card(facts, output_dir)
-
-
-trainer_parts.card_renderer = _write_card  # the trainer and the card do not import each other: they meet here

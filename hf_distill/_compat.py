@@ -130,7 +130,7 @@ def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
 
 
 @contextlib.contextmanager
-def hearing_attention(listen: Callable[..., None]) -> Iterator[None]:
+def observing_attention(listen: Callable[..., None]) -> Iterator[None]:
     """Hear what every attention function is given, whichever was chosen; what it computes is not changed.
 
     transformers has no public call for this: functions are looked up in `AttentionInterface` at each call, so that

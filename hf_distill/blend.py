@@ -1,17 +1,17 @@
-"""Blend: the terms of the loss by name, how much each weighs at a moment of the training, and their weighted sum."""
+"""Blend: the terms of the loss and their weights. Step: their denominators and weights in one optimizer step."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_distill.ddp import Counts
 from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.finite import FiniteCheck
 from hf_distill.functional import Divergence
 from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
@@ -28,6 +28,58 @@ SETTING_ALIASES: dict[str, str] = {
     **dict.fromkeys(("loss", "loss_type", "kd_loss", "distillation_loss", "divergence_type"), "divergence"),
 }
 Objectives = Objective | Sequence[Objective] | Mapping[str, Objective] | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything about an optimizer step that is known before its first forward.
+
+    Attributes:
+        denominators: term → scalar, the number of rows over all micro-batches and processes.
+        weights: term → its weight in this step; terms that weigh 0 are left out.
+        scale: the factor that undoes the averaging over processes and Accelerate's division by its accumulation steps:
+            the denominators already are those of the whole step.
+        progress: how much of the training is done, 0 → 1, for schedules.
+        temperature: that softens the predictions.
+        student_needs: what must be computed of the student.
+        teacher_needs: what must be computed of the teacher.
+        micro_batches: how many there are in this process.
+        is_whole: whether there is one micro-batch, in one process.
+        finite_check: sees the loss of each micro-batch.
+    """
+
+    denominators: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    scale: float = 1.0
+    progress: float = 0.0
+    temperature: float = 1.0
+    student_needs: Needs = Needs()
+    teacher_needs: Needs = Needs()
+    micro_batches: int = 1
+    is_whole: bool = True
+    finite_check: FiniteCheck = field(default_factory=FiniteCheck)
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the labels' term weighs something."""
+        return LABELS in self.weights
+
+    @property
+    def active(self) -> list[str]:
+        """The objectives that weigh something."""
+        return [name for name in self.weights if name != LABELS]
+
+    def labels_share(self, mean: Tensor, task: Task, batch: Batch) -> Tensor:
+        """Return this micro-batch's share of the optimizer step's mean label loss.
+
+        Args:
+            mean: the model's own mean loss over this micro-batch, scalar.
+            task: counts the labels.
+            batch: the micro-batch.
+        """
+        if task.sums_over_examples:
+            return mean
+        return LabelsTerm()(mean, task, batch).over(self.denominators[LABELS])
 
 
 @dataclass(frozen=True)
@@ -121,7 +173,7 @@ class Blend:
 
     def refuse_without_teacher(self) -> None:
         """Raise SettingError where some term asks for a teacher."""
-        asked, alpha = [name for name in self.ever_active() if needs_teacher(self.objectives[name])], self.alpha
+        asked, alpha = [name for name in self.ever_active() if self.objectives[name].needs_teacher], self.alpha
         if not asked:
             return
         why = f"alpha is {alpha(0.0):g}" if LOGITS in asked and alpha else f"{', '.join(asked)} ask for a teacher"
@@ -133,78 +185,90 @@ class Blend:
     def uses_labels(self) -> bool:
         return any(self.labels_weight(p) > 0 for p in PROGRESS)
 
-    def count(
-        self, task: Task, micro_batches: Sequence[Batch], device: Any, progress: float
-    ) -> tuple[list[str], Tensor]:
-        """The terms of this moment, and over how many rows each is, summed over these micro-batches.
+    def begin_step(
+        self, task: Task, micro_batches: Sequence[Batch], device: torch.device, progress: float
+    ) -> tuple[Step, Tensor]:
+        """Return the step without its denominators, and the number of rows of each term in these micro-batches.
 
         Raises:
-            DataError: a label is needed and missing, or is one that the head cannot take.
-            SettingError: every term weighs 0.
+            DataError: if a label is needed and missing, or is one that the head cannot take.
+            SettingError: if every term weighs 0.
         """
-        terms = self.active(progress)
+        weights = {name: self.weight(name, progress) for name in self.active(progress)}
         if self.labels_weight(progress) > 0:
             task.require_labels(micro_batches[0])
             for batch in micro_batches:
                 task.check_labels(batch)
-            terms.insert(0, LABELS)
-        if not terms:
+            weights = {LABELS: self.labels_weight(progress), **weights}
+        if not weights:
             raise SettingError(
                 f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
                 "objective a weight throughout."
             )
         sums = []
-        for term in terms:
+        for term in weights:
             source = LabelsTerm() if term == LABELS else self.objectives[term]
             sums.append(torch.stack([source.count(task, batch).to(device) for batch in micro_batches]).sum())
-        return terms, torch.stack(sums)
+        student, teacher = self.needs(progress)
+        step = Step(
+            {},
+            weights,
+            progress=progress,
+            temperature=self.logits_match.temperature(progress),
+            student_needs=student,
+            teacher_needs=teacher,
+            micro_batches=len(micro_batches),
+        )
+        return step, torch.stack(sums)
 
     def total(
         self,
-        labels: Tensor | None,
-        ask: Callable[[], tuple[Signals, Signals]],
+        step: Step,
         task: Task,
         batch: Batch,
-        counts: Counts,
-        progress: float,
+        signals: Callable[[], tuple[Signals, Signals]],
         *,
+        labels_mean: Tensor | None = None,
         only: str | None = None,
-        made: FusedTerms | None = None,
+        fused: FusedTerms | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, and its terms before their weights.
+        """Return the loss of a micro-batch, and its terms before their weights.
 
         Args:
-            labels: their part of the step's mean; None where they weigh nothing. ask: student and teacher.
-            only: this one of the objectives; None: all. made: terms that are there already.
+            step: the optimizer step that the micro-batch belongs to.
+            task: reads rows and labels.
+            batch: the micro-batch.
+            signals: returns those of student and teacher; called if a term needs them.
+            labels_mean: the model's mean loss on the labels, or None if the labels' term is fused or weighs 0.
+            only: the name of the one objective to compare, or None for all.
+            fused: terms that are already computed.
         """
-        terms: dict[str, Tensor] = {} if made is None else dict(made.terms)
-        weighted: list[Tensor] = [] if made is None else [made.loss]
-        if labels is not None:
-            terms[LABELS] = labels * counts.scale
-            weight = self.labels_weight(progress)
+        terms: dict[str, Tensor] = {} if fused is None else dict(fused.terms)
+        weighted: list[Tensor] = [] if fused is None else [fused.loss]
+        if labels_mean is not None:
+            terms[LABELS] = step.labels_share(labels_mean, task, batch) * step.scale
+            weight = step.weights[LABELS]
             weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
-        active = [name for name in self.active(progress) if only in (None, name) and name not in terms]
+        active = [name for name in step.active if only in (None, name) and name not in terms]
         if active:
-            student, teacher = ask()
+            student, teacher = signals()
             for name in active:
-                found = self.objectives[name](student, teacher, task, batch, progress=progress)
-                terms[name] = found.over(denominator_of(name, counts, progress)) * counts.scale
-                weighted.append(self.weight(name, progress) * terms[name])
+                found = self.objectives[name](student, teacher, task, batch, progress=step.progress)
+                terms[name] = found.over(step.denominators[name]) * step.scale
+                weighted.append(step.weights[name] * terms[name])
         loss = weighted[0]
         for part in weighted[1:]:
             loss = loss + part
         return loss, terms
 
-    def lesson(self, student: Signals, task: Task, batch: Batch, counts: Counts, progress: float) -> StudentBatch:
-        """This micro-batch for a teacher that learns of it."""
-        heard = Signals(logits=student.predictions().detach(), columns=student.columns)
+    def student_batch(self, step: Step, student: Signals, task: Task, batch: Batch) -> StudentBatch:
+        """Return this micro-batch for a teacher that learns from it."""
+        shown = Signals(logits=student.predictions().detach(), alignment=student.alignment)
 
         def loss_of(labels_mean: Tensor | None, own: Signals) -> Tensor:
-            labels = None if labels_mean is None else labels_part(labels_mean, task, batch, counts, progress)
-            return self.total(labels, lambda: (own, heard), task, batch, counts, progress, only=LOGITS)[0]
+            return self.total(step, task, batch, lambda: (own, shown), labels_mean=labels_mean, only=LOGITS)[0]
 
-        uses_labels, temperature = self.labels_weight(progress) > 0, self.logits_match.temperature(progress)
-        return StudentBatch(heard, task, batch, temperature, progress, uses_labels, counts.scale, loss_of)
+        return StudentBatch(shown, task, batch, step.temperature, step.progress, step.uses_labels, step.scale, loss_of)
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """What must be computed of the student and of the teacher."""
@@ -213,8 +277,8 @@ class Blend:
             student, teacher = student | self.objectives[name].needs, teacher | self.objectives[name].teacher_needs
         return student, replace(teacher, temperature=self.logits_match.temperature(progress))
 
-    def knobs(self) -> dict[str, Schedule]:
-        """Whatever may move with the training, by the name it is logged under."""
+    def scheduled_values(self) -> dict[str, Schedule]:
+        """Return whatever may follow a schedule, by the name it is logged under."""
         moving = {} if self.alpha is None else {"alpha": self.alpha}
         weights = {f"weight/{name}": one.weight for name, one in self._others.items()}
         return {**moving, "temperature": self.logits_match.temperature, **weights}
@@ -237,29 +301,7 @@ def compares_nothing(alpha: Schedule | None, objectives: Objectives) -> bool:
 def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
     """Whether a teacher is asked at some moment."""
     others = _named(objectives).values()
-    return any(map(needs_teacher, others)) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
-
-
-def needs_teacher(objective: Objective) -> bool:
-    """Whether an objective compares with a teacher; most do, and do not say so."""
-    return getattr(objective, "needs_teacher", True)
-
-
-def denominator_of(term: str, counts: Counts, progress: float) -> Tensor:
-    """What a term of this moment is divided by. Raises SettingError where another moment was counted."""
-    if term not in counts.denominators:
-        raise SettingError(
-            f"{term} weighs something at {progress:.0%} of the training, and was not counted. Give count() the same "
-            "progress= as the call."
-        )
-    return counts.denominators[term]
-
-
-def labels_part(mean: Tensor, task: Task, batch: Batch, counts: Counts, progress: float) -> Tensor:
-    """What a model's own mean loss over this micro-batch is of the step's."""
-    if task.sums_over_examples:
-        return mean
-    return LabelsTerm()(mean, task, batch).over(denominator_of(LABELS, counts, progress))
+    return any(other.needs_teacher for other in others) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
 
 
 def _named(objectives: Objectives) -> dict[str, Objective]:
@@ -302,12 +344,12 @@ def _check_objective(one: Any) -> None:
             else f"It has {len(one.stages)} trainings: train_in_stages(preset, model=..., teacher_model=..., args=...)."
         )
         raise SettingError(f"objectives: {getattr(one, 'name', type(one).__name__)!r} is a preset. {way_out}")
-    if all(hasattr(one, part) for part in ("weight", "count", "fit", "needs")):
+    if isinstance(one, Objective):
         return
     is_short = one is None or isinstance(one, (str, int, float, type))
     also = {word: name for kind, name in _ADDED.items() for word in (kind, kind.replace("_", ""), f"{kind}_match")}
     raise SettingError(
         f"objectives: {repr(one) if is_short else f'a {type(one).__name__}'} is no objective. Give instances of "
-        f"{', '.join(_ADDED.values())}, or of your own class with the methods of hf_distill.objectives.Objective."
+        f"{', '.join(_ADDED.values())}, or of your own subclass of hf_distill.objectives.Objective."
         f"{did_you_mean(one, _ADDED.values(), also)}"
     )

@@ -1,9 +1,8 @@
-"""Counts: the denominators of one optimizer step, and what undoes the averaging that others do."""
+"""Several processes: the factor that undoes the averaging of DDP and Accelerate, and graphs that DDP can follow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,22 +11,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Counts:
-    """The denominators of one optimizer step.
-
-    Attributes:
-        denominators: term → scalar, over all micro-batches and processes.
-        scale: what a term must be multiplied by, because processes are averaged and Accelerate divides by its
-            accumulation steps, while the denominators already are those of the whole step.
-    """
-
-    denominators: Mapping[str, Tensor]
-    scale: float = 1.0
-
-
 def scale_of(accelerator: Any, same_batch: int) -> float:
-    """Processes that see different batches, times the accumulation steps that `Accelerator.backward` divides by."""
+    """Return the factor of a term whose denominator is already that of the whole step.
+
+    Processes are averaged, and `Accelerator.backward` divides by its accumulation steps.
+
+    Args:
+        accelerator: None means one process without accumulation.
+        same_batch: how many processes see the same batch (tensor parallelism).
+    """
     if accelerator is None:
         return 1.0
     divided_by = 1
@@ -37,7 +29,7 @@ def scale_of(accelerator: Any, same_batch: int) -> float:
 
 
 def tied(loss: Tensor, outputs: Any) -> Tensor:
-    """The same number, with a graph to every output: an empty slice sums to 0, whatever is in the rest."""
+    """Return the same number with a graph to every output: an empty slice sums to 0, whatever the output holds."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     for value in values:
         if isinstance(value, Tensor) and value.requires_grad:
@@ -46,11 +38,12 @@ def tied(loss: Tensor, outputs: Any) -> Tensor:
 
 
 def several_processes() -> bool:
+    """Return whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def parameters_of(loss: Tensor) -> set[int]:
-    """The ids of the parameters that a loss depends on."""
+    """Return the ids of the parameters that a loss depends on."""
     found: set[int] = set()
     waiting, seen = [loss.grad_fn], set()
     while waiting:
@@ -66,9 +59,9 @@ def parameters_of(loss: Tensor) -> set[int]:
 
 @torch.no_grad()
 def forget_gradients_but(parameters: Iterable[nn.Parameter], kept: set[int]) -> None:
-    """Set gradients that are exactly 0 to None, of parameters that the loss was not seen to depend on.
+    """Set gradients that are exactly 0 to None, for parameters that the loss does not seem to depend on.
 
-    That they are 0 is asked too: a function that hides its parameters (reentrant checkpointing) is not seen through.
+    The gradient is checked because reentrant checkpointing hides parameters from the graph.
     """
     for parameter in parameters:
         if id(parameter) not in kept and parameter.grad is not None and not bool(parameter.grad.any()):

@@ -6,11 +6,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_distill.errors import DataError, HfDistillError, TeacherError, TrainingError
 from hf_distill.models.capture import AttentionRecord
@@ -19,6 +21,7 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import MAIN_INPUTS, batch_size, first_tensor
 
 _ADVICE = "Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
+CheckAt = Literal["loss", "gradient", "off"]
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # What a forward may raise on a single example that it was not written for. The search then goes without it.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
@@ -47,46 +50,36 @@ class MicroBatch:
 
 
 class FiniteCheck:
-    """Looks at the losses of an optimizer step, and raises before the step if one is not finite.
+    """Looks at the losses of one optimizer step, and raises before the step if one is not finite.
 
-    In one process on a CPU it looks at each loss when it is made, and elsewhere once a step, when the last micro-batch
-    has its loss: one synchronisation, and over several processes one small reduction, so that all of them raise. A
-    caller that knows the norm of the gradient calls `defer`, and `look_at_gradient` with it.
+    In one process on a CPU it looks at each loss when it is computed, and elsewhere once a step, with the last
+    micro-batch: one synchronisation, and over several processes one small reduction, so that all of them raise.
 
-    Under mixed precision with fp16 the gradient scaler leaves out steps that overflow, so only a fault of the teacher,
-    of an input or of a label is raised there.
+    Under mixed precision with fp16 the gradient scaler skips steps that overflow, so only a fault of the teacher, of an
+    input or of a label is raised there.
+
+    Args:
+        micro_batches: of the step, in this process.
+        accelerator: None means one process.
+        at: "loss"; "gradient" if the caller will call `look_at_gradient` with the norm of the step's gradient; "off" to
+            check nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batches: int = 1, accelerator: Accelerator | None = None, *, at: CheckAt = "loss") -> None:
+        self._micro_batches, self._accelerator, self._at = micro_batches, accelerator, at
         self._seen: list[MicroBatch] = []
-        self._micro_batches = 1
-        self._accelerator: Any = None
-        self._deferred = self._ignored = False
-
-    def begin_step(self, micro_batches: int, accelerator: Any = None) -> None:
-        """Forget the step before; this one has so many micro-batches in this process."""
-        self._seen, self._micro_batches, self._accelerator = [], micro_batches, accelerator
-        self._deferred = self._ignored = False
-
-    def defer(self) -> None:
-        """Leave this step to `look_at_gradient`: no loss is looked at by itself."""
-        self._deferred = True
-
-    def ignore(self) -> None:
-        """Do not check this step."""
-        self._ignored = True
 
     def add(self, loss: Tensor, seen: MicroBatch) -> Tensor:
         """Check the loss of a micro-batch, and return the loss to differentiate.
 
         Raises:
-            HfDistillError: the loss is not finite; the message names term, micro-batch, example and cause.
+            HfDistillError: if the loss is not finite; the message names term, micro-batch, example and cause.
         """
-        if self._ignored:
+        if self._at == "off":
             return loss
         self._seen.append(seen)
-        if self._deferred:
-            # 1 for a finite loss. Else NaN, and the reduced gradient then is NaN in every process.
+        if self._at == "gradient":
+            # Multiplied by 1 if the loss is finite, else by NaN: then the reduced gradient is NaN in every process.
             return loss * (seen.loss * 0 + 1) if self._several else loss
         last = len(self._seen) >= self._micro_batches
         if last or (seen.loss.device.type == "cpu" and not self._several):
@@ -102,9 +95,9 @@ class FiniteCheck:
             HfDistillError: as `add`.
         """
         seen, self._seen = self._seen, []
-        if self._ignored or not self._deferred or norm is None:
+        if self._at != "gradient" or norm is None:
             return
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients (FSDP2)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients (FSDP2)
         if isinstance(norm, Tensor) and not self._several:
             losses = [one.loss.to(norm.device, torch.float32) for one in seen]
             finite = bool(torch.stack([norm.detach().float(), *losses]).isfinite().all())
@@ -119,7 +112,7 @@ class FiniteCheck:
 
     def _look_at_losses(self, *, has_gradient: bool) -> None:
         finite = torch.stack([one.loss.float() for one in self._seen]).isfinite().all()
-        if self._several:
+        if self._accelerator is not None and self._several:
             finite = self._accelerator.reduce(finite.float(), reduction="sum") >= self._accelerator.num_processes
         if not bool(finite):
             self._raise(self._seen, norm=None, refuses_students=has_gradient)
@@ -191,10 +184,10 @@ def _fault_of_teacher(one: MicroBatch, signals: Signals | None, place: str) -> H
         return None
     signals = one.teacher(one.batch) if signals is None else signals
     if signals.logits is not None or signals.sparse is not None:
-        error = _fault_of_rows(one.task, one.batch, signals.to_look_at(), place)
+        error = _fault_of_rows(one.task, one.batch, signals.values_to_check(), place)
         if error is not None:
             return error
-    for read, value in sorted(signals.inside.items(), key=lambda item: item[0].layer):
+    for read, value in sorted(signals.activations.items(), key=lambda item: item[0].layer):
         x = value.queries.transpose(1, 2).flatten(2) if isinstance(value, AttentionRecord) else value  # [b t d]
         mask = one.batch.get("attention_mask")
         shown = x[mask.bool()] if mask is not None and mask.shape == x.shape[:2] else x
@@ -293,4 +286,4 @@ def _gradient_error(norm: float) -> HfDistillError:
 
 def _local(value: Tensor) -> Tensor:
     """This process's part of a sharded tensor."""
-    return value.to_local() if hasattr(value, "to_local") else value
+    return value.to_local() if isinstance(value, DTensor) else value

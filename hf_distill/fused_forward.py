@@ -1,6 +1,6 @@
-"""Predictions compared without making them whole: the labels' and the logits' terms from hidden rows and output heads.
+"""The labels' and the logits' terms without whole logits: computed from hidden states within the student's forward.
 
-Says when that can be, and why not; runs within the student's forward. The mathematics is `functional/fused_linear.py`.
+Decides when that is possible; the mathematics is in `functional/fused/loss.py`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.blend import LABELS, LOGITS, Blend, FusedTerms, denominator_of
-from hf_distill.ddp import Counts, tied
+from hf_distill.blend import LABELS, LOGITS, Blend, FusedTerms, Step
+from hf_distill.ddp import tied
 from hf_distill.errors import SettingError
 from hf_distill.functional import PROPERTIES
 from hf_distill.functional.fused.inputs import (
@@ -34,97 +34,99 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
 from hf_distill.vocabulary import HeadAlignment
 
+if TYPE_CHECKING:
+    from hf_distill.distiller import Distiller
+
 logger = logging.getLogger(__name__)
 LARGE = 16_384  # columns; below it whole logits are no burden
 LABEL_NAMES = ("labels", "shift_labels")
 
 
 class FusedLoss:
-    """Whether, and why not, logits of this student need not be made.
+    """Decides whether the logits of this student need not be computed whole, and says why not.
 
     Args:
-        materialize: False: never make them, or say why they must be. None: not where the vocabulary is large and
-            nothing needs them. True: always.
+        setting: True means never to compute them whole, False always, and None to fuse where the vocabulary is large
+            and nothing needs whole logits.
 
     Raises:
-        SettingError: False, and something needs them.
+        SettingError: if True, and something needs whole logits.
     """
 
-    def __init__(self, materialize: bool | None) -> None:
-        if materialize not in (None, True, False):
-            raise SettingError(f"materialize_logits={materialize!r}: allowed are None, True and False.")
-        self.setting = materialize
+    def __init__(self, setting: bool | None) -> None:
+        if setting not in (None, True, False):
+            raise SettingError(f"fused_loss={setting!r}: allowed are None, True and False.")
+        self.setting = setting
         self._tried: str | None = None
-        self._tried_with: bool | None = None  # labels; None: not tried yet
+        self._tried_with: bool | None = None  # whether with labels; None before the trial
 
-    def fit(self, student: Any) -> None:
-        """Begin anew, with this student."""
+    def bind(self, student: nn.Module) -> None:
+        """Start again with this student."""
         self.head = OutputHead(student)
         self._tried, self._tried_with = None, None
 
     def forward(
         self,
-        distiller: Any,
+        distiller: Distiller,
         student: nn.Module,
         batch: Batch,
-        counts: Counts,
-        progress: float,
+        step: Step,
         *,
         smoothing: float,
-        own_loss: bool,
+        fuse_labels: bool,
     ) -> FusedForward | None:
-        """What makes the terms of this micro-batch within the student's forward; None: whole logits are needed.
+        """Return what computes the terms of this micro-batch within the student's forward, or None for whole logits.
 
-        Args: student: as the loop calls it. own_loss: the labels' term is not the head's, but a function of the user's.
+        Args:
+            distiller: gives teacher, task and terms.
+            student: the model as the loop calls it.
+            batch: the prepared micro-batch.
+            step: the optimizer step.
+            smoothing: of the labels.
+            fuse_labels: whether the labels' term is the head's own loss.
 
         Raises:
-            SettingError: they are needed, and `materialize_logits` is False.
+            SettingError: if whole logits are needed and `fused_loss` is True.
         """
-        if self.setting is True:
+        if self.setting is False:
             return None
         blending, task, teacher = distiller.blending, distiller.task, distiller.teacher
-        columns = HeadAlignment() if teacher is None else teacher.columns
-        why = self._why_not(blending, task, columns, progress, own_loss=own_loss)
-        if why is None and getattr(teacher, "hear", None) is not None:
+        alignment = HeadAlignment() if teacher is None else teacher.alignment
+        why = self._why_not(blending, task, alignment, step, fuse_labels=fuse_labels)
+        if why is None and teacher is not None and teacher.learns_from_batches:
             why = "the teacher learns from the student's logits"
         with_labels = blending.uses_labels()
         if why is None and (self._tried_with is None or with_labels > self._tried_with):
-            inputs = distiller.uncached(distiller.student_inputs(batch, labels=False))
+            inputs = distiller.forward_inputs(batch, labels=False)
             why = self._try_out(student, task, batch, inputs, with_labels=with_labels)
         if why is not None:
-            self._refuse(why)
+            if self.setting is True:
+                raise SettingError(f"fused_loss=True: {why}. Pass fused_loss=False, or None.")
             return None
-        said = None
-        if blending.weight(LOGITS, progress) > 0:
-            said = distiller.teacher_signals(batch, replace(blending.needs(progress)[1], deferred=True))
-        return FusedForward(self.head, blending, task, batch, counts, progress=progress, said=said, smoothing=smoothing)
-
-    def _refuse(self, why: str) -> None:
-        if self.setting is False:
-            raise SettingError(f"materialize_logits=False: {why}. Pass materialize_logits=True, or None.")
+        teacher_signals = None
+        if LOGITS in step.weights:
+            teacher_signals = distiller.teacher_signals(batch, replace(step.teacher_needs, deferred=True))
+        return FusedForward(self.head, blending, task, batch, step, teacher=teacher_signals, smoothing=smoothing)
 
     def _why_not(
-        self, blending: Blend, task: Task, columns: HeadAlignment, progress: float, *, own_loss: bool
+        self, blending: Blend, task: Task, alignment: HeadAlignment, step: Step, *, fuse_labels: bool
     ) -> str | None:
-        active = blending.active(progress)
-        others = [name for name in active if name != LOGITS]
-        makes = [
-            n for n in others if blending.objectives[n].needs.logits or blending.objectives[n].teacher_needs.logits
-        ]
-        match = blending.logits_match
+        others = {name: blending.objectives[name] for name in step.active if name != LOGITS}
+        need_logits = [name for name, other in others.items() if other.needs.logits or other.teacher_needs.logits]
+        match, compares = blending.logits_match, LOGITS in step.weights
         if not task.over_vocabulary:
             return f"a {task.kind} head has no vocabulary"
         if self.setting is None and self.head.columns < LARGE:
             return f"{self.head.columns} columns are no burden"
-        if LOGITS not in active and (self.setting is None or blending.labels_weight(progress) == 0):
+        if not compares and (self.setting is None or not step.uses_labels):
             return "the logits are compared in no term at this moment"
-        if makes:
-            return f"{', '.join(makes)} need whole logits"
-        if LOGITS in active and (match.catalogued(task) is None or match.couples_examples):
-            return f"divergence={match.name_for(task)!r} is a function of yours, or compares rows with each other"
-        if own_loss and blending.labels_weight(progress) > 0:
-            return "the labels' term is a function of yours (compute_loss_func, compute_loss), which reads logits"
-        if any(isinstance(side, tuple) for side in (columns.student, columns.teacher)):
+        if need_logits:
+            return f"{', '.join(need_logits)} need whole logits"
+        if compares and (match.catalogued(task) is None or match.couples_examples):
+            return f"divergence={match.name_for(task)!r} is your own function, or compares rows with each other"
+        if not fuse_labels and step.uses_labels:
+            return "the labels' term is your own function (compute_loss_func, compute_loss), which reads logits"
+        if any(isinstance(side, tuple) for side in (alignment.student, alignment.teacher)):
             return "columns of the two vocabularies are paired one by one"
         return self.head.refusal or self._tried
 
@@ -141,9 +143,9 @@ class FusedLoss:
         if isinstance(found, str):
             self._tried = found
             if self.setting is None:
-                logger.warning(f"Logits over {self.head.columns} columns are made whole: {found}.")
+                logger.warning(f"Logits over {self.head.columns} columns are computed whole: {found}.")
         else:
-            logger.info(f"Logits are not made: the loss over {self.head.columns} columns is made from hidden states.")
+            logger.info(f"The loss over {self.head.columns} columns is computed from hidden states, without logits.")
         return self._tried
 
 
@@ -161,10 +163,16 @@ def _plain_loss(trial: Trial, task: Task) -> Tensor:
 
 
 class FusedForward:
-    """One forward of the student in which the terms over the vocabulary are made.
+    """One forward of the student in which the terms over the vocabulary are computed.
 
     Args:
-        said: the teacher's signals; None: labels alone. smoothing: of the labels.
+        head: the student's output head.
+        blending: gives the divergence.
+        task: selects rows and targets.
+        batch: the prepared micro-batch.
+        step: the optimizer step.
+        teacher: the teacher's signals, or None for the labels alone.
+        smoothing: of the labels.
     """
 
     def __init__(
@@ -173,63 +181,63 @@ class FusedForward:
         blending: Blend,
         task: Task,
         batch: Batch,
-        counts: Counts,
+        step: Step,
         *,
-        progress: float,
-        said: Signals | None,
+        teacher: Signals | None,
         smoothing: float,
     ) -> None:
-        self.said = said
-        self.made: FusedTerms | None = None
+        self.teacher = teacher
+        self.terms: FusedTerms | None = None
         self._head, self._blending, self._task, self._batch = head, blending, task, batch
-        self._counts, self._progress, self._smoothing = counts, progress, smoothing
+        self._step, self._smoothing = step, smoothing
 
-    def taking_over(self) -> AbstractContextManager[None]:
-        """Around the student's forward; afterwards `made` holds the terms."""
-        return self._head.taken_over(self._work)
+    def replacing_head(self) -> AbstractContextManager[None]:
+        """Return the context of the student's forward; afterwards `terms` holds the terms."""
+        return self._head.taken_over(self._compute)
 
     def tie(self, outputs: Any) -> None:
         """Let the backward pass through the output too: DDP with a static graph and FSDP hang their hooks on it."""
-        assert self.made is not None  # the trial saw the head called
-        self.made = replace(self.made, loss=tied(self.made.loss, [outputs["logits"]]))
+        assert self.terms is not None  # the trial saw the head called
+        self.terms = replace(self.terms, loss=tied(self.terms.loss, [outputs["logits"]]))
 
-    def _work(self, ours: DeferredLogits) -> Tensor:
-        blending, progress, task, batch, said = self._blending, self._progress, self._task, self._batch, self.said
-        match, name = blending.logits_match, blending.logits_match.name_for(task)
-        labels_weight, t = blending.labels_weight(progress), match.temperature(progress)
-        wants_target = said is not None and PROPERTIES[name].wants_target
-        targets = task.targets(batch) if labels_weight > 0 or wants_target else None
+    def _compute(self, ours: DeferredLogits) -> Tensor:
+        step, task, batch, teacher = self._step, self._task, self._batch, self.teacher
+        match, name = self._blending.logits_match, self._blending.logits_match.name_for(task)
+        wants_target = teacher is not None and PROPERTIES[name].wants_target
+        targets = task.targets(batch) if step.uses_labels or wants_target else None
         selected = rows_of(ours.hidden, task, batch, whose="student")
         refuse_other_rows(selected, selected, task, batch, columns=False)
         rows, weights = self._rows(selected, targets)
+        shared = None if teacher is None else teacher.alignment.student
         found = fused_linear_distillation(
             selected.index_select(0, rows),
             _head(ours),
-            teacher=None if said is None else self._teacher(said, rows, t),
+            teacher=None if teacher is None else self._teacher_rows(teacher, rows),
             terms=Terms(
                 divergence=name,
                 settings=match.settings,
-                temperature=t,
-                labels_factor=self._factor(LABELS, labels_weight),
-                divergence_factor=self._factor(LOGITS, blending.weight(LOGITS, progress)),
-                columns=None if said is None or isinstance(said.columns.student, tuple) else said.columns.student,
+                temperature=step.temperature,
+                labels_factor=self._factor(LABELS, step.weights.get(LABELS, 0.0)),
+                divergence_factor=self._factor(LOGITS, step.weights.get(LOGITS, 0.0)),
+                columns=None if isinstance(shared, tuple) else shared,
             ),
             labels=None if targets is None else Labels(targets[rows], smoothing=self._smoothing),
             row_weights=weights,
         )
         terms = {}
-        if labels_weight > 0:
+        if step.uses_labels:
             terms[LABELS] = found.labels_total * self._factor(LABELS, 1.0)
-        if said is not None:
-            terms[LOGITS] = found.divergence_total * t ** PROPERTIES[name].temperature_power * self._factor(LOGITS, 1.0)
-        self.made = FusedTerms(found.loss, terms)
+        if teacher is not None:
+            power = PROPERTIES[name].temperature_power
+            terms[LOGITS] = found.divergence_total * step.temperature**power * self._factor(LOGITS, 1.0)
+        self.terms = FusedTerms(found.loss, terms)
         return found.loss
 
     def _factor(self, term: str, weight: float) -> Tensor | float:
-        """What a total is multiplied by: its weight, over the step's denominator."""
+        """Return what a total is multiplied by: its weight, over the step's denominator."""
         if weight == 0:
             return 0.0
-        return weight * self._counts.scale / denominator_of(term, self._counts, self._progress).clamp(min=1)
+        return weight * self._step.scale / self._step.denominators[term].clamp(min=1)
 
     def _rows(self, selected: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """`[m]` which of the n rows are looked at, and the weight of each in the divergence; None: 1.
@@ -239,35 +247,33 @@ class FusedForward:
         kept = self._task.keep(self._batch)
         assert kept is not None  # every task over a vocabulary says so
         refuse_other_keep(kept, selected, self._task)
-        if targets is None or self.said is None:
+        if targets is None or self.teacher is None:
             looked_at = kept if targets is None else targets != IGNORED
             return looked_at.nonzero().squeeze(-1), None
         rows = (kept | (targets != IGNORED)).nonzero().squeeze(-1)
         compared = kept[rows]
         return rows, None if bool(compared.all()) else compared.float()
 
-    def _teacher(
-        self, said: Signals, rows: Tensor, temperature: float
-    ) -> TeacherHidden | TeacherLogits | TeacherSparse:
-        task, batch = self._task, self._batch
+    def _teacher_rows(self, teacher: Signals, rows: Tensor) -> TeacherHidden | TeacherLogits | TeacherSparse:
+        task, batch, temperature = self._task, self._batch, self._step.temperature
 
         def of_rows(x: Tensor, *, columns: bool = True) -> Tensor:
             selected = rows_of(x, task, batch, whose="teacher", columns=columns)
             refuse_other_rows(selected, selected, task, batch, columns=False)
             return selected.index_select(0, rows)
 
-        if said.deferred is not None:
-            return TeacherHidden(of_rows(said.deferred.hidden), _head(said.deferred))
-        if said.sparse is None:
-            return TeacherLogits(of_rows(said.predictions()))
-        listed = said.sparse
-        self._blending.logits_match.refuse_for_sparse(task, listed, temperature)
+        if teacher.deferred is not None:
+            return TeacherHidden(of_rows(teacher.deferred.hidden), _head(teacher.deferred))
+        if teacher.sparse is None:
+            return TeacherLogits(of_rows(teacher.predictions()))
+        sparse = teacher.sparse
+        self._blending.logits_match.refuse_for_sparse(task, sparse, temperature)
         # Softened already, and log-probabilities are logits: times T, as they will be divided by it.
         return TeacherSparse(
-            of_rows(listed.ids),
-            of_rows(listed.log_probabilities) * temperature,
-            of_rows(listed.log_tail, columns=False),
-            None if listed.weights is None else of_rows(listed.weights),
+            of_rows(sparse.ids),
+            of_rows(sparse.log_probabilities) * temperature,
+            of_rows(sparse.log_tail, columns=False),
+            None if sparse.weights is None else of_rows(sparse.weights),
         )
 
 

@@ -6,14 +6,15 @@ Only for heads of few classes: a vocabulary is compared by its tokens, and value
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.signals import Signals
 from hf_distill.tasks import Batch, Task
+from hf_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 ROWS = 256  # labelled rows that are enough: a share of them is known to about 0.03
@@ -31,8 +32,8 @@ class LabelAgreement:
         teacher: the teacher; one that training changes knows nothing at the start, and is left out.
     """
 
-    def __init__(self, teacher: Any) -> None:
-        self._done = teacher is None or _changes(teacher)
+    def __init__(self, teacher: Teacher | None) -> None:
+        self._done = teacher is None or any(member.changes_in_training for member in teacher.members())
         self._rows, self._enough = 0, ROWS  # rows are known without reading the labels
         self._labels = self._choices = self._right = torch.zeros(())
 
@@ -44,14 +45,14 @@ class LabelAgreement:
         targets, chosen = task.targets(batch), task.select(teacher.logits, batch).argmax(-1)
         if targets is None or chosen.shape != targets.shape:
             return
-        targets = teacher.columns.of_labels(targets)
+        targets = teacher.alignment.of_labels(targets)
         labelled = targets >= 0
         self._rows += len(targets)
         self._labels = _counted(self._labels, targets, labelled, student.logits.shape[-1])
         self._choices = _counted(self._choices, chosen, labelled, student.logits.shape[-1])
         self._right = self._right.to(targets.device) + (labelled & (chosen == targets)).sum()
 
-    def warn_if_chance(self, accelerator: Any = None) -> None:
+    def warn_if_chance(self, accelerator: Accelerator | None = None) -> None:
         """Log a warning, once there are enough labelled rows, if the teacher's choices have nothing to do with them."""
         if self._done or self._rows < self._enough:
             return
@@ -76,7 +77,3 @@ def _counted(histogram: Tensor, values: Tensor, labelled: Tensor, width: int) ->
     counts = values.new_zeros(width if grown is None else len(grown), dtype=torch.float32)
     counts.index_add_(0, values.clamp(0, width - 1), labelled.float())
     return counts if grown is None else grown + counts
-
-
-def _changes(teacher: Any) -> bool:
-    return any(hasattr(one, "state") or hasattr(one, "hear") for one in getattr(teacher, "teachers", [teacher]))

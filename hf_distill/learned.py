@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ class Learned:
     def __bool__(self) -> bool:
         return any(True for _ in self.module.parameters())
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         """On the accelerator's device; all processes start from process 0's values.
 
         Raises:
@@ -57,9 +57,9 @@ class Learned:
                 broadcast(parameter.data, from_process=0)
 
     @torch.no_grad()
-    def synchronize(self, accelerator: Any) -> None:
+    def synchronize(self, accelerator: Accelerator | None) -> None:
         """Average the gradients over processes, as DDP does with the student's. Once an optimizer step."""
-        if accelerator.num_processes == 1:
+        if accelerator is None or accelerator.num_processes == 1:
             return
         for parameter in self.parameters():
             if parameter.grad is not None:  # None where the objective weighs nothing now, on every process alike

@@ -122,8 +122,8 @@ class Signals:
     """
 
     logits: Tensor | None
-    columns: HeadAlignment = field(default_factory=HeadAlignment)
-    inside: Mapping[ActivationKey, Any] = field(default_factory=dict)
+    alignment: HeadAlignment = field(default_factory=HeadAlignment)
+    activations: Mapping[ActivationKey, Any] = field(default_factory=dict)
     sparse: SparseRows | None = None
     deferred: DeferredLogits | None = None
 
@@ -138,7 +138,7 @@ class Signals:
             raise SettingError("predictions were not asked for: alpha=None compares none.")
         return self.logits
 
-    def to_look_at(self) -> Tensor:
+    def values_to_check(self) -> Tensor:
         """What may be no number: of a teacher that lists some columns, what it lists of them."""
         return self.predictions() if self.sparse is None else self.sparse.log_probabilities
 
@@ -154,7 +154,7 @@ class Needs:
     """
 
     logits: bool = False
-    reads: frozenset[ActivationKey] = frozenset()
+    activations: frozenset[ActivationKey] = frozenset()
     temperature: float = 1.0
     deferred: bool = False
 
@@ -162,4 +162,4 @@ class Needs:
         """Both: logits where one of them needs them made."""
         softened = self if self.logits else other
         deferred = all(one.deferred for one in (self, other) if one.logits) and (self.deferred or other.deferred)
-        return Needs(self.logits or other.logits, self.reads | other.reads, softened.temperature, deferred)
+        return Needs(self.logits or other.logits, self.activations | other.activations, softened.temperature, deferred)

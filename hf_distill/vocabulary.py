@@ -10,14 +10,15 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 
-LABEL_MATCHING = ("by_name", "by_index")
+LabelMatching = Literal["by_name", "by_index"]
+LABEL_MATCHING: tuple[str, ...] = get_args(LabelMatching)
 
 
 @dataclass(frozen=True)

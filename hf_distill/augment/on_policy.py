@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
@@ -65,7 +65,8 @@ def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> 
     no embedding for.
 
     Args:
-        teacher: fitted. tokenizer: the student's. Each may be None.
+        teacher: a bound teacher, or None.
+        tokenizer: the student's, or None.
 
     >>> from types import SimpleNamespace
     >>> student = nn.Module()
@@ -75,23 +76,14 @@ def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> 
     """
     columns = range(_head_width(unwrapped(student)))
     written = set(tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else columns)
-    compared = None if teacher is None else teacher.columns.student
+    compared = None if teacher is None else teacher.alignment.student
     if compared is not None:
         written &= set(range(compared)) if isinstance(compared, int) else set(compared)
-    for model in (student, *_models_of(teacher)):
+    for model in (student, *([] if teacher is None else teacher.models())):
         embedded = _embeddings(unwrapped(model))
         if embedded is not None:
             written &= set(range(embedded))
     return sorted(set(columns) - written)
-
-
-def _models_of(teacher: Any) -> list[Any]:
-    """Those that read what the student writes."""
-    members = getattr(teacher, "teachers", None)
-    if members is not None:
-        return [model for member in members for model in _models_of(member)]
-    model = getattr(teacher, "model", None)
-    return [model] if isinstance(model, nn.Module) else []
 
 
 def _head_width(model: Any) -> int:
@@ -125,7 +117,7 @@ class OnPolicy:
 
     Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
     with its student_share; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
-    reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`fit`), not from
+    reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`bind`), not from
     transformers' default of the 50 likeliest; of its `generation_config` the special tokens and the cache are followed
     (of an encoder-decoder also `forced_bos_token_id`, the language), and nothing else. No gradient goes through it.
 
@@ -139,7 +131,7 @@ class OnPolicy:
         seed: another seed, other texts.
 
     Raises:
-        SettingError: a number out of range; (in `fit`) a student that writes no text.
+        SettingError: a number out of range; (in `bind`) a student that writes no text.
         DataError: (when called) packed texts, an empty prompt, or columns that would not fit the new texts.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -168,13 +160,13 @@ class OnPolicy:
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise SettingError(f"OnPolicy: student_share={share!r}. It is a share of the batches, in [0, 1].")
 
-    def fit(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
+    def bind(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
         """Refuse a student that cannot continue a batch; learn which ids its texts may hold.
 
         A trainer calls it; in a loop of your own do so where a head has padded columns, or tokens were added.
 
         Args:
-            teacher: fitted, as `distiller.teacher` is: its columns and its embeddings bound the ids.
+            teacher: bound, as `distiller.teacher` is: its columns and its embeddings bound the ids.
             processing_class: the student's tokenizer, or what has one.
 
         Raises:
@@ -212,7 +204,7 @@ class OnPolicy:
         process: int = 0,
         progress: float = 0.0,
     ) -> Mapping[str, Any]:
-        """The batch, or what the student makes of it. Call it before `Distiller.count`: the rows are other ones then.
+        """The batch, or what the student makes of it. Call it before `Distiller.begin_step`: the rows are other ones then.
 
         Args:
             student: its mode and the random generators are as before, afterwards.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_distill._compat import hearing_attention
+from hf_distill._compat import observing_attention
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.blocks import Blocks, as_positions, ended_in, find_blocks, passed_on
@@ -267,9 +267,6 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-Seen = dict[ActivationKey, Any]
-
-
 def start_token_of(config: Any) -> int | None:
     """What a config calls `bos_token_id`, of the model that writes text."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -286,7 +283,7 @@ class ActivationCapture:
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=1))
     >>> inside, read = ActivationCapture(model, "student"), ActivationKey("hidden", 1)
-    >>> with inside.reading({read}) as seen:
+    >>> with inside.capture({read}) as seen:
     ...     _ = model(torch.tensor([[1, 2, 3]]))
     >>> seen[read].shape
     torch.Size([1, 3, 4])
@@ -309,40 +306,64 @@ class ActivationCapture:
         return self._found[side, stack]
 
     @contextlib.contextmanager
-    def reading(self, reads: set[ActivationKey] | frozenset[ActivationKey]) -> Iterator[Mapping[ActivationKey, Any]]:
-        """Read one forward. What was asked for is in the mapping when the block ends.
+    def capture(self, keys: Iterable[ActivationKey], *, validate: bool = True) -> Iterator[Activations]:
+        """Capture activations of one forward; the mapping is complete when the block ends.
+
+        Args:
+            keys: what to capture.
+            validate: whether to validate at the end of the block; if not, call `validate()` before using the mapping.
 
         Raises:
-            SettingError: at the end, where something was not seen: the block did not run, or its attention is computed
-                in a way that cannot be listened to.
+            SettingError: at the end, if something was not seen: the block did not run, or its attention is computed in
+                a way that cannot be observed.
         """
-        seen: Seen = {}
-        if not reads:
-            yield seen
+        keys = frozenset(keys)
+        if not keys:
+            yield Activations([])
             return
+        stacks: list[_StackCapture] = []
+        activations = Activations(stacks)
         with contextlib.ExitStack() as hooks:
-            stacks = []
-            for place in {(read.side, read.stack) for read in reads}:
-                own = {read for read in reads if (read.side, read.stack) == place}
-                stacks.append(_StackReading(self.blocks(*place), own, seen, self.whose))
+            for place in {(key.side, key.stack) for key in keys}:
+                own = {key for key in keys if (key.side, key.stack) == place}
+                stacks.append(_StackCapture(self.blocks(*place), own, activations, self.whose))
             for stack in stacks:
                 stack.attach(hooks)
-            if any(read.what == ATTENTION for read in reads):
-                hooks.enter_context(hearing_attention(lambda *call: _hear(stacks, *call)))
-            yield seen
+            if any(key.what == ATTENTION for key in keys):
+                hooks.enter_context(observing_attention(lambda *call: _observe(stacks, *call)))
+            yield activations
+        if validate:
+            activations.validate()
+
+
+class Activations(dict[ActivationKey, Any]):
+    """The captured activations of one forward, by key."""
+
+    def __init__(self, stacks: list[_StackCapture]) -> None:
+        super().__init__()
+        self._stacks = stacks
+
+    def validate(self) -> Activations:
+        """Bring activations to `[b t d]`, and check that all were seen.
+
+        Raises:
+            SettingError: if one was not seen, or has no gradient.
+        """
+        stacks, self._stacks = self._stacks, []
         for stack in stacks:
             stack.finish()
+        return self
 
 
-def _hear(stacks: list[_StackReading], *call: Any) -> None:
+def _observe(stacks: list[_StackCapture], *call: Any) -> None:
     for stack in stacks:
-        stack.hear(*call)
+        stack.on_attention(*call)
 
 
-class _StackReading:
+class _StackCapture:
     """One forward of one stack of blocks."""
 
-    def __init__(self, blocks: Blocks, reads: set[ActivationKey], seen: Seen, whose: str) -> None:
+    def __init__(self, blocks: Blocks, reads: set[ActivationKey], seen: dict[ActivationKey, Any], whose: str) -> None:
         self._blocks, self._reads, self._seen, self._whose = blocks, reads, seen, whose
         self._hidden = {read.layer: read for read in reads if read.what == HIDDEN}
         self._attention = {read.layer: read for read in reads if read.what == ATTENTION}
@@ -451,7 +472,7 @@ class _StackReading:
         last = ended_in(output)
         self._length = last.shape[1] if isinstance(last, Tensor) else None
 
-    def hear(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
+    def on_attention(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
         """A call of an attention function, whoever's it is."""
         read = self._attention.get(self._running)
         if read is None or id(module) not in self._listened:
@@ -501,7 +522,7 @@ class _StackReading:
         if not self._called and not self._ran:
             return (
                 f"{where}: no block ran. The model that was called is not the {self._whose} that the distiller was "
-                "made for (make it with this one, or call distiller.fit)."
+                "made for (make it with this one, or call distiller.bind)."
             )
         if not self._ran and not layerdrop_of(self._blocks.holder):
             return (

@@ -125,10 +125,10 @@ class PackingCheck:
 
         def ask_teacher(tried: Batch) -> Mapping[str, Any]:
             shown = teacher(task, tried, needs)
-            return {"logits": shown.logits, **{str(read): value for read, value in shown.inside.items()}}
+            return {"logits": shown.logits, **{str(read): value for read, value in shown.activations.items()}}
 
         asked: list[tuple[str, Any, Callable[[Batch], Mapping[str, Any]]]] = [("student", self.student, ask_student)]
-        if (needs.logits or needs.reads) and _models_of(teacher):
+        if (needs.logits or needs.activations) and _models_of(teacher):
             asked.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
         for whose, model, ask in asked:
             if (whose, layout) not in self._tried:
@@ -195,13 +195,8 @@ def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
 
 
 def _models_of(teacher: Any) -> list[nn.Module]:
-    """The models that it runs on any batch; none, if it only knows what it saw. (The student itself is tried.)"""
-    members = getattr(teacher, "teachers", None)
-    if members:
-        found = [_models_of(member) for member in members]
-        return [model for models in found for model in models] if all(found) else []
-    model = getattr(teacher, "model", None)
-    return [model] if isinstance(model, nn.Module) else []
+    """Return the models that the teacher runs; the student itself is tried anyway."""
+    return [] if teacher is None else teacher.models()
 
 
 def _is_sharded(model: nn.Module) -> bool:

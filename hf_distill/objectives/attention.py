@@ -12,6 +12,7 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
+from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
 from hf_distill.signals import ATTENTION, Signals
@@ -71,7 +72,7 @@ class AttentionMatch(LayerObjective):
         self.compare = compare
         self.heads = heads
 
-    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+    def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
         if student.heads is not None and teacher.heads is not None:
             self._head_map(student.heads, teacher.heads)
 
@@ -103,8 +104,8 @@ class AttentionMatch(LayerObjective):
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         keep = kept.mask
-        ours = student.inside[self._read(ATTENTION, link.student, 0)]
-        theirs = teacher.inside[self._read(ATTENTION, link.teacher, 1)]
+        ours = student.activations[self._read(ATTENTION, link.student, 0)]
+        theirs = teacher.activations[self._read(ATTENTION, link.teacher, 1)]
         for what, q, p in (("queries", ours.queries, theirs.queries), ("keys", ours.keys, theirs.keys)):
             kept.check((q.shape[0], q.shape[2]), (p.shape[0], p.shape[2]), what, link)
         q, p = ours.scores(keep), theirs.scores(keep)

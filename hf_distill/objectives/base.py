@@ -1,70 +1,90 @@
-"""Objective: one thing that student and teacher should agree about."""
+"""Objective: the base class of everything that student and teacher should agree about; and the labels' own term."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill.models.capture import ActivationCapture
-from hf_distill.schedules import Schedule
+from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 
 
-class Objective(Protocol):
-    """Returns a sum and a count. The count depends on the batch alone, so that the denominator of the
-    whole optimizer step is known before the first forward.
+@dataclass(frozen=True)
+class ObjectiveSetup:
+    """What an objective is told of the models before the first step.
 
     Attributes:
-        name: of its term, in logs and cards. weight: of its term in the loss, a schedule; of the logits' alpha is.
-        needs, teacher_needs: what must be computed of the student and of the teacher; known after `fit`.
-        needs_same_inputs: it compares position with position, so both models must read the same input.
-        couples_examples: an example's share depends on the others of its micro-batch. Then accumulation and several
-            processes compare within micro-batches, and the results are weighted by their examples.
-        learned: what is trained with the student and is no part of it; None: nothing.
-
-    It may have `needs_teacher = False`, where it asks the student alone: then it runs without a teacher too.
+        student: reads the student's activations.
+        teacher: reads the teacher's activations, or None if the teacher shows none.
+        task: the student's task.
+        model: the student, without wrappers.
+        seed: of what the objective learns.
     """
 
-    @property
-    def name(self) -> str: ...
+    student: ActivationCapture
+    teacher: ActivationCapture | None
+    task: Task
+    model: Any
+    seed: int = 0
 
-    @property
-    def weight(self) -> Schedule: ...
 
-    @property
-    def needs(self) -> Needs: ...
+class Objective(ABC):
+    """One thing that student and teacher should agree about: a sum over rows, and how many rows there are.
 
-    @property
-    def teacher_needs(self) -> Needs: ...
+    The count depends on the batch alone, so that the denominator of the whole optimizer step is known before the first
+    forward. An objective of your own needs `__call__` and `count`.
 
-    @property
-    def needs_same_inputs(self) -> bool: ...
+    Attributes:
+        name: of its term, in logs and cards.
+        weight: of its term in the loss, a schedule. (The weight of the logits' term is alpha.)
+        needs: what must be computed of the student; known after `bind`.
+        teacher_needs: what must be computed of the teacher; known after `bind`.
+        needs_teacher: whether it compares with a teacher; if not, it runs without one.
+        needs_same_inputs: whether it compares position with position, so that both models must read the same input.
+        couples_examples: whether an example's share depends on the others of its micro-batch. Then accumulation and
+            several processes compare within micro-batches, and the results are weighted by their examples.
+        pools: "first", "last" or "mean" if only this vector of each example's hidden states is compared.
+        learned: what is trained with the student and is no part of it, or None.
+        paper: where the objective comes from, for the model card.
+    """
 
-    @property
-    def couples_examples(self) -> bool: ...
+    name: str = "objective"
+    weight: Schedule = constant(1.0)
+    needs: Needs = Needs()
+    teacher_needs: Needs = Needs()
+    needs_teacher: bool = True
+    needs_same_inputs: bool = False
+    couples_examples: bool = False
+    pools: str | None = None
+    learned: nn.Module | None = None
+    paper: ClassVar[str | None] = None
 
-    @property
-    def learned(self) -> nn.Module | None: ...
+    def bind(self, setup: ObjectiveSetup) -> None:
+        """Find the blocks that it reads, and check that the models can be compared.
 
-    def fit(
-        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
-    ) -> None:
-        """Learn which blocks there are, and refuse what cannot be compared.
-
-        Args:
-            model: the student. seed: of what is learned.
+        Raises:
+            SettingError: if this student or teacher cannot be compared so.
         """
-        ...
 
+    @abstractmethod
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
-    ) -> LossSum: ...
+    ) -> LossSum:
+        """Return the sum over the rows of this micro-batch that count."""
 
-    def count(self, task: Task, batch: Batch) -> Tensor: ...
+    @abstractmethod
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        """Return how many rows of this micro-batch count, a scalar, from the batch alone."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
 
 class LabelsTerm:

@@ -6,7 +6,6 @@ No teacher takes part. Heads for classes alone: one a sequence, an image or a so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.positions import PositionRule, check_positions
+from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.objectives.layers import ValidPositions, checked_weight
 from hf_distill.objectives.logits import kept_of
 from hf_distill.schedules import Schedule, checked_schedule
@@ -41,7 +40,7 @@ class ExitHead(nn.Module):
         return features, self.classifier(features.tanh())
 
 
-class ExitMatch:
+class ExitMatch(Objective):
     """Exits of some blocks learn from the student's last prediction and from the labels: be your own teacher.
 
     Zhang et al. 2019 (Be Your Own Teacher, section 3): the sum over exits of
@@ -76,9 +75,6 @@ class ExitMatch:
     """
 
     needs_teacher = False
-    needs_same_inputs = False
-    couples_examples = False
-    teacher_needs = Needs()
 
     def __init__(
         self,
@@ -110,16 +106,15 @@ class ExitMatch:
         self.learned: nn.Module | None = None
         self._heads: dict[int, ExitHead] = {}
 
-    def fit(
-        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
-    ) -> None:
+    def bind(self, setup: ObjectiveSetup) -> None:
         """Find the blocks and make the heads."""
+        task, model = setup.task, setup.model
         if task.kind not in KINDS:
             raise SettingError(
                 f"ExitMatch makes heads for {' and '.join(KINDS)}; this student's is for {task.kind}. Use "
                 "MovingAverage or Snapshot, which teach any head."
             )
-        blocks = student.blocks(self.side, self.stack)
+        blocks = setup.student.blocks(self.side, self.stack)
         self._last = blocks.length - 1
         chosen = [one + blocks.length if one < 0 else one for one in self.exits]
         if len(set(chosen)) < len(chosen) or not all(0 <= one < self._last for one in chosen):
@@ -134,10 +129,10 @@ class ExitMatch:
             )
         self._positions = PositionRule(model, task, of_decoder=blocks.of_decoder)
         read = [*chosen, self._last] if self.feature_weight else chosen
-        self.needs = Needs(logits=True, reads=frozenset(self._read(layer) for layer in read))
+        self.needs = Needs(logits=True, activations=frozenset(self._read(layer) for layer in read))
         one = next(model.parameters())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(setup.seed)
             columns = model.config.num_labels
             self._heads = {layer: ExitHead(widths[layer], widths[self._last], columns) for layer in chosen}
         made = nn.ModuleDict({str(layer): head for layer, head in self._heads.items()})
@@ -179,7 +174,7 @@ class ExitMatch:
         """Block → `[m v]`: what its exit says of each row that counts.
 
         Args:
-            student: from `Distiller.student_signals`, with `inside=` from `Distiller.reading`.
+            student: from `Distiller.student_signals`, with the activations of its exits.
         """
         return {layer: said for layer, (_, said) in self._said(student, task, batch).items()}
 
@@ -196,7 +191,7 @@ class ExitMatch:
 
     def _rows(self, student: Signals, layer: int, task: Task, batch: Batch) -> Tensor:
         """`[m d]` hidden states: of each row that counts, or pooled."""
-        x = in_full_precision(student.inside[self._read(layer)])
+        x = in_full_precision(student.activations[self._read(layer)])
         if task.kind == "token_classification":
             return _kept(task, rows_of(x, task, batch, whose="student"), batch)
         kept = ValidPositions(self._positions.keep(batch), None, batch_size(batch))

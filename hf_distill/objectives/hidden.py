@@ -13,6 +13,7 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
+from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, Signals
@@ -167,14 +168,14 @@ class HiddenMatch(LayerObjective):
         self._blocks_too = layers is not None
         self._function = _checked_distance(distance, self.settings)
 
-    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+    def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
         what = self.reads[0]
         widths = {
             _key(link): (student.width_of(link.student, what), teacher.width_of(link.teacher, what))
             for link in self._links()
         }
-        made = Projections(widths, kind=self.projection, seed=seed)
-        self.learned = of_dtype_and_place(made, model) if len(made.matrices) else None
+        made = Projections(widths, kind=self.projection, seed=setup.seed)
+        self.learned = of_dtype_and_place(made, setup.model) if len(made.matrices) else None
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.positions == "all":
@@ -184,8 +185,8 @@ class HiddenMatch(LayerObjective):
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         what = self.reads[0]
-        ours = student.inside[self._read(what, link.student, 0)]
-        theirs = teacher.inside[self._read(what, link.teacher, 1)]
+        ours = student.activations[self._read(what, link.student, 0)]
+        theirs = teacher.activations[self._read(what, link.teacher, 1)]
         paired = self.positions == "all"
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=paired)
         if paired:

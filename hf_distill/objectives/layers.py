@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.layer_map import LayerMap, Link, resolved_map
 from hf_distill.models.blocks import Blocks
-from hf_distill.models.capture import ActivationCapture, AttentionRecord, layerdrop_of
+from hf_distill.models.capture import AttentionRecord, layerdrop_of
 from hf_distill.models.positions import PositionRule, check_positions
+from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -24,7 +24,7 @@ from hf_distill.tasks.base import batch_size
 Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
 
-class LayerObjective(ABC):
+class LayerObjective(Objective):
     """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
 
     Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
@@ -44,8 +44,6 @@ class LayerObjective(ABC):
     reads: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
     needs_same_inputs = True
-    couples_examples = False
-    pools: str | None = None  # "first", "last" or "mean": of each example's hidden states this vector alone is compared
 
     def __init__(
         self,
@@ -66,34 +64,34 @@ class LayerObjective(ABC):
         self.needs = self.teacher_needs = Needs()
         self.learned: nn.Module | None = None
 
-    def fit(
-        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
-    ) -> None:
+    def bind(self, setup: ObjectiveSetup) -> None:
         """Find the blocks of both, pair them, and refuse what cannot be compared.
 
         Raises:
             SettingError, TeacherError: see the messages.
         """
-        if teacher is None:
+        if setup.teacher is None:
             raise TeacherError(
                 f"{type(self).__name__} reads the inside of the teacher, and this teacher shows none. Use a model as "
                 "teacher, or leave the objective out."
             )
-        ours = student.blocks(self.side, self.stacks[0])
-        theirs = teacher.blocks(self.side, self.stacks[1])
+        ours = setup.student.blocks(self.side, self.stacks[0])
+        theirs = setup.teacher.blocks(self.side, self.stacks[1])
         try:
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
         _refuse_layerdrop(self, ours)
         _refuse_split_heads(self, ours, theirs)
-        self._positions = PositionRule(model, task, of_decoder=ours.of_decoder)
-        self.needs = Needs(reads=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
-        self.teacher_needs = Needs(reads=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted()))
-        self.check(ours, theirs, model=model, seed=seed)
+        self._positions = PositionRule(setup.model, setup.task, of_decoder=ours.of_decoder)
+        self.needs = Needs(activations=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
+        self.teacher_needs = Needs(
+            activations=frozenset(self._read(what, link.teacher, 1) for what, link in self._wanted())
+        )
+        self.check(ours, theirs, setup)
 
-    def check(self, student: Any, teacher: Any, *, model: Any, seed: int) -> None:  # noqa: B027 most need none
-        """Refuse what cannot be compared, and make what is learned; `student`, `teacher`: their `Blocks`."""
+    def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
+        """Refuse blocks that cannot be compared, and make what is learned."""
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         return self._positions.count(batch)
@@ -102,7 +100,7 @@ class LayerObjective(ABC):
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
         kept = ValidPositions(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
-        first = next(iter(student.inside.values()))
+        first = next(iter(student.activations.values()))
         device = (first.queries if isinstance(first, AttentionRecord) else first).device
         with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
             parts = [link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]

@@ -15,7 +15,7 @@ from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, D
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
-from hf_distill.models.capture import ActivationCapture
+from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import LossSum, Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
@@ -49,7 +49,7 @@ class RowValues:
         return self.student.argmax(-1), self.ids.gather(-1, best).squeeze(-1)
 
 
-class LogitsMatch:
+class LogitsMatch(Objective):
     """T^p · divergence(student / T, teacher / T), summed over the rows that count.
 
     p is the divergence's own power (2 for the KL family), so that the gradient does not shrink as T grows
@@ -67,8 +67,6 @@ class LogitsMatch:
 
     name = "logits"
     needs = teacher_needs = Needs(logits=True)
-    needs_same_inputs = False  # the task knows
-    learned = None
 
     def __init__(
         self,
@@ -94,21 +92,19 @@ class LogitsMatch:
         self._try_settings()
 
     @property
-    def weight(self) -> Schedule:
+    def weight(self) -> Schedule:  # type: ignore[override]
         """Its weight is alpha, which the blend knows."""
         raise SettingError("the logits' term is weighted by alpha.")
 
     @property
-    def couples_examples(self) -> bool:
+    def couples_examples(self) -> bool:  # type: ignore[override]
         """As the divergence does."""
         name = next((n for n, f in DIVERGENCES.items() if f is getattr(self._given, "func", self._given)), None)
         return name is not None and PROPERTIES[name].couples_rows
 
-    def fit(
-        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: Any, seed: int
-    ) -> None:
-        """Nothing beside the divergence, which the task may refuse."""
-        self.divergence_for(task)
+    def bind(self, setup: ObjectiveSetup) -> None:
+        """Check that the divergence compares what the task predicts."""
+        self.divergence_for(setup.task)
 
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
@@ -140,7 +136,7 @@ class LogitsMatch:
         if properties.wants_target:
             target = task.targets(batch)
             if target is not None:
-                target = student.columns.of_labels(target if kept is None else target[kept])
+                target = student.alignment.of_labels(target if kept is None else target[kept])
             keywords["target"] = target
         if task.on_values or not properties.softens:
             return RowValues(function(q, p, **keywords), kept, q, p)

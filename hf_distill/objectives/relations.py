@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.relations import relation_kl
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
+from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions, checked_weight
 from hf_distill.schedules import Schedule
 from hf_distill.signals import RELATED, Signals
@@ -70,7 +70,7 @@ class RelationMatch(LayerObjective):
         self.reads = tuple(weights)
         self._heads = relation_heads
 
-    def check(self, student: Blocks, teacher: Blocks, *, model: Any, seed: int) -> None:
+    def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
         self._heads = self.relation_heads
         ours = {student.width_of(link.student) for link in self._links()}
         theirs = {teacher.width_of(link.teacher) for link in self._links()}
@@ -89,8 +89,8 @@ class RelationMatch(LayerObjective):
         assert self._heads is not None  # `check` comes first
         totals = []
         for what, weight in self.relations.items():
-            ours = student.inside[self._read(what, link.student, 0)]
-            theirs = teacher.inside[self._read(what, link.teacher, 1)]
+            ours = student.activations[self._read(what, link.student, 0)]
+            theirs = teacher.activations[self._read(what, link.teacher, 1)]
             kept.check(ours.shape[:-1], theirs.shape[:-1], what, link)
             mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if kept.mask is None else kept.mask
             values = relation_kl(ours, theirs, mask, heads=self._heads, segments=kept.segments)

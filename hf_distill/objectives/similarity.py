@@ -67,8 +67,8 @@ class SimilarityMatch(LayerObjective):
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
-        ours = student.inside[self._read(HIDDEN, link.student, 0)]
-        theirs = teacher.inside[self._read(HIDDEN, link.teacher, 1)]
+        ours = student.activations[self._read(HIDDEN, link.student, 0)]
+        theirs = teacher.activations[self._read(HIDDEN, link.teacher, 1)]
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=False)
         rows = kept.pooled(ours, self.pooling), kept.pooled(theirs, self.pooling)
         return SIMILARITIES[self.compare](*rows).sum()

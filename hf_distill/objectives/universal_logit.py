@@ -8,8 +8,8 @@ from torch import Tensor
 from hf_distill.errors import DataError, SettingError
 from hf_distill.functional.divergences import sorted_distance
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.packing import may_be_packed
+from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.objectives.layers import checked_weight
 from hf_distill.schedules import Schedule, checked_schedule
 from hf_distill.signals import LossSum, Needs, Signals
@@ -19,7 +19,7 @@ from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, rows_of
 KINDS = ("causal_lm", "seq2seq")
 
 
-class UniversalLogitMatch:
+class UniversalLogitMatch(Objective):
     """T · the distance of the sorted probabilities, of the k-th answer token of an example and the teacher's k-th.
 
     For a teacher with another tokenizer, which reads `teacher_*` columns: give `alpha=0` (or None), since the logits'
@@ -53,9 +53,6 @@ class UniversalLogitMatch:
     """
 
     needs = teacher_needs = Needs(logits=True)
-    needs_same_inputs = False
-    couples_examples = False
-    learned = None
 
     def __init__(
         self,
@@ -69,15 +66,13 @@ class UniversalLogitMatch:
         self.name = name
         self._starts: tuple[int | None, int | None] = (None, None)
 
-    def fit(
-        self, student: ActivationCapture, teacher: ActivationCapture | None, task: Task, *, model: object, seed: int
-    ) -> None:
-        if task.kind not in KINDS:
+    def bind(self, setup: ObjectiveSetup) -> None:
+        if setup.task.kind not in KINDS:
             raise SettingError(
-                f"UniversalLogitMatch compares written texts, and the student is trained for {task.kind}. Allowed: "
+                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task.kind}. Allowed: "
                 f"{', '.join(KINDS)}."
             )
-        self._starts = (student.start_token, None if teacher is None else teacher.start_token)
+        self._starts = (setup.student.start_token, None if setup.teacher is None else setup.teacher.start_token)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         return self._paired(task, batch, self._teachers(task, batch))[0].sum()

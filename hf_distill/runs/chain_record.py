@@ -75,12 +75,12 @@ class ChainResult:
     def link(self, name: str) -> LinkResult:
         return next(one for one in self.links if one.name == name)
 
-    def ensemble(self, *, mean: str = "probabilities", weights: Any = None, offload: str | None = None) -> Ensemble:
+    def ensemble(self, *, mean: str = "probabilities", weights: Any = None) -> Ensemble:
         """All students as one teacher, read from their folders when it is put to use. Arguments: `Ensemble`'s.
 
         Born-again ensembles: Furlanello et al. 2018, section 3.1.
         """
-        return Ensemble([one.folder for one in self.links], mean=mean, weights=weights, offload=offload)
+        return Ensemble([one.folder for one in self.links], mean=mean, weights=weights)
 
     def table(self) -> Table:
         """For the terminal."""

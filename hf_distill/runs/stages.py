@@ -26,7 +26,7 @@ from hf_distill.teachers import as_teacher
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.trainer.arguments import blend_of, setting
 from hf_distill.trainer.interruptions import last_whole_checkpoint
-from hf_distill.trainer.mixin import DistillationMixin, DistillationTrainer, RestoringMixin
+from hf_distill.trainer.mixin import DistillationMixin, DistillationTrainer
 from hf_distill.trainer.publishing import CARD
 
 # In a folder of its own: Trainer takes folders beside an adapter, checkpoints say, for more adapters.
@@ -180,7 +180,7 @@ def _as_teacher(teacher: Any, model: Any, one: _Planned, tokenizer: Any = None) 
     return as_teacher(
         teacher,
         make_task(model, one.keywords.get("task")).kind,
-        processor=one.keywords.get("teacher_processing_class") or tokenizer,
+        processing_class=one.keywords.get("teacher_processing_class") or tokenizer,
         dtype=setting(one.args, "teacher_dtype"),
         label_matching=setting(one.args, "label_matching"),
     )
@@ -229,7 +229,7 @@ def _run(trainer: Any, one: _Planned, stage_is: dict[str, Any], student_of: str 
 def _load_student(trainer: Any, folder: str) -> None:
     """The weights alone: what objectives learned in another stage stays there."""
     with random_state_kept():
-        RestoringMixin._load_from_checkpoint(trainer, os.path.join(folder, _STUDENT))
+        trainer._load_student(os.path.join(folder, _STUDENT))
 
 
 def _keep(trainer: Any, one: _Planned, result: StageResult, *, final: str | None) -> None:

@@ -40,6 +40,7 @@ class Task:
         sums_over_examples: the head's own loss is a sum over examples, not a mean (CTC "sum").
         over_vocabulary: rows are predicted tokens, made by an output head from hidden states of the same positions,
             and the head's own loss is the cross-entropy of `targets`.
+        shifts_labels: whether the head predicts the next position's label.
         inferred: the library made it, from the student's class or by name; then a teacher's class must be of its kind.
             An object of the user's says itself where predictions are, in whatever class of model.
     """
@@ -51,6 +52,7 @@ class Task:
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     sums_over_examples: bool = False
     over_vocabulary: ClassVar[bool] = False
+    shifts_labels: ClassVar[bool] = False
     inferred: bool = False
     _label_names: Mapping[str, int] | None = None  # the teacher's, or else the dataset's, where they have names
 

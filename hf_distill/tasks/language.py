@@ -39,6 +39,7 @@ class CausalLM(PositionTask):
     kind = "causal_lm"
     matched_by = "vocabulary"
     over_vocabulary = True
+    shifts_labels = True
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         if batch.get("shift_labels") is not None:

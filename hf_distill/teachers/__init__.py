@@ -1,6 +1,6 @@
 """Who speaks: anything that turns a batch into signals without gradient."""
 
-from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
 from hf_distill.teachers.cache import CachedTeacher, Dense, Hybrid, Sampled, TeacherCache, TopK
 from hf_distill.teachers.ensemble import Ensemble
 from hf_distill.teachers.load import load_teacher
@@ -35,8 +35,10 @@ __all__ = [
     "Snapshot",
     "SpecialistSet",
     "Specialists",
+    "StudentBatch",
     "Teacher",
     "TeacherCache",
+    "TeacherSetup",
     "TemporalEnsemble",
     "TopK",
     "as_teacher",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
@@ -13,12 +15,12 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
-from hf_distill.teachers.base import StudentBatch, Teacher, numbered, of_member
-from hf_distill.teachers.cache import CachedTeacher
-from hf_distill.teachers.cache.source import is_bound
+from hf_distill.teachers.base import Collator, StudentBatch, Teacher, TeacherSetup, numbered_inputs, teacher_inputs
 from hf_distill.teachers.make import as_teacher
-from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import HeadAlignment
+from hf_distill.vocabulary import HeadAlignment, LabelMatching
+
+if TYPE_CHECKING:
+    from hf_distill.objectives import Objective
 
 MEANS = ("probabilities", "logits")
 WEIGHTS = ("confidence", "entropy", "labels", "best")
@@ -54,7 +56,7 @@ def checked_weights(weights: Sequence[float] | str | None, count: int) -> list[f
     return [weight / sum(numbers) for weight in numbers]
 
 
-class Ensemble:
+class Ensemble(Teacher):
     """A teacher that says what several say on average.
 
     `mean="probabilities"` is the mean of the distributions at the temperature of the moment (Hinton et al. 2015,
@@ -69,7 +71,6 @@ class Ensemble:
             "confidence" (by its largest probability), "entropy" (by exp(-entropy)), "labels" (by the probability of the
             label; rows without one: equal), "best" (the one teacher with the largest probability of the label; without
             one, the most confident).
-        offload: "cpu": a model is on the accelerator only while it runs; None: all stay there.
 
     Raises:
         SettingError: fewer than two, weights that cannot be, no such mean.
@@ -91,118 +92,100 @@ class Ensemble:
         *,
         mean: str = "probabilities",
         weights: Sequence[float] | str | None = None,
-        offload: str | None = None,
     ) -> None:
         if mean not in MEANS:
             raise SettingError(f"Ensemble: mean={mean!r}: allowed are {', '.join(MEANS)}.{did_you_mean(mean, MEANS)}")
-        if offload not in (None, "cpu"):
-            raise SettingError(f"Ensemble: offload={offload!r}: allowed are None and 'cpu'.")
         if isinstance(teachers, (str, nn.Module)) or len(teachers) < 2:
             raise SettingError("Ensemble: give at least two teachers, as a list. One alone needs no ensemble.")
         self._given = list(teachers)
         self._mean = mean
         self._weights = checked_weights(weights, len(self._given))
-        self._offload = offload
-        self._accelerator: Any = None
         self._settings: list[dict[str, Any]] = [{} for _ in self._given]
         self.teachers: list[Teacher] = []
-        self.columns = HeadAlignment()
-        self.slot = ""  # of an ensemble in another one: see `CachedTeacher`
+        self.alignment = HeadAlignment()
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """What any of them reads, as columns that all share and as its own; known after `fit`."""
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`
+        """What any of them reads, as columns that all share and as its own; known after `bind`."""
         shared = [name for teacher in self.teachers for name in teacher.inputs]
-        own = [name for number, teacher in enumerate(self.teachers) for name in numbered(teacher.inputs, number)]
+        own = [name for number, teacher in enumerate(self.teachers) for name in numbered_inputs(teacher.inputs, number)]
         return tuple(dict.fromkeys([*shared, *own]))
 
     @property
-    def bound_to_temperature(self) -> bool:
-        """Whether what they say together at one temperature says nothing of another."""
-        return self._mean == "probabilities" or isinstance(self._weights, str) or any(map(is_bound, self.teachers))
+    def fixed_temperature(self) -> bool:
+        several = self._mean == "probabilities" or isinstance(self._weights, str)
+        return several or any(teacher.fixed_temperature for teacher in self.teachers)
 
     @property
-    def reads_labels(self) -> bool:
-        """Whether what they say together depends on the labels."""
-        return self._weights in ("labels", "best") or any(getattr(one, "reads_labels", False) for one in self.teachers)
+    def reads_labels(self) -> bool:  # type: ignore[override]  # it follows from the members
+        return self._weights in ("labels", "best") or any(teacher.reads_labels for teacher in self.teachers)
 
-    def made_with(self, *, processor: Any = None, **settings: Any) -> None:
-        """Keyword arguments of `as_teacher`, for those of them that are no Teacher yet.
+    def configure(
+        self, *, processing_class: Any = None, dtype: str | None = None, label_matching: LabelMatching = "by_name"
+    ) -> None:
+        """Take the settings of members that are not loaded yet.
 
         Args:
-            processor: of all of them, or a list with one for each (None: it reads what the student reads).
+            processing_class: of all members, or a list with one for each (None: it reads what the student reads).
+            dtype: as `as_teacher`.
+            label_matching: as `as_teacher`.
 
         Raises:
-            SettingError: a list of another length.
+            SettingError: for a list of another length.
         """
-        several = isinstance(processor, (list, tuple))
-        if several and len(processor) != len(self._given):
+        if (processing_class, dtype, label_matching) == (None, None, "by_name"):
+            return
+        several = isinstance(processing_class, (list, tuple))
+        if several and len(processing_class) != len(self._given):
             raise SettingError(
-                f"teacher_processing_class is a list of {len(processor)} for {len(self._given)} teachers. Give one for "
-                "each, None for a teacher that reads what the student reads."
+                f"teacher_processing_class is a list of {len(processing_class)} for {len(self._given)} teachers. Give "
+                "one for each, None for a teacher that reads what the student reads."
             )
-        each = processor if several else [processor] * len(self._given)
-        self._settings = [{**settings, "processor": one} for one in each]
+        each = processing_class if several else [processing_class] * len(self._given)
+        self._settings = [{"processing_class": one, "dtype": dtype, "label_matching": label_matching} for one in each]
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Each of them must be able to teach this student. See `Teacher.fit`."""
+    def bind(self, setup: TeacherSetup) -> None:
+        """Each of them must be able to teach this student. See `Teacher.bind`."""
         if not self.teachers:
             made = zip(self._given, self._settings, strict=True)
-            self.teachers = [as_teacher(one, task.kind, **settings) for one, settings in made]
+            self.teachers = [as_teacher(one, setup.task.kind, **settings) for one, settings in made]
         for number, teacher in enumerate(self.teachers):
-            if isinstance(teacher, (CachedTeacher, Ensemble)):
-                teacher.slot = f"{self.slot}{number}_"
-            teacher.fit(
-                student,
-                task,
-                student_processor=student_processor,
-                compares_predictions=compares_predictions,
-                same_inputs=same_inputs,
-            )
-        compared = {teacher.columns.student for teacher in self.teachers}
+            teacher.bind(replace(setup, slot=f"{setup.slot}{number}_"))
+        compared = {teacher.alignment.student for teacher in self.teachers}
         if len(compared) > 1:
             raise TeacherError(
                 "Ensemble: the teachers share different columns of their heads with the student "
                 f"({', '.join(sorted(map(str, compared)))}), so their predictions cannot be averaged. Use teachers "
                 "with the same labels or vocabulary."
             )
-        self.columns = HeadAlignment(student=self.teachers[0].columns.student)
-        if task.on_values:
+        self.alignment = HeadAlignment(student=self.teachers[0].alignment.student)
+        if setup.task.on_values:
             self._fixed(len(self.teachers))
 
-    def check_needs(self, needs: Needs) -> None:
-        """Raise SettingError for what one of them cannot be asked, before the first step."""
-        if needs.reads:
+    def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
+        if needs.activations:
             raise SettingError("an Ensemble shows nothing of its teachers' inside. Leave the objectives on it out.")
         for number, teacher in enumerate(self.teachers):
-            self._refuse_lists(number, teacher)
-            check = getattr(teacher, "check_needs", None)
-            if check is not None:
-                check(Needs(logits=needs.logits, temperature=needs.temperature))
+            self._check_has_all_columns(number, teacher)
+            teacher.check(Needs(logits=needs.logits, temperature=needs.temperature))
 
-    def collator(self, collator: Callable[..., Any]) -> Callable[..., Any]:
-        """That collator, with the answers of those of them that are caches; for the training's data loader.
+    def wrap_collator(self, collator: Collator) -> Collator:
+        """Fetch the answers of the members that are caches.
 
         Raises:
-            SettingError: before `fit`, which a distiller or a trainer does.
+            SettingError: before `bind`, which a distiller or a trainer calls.
         """
         if not self.teachers:
-            raise SettingError("Ensemble.collator: make the Distiller first: it makes teachers of what was given.")
+            raise SettingError("Ensemble.wrap_collator: make the Distiller first: it makes the teachers.")
         for teacher in self.teachers:
-            looks_up = getattr(teacher, "collator", None)
-            collator = collator if looks_up is None else looks_up(collator)
+            collator = teacher.wrap_collator(collator)
         return collator
 
-    def described(self) -> str:
-        """How they are joined, for the card."""
+    @property
+    def fetches_with_collator(self) -> bool:
+        return any(teacher.fetches_with_collator for teacher in self.teachers)
+
+    def describe(self) -> str:
         said = "the mean of their probabilities" if self._mean == "probabilities" else "the mean of their logits"
         if self._weights is None:
             return said
@@ -211,43 +194,46 @@ class Ensemble:
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         said = [
-            self._ask(number, teacher, task, of_member(batch, number), needs)
+            self._predictions(number, teacher, task, teacher_inputs(batch, number), needs)
             for number, teacher in enumerate(self.teachers)
         ]
-        return Signals(logits=self._averaged(said, task, batch, needs.temperature), columns=self.columns)
+        return Signals(logits=self._averaged(said, task, batch, needs.temperature), alignment=self.alignment)
 
-    def place(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
+    def to(self, accelerator: Accelerator) -> None:
         for teacher in self.teachers:
-            if self._offload is None or not isinstance(teacher, ModelTeacher):
-                teacher.place(accelerator)
+            teacher.to(accelerator)
 
-    def after_step(self, student: nn.Module) -> None:
+    def on_step(self, student: nn.Module) -> None:
         for teacher in self.teachers:
-            teacher.after_step(student)
+            teacher.on_step(student)
+
+    def models(self) -> list[nn.Module]:
+        return [model for teacher in self.teachers for model in teacher.models()]
+
+    def members(self) -> list[Teacher]:
+        return [member for teacher in self.teachers for member in teacher.members()]
 
     @property
-    def hear(self) -> Callable[[StudentBatch], None] | None:
-        """For those of them that learn too; None: none does."""
-        learning = [hear for hear in (getattr(teacher, "hear", None) for teacher in self.teachers) if hear is not None]
+    def changes_in_training(self) -> bool:
+        return any(teacher.changes_in_training for teacher in self.teachers)
 
-        def tell(lesson: StudentBatch) -> None:
-            for hear in learning:
-                hear(lesson)
+    @property
+    def learns_from_batches(self) -> bool:
+        return any(teacher.learns_from_batches for teacher in self.teachers)
 
-        return tell if learning else None
+    def on_batch(self, batch: StudentBatch) -> None:
+        for teacher in self.teachers:
+            teacher.on_batch(batch)
 
-    def state(self) -> dict[str, Tensor]:
-        """Of those that training changes."""
+    def state_dict(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for index, teacher in enumerate(self.teachers):
-            own: dict[str, Tensor] = getattr(teacher, "state", dict)()
-            found |= {f"{index}.{name}": value for name, value in own.items()}
+            found |= {f"{index}.{name}": value for name, value in teacher.state_dict().items()}
         return found
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises SettingError: of other teachers, or of these in another order."""
-        if set(state) != set(self.state()):
+        if set(state) != set(self.state_dict()):
             raise SettingError(
                 "the saved state is of another Ensemble: of other teachers, or of these in another order. Resume with "
                 "the same list."
@@ -256,31 +242,22 @@ class Ensemble:
             start = f"{index}."
             own = {name[len(start) :]: value for name, value in state.items() if name.startswith(start)}
             if own:
-                teacher.load_state(own)  # type: ignore[attr-defined]  # it had a state, so it can take one
+                teacher.load_state_dict(own)
 
-    def _refuse_lists(self, number: int, teacher: Teacher) -> None:
-        """Of one that tells some of its columns and the rest as one, no mean over columns can be taken."""
-        cached = isinstance(teacher, CachedTeacher) and teacher.cache.store.lists_columns
-        if cached or hasattr(teacher, "lists_columns"):
-            what = f"a cache with {type(teacher.cache.store).__name__}" if cached else f"a {type(teacher).__name__}"  # type: ignore[attr-defined]  # a cache has a store
+    def _check_has_all_columns(self, number: int, teacher: Teacher) -> None:
+        if teacher.is_sparse:
             raise SettingError(
-                f"Ensemble: teacher {number} ({what}) tells some of its columns, and a mean is over all of them. "
+                f"Ensemble: teacher {number} ({teacher!r}) gives some of its columns, and a mean is over all of them. "
                 "Build its cache with store=Dense(); or build one cache of the whole ensemble: "
                 "TeacherCache.build(Ensemble([...]), ..., student=student, temperature=..., store=TopK(...))."
             )
 
-    def _ask(self, number: int, teacher: Teacher, task: Task, batch: Batch, needs: Needs) -> Tensor:
-        away = self._offload is not None and isinstance(teacher, ModelTeacher) and self._accelerator is not None
-        if away:
-            teacher.place(self._accelerator)
+    def _predictions(self, number: int, teacher: Teacher, task: Task, batch: Batch, needs: Needs) -> Tensor:
         try:
-            logits = teacher(task, batch, Needs(logits=True, temperature=needs.temperature)).predictions()
+            signals = teacher(task, batch, Needs(logits=True, temperature=needs.temperature))
+            return in_full_precision(signals.predictions())
         except (TeacherError, DataError) as error:
             raise type(error)(f"teacher {number} of the Ensemble: {error}") from error
-        if away:
-            assert isinstance(teacher, ModelTeacher)
-            teacher.model.to("cpu")
-        return in_full_precision(logits)
 
     def _averaged(self, said: list[Tensor], task: Task, batch: Batch, temperature: float) -> Tensor:
         logits = torch.stack(said)  # [teachers ... v]
@@ -315,7 +292,7 @@ class Ensemble:
         if self._weights == "entropy":
             p = log_p.exp()
             return (p * log_p.masked_fill(p == 0, 0)).sum(-1, keepdim=True).log_softmax(0)
-        target = labels_in_place(log_p[0], task, batch, self.columns)
+        target = labels_in_place(log_p[0], task, batch, self.alignment)
         known = target != IGNORED
         of_label = log_p.gather(-1, target.clamp(min=0).expand(log_p.shape[0], *target.shape))
         if self._weights == "labels":

@@ -13,22 +13,23 @@ from hf_distill.teachers.cache import CachedTeacher, TeacherCache, is_cache
 from hf_distill.teachers.load import as_dtype, find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.teachers.quantised import quantised_teacher, refuse_quantization
+from hf_distill.vocabulary import LabelMatching
 
 
 def as_teacher(
     teacher_model: Any,
     kind: str,
     *,
-    processor: Any = None,
+    processing_class: Any = None,
     dtype: str | None = None,
-    label_matching: str = "by_name",
+    label_matching: LabelMatching = "by_name",
     quantization: Any = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> Teacher:
     """A Teacher, from one, from a model, from a folder or Hub id, or from a cache (a `TeacherCache` or its folder).
 
     Args:
-        kind: the student's kind of head. processor: the teacher's tokenizer, where it is not in the folder.
+        kind: the student's kind of head. processing_class: the teacher's tokenizer, where it is not in the folder.
         dtype: as `load_teacher`; a model that is given is cast in place, once it is put to use.
         quantization: "int8_dynamic", or what `from_pretrained` takes as `quantization_config`, also as a dict.
         device_map: as `from_pretrained`.
@@ -37,7 +38,11 @@ def as_teacher(
         TeacherError: none of these, or it cannot be loaded.
         SettingError: quantization or device_map of what is not loaded here.
     """
-    _refuse_several(processor, teacher_model)
+    if isinstance(processing_class, (list, tuple)) and not isinstance(teacher_model, Teacher):
+        raise SettingError(
+            f"teacher_processing_class is a list of {len(processing_class)}, which is for an Ensemble: one for each of its "
+            "teachers. Pass the one of this teacher."
+        )
     from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
     refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
     if quantization is not None:
@@ -47,7 +52,7 @@ def as_teacher(
             quantization=quantization,
             device_map=device_map,
             dtype=dtype,
-            processor=processor or (find_tokenizer(teacher_model) if from_path else None),
+            processor=processing_class or (find_tokenizer(teacher_model) if from_path else None),
             label_matching=label_matching,
         )
     if isinstance(teacher_model, nn.Module):
@@ -59,9 +64,9 @@ def as_teacher(
     elif isinstance(teacher_model, (str, os.PathLike)):
         model = load_teacher(teacher_model, kind, dtype=dtype, device_map=device_map)
         dtype = dtype if device_map is None or dtype is None else "auto"  # it has it, and cannot be cast where it lies
-        processor = processor or find_tokenizer(teacher_model)
+        processing_class = processing_class or find_tokenizer(teacher_model)
     elif isinstance(teacher_model, Teacher):
-        _hand_on(teacher_model, processor=processor, dtype=dtype, label_matching=label_matching)
+        teacher_model.configure(processing_class=processing_class, dtype=dtype, label_matching=label_matching)
         return teacher_model
     elif isinstance(teacher_model, (list, tuple)):
         raise TeacherError(
@@ -71,26 +76,6 @@ def as_teacher(
     else:
         raise TeacherError(
             f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an object "
-            "with the methods of hf_distill.teachers.Teacher."
+            "derived from hf_distill.Teacher."
         )
-    return ModelTeacher(model, processor=processor, label_matching=label_matching, dtype=as_dtype(dtype))
-
-
-def _refuse_several(processor: Any, teacher_model: Any) -> None:
-    if isinstance(processor, (list, tuple)) and not hasattr(teacher_model, "made_with"):
-        raise SettingError(
-            f"teacher_processing_class is a list of {len(processor)}, which is for an Ensemble: one for each of its "
-            "teachers. Give the one of this teacher."
-        )
-
-
-def _hand_on(teacher: Any, *, processor: Any, dtype: str | None, label_matching: str) -> None:
-    """What is said of the teacher holds for each of several; one that is made already has its dtype."""
-    if hasattr(teacher, "made_with"):
-        if (processor, dtype, label_matching) != (None, None, "by_name"):
-            teacher.made_with(processor=processor, dtype=dtype, label_matching=label_matching)
-    elif dtype is not None:
-        raise SettingError(
-            f"teacher_dtype={dtype!r} is for a model, a folder or a Hub id. This teacher is a {type(teacher).__name__} "
-            "already: give it its dtype where it is made."
-        )
+    return ModelTeacher(model, processor=processing_class, label_matching=label_matching, dtype=as_dtype(dtype))

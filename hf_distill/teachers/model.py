@@ -21,6 +21,7 @@ from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, readi
 from hf_distill.tasks.infer import forward_names, infer_kind, main_input_of, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.load import find_tokenizer
 from hf_distill.teachers.padding import KINDS, OwnPadding
 from hf_distill.vocabulary import (
@@ -240,7 +241,7 @@ def _embeddings(model: Any) -> int | None:
 _NEVER_GIVEN = ("labels", "start_positions", "end_positions")
 
 
-class ModelTeacher:
+class ModelTeacher(Teacher):
     """A transformers model, or anything that is called with keywords and returns an output with logits.
 
     The model is frozen in place (`requires_grad_(False)`, `eval()`) once it is put to use. It reads its own inputs,
@@ -263,14 +264,14 @@ class ModelTeacher:
         dtype: Any = None,
     ) -> None:
         self.model: Any = model
-        self.columns = HeadAlignment()
+        self.alignment = HeadAlignment()
         self._processor = processor
         self._label_matching = label_matching
         self._dtype = dtype
         self._in_use = False
         self._accelerator: Any = None
         self._difference: InputDifference | None = None  # why it may not read the student's ids
-        self.inside = ActivationCapture(model, "teacher")
+        self.capture: ActivationCapture = ActivationCapture(model, "teacher")
         self._head: OutputHead | None = None
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
         self._padding: OwnPadding | None = None  # None: it pads as the student does
@@ -284,43 +285,35 @@ class ModelTeacher:
             head = self._head_for(needs, inputs)
             heard: list[DeferredLogits] = []
             listening = contextlib.nullcontext() if head is None else head.listened(heard)
-            with self.inside.reading(needs.reads) as inside, listening:
+            with self.capture.capture(needs.activations) as activations, listening:
                 outputs = self.model(**inputs)
         if head is not None:
-            return Signals(None, columns=self.columns, inside=inside, deferred=heard[0])
+            return Signals(None, alignment=self.alignment, activations=activations, deferred=heard[0])
         logits = self._predictions(outputs, task, batch) if needs.logits else None
-        return Signals(logits=logits, columns=self.columns, inside=inside)
+        return Signals(logits=logits, alignment=self.alignment, activations=activations)
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Check that this model can teach that one, and pair the columns of their heads. See `Teacher.fit`.
+    def bind(self, setup: TeacherSetup) -> None:
+        """Check that this model can teach that one, and pair the columns of their heads. See `Teacher.bind`.
 
         Raises:
             TeacherError: the same object, shared weights, another kind of head, labels or vocabulary that do not match.
         """
-        student, teacher = unwrapped(student), unwrapped(self.model)
+        student, teacher, task = unwrapped(setup.student), unwrapped(self.model), setup.task
         refuse_shared_weights(student, teacher)
-        if compares_predictions:
+        if setup.compares_predictions:
             refuse_other_head(teacher, task)
-        ours, theirs = tokenizer_in(student_processor), self.tokenizer
+        ours, theirs = tokenizer_in(setup.processing_class), self.tokenizer
         if theirs is None and reads_ids_of(student, teacher):
             theirs = ours
-        if compares_predictions:
-            self.columns = matched_columns(
+        if setup.compares_predictions:
+            self.alignment = matched_columns(
                 student, teacher, task, tokenizers=(ours, theirs), label_matching=self._label_matching
             )
         else:
-            self.columns = known_columns(task, (ours, theirs))
-        needs_same_inputs = task.needs_same_inputs and compares_predictions
+            self.alignment = known_columns(task, (ours, theirs))
+        needs_same_inputs = task.needs_same_inputs and setup.compares_predictions
         difference = input_difference(student, teacher, task, tokenizers=(ours, theirs))
-        if difference is not None and (needs_same_inputs or same_inputs):
+        if difference is not None and (needs_same_inputs or setup.same_inputs):
             what = f"A {task.kind} head predicts" if needs_same_inputs else "An objective compares"
             raise TeacherError(
                 f"{difference.sentence()} {what} positions of the input, so both must read the same one. Use a teacher "
@@ -354,17 +347,24 @@ class ModelTeacher:
                     f"the teacher {found.theirs}."
                 )
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Any) -> None:
         self._put_to_use()
         self._accelerator = accelerator
         self.model = prepare_for_evaluation(self.model, accelerator)
 
-    def after_step(self, student: nn.Module) -> None:
-        """Nothing: it is frozen."""
+    def models(self) -> list[nn.Module]:
+        return [self.model]
+
+    @property
+    def fixed_temperature(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(unwrapped(self.model)).__name__})"
 
     def _predictions(self, outputs: Any, task: Task, batch: Batch) -> Tensor:
         with reading_outputs_of(unwrapped(self.model), "teacher"):
-            return task.read(outputs, batch, self.columns, teacher=True)
+            return task.read(outputs, batch, self.alignment, teacher=True)
 
     def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
         """The output head, where what it is given will do in place of the logits, and can be had."""

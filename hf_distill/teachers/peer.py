@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 
@@ -17,9 +18,12 @@ from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import StudentBatch
+from hf_distill.teachers.base import StudentBatch, TeacherSetup
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import HeadAlignment
+
+if TYPE_CHECKING:
+    from hf_distill.objectives import Objective
 
 _OF_CTC = "ctc_loss_reduction"
 
@@ -55,7 +59,7 @@ class Peer(ModelTeacher):
     >>> before = peer.model.classifier.bias.clone()
     >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     >>> distiller(student, batch).loss.backward()  # and the student's optimizer makes its step
-    >>> distiller.after_step(student)
+    >>> distiller.end_step(student)
     >>> torch.equal(before, peer.model.classifier.bias)
     False
     """
@@ -82,28 +86,15 @@ class Peer(ModelTeacher):
         self._held: tuple[Batch, Any] | None = None
         self._student: weakref.ref[nn.Module] | None = None
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Check that the two can teach each other. See `Teacher.fit`."""
+    def bind(self, setup: TeacherSetup) -> None:
+        """Check that the two can teach each other. See `Teacher.bind`."""
+        student, task = setup.student, setup.task
         if self._steps and (self._student is None or self._student() is not unwrapped(student)):
             raise SettingError("Peer: it has learned beside another student. Make a new one for a new student.")
-        if not compares_predictions:
+        if not setup.compares_predictions:
             raise SettingError("Peer: nothing compares predictions, from which it learns. Give alpha above 0.")
-        super().fit(
-            student,
-            task,
-            student_processor=student_processor,
-            compares_predictions=True,
-            same_inputs=same_inputs,
-        )
-        if not _same_ids(self.columns):
+        super().bind(setup)
+        if not _same_ids(self.alignment):
             raise TeacherError(
                 "Peer: its labels or tokens have other ids than the student's, and it learns from the labels of the "
                 "batch as they are. Give both the same label2id, or the same tokenizer."
@@ -113,16 +104,14 @@ class Peer(ModelTeacher):
             raise TeacherError(f"Peer: the student's {_OF_CTC} is not the peer's ({reductions}). Give both the same.")
         self._student = weakref.ref(unwrapped(student))
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return f"a peer ({type(unwrapped(self.model)).__name__}) that was trained along, by mutual learning"
 
-    def check_needs(self, needs: Needs) -> None:
-        """Raise SettingError for what it cannot be asked."""
-        if needs.reads:
+    def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
+        if needs.activations:
             raise SettingError("Peer is compared by its predictions alone. Leave the objectives on the inside out.")
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise SettingError(
                 f"Peer with {accelerator.distributed_type.value}: it is trained whole on each process. Use data "
@@ -130,7 +119,7 @@ class Peer(ModelTeacher):
             )
         if getattr(accelerator, "mixed_precision", None) == "fp16":
             raise SettingError("Peer with fp16: its loss is not scaled, so its gradients would vanish. Use bf16.")
-        super().place(accelerator)
+        super().to(accelerator)
         if accelerator.num_processes > 1:
             for parameter in self.model.parameters():
                 broadcast(parameter.data, from_process=0)
@@ -143,21 +132,21 @@ class Peer(ModelTeacher):
         else:
             with _in_evaluation(self.model):
                 outputs = self._outputs(task, batch)
-        return Signals(logits=self._predictions(outputs, task, batch).detach(), columns=self.columns)
+        return Signals(logits=self._predictions(outputs, task, batch).detach(), alignment=self.alignment)
 
-    def hear(self, lesson: StudentBatch) -> None:
-        """Add this micro-batch's gradient."""
+    def on_batch(self, batch: StudentBatch) -> None:
+        """Add the gradient of this micro-batch."""
         held, self._held = self._held, None
         # It was not asked where alpha is 0 at the moment: it learns from the labels all the same.
-        outputs = held[1] if held and held[0] is lesson.batch else self._outputs(lesson.task, lesson.batch)
-        own = Signals(logits=self._predictions(outputs, lesson.task, lesson.batch), columns=self.columns)
-        loss = lesson.loss_of(outputs["loss"] if lesson.uses_labels else None, own)
+        outputs = held[1] if held and held[0] is batch.batch else self._outputs(batch.task, batch.batch)
+        own = Signals(logits=self._predictions(outputs, batch.task, batch.batch), alignment=self.alignment)
+        loss = batch.loss_of(outputs["loss"] if batch.uses_labels else None, own)
         if self._accelerator is not None:  # no `Accelerator.backward`, which divides by the steps it accumulates
             loss = loss * (self._accelerator.num_processes / scale_of(self._accelerator, 1))
         loss.backward()
-        self._progress = lesson.progress
+        self._progress = batch.progress
 
-    def after_step(self, student: nn.Module) -> None:
+    def on_step(self, student: nn.Module) -> None:
         """Its own step, by the gradients of all micro-batches and processes."""
         optimizer, parameters = self._stepping(), [p for p in self.model.parameters() if p.requires_grad]
         accelerator = self._accelerator
@@ -172,7 +161,7 @@ class Peer(ModelTeacher):
         optimizer.zero_grad(set_to_none=True)
         self._steps += 1
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Weights, what the optimizer remembers of them, and how many steps it made."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         found = {"steps": torch.tensor(self._steps), **{f"model.{name}": value for name, value in tensors.items()}}
@@ -183,9 +172,9 @@ class Peer(ModelTeacher):
         return found
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises SettingError: of another model."""
-        own = {name: value for name, value in self.state().items() if name.startswith("model.")}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("model.")}
         theirs = {name: value for name, value in state.items() if name.startswith("model.")}
         if set(own) != set(theirs) or any(own[name].shape != value.shape for name, value in theirs.items()):
             raise SettingError("the saved peer is another model than this one. Resume with the same peer.")

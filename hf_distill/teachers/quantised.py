@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -96,13 +97,13 @@ class QuantisedTeacher(ModelTeacher):
             self._measure(signals.predictions(), task, batch)
         return signals
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         if is_dynamic(self.model) and accelerator.device.type != "cpu":
             raise SettingError(
                 f"teacher_quantization={INT8_DYNAMIC!r} computes on a CPU, and this training is on "
                 f"{accelerator.device.type}. Pass a BitsAndBytesConfig or a TorchAoConfig instead."
             )
-        super().place(accelerator)
+        super().to(accelerator)
 
     def _measure(self, said: Tensor, task: Task, batch: Batch) -> None:
         if self._accelerator is not None and not self._accelerator.is_main_process:
@@ -141,7 +142,7 @@ class QuantisedTeacher(ModelTeacher):
             with torch.no_grad():
                 outputs = full(**inputs)
         there = {name: _on_cpu(value) for name, value in batch.items()}
-        theirs = task.select(task.read(outputs, there, self.columns, teacher=True), there)
+        theirs = task.select(task.read(outputs, there, self.alignment, teacher=True), there)
         theirs = (theirs if kept is None else theirs[kept.cpu()]).float()
         if task.on_values:
             return Agreement(len(ours), difference=(ours - theirs).abs().mean().item()), None

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import hashlib
 import random
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,54 +22,42 @@ from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.vocabulary import HeadAlignment
 
 
-class _StudentItself(ABC):
+class _StudentItself(Teacher):
     """What is asked is the student; it is neither frozen nor moved nor copied."""
 
     def __init__(self) -> None:
         self._teacher: _Unfrozen | None = None
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """Known after `fit`, as the rest."""
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # those of the student
+        """Known after `bind`, as the rest."""
         return () if self._teacher is None else self._teacher.inputs
 
     @property
-    def columns(self) -> HeadAlignment:
-        return HeadAlignment()
+    def capture(self) -> ActivationCapture | None:  # type: ignore[override]  # that of the student
+        return None if self._teacher is None else self._teacher.capture
 
     @property
-    def inside(self) -> ActivationCapture | None:
-        return None if self._teacher is None else self._teacher.inside
+    def fixed_temperature(self) -> bool:
+        return False
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Remember the student. See `Teacher.fit`."""
-        self._check(student)
-        self._teacher = _Unfrozen(student)
+    def bind(self, setup: TeacherSetup) -> None:
+        self._check_student(setup.student)
+        self._teacher = _Unfrozen(setup.student)
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         self._known().use(accelerator)
 
-    def after_step(self, student: nn.Module) -> None:  # noqa: B027  # all there is to do
-        """Nothing: what moves is the student."""
-
     @abstractmethod
-    def _check(self, student: Any) -> None:
-        """Refuse a student that cannot be asked so."""
+    def _check_student(self, student: Any) -> None:
+        """Refuse a student that cannot be its own teacher so."""
 
     def _known(self) -> _Unfrozen:
-        assert self._teacher is not None  # `fit` comes first
+        assert self._teacher is not None  # `bind` comes first
         return self._teacher
 
 
@@ -83,8 +72,7 @@ class BaseModelTeacher(_StudentItself):
         TeacherError: the student is no PEFT model.
     """
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return "the base model itself, its adapters switched off"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
@@ -93,10 +81,10 @@ class BaseModelTeacher(_StudentItself):
             teacher.model.eval()
             return teacher(task, batch, needs)
 
-    def _check(self, student: Any) -> None:
+    def _check_student(self, student: Any) -> None:
         if not hasattr(student, "disable_adapter"):
             raise TeacherError(
-                f"AdaptersOff: the student is a {type(student).__name__}, which has no adapters to switch off. "
+                f"BaseModelTeacher: the student is a {type(student).__name__}, which has no adapters to switch off. "
                 "Make it a PEFT model (peft.get_peft_model), or pass a teacher."
             )
 
@@ -150,11 +138,10 @@ class RDropTeacher(_StudentItself):
         0.5
         """
         if not 0 <= paper_weight < float("inf"):
-            raise SettingError(f"SecondPass.alpha: paper_weight={paper_weight!r}: must be at least 0 and finite.")
+            raise SettingError(f"RDropTeacher.alpha: paper_weight={paper_weight!r}: must be at least 0 and finite.")
         return paper_weight / (2 + paper_weight)
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return "the student itself, a second pass with other dropout"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
@@ -166,28 +153,27 @@ class RDropTeacher(_StudentItself):
             self._passes += 1
         return found
 
-    def place(self, accelerator: Any) -> None:
-        super().place(accelerator)
+    def to(self, accelerator: Accelerator) -> None:
+        super().to(accelerator)
         self._process = accelerator.process_index
 
-    def state(self) -> dict[str, Tensor]:
-        """How many passes there were, on each process alike."""
+    def state_dict(self) -> dict[str, Tensor]:
         return {"passes": torch.tensor(self._passes)}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises SettingError: of another kind of teacher."""
         if set(state) != {"passes"}:
             raise SettingError(
-                f"the checkpoint's teacher ({', '.join(sorted(state)[:3])}, ...) is no SecondPass. Resume with the "
+                f"the checkpoint's teacher ({', '.join(sorted(state)[:3])}, ...) is no RDropTeacher. Resume with the "
                 "teacher of that run."
             )
         self._passes = int(state["passes"])
 
-    def _check(self, student: Any) -> None:
+    def _check_student(self, student: Any) -> None:
         self._passes = 0
         if not _draws(student):
             raise SettingError(
-                f"SecondPass: nothing in the student ({type(student).__name__}) is drawn at random: no dropout is "
+                f"RDropTeacher: nothing in the student ({type(student).__name__}) is drawn at random: no dropout is "
                 "above 0, so two passes would be the same. Load it with dropout (hidden_dropout_prob=0.1, or as its "
                 "config calls it), or use MovingAverage with an augmentation."
             )
@@ -273,61 +259,47 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
-class _CopyOfStudent(ModelTeacher, ABC):
+class _CopyOfStudent(ModelTeacher):
     """A copy that follows the student; a subclass says how. It is saved with each checkpoint and goes on from there."""
 
     def __init__(self) -> None:
         super().__init__(nn.Module())
         self._steps = 0
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
+    def bind(self, setup: TeacherSetup) -> None:
         """Start from a copy of this student."""
         accelerator = self._accelerator
-        ModelTeacher.__init__(self, self._copied(student), processor=student_processor)
+        ModelTeacher.__init__(self, self._copied(setup.student), processor=setup.processing_class)
         self._steps = 0
-        super().fit(
-            student,
-            task,
-            student_processor=student_processor,
-            compares_predictions=compares_predictions,
-            same_inputs=same_inputs,
-        )
+        super().bind(setup)
         if accelerator is not None:  # a new student of the same run
-            self.place(accelerator)
+            self.to(accelerator)
 
     def prepare_inputs(self, student: nn.Module, task: Task, *, tokenizer: Any = None) -> None:
         """Nothing: it is given what the student is given, and reads it by the student's own config."""
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise SettingError(
                 f"{type(self).__name__} with {accelerator.distributed_type.value}: no process holds the whole student, "
                 "of which this is a copy. Use data parallelism (DDP)."
             )
-        super().place(accelerator)
+        super().to(accelerator)
 
     @torch.no_grad()
-    def after_step(self, student: nn.Module) -> None:
+    def on_step(self, student: nn.Module) -> None:
         self._steps += 1
         self._follow(getattr(student, "module", student))  # as DDP wraps it
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The copy, and how many steps it has seen."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {"steps": torch.tensor(self._steps), **{f"model.{name}": value for name, value in tensors.items()}}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises SettingError: of another student."""
-        own = self.state()
+        own = self.state_dict()
         if set(own) != set(state) or any(own[name].shape != value.shape for name, value in state.items()):
             raise SettingError(
                 f"the saved {type(self).__name__} is of another student than this one. Resume with the same student."
@@ -368,8 +340,7 @@ class MovingAverage(_CopyOfStudent):
         super().__init__()
         self.decay = float(decay)
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return f"a moving average of the student itself (decay {self.decay:g})"
 
     def _copied(self, student: nn.Module) -> nn.Module:
@@ -415,8 +386,7 @@ class Snapshot(_CopyOfStudent):
         super().__init__()
         self.every = every
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return f"the student itself as it was at the last of every {self.every} optimizer steps"
 
     def _follow(self, student: nn.Module) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -18,10 +19,9 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers import model as fitting
-from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.make import as_teacher
-from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.model import ModelTeacher, refuse_other_head
 from hf_distill.vocabulary import HeadAlignment, label_ids
 
 DUSTBIN = "dustbin"
@@ -174,7 +174,7 @@ def _with_dustbin(rows: Tensor, classes: Sequence[int]) -> Tensor:
 Classes = Sequence[int | str]
 
 
-class Specialists:
+class Specialists(Teacher):
     """A teacher whose generalist is corrected by specialists, each of a few classes and a dustbin for all others.
 
     For each row those specialists are asked that know one of the generalist's most probable classes; the answer is the
@@ -235,32 +235,25 @@ class Specialists:
         self._orders: list[Tensor] = []  # of each specialist: its columns in the order of the classes, dustbin last
         self._generalist: Teacher | None = None
         self._specialists: list[ModelTeacher] = []
-        self.columns = HeadAlignment()
+        self.alignment = HeadAlignment()
 
     @property
     def teachers(self) -> list[Teacher]:
-        """The generalist, then the specialists; none before `fit`."""
+        """The generalist, then the specialists; none before `bind`."""
         return [] if self._generalist is None else [self._generalist, *self._specialists]
 
     @property
-    def inputs(self) -> tuple[str, ...]:
-        """What any of them reads; known after `fit`."""
+    def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`
+        """What any of them reads; known after `bind`."""
         return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
+    def bind(self, setup: TeacherSetup) -> None:
         """The generalist must be able to teach this student, and each specialist know its classes.
 
         Raises:
             TeacherError: another kind of head, or labels that do not match.
         """
+        task = setup.task
         if task.matched_by != "labels" or task.on_values:
             raise TeacherError(
                 f"Specialists: a {task.kind} head has no classes to be a specialist of. They are for classification of "
@@ -270,23 +263,15 @@ class Specialists:
             self._specialists = [_as_model_teacher(model, task.kind, classes) for classes, model in self._given]
             self._generalist = as_teacher(self._given_generalist, task.kind)
         for specialist in self._specialists:  # before the generalist: what the task learns of configs is of the last
-            fitting.refuse_other_head(unwrapped(specialist.model), task)
-            specialist.fit(
-                student, task, student_processor=student_processor, compares_predictions=False, same_inputs=same_inputs
-            )
-        self._generalist.fit(
-            student,
-            task,
-            student_processor=student_processor,
-            compares_predictions=compares_predictions,
-            same_inputs=same_inputs,
-        )
-        self.columns = HeadAlignment(student=self._generalist.columns.student)
-        if compares_predictions:
-            self._pair_columns(student)
+            refuse_other_head(unwrapped(specialist.model), task)
+            specialist.bind(replace(setup, compares_predictions=False))
+        self._generalist.bind(setup)
+        self.alignment = HeadAlignment(student=self._generalist.alignment.student)
+        if setup.compares_predictions:
+            self._pair_columns(setup.student)
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        assert self._generalist is not None  # `fit` comes first
+        assert self._generalist is not None  # `bind` comes first
         logits = self._ask(self._generalist, task, batch, needs.temperature)  # [... v]
         if logits.shape[-1] != self._members.shape[1]:
             raise TeacherError(
@@ -295,24 +280,33 @@ class Specialists:
             )
         rows = logits.reshape(-1, logits.shape[-1])
         log_q = self._agreed(rows, task, batch, needs.temperature)
-        return Signals(logits=(needs.temperature * log_q).view(logits.shape), columns=self.columns)
+        return Signals(logits=(needs.temperature * log_q).view(logits.shape), alignment=self.alignment)
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         for teacher in self.teachers:
-            teacher.place(accelerator)
+            teacher.to(accelerator)
 
-    def after_step(self, student: nn.Module) -> None:
+    def on_step(self, student: nn.Module) -> None:
         for teacher in self.teachers:
-            teacher.after_step(student)
+            teacher.on_step(student)
 
-    def state(self) -> dict[str, Tensor]:
-        """The generalist's, where training changes it."""
-        own: dict[str, Tensor] = getattr(self._generalist, "state", dict)()
-        return own
+    def models(self) -> list[nn.Module]:
+        return [model for teacher in self.teachers for model in teacher.models()]
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._generalist.load_state(state)  # type: ignore[union-attr]  # it had a state, so it is there and takes one
+    def members(self) -> list[Teacher]:
+        return [member for teacher in self.teachers for member in teacher.members()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self._generalist is None else self._generalist.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        assert self._generalist is not None  # `bind` comes first
+        self._generalist.load_state_dict(state)
+
+    @property
+    def changes_in_training(self) -> bool:
+        return self._generalist is not None and self._generalist.changes_in_training
 
     def _ask(self, teacher: Teacher, task: Task, batch: Batch, temperature: float) -> Tensor:
         needs = Needs(logits=True, temperature=temperature)
@@ -348,7 +342,7 @@ class Specialists:
         config = getattr(unwrapped(student), "config", None)
         if config is None:
             raise TeacherError("Specialists: the student has no config, so its labels have no names. Give it one.")
-        order = self._generalist.columns.teacher
+        order = self._generalist.alignment.teacher
         order = order if isinstance(order, tuple) else tuple(range(config.num_labels))  # the generalist's ids in place
         named = getattr(unwrapped(getattr(self._generalist, "model", student)), "config", config)
         members, orders = [], []

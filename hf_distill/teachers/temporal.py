@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError
 from hf_distill.functional.rows import in_full_precision
@@ -15,16 +17,18 @@ from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.teachers.base import StudentBatch
+from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
 from hf_distill.teachers.cache.keys import content_keys, key_columns
-from hf_distill.vocabulary import HeadAlignment
+
+if TYPE_CHECKING:
+    from hf_distill.objectives import Objective
 
 KINDS = ("classification", "multiple_choice", "token_classification")
 _LABELS = ("labels", "start_positions", "end_positions")
 Heard = tuple[list[bytes], list[Tensor]]  # the keys of examples, and the probabilities `[m v]` of the rows of each
 
 
-class TemporalEnsemble:
+class TemporalEnsemble(Teacher):
     """The mean of what the student said of an example in earlier epochs, later ones weighing more.
 
     Laine and Aila 2017 (section 2.2): of each example Z ← momentum · Z + (1 - momentum) · z with z the student's own
@@ -58,8 +62,6 @@ class TemporalEnsemble:
     (0.0, True)
     """
 
-    columns = HeadAlignment()
-
     def __init__(self, *, momentum: float = 0.6, key: str | None = None) -> None:
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise SettingError(f"TemporalEnsemble: momentum={momentum!r}: must lie in [0, 1).")
@@ -76,22 +78,15 @@ class TemporalEnsemble:
         """How many it remembers."""
         return len(self._memory)
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
+    def bind(self, setup: TeacherSetup) -> None:
         """Start anew: nothing is remembered of another student."""
+        student, task = setup.student, setup.task
         if task.kind not in KINDS:
             raise SettingError(
                 f"TemporalEnsemble remembers the predictions of {', '.join(KINDS)}; this student's head is for "
                 f"{task.kind}, whose predictions are no classes or too many to keep. Use MovingAverage."
             )
-        if not compares_predictions:
+        if not setup.compares_predictions:
             raise SettingError(
                 "TemporalEnsemble: nothing compares predictions, which is all that it knows. Give alpha."
             )
@@ -100,20 +95,15 @@ class TemporalEnsemble:
         self._main = getattr(unwrapped(student), "main_input_name", "input_ids")
         self._temperature, self._memory = None, {}
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         return f"what the student itself said of each example in earlier epochs (momentum {self.momentum:g})"
 
-    def check_needs(self, needs: Needs) -> None:
-        """Raise SettingError for what it cannot be asked."""
-        if needs.reads:
+    def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
+        if needs.activations:
             raise SettingError("TemporalEnsemble remembers predictions alone. Leave the objectives on the inside out.")
 
-    def place(self, accelerator: Any) -> None:
+    def to(self, accelerator: Accelerator) -> None:
         self._processes = accelerator.num_processes
-
-    def after_step(self, student: nn.Module) -> None:
-        """Nothing: it has heard each micro-batch."""
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         keep = _kept(task, batch)
@@ -141,29 +131,29 @@ class TemporalEnsemble:
         return Signals(None, sparse=SparseRows(ids.to(device), log_p.to(device), tail.to(device), temperature))
 
     @torch.no_grad()
-    def hear(self, lesson: StudentBatch) -> None:
-        """Remember what the student said.
+    def on_batch(self, batch: StudentBatch) -> None:
+        """Remember the student's predictions.
 
         Raises:
             SettingError: the temperature has moved.
         """
-        if self._temperature not in (None, lesson.temperature):
+        if self._temperature not in (None, batch.temperature):
             raise SettingError(
-                f"temperature={lesson.temperature:g}: what TemporalEnsemble remembers was softened with "
+                f"temperature={batch.temperature:g}: what TemporalEnsemble remembers was softened with "
                 f"{self._temperature:g}. Keep the temperature constant."
             )
-        self._temperature = lesson.temperature
-        task, batch = lesson.task, lesson.batch
-        keep = _kept(task, batch)
-        rows = task.select(in_full_precision(lesson.student.predictions()), batch)
-        said = (rows / lesson.temperature).softmax(-1).cpu().unflatten(0, keep.shape)
-        heard: Heard = self._keys(batch, keep), [of_one[mask] for of_one, mask in zip(said, keep, strict=True)]
+        self._temperature = batch.temperature
+        task, inputs = batch.task, batch.batch
+        keep = _kept(task, inputs)
+        rows = task.select(in_full_precision(batch.student.predictions()), inputs)
+        said = (rows / batch.temperature).softmax(-1).cpu().unflatten(0, keep.shape)
+        heard: Heard = self._keys(inputs, keep), [of_one[mask] for of_one, mask in zip(said, keep, strict=True)]
         for keys, examples in [heard] if self._processes == 1 else gather_object([heard]):
             for key, z in zip(keys, examples, strict=True):
                 before, times = self._memory.get(key, (torch.zeros_like(z), 0))
                 self._memory[key] = before.lerp(z, 1 - self.momentum), times + 1
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Keys, how often each was heard, how many rows it has, and all rows."""
         z, times = [z for z, _ in self._memory.values()], [times for _, times in self._memory.values()]
         keys = torch.tensor([list(key) for key in self._memory], dtype=torch.uint8)
@@ -175,9 +165,9 @@ class TemporalEnsemble:
             "temperature": torch.tensor(self._temperature or 0.0, dtype=torch.float64),
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raises SettingError: of another kind of teacher."""
-        if set(state) != set(self.state()):
+        if set(state) != set(self.state_dict()):
             raise SettingError(
                 f"the checkpoint's teacher ({', '.join(sorted(state)[:3])}, ...) is no TemporalEnsemble. Resume with "
                 "the teacher of that run."

@@ -23,7 +23,7 @@ from hf_distill.vocabulary import LABEL_MATCHING
 
 _OF_THE_TRAINER = {
     name: f"It is a keyword of the trainer: DistillationTrainer({name}=...)."
-    for name in ("teacher_model", "teacher_processing_class", "task", "objectives", "view", "distiller")
+    for name in ("teacher_model", "teacher_processing_class", "task", "objectives", "on_policy", "distiller")
 }
 _NUMBERS = ("temperature", "alpha", "temperature_end", "alpha_end", "projection_learning_rate")
 _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # given as JSON on the command line
@@ -87,11 +87,11 @@ class DistillationArgumentsMixin:
         default=None,
         metadata={"help": "Where the teacher's parts go, as from_pretrained takes it: auto, or JSON."},
     )
-    materialize_logits: bool | None = field(
+    fused_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether training makes logits over a vocabulary whole. False: never, loss and gradients are made "
-            "from hidden states, chunk by chunk; True: always; default: not where the vocabulary is large."
+            "help": "Whether loss and gradients are computed from hidden states, chunk by chunk, without whole logits "
+            "over the vocabulary. True: always; False: never; default: where the vocabulary is large."
         },
     )
     evaluate_with_teacher: bool = field(

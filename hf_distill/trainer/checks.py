@@ -1,18 +1,28 @@
-"""Set-ups that a distilling trainer refuses, each with the way out."""
+"""Settings that a distilling trainer refuses, each with the way out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from torch import nn
 
 from hf_distill.augment.collator import OTHER_TOKENS
+from hf_distill.augment.on_policy import OnPolicy
+from hf_distill.blend import Objectives
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
 from hf_distill.trainer.columns import VALUES_AS_TEACHER, columns_with_values
 
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
 
-def refuse_data_parallel(args: Any, model: Any) -> None:
-    """One process with several GPUs, unless one model lies over all of them."""
+_SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+
+
+def check_one_gpu_a_process(args: Any, model: Any) -> None:
+    """Refuse one process with several GPUs, unless one model lies over all of them."""
     if args is None or args.n_gpu <= 1 or getattr(model, "hf_device_map", None):
         return
     raise SettingError(
@@ -22,7 +32,8 @@ def refuse_data_parallel(args: Any, model: Any) -> None:
     )
 
 
-def refuse_sequence_parallel(trainer: Any) -> None:
+def check_no_sequence_parallelism(trainer: DistillationMixin) -> None:
+    """Refuse parallelism that puts the rows of a sequence on different processes."""
     if trainer.get_cp_size() > 1 or trainer.get_sp_size() > 1:
         raise SettingError(
             "context or sequence parallelism: the rows of a sequence are then on different processes, which is not "
@@ -30,8 +41,8 @@ def refuse_sequence_parallel(trainer: Any) -> None:
         )
 
 
-def refuse_values_without_teacher(columns: Iterable[str]) -> None:
-    """A teacher's predictions in the dataset, and no teacher that would read them."""
+def check_no_teacher_values(columns: Iterable[str]) -> None:
+    """Refuse a dataset with a teacher's predictions if there is no teacher that would read them."""
     values = sorted(columns_with_values(columns))
     if values:
         raise SettingError(
@@ -39,13 +50,24 @@ def refuse_values_without_teacher(columns: Iterable[str]) -> None:
         )
 
 
-def refuse_two_blends(objectives: Any) -> None:
+def check_given_distiller(
+    distiller: Distiller, student: nn.Module, *, objectives: Objectives, has_model_init: bool
+) -> None:
+    """Check a distiller that the user made; it is bound to a student that `model_init` made."""
     if objectives is not None:
         raise SettingError("objectives= and distiller= together: give the objectives to the Distiller.")
+    if distiller.is_bound_to(student):
+        return
+    if not has_model_init:
+        raise SettingError(
+            "the distiller was made for another student than model=. Make it with this one, or call "
+            "distiller.bind(model) first."
+        )
+    distiller.bind(student)
 
 
-def refuse_other_views(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
-    """An augmentation after which student and teacher would be shown what must not be compared."""
+def check_augmentation(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
+    """Refuse an augmentation that would show student and teacher what must not be compared."""
     if has_teacher_columns and getattr(collator, "student_only", None) is False:
         raise SettingError(
             "the dataset has columns of the teacher's own (teacher_text, ...), which the augmentation does not change: "
@@ -57,10 +79,35 @@ def refuse_other_views(collator: Any, distiller: Distiller, *, has_teacher_colum
         raise SettingError(OTHER_TOKENS.format(names="an augmentation of words"))
 
 
-def refuse_other_student(*, has_model_init: bool) -> None:
-    """A distiller of another student; one that `model_init` made may be learned of."""
-    if not has_model_init:
+def check_on_policy(trainer: DistillationMixin, on_policy: OnPolicy) -> None:
+    """Check that the student may continue batches in this training.
+
+    Raises:
+        SettingError: if `on_policy` is no `OnPolicy`, labels have a weight, the teacher's answers come with the data,
+            or the student is sharded.
+    """
+    if not isinstance(on_policy, OnPolicy):
         raise SettingError(
-            "the distiller was made for another student than model=. Make it with this one, or call "
-            "distiller.fit(model) first."
+            f"on_policy={on_policy!r}: must be an object such as hf_distill.augment.OnPolicy(student_share=0.5). "
+            "Augmentations go into the collator: data_collator=hf_distill.augment.AugmentingCollator(...)."
+        )
+    teacher = trainer.distiller.teacher
+    on_policy.bind(trainer.model, trainer.distiller.task, teacher=teacher, processing_class=trainer.processing_class)
+    if trainer.distiller.uses_labels:
+        raise SettingError(
+            f"{on_policy!r}: batches that the student continued have no gold labels; alpha < 1 would train on the "
+            "student's own text. Pass alpha=1.0, or alpha=None with objectives."
+        )
+    if teacher is not None and any(member.fetches_with_collator for member in teacher.members()):
+        raise SettingError(
+            f"{on_policy!r}: the student writes texts while it trains, and a cached teacher has no answers for them. "
+            "Use a model as teacher."
+        )
+    sharded = _SHARDED.get(trainer.accelerator.distributed_type)
+    how = "tensor parallelism" if trainer.get_tp_size() > 1 else sharded
+    if how is not None:
+        raise SettingError(
+            f"{on_policy!r}: the student writes in each process by itself, and with {how} no process holds all of it. "
+            "Use data parallelism (DDP), or let the teacher write before the training: "
+            "hf_distill.generate_completions."
         )

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Seq2SeqTrainer
 from transformers.trainer_pt_utils import EvalLoopContainer
+from transformers.trainer_utils import has_length
 
 from hf_distill.distiller import Distiller
 from hf_distill.objectives.logits import RowValues
 from hf_distill.signals import Signals
 from hf_distill.tasks import Batch
 from hf_distill.tasks.base import batch_size
+
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +229,7 @@ def _right(distiller: Distiller, found: RowValues, teacher: Signals, batch: Batc
     ours, theirs = found.choices()
     if targets is None or (teacher.sparse is not None and teacher.sparse.weights is not None):
         return [torch.zeros_like(ours)] * 4
-    targets = teacher.columns.of_labels(targets[kept])
+    targets = teacher.alignment.of_labels(targets[kept])
     labelled, by_student, by_teacher = targets >= 0, ours == targets, theirs == targets
     return [labelled, labelled & by_teacher, labelled & by_student & ~by_teacher, labelled & by_teacher & ~by_student]
 
@@ -262,7 +266,7 @@ class TeacherPredictions:
         if logits is None:
             self.why_none = "this teacher lists only the likeliest columns of each row, and a metric may look at all"
             return
-        parts = distiller.task.as_outputs(logits, teacher.columns, logits.shape[-1] if own is None else own.shape[-1])
+        parts = distiller.task.as_outputs(logits, teacher.alignment, logits.shape[-1] if own is None else own.shape[-1])
         if parts is None:
             self.why_none = f"the outputs of a head for {distiller.task.kind} do not follow from what is compared"
             return
@@ -305,3 +309,52 @@ def _copied(arrays: Any) -> Any:
     if isinstance(arrays, (list, tuple)):
         return type(arrays)(_copied(x) for x in arrays)
     return np.array(arrays)
+
+
+@contextlib.contextmanager
+def each_example_once(trainer: DistillationMixin, dataloader: Any) -> Iterator[None]:
+    """In several processes, gather without the examples that fill up the last batches."""
+    accelerator = trainer.accelerator
+    gathers = getattr(trainer.gather_function, "func", trainer.gather_function)  # Trainer binds a setting to it
+    keeps_all = gathers == accelerator.gather  # Seq2SeqTrainer's choice
+    is_trainers = keeps_all or gathers == accelerator.gather_for_metrics
+    alone = accelerator.num_processes == 1 or trainer.get_tp_size() > 1
+    if alone or not is_trainers or trainer.args.eval_use_gather_object:
+        yield
+        return
+    with examples_counted(dataloader) as counted:
+        # As in one process, where nothing is cut off of a dataset without a length either.
+        whole_batches = keeps_all or (counted is not None and not has_length(counted))
+        trainer.gather_function = EachOnce(accelerator, counted, whole_batches=whole_batches)
+        try:
+            yield
+        finally:
+            trainer.gather_function = accelerator.gather_for_metrics
+
+
+@contextlib.contextmanager
+def teacher_evaluated(trainer: DistillationMixin, prefix: str, loss_only: bool) -> Iterator[TeacherMetrics]:
+    """Ask the teacher about each batch, and compute the user's metrics of its predictions too."""
+    gather = trainer.gather_function
+    trainer._teacher_metrics = TeacherMetrics(
+        gather if isinstance(gather, EachOnce) else trainer.accelerator.gather_for_metrics
+    )
+    compute_metrics, why_none = trainer.compute_metrics, None
+    generates = isinstance(trainer, Seq2SeqTrainer) and trainer.args.predict_with_generate
+    if compute_metrics is not None and not loss_only:
+        if generates:
+            why_none = "predict_with_generate=True: the metrics are of texts that only the student generates"
+        elif trainer.args.batch_eval_metrics:
+            why_none = "batch_eval_metrics=True: compute_metrics keeps sums of the student's batches"
+        else:
+            trainer._teacher_predictions = TeacherPredictions(trainer, gather, prefix)
+            trainer.compute_metrics = trainer._teacher_predictions
+    try:
+        yield trainer._teacher_metrics
+    finally:
+        if trainer._teacher_predictions is not None:
+            why_none = trainer._teacher_predictions.why_none
+        trainer._teacher_metrics = trainer._teacher_predictions = None
+        trainer.compute_metrics = compute_metrics
+    if why_none is not None:
+        trainer._warn_once(f"There is no {prefix}_teacher_<metric>: {why_none}.")

@@ -8,13 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_distill.blend import LOGITS
 from hf_distill.errors import SettingError
 from hf_distill.schedules import PROGRESS
+from hf_distill.trainer.publishing import teacher_facts
 from hf_distill.trainer.settings import (
     FROM_CHECKPOINT,
     deciding_arguments,
@@ -22,6 +21,9 @@ from hf_distill.trainer.settings import (
     plain,
     without_address,
 )
+
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
 
 STATE = "trainer_state.json"
 _PREFIX = "checkpoint-"
@@ -51,152 +53,98 @@ def last_whole_checkpoint(folder: str) -> str | None:
     return next((str(path) for path in checkpoints_in(folder) if is_whole(path)), None)
 
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 logger = logging.getLogger(__name__)
 SETTINGS = "distill_settings.json"
 _BLEND = ("alpha", "temperature", "divergence")
 
 
-class InterruptionMixin(_Trainer):
-    """Resumes from whole checkpoints alone, and says at an interruption how to go on."""
-
-    distiller: Any
-    _blend_is_ours: bool
-    _teacher_facts: Any
-    _view: Any
-    _last_checkpoint: str | None = None  # that this run has saved, or began with
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
-        """As the trainer's own.
-
-        With `resume_from_checkpoint=True`, a checkpoint that was not written to the end (a full disk, a killed process)
-        is passed over. Settings that are not those of the checkpoint are logged.
-
-        Raises:
-            SettingError: the checkpoint, or each one in the output folder, was not written to the end.
-        """
-        checkpoint = self._whole(resume_from_checkpoint)
-        self._last_checkpoint = checkpoint if isinstance(checkpoint, str) else None
-        if self._last_checkpoint is not None:
-            self._warn_of_other_settings(self._last_checkpoint)
-        try:
-            return super().train(checkpoint, *positional, **keywords)
-        except KeyboardInterrupt as interrupt:
-            if self.is_world_process_zero():
-                _say(interrupt, self._how_to_go_on())
-            raise
-
-    def _whole(self, asked: str | bool | None) -> str | bool | None:
-        """The checkpoint to resume from, where there is one."""
-        if isinstance(asked, str | os.PathLike):
-            if os.path.isdir(asked) and not is_whole(Path(asked)):
-                raise SettingError(
-                    f"{asked} is no whole checkpoint: it has no readable {STATE}, which is written last. Saving it was "
-                    "cut off, or it is a folder of another kind. Resume from another one, or start from its model."
-                )
-            return str(asked)
-        if asked is not True:
-            return asked
-        checkpoint = last_whole_checkpoint(str(self.args.output_dir))
-        cut = []
-        for path in checkpoints_in(str(self.args.output_dir)):
-            if str(path) == checkpoint:
-                break
-            cut.append(str(path))
-        if not cut:
-            return True if checkpoint is None else checkpoint  # Trainer says what it does not find
-        names = f"{', '.join(cut)} {'was' if len(cut) == 1 else 'were'} not written to the end (no readable {STATE})"
-        if checkpoint is None:
+def checkpoint_to_resume(trainer: DistillationMixin, asked: str | bool | None) -> str | bool | None:
+    """The checkpoint to resume from, where there is one."""
+    if isinstance(asked, str | os.PathLike):
+        if os.path.isdir(asked) and not is_whole(Path(asked)):
             raise SettingError(
-                f"{names}, and {self.args.output_dir} has no other checkpoint. Start without resume_from_checkpoint."
+                f"{asked} is no whole checkpoint: it has no readable {STATE}, which is written last. Saving it was "
+                "cut off, or it is a folder of another kind. Resume from another one, or start from its model."
             )
-        if self.is_world_process_zero():
-            logger.warning(f"{names}. The run goes on from {checkpoint}; delete what is cut off.")
-        return checkpoint
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            (folder / STATE).unlink(missing_ok=True)  # of an earlier run: it would make half a checkpoint look whole
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # the latter two write files, and name none
-            if self.args.should_save and folder.is_dir() and not is_whole(folder):
-                _say(
-                    error,
-                    f"Saving {folder} failed, and it is not whole: resume_from_checkpoint=True passes it over. "
-                    + self._how_to_go_on(),
-                )
-            raise
-        self._last_checkpoint = str(folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            Path(output_dir, SETTINGS).write_text(json.dumps(self._settings(), indent=2), encoding="utf-8")
-
-    def _how_to_go_on(self) -> str:
-        step = f"The training has made {self.state.global_step} of {self.state.max_steps} steps."
-        last = self._last_checkpoint
-        if last is None or not is_whole(Path(last)):
-            strategy = self.args.save_strategy
-            why = {
-                SaveStrategy.NO: "save_strategy='no' saves none",
-                SaveStrategy.STEPS: f"one is saved each {self.state.save_steps} steps (save_steps)",
-                SaveStrategy.EPOCH: "one is saved at the end of each epoch (save_strategy='epoch')",
-                SaveStrategy.BEST: "one is saved at each best evaluation (save_strategy='best')",
-            }[SaveStrategy(strategy)]
-            return f"{step} It has saved no checkpoint to go on from: {why}."
-        newest = last == last_whole_checkpoint(str(self.args.output_dir))
-        how = "resume_from_checkpoint=True" if newest else f"resume_from_checkpoint={last!r}"
-        alone = " The optimizer starts anew: save_only_model=True." if self.args.save_only_model else ""
-        return f"{step} {how} goes on from {last}.{alone}"
-
-    # What a resumed run does not do as before.
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides about the student, as JSON."""
-        blending, found = self.distiller.blending, deciding_arguments(self.args)
-        if not self._blend_is_ours:  # of the blend the arguments are not read
-            found = {name: value for name, value in found.items() if not name.startswith(_BLEND)}
-            moving = {} if blending.alpha is None else {"alpha": blending.alpha}
-            for name, schedule in {**moving, "temperature": blending.logits_match.temperature}.items():
-                values = [schedule(progress) for progress in PROGRESS[::50]]
-                found[name] = values[0] if len(set(values)) == 1 else values
-            found["divergence"] = blending.logits_match.name_for(self.distiller.task)
-            found["divergence_kwargs"] = plain(blending.logits_match.settings)
-        for name in blending.ever_active():
-            if name != LOGITS:
-                found[f"objectives.{name}"] = without_address(blending.described(name))
-        teachers = [] if self.distiller.teacher is None else [_words(fact) for fact in self._teacher_facts()]
-        found["teacher"] = "; ".join(teachers) or None
-        found["view"] = None if self._view is None else without_address(repr(self._view))
-        found["processes"] = self.args.world_size
-        return found
-
-    def _warn_of_other_settings(self, checkpoint: str) -> None:
-        path = Path(checkpoint, SETTINGS)
-        if not path.is_file() or not self.is_world_process_zero():
-            return
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(self._settings()))
-        found = list(differences(before, now))
-        if not found:
-            return
-        kept = [name for name in FROM_CHECKPOINT if before.get(name) != now.get(name)]
-        logger.warning(
-            f"The run goes on from {checkpoint} with other settings: {'; '.join(found)}."
-            + (f" The optimizer goes on with its own {', '.join(kept)}, from the checkpoint." if kept else "")
+        return str(asked)
+    if asked is not True:
+        return asked
+    checkpoint = last_whole_checkpoint(str(trainer.args.output_dir))
+    cut = []
+    for path in checkpoints_in(str(trainer.args.output_dir)):
+        if str(path) == checkpoint:
+            break
+        cut.append(str(path))
+    if not cut:
+        return True if checkpoint is None else checkpoint  # Trainer says what it does not find
+    names = f"{', '.join(cut)} {'was' if len(cut) == 1 else 'were'} not written to the end (no readable {STATE})"
+    if checkpoint is None:
+        raise SettingError(
+            f"{names}, and {trainer.args.output_dir} has no other checkpoint. Start without resume_from_checkpoint."
         )
+    if trainer.is_world_process_zero():
+        logger.warning(f"{names}. The run goes on from {checkpoint}; delete what is cut off.")
+    return checkpoint
 
 
-def _say(error: BaseException, message: str) -> None:
-    """In the log, and at the end of the traceback, from Python 3.11 on."""
+def how_to_go_on(trainer: DistillationMixin) -> str:
+    step = f"The training has made {trainer.state.global_step} of {trainer.state.max_steps} steps."
+    last = trainer._last_checkpoint
+    if last is None or not is_whole(Path(last)):
+        strategy = trainer.args.save_strategy
+        why = {
+            SaveStrategy.NO: "save_strategy='no' saves none",
+            SaveStrategy.STEPS: f"one is saved each {trainer.state.save_steps} steps (save_steps)",
+            SaveStrategy.EPOCH: "one is saved at the end of each epoch (save_strategy='epoch')",
+            SaveStrategy.BEST: "one is saved at each best evaluation (save_strategy='best')",
+        }[SaveStrategy(strategy)]
+        return f"{step} It has saved no checkpoint to go on from: {why}."
+    newest = last == last_whole_checkpoint(str(trainer.args.output_dir))
+    how = "resume_from_checkpoint=True" if newest else f"resume_from_checkpoint={last!r}"
+    alone = " The optimizer starts anew: save_only_model=True." if trainer.args.save_only_model else ""
+    return f"{step} {how} goes on from {last}.{alone}"
+
+
+def run_settings(trainer: DistillationMixin) -> dict[str, Any]:
+    """What decides about the student, as JSON."""
+    blending, found = trainer.distiller.blending, deciding_arguments(trainer.args)
+    if not trainer._blend_is_ours:  # of the blend the arguments are not read
+        found = {name: value for name, value in found.items() if not name.startswith(_BLEND)}
+        moving = {} if blending.alpha is None else {"alpha": blending.alpha}
+        for name, schedule in {**moving, "temperature": blending.logits_match.temperature}.items():
+            values = [schedule(progress) for progress in PROGRESS[::50]]
+            found[name] = values[0] if len(set(values)) == 1 else values
+        found["divergence"] = blending.logits_match.name_for(trainer.distiller.task)
+        found["divergence_kwargs"] = plain(blending.logits_match.settings)
+    for name in blending.ever_active():
+        if name != LOGITS:
+            found[f"objectives.{name}"] = without_address(blending.described(name))
+    teachers = [] if trainer.distiller.teacher is None else [_words(fact) for fact in teacher_facts(trainer)]
+    found["teacher"] = "; ".join(teachers) or None
+    found["on_policy"] = None if trainer._on_policy is None else without_address(repr(trainer._on_policy))
+    found["processes"] = trainer.args.world_size
+    return found
+
+
+def warn_of_other_settings(trainer: DistillationMixin, checkpoint: str) -> None:
+    path = Path(checkpoint, SETTINGS)
+    if not path.is_file() or not trainer.is_world_process_zero():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(run_settings(trainer)))
+    found = list(differences(before, now))
+    if not found:
+        return
+    kept = [name for name in FROM_CHECKPOINT if before.get(name) != now.get(name)]
+    logger.warning(
+        f"The run goes on from {checkpoint} with other settings: {'; '.join(found)}."
+        + (f" The optimizer goes on with its own {', '.join(kept)}, from the checkpoint." if kept else "")
+    )
+
+
+def add_note(error: BaseException, message: str) -> None:
+    """Log a message, and show it at the end of the error's traceback."""
     logger.warning(message)
-    if hasattr(error, "add_note"):
-        error.add_note(message)
+    error.add_note(message)
 
 
 def _words(fact: Any) -> str:

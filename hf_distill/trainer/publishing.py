@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,8 @@ from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from hf_distill import trainer as trainer_parts
-from hf_distill.blend import needs_teacher
 from hf_distill.functional import PROPERTIES
+from hf_distill.hub import write_card as write_model_card
 from hf_distill.hub.facts import (
     CardData,
     ModelFacts,
@@ -33,6 +33,9 @@ from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import Ensemble, ModelTeacher
 from hf_distill.teachers.quantised import QuantisedTeacher
 from hf_distill.trainer.arguments import setting
+
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
 
 # What training needs and nobody who loads the student does.
 _STATE_FILES = (
@@ -53,35 +56,35 @@ def moved(source: str, target: str) -> list[str]:
     files = _student_files(source)
     for name in files:
         os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        _forget_local_base(Path(source, name))
         os.replace(os.path.join(source, name), os.path.join(target, name))
-    _forget_local_base(target, files)
     return files
 
 
 def copied(source: str, target: str) -> list[str]:
+    """Copy the student's files one by one, each whole or not at all; returns their names."""
     files = _student_files(source)
     for name in files:
         goal = Path(target, name)
         goal.parent.mkdir(parents=True, exist_ok=True)
         beside = goal.with_name(f".{goal.name}.partial")
         shutil.copyfile(os.path.join(source, name), beside)
+        _forget_local_base(beside, named=goal.name)
         os.replace(beside, goal)
-    _forget_local_base(target, files)
     return files
 
 
-def _forget_local_base(folder: str, files: list[str]) -> None:
-    """PEFT writes where the base model lay; a path on this disk helps nobody elsewhere, so it goes."""
-    for name in files:
-        file = Path(folder, name)
-        if file.name != "adapter_config.json":
-            continue
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("base_model_name_or_path") and not looks_like_hub_id(config["base_model_name_or_path"]):
-            config["base_model_name_or_path"] = None
-            beside = file.with_name(f".{file.name}.partial")
-            beside.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-            os.replace(beside, file)
+def _forget_local_base(file: Path, named: str | None = None) -> None:
+    """PEFT writes where the base model lay; a path on this disk helps nobody elsewhere, so it goes.
+
+    Before the file has its place: what another thread is pushing from there never holds the path.
+    """
+    if (named or file.name) != "adapter_config.json":
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("base_model_name_or_path") and not looks_like_hub_id(config["base_model_name_or_path"]):
+        config["base_model_name_or_path"] = None
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _student_files(folder: str) -> list[str]:
@@ -100,230 +103,220 @@ def _student_files(folder: str) -> list[str]:
     return found
 
 
-class PublishingMixin:
-    """`create_model_card`, `push_to_hub` and the pushes during training, for a trainer with a `distiller`."""
+def write_card(
+    trainer: DistillationMixin,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> None:
+    """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
 
-    if TYPE_CHECKING:  # Trainer's, and DistillationMixin's
-        model: Any
-        args: Any
-        state: Any
-        distiller: Any
-        _blend_is_ours: bool
-        _blend_at_start: dict[str, float]
-        accelerator: Any
-        processing_class: Any
-        train_dataset: Any
-        eval_dataset: Any
-        hub_model_id: Any
-        callback_handler: Any
-        control: Any
-        push_in_progress: Any
-        optimizer_cls_and_kwargs: Any
-        save_model: Callable[..., None]
-        init_hf_repo: Callable[..., None]
-        is_world_process_zero: Callable[[], bool]
-        _finish_current_push: Callable[[], None]
-        _with_view: Callable[[Any], Any]
+    The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
+    `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    facts = _card_data(
+        trainer,
+        name=model_name or Path(trainer.args.output_dir).absolute().name,
+        language=_listed(language),
+        license=license,
+        tags=_listed(tags) + tuple(_listed(tasks)),
+        base=finetuned_from,
+        datasets=_listed(dataset) or _listed(dataset_tags),
+    )
+    write_model_card(facts, trainer.args.output_dir)
 
-    def create_model_card(
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
 
-        The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
-        `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
-        """
-        if not self.is_world_process_zero():
-            return
-        facts = self._run_facts(
-            name=model_name or Path(self.args.output_dir).absolute().name,
-            language=_listed(language),
-            license=license,
-            tags=_listed(tags) + tuple(_listed(tasks)),
-            base=finetuned_from,
-            datasets=_listed(dataset) or _listed(dataset_tags),
-        )
-        trainer_parts.card_renderer(facts, self.args.output_dir)
+def _card_data(
+    trainer: DistillationMixin, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any
+) -> CardData:
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
+    match, task = trainer.distiller.logits_match, trainer.distiller.task
+    divergence = match.name_for(task)
+    _, properties = match.divergence_for(task)
+    blending = trainer.distiller.blending
+    has_teacher = trainer.distiller.teacher is not None
+    asked = [n for n in blending.ever_active() if has_teacher or not blending.objectives[n].needs_teacher]
+    has_teacher = has_teacher and any(blending.objectives[n].needs_teacher for n in asked)
+    compares = "logits" in asked
+    trained_on = tuple(
+        fact
+        for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(trainer.train_dataset)])
+        if fact
+    )
+    if isinstance(trainer.eval_dataset, dict):
+        evaluated: Any = {key: dataset_facts(value) for key, value in trainer.eval_dataset.items()}
+    else:  # as Trainer's card: one dataset that is named is what was evaluated on too
+        evaluated = dataset_facts(trainer.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
+    training = training_facts(trainer.args, trainer.state)
+    if trainer._on_policy is not None:
+        training = replace(training, extra={**training.extra, "on_policy": repr(trainer._on_policy)})
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    return CardData(
+        name=name,
+        task=task.kind,
+        student=model_facts(student),
+        repo_id=trainer.hub_model_id,
+        teachers=teacher_facts(trainer) if has_teacher else (),
+        joined=trainer.distiller.teacher.describe() if isinstance(trainer.distiller.teacher, Ensemble) else None,
+        base_model=base or (origin if looks_like_hub_id(origin) else None),
+        processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
+        pooling=getattr(task, "pooling", None),
+        divergence=divergence if compares else None,
+        divergence_kwargs=match.settings if compares else {},
+        temperature=_schedule(trainer, "temperature", match.temperature) if compares and properties.softens else None,
+        temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
+        alpha=None if blending.alpha is None else _schedule(trainer, "alpha", blending.alpha),
+        objectives=_objective_weights(trainer, asked),
+        objective_settings={name: blending.described(name) for name in asked if name != "logits"},
+        datasets=trained_on,
+        evaluations=evaluations_from_log(trainer.state.log_history, evaluated, best_step=best),
+        weights_step=best or trainer.state.global_step or None,
+        history=history_from_log(trainer.state.log_history),
+        training=training,
+        versions=library_versions(),
+        languages=language,
+        license=license,
+        tags=tags,
+    )
 
-    def _run_facts(self, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any) -> CardData:
-        student = self.accelerator.unwrap_model(self.model)
-        origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
-        match, task = self.distiller.logits_match, self.distiller.task
-        divergence = match.name_for(task)
-        _, properties = match.divergence_for(task)
-        blending = self.distiller.blending
-        has_teacher = self.distiller.teacher is not None
-        asked = [n for n in blending.ever_active() if has_teacher or not needs_teacher(blending.objectives[n])]
-        has_teacher = has_teacher and any(needs_teacher(blending.objectives[n]) for n in asked)
-        compares = "logits" in asked
-        trained_on = tuple(
-            fact
-            for fact in ([dataset_facts(None, name=n) for n in datasets] or [dataset_facts(self.train_dataset)])
-            if fact
-        )
-        if isinstance(self.eval_dataset, dict):
-            evaluated: Any = {key: dataset_facts(value) for key, value in self.eval_dataset.items()}
-        else:  # as Trainer's card: one dataset that is named is what was evaluated on too
-            evaluated = dataset_facts(self.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return CardData(
-            name=name,
-            task=task.kind,
-            student=model_facts(student),
-            repo_id=self.hub_model_id,
-            teachers=self._teacher_facts() if has_teacher else (),
-            joined=self.distiller.teacher.described() if isinstance(self.distiller.teacher, Ensemble) else None,
-            base_model=base or (origin if looks_like_hub_id(origin) else None),
-            processor=None if self.processing_class is None else type(self.processing_class).__name__,
-            pooling=getattr(task, "pooling", None),
-            divergence=divergence if compares else None,
-            divergence_kwargs=match.settings if compares else {},
-            temperature=self._schedule("temperature", match.temperature) if compares and properties.softens else None,
-            temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
-            alpha=None if blending.alpha is None else self._schedule("alpha", blending.alpha),
-            objectives=self._objective_weights(asked),
-            objective_settings={name: blending.described(name) for name in asked if name != "logits"},
-            datasets=trained_on,
-            evaluations=evaluations_from_log(self.state.log_history, evaluated, best_step=best),
-            weights_step=best or self.state.global_step or None,
-            history=history_from_log(self.state.log_history),
-            training=self._with_view(training_facts(self.args, self.state)),
-            versions=library_versions(),
-            languages=language,
-            license=license,
-            tags=tags,
-        )
 
-    def _schedule(self, knob: str, schedule: Schedule) -> ScheduleFacts:
-        """As it ran, which the arguments do not tell where the user gave a distiller."""
-        start, end = schedule(0.0), schedule(1.0)
-        if knob in self._blend_at_start:
-            return ScheduleFacts(start=self._blend_at_start[knob], end=end, schedule="changed during the training")
-        if start == end == schedule(0.5):
-            return ScheduleFacts(start=start)
-        kind = setting(self.args, f"{knob}_schedule")
-        return ScheduleFacts(start=start, end=end, schedule=kind if self._blend_is_ours else "of the user's own")
+def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> ScheduleFacts:
+    """As it ran, which the arguments do not tell where the user gave a distiller."""
+    start, end = schedule(0.0), schedule(1.0)
+    if knob in trainer._blend_at_start:
+        return ScheduleFacts(start=trainer._blend_at_start[knob], end=end, schedule="changed during the training")
+    if start == end == schedule(0.5):
+        return ScheduleFacts(start=start)
+    kind = setting(trainer.args, f"{knob}_schedule")
+    return ScheduleFacts(start=start, end=end, schedule=kind if trainer._blend_is_ours else "of the user's own")
 
-    def _objective_weights(self, asked: list[str]) -> dict[str, float | None]:
-        """At the start of the training; alpha gives those of labels and logits."""
-        names = ["labels"] if self.distiller.needs_labels() else []
-        own = {name: self.distiller.blending.weight(name, 0.0) for name in asked if name != "logits"}
-        return {**dict.fromkeys([*names, *asked]), **own}
 
-    def _teacher_facts(self) -> tuple[ModelFacts, ...]:
-        """Each teacher of an ensemble; of a teacher that is no model of its own, what it is."""
-        teacher, found = self.distiller.teacher, []
-        for one in teacher.teachers if isinstance(teacher, Ensemble) else [teacher]:
-            if not isinstance(one, QuantisedTeacher) and type(one) is not ModelTeacher:
-                words = one.described() if hasattr(one, "described") else None
-                found.append(ModelFacts(class_name=type(one).__name__, described=words))
-                continue
-            assert isinstance(one, ModelTeacher)
-            model = self.accelerator.unwrap_model(one.model)
-            origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-            if isinstance(one, QuantisedTeacher):  # packed weights cannot be counted
-                hub_id = origin if looks_like_hub_id(origin) else None
-                found.append(ModelFacts(hub_id=hub_id, class_name=type(unwrapped(model)).__name__))
-            else:
-                found.append(model_facts(model, hub_id=origin))
-        return tuple(found)
+def _objective_weights(trainer: DistillationMixin, asked: list[str]) -> dict[str, float | None]:
+    """At the start of the training; alpha gives those of labels and logits."""
+    names = ["labels"] if trainer.distiller.uses_labels else []
+    own = {name: trainer.distiller.blending.weight(name, 0.0) for name in asked if name != "logits"}
+    return {**dict.fromkeys([*names, *asked]), **own}
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
 
-        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
-        local paths), logs, and whatever else lies in the output folder.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        # Saved beside and moved in: only so is it known which files are the student's.
-        staged = os.path.join(self.args.output_dir, "_push")
-        try:
-            self.save_model(staged, _internal_call=True)  # the flag: and do not push again
-            if not self.is_world_process_zero():
-                return None
-            files = moved(staged, self.args.output_dir)
-        finally:
-            if self.is_world_process_zero():
-                shutil.rmtree(staged, ignore_errors=True)
-        kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(getattr(self.model, "model_tags", None) or ())
-        if kwargs.get("model_name") is None:
-            kwargs["model_name"] = self.hub_model_id.split("/")[-1]
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return self._upload(
-            files,
-            commit_message,
-            blocking=blocking,
-            token=token,
-            revision=revision or self.args.hub_revision,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks
-        for them."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Copied first: a rotation may delete the checkpoint while its upload still runs.
-        files = copied(checkpoint_folder, self.args.output_dir)
-        by_steps = self.args.save_strategy == SaveStrategy.STEPS
-        moment = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
-        message = f"Training in progress, {moment}"
-        options = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        jobs = [self._upload(files, message, blocking=False, **options)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
-                HfApi().upload_folder(
-                    repo_id=self.hub_model_id,
-                    folder_path=checkpoint_folder,
-                    path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                    commit_message=f"{message}, checkpoint",
-                    run_as_future=True,
-                    # The arguments hold hub_token in plain text and are not read on resume; PEFT's card holds paths.
-                    ignore_patterns=["training_args.bin", CARD],
-                    **options,
-                )
-            )
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
+def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
+    """Return the facts of each teacher of an ensemble; of a teacher that is no model, what it is in words."""
+    teacher, found = trainer.distiller.teacher, []
+    for member in [] if teacher is None else teacher.members():
+        if not isinstance(member, QuantisedTeacher) and type(member) is not ModelTeacher:
+            found.append(ModelFacts(class_name=type(member).__name__, described=member.describe()))
+            continue
+        assert isinstance(member, ModelTeacher)
+        model = trainer.accelerator.unwrap_model(member.model)
+        origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+        if isinstance(member, QuantisedTeacher):  # packed weights cannot be counted
+            hub_id = origin if looks_like_hub_id(origin) else None
+            found.append(ModelFacts(hub_id=hub_id, class_name=type(unwrapped(model)).__name__))
         else:
-            self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its hint is too narrow: it iterates
+            found.append(model_facts(model, hub_id=origin))
+    return tuple(found)
 
-    def _upload(self, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any) -> Any:
-        upload: Callable[..., Any] = HfApi().upload_folder
-        return upload(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            allow_patterns=[*files, CARD],
-            commit_message=message,
-            token=token,
-            run_as_future=not blocking,
-            revision=revision,
+
+def push(
+    trainer: DistillationMixin,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
+
+    The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
+    local paths), logs, and whatever else lies in the output folder.
+    """
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    token = token if token is not None else trainer.args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    # Saved beside and moved in: only so is it known which files are the student's.
+    staged = os.path.join(trainer.args.output_dir, "_push")
+    try:
+        trainer.save_model(staged, _internal_call=True)  # the flag: and do not push again
+        if not trainer.is_world_process_zero():
+            return None
+        files = moved(staged, trainer.args.output_dir)
+    finally:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(staged, ignore_errors=True)
+    kwargs["tags"] = list(_listed(kwargs.get("tags"))) + list(getattr(trainer.model, "model_tags", None) or ())
+    if kwargs.get("model_name") is None:
+        kwargs["model_name"] = trainer.hub_model_id.split("/")[-1]
+    trainer.create_model_card(**kwargs)
+    trainer._finish_current_push()
+    return _upload(
+        trainer,
+        files,
+        commit_message,
+        blocking=blocking,
+        token=token,
+        revision=revision or trainer.args.hub_revision,
+    )
+
+
+def push_from_checkpoint(trainer: DistillationMixin, checkpoint_folder: str) -> None:
+    """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks
+    for them."""
+    if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
+        return
+    busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if busy and not trainer.args.hub_always_push:
+        return
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    # Copied first: a rotation may delete the checkpoint while its upload still runs.
+    files = copied(checkpoint_folder, trainer.args.output_dir)
+    by_steps = trainer.args.save_strategy == SaveStrategy.STEPS
+    moment = f"step {trainer.state.global_step}" if by_steps else f"epoch {int(trainer.state.epoch)}"
+    message = f"Training in progress, {moment}"
+    options = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
+    jobs = [_upload(trainer, files, message, blocking=False, **options)]
+    if trainer.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        last = trainer.args.hub_strategy == HubStrategy.CHECKPOINT
+        jobs.append(
+            HfApi().upload_folder(
+                repo_id=trainer.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                commit_message=f"{message}, checkpoint",
+                run_as_future=True,
+                # The arguments hold hub_token in plain text and are not read on resume; PEFT's card holds paths.
+                ignore_patterns=["training_args.bin", CARD],
+                **options,
+            )
         )
+    if busy:
+        trainer.push_in_progress.jobs.extend(jobs)
+    else:
+        trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its hint is too narrow: it iterates
+
+
+def _upload(
+    trainer: DistillationMixin, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any
+) -> Any:
+    upload: Callable[..., Any] = HfApi().upload_folder
+    return upload(
+        repo_id=trainer.hub_model_id,
+        folder_path=trainer.args.output_dir,
+        allow_patterns=[*files, CARD],
+        commit_message=message,
+        token=token,
+        run_as_future=not blocking,
+        revision=revision,
+    )
 
 
 def _listed(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

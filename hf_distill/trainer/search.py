@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import Trainer
@@ -20,9 +21,7 @@ from hf_distill.signals import Needs
 from hf_distill.trainer.arguments import DistillationArguments
 
 if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
+    from hf_distill.trainer.mixin import DistillationMixin
 
 _SOME_TEMPERATURE = 1.2345  # none that a cache is likely to be bound to
 
@@ -35,69 +34,61 @@ class _Range(NamedTuple):
     logarithmic: bool = False
 
 
-class SearchMixin(_Trainer):
-    """`Trainer.hyperparameter_search`, which by default searches alpha, temperature and learning rate."""
+def search_arguments(trainer: DistillationMixin, *positional: Any, **keywords: Any) -> inspect.BoundArguments:
+    """Return the arguments of `Trainer.hyperparameter_search`, with the defaults of a distillation.
 
-    distiller: Any
-    args: Any
-    _teacher_setting: Any
-    _blend_is_ours: bool
+    Raises:
+        SettingError: if the space has a name that is no setting; raised when it is first drawn from.
+    """
+    bound = inspect.signature(Trainer.hyperparameter_search).bind(trainer, *positional, **keywords)
+    given = bound.arguments
+    space = given.get("hp_space") or _default_space(trainer, given.get("backend"))
+    if space is not None:
+        given["hp_space"] = _checked(space, trainer.args)
+    if given.get("compute_objective") is None:
+        given["compute_objective"] = partial(_default_objective, trainer)
+    return bound
 
-    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> Any:
-        """As `Trainer`'s. Without `hp_space` a distillation searches alpha, the temperature and the learning rate.
 
-        Without `compute_objective` what `evaluate_with_teacher` measures is not added to the user's metrics.
+def _default_objective(trainer: DistillationMixin, metrics: dict[str, float]) -> float:
+    """transformers' own, without what was measured of the teacher."""
+    prefixes = ["eval"]
+    if isinstance(trainer.eval_dataset, dict):
+        prefixes += [f"eval_{name}" for name in trainer.eval_dataset]
+    of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
+    return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
 
-        Raises:
-            SettingError: the space has a name that is no setting.
-        """
-        bound = inspect.signature(Trainer.hyperparameter_search).bind(self, *positional, **keywords)
-        given = bound.arguments
-        space = given.get("hp_space") or self._default_space(given.get("backend"))
-        if space is not None:
-            given["hp_space"] = _checked(space, self.args)
-        if given.get("compute_objective") is None:
-            given["compute_objective"] = self._default_objective
-        return super().hyperparameter_search(*bound.args[1:], **bound.kwargs)
 
-    def _default_objective(self, metrics: dict[str, float]) -> float:
-        """transformers' own, without what was measured of the teacher."""
-        prefixes = ["eval"]
-        if isinstance(self.eval_dataset, dict):
-            prefixes += [f"eval_{name}" for name in self.eval_dataset]
-        of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
-        return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
+def _default_space(trainer: DistillationMixin, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
+    """None: what transformers searches, because nothing of a distillation can be chosen."""
+    ranges = {name: one for name, one in _ranges(trainer).items() if hasattr(trainer.args, name)}
+    if not ranges:
+        return None
+    rate = trainer.args.learning_rate
+    if rate > 0:
+        ranges["learning_rate"] = _Range(rate / 10, rate * 10, logarithmic=True)
+    return _SPACES[HPSearchBackend(default_hp_search_backend() if backend is None else backend)](ranges)
 
-    def _default_space(self, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
-        """None: what transformers searches, because nothing of a distillation can be chosen."""
-        ranges = {name: one for name, one in self._ranges().items() if hasattr(self.args, name)}
-        if not ranges:
-            return None
-        rate = self.args.learning_rate
-        if rate > 0:
-            ranges["learning_rate"] = _Range(rate / 10, rate * 10, logarithmic=True)
-        return _SPACES[HPSearchBackend(default_hp_search_backend() if backend is None else backend)](ranges)
 
-    def _ranges(self) -> dict[str, _Range]:
-        """Of alpha and the temperature, where a search may choose them."""
-        blending = self.distiller.blending
-        found: dict[str, _Range] = {}
-        if not self._blend_is_ours or self._teacher_setting is None or blending.alpha is None:
-            return found
-        start, end = blending.alpha(0.0), blending.alpha(1.0)
-        if start == end < 1:  # at 1 the data need no labels
-            found["alpha"] = _Range(0.0, 1.0)
-        match = blending.logits_match
-        constant = match.temperature(0.0) == match.temperature(1.0)
-        if constant and match.divergence_for(self.distiller.task)[1].softens and not self.distiller.task.on_values:
-            try:
-                getattr(self.distiller.teacher, "check_needs", lambda needs: None)(
-                    Needs(logits=True, temperature=_SOME_TEMPERATURE)
-                )
-            except SettingError:  # a cache that holds for one temperature
-                return found
-            found["temperature"] = _Range(1.0, 8.0, logarithmic=True)
+def _ranges(trainer: DistillationMixin) -> dict[str, _Range]:
+    """Of alpha and the temperature, where a search may choose them."""
+    blending = trainer.distiller.blending
+    found: dict[str, _Range] = {}
+    if not trainer._blend_is_ours or trainer._teacher_setting is None or blending.alpha is None:
         return found
+    start, end = blending.alpha(0.0), blending.alpha(1.0)
+    if start == end < 1:  # at 1 the data need no labels
+        found["alpha"] = _Range(0.0, 1.0)
+    match = blending.logits_match
+    constant = match.temperature(0.0) == match.temperature(1.0)
+    if constant and match.divergence_for(trainer.distiller.task)[1].softens and not trainer.distiller.task.on_values:
+        try:
+            if trainer.distiller.teacher is not None:
+                trainer.distiller.teacher.check(Needs(logits=True, temperature=_SOME_TEMPERATURE))
+        except SettingError:  # a cache that holds for one temperature
+            return found
+        found["temperature"] = _Range(1.0, 8.0, logarithmic=True)
+    return found
 
 
 def _checked(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:

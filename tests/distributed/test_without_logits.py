@@ -1,4 +1,4 @@
-"""`materialize_logits=False` is the plain path in two gloo processes too: DDP, FSDP, rows that one process has alone.
+"""`fused_loss=True` is the plain path in two gloo processes too: DDP, FSDP, rows that one process has alone.
 
 That the plain path in two processes is that of one: `tests/trainer/test_two_processes.py`.
 """

@@ -79,7 +79,7 @@ def wrapped_as(model: nn.Module) -> str:
     return type(model).__name__
 
 
-def with_trainer(case: str, folder: str, *, materialize: bool) -> Trained:
+def with_trainer(case: str, folder: str, *, fused: bool) -> Trained:
     """The weights after and before, the losses, and how student and teacher were wrapped."""
     name, alpha, settings, (student_sharded, teacher_sharded) = CASES[case]
     micro_batch, accumulation = settings.get("cut", (2, 2))
@@ -96,7 +96,7 @@ def with_trainer(case: str, folder: str, *, materialize: bool) -> Trained:
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
-        materialize_logits=materialize,
+        fused_loss=fused,
     )
     trainer = DistillationTrainer(
         model=student,
@@ -111,11 +111,11 @@ def with_trainer(case: str, folder: str, *, materialize: bool) -> Trained:
     return whole(student), before, losses, [wrapped_as(trainer.model_wrapped), teacher_wrapped]
 
 
-def with_fsdp1(case: str, folder: str, *, materialize: bool) -> Trained:
+def with_fsdp1(case: str, folder: str, *, fused: bool) -> Trained:
     """The same, by hand: on a CPU Accelerate stays with DDP."""
     head, accelerator = HEADS[CASES[case][0]], Accelerator(cpu=True)
     student, teacher = (head.make(seed, layers=2).double() for seed in (0, 1))
-    distiller = Distiller(student, teacher, materialize_logits=materialize)
+    distiller = Distiller(student, teacher, fused_loss=fused)
     blocks = ModuleWrapPolicy({type(student.get_decoder().layers[0])})
     before = {name: x.detach().clone() for name, x in student.state_dict().items()}
     cpu = torch.device("cpu")
@@ -124,7 +124,7 @@ def with_fsdp1(case: str, folder: str, *, materialize: bool) -> Trained:
     for step in range(STEPS):
         first = 4 * step + 2 * dist.get_rank()
         batch = in_double(head, head.examples(4 * STEPS)[first : first + 2])
-        output = distiller(model, batch, counts=distiller.count([batch], accelerator))
+        output = distiller(model, batch, counts=distiller.begin_step([batch], accelerator))
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -140,7 +140,7 @@ def compared(case: str) -> dict[str, Any]:
     folders: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)
     (plain, before, curve, _), (fused, _, without, wrapped) = (
-        train(case, os.path.join(folders[0], str(how)), materialize=how) for how in (True, False)
+        train(case, os.path.join(folders[0], str(how)), fused=how) for how in (False, True)
     )
     apart = update_difference(fused, plain, before)
     return {"apart": apart, "with": curve, "without": without, "wrapped": wrapped}

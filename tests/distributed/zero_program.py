@@ -55,7 +55,7 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
         deepspeed=zero if stage >= 0 else None,
-        materialize_logits=what != "without",
+        fused_loss=what == "without",
     )
     made = model if what == "classes" else LANGUAGE.make
     trainer = DistillationTrainer(

@@ -53,7 +53,7 @@ def reads(what: str, side: str | None = None, layers: Iterable[int] = range(LAYE
 @torch.no_grad()
 def read(model: Any, wanted: Iterable[ActivationKey], batch: dict[str, Any], **keywords: Any) -> tuple[Any, Any]:
     """What one forward shows, and what it returns."""
-    with ActivationCapture(model, "student").reading(set(wanted)) as seen:
+    with ActivationCapture(model, "student").capture(set(wanted)) as seen:
         outputs = model(**batch, **keywords)
     return seen, outputs
 

@@ -150,7 +150,7 @@ def pixels(x: Tensor, axes: str) -> Tensor:
 
 
 def read(model: Any, reads: set[ActivationKey], batch: dict[str, Tensor]) -> Any:
-    with torch.no_grad(), ActivationCapture(model, "student").reading(reads) as seen:
+    with torch.no_grad(), ActivationCapture(model, "student").capture(reads) as seen:
         model(**batch)
     return seen
 

@@ -145,7 +145,7 @@ def run(
     blocks = inside.blocks(case.side).modules
     hooks = [block.register_forward_hook(note(i), with_kwargs=True) for i, block in enumerate(blocks)]
     torch.manual_seed(seed)
-    with inside.reading(everything(case)) as seen:
+    with inside.capture(everything(case)) as seen:
         model(**case.batch())
     for hook in hooks:
         hook.remove()
@@ -185,7 +185,7 @@ def test_reading_changes_neither_draws_nor_outputs_nor_statistics(name: str) -> 
         found = []
         for model, reads in ((read, everything(case)), (unread, set())):
             torch.manual_seed(seed)
-            with inside.reading(reads):
+            with inside.capture(reads):
                 found.append((model(**case.batch()), torch.get_rng_state()))
         (ours, state), (theirs, expected) = found
         assert torch.equal(state, expected)
@@ -230,7 +230,7 @@ def test_loss_and_gradient_where_every_block_was_left_out(name: str) -> None:
 
 def read_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
     wanted = ActivationKey(HIDDEN, layer, case.side)
-    with ActivationCapture(model, "teacher").reading({wanted}) as seen:
+    with ActivationCapture(model, "teacher").capture({wanted}) as seen:
         model(**case.batch())
     return {wanted: seen[wanted]}
 

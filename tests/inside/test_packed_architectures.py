@@ -115,8 +115,8 @@ def test_packed_texts_are_kept_apart_or_refused(name: str, attention: str) -> No
     distiller = Distiller(model, tiny(name, attention, 1))
     if name in APART:
         assert apart < 1e-5
-        distiller.count([batch])
+        distiller.begin_step([batch])
     else:
         assert apart > 0.01
         with pytest.raises(DataError, match="lets each see those before it"):
-            distiller.count([batch])
+            distiller.begin_step([batch])

@@ -91,7 +91,7 @@ def reads_of(name: str) -> set[ActivationKey]:
 
 
 def read(model: Any, reads: set[ActivationKey], inputs: dict[str, Tensor]) -> Any:
-    with torch.no_grad(), ActivationCapture(model, "student").reading(reads) as seen:
+    with torch.no_grad(), ActivationCapture(model, "student").capture(reads) as seen:
         model(**inputs)
     return seen
 

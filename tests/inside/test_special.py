@@ -180,12 +180,12 @@ def test_hooks_are_gone_after_an_exception_in_the_forward() -> None:
 
     hook = model.bert.encoder.layer[2].register_forward_pre_hook(breaks)
     wanted = {*reads("hidden"), *reads("attention"), *reads("values"), ActivationKey("last_hidden")}
-    with pytest.raises(Broken), inside.reading(wanted):
+    with pytest.raises(Broken), inside.capture(wanted):
         model(**ALL[name].batch())
     hook.remove()
     assert hooks_of(model) == 0
     assert AttentionInterface.get_interface is lookup
-    with inside.reading(wanted) as seen:
+    with inside.capture(wanted) as seen:
         model(**ALL[name].batch())
     assert set(seen) == wanted
 
@@ -228,7 +228,7 @@ def test_only_matched_layers_are_kept() -> None:
 
 def test_nothing_asked_nothing_hooked() -> None:
     model = ALL["BertForMaskedLM"].make()
-    with ActivationCapture(model, "student").reading(set()) as seen:
+    with ActivationCapture(model, "student").capture(set()) as seen:
         assert hooks_of(model) == 0
     assert not seen
 
@@ -239,6 +239,6 @@ def test_a_model_that_was_not_called() -> None:
             SettingError,
             match=r"of block 1 of the teacher \(bert\.encoder\.layer\): no block ran\. The model that was",
         ),
-        ActivationCapture(model_of("BertForMaskedLM"), "teacher").reading({ActivationKey("hidden", 1)}),
+        ActivationCapture(model_of("BertForMaskedLM"), "teacher").capture({ActivationKey("hidden", 1)}),
     ):
         pass

@@ -90,12 +90,12 @@ def shown(distiller: Distiller, name: str, batch: Batch) -> tuple[Batch, Signals
 
 def step(distiller: Distiller, student: Any, micro_batches: Sequence[Batch], **keywords: Any) -> tuple[float, Tensor]:
     """One optimizer step's loss, and its gradient as one vector: the student's, then that of what objectives learn."""
-    counts = distiller.count(micro_batches, **keywords)
+    counts = distiller.begin_step(micro_batches, **keywords)
     student.zero_grad(set_to_none=True)
     distiller.learned.zero_grad()
     total = 0.0
     for batch in micro_batches:
-        loss = distiller(student, batch, counts=counts).loss
+        loss = distiller(student, batch, counts).loss
         loss.backward()
         total += loss.item()
     return total, gradient_of(student, distiller.learned.module)

@@ -41,7 +41,7 @@ def test_what_cannot_be_silent() -> None:
 def test_no_position_is_zero_with_a_backward(case: Case) -> None:
     batch = silenced(case, m.collated(case.head, HEADS[case.head].examples(4)))
     distiller = m.distiller_for(case)
-    assert distiller.count([batch]).denominators[case.objective] == 0
+    assert distiller.begin_step([batch]).denominators[case.objective] == 0
     loss, gradient = m.step(distiller, m.deep_student_of(case.head), [batch])
     assert loss == 0.0
     assert not gradient.any()  # NaN counts as something

@@ -113,8 +113,8 @@ def test_two_processes_change_nothing(name: str, parts: int) -> None:
 
 def own_counts(distiller: Any, micro_batches: list[Batch]) -> Tensor:
     if distiller.task.sums_over_examples:  # `count` reports ones then; what is reduced does not matter
-        return torch.ones(len(distiller.count(micro_batches).denominators))
-    return torch.stack(list(distiller.count(micro_batches).denominators.values()))
+        return torch.ones(len(distiller.begin_step(micro_batches).denominators))
+    return torch.stack(list(distiller.begin_step(micro_batches).denominators.values()))
 
 
 def test_processes_that_see_the_same_batch_count_once() -> None:
@@ -135,7 +135,7 @@ def test_deepspeed_does_not_divide_so_we_do_not_multiply() -> None:
         num_processes=1,
         device=torch.device("cpu"),
     )
-    assert distiller.count(split("bert_tokens", 4), accelerator).scale == 1.0
+    assert distiller.begin_step(split("bert_tokens", 4), accelerator).scale == 1.0
 
 
 def test_an_answer_whose_end_alone_is_cut_off_is_beyond_the_labels_term() -> None:

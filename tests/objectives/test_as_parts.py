@@ -64,10 +64,10 @@ def test_every_term_at_weight_zero() -> None:
         HEAD.make(1), HEAD.make(2), alpha=None, objectives=HiddenMatch(weight=lambda progress: progress)
     )
     refused(
-        lambda: distiller.count([HEAD.batch(2)], progress=0.0),
+        lambda: distiller.begin_step([HEAD.batch(2)], progress=0.0),
         "at 0% of the training every term weighs 0, so there is no loss",
     )
-    assert set(distiller.count([HEAD.batch(2)], progress=0.5).denominators) == {"hidden"}
+    assert set(distiller.begin_step([HEAD.batch(2)], progress=0.5).denominators) == {"hidden"}
 
 
 def test_what_an_objective_says_of_itself_is_a_line() -> None:

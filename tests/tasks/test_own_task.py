@@ -213,7 +213,7 @@ def test_a_task_over_a_vocabulary(task: Task, words: str, whole: bool) -> None:
     head = HEADS["llama_causal_lm"]
     student, teacher, batch = head.make(1), head.make(2), head.batch(2)
     batch = {name: value[:, :8] for name, value in batch.items()}
-    distiller = Distiller(student, teacher, alpha=1.0, task=task, materialize_logits=whole)
+    distiller = Distiller(student, teacher, alpha=1.0, task=task, fused_loss=not whole)
     with pytest.raises(SettingError, match=words):
         distiller(student, batch)
 
@@ -340,8 +340,8 @@ def test_segmentation_over_micro_batches_labels_names_and_several_teachers(segme
     one.config.label2id = {name: index for index, name in one.config.id2label.items()}
     distiller = Distiller(student, one, task=segmentation, alpha=0.5, temperature=1.0)
     cut = [{name: value[part] for name, value in batch.items()} for part in (slice(0, 1), slice(1, 3))]
-    counts = distiller.count(cut)
-    found = sum(distiller(student, part, counts=counts).loss.item() for part in cut)
+    counts = distiller.begin_step(cut)
+    found = sum(distiller(student, part, counts).loss.item() for part in cut)
     s, t = logits(student, batch), logits(one, batch)[:, [1, 2, 0]]
     whole = torch.nn.functional.interpolate(s, size=(32, 32), mode="bilinear", align_corners=False)
     labels = torch.nn.functional.cross_entropy(whole, batch["labels"], ignore_index=255)

@@ -45,14 +45,14 @@ def right(student: Any, teacher: Any, batch: dict[str, Tensor]) -> float:
     return float(softened_kl(from_own_start(student, batch), from_own_start(teacher, batch), 2.0).mean())
 
 
-@pytest.mark.parametrize("materialize", [True, False], ids=["with logits", "without logits"])
+@pytest.mark.parametrize("fused", [False, True], ids=["with logits", "without logits"])
 @pytest.mark.parametrize("name", STARTS)
-def test_live(name: str, materialize: bool, caplog) -> None:
+def test_live(name: str, fused: bool, caplog) -> None:
     student, teacher = pair(name)
     batch = HEADS[name].batch(4)
     expected = right(student, teacher, batch)
     with caplog.at_level(logging.INFO, "hf_distill.teachers.model"):
-        distiller = Distiller(student, teacher, alpha=1.0, temperature=2.0, materialize_logits=materialize)
+        distiller = Distiller(student, teacher, alpha=1.0, temperature=2.0, fused_loss=fused)
     assert f"the teacher [{STARTS[name]}, 5, 6]" in caplog.text
     assert distiller(student.eval(), batch).loss.item() == pytest.approx(expected, rel=1e-4)
 

@@ -54,13 +54,13 @@ def adapted(model: nn.Module, **settings: Any) -> Any:
 def both(student: Any, teacher: Any, batch: dict[str, Tensor], **knobs: Any) -> list[tuple[Any, dict[str, Tensor]]]:
     """Loss, terms and gradients with logits and without them."""
     found = []
-    for materialize in (True, False):
+    for fused in (False, True):
         student.zero_grad()
-        distiller = Distiller(student, teacher, materialize_logits=materialize, seed=0, **knobs)
+        distiller = Distiller(student, teacher, fused_loss=fused, seed=0, **knobs)
         output = distiller(student, batch)
         output.loss.backward()
         gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-        assert (output.outputs.get("logits") is None) == (materialize is False)
+        assert (output.outputs.get("logits") is None) == (fused is True)
         found.append((output, gradients))
     return found
 

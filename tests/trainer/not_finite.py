@@ -105,7 +105,7 @@ def loop(head: Head, student: Any, teacher: Any, examples: list[Any]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     distiller.place(accelerator)
     batches = [head.collate(examples[:2]), head.collate(examples[2:])]
-    counts = distiller.count(batches, accelerator)
+    counts = distiller.begin_step(batches, accelerator)
     for batch in batches:
-        accelerator.backward(distiller(model, batch, counts=counts).loss)
+        accelerator.backward(distiller(model, batch, counts).loss)
     optimizer.step()

@@ -101,7 +101,7 @@ WAYS: dict[str, Callable[[list[dict[str, Any]]], tuple[Any, dict[str, Any]]]] = 
     ),
     "without_logits": lambda data: (
         Dataset.from_list(data),
-        {"processing_class": tokenizer(), "materialize_logits": False},
+        {"processing_class": tokenizer(), "fused_loss": True},
     ),
     "own_collator": lambda data: (data, {"data_collator": padded_masks, "remove_unused_columns": False}),
 }

@@ -27,7 +27,7 @@ OWN = {
     "projection_learning_rate": 0.01,
     "teacher_quantization": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "teacher_device_map": {"": "cpu"},
-    "materialize_logits": False,
+    "fused_loss": True,
 }
 QUIET = {"report_to": "none", "use_cpu": True}
 

@@ -28,11 +28,11 @@ def by_hand(head: Head, *, micro_batch: int, accumulation: int, alpha: float, pa
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
     distiller.place(accelerator)
     micro_batches = list(loader)
-    counts = distiller.count(micro_batches, accelerator)
+    counts = distiller.begin_step(micro_batches, accelerator)
     total = 0.0
     for batch in micro_batches:
         with accelerator.accumulate(student):
-            output = distiller(student, batch, counts=counts, progress=0.0)
+            output = distiller(student, batch, counts, progress=0.0)
             accelerator.backward(output.loss)
             total += output.loss.item() / accumulation
             optimizer.step()
@@ -86,9 +86,9 @@ def test_counts_of_several_batches_without_accelerate() -> None:
         student, teacher = bert().double(), bert(seed=1).double()
         distiller = Distiller(student, teacher, **SETTINGS)
         batches = [padded(data[i : i + size]) for i in range(0, 8, size)]
-        counts = distiller.count(batches)
+        counts = distiller.begin_step(batches)
         for batch in batches:
-            distiller(student, batch, counts=counts).loss.backward()
+            distiller(student, batch, counts).loss.backward()
         found.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
     zero = {name: torch.zeros_like(value) for name, value in found[0].items()}
     assert update_difference(found[1], found[0], zero) < 1e-6
@@ -99,12 +99,14 @@ def test_counts_of_another_moment() -> None:
     student = bert()
     distiller = Distiller(student, bert(seed=1), objectives=HiddenMatch(weight=lambda progress: progress))
     batch = padded(examples())
-    counts = distiller.count([batch])
+    counts = distiller.begin_step([batch])
     with pytest.raises(
         SettingError, match=r"hidden weighs something at 50% .* was not counted\. Give count\(\) the same"
     ):
-        distiller(student, batch, counts=counts, progress=0.5)
-    assert distiller(student, batch, counts=distiller.count([batch], progress=0.5), progress=0.5).terms["hidden"] > 0
+        distiller(student, batch, counts, progress=0.5)
+    assert (
+        distiller(student, batch, counts=distiller.begin_step([batch], progress=0.5), progress=0.5).terms["hidden"] > 0
+    )
 
 
 def test_a_distiller_of_another_student(tmp_path) -> None:

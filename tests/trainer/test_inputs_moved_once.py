@@ -16,7 +16,7 @@ from tests.teachers.reading import heard_by
 from tests.trainer.tiny import bert, make, padded
 
 WAYS = [(name, None) for name in ("bert_tokens", "llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean")]
-WAYS += [("llama_causal_lm", False), ("t5_seq2seq", False)]  # logits never made
+WAYS += [("llama_causal_lm", True), ("t5_seq2seq", True)]  # never whole logits
 Batch = dict[str, torch.Tensor]
 
 
@@ -36,13 +36,13 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, bool]]:
     return arrived
 
 
-@pytest.mark.parametrize(("name", "materialize"), WAYS)
-def test_both_models_read_the_tensors_that_were_moved(tmp_path, moved, name: str, materialize: bool | None) -> None:
+@pytest.mark.parametrize(("name", "fused"), WAYS)
+def test_both_models_read_the_tensors_that_were_moved(tmp_path, moved, name: str, fused: bool | None) -> None:
     head = HEADS[name]
     student, teacher = head.make(0), head.make(1)
     trainer = make(
         tmp_path, student, teacher, train_dataset=head.examples(8), data_collator=head.collate, max_steps=2,
-        gradient_accumulation_steps=2, per_device_train_batch_size=2, materialize_logits=materialize,
+        gradient_accumulation_steps=2, per_device_train_batch_size=2, fused_loss=fused,
     )  # fmt: skip
     ours, theirs = heard_by(student), heard_by(teacher)
     trainer.train()

@@ -63,7 +63,7 @@ def test_the_teacher_reads_what_the_student_was_given(tmp_path, kind: str) -> No
     expected = by_hand(student, teacher, batch, seed=7)
     given = {"cached": lambda: cached(tmp_path, teacher, student), "ensemble": lambda: Ensemble([teacher, teacher])}
     answering = given.get(kind, lambda: teacher)()
-    distiller = Distiller(student, answering, alpha=1.0, temperature=2.0, materialize_logits=kind != "without logits")
+    distiller = Distiller(student, answering, alpha=1.0, temperature=2.0, fused_loss=kind == "without logits")
     ours, theirs = heard_by(student), heard_by(teacher)
     np.random.seed(7)  # transformers draws the masks with numpy
     found = distiller(student.train(), batch).loss.item()

@@ -57,10 +57,10 @@ NOT_WHAT_THEY_SEEM = [(Doubled, "does more to its logits"), (Charged, "own loss 
 def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: str, dtype: torch.dtype) -> None:
     _, teacher, batch = pair("gpt2_causal_lm")
     student = kind(teacher.config).to(dtype).train()
-    with pytest.raises(SettingError, match=rf"materialize_logits=False: .*{why}.*Pass materialize_logits=True"):
-        Distiller(student, teacher, materialize_logits=False)(student, batch)
+    with pytest.raises(SettingError, match=rf"fused_loss=True: .*{why}.*Pass fused_loss=False"):
+        Distiller(student, teacher, fused_loss=True)(student, batch)
     monkeypatch.setattr(without_logits, "LARGE", 10)
-    automatic = Distiller(student, teacher, materialize_logits=None)
+    automatic = Distiller(student, teacher, fused_loss=None)
     with caplog.at_level(logging.WARNING):
         found = [automatic(student, batch).loss for _ in range(2)]
     assert len(caplog.records) == 1 and why in caplog.text  # said once
@@ -80,9 +80,9 @@ def test_the_loss_of_a_mixture_of_experts(autocast: bool) -> None:
         with torch.autocast("cpu", enabled=autocast):
             if balanced:
                 with pytest.raises(SettingError, match=r"adds a loss of its own \(aux_loss\)"):
-                    Distiller(student, teacher, materialize_logits=False)(student, {"input_ids": ids, "labels": ids})
+                    Distiller(student, teacher, fused_loss=True)(student, {"input_ids": ids, "labels": ids})
             else:
-                Distiller(student, teacher, materialize_logits=False)(student, {"input_ids": ids, "labels": ids})
+                Distiller(student, teacher, fused_loss=True)(student, {"input_ids": ids, "labels": ids})
 
 
 def test_caps_by_their_other_names() -> None:
@@ -115,7 +115,7 @@ def test_the_head_of_a_sharded_teacher_is_never_used_untried(monkeypatch) -> Non
     expected = Distiller(student, odd)(student, batch).loss
     sharded = iter([True])
     monkeypatch.setattr(OutputHead, "is_sharded", lambda self: next(sharded, False))
-    distiller = Distiller(student, odd, materialize_logits=False)
+    distiller = Distiller(student, odd, fused_loss=True)
     for _ in range(3):
         torch.testing.assert_close(distiller(student, batch).loss, expected, rtol=1e-5, atol=0.0)  # its own is in fp32
 
@@ -124,9 +124,9 @@ def test_from_when_on_it_is_automatic(monkeypatch) -> None:
     student, teacher, batch = pair("gpt2_causal_lm")
     for columns, made in ((VOCABULARY + 1, True), (VOCABULARY, False)):
         monkeypatch.setattr(without_logits, "LARGE", columns)
-        found = Distiller(student, teacher, materialize_logits=None)(student, batch)
+        found = Distiller(student, teacher, fused_loss=None)(student, batch)
         assert (found.outputs.get("logits") is not None) == made
-    without_teacher = Distiller(student, alpha=0.0, materialize_logits=None)
+    without_teacher = Distiller(student, alpha=0.0, fused_loss=None)
     assert without_teacher(student, batch).outputs.logits is not None  # alpha=0 is Trainer
 
 
@@ -140,17 +140,17 @@ def test_from_when_on_it_is_automatic(monkeypatch) -> None:
 )
 def test_refused_with_the_reason(knobs: dict[str, Any], why: str) -> None:
     student, teacher, batch = pair("llama_causal_lm")
-    with pytest.raises(SettingError, match=f"materialize_logits=False: .*{why}"):
-        Distiller(student, teacher, materialize_logits=False, **knobs)(student, batch)
+    with pytest.raises(SettingError, match=f"fused_loss=True: .*{why}"):
+        Distiller(student, teacher, fused_loss=True, **knobs)(student, batch)
 
 
 def test_refused_where_there_is_no_vocabulary_and_a_wrong_setting() -> None:
-    distiller = Distiller(bert(), bert(seed=1), materialize_logits=False)
+    distiller = Distiller(bert(), bert(seed=1), fused_loss=True)
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     with pytest.raises(SettingError, match="a classification head has no vocabulary"):
         distiller(bert(), batch)
-    with pytest.raises(SettingError, match="materialize_logits='no': allowed are None, True and False"):
-        Distiller(bert(), bert(seed=1), materialize_logits=cast(Any, "no"))
+    with pytest.raises(SettingError, match="fused_loss='no': allowed are None, True and False"):
+        Distiller(bert(), bert(seed=1), fused_loss=cast(Any, "no"))
 
 
 def test_an_adapter_on_the_head() -> None:
@@ -165,11 +165,11 @@ def test_an_adapter_on_the_head() -> None:
 def test_counted_at_another_moment() -> None:
     student, teacher, batch = pair("llama_causal_lm")
     for alpha, missing in ((lambda progress: 1 - progress, "labels"), (lambda progress: progress, "logits")):
-        for materialize in (False, True):
-            distiller = Distiller(student, teacher, alpha=alpha, materialize_logits=materialize)
-            counts = distiller.count([batch], progress=0.0)
+        for fused in (True, False):
+            distiller = Distiller(student, teacher, alpha=alpha, fused_loss=fused)
+            counts = distiller.begin_step([batch], progress=0.0)
             with pytest.raises(SettingError, match=f"{missing} weighs something at 50% of the training, and was not"):
-                distiller(student, batch, counts=counts, progress=0.5)
+                distiller(student, batch, counts, progress=0.5)
 
 
 class Halved(Trainer):
@@ -199,5 +199,5 @@ def test_a_trainer_s_own_loss_is_given_logits(tmp_path, monkeypatch) -> None:
     assert own["loss/labels"] == pytest.approx(plain["loss/labels"] / 2, rel=1e-5)
     assert own["loss/logits"] == pytest.approx(plain["loss/logits"], rel=1e-5)
     with pytest.raises(SettingError, match="term is a function of yours"):
-        trained(HalvedDistillation, materialize_logits=False)
-    trained(HalvedDistillation, materialize_logits=False, alpha=1.0)  # no labels, no loss of its own
+        trained(HalvedDistillation, fused_loss=True)
+    trained(HalvedDistillation, fused_loss=True, alpha=1.0)  # no labels, no loss of its own

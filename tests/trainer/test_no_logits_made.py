@@ -1,4 +1,4 @@
-"""With `materialize_logits=False` no logits are made: every tensor of a training is looked at, and every product.
+"""With `fused_loss=True` no logits are made: every tensor of a training is looked at, and every product.
 
 That what is made instead is right: the other files here, and `tests/functional`.
 """
@@ -80,8 +80,8 @@ def test_a_step_makes_chunks_and_four_products_of_the_rows_that_count(monkeypatc
     rows = counted_rows(head, batch["labels"])
     assert 3 * ENOUGH < rows < batch["labels"].numel()  # else the test says little
     seen = []
-    for materialize in (True, False):
-        distiller = Distiller(student, teacher, materialize_logits=materialize)
+    for fused in (False, True):
+        distiller = Distiller(student, teacher, fused_loss=fused)
         distiller(student, batch)  # tries the head out
         seen.append(seen_in(lambda d=distiller: d(student, batch).loss.backward()))
     plain, ours = seen
@@ -98,13 +98,13 @@ def test_a_whole_training_never_makes_logits(tmp_path, monkeypatch, name: str) -
     few_rows_at_once(monkeypatch, COLUMNS)
     head, seen = HEADS[name], []
     assert counted_rows(head, head.batch(30)["labels"]) > 2 * POSITIONS
-    for materialize in (True, False):
+    for fused in (False, True):
         trainer = DistillationTrainer(
             model=head.make(1, vocab_size=COLUMNS),
             teacher_model=head.make(2, vocab_size=COLUMNS),
             args=arguments(
                 tmp_path,
-                materialize_logits=materialize,
+                fused_loss=fused,
                 max_steps=2,
                 per_device_train_batch_size=30,
                 logging_steps=1,
@@ -127,7 +127,7 @@ def test_what_is_not_needed_is_not_multiplied(alpha: float, frozen: bool, produc
     student, teacher = (head.make(seed, vocab_size=COLUMNS) for seed in (1, 2))
     student.train().lm_head.requires_grad_(not frozen)
     batch = head.batch(8)
-    distiller = Distiller(student, teacher if alpha > 0 else None, alpha=alpha, materialize_logits=False)
+    distiller = Distiller(student, teacher if alpha > 0 else None, alpha=alpha, fused_loss=True)
     distiller(student, batch)
     seen = seen_in(lambda: distiller(student, batch).loss.backward())
     assert seen.multiplications == products * counted_rows(head, batch["labels"]) * COLUMNS * WIDTH
@@ -142,7 +142,7 @@ def test_masked_positions_alone_reach_the_head(monkeypatch) -> None:
     for row in labels:
         row[torch.randperm(20)[:3]] = torch.randint(3, VOCABULARY, (3,))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    distiller = Distiller(student, teacher, materialize_logits=False)
+    distiller = Distiller(student, teacher, fused_loss=True)
     distiller(student, batch)
 
     def spy(hidden: Tensor, *rest: Any, **keywords: Any) -> Any:

@@ -180,10 +180,10 @@ def by_hand(name: str, *, micro_batch: int, accumulation: int) -> tuple[dict[str
     batches = [in_double(head, rows[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
     model, optimizer = accelerator.prepare(model, optimizer)
     distiller.place(accelerator)
-    counts = distiller.count(batches, accelerator)
+    counts = distiller.begin_step(batches, accelerator)
     for batch in batches:
         with accelerator.accumulate(model):
-            accelerator.backward(distiller(model, batch, counts=counts).loss)
+            accelerator.backward(distiller(model, batch, counts).loss)
             if accelerator.sync_gradients:
                 distiller.learned.synchronize(accelerator)
                 accelerator.clip_grad_norm_([*model.parameters(), *distiller.learned.parameters()], 0.05)

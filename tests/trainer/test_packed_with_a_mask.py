@@ -105,12 +105,12 @@ def test_which_masked_rows_are_packed(layout: str) -> None:
         model.register_forward_pre_hook(lambda *_: ran.append(1))
     distiller = Distiller(*models)
     if not is_packed:
-        distiller.count([batch])
+        distiller.begin_step([batch])
         assert not ran
         return
     for _ in range(2):
         with pytest.raises(DataError, match="Drop attention_mask"):
-            distiller.count([LAID_OUT["one text"][0], batch])
+            distiller.begin_step([LAID_OUT["one text"][0], batch])
     assert len(ran) == 8  # two models, with the mask and without it, two first texts: once
 
 
@@ -153,19 +153,19 @@ class Patched(FlashLike):
 def test_the_mask_is_tried_as_it_was_given() -> None:
     models = [kind(LLAMA.make(1, use_cache=False).config) for kind in (FlashLike, FlashLike, Patched, Patched)]
     flash, patched = Distiller(*models[:2]), Distiller(*models[2:])
-    flash.count([LAID_OUT["two texts"][0]])
+    flash.begin_step([LAID_OUT["two texts"][0]])
     padded = of([[0, 1, 0, 1, 0]], [[1, 1, 1, 1, 0]])
     several = of([[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]], [[1] * 5] * 2)
     one_row = r"In a batch of one row, without attention_mask, they are kept apart"
     free = {name: value for name, value in several.items() if name != "attention_mask"}
     for batch, told in ((padded, "Drop attention_mask"), (several, one_row), (free, one_row)):
         with pytest.raises(DataError, match=told):
-            flash.count([batch])
-        flash.count([LAID_OUT["two texts"][0]])
+            flash.begin_step([batch])
+        flash.begin_step([LAID_OUT["two texts"][0]])
     numbered = LAID_OUT["a mask that numbers them"][0]
-    patched.count([numbered])
+    patched.begin_step([numbered])
     with pytest.raises(DataError, match="Drop attention_mask"):
-        patched.count([LAID_OUT["two texts"][0]])
+        patched.begin_step([LAID_OUT["two texts"][0]])
 
 
 @pytest.mark.parametrize("told", ["return_flash_attn_kwargs", "return_seq_idx"])
@@ -177,10 +177,10 @@ def test_boundaries_that_a_model_does_not_look_at_are_refused(told: str) -> None
         batch = collator(LLAMA.examples(count))
         assert batch.get("position_ids") is None and batch.get("attention_mask") is None
         if told_apart:
-            distiller.count([batch])
+            distiller.begin_step([batch])
             continue
         with pytest.raises(DataError, match=r"packed into a row, and the student .* The batch has no position_ids"):
-            distiller.count([batch])
+            distiller.begin_step([batch])
 
 
 def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monkeypatch) -> None:
@@ -189,7 +189,7 @@ def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monk
     monkeypatch.setattr(packing, "_is_sharded", lambda model: True)
     monkeypatch.setattr(packing.dist, "all_reduce", lambda found, op: found.copy_(torch.tensor([1, 0, 1, 0, 0])))
     with pytest.raises(DataError, match="Drop attention_mask"):
-        Distiller(LLAMA.make(1), LLAMA.make(2)).count([LAID_OUT["one text"][0]])
+        Distiller(LLAMA.make(1), LLAMA.make(2)).begin_step([LAID_OUT["one text"][0]])
 
 
 def opt(seed: int) -> nn.Module:

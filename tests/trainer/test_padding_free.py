@@ -46,7 +46,7 @@ def test_whatever_way_the_documents_are_laid_out_the_step_is_the_same(tmp_path, 
         (FLAT(), (8, 1), {}),
         (FLAT(), (3, 3), {}),
         (FLAT(return_flash_attn_kwargs=True), (4, 2), {}),
-        (FLAT(), (4, 2), {"materialize_logits": False}),
+        (FLAT(), (4, 2), {"fused_loss": True}),
         (padded, (2, 4), {"train_sampling_strategy": "group_by_length"}),
     ]
     for collator, cut, settings in laid_out:
@@ -96,11 +96,13 @@ def test_models_that_let_packed_documents_see_each_other_are_refused(tmp_path) -
             make(tmp_path, copy.deepcopy(student), copy.deepcopy(teacher), data_collator=FLAT(), **settings).train()
         batch = FLAT()(LLAMA.examples(4))
         with pytest.raises(DataError, match="Use a collator that pads"):
-            Distiller(student, copy.deepcopy(teacher)).count([batch])
+            Distiller(student, copy.deepcopy(teacher)).begin_step([batch])
         assert [module.training for module in student.modules()] == modes
         make(tmp_path, copy.deepcopy(student), copy.deepcopy(teacher), data_collator=LLAMA.collate, **settings).train()
         one_a_row = {"input_ids": batch["input_ids"], "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
-        Distiller(student, copy.deepcopy(teacher), alpha=1.0).count([one_a_row])  # not packed, whatever it could be
+        Distiller(student, copy.deepcopy(teacher), alpha=1.0).begin_step(
+            [one_a_row]
+        )  # not packed, whatever it could be
 
 
 TOKENS = 34

@@ -105,7 +105,7 @@ def test_whose_positions_are_counted_from_the_padding(name: str, caplog) -> None
         distiller = Distiller(student, head.make(1), alpha=1.0)
         state = torch.get_rng_state()
         for _ in range(3):
-            distiller.count([batch])
+            distiller.begin_step([batch])
     assert [module.training for module in student.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert len(caplog.records) == (name in ("gpt2_causal_lm", "bert_single_label"))
@@ -118,12 +118,12 @@ def test_a_teacher_with_absolute_positions(caplog, own: bool) -> None:
     left, right = on("left")(ROWS), on("right")(ROWS)
     batch = left if not own else {**right, **{f"teacher_{name}": value for name, value in left.items()}}
     with caplog.at_level(logging.WARNING, LOGGER):
-        Distiller(student, teacher, alpha=1.0).count([batch])
+        Distiller(student, teacher, alpha=1.0).begin_step([batch])
         (record,) = caplog.records
         assert "and what the teacher (GPT2ForSequenceClassification) makes of" in record.getMessage()
         caplog.clear()
         on_the_right = {**left, **{f"teacher_{name}": value for name, value in right.items()}} if own else right
-        Distiller(student, teacher, alpha=1.0).count([on_the_right])
+        Distiller(student, teacher, alpha=1.0).begin_step([on_the_right])
     assert not caplog.records
 
 
@@ -132,7 +132,7 @@ def test_a_regression_and_rows_without_a_token(caplog) -> None:
     batch = on("left")(ROWS)
     batch["attention_mask"][0] = 0
     with caplog.at_level(logging.WARNING, LOGGER):
-        Distiller(student, made("llama", pad=0, num_labels=1), alpha=1.0).count([batch])
+        Distiller(student, made("llama", pad=0, num_labels=1), alpha=1.0).begin_step([batch])
     assert "the student (GPT2ForSequenceClassification) makes of" in caplog.text
 
 

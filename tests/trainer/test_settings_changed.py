@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing_left": ({"alpha": None}, "alpha=None is a loss of the objectives alone"),
     "teacher_dtype": ({"teacher_dtype": "bfloat16"}, "args.teacher_dtype was None and is now 'bfloat16'.*new trainer"),
     "label_matching": ({"label_matching": "by_index"}, "args.label_matching was 'by_name' and is now 'by_index'"),
-    "materialize": ({"materialize_logits": False}, "args.materialize_logits was None and is now False"),
+    "fused": ({"fused_loss": True}, "args.fused_loss was None and is now True"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`materialize_logits=False` is the plain path: same terms, same gradients. One process.
+"""`fused_loss=True` is the plain path: same terms, same gradients. One process.
 
 The plain path is the reference; what is compared is fp64 unless a test says so.
 """
@@ -54,7 +54,7 @@ def test_left_padding_has_a_label_where_nothing_is_compared() -> None:
     found = both(student, teacher, flipped)
     assert_same(found)
     distiller = Distiller(student, teacher)
-    counts = distiller.count([flipped]).denominators
+    counts = distiller.begin_step([flipped]).denominators
     assert counts["labels"] > counts["logits"]  # else the test says nothing
 
 
@@ -143,7 +143,7 @@ def test_a_quantised_teacher_is_measured_first() -> None:
     """By its logits; from then on they are not made."""
     head = HEADS["llama_causal_lm"]
     student, teacher, batch = head.make(1).train(), quantise_dynamically(head.make(2)), head.batch(4)
-    first, later = (Distiller(student, teacher, materialize_logits=False)(student, batch).terms for _ in range(2))
+    first, later = (Distiller(student, teacher, fused_loss=True)(student, batch).terms for _ in range(2))
     assert teacher.agreement is not None and teacher.agreement.rows > 0
     expected = Distiller(student, teacher)(student, batch).terms
     for found in (first, later):
@@ -156,4 +156,4 @@ def test_a_teacher_s_nan_is_named() -> None:
     with torch.no_grad():
         broken.cls.predictions.bias[3] = torch.nan
     with pytest.raises(TeacherError, match="the teacher's logits hold nan in example 0"):
-        Distiller(student, broken, materialize_logits=False)(student, batch)
+        Distiller(student, broken, fused_loss=True)(student, batch)

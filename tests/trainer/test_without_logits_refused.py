@@ -22,9 +22,9 @@ HEAD = HEADS["bart_seq2seq"]
 OTHER_WORDS = {f"w{i}": i for i in range(VOCABULARY) if i != 5}
 
 
-def distiller(materialize: bool | None, teacher: Any, **knobs: Any) -> tuple[Distiller, Any]:
+def distiller(fused: bool | None, teacher: Any, **knobs: Any) -> tuple[Distiller, Any]:
     student = HEAD.make(1).train()
-    return Distiller(student, teacher, materialize_logits=materialize, seed=0, **knobs), student
+    return Distiller(student, teacher, fused_loss=fused, seed=0, **knobs), student
 
 
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
@@ -52,14 +52,14 @@ def test_refused_or_whole_logits(monkeypatch, case: str) -> None:
     """Refused with the reason and the way out; automatically, the same bits as with logits."""
     make, knobs, why = CASES[case]
     batch = HEAD.batch(3)
-    never, student = distiller(False, make(), **knobs)
+    never, student = distiller(True, make(), **knobs)
     with pytest.raises(SettingError) as refused:
         never(student, batch)
-    assert str(refused.value) == f"materialize_logits=False: {why}. Pass materialize_logits=True, or None."
+    assert str(refused.value) == f"fused_loss=True: {why}. Pass fused_loss=False, or None."
     monkeypatch.setattr(without_logits, "LARGE", 10)
     found: list[dict[str, Tensor]] = []
-    for materialize in (None, True):
-        made, student = distiller(materialize, make(), **knobs)
+    for fused in (None, False):
+        made, student = distiller(fused, make(), **knobs)
         output = made(student, batch)
         output.loss.backward()
         assert output.outputs.logits.shape[-1] == VOCABULARY
@@ -89,12 +89,12 @@ def test_a_loss_function_of_the_user_s(tmp_path, monkeypatch) -> None:
         return weights(student), made
 
     with pytest.raises(SettingError) as refused:
-        trained(materialize_logits=False)
+        trained(fused_loss=True)
     assert str(refused.value) == (
-        "materialize_logits=False: the labels' term is a function of yours (compute_loss_func, compute_loss), which "
-        "reads logits. Pass materialize_logits=True, or None."
+        "fused_loss=True: the labels' term is your own function (compute_loss_func, compute_loss), which "
+        "reads logits. Pass fused_loss=False, or None."
     )
-    automatic, plain = trained(materialize_logits=None), trained(materialize_logits=True)
+    automatic, plain = trained(fused_loss=None), trained(fused_loss=False)
     assert automatic[1] == plain[1] == [True]
     assert_same_bits(automatic[0], plain[0])
-    assert not trained(materialize_logits=False, alpha=1.0)[1][-1]
+    assert not trained(fused_loss=True, alpha=1.0)[1][-1]

@@ -44,14 +44,14 @@ def models(name: str) -> dict[torch.dtype, tuple[nn.Module, nn.Module, dict[str,
     }
 
 
-def learned(name: str, dtype: torch.dtype, *, materialize: bool, **knobs: Any) -> tuple[float, Gradients]:
+def learned(name: str, dtype: torch.dtype, *, fused: bool, **knobs: Any) -> tuple[float, Gradients]:
     student, teacher, batch = models(name)[dtype]
     student.zero_grad()
-    distiller = Distiller(student, teacher, materialize_logits=materialize, seed=0, temperature=3.0, **knobs)
-    counts = distiller.count([batch])
+    distiller = Distiller(student, teacher, fused_loss=fused, seed=0, temperature=3.0, **knobs)
+    counts = distiller.begin_step([batch])
     if dtype == torch.float64:  # counts are fp32, and what is divided by them
         counts = replace(counts, denominators={term: x.double() for term, x in counts.denominators.items()})
-    loss = distiller(student, batch, counts=counts).loss
+    loss = distiller(student, batch, counts).loss
     loss.backward()
     return loss.item(), {key: p.grad.double() for key, p in student.named_parameters() if p.grad is not None}
 
@@ -86,10 +86,10 @@ def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: 
     monkeypatch.setattr(fused_chunks, "TILE", 16)  # of 40 columns
     monkeypatch.setattr(fused_chunks, "PIECE", 32)
     knobs: dict[str, Any] = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence), "alpha": 0.7}
-    loss, gradients = learned(name, torch.float64, materialize=True, **knobs)
+    loss, gradients = learned(name, torch.float64, fused=False, **knobs)
 
-    def errors(dtype: torch.dtype, *, materialize: bool = False) -> tuple[float, float]:
-        found, theirs = learned(name, dtype, materialize=materialize, **knobs)
+    def errors(dtype: torch.dtype, *, fused: bool = False) -> tuple[float, float]:
+        found, theirs = learned(name, dtype, fused=fused, **knobs)
         measure = rounding_of if dtype == torch.bfloat16 else gradient_error
         return abs(found / loss - 1), measure(theirs, gradients)
 
@@ -98,7 +98,7 @@ def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: 
     assert max(errors(torch.float32)) < 3e-6
     # All of the model is bf16, so most of the error is made elsewhere: no further away than with whole logits, but for
     # chance, which made 1.3 times of it in 840 models (benchmarks/sixteen_bits.py). A loss errs by a rounding of it.
-    (ours, our_gradients), (plain, gradients_then) = (errors(torch.bfloat16, materialize=how) for how in (False, True))
+    (ours, our_gradients), (plain, gradients_then) = (errors(torch.bfloat16, fused=how) for how in (True, False))
     assert ours < 1.5 * plain + 2**-8 and our_gradients < 2 * gradients_then
 
 
@@ -108,6 +108,6 @@ def test_causal_heads_exactly(monkeypatch, name: str, divergence: str) -> None:
     """Without labels, which they compare in fp32."""
     few_rows_at_once(monkeypatch)
     knobs: dict[str, Any] = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence), "alpha": 1.0}
-    loss, gradients = learned(name, torch.float64, materialize=True, **knobs)
-    found, theirs = learned(name, torch.float64, materialize=False, **knobs)
+    loss, gradients = learned(name, torch.float64, fused=False, **knobs)
+    found, theirs = learned(name, torch.float64, fused=True, **knobs)
     assert abs(found / loss - 1) < 1e-10 and gradient_error(theirs, gradients) < 1e-10

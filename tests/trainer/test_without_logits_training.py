@@ -1,4 +1,4 @@
-"""`materialize_logits=False` trains and evaluates as the plain path does: curves of twenty steps, metrics.
+"""`fused_loss=True` trains and evaluates as the plain path does: curves of twenty steps, metrics.
 
 One process; several: `tests/distributed`.
 """
@@ -74,7 +74,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_twenty_steps_of_training(tmp_path: Path, case: str) -> None:
     name, settings = CURVES[case]
     settings = {"double": True, **settings}
-    expected, found = (trained(tmp_path, name, materialize_logits=how, **settings) for how in (True, False))
+    expected, found = (trained(tmp_path, name, fused_loss=how, **settings) for how in (False, True))
     assert_same_run(found, expected, rtol=1e-5 if settings["double"] else 1e-4)
 
 
@@ -86,9 +86,9 @@ def test_twenty_compiled_steps(tmp_path: Path) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    found = trained(tmp_path, "gpt2_causal_lm", double=True, materialize_logits=False, **compiled, **ACCUMULATED)
+    found = trained(tmp_path, "gpt2_causal_lm", double=True, fused_loss=True, **compiled, **ACCUMULATED)
     assert counters["frames"]["ok"] > 0
-    expected = trained(tmp_path, "gpt2_causal_lm", double=True, materialize_logits=True, **ACCUMULATED)
+    expected = trained(tmp_path, "gpt2_causal_lm", double=True, fused_loss=False, **ACCUMULATED)
     assert_same_run(found, expected, rtol=1e-5)
 
 
@@ -108,14 +108,14 @@ def test_evaluation_during_training_has_logits(tmp_path: Path, name: str) -> Non
         return {"right": float(np.mean(best[said.label_ids != IGNORED] == said.label_ids[said.label_ids != IGNORED]))}
 
     found = []
-    for materialize in (True, False):
+    for fused in (False, True):
         given = {"eval_dataset": head.examples(5), "compute_metrics": measured, "preprocess_logits_for_metrics": kept}
         trainer, *_ = trained(
             tmp_path,
             name,
             double=True,
             given=given,
-            materialize_logits=materialize,
+            fused_loss=fused,
             max_steps=2,
             eval_strategy="steps",
             eval_steps=1,

@@ -39,7 +39,7 @@ def test_an_interrupted_trial_is_made_again(whose: str) -> None:
     odd = Uneven(teacher.config).double().train()
     models = (odd, teacher) if whose == "student" else (plain, odd)
     expected = Distiller(*models)(models[0], batch).loss
-    distiller = Distiller(*models, materialize_logits=False)
+    distiller = Distiller(*models, fused_loss=True)
     Uneven.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         distiller(models[0], batch)
@@ -54,7 +54,7 @@ def test_labels_that_weigh_something_later_are_tried_then() -> None:
     shape: Any = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
     student = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, output_router_logits=True)).train()
-    distiller = Distiller(student, copy.deepcopy(student), alpha=1.0, materialize_logits=False)
+    distiller = Distiller(student, copy.deepcopy(student), alpha=1.0, fused_loss=True)
     ids = torch.tensor([[1, 5, 7, 9]])
     distiller(student, {"input_ids": ids, "labels": ids})
     distiller.set_blend(alpha=0.5)
@@ -76,7 +76,7 @@ def test_a_loss_that_is_summed_in_bf16_is_the_plain_one(name: str) -> None:
     teacher, batch = head.make(2).bfloat16(), head.batch(2)
     for seed in range(30):
         student = head.make(2 * seed + 1).bfloat16()
-        output = Distiller(student, teacher, materialize_logits=False)(student, batch)
+        output = Distiller(student, teacher, fused_loss=True)(student, batch)
         assert output.outputs.get("logits") is None
 
 
@@ -87,7 +87,7 @@ def test_prompt_tuning_adds_positions() -> None:
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     student = peft.get_peft_model(copy.deepcopy(plain), settings)
     with pytest.raises(SettingError, match=r"is given positions of its own \(PEFT prompt tuning\)"):
-        Distiller(student, teacher, materialize_logits=False)(student, batch)
+        Distiller(student, teacher, fused_loss=True)(student, batch)
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     student = peft.get_peft_model(copy.deepcopy(plain), prefix).double()
     assert_same(both(student, teacher, batch))

@@ -1,4 +1,4 @@
-"""`materialize_logits=False` is the plain path where adapters, checkpointing, a compiler or autocast stand between.
+"""`fused_loss=True` is the plain path where adapters, checkpointing, a compiler or autocast stand between.
 
 One process; several: `tests/distributed`. The plain path is the reference.
 """
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def trained(
-    folder: Path, *, materialize: bool | None, adapters: dict[str, Any] | None = None, double: bool = True, **given: Any
+    folder: Path, *, fused: bool | None, adapters: dict[str, Any] | None = None, double: bool = True, **given: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights after three steps of two micro-batches of ragged examples, and before."""
     student, teacher = HEAD.make(0, layers=2), HEAD.make(1, layers=2)
@@ -35,7 +35,7 @@ def trained(
         student = adapted(student, **adapters)
     before = weights(student)
     steps = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    args = arguments(folder, materialize_logits=materialize, **steps, **{**PLAIN_STEP, "learning_rate": 0.1, **given})
+    args = arguments(folder, fused_loss=fused, **steps, **{**PLAIN_STEP, "learning_rate": 0.1, **given})
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
@@ -48,8 +48,8 @@ def trained(
 
 
 def apart(folder: Path, **given: Any) -> float:
-    expected, before = trained(folder, materialize=True, **given)
-    found, _ = trained(folder, materialize=False, **given)
+    expected, before = trained(folder, fused=False, **given)
+    found, _ = trained(folder, fused=True, **given)
     return update_difference(found, expected, before)
 
 
@@ -67,15 +67,15 @@ def test_checkpointing(tmp_path: Path, reentrant: bool) -> None:
 @pytest.mark.parametrize("adapters", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_adapters_on_the_head_are_refused(adapters: dict[str, Any]) -> None:
     student, teacher = adapted(HEAD.make(0), **adapters), HEAD.make(1)
-    distiller = Distiller(student, teacher, materialize_logits=False)
+    distiller = Distiller(student, teacher, fused_loss=True)
     said = r"the output head of LlamaForCausalLM is a peft\..*, and not a plain nn.Linear \(an adapter on it, or "
-    with pytest.raises(SettingError, match=said + r"quantised: leave it out of both\). Pass materialize_logits=True"):
+    with pytest.raises(SettingError, match=said + r"quantised: leave it out of both\). Pass fused_loss=False"):
         distiller(student, HEAD.batch(2))
 
 
 def test_bf16_autocast_is_as_far_from_fp32_as_the_plain_path_is(tmp_path: Path) -> None:
-    exact, before = trained(tmp_path, materialize=True, double=False)
-    plain, fused = (trained(tmp_path, materialize=how, double=False, bf16=True)[0] for how in (True, False))
+    exact, before = trained(tmp_path, fused=False, double=False)
+    plain, fused = (trained(tmp_path, fused=how, double=False, bf16=True)[0] for how in (False, True))
     assert update_difference(fused, exact, before) < 1.2 * update_difference(plain, exact, before)
     assert 0 < update_difference(fused, plain, before) < 0.03
 
@@ -92,7 +92,7 @@ def assert_compiled_once(backend: str) -> None:
 
     torch._dynamo.reset()
     model = torch.compile(student, backend=counting)
-    ours, plain = (Distiller(student, teacher, materialize_logits=how) for how in (False, True))
+    ours, plain = (Distiller(student, teacher, fused_loss=how) for how in (True, False))
     graphs = []
     for seed in range(3):
         batch = in_double(head, head.examples(3, seed), pad_to=head.longest)

@@ -209,6 +209,6 @@ def test_in_a_hand_written_loop() -> None:
     student, view = LLAMA.make(1), OnPolicy(student_share=1.0, max_new_tokens=4)
     distiller = Distiller(student, LLAMA.make(2), alpha=1.0, divergence="reverse_kl")
     batch = view(LLAMA.collate(LLAMA.examples(2)), student, step=0)
-    counts = distiller.count([batch])
+    counts = distiller.begin_step([batch])
     assert counts.denominators["logits"] == (batch["labels"] != -100).sum()
-    assert distiller(student, batch, counts=counts).loss.item() > 0.01
+    assert distiller(student, batch, counts).loss.item() > 0.01

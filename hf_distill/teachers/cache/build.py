@@ -39,7 +39,6 @@ from hf_distill.teachers.cache.source import (
     TeacherRunner,
     asked_of,
     examples_named,
-    models_of,
     with_versions,
 )
 from hf_distill.teachers.cache.stores import (
@@ -191,7 +190,7 @@ def shared_decoder_rule(task: Task, student: Any, teacher: Any) -> list[int] | N
     """
     if task.kind != "seq2seq":
         return None
-    models = models_of(teacher)
+    models = teacher.models()
     if models and all(decoder_rule(unwrapped(model)) is not None for model in models):
         return None
     return decoder_inputs(torch.tensor([[5, 6, 7]]), student)[0].tolist()
@@ -702,7 +701,7 @@ class Builder:
             predictions=kept.predictions,
         )
         inside = wanted(
-            asked.inside,
+            asked.capture,
             objectives=kept.objectives,
             reads=kept.reads,
             student=given.student,
@@ -713,7 +712,7 @@ class Builder:
             raise SettingError(
                 "predictions=False and nothing of the inside: say what is to be kept, objectives= or reads=."
             )
-        asked.place(given.accelerator, state)
+        asked.to(given.accelerator, state)
         labels = label_reader(asked, dataset, chosen)
         refuse_unprocessed_data(asked, dataset, given.collator)
         every = with_versions(dataset, chosen)

@@ -16,6 +16,7 @@ from torch import nn
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.models.blocks import SIDES, Blocks, Features
 from hf_distill.models.capture import ActivationCapture
+from hf_distill.objectives import Objective, ObjectiveSetup
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
 from hf_distill.tasks import Task
 from hf_distill.teachers.load import DTYPE_ALIASES
@@ -101,7 +102,7 @@ def wanted(
     found: dict[ActivationKey, set[str | None]] = {}
     for objective in _listed(objectives):
         for read in sorted(_asked_by(objective, inside, student, task), key=str):
-            found.setdefault(read, set()).add(getattr(objective, "pools", None))
+            found.setdefault(read, set()).add(objective.pools)
     for read in reads or ():
         found.setdefault(ActivationKey(*((read,) if isinstance(read, str) else read)), set()).add(None)
     merged: dict[tuple[str, int, str], tuple[ActivationKey, set[str | None]]] = {}
@@ -124,16 +125,15 @@ def _listed(objectives: Any) -> list[Any]:
     return list(objectives) if isinstance(objectives, Sequence) else [objectives]
 
 
-def _asked_by(objective: Any, inside: ActivationCapture, student: Any, task: Task) -> frozenset[ActivationKey]:
+def _asked_by(objective: Objective, inside: ActivationCapture, student: Any, task: Task) -> frozenset[ActivationKey]:
     if student is None:
         raise SettingError(
             "objectives=: which blocks of the teacher they match depends on the student. Pass student=, or name what "
             'is to be kept: reads=[("hidden", 3), ("hidden", 7)].'
         )
-    fitted = copy.copy(objective)  # what it learns of a build is no part of the user's
-    fitted.fit(ActivationCapture(student, "student"), inside, task, model=student, seed=0)
-    asked: frozenset[ActivationKey] = fitted.teacher_needs.reads
-    return asked
+    bound = copy.copy(objective)  # what it learns of a build is no part of the user's
+    bound.bind(ObjectiveSetup(ActivationCapture(student, "student"), inside, task, student))
+    return bound.teacher_needs.activations
 
 
 def _checked(read: ActivationKey, inside: ActivationCapture) -> Blocks:

@@ -24,7 +24,7 @@ from hf_distill.signals import ActivationKey, Needs, SparseRows
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, batch_size
 from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
-from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
@@ -112,13 +112,13 @@ class TeacherRunner:
         reads_labels: what it says depends on the labels.
     """
 
-    def __init__(self, teacher: Any, task: Task, learner: Any, temperature: float | None) -> None:
+    def __init__(self, teacher: Teacher, task: Task, learner: Any, temperature: float | None) -> None:
         self.teacher = teacher
         self.task = task
         self.learner = learner
         self.temperature = temperature
         self.model = teacher.model if isinstance(teacher, ModelTeacher) else None
-        self.reads_labels = bool(getattr(teacher, "reads_labels", False))
+        self.reads_labels = teacher.reads_labels
         self.main = main_input_of(learner if self.model is None else self.model)
 
     @property
@@ -126,12 +126,12 @@ class TeacherRunner:
         return tuple(self.teacher.inputs)
 
     @property
-    def inside(self) -> Any:
-        return getattr(self.teacher, "inside", None)
+    def capture(self) -> Any:
+        return self.teacher.capture
 
-    def place(self, accelerator: Any, state: Any) -> None:
-        """Args: accelerator: None: `state` (a `PartialState`) alone says where the batches are."""
-        self.teacher.place(accelerator or _Here(state))
+    def to(self, accelerator: Any, state: Any) -> None:
+        """Move the teacher to where the batches are; without accelerator, `state` (a `PartialState`) says where."""
+        self.teacher.to(accelerator or _Here(state))
 
     def ask(self, batch: Batch, *, predictions: bool, reads: frozenset[ActivationKey]) -> Answer:
         needs = Needs(predictions, reads, self.temperature or 1.0)
@@ -140,11 +140,11 @@ class TeacherRunner:
         raw = said.logits
         if raw is not None and self.model is None:
             raw = layout.as_raw(self.task, raw)
-        return Answer(raw, said.sparse, said.inside)
+        return Answer(raw, said.sparse, said.activations)
 
     def compared_width(self) -> int:
         """How many columns of the student are compared."""
-        compared = self.teacher.columns.student
+        compared = self.teacher.alignment.student
         return compared if isinstance(compared, int) else int(unwrapped(self.learner).config.vocab_size)
 
     def measure(self, batch: Batch) -> str | None:
@@ -160,7 +160,7 @@ class TeacherRunner:
             return fingerprints.of_teacher(self.model)
         found = fingerprints.of_several(self.teacher)
         config = dict(fingerprints.of_config(getattr(unwrapped(self.learner), "config", None)))
-        models = [one for one in models_of(self.teacher) if hasattr(unwrapped(one), "config")]
+        models = [one for one in self.teacher.models() if hasattr(unwrapped(one), "config")]
         if models and config["problem_type"] is None:
             config["problem_type"] = getattr(unwrapped(models[0]).config, "problem_type", None)
         return {**found, "config": config}
@@ -182,7 +182,8 @@ def asked_of(
         SettingError, TeacherError: see the messages.
     """
     if isinstance(teacher, (torch.nn.Module, str, Path, ModelTeacher)):
-        _refuse_moving(teacher, hasattr(teacher, "state") or hasattr(teacher, "hear"))
+        if isinstance(teacher, ModelTeacher):
+            _check_stays(teacher)
         model = _as_model_teacher(teacher, student, task, dtype)
         if temperature is not None:
             raise SettingError(
@@ -196,46 +197,33 @@ def asked_of(
         return TeacherRunner(model, made, learner, None)
     _refuse_what_cannot_be_asked(teacher, student, dtype)
     made = make_task(student, task)
-    teacher.fit(student, made, student_processor=processor, compares_predictions=predictions)
-    if isinstance(teacher.columns.student, tuple) and made.matched_by == "vocabulary":
+    teacher.bind(TeacherSetup(student, made, processing_class=processor, compares_predictions=predictions))
+    if isinstance(teacher.alignment.student, tuple) and made.matched_by == "vocabulary":
         raise TeacherError(
             f"the vocabulary of this {type(teacher).__name__} has tokens that the student's has not, or in another "
             "order; a cache would have to remember which. Use teachers with the student's tokenizer."
         )
-    _refuse_moving(teacher, getattr(teacher, "state", dict)() or getattr(teacher, "hear", None) is not None)
+    _check_stays(teacher)
     return TeacherRunner(teacher, made, student, _temperature_of(teacher, made, temperature))
 
 
-def models_of(teacher: Any) -> list[Any]:
-    """The models in a teacher of several, as far as it shows them."""
-    if isinstance(teacher, ModelTeacher):
-        return [teacher.model]
-    return [model for one in getattr(teacher, "teachers", ()) for model in models_of(one)]
-
-
-def is_bound(teacher: Any) -> bool:
-    """Whether what a teacher says at one temperature says nothing of another; of one that does not tell, it is."""
-    return not isinstance(teacher, ModelTeacher) and bool(getattr(teacher, "bound_to_temperature", True))
-
-
-def _refuse_moving(teacher: Any, moves: Any) -> None:
-    if moves and not isinstance(teacher, torch.nn.Module):
+def _check_stays(teacher: Teacher) -> None:
+    if teacher.changes_in_training:
         raise TeacherError(
             f"the {type(teacher).__name__} changes while the student is trained, so nothing of it can be kept. Use it "
             "live."
         )
 
 
-def _temperature_of(teacher: Any, task: Task, temperature: float | None) -> float | None:
+def _temperature_of(teacher: Teacher, task: Task, temperature: float | None) -> float | None:
     """What its predictions are for; None: for any."""
-    if not is_bound(teacher) or task.on_values:
+    if not teacher.fixed_temperature or task.on_values:
         if temperature is not None:
             raise SettingError(
                 f"temperature={temperature:g}: what this {type(teacher).__name__} says is the same at every one. Leave "
                 "it out."
             )
         return None
-    check = getattr(teacher, "check_needs", None)
     if temperature is None:
         raise SettingError(
             f"what the {type(teacher).__name__} says holds for one temperature alone: pass temperature=, that of the "
@@ -243,8 +231,7 @@ def _temperature_of(teacher: Any, task: Task, temperature: float | None) -> floa
         )
     if not temperature > 0:
         raise SettingError(f"temperature={temperature!r}: must be above 0.")
-    if check is not None:
-        check(Needs(logits=True, temperature=temperature))
+    teacher.check(Needs(logits=True, temperature=temperature))
     return float(temperature)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.language import decoder_rule
 from hf_distill.teachers import model as fitting
-from hf_distill.teachers.base import of_member
+from hf_distill.teachers.base import Collator, Teacher, TeacherSetup, teacher_inputs
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
@@ -31,6 +31,9 @@ from hf_distill.teachers.cache.keys import CACHED_PREFIX, read_by_teacher
 from hf_distill.teachers.cache.source import refuse_other_versions
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
 from hf_distill.vocabulary import HeadAlignment
+
+if TYPE_CHECKING:
+    from hf_distill.objectives import Objective
 
 
 def remembered(cache: TeacherCache) -> Any:
@@ -178,7 +181,7 @@ class CachedCollator:
             return batch  # the training makes them of the labels, and looks up then
         own = batch
         for number in filter(None, self.slot.split("_")):
-            own = of_member(own, int(number))
+            own = teacher_inputs(own, int(number))
         batch.update(self.cache.look_up(own, slot=self.slot, fields=self.fields))
         return batch
 
@@ -192,7 +195,7 @@ class CachedCollator:
 logger = logging.getLogger(__name__)
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """A `Teacher` that looks up what the model said when the cache was built.
 
     Examples are known by their content, so order, shuffling, filtering, epochs, workers and processes do not matter.
@@ -219,7 +222,8 @@ class CachedTeacher:
         label_matching: str = "by_name",
     ) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
-        self.columns = HeadAlignment()
+        self.alignment = HeadAlignment()
+        self.capture: CachedInside = self.cache.inside  # type: ignore[assignment]  # knows blocks as a model's does
         self.slot = ""
         self._label_matching = label_matching
         self._told = False
@@ -241,52 +245,63 @@ class CachedTeacher:
         return cls(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
 
     @property
-    def inside(self) -> CachedInside:
-        """What is known of the teacher's blocks."""
-        return self.cache.inside
+    def is_sparse(self) -> bool:  # type: ignore[override]  # the store decides
+        return self.cache.store.lists_columns
 
     @property
-    def bound_to_temperature(self) -> bool:
-        """Whether what is kept holds for one temperature alone."""
+    def fixed_temperature(self) -> bool:
         return self.cache.bound_to is not None
 
-    def described(self) -> str:
-        """For the card."""
+    def describe(self) -> str:
         teacher = self.cache.manifest["teacher"]
-        return f"what {teacher['name'] or 'a ' + teacher['class']} said when it was asked once (a cache)"
+        return f"the stored predictions (a cache) of {teacher['name'] or 'a ' + teacher['class']}"
 
-    def collator(self, collator: Callable[..., Any]) -> CachedCollator:
-        """That collator, with the answers beside what it makes: for the training's data loader."""
+    def wrap_collator(self, collator: Collator) -> Collator:
+        """Return that collator, with the stored answers beside the columns that it makes."""
         made = CachedCollator(collator, self.cache, slot=self.slot, fields=self._fields)
         wrapped: Any = collator
         while isinstance(wrapped, CachedCollator):
             if wrapped.answers_as(made):
-                return collator  # type: ignore[return-value]  # it is one
+                return collator
             wrapped = wrapped.collator
         return made
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        self.check_needs(needs)
-        if not (needs.logits or needs.reads):
-            return Signals(logits=None, columns=self.columns)
-        laid = self._answers(task, batch, needs.reads)
-        inside = {read: self._shown(read, laid, batch) for read in needs.reads}
+        self._check_needs(needs)
+        if not (needs.logits or needs.activations):
+            return Signals(logits=None, alignment=self.alignment)
+        laid = self._answers(task, batch, needs.activations)
+        inside = {read: self._shown(read, laid, batch) for read in needs.activations}
         if not needs.logits:
-            return Signals(logits=None, columns=self.columns, inside=inside)
+            return Signals(logits=None, alignment=self.alignment, activations=inside)
         own = self._along_the_task(laid, task, batch)
         listed = self.cache.store.sparse_rows(own, needs.temperature)
         if listed is not None:
             if isinstance(self.cache.store, TopKFromServer):
                 _refuse_not_asked(listed, task, batch)
-            return Signals(logits=None, columns=self.columns, inside=inside, sparse=listed)
+            return Signals(logits=None, alignment=self.alignment, activations=inside, sparse=listed)
         assert isinstance(self.cache.store, Dense)  # every other store lists columns
-        logits = task.read(layout.as_outputs(task, self.cache.store.logits(own)), batch, self.columns, teacher=True)
-        return Signals(logits=logits, columns=self.columns, inside=inside)
+        logits = task.read(layout.as_outputs(task, self.cache.store.logits(own)), batch, self.alignment, teacher=True)
+        return Signals(logits=logits, alignment=self.alignment, activations=inside)
 
-    def check_needs(self, needs: Needs) -> None:
-        """Raises SettingError, TeacherError: for what it cannot be asked."""
-        for read in sorted(needs.reads, key=str):
-            self.cache.inside.find(read)
+    def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
+        """Check that the cache holds what is needed. From here on nothing else is looked up.
+
+        Raises:
+            SettingError: if predictions are needed at a temperature that was not stored.
+            TeacherError: if an activation was not stored, or not as an objective needs it.
+        """
+        self._check_needs(needs)
+        stored = [
+            self.capture.check(key, objective.pools)
+            for objective in objectives
+            for key in sorted(objective.teacher_needs.activations, key=str)
+        ]
+        self._fields = frozenset(one.field for one in stored)
+
+    def _check_needs(self, needs: Needs) -> None:
+        for read in sorted(needs.activations, key=str):
+            self.capture.find(read)
         if not needs.logits:
             return
         self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
@@ -299,54 +314,32 @@ class CachedTeacher:
                 f"or build the cache with temperature={needs.temperature:g}."
             )
 
-    def check_objectives(self, objectives: Iterable[Any]) -> None:
-        """Raises TeacherError: one of these asks for what was not kept. From here on no more of it is looked up."""
-        kept = [
-            self.cache.inside.check(read, getattr(objective, "pools", None))
-            for objective in objectives
-            for read in sorted(objective.teacher_needs.reads, key=str)
-        ]
-        self._fields = frozenset(one.field for one in kept)
-
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Check that what was cached can teach this student, and pair the columns of the heads. See `Teacher.fit`.
+    def bind(self, setup: TeacherSetup) -> None:
+        """Check that the stored answers can teach this student, and align the heads.
 
         Raises:
-            TeacherError: another kind of head, other labels, another tokenizer, other decoder inputs.
+            TeacherError: if they are of another kind of head, labels, tokenizer or decoder inputs.
         """
-        student = unwrapped(student)
-        refuse_other_task(self.cache, student, task, compares_predictions=compares_predictions)
-        same = same_inputs or (task.needs_same_inputs and compares_predictions)
-        refuse_other_tokenizer(self.cache, student_processor, task, same_inputs=same)
-        if compares_predictions:
-            self.columns = matched_columns(
-                self.cache, student, task, processor=student_processor, label_matching=self._label_matching
+        student, task, compares = unwrapped(setup.student), setup.task, setup.compares_predictions
+        self.slot = setup.slot
+        refuse_other_task(self.cache, student, task, compares_predictions=compares)
+        same = setup.same_inputs or (task.needs_same_inputs and compares)
+        refuse_other_tokenizer(self.cache, setup.processing_class, task, same_inputs=same)
+        if compares:
+            self.alignment = matched_columns(
+                self.cache, student, task, processor=setup.processing_class, label_matching=self._label_matching
             )
         else:
-            self.columns = known_columns(self.cache, task, processor=student_processor)
+            self.alignment = known_columns(self.cache, task, processor=setup.processing_class)
         task.learn_from(remembered(self.cache).config)
         self._positions = {side: PositionRule(student, task, of_decoder=side) for side in (False, True)}
-
-    def place(self, accelerator: Any) -> None:
-        """Nothing: the answers travel with the batch."""
-
-    def after_step(self, student: nn.Module) -> None:
-        """Nothing: it was asked once."""
 
     # Answers.
 
     def _answers(self, task: Task, batch: Batch, reads: Iterable[ActivationKey]) -> dict[str, Tensor]:
         """What is kept, as the batch lies, on its device: that came with the batch, or is looked up now."""
         prefix = f"{CACHED_PREFIX}{self.slot}"
-        fields = {self.cache.inside.find(read).field for read in reads}
+        fields = {self.capture.find(read).field for read in reads}
         wanted = [*self.cache.store.fields(self.cache.manifest["predictions"]["columns"]), *fields]
         if any(f"{prefix}{name}" not in batch for name in wanted):
             self._tell_once()
@@ -369,8 +362,8 @@ class CachedTeacher:
 
     def _shown(self, read: ActivationKey, laid: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """One read as the teacher's own hidden states would be."""
-        kept = self.cache.inside.find(read)
-        positions = self._positions[self.cache.inside.blocks(read.side, read.stack).of_decoder]
+        kept = self.capture.find(read)
+        positions = self._positions[self.capture.blocks(read.side, read.stack).of_decoder]
         own = read_by_teacher(batch, self.cache.main)
         return inside_layout.shown(laid[kept.field], kept, own, positions, laid.get(kept.counts))
 
@@ -379,7 +372,7 @@ class CachedTeacher:
             self._told = True
             logger.info(
                 "The cached teacher is looked up in the training process. To have the data loader do it, wrap the "
-                "collator: teacher.collator(data_collator)."
+                "collator: teacher.wrap_collator(data_collator)."
             )
 
 

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers import model as fitting
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.served.client import APIS, Endpoint, Row, Tokens, read
 from hf_distill.teachers.served.rows import ListedRows, listed_rows
 from hf_distill.vocabulary import HeadAlignment, match_vocabularies
+
+if TYPE_CHECKING:
+    from hf_distill.objectives import Objective
 
 logger = logging.getLogger(__name__)
 _PROBED = 32  # tokens of the prompt that is scored before the training, to see what the server can do
 
 
-class ServedTeacher:
+class ServedTeacher(Teacher):
     """A teacher that is asked over HTTP for the log-probabilities of the batch's own tokens.
 
     At each position it tells its k likeliest tokens; all others are one outcome more, with what is left of the
@@ -53,7 +57,7 @@ class ServedTeacher:
     """
 
     inputs = ("input_ids", "attention_mask")
-    lists_columns = True
+    is_sparse = True
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class ServedTeacher:
             raise SettingError(f"timeout_s={timeout_s!r}: must be a number of seconds above 0.")
         if not hasattr(fitting.tokenizer_in(tokenizer), "get_vocab"):
             raise SettingError(f"tokenizer is a {type(tokenizer).__name__}: give that of the served model.")
-        self.columns = HeadAlignment()
+        self.alignment = HeadAlignment()
         self._api, self._model, self._k = APIS[api], model, top_logprobs
         self._tokenizer = fitting.tokenizer_in(tokenizer)
         self._batch_size, self._max_concurrency = batch_size, max_concurrency
@@ -88,45 +92,37 @@ class ServedTeacher:
         self._columns_of_tokens = np.zeros(0, dtype=np.int64)
         self._tells_all = False
 
-    def fit(
-        self,
-        student: nn.Module,
-        task: Task,
-        *,
-        student_processor: Any = None,
-        compares_predictions: bool = True,
-        same_inputs: bool = False,
-    ) -> None:
-        """Check the tokenizers, and score one short prompt to see that the server can do it. See `Teacher.fit`.
+    def bind(self, setup: TeacherSetup) -> None:
+        """Check the tokenizers, and score one short prompt to see that the server can do it.
 
         Raises:
-            TeacherError: another task than a causal LM's, another vocabulary, or a server that does not tell enough.
+            TeacherError: if the student is no causal LM or has another vocabulary, or the server gives too little.
         """
+        task = setup.task
         if task.kind != "causal_lm":
             raise TeacherError(
                 f"a served teacher scores text from left to right, and the student is trained for {task.kind}. Use a "
                 "model as teacher, or train a causal language model."
             )
-        student = unwrapped(student)
-        ours = fitting.tokenizer_in(student_processor) or fitting.tokenizer_of(student)
+        student = unwrapped(setup.student)
+        ours = fitting.tokenizer_in(setup.processing_class) or fitting.tokenizer_of(student)
         if ours is None:
             logger.warning(
                 "The student's tokenizer is not known, so it was not compared with the served teacher's. If it is "
                 "another one, the student learns from misread text: pass processing_class= to have it checked."
             )
         width = _head_width(student)
-        self.columns = match_vocabularies(
+        self.alignment = match_vocabularies(
             student_width=width,
             teacher_width=max(self._tokenizer.get_vocab().values()) + 1,
             student_tokenizer=ours or self._tokenizer,
             teacher_tokenizer=self._tokenizer,
         )
-        self._columns_of_tokens = _columns_of_tokens(self.columns, width)
+        self._columns_of_tokens = _columns_of_tokens(self.alignment, width)
         self._probe()
 
-    def check_needs(self, needs: Needs) -> None:
-        """Raises SettingError: for what it cannot be asked."""
-        if needs.reads:
+    def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
+        if needs.activations:
             raise SettingError("a served teacher shows no hidden states or attentions. Leave out those objectives.")
         if needs.logits and needs.temperature != 1 and not self._tells_all:
             raise SettingError(
@@ -136,9 +132,9 @@ class ServedTeacher:
             )
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        self.check_needs(needs)
+        self.check(needs)
         if not needs.logits:
-            return Signals(logits=None, columns=self.columns)
+            return Signals(logits=None, alignment=self.alignment)
         input_ids = batch["input_ids"]
         asked = list(_prompts(task, batch))
         rows = self._ask([prompt for _, _, prompt in asked])
@@ -150,12 +146,6 @@ class ServedTeacher:
     def _width(self) -> int:
         """How many columns are compared."""
         return int((self._columns_of_tokens >= 0).sum())
-
-    def place(self, accelerator: Any) -> None:
-        """Nothing: it is elsewhere."""
-
-    def after_step(self, student: nn.Module) -> None:
-        """Nothing: it does not move."""
 
     def _ask(self, prompts: Sequence[Tokens]) -> list[list[Row]]:
         """The rows of each prompt, in order; at most `max_concurrency` requests are under way."""
@@ -196,7 +186,7 @@ class ServedTeacher:
             log_tail=spread(found.log_tail, torch.nan),
             temperature=softened,
         )
-        return Signals(logits=None, columns=self.columns, sparse=sparse)
+        return Signals(logits=None, alignment=self.alignment, sparse=sparse)
 
     def _probe(self) -> None:
         """Score a prompt of tokens from all over the vocabulary, and compare the texts that the server gives them."""

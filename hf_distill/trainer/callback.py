@@ -1,0 +1,115 @@
+"""The one callback of a distilling trainer, and the running means of the loss's terms.
+
+The callback is registered while a training runs, and at no other time: so `trainer.callback_handler.callbacks` holds
+what it holds in a `Trainer`, and a script may replace that list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
+
+
+class TrainingCallback(TrainerCallback):
+    """Ends each optimizer step of the distiller, and announces each epoch to the data collator.
+
+    Args:
+        trainer: the trainer whose `distiller` and `data_collator` are called.
+    """
+
+    def __init__(self, trainer: DistillationMixin) -> None:
+        self._trainer = trainer
+        self._epoch: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        self._epoch = None
+        self._trainer.distiller.learned.zero_grad()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Call `data_collator.set_epoch(epoch)`, if it has one, so that random augmentation can be resumed."""
+        # state.epoch is a share of the epoch, and no count for streams: it is trusted where a run begins only.
+        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
+        set_epoch = getattr(self._trainer.data_collator, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Let the teacher follow the student, and clear the gradients of projections: `Trainer` clears its model's."""
+        self._trainer.distiller.end_step(self._trainer.model)
+
+
+@contextlib.contextmanager
+def registered_callback(trainer: DistillationMixin) -> Iterator[None]:
+    """Register the callback, after those of the user, for as long as the training runs."""
+    callback = TrainingCallback(trainer)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        if callback in trainer.callback_handler.callbacks:
+            trainer.remove_callback(callback)
+
+
+class RunningTerms:
+    """The mean of each term over the optimizer steps since the last log, and counts of examples since then.
+
+    As `Trainer`'s own `loss`: micro-batches of a step are summed, steps and processes averaged.
+
+    Args:
+        filters: leave out a micro-batch whose loss is not finite, as `Trainer` does for `loss`
+            (`logging_nan_inf_filter`): the mean of the steps before stands in for it.
+    """
+
+    def __init__(self, *, filters: bool = False) -> None:
+        self._filters = filters
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(
+        self, terms: Mapping[str, Tensor], *, loss: Tensor, counted: Mapping[str, Tensor], begins_step: bool
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            terms: each term of the loss.
+            loss: the weighted sum of the terms.
+            counted: numbers of examples, by the name they are logged under.
+        """
+        finite = loss.detach().isfinite()
+        for name, value in terms.items():
+            if name not in self._sums:
+                self._sums[name], self._steps[name] = torch.zeros_like(value, dtype=torch.float32), 0
+            self._steps[name] += begins_step
+            if self._filters:
+                value = torch.where(finite, value.detach(), self._sums[name] / max(1, self._steps[name]))
+            self._sums[name] += value.detach()
+        for name, count in counted.items():
+            self._counts[name] = self._counts.get(name, torch.zeros_like(count)) + count
+
+    def read(self, accelerator: Accelerator, *, same_batch: int = 1) -> dict[str, float]:
+        """`loss/<term>` → mean and name → count, over all processes; then begin again.
+
+        Args:
+            same_batch: how many processes see the same batch (tensor parallelism).
+        """
+        if not self._sums:
+            return {}
+        means = [total / max(1, self._steps[name]) for name, total in self._sums.items()]
+        counts = [count.float().to(means[0].device) for count in self._counts.values()]
+        reduced = accelerator.reduce(torch.stack(means + counts), reduction="mean").tolist()
+        names = [f"loss/{name}" for name in self._sums]
+        found = dict(zip(names, reduced, strict=False))
+        for name, mean in zip(self._counts, reduced[len(names) :], strict=True):
+            found[name] = round(mean * accelerator.num_processes / same_batch)
+        self._sums, self._steps, self._counts = {}, {}, {}
+        return found

@@ -1,0 +1,56 @@
+"""The base trainer's own loss over a micro-batch, as a mean over that micro-batch, and the forward it makes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill._utils import random_state
+
+
+def own_num_items(batch: Any, num_items_in_batch: Any, *, shifts: bool) -> Any:
+    """Return this micro-batch's number of items by `Trainer`'s rule, so that the head's loss is its own mean."""
+    if num_items_in_batch is None:
+        return None
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch["labels"][..., 1:] if shifts else batch["labels"]
+    return labels.ne(-100).sum().clamp(min=1)
+
+
+@contextlib.contextmanager
+def unscaled(args: Any) -> Iterator[None]:
+    """Leave out `Trainer.compute_loss`'s factor, the number of processes, which not every head accounts for."""
+    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = asked
+
+
+@contextlib.contextmanager
+def observed_forwards(model: torch.nn.Module) -> Iterator[tuple[list[bool], list[Any]]]:
+    """Whether each forward of the model has gradients, and the random state after each one that has."""
+    with_gradient: list[bool] = []
+    states: list[Any] = []
+
+    def ended(*_: Any) -> None:
+        with_gradient.append(torch.is_grad_enabled())
+        if with_gradient[-1]:
+            states.append(random_state())
+
+    hook = model.register_forward_hook(ended)
+    try:
+        yield with_gradient, states
+    finally:
+        hook.remove()
+
+
+def carries_gradient(outputs: Any) -> bool:
+    """Whether a model's outputs, other than its loss, lead back to its parameters."""
+    values = [value for name, value in outputs.items() if name != "loss"] if isinstance(outputs, Mapping) else outputs
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
