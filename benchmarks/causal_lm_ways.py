@@ -112,7 +112,7 @@ def ways(teacher: Any, gold: Rows, steps: int) -> dict[str, Callable[[int], Any]
 
     def on_policy(student_share: float, divergence: str) -> Callable[[int], Any]:
         view = OnPolicy(student_share=student_share, max_new_tokens=LENGTH - PROMPT)
-        return student(gold, teacher, alpha=1.0, divergence=divergence, view=view)
+        return student(gold, teacher, alpha=1.0, divergence=divergence, on_policy=view)
 
     return {
         "gold labels": student(gold),

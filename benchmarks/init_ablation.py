@@ -39,6 +39,7 @@ from hf_distill import (
     LayerMap,
     ModelTeacher,
     RelationMatch,
+    Teacher,
     students,
 )
 
@@ -61,22 +62,22 @@ LOSSES: dict[str, tuple[float, Callable[[], list[Any]]]] = {
 Run = dict[str, Any]
 
 
-class SharedTeacher:
+class SharedTeacher(Teacher):
     """A teacher that is asked once a batch: the runs that see the same batches and read the same share its answers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._teacher = ModelTeacher(model)
         self._answers: dict[bytes, Any] = {}
-        self.inputs, self.inside = self._teacher.inputs, self._teacher.inside
-        self.fit, self.place, self.after_step = self._teacher.fit, self._teacher.place, self._teacher.after_step
+        self.inputs, self.capture = self._teacher.inputs, self._teacher.capture
+        self.bind, self.to = self._teacher.bind, self._teacher.to
         self.asked = 0
 
     @property
-    def columns(self) -> Any:
-        return self._teacher.columns
+    def alignment(self) -> Any:
+        return self._teacher.alignment
 
     def __call__(self, task: Any, batch: Any, needs: Any) -> Any:
-        key = batch["input_ids"].numpy().tobytes() + repr(sorted(needs.reads)).encode()
+        key = batch["input_ids"].numpy().tobytes() + repr(sorted(needs.activations)).encode()
         if key not in self._answers:
             self._answers[key] = self._teacher(task, batch, needs)
             self.asked += 1

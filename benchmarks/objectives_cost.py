@@ -126,7 +126,7 @@ class Way:
             held: list[Any] = [*(outputs.hidden_states or ()), *(outputs.attentions or ())]
         else:
             needs = self._distiller.blending.needs(0.0)[1]
-            held = list(self._distiller.teacher_signals(self.setting.batch, needs).inside.values())
+            held = list(self._distiller.teacher_signals(self.setting.batch, needs).activations.values())
         return sum(x.untyped_storage().nbytes() for x in unique_storages(held))
 
 

@@ -223,7 +223,5 @@ WAYS: dict[str, Callable[[Setting, Steps], None]] = {
     TRL: trl,
     WHOLE: lambda setting, steps: ours(setting, steps, fused=False),
     # None, its default, where the vocabulary is large enough for that to be without logits.
-    OURS: lambda setting, steps: ours(
-        setting, steps, fused=None if setting.options.vocabulary >= LARGE else True
-    ),
+    OURS: lambda setting, steps: ours(setting, steps, fused=None if setting.options.vocabulary >= LARGE else True),
 }

@@ -125,7 +125,7 @@ def steps(setting: Setting, cached: dict[str, CachedTeacher], options: argparse.
         LIVE: Distiller(setting.student, setting.teacher, alpha=0.5, temperature=t),
     }
     ways = list(distillers)
-    collators = {name: one.collator(setting.collate) for name, one in cached.items()}
+    collators = {name: one.wrap_collator(setting.collate) for name, one in cached.items()}
     setting.student.to(options.device), setting.teacher.to(options.device)
     optimizer = torch.optim.SGD(setting.student.parameters(), lr=1e-4)
     found: dict[str, list[float]] = {name: [] for name in ways}

@@ -60,7 +60,7 @@ def main() -> None:
     distiller = Distiller(student, teacher, temperature=script.temperature, alpha=script.alpha)
     optimizer = torch.optim.AdamW(student.parameters(), lr=script.learning_rate)
     student, optimizer, train, held_out = accelerator.prepare(student, optimizer, train, held_out)
-    distiller.place(accelerator)
+    distiller.to(accelerator)
     steps = script.epochs * math.ceil(len(train) / script.accumulation)
     scheduler = get_linear_schedule_with_warmup(optimizer, steps // 16, steps)
 

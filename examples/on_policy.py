@@ -61,7 +61,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(script.student),
         teacher_model=script.teacher,
         teacher_processing_class=AutoTokenizer.from_pretrained(script.teacher),
-        view=OnPolicy(student_share=script.student_share, max_new_tokens=script.max_new_tokens, seed=args.seed),
+        on_policy=OnPolicy(student_share=script.student_share, max_new_tokens=script.max_new_tokens, seed=args.seed),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["test"],

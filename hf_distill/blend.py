@@ -50,12 +50,12 @@ class Step:
 
     denominators: Mapping[str, Tensor]
     weights: Mapping[str, float]
+    progress: float
+    temperature: float
+    student_needs: Needs
+    teacher_needs: Needs
+    micro_batches: int
     scale: float = 1.0
-    progress: float = 0.0
-    temperature: float = 1.0
-    student_needs: Needs = Needs()
-    teacher_needs: Needs = Needs()
-    micro_batches: int = 1
     is_whole: bool = True
     finite_check: FiniteCheck = field(default_factory=FiniteCheck)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -538,6 +539,10 @@ class Distiller:
         """Return `student_inputs` for a forward without cache: with one, packed sequences would see each other."""
         inputs = self.student_inputs(batch, labels=labels)
         return {"use_cache": False, **inputs} if "use_cache" in self._student_names else inputs
+
+    def capture(self, progress: float = 0.0) -> AbstractContextManager[Activations]:
+        """Return a context for one forward of the student, which captures what the objectives need of it."""
+        return self._capture.capture(self.blending.needs(progress)[0].activations)
 
     def student_signals(
         self, outputs: Any, batch: Batch, needs: Needs | None = None, activations: Activations | None = None

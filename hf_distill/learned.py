@@ -56,6 +56,38 @@ class Learned:
             for parameter in self.parameters():
                 broadcast(parameter.data, from_process=0)
 
+    def add_to(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        learning_rate: float | None,
+        weight_decay: float,
+        has_scheduler: bool,
+    ) -> None:
+        """Give the optimizer a group of these parameters, if it does not hold them.
+
+        Args:
+            optimizer: of the student.
+            learning_rate: of the group; None means the optimizer's own.
+            weight_decay: of the group.
+            has_scheduler: whether there is a scheduler already, which could not follow a new group.
+
+        Raises:
+            SettingError: if there is.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [parameter for parameter in self.parameters() if id(parameter) not in held]
+        if not missing:
+            return
+        if has_scheduler:
+            raise SettingError(
+                "the objectives learn projections, and the optimizer and the scheduler that were passed know nothing "
+                "of them. Give the optimizer distiller.learned.parameters() too (pass distiller= to the trainer), or "
+                "pass no scheduler."
+            )
+        rate = {} if learning_rate is None else {"lr": learning_rate}
+        optimizer.add_param_group({"params": missing, "weight_decay": weight_decay, **rate})
+
     @torch.no_grad()
     def synchronize(self, accelerator: Accelerator | None) -> None:
         """Average the gradients over processes, as DDP does with the student's. Once an optimizer step."""

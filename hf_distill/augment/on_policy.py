@@ -116,10 +116,11 @@ class OnPolicy:
     what it wrote anyway.
 
     Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
-    with its student_share; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`), forward_kl or
-    reverse_kl. Sampling is from the student's distribution over all tokens that both models know (`bind`), not from
-    transformers' default of the 50 likeliest; of its `generation_config` the special tokens and the cache are followed
-    (of an encoder-decoder also `forced_bos_token_id`, the language), and nothing else. No gradient goes through it.
+    with its student_share; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`),
+    forward_kl or reverse_kl. Sampling is from the student's distribution over all tokens that both models know
+    (`bind`), not from transformers' default of the 50 likeliest. Of its `generation_config` the special tokens and the
+    cache are followed (and `forced_bos_token_id`, the language, of an encoder-decoder), and nothing else. No gradient
+    goes through it.
 
     What is drawn follows from the seed, the step and the place of the batch in it, and from nothing else: whether a
     batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
@@ -204,7 +205,7 @@ class OnPolicy:
         process: int = 0,
         progress: float = 0.0,
     ) -> Mapping[str, Any]:
-        """The batch, or what the student makes of it. Call it before `Distiller.begin_step`: the rows are other ones then.
+        """Return the batch, or its continuation by the student. Call it before `Distiller.begin_step`.
 
         Args:
             student: its mode and the random generators are as before, afterwards.

@@ -34,7 +34,8 @@ class AttentionMatch(LayerObjective):
     al. 2020, section 3.1: "probabilities", the last layer).
 
     Args:
-        layers: see `LayerObjective`. compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
+        layers: see `LayerObjective`.
+        compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
         heads: for unequal numbers of heads, what each student head learns from: teacher heads, lists of them (their
             scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
 

@@ -26,7 +26,8 @@ class SimilarityMatch(LayerObjective):
     which they weigh 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
 
     Args:
-        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`. layers: see `LayerObjective`; the last of both.
+        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`.
+        layers: see `LayerObjective`; the last of both.
         pooling: "mean" over the positions that count, or the "first" ([CLS]) or "last" of them.
 
     Raises:

@@ -69,8 +69,8 @@ class UniversalLogitMatch(Objective):
     def bind(self, setup: ObjectiveSetup) -> None:
         if setup.task.kind not in KINDS:
             raise SettingError(
-                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task.kind}. Allowed: "
-                f"{', '.join(KINDS)}."
+                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task.kind}. "
+                f"Allowed: {', '.join(KINDS)}."
             )
         self._starts = (setup.student.start_token, None if setup.teacher is None else setup.teacher.start_token)
 

@@ -40,8 +40,8 @@ def as_teacher(
     """
     if isinstance(processing_class, (list, tuple)) and not isinstance(teacher_model, Teacher):
         raise SettingError(
-            f"teacher_processing_class is a list of {len(processing_class)}, which is for an Ensemble: one for each of its "
-            "teachers. Pass the one of this teacher."
+            f"teacher_processing_class is a list of {len(processing_class)}, which is for an Ensemble: one for each of "
+            "its teachers. Pass the one of this teacher."
         )
     from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
     refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)

@@ -96,9 +96,9 @@ class RDropTeacher(_StudentItself):
     `-log p1(y) - log p2(y) + α · ½ (KL(p1 ‖ p2) + KL(p2 ‖ p1))`. Here the second pass has none. The passes are drawn
     alike, so each half of the paper's gradient has the same expectation, and the gradient of `divergence="jeffreys"`
     (the sum of both directions) at temperature 1 is the paper's in expectation. The paper's labels' term is of two
-    passes, so its loss is, in expectation, (2 + α) times that of this blend at alpha = α / (2 + α): `RDropTeacher.alpha`
-    (with Adam the factor does not matter). It costs a forward, no backward and no memory of one; the paper's way costs
-    a forward and a backward more, and its gradient is less noisy.
+    passes, so its loss is, in expectation, (2 + α) times that of this blend at alpha = α / (2 + α):
+    `RDropTeacher.alpha` (with Adam the factor does not matter). It costs a forward, no backward and no memory of one;
+    the paper's way costs a forward and a backward more, and its gradient is less noisy.
 
     What the second pass draws is of its own seed, the process and the number of passes so far: the run's random numbers
     are as without it, and a resumed run goes on where it was. It is as the student is: in training mode in training.

@@ -7,6 +7,8 @@ what it holds in a `Trainer`, and a script may replace that list.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingCallback(TrainerCallback):
@@ -113,3 +117,26 @@ class RunningTerms:
             found[name] = round(mean * accelerator.num_processes / same_batch)
         self._sums, self._steps, self._counts = {}, {}, {}
         return found
+
+
+def scheduled_values(trainer: DistillationMixin) -> dict[str, float]:
+    """Numbers that follow a schedule, or were changed during the training, as the last optimizer step used them."""
+    progress = 0.0 if trainer._step is None else trainer._step.progress
+    schedules = trainer.distiller.blending.scheduled_values()
+    moving = {n: s for n, s in schedules.items() if s(0.0) != s(1.0) or n in trainer._blend_at_start}
+    return {name: schedule(progress) for name, schedule in moving.items()}
+
+
+def warn_if_lost(trainer: DistillationMixin, logs: dict[str, float]) -> None:
+    """Warn once, in a training that is exactly `Trainer`'s and so goes on."""
+    norm = logs.get("grad_norm")
+    if not trainer._is_plain or trainer._warned_of_loss or norm is None or math.isfinite(norm):
+        return
+    trainer._warned_of_loss = True
+    too_long = logs.get("ctc_labels_too_long", 0)
+    cause = f" Examples whose labels need more frames than they have, since the last log: {too_long}."
+    logger.warning(
+        f"At step {trainer.state.global_step} the norm of the gradient is {norm}, and the optimizer has made the "
+        "step: the student's weights are lost. Without a teacher this is Trainer's training, which goes on; with "
+        f"one it is an error, before the step, that names the cause.{cause if too_long else ''}"
+    )

@@ -79,13 +79,16 @@ def check_augmentation(collator: Any, distiller: Distiller, *, has_teacher_colum
         raise SettingError(OTHER_TOKENS.format(names="an augmentation of words"))
 
 
-def check_on_policy(trainer: DistillationMixin, on_policy: OnPolicy) -> None:
-    """Check that the student may continue batches in this training.
+def check_on_policy(trainer: DistillationMixin) -> None:
+    """Check that the student may continue batches in this training, once for each student and alpha.
 
     Raises:
         SettingError: if `on_policy` is no `OnPolicy`, labels have a weight, the teacher's answers come with the data,
             or the student is sharded.
     """
+    on_policy = trainer._on_policy
+    if on_policy is None or trainer._on_policy_checked is trainer.model:
+        return
     if not isinstance(on_policy, OnPolicy):
         raise SettingError(
             f"on_policy={on_policy!r}: must be an object such as hf_distill.augment.OnPolicy(student_share=0.5). "
@@ -111,3 +114,4 @@ def check_on_policy(trainer: DistillationMixin, on_policy: OnPolicy) -> None:
             "Use data parallelism (DDP), or let the teacher write before the training: "
             "hf_distill.generate_completions."
         )
+    trainer._on_policy_checked = trainer.model

@@ -23,10 +23,12 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import has_length
 
 from hf_distill.distiller import Distiller
+from hf_distill.models.packing import PackingCheck
 from hf_distill.objectives.logits import RowValues
-from hf_distill.signals import Signals
+from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch
 from hf_distill.tasks.base import batch_size
+from hf_distill.tasks.infer import unwrapped
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
@@ -358,3 +360,25 @@ def teacher_evaluated(trainer: DistillationMixin, prefix: str, loss_only: bool) 
         trainer.compute_metrics = compute_metrics
     if why_none is not None:
         trainer._warn_once(f"There is no {prefix}_teacher_<metric>: {why_none}.")
+
+
+def check_evaluated(trainer: DistillationMixin, inputs: Any, *, compares: bool) -> None:
+    """Check packed and padded texts, as a training step does."""
+    student = unwrapped(trainer.model)
+    if trainer._packing_check is None or trainer._packing_check.student is not student:
+        trainer._packing_check = PackingCheck(student)
+    trainer._packing_check([inputs], trainer.distiller.task, trainer.distiller.teacher, Needs(logits=compares))
+    if compares:
+        trainer.distiller.check_padding([inputs], trainer.distiller.teacher, trainer.accelerator)
+
+
+@torch.no_grad()
+def compare_with_teacher(trainer: DistillationMixin, model: Any, inputs: Any, found: Any) -> None:
+    assert trainer._teacher_metrics is not None
+    batch = trainer.distiller.prepare(trainer.distiller.with_task_labels(trainer._prepare_inputs(inputs)))
+    outputs = trainer._evaluated_outputs
+    if outputs is None:  # no labels, or generation: the forward that is compared has not been made
+        outputs = model(**trainer.distiller.student_inputs(batch, labels=False))
+    teacher = trainer._teacher_metrics.add(trainer.distiller, outputs, batch)
+    if trainer._teacher_predictions is not None and found[2] is not None:
+        trainer._teacher_predictions.add(trainer.distiller, teacher, outputs, found)

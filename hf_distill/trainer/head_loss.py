@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_distill._utils import random_state
+from hf_distill.objectives.base import cross_entropy_of_probabilities
+
+if TYPE_CHECKING:
+    from hf_distill.trainer.mixin import DistillationMixin
 
 
 def own_num_items(batch: Any, num_items_in_batch: Any, *, shifts: bool) -> Any:
@@ -54,3 +58,21 @@ def carries_gradient(outputs: Any) -> bool:
     """Whether a model's outputs, other than its loss, lead back to its parameters."""
     values = [value for name, value in outputs.items() if name != "loss"] if isinstance(outputs, Mapping) else outputs
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+@contextlib.contextmanager
+def loss_of_probabilities(trainer: DistillationMixin, batch: Any) -> Iterator[None]:
+    """Give labels that are a probability for each class their cross-entropy, for which no head has a loss."""
+    if trainer.compute_loss_func is not None or not trainer.distiller.task.has_probabilities(batch):
+        yield
+        return
+    smoothing = trainer.args.label_smoothing_factor
+
+    def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return cross_entropy_of_probabilities(outputs["logits"], labels, smoothing=smoothing)
+
+    trainer.compute_loss_func = loss_of
+    try:
+        yield
+    finally:
+        trainer.compute_loss_func = None

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,31 +23,37 @@ from transformers.trainer_utils import has_length
 from hf_distill._compat import divides_the_loss, renamed_state
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
-from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step, compares_nothing, uses_teacher
+from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
 from hf_distill.data.labels import LabelReader
 from hf_distill.distiller import Distiller, refuse_head_for_a_teacher
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
 from hf_distill.models.packing import PackingCheck
-from hf_distill.objectives.base import cross_entropy_of_probabilities
-from hf_distill.signals import Needs
-from hf_distill.tasks import Task, make_task
-from hf_distill.tasks.infer import task_or_unknown, unwrapped
+from hf_distill.tasks import Task
+from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.unknown import UnknownTask
-from hf_distill.teachers import as_teacher
 from hf_distill.trainer import checks, columns, interruptions, publishing, settings
-from hf_distill.trainer.arguments import DistillationArguments, blend_of, picklable, setting
-from hf_distill.trainer.callback import RunningTerms, registered_callback
+from hf_distill.trainer.arguments import DistillationArguments, picklable, setting
+from hf_distill.trainer.callback import RunningTerms, registered_callback, scheduled_values, warn_if_lost
 from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator
 from hf_distill.trainer.evaluation import (
     EachOnce,
     TeacherMetrics,
     TeacherPredictions,
+    check_evaluated,
+    compare_with_teacher,
     each_example_once,
     teacher_evaluated,
 )
-from hf_distill.trainer.head_loss import carries_gradient, observed_forwards, own_num_items, unscaled
+from hf_distill.trainer.head_loss import (
+    carries_gradient,
+    loss_of_probabilities,
+    observed_forwards,
+    own_num_items,
+    unscaled,
+)
 from hf_distill.trainer.search import search_arguments
+from hf_distill.trainer.setup import make_distiller
 
 logger = logging.getLogger(__name__)
 TEACHER_FILE = "distill_teacher.safetensors"
@@ -158,7 +162,7 @@ class DistillationMixin(_Trainer):
         # of another make may first load the model, wrap it, or make inputs and labels of the data.
         checks_first = model is not None and _is_of_transformers(super().__init__)
         if checks_first:
-            self.distiller = self._make_distiller(model, args, given.get("processing_class"), distiller)
+            self.distiller = make_distiller(self, model, args, given.get("processing_class"), distiller)
             columns.check_datasets(self, model, args, given)
         folder = "tmp_trainer" if args is None else args.output_dir  # the former is Trainer's own default
         fresh_folder = not os.path.exists(folder)
@@ -181,13 +185,13 @@ class DistillationMixin(_Trainer):
         checks.check_no_sequence_parallelism(self)
         if makes_distiller:
             with random_state_kept():
-                self.distiller = self._make_distiller(self.model, self.args, self.processing_class, distiller)
+                self.distiller = make_distiller(self, self.model, self.args, self.processing_class, distiller)
             # A base trainer of another make may have prepared the data, and chosen a collator that makes labels.
             prepared = {name: getattr(self, name) for name in ("train_dataset", "eval_dataset", "data_collator")}
             chosen = prepared if not _is_of_transformers(super().__init__) else {}
             columns.check_datasets(self, self.model, self.args, {**given, **chosen})
         self._settings_in_use = settings.settings_of(self.args)
-        self._check_on_policy()
+        checks.check_on_policy(self)
         if self.distiller.uses_labels and not self._has_own_loss:
             refuse_head_for_a_teacher(unwrapped(self.model))
         self.distiller.to(self.accelerator)
@@ -199,58 +203,6 @@ class DistillationMixin(_Trainer):
         if self.distiller.teacher is not None:
             self.data_collator = self.distiller.teacher.wrap_collator(self.data_collator)
         columns.warn_of_unread_columns(self)
-
-    def _make_distiller(
-        self, student: nn.Module, args: Any, processing_class: Any, given: Distiller | None = None
-    ) -> Distiller:
-        evaluates = setting(args, "evaluate_with_teacher")
-        if evaluates and (self._teacher_setting if given is None else given.teacher) is None:
-            raise SettingError("evaluate_with_teacher=True needs a teacher: pass teacher_model=.")
-        if given is not None:
-            checks.check_given_distiller(
-                given,
-                student,
-                objectives=self._objectives_setting,
-                has_model_init=getattr(self, "model_init", None) is not None,
-            )
-            return given
-        blend, teacher = blend_of(args), None
-        if evaluates and blend["alpha"] is None:
-            raise SettingError("evaluate_with_teacher=True compares predictions, and alpha=None has none compared.")
-        needs_teacher = uses_teacher(blend["alpha"], self._objectives_setting)
-        if needs_teacher and self._teacher_setting is None:
-            checks.check_no_teacher_values(self._columns_given)
-        task = self._task_setting
-        if task is None and not evaluates and compares_nothing(blend["alpha"], self._objectives_setting):
-            task = task_or_unknown(student)
-        if self._teacher_setting is not None and (evaluates or needs_teacher):
-            teacher = as_teacher(
-                self._teacher_setting,
-                make_task(student, task).kind,
-                processing_class=self._teacher_processing_class,
-                dtype=setting(args, "teacher_dtype"),
-                label_matching=setting(args, "label_matching"),
-                quantization=setting(args, "teacher_quantization"),
-                device_map=setting(args, "teacher_device_map"),
-            )
-        return Distiller(
-            student,
-            teacher,
-            task=task,
-            processing_class=processing_class,
-            objectives=self._objectives_setting,
-            seed=None if args is None else args.seed,
-            compare_predictions=evaluates,
-            fused_loss=setting(args, "fused_loss"),
-            label_names=None if args is None else args.label_names,
-            **blend,
-        )
-
-    def _check_on_policy(self) -> None:
-        """Check that `on_policy` goes with this training. Called again for another student or another alpha."""
-        if self._on_policy is not None and self._on_policy_checked is not self.model:
-            checks.check_on_policy(self, self._on_policy)
-            self._on_policy_checked = self.model
 
     # Data loaders: the columns of student and teacher, and labels as the student numbers them.
 
@@ -353,7 +305,10 @@ class DistillationMixin(_Trainer):
         settings.follow_settings(self)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._on_policy is not None and batches:
-            batches = self._continued_by_student(self._on_policy, batches)
+            checks.check_on_policy(self)
+            state, process = self.state, self.accelerator.process_index
+            moment = {"step": state.global_step, "process": process, "progress": self._progress}
+            batches = [self._on_policy(b, self.model, micro_batch=i, **moment) for i, b in enumerate(batches)]
             num_items = self._get_num_items_in_batch(batches, device)
         self._is_base_step = bool(batches) and self._belongs_to_base(batches)
         if self._is_base_step:
@@ -372,20 +327,6 @@ class DistillationMixin(_Trainer):
             self._step = self._begin_step(batches, check_at="loss" if deepspeed else "gradient")
             self._micro_batches_left = len(batches)
         return batches, num_items
-
-    def _continued_by_student(self, on_policy: OnPolicy, batches: list[Any]) -> list[Any]:
-        self._check_on_policy()
-        return [
-            on_policy(
-                batch,
-                self.model,
-                step=self.state.global_step,
-                micro_batch=place,
-                process=self.accelerator.process_index,
-                progress=self._progress,
-            )
-            for place, batch in enumerate(batches)
-        ]
 
     def _belongs_to_base(self, batches: list[Any]) -> bool:
         """Whether the loss of these micro-batches is left to the base trainer.
@@ -483,7 +424,7 @@ class DistillationMixin(_Trainer):
         return loss, None
 
     def _labels_loss(self, model: Any, batch: Any, inputs: Any, num_items: Any, *, return_outputs: bool) -> Any:
-        with unscaled(self.args), self._loss_of_probabilities(batch):
+        with unscaled(self.args), loss_of_probabilities(self, batch):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
 
     def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
@@ -512,23 +453,6 @@ class DistillationMixin(_Trainer):
         overridden = self._overrides_loss or type(self).compute_loss is not DistillationMixin.compute_loss
         return compute_loss_func is not None or overridden
 
-    @contextlib.contextmanager
-    def _loss_of_probabilities(self, batch: Any) -> Iterator[None]:
-        """Give labels that are a probability for each class their cross-entropy, for which no head has a loss."""
-        if self.compute_loss_func is not None or not self.distiller.task.has_probabilities(batch):
-            yield
-            return
-        smoothing = self.args.label_smoothing_factor
-
-        def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-            return cross_entropy_of_probabilities(outputs["logits"], labels, smoothing=smoothing)
-
-        self.compute_loss_func = loss_of
-        try:
-            yield
-        finally:
-            self.compute_loss_func = None
-
     @property
     def loss_is_scaled_for_ga(self) -> bool | None:
         """True: the terms are divided by the rows of the whole optimizer step. In a base step, the base trainer's."""
@@ -547,19 +471,12 @@ class DistillationMixin(_Trainer):
     def create_optimizer(self, *positional: Any, **keywords: Any) -> Any:
         """As `Trainer`'s, with a group for what the objectives learn."""
         optimizer = super().create_optimizer(*positional, **keywords)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [parameter for parameter in self.distiller.learned.parameters() if id(parameter) not in held]
-        if not missing:
-            return optimizer
-        if self.lr_scheduler is not None:
-            raise SettingError(
-                "the objectives learn projections, and the optimizer and the scheduler that were passed know nothing "
-                "of them. Give the optimizer distiller.learned.parameters() too (pass distiller= to the trainer), or "
-                "pass no scheduler."
-            )
-        group: dict[str, Any] = {"params": missing, "weight_decay": self.args.weight_decay}
-        rate = setting(self.args, "projection_learning_rate")
-        optimizer.add_param_group({**group, "lr": rate} if rate is not None else group)
+        self.distiller.learned.add_to(
+            optimizer,
+            learning_rate=setting(self.args, "projection_learning_rate"),
+            weight_decay=self.args.weight_decay,
+            has_scheduler=self.lr_scheduler is not None,
+        )
         return optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -584,7 +501,7 @@ class DistillationMixin(_Trainer):
         wants_outputs = return_outputs or self._teacher_metrics is not None
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
             num_items = None
-        with self._loss_of_probabilities(inputs):
+        with loss_of_probabilities(self, inputs):
             found = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
         if not wants_outputs:
             return found
@@ -599,34 +516,14 @@ class DistillationMixin(_Trainer):
             each_once.begin(inputs)
         compares = self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)
         if not isinstance(self.distiller.task, UnknownTask):
-            self._check_evaluated(inputs, compares=compares)
+            check_evaluated(self, inputs, compares=compares)
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
         if compares:
-            self._compare_with_teacher(model, inputs, found)
+            compare_with_teacher(self, model, inputs, found)
         self._evaluated_outputs = None
         if each_once is not None and found[0] is not None:
             each_once.loss_is_next()
         return found
-
-    def _check_evaluated(self, inputs: Any, *, compares: bool) -> None:
-        """Check packed and padded texts, as a training step does."""
-        student = unwrapped(self.model)
-        if self._packing_check is None or self._packing_check.student is not student:
-            self._packing_check = PackingCheck(student)
-        self._packing_check([inputs], self.distiller.task, self.distiller.teacher, Needs(logits=compares))
-        if compares:
-            self.distiller.check_padding([inputs], self.distiller.teacher, self.accelerator)
-
-    @torch.no_grad()
-    def _compare_with_teacher(self, model: Any, inputs: Any, found: Any) -> None:
-        assert self._teacher_metrics is not None
-        batch = self.distiller.prepare(self.distiller.with_task_labels(self._prepare_inputs(inputs)))
-        outputs = self._evaluated_outputs
-        if outputs is None:  # no labels, or generation: the forward that is compared has not been made
-            outputs = model(**self.distiller.student_inputs(batch, labels=False))
-        teacher = self._teacher_metrics.add(self.distiller, outputs, batch)
-        if self._teacher_predictions is not None and found[2] is not None:
-            self._teacher_predictions.add(self.distiller, teacher, outputs, found)
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
         """As the trainer's own, each example once; `evaluate_with_teacher` adds metrics of the teacher.
@@ -756,30 +653,9 @@ class DistillationMixin(_Trainer):
         """As `Trainer`'s, with one figure a term beside `loss`, reduced over processes."""
         if "loss" in logs:
             terms = self._terms.read(self.accelerator, same_batch=self.get_tp_size())
-            logs = {"loss": logs["loss"], **terms, **self._scheduled_values(), **logs}
-            self._warn_if_lost(logs)
+            logs = {"loss": logs["loss"], **terms, **scheduled_values(self), **logs}
+            warn_if_lost(self, logs)
         super().log(logs, start_time)
-
-    def _scheduled_values(self) -> dict[str, float]:
-        """Numbers that follow a schedule, or were changed during the training, as the last optimizer step used them."""
-        progress = 0.0 if self._step is None else self._step.progress
-        schedules = self.distiller.blending.scheduled_values()
-        moving = {n: s for n, s in schedules.items() if s(0.0) != s(1.0) or n in self._blend_at_start}
-        return {name: schedule(progress) for name, schedule in moving.items()}
-
-    def _warn_if_lost(self, logs: dict[str, float]) -> None:
-        """Warn once, in a training that is exactly `Trainer`'s and so goes on."""
-        norm = logs.get("grad_norm")
-        if not self._is_plain or self._warned_of_loss or norm is None or math.isfinite(norm):
-            return
-        self._warned_of_loss = True
-        too_long = logs.get("ctc_labels_too_long", 0)
-        cause = f" Examples whose labels need more frames than they have, since the last log: {too_long}."
-        logger.warning(
-            f"At step {self.state.global_step} the norm of the gradient is {norm}, and the optimizer has made the "
-            "step: the student's weights are lost. Without a teacher this is Trainer's training, which goes on; with "
-            f"one it is an error, before the step, that names the cause.{cause if too_long else ''}"
-        )
 
     def create_model_card(self, *positional: Any, **keywords: Any) -> None:
         """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.

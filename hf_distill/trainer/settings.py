@@ -14,6 +14,7 @@ from hf_distill.errors import SettingError
 from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer.arguments import blend_of, setting
 from hf_distill.trainer.columns import collate_answer_masks, columns_of, datasets_of, has_teacher_columns
+from hf_distill.trainer.setup import make_distiller
 
 if TYPE_CHECKING:
     from hf_distill.teachers import Teacher
@@ -130,7 +131,7 @@ def _follow_blend(trainer: DistillationMixin) -> None:
 def _remake_distiller(trainer: DistillationMixin) -> None:
     """Replace the distiller by one with the teacher, which no setting needed until now."""
     with random_state_kept():
-        made = trainer._make_distiller(trainer.model, trainer.args, trainer.processing_class)
+        made = make_distiller(trainer, trainer.model, trainer.args, trainer.processing_class)
     if trainer._batches_are_made:
         _check_dropped_columns(trainer, made.teacher)
         if trainer.distiller.learned:  # the optimizer holds these parameters, and not the new ones

@@ -125,7 +125,8 @@ def on_policy(folder: Path, case: str, *, examples_a_process: int, student: Any 
         LLAMA.examples(24),
     )
     found = trained(
-        folder, student or writer(1), LLAMA.make(2).double(), view=view, alpha=1.0, temperature=2.0, max_steps=STEPS,
+        folder, student or writer(1), LLAMA.make(2).double(), on_policy=view, alpha=1.0, temperature=2.0,
+        max_steps=STEPS,
         train_dataset=rows[:1] * 24 if same else rows, data_collator=partial(in_double, LLAMA),
         examples_a_process=examples_a_process,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def shown(distiller: Distiller, name: str, batch: Batch) -> tuple[Batch, Signals
     """A batch as both models are given it, and what they show of their inside."""
     batch, student = distiller.prepare(batch), deep_student_of(name)
     needs, teacher_needs = distiller.blending.needs(0.0)
-    with torch.no_grad(), distiller.reading() as inside:
+    with torch.no_grad(), distiller.capture() as inside:
         outputs = student(**distiller.student_inputs(batch, labels=False))
     return (
         batch,

@@ -35,9 +35,9 @@ def equal_and_as_stated(case: Case) -> None:
     student = m.deep_student_of(case.head)
     distiller = m.inside_distiller(case.head, case.make(), teacher=copy.deepcopy(student))
     batch, ours, _ = m.shown(distiller, case.head, m.collated(case.head, HEADS[case.head].examples(4)))
-    leaves = {read: x.clone().requires_grad_() for read, x in ours.inside.items()}
+    leaves = {read: x.clone().requires_grad_() for read, x in ours.activations.items()}
     objective: Any = distiller.objectives[case.objective]
-    found = objective(Signals(None, inside=leaves), ours, distiller.task, batch)
+    found = objective(Signals(None, activations=leaves), ours, distiller.task, batch)
     found.value.backward()
     expected, _ = OBJECTIVE_ROWS[case.objective].at_equality[case.variant]
     assert (found.value / found.count).item() == pytest.approx(expected * len(leaves), rel=1e-12)

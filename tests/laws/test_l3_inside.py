@@ -55,14 +55,14 @@ def spoilt(signals: Signals, keep: Tensor, garbage: float) -> Signals:
             value, queries=value.queries.masked_fill(of_heads, garbage), keys=value.keys.masked_fill(of_heads, garbage)
         )
 
-    return Signals(None, inside={read: spoil(read.what, value) for read, value in signals.inside.items()})
+    return Signals(None, activations={read: spoil(read.what, value) for read, value in signals.activations.items()})
 
 
 def with_gradient(signals: Signals) -> tuple[Signals, list[Tensor]]:
     """The same values, as leaves."""
     inside: dict[Any, Any] = {}
     leaves = []
-    for read, value in signals.inside.items():
+    for read, value in signals.activations.items():
         if isinstance(value, AttentionRecord):
             pair = [x.detach().clone().requires_grad_() for x in (value.queries, value.keys)]
             inside[read] = dataclasses.replace(value, queries=pair[0], keys=pair[1])
@@ -70,7 +70,7 @@ def with_gradient(signals: Signals) -> tuple[Signals, list[Tensor]]:
         else:
             inside[read] = value.detach().clone().requires_grad_()
             leaves.append(inside[read])
-    return Signals(None, inside=inside), leaves
+    return Signals(None, activations=inside), leaves
 
 
 def measured(distiller: Any, case: Case, batch: Any, ours: Signals, theirs: Signals) -> tuple[float, int, list[Tensor]]:

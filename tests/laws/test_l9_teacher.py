@@ -46,7 +46,7 @@ def test_after_training_the_teacher_is_bitwise_what_it_was(name: str) -> None:
         optimizer.zero_grad()
         distiller(student, HEADS[name].batch(4, seed)).loss.backward()
         optimizer.step()
-        distiller.after_step(student)
+        distiller.end_step(student)
     assert all(torch.equal(value, weights[key]) for key, value in teacher.state_dict().items())
     assert any(not torch.equal(value, own[key]) for key, value in student.state_dict().items())
     assert set(own) == set(student.state_dict())  # nothing was hung onto the student

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill import SettingError
 from hf_distill.models.blocks import Blocks
+from hf_distill.objectives import ObjectiveSetup
 from hf_distill.signals import ActivationKey, Signals
 from hf_distill.tasks import TASKS
 
@@ -31,7 +32,9 @@ class Shown:
 
 def fitted(objective: Any, student: Shown, teacher: Shown, *, kind: str = "token_classification") -> Any:
     """The objective after it has learned of both models; of the student it asks the dtype of its parameters."""
-    objective.fit(student, teacher, TASKS[kind](), model=nn.Linear(1, 1).double(), seed=0)
+    models: Any = (student, teacher)
+    setup = ObjectiveSetup(*models, TASKS[kind](), nn.Linear(1, 1).double())
+    objective.bind(setup)
     return objective
 
 
@@ -44,7 +47,7 @@ def found(
     kind: str = "token_classification",
 ) -> tuple[float, int]:
     """Its sum and its count."""
-    result = objective(Signals(None, inside=student), Signals(None, inside=teacher), TASKS[kind](), batch)
+    result = objective(Signals(None, activations=student), Signals(None, activations=teacher), TASKS[kind](), batch)
     return result.value.item(), int(result.count)
 
 

@@ -85,10 +85,10 @@ def test_autocast_around_a_loop_does_not_reach_them(objective: Any) -> None:
     """The products of scores, relations, similarities and projections would be rounded to bf16."""
     student, teacher, batch = HEAD.make(1), HEAD.make(2, width=24), HEAD.batch(4)
     distiller = Distiller(student, teacher, alpha=None, objectives=objective(name="one"), seed=0)
-    with distiller.reading() as inside:
+    with distiller.capture() as inside:
         student(**batch)
     theirs = distiller.teacher_signals(batch, distiller.blending.needs(0.0)[1])
-    given = (Signals(None, inside=inside), theirs, distiller.task, batch)
+    given = (Signals(None, activations=inside), theirs, distiller.task, batch)
     expected = distiller.objectives["one"](*given).value
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(distiller.objectives["one"](*given).value, expected)

@@ -200,7 +200,7 @@ def test_a_model_whose_blocks_cannot_be_found_and_naming_them() -> None:
     named = HiddenMatch([(1, 2)], student_stack="tower", teacher_stack="tower", projection="none")
     distiller = homemade(named)
     student: Any = Homemade(16, 2)
-    distiller.fit(student)
+    distiller.bind(student)
     ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
     found = distiller(student, {"input_ids": ids, "attention_mask": mask})
     teacher = distiller.teacher.model

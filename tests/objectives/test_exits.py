@@ -163,9 +163,9 @@ def test_what_the_exits_say(tmp_path) -> None:
     """To use them, or to measure them."""
     student, distiller = distiller_of("bert_tokens")
     batch = m.collated("bert_tokens", HEADS["bert_tokens"].examples(4))
-    with torch.no_grad(), distiller.reading() as inside:
+    with torch.no_grad(), distiller.capture() as inside:
         outputs = student(**batch)
-    signals = distiller.student_signals(outputs, batch, inside=inside)
+    signals = distiller.student_signals(outputs, batch, activations=inside)
     said = distiller.objectives["exits"].predictions(signals, distiller.task, batch)
     rows = int((batch["labels"] != -100).sum())
     assert {layer: tuple(x.shape) for layer, x in said.items()} == {0: (rows, 3), 1: (rows, 3)}

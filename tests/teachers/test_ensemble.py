@@ -139,7 +139,7 @@ def test_offload_asks_one_at_a_time() -> None:
     for index, teacher in enumerate(ensemble.teachers):
         record_moves(teacher.model, str(index), moves)
     cpu = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"), num_processes=1, is_fsdp2=False)
-    distiller.place(SimpleNamespace(**vars(cpu), autocast=torch.no_grad))
+    distiller.to(SimpleNamespace(**vars(cpu), autocast=torch.no_grad))
     assert moves == []
     distiller(m.student_of(name), m.collated(name, HEADS[name].examples(2)))
     assert moves == [("0", "device"), ("0", "away"), ("1", "device"), ("1", "away")]
@@ -207,8 +207,8 @@ def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> Non
     with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
         Distiller(student, ensemble, objectives=HiddenMatch())
     with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
-        ensemble.check_needs(Needs(reads=frozenset({ActivationKey("hidden", 0)})))
+        ensemble.check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))
     asked: list[Needs] = []
-    ensemble.teachers[1].check_needs = asked.append
+    ensemble.teachers[1].check = asked.append
     Distiller(student, ensemble, alpha=1.0, temperature=3.0)
     assert asked and {one.temperature for one in asked} == {3.0}

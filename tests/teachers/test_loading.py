@@ -214,7 +214,7 @@ def test_the_tokenizer_in_the_folder_is_compared_with_the_students(tmp_path) -> 
     words.add_tokens(["extra"])
     path = saved(tmp_path, bert("MaskedLM", seed=1, vocab_size=12), with_tokenizer=words)
     trainer = make(tmp_path, bert("MaskedLM", **small), path, processing_class=tokenizer(), train_dataset=None)
-    assert trainer.distiller.teacher.columns.teacher == 11  # the column that only the teacher knows is left out
+    assert trainer.distiller.teacher.alignment.teacher == 11  # the column that only the teacher knows is left out
     with pytest.raises(TeacherError, match="different width"):
         make(tmp_path, bert("MaskedLM", **small), path, train_dataset=None)
 

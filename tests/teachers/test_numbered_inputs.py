@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hf_distill import DataError, SettingError
 from hf_distill.teachers import Dense, Ensemble, TeacherCache
-from hf_distill.teachers.base import of_member
+from hf_distill.teachers.base import teacher_inputs
 from hf_distill.trainer.collators import SeveralInputsCollator
 from tests.hub.tiny import tokenizer
 from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
@@ -79,8 +79,8 @@ def test_a_cache_with_a_tokenizer_of_its_own(tmp_path) -> None:
 def test_columns_of_its_own_stand_in_place_of_shared_ones() -> None:
     shared = {"input_ids": 0, "teacher_input_ids": 1, "teacher_attention_mask": 2, "teacher_cached_1_logits": 3}
     batch = {**shared, "teacher_1_input_ids": 4}
-    assert of_member(batch, 1) == {"input_ids": 0, "teacher_input_ids": 4, "teacher_cached_1_logits": 3}
-    assert of_member(batch, 0) == shared
+    assert teacher_inputs(batch, 1) == {"input_ids": 0, "teacher_input_ids": 4, "teacher_cached_1_logits": 3}
+    assert teacher_inputs(batch, 0) == shared
 
 
 def test_ready_columns_by_number(tmp_path) -> None:

@@ -70,7 +70,7 @@ def test_half_precision_students_are_averaged_in_full() -> None:
         for parameter in student.parameters():
             parameter.add_(1.0)
     for _ in range(3):
-        teacher.after_step(student)
+        teacher.on_step(student)
     assert_moved(weights(teacher.model), before)
 
 
@@ -130,7 +130,7 @@ def test_a_decay_that_cannot_be(decay: Any) -> None:
 def test_an_average_of_a_sharded_student_is_refused() -> None:
     distiller = Distiller(bert(), MovingAverage())
     with pytest.raises(SettingError, match=r"MovingAverage with FSDP: no process holds the whole student"):
-        distiller.place(SimpleNamespace(distributed_type=DistributedType.FSDP))
+        distiller.to(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
 # As it was some steps ago.
@@ -141,8 +141,8 @@ def test_a_snapshot_is_refreshed_every_so_many_steps_and_resumed(tmp_path) -> No
     teacher, keep = Snapshot(every=2), Keep()
     whole = make(tmp_path / "whole", bert(dropout=0.3), teacher, callbacks=[keep], logging_steps=1, **given)
     seen: list[Any] = []
-    after = teacher.after_step
-    teacher.after_step = lambda student: (after(student), seen.append(weights(teacher.model)))[0]
+    after = teacher.on_step
+    teacher.on_step = lambda student: (after(student), seen.append(weights(teacher.model)))[0]
     whole.train()
     start = weights(bert())
     for found, expected in zip(seen, [start, keep.kept[1], keep.kept[1], keep.kept[3], keep.kept[3]], strict=True):

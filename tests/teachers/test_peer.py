@@ -101,9 +101,9 @@ def test_resumed_with_its_optimizer_bit_for_bit(tmp_path) -> None:
     resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), peer(6), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     assert_same_bits(weights(resumed.model), weights(whole.model))
-    found, expected = (dict(sorted(one.distiller.teacher.state().items())) for one in (resumed, whole))
+    found, expected = (dict(sorted(one.distiller.teacher.state_dict().items())) for one in (resumed, whole))
     assert_same_bits(found, expected)
-    assert any(name.startswith("optimizer.0.exp_avg") for name in whole.distiller.teacher.state())
+    assert any(name.startswith("optimizer.0.exp_avg") for name in whole.distiller.teacher.state_dict())
     assert_moved(weights(whole.distiller.teacher.model), weights(bert(seed=1)))
     held = {id(p) for group in whole.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in whole.model.parameters()}
@@ -118,7 +118,7 @@ def test_without_alpha_as_yet_it_learns_from_the_labels_alone() -> None:
     peer = Peer(other, optimizer=torch.optim.SGD, learning_rate=0.1, max_grad_norm=0)
     distiller = Distiller(student, peer, alpha=lambda progress: progress)
     distiller(student, batch).loss.backward()
-    distiller.after_step(student)
+    distiller.end_step(student)
     expected.train()(**batch).loss.backward()
     for found, one in zip(other.parameters(), expected.parameters(), strict=True):
         step = torch.zeros_like(one) if one.grad is None else one.grad
@@ -165,16 +165,16 @@ def test_what_cannot_be() -> None:
     with pytest.raises(SettingError, match="nothing compares predictions"):
         Distiller(bert(), Peer(bert(seed=1)), alpha=None, objectives=HiddenMatch("last"))
     with pytest.raises(SettingError, match="Peer is compared by its predictions alone"):
-        Peer(bert(seed=1)).check_needs(Needs(reads=frozenset({ActivationKey("hidden", 0)})))
+        Peer(bert(seed=1)).check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))
     peer = Peer(bert(seed=1))
     with pytest.raises(SettingError, match="Peer with fp16"):
-        peer.place(SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="fp16"))
+        peer.to(SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="fp16"))
     with pytest.raises(SettingError, match="Peer with FSDP: it is trained whole"):
-        peer.place(SimpleNamespace(distributed_type=DistributedType.FSDP))
+        peer.to(SimpleNamespace(distributed_type=DistributedType.FSDP))
     student = bert()
     distiller = Distiller(student, peer)
     distiller(student, padded(examples(2)))
-    distiller.after_step(student)
+    distiller.end_step(student)
     Distiller(student, peer)  # another stage of the same student
     with pytest.raises(SettingError, match="it has learned beside another student"):
         Distiller(bert(seed=3), peer)

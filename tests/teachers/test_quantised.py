@@ -132,7 +132,7 @@ def test_what_cannot_be_quantised() -> None:
 def test_it_computes_on_a_cpu_only() -> None:
     teacher = quantise_dynamically(bert())
     with pytest.raises(SettingError, match="computes on a CPU, and this training is on cuda"):
-        teacher.place(SimpleNamespace(device=torch.device("cuda")))
+        teacher.to(SimpleNamespace(device=torch.device("cuda")))
 
 
 def test_a_torch_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

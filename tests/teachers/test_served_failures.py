@@ -48,7 +48,7 @@ def test_temperature_needs_the_whole_distribution(server: CompletionsServer) -> 
         with pytest.raises(SettingError, match=f"divergence='{name}' needs every column"):
             distiller_of(served(server, top_logprobs=VOCABULARY), divergence=name)(m.student_of(NAME), batch_of())
     with pytest.raises(SettingError, match="shows no hidden states"):
-        served(server).check_needs(Needs(reads=frozenset({ActivationKey("hidden", 0)})))
+        served(server).check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))
 
 
 def test_other_tasks_inputs_and_packed_texts(server: CompletionsServer) -> None:

@@ -50,7 +50,7 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
         if not expected:
             assert not any(p.grad is not None and p.grad.any() for p in student.parameters())
         optimizer.step()
-        distiller.after_step(student)
+        distiller.end_step(student)
     assert expected > 1e-4
 
 
@@ -87,7 +87,7 @@ def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), TemporalEnsemble(), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3"))
     assert_same_bits(weights(resumed.model), weights(whole.model))
-    assert_same_bits(resumed.distiller.teacher.state(), whole.distiller.teacher.state())
+    assert_same_bits(resumed.distiller.teacher.state_dict(), whole.distiller.teacher.state_dict())
     assert_moved(weights(whole.model), weights(bert()))
 
 
@@ -107,11 +107,11 @@ def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() 
     torch.testing.assert_close(told.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
     resumed = TemporalEnsemble()
     other = Distiller(student, resumed, alpha=0.0, temperature=3.0)
-    resumed.load_state(distiller.teacher.state())
+    resumed.load_state_dict(distiller.teacher.state_dict())
     with pytest.raises(SettingError, match=r"temperature=3: what TemporalEnsemble remembers was softened with 2"):
         other(student, batch)
     with pytest.raises(SettingError, match=r"the checkpoint's teacher \(passes, \.\.\.\) is no TemporalEnsemble"):
-        resumed.load_state({"passes": torch.tensor(1)})
+        resumed.load_state_dict({"passes": torch.tensor(1)})
 
 
 def test_examples_by_a_column_of_their_own(tmp_path) -> None:
@@ -155,7 +155,7 @@ def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
     monkeypatch.setattr("hf_distill.teachers.temporal.gather_object", lambda mine: sent.extend(mine) or sent)
     for number, teacher in enumerate(teachers):
         distiller = Distiller(student, teacher, alpha=1.0)
-        teacher.place(type("Two", (), {"num_processes": 2}))
+        teacher.to(type("Two", (), {"num_processes": 2}))
         distiller(student, head.collate(head.examples(8)[4 * number : 4 * number + 4]))
     assert teachers[0].examples == 4 and teachers[1].examples == 8
 

@@ -103,7 +103,7 @@ def loop(head: Head, student: Any, teacher: Any, examples: list[Any]) -> None:
     distiller = Distiller(student, teacher)
     model = accelerator.prepare(student.train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    distiller.place(accelerator)
+    distiller.to(accelerator)
     batches = [head.collate(examples[:2]), head.collate(examples[2:])]
     counts = distiller.begin_step(batches, accelerator)
     for batch in batches:

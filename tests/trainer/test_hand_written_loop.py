@@ -26,13 +26,13 @@ def by_hand(head: Head, *, micro_batch: int, accumulation: int, alpha: float, pa
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     loader = DataLoader(head.examples(8), micro_batch, collate_fn=partial(in_double, head, pad_to=pad_to))
     student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
-    distiller.place(accelerator)
+    distiller.to(accelerator)
     micro_batches = list(loader)
     counts = distiller.begin_step(micro_batches, accelerator)
     total = 0.0
     for batch in micro_batches:
         with accelerator.accumulate(student):
-            output = distiller(student, batch, counts, progress=0.0)
+            output = distiller(student, batch, counts)
             accelerator.backward(output.loss)
             total += output.loss.item() / accumulation
             optimizer.step()
@@ -94,30 +94,24 @@ def test_counts_of_several_batches_without_accelerate() -> None:
     assert update_difference(found[1], found[0], zero) < 1e-6
 
 
-def test_counts_of_another_moment() -> None:
-    """progress= forgotten in one of the two calls."""
+def test_a_step_knows_its_moment() -> None:
+    """Weights and needs follow from the progress that the step began with."""
     student = bert()
     distiller = Distiller(student, bert(seed=1), objectives=HiddenMatch(weight=lambda progress: progress))
     batch = padded(examples())
-    counts = distiller.begin_step([batch])
-    with pytest.raises(
-        SettingError, match=r"hidden weighs something at 50% .* was not counted\. Give count\(\) the same"
-    ):
-        distiller(student, batch, counts, progress=0.5)
-    assert (
-        distiller(student, batch, counts=distiller.begin_step([batch], progress=0.5), progress=0.5).terms["hidden"] > 0
-    )
+    assert set(distiller(student, batch, distiller.begin_step([batch])).terms) == {"labels", "logits"}
+    assert distiller(student, batch, distiller.begin_step([batch], progress=0.5)).terms["hidden"] > 0
 
 
 def test_a_distiller_of_another_student(tmp_path) -> None:
     """The hooks and the decoder's inputs are its student's. One that `model_init` made it may learn of."""
     other = Distiller(bert(), bert(seed=1), objectives=HiddenMatch())
-    with pytest.raises(SettingError, match=r"made for another student than model=\. .* distiller\.fit\(model\) first"):
+    with pytest.raises(SettingError, match=r"made for another student than model=\. .* distiller\.bind\(model\) first"):
         make(tmp_path, bert(), distiller=other)
     with pytest.raises(SettingError, match=r"no block ran\. The model that was called is not the student"):
         other(bert(), padded(examples()))
     trainer = make(tmp_path, None, distiller=other, model_init=lambda: bert())
-    assert other.is_for(trainer.model)
+    assert other.is_bound_to(trainer.model)
     trainer.train()
 
 

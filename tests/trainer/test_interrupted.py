@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,7 @@ def test_it_says_how_to_go_on_and_that_is_so(tmp_path, log) -> None:
     checkpoint = tmp_path / "out" / "checkpoint-4"
     [message] = said(log, "goes on from")
     assert message == (f"The training has made 5 of 6 steps. resume_from_checkpoint=True goes on from {checkpoint}.")
-    if sys.version_info >= (3, 11):
-        assert error.__notes__ == [message]
+    assert error.__notes__ == [message]
     resumed = made(tmp_path, student=bert(seed=5))
     resumed.train(resume_from_checkpoint=True)
     whole = made(tmp_path / "whole")

@@ -162,16 +162,6 @@ def test_an_adapter_on_the_head() -> None:
     assert refusal is not None and "not a plain nn.Linear (an adapter on it, or quantised" in refusal
 
 
-def test_counted_at_another_moment() -> None:
-    student, teacher, batch = pair("llama_causal_lm")
-    for alpha, missing in ((lambda progress: 1 - progress, "labels"), (lambda progress: progress, "logits")):
-        for fused in (True, False):
-            distiller = Distiller(student, teacher, alpha=alpha, fused_loss=fused)
-            counts = distiller.begin_step([batch], progress=0.0)
-            with pytest.raises(SettingError, match=f"{missing} weighs something at 50% of the training, and was not"):
-                distiller(student, batch, counts, progress=0.5)
-
-
 class Halved(Trainer):
     """A trainer with a loss of its own."""
 

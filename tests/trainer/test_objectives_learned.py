@@ -179,7 +179,7 @@ def by_hand(name: str, *, micro_batch: int, accumulation: int) -> tuple[dict[str
     rows = head.examples(8)
     batches = [in_double(head, rows[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
     model, optimizer = accelerator.prepare(model, optimizer)
-    distiller.place(accelerator)
+    distiller.to(accelerator)
     counts = distiller.begin_step(batches, accelerator)
     for batch in batches:
         with accelerator.accumulate(model):

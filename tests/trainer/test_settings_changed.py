@@ -278,7 +278,7 @@ def test_a_view_that_shows_the_students_own_texts_stays_without_labels(tmp_path)
     trainer = DistillationTrainer(
         model=head.make(0, pad_token_id=0),
         teacher_model=head.make(1),
-        view=OnPolicy(student_share=1.0, max_new_tokens=2),
+        on_policy=OnPolicy(student_share=1.0, max_new_tokens=2),
         args=arguments(tmp_path, alpha=1.0, **STILL),
         train_dataset=head.examples(8),
         data_collator=head.collate,

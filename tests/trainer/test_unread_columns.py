@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
 
-from hf_distill import SettingError
+from hf_distill import SettingError, Teacher
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.vocabulary import HeadAlignment
@@ -60,25 +59,16 @@ def test_without_a_teacher_the_error_says_that_a_column_is_none(tmp_path, name: 
         make(tmp_path, bert(), train_dataset=with_column(name))
 
 
-class FromColumn:
+class FromColumn(Teacher):
     """What docs/teachers.md shows: a teacher that returns the column `teacher_logits`."""
 
     inputs = ("logits",)
 
     def __init__(self) -> None:
-        self.columns = HeadAlignment()
+        self.alignment = HeadAlignment()
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        return Signals(batch["teacher_logits"], columns=self.columns)
-
-    def fit(self, student: nn.Module, task: Task, **settings: Any) -> None:
-        pass
-
-    def place(self, accelerator: Any) -> None:
-        pass
-
-    def after_step(self, student: nn.Module) -> None:
-        pass
+        return Signals(batch["teacher_logits"], alignment=self.alignment)
 
 
 @pytest.mark.parametrize("collator", [padded, None])

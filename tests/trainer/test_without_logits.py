@@ -65,7 +65,7 @@ def test_padded_vocabularies(name: str, ours: int, theirs: int) -> None:
     student, teacher = (HEADS[name].make(seed, vocab_size=v).double() for seed, v in ((1, ours), (2, theirs)))
     teaching = ModelTeacher(teacher, processor=tokenizer(VOCABULARY))
     assert_same(both(student.train(), teaching, pair(name)[2], processing_class=tokenizer(VOCABULARY)))
-    assert teaching.columns.student is not None or ours == VOCABULARY  # else the test says nothing
+    assert teaching.alignment.student is not None or ours == VOCABULARY  # else the test says nothing
 
 
 SCALED = {

@@ -121,7 +121,7 @@ def test_an_encoder_decoder_answers_anew() -> None:
 
 def train(folder: Any, student: Any, view: Any, *, steps: int = 1, **changed: Any) -> Any:
     trainer = make(
-        folder, student, LLAMA.make(2), view=view, train_dataset=LLAMA.examples(24), data_collator=LLAMA.collate,
+        folder, student, LLAMA.make(2), on_policy=view, train_dataset=LLAMA.examples(24), data_collator=LLAMA.collate,
         alpha=1.0, temperature=T, max_steps=steps, logging_steps=1, per_device_train_batch_size=2,
         gradient_accumulation_steps=4, train_sampling_strategy="sequential", **changed,
     )  # fmt: skip
@@ -180,11 +180,11 @@ def test_refusals(tmp_path, monkeypatch) -> None:
         OnPolicy(student_share=1.5)
     for settings in ({"alpha": 0.5}, {"alpha": 0.0, "objectives": UniversalLogitMatch()}):
         with pytest.raises(SettingError, match="shows texts that the student wrote, which are no gold labels"):
-            make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, **settings)
+            make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, **settings)
     for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
         with pytest.raises(SettingError, match=told):
-            make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), view=always, alpha=1.0, train_dataset=None)
-    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=always, alpha=1.0)
+            make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), on_policy=always, alpha=1.0, train_dataset=None)
+    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, alpha=1.0)
     trainer._view_fits = None
     with monkeypatch.context() as sharded:
         sharded.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
@@ -194,7 +194,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     with pytest.raises(SettingError, match="a cached teacher was asked before"):
         trainer._check_view()
     with pytest.raises(SettingError, match=r"max_new_tokens=0 \(1 or more\)"):
-        make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=OnPolicy(max_new_tokens=0), alpha=1.0)
+        make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=OnPolicy(max_new_tokens=0), alpha=1.0)
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):
         OnPolicy(student_share=1.0, max_new_tokens=30)({"input_ids": torch.ones(1, 11, dtype=int)}, student, step=0)
     taught = "the teacher has columns of its own"

@@ -48,7 +48,8 @@ def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: 
     """Of heads of one width the student's tokenizer alone says which columns are tokens."""
     view = Recording(student_share=1.0, max_new_tokens=6)
     trainer = make(
-        tmp_path, llama(1, ours), llama(2, theirs), view=view, train_dataset=LLAMA.examples(8), max_steps=1, alpha=1.0,
+        tmp_path, llama(1, ours), llama(2, theirs), on_policy=view, train_dataset=LLAMA.examples(8), max_steps=1,
+        alpha=1.0,
         data_collator=LLAMA.collate, processing_class=tokenizer(WORDS),
         teacher_processing_class=tokenizer(WORDS) if both else None,
     )  # fmt: skip
@@ -59,7 +60,7 @@ def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: 
 def test_they_are_drawn_from_the_other_columns_as_if_these_were_all() -> None:
     """One token of each of 20,000: frequencies are the softmax over the columns that are left, to 5 standard errors."""
     student, view = llama(1, 46), OnPolicy(student_share=1.0, max_new_tokens=1)
-    view.fit(student, infer_task(student), processing_class=tokenizer(WORDS))
+    view.bind(student, infer_task(student), processing_class=tokenizer(WORDS))
     drawn = view({"input_ids": PROMPTS["input_ids"][:1].expand(20_000, 2)}, student, step=0)["labels"][:, 2]
     with torch.no_grad():
         expected = student(input_ids=PROMPTS["input_ids"][:1]).logits[0, -1, :WORDS].double().softmax(-1)
@@ -92,7 +93,7 @@ def test_a_student_whose_end_token_the_teacher_does_not_know(tmp_path) -> None:
     student = llama(1, 46, eos_token_id=WORDS)
     with pytest.raises(SettingError, match=r"texts end with \[40\], which student, teacher and tokenizer do not share"):
         make(
-            tmp_path, student, llama(2, 46), view=OnPolicy(), alpha=1.0, train_dataset=LLAMA.examples(4),
+            tmp_path, student, llama(2, 46), on_policy=OnPolicy(), alpha=1.0, train_dataset=LLAMA.examples(4),
             processing_class=ours, teacher_processing_class=tokenizer(WORDS),
         )  # fmt: skip
 
@@ -121,7 +122,7 @@ def test_it_writes_from_its_own_distribution_whatever_its_generation_config_says
         assert written(student) == plain, asked
         assert student.generation_config is kept and kept.to_dict() == said
         with pytest.raises(SettingError, match="max_new_tokens=0"):
-            OnPolicy(max_new_tokens=0).fit(student, infer_task(student))
+            OnPolicy(max_new_tokens=0).bind(student, infer_task(student))
         assert student.generation_config is kept
     student = LLAMA.make(1)
     student.generation_config.eos_token_id = [2, plain[0][2]]  # a special token is followed
@@ -155,7 +156,7 @@ def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> Non
     view, settings = Recording(student_share=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
     data = {"train_dataset": LLAMA.examples(4), "data_collator": LLAMA.collate}
     inner = Ensemble([LLAMA.make(3), LLAMA.make(4)])
-    trainer = make(tmp_path, LLAMA.make(1), Ensemble([LLAMA.make(2), inner]), view=view, **data, **settings)
+    trainer = make(tmp_path, LLAMA.make(1), Ensemble([LLAMA.make(2), inner]), on_policy=view, **data, **settings)
     trainer.train()
     assert len(view.written)
     inner.teachers[1].collator = lambda collator: collator  # as a cached teacher has one
@@ -165,7 +166,7 @@ def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> Non
 
 
 def test_tensor_parallelism_is_named(tmp_path) -> None:
-    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=OnPolicy(), alpha=1.0)
+    trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=OnPolicy(), alpha=1.0)
     trainer._view_fits, trainer.model._tp_size = None, 2
     with pytest.raises(SettingError, match="with tensor parallelism no process has all of it"):
         trainer._check_view()
@@ -174,11 +175,11 @@ def test_tensor_parallelism_is_named(tmp_path) -> None:
 def test_what_is_no_view(tmp_path) -> None:
     for view, told in (
         ("on-policy", "view='on-policy' is no view: that is an object such as"),
-        (OnPolicy, r"view=OnPolicy is a class. Make one of it: view=OnPolicy\(...\)"),
+        (OnPolicy, r"on_policy=OnPolicy is a class. Make one of it: on_policy=OnPolicy\(...\)"),
         (lambda batch: batch, "data_collator=hf_distill.augment.AugmentingCollator"),
     ):
         with pytest.raises(SettingError, match=told):
-            make(tmp_path, LLAMA.make(1), LLAMA.make(2), view=view, alpha=1.0)
+            make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=view, alpha=1.0)
     assert not list(tmp_path.iterdir())
 
 
@@ -191,5 +192,5 @@ def one_process(tmp_path) -> Any:
 
 def test_a_student_in_ddp(one_process: Any) -> None:
     student: nn.Module = DistributedDataParallel(LLAMA.make(1))
-    OnPolicy().fit(student, infer_task(LLAMA.make(1)))
+    OnPolicy().bind(student, infer_task(LLAMA.make(1)))
     assert written(student) == written(LLAMA.make(1))

@@ -21,7 +21,7 @@ LLAMA = HEADS["llama_causal_lm"]
 def trainer_of(folder: Any, teacher: Any = None, *, student_share: float = 1.0, **settings: Any) -> Any:
     given = {"train_dataset": LLAMA.examples(8), "data_collator": LLAMA.collate, "max_steps": 1, **settings}
     view = OnPolicy(student_share=student_share, max_new_tokens=4)
-    return make(folder, LLAMA.make(1), teacher or LLAMA.make(2), view=view, alpha=1.0, **given)
+    return make(folder, LLAMA.make(1), teacher or LLAMA.make(2), on_policy=view, alpha=1.0, **given)
 
 
 @pytest.mark.parametrize("how", ["FSDP", "DeepSpeed", "tensor parallelism"])

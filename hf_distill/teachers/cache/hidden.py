@@ -222,10 +222,11 @@ def field_names(wanted: WantedActivations) -> list[str]:
 
 
 class CachedInside:
-    """The inside of a teacher as its cache remembers it: what `ActivationCapture` tells objectives of blocks, and no modules.
+    """The stored activations of a teacher: what `ActivationCapture` knows of blocks, without modules.
 
     Args:
-        manifest: its part on the inside; None: predictions alone were kept. start_token: as `ActivationCapture.start_token`.
+        manifest: its part on activations, or None if there are none.
+        start_token: as `ActivationCapture.start_token`.
     """
 
     def __init__(self, manifest: Mapping[str, Any] | None, *, start_token: int | None = None) -> None:

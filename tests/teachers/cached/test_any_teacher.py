@@ -208,10 +208,10 @@ def test_a_collator_is_wrapped_once_and_an_ensemble_in_an_ensemble(tmp_path: Pat
     one, two, three = caches_of(tmp_path, [bert(seed=n) for n in (1, 2, 3)], some)
     ensemble = Ensemble([Ensemble([one, two]), three])
     with pytest.raises(SettingError, match="make the Distiller first"):
-        ensemble.collator(padded)
+        ensemble.wrap_collator(padded)
     distiller = Distiller(bert(), ensemble)
-    collator = ensemble.collator(padded)
-    assert ensemble.collator(collator) is collator
+    collator = ensemble.wrap_collator(padded)
+    assert ensemble.wrap_collator(collator) is collator
     batch = collator(some)
     slots = {name.removeprefix("teacher_cached_") for name in batch if name.startswith("teacher_")}
     assert slots == {f"{slot}_{field}" for slot in ("0_0", "0_1", "1") for field in ("logits", "largest")}
@@ -279,7 +279,7 @@ def test_a_teacher_with_another_tokenizer_at_token_level(tmp_path: Path) -> None
     live, stored = (
         Distiller(student, one, alpha=None, objectives=UniversalLogitMatch()) for one in (teacher, CachedTeacher(cache))
     )
-    for batch in (collate([4, 0, 2]), stored.teacher.collator(collate)([4, 0, 2])):
+    for batch in (collate([4, 0, 2]), stored.teacher.wrap_collator(collate)([4, 0, 2])):
         plain = {name: x for name, x in batch.items() if not name.startswith("teacher_cached_")}
         expected, gradient = m.step(live, student, [plain])
         found, of_stored = m.step(stored, student, [batch])

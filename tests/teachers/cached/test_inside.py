@@ -71,7 +71,7 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis
     part = shuffled(some, 5)
     plain = head.collate(part, head.longest + 3 if head.pads else None)
     found = [m.step(distiller, student, [plain]) for distiller in (live, stored)]
-    found.append(m.step(stored, student, [stored.teacher.collator(head.collate)(part)]))
+    found.append(m.step(stored, student, [stored.teacher.wrap_collator(head.collate)(part)]))
     assert found[0][0] > 1e-4
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)

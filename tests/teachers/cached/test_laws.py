@@ -37,7 +37,7 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str) -> None:
         found, of_cached = loss_of(stored, student, batch)
         assert found == pytest.approx(loss, rel=1e-5, abs=1e-7) and loss > 1e-3
         assert m.difference(of_cached, gradient) < 1e-5
-    with_answers = cached.collator(head.collate)(some)
+    with_answers = cached.wrap_collator(head.collate)(some)
     assert any(key.startswith("teacher_cached_") for key in with_answers)
     loss, gradient = loss_of(live, student, head.collate(some))
     found, of_cached = loss_of(stored, student, with_answers)
@@ -72,7 +72,7 @@ def test_l4_accumulation_changes_nothing(tmp_path: Path, name: str) -> None:
 
     def split(parts: int) -> list[dict]:
         size = 8 // parts
-        collate = cached.collator(head.collate)
+        collate = cached.wrap_collator(head.collate)
         if pad_to is not None:
             return [m.in_double(head.collate(eight[i : i + size], pad_to)) for i in range(0, 8, size)]
         return [
@@ -102,7 +102,7 @@ def test_l9_the_teacher_is_asked_at_the_build_alone_and_left_as_it_was(tmp_path:
     distiller = Distiller(student, cached, alpha=0.5)
     for start in (0, 6):
         distiller(student, head.collate(examples[start : start + 6])).loss.backward()
-        distiller.after_step(student)
+        distiller.end_step(student)
     assert len(asked) == calls and set(student.state_dict()) == own
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -156,7 +156,7 @@ def test_decoder_inputs_from_the_collator(tmp_path: Path) -> None:
     for batch in (
         collate(some),
         head.collate(some),
-        cached.collator(head.collate)(some),
-        cached.collator(collate)(some),
+        cached.wrap_collator(head.collate)(some),
+        cached.wrap_collator(collate)(some),
     ):
         assert stored(student, batch).loss.item() == pytest.approx(expected, rel=1e-5)

@@ -105,13 +105,13 @@ def test_missing_and_altered_examples(tmp_path: Path) -> None:
         ([examples[0], *new], "2 of the 3 .*number 1"),
         ([altered, *examples[:2]], "1 of the 3 .*number 0"),
     ):
-        for ask in (lambda some: distiller(head.make(1), head.collate(some)), cached.collator(head.collate)):
+        for ask in (lambda some: distiller(head.make(1), head.collate(some)), cached.wrap_collator(head.collate)):
             with pytest.raises(
                 DataError, match=rf"{which} of the batch.*It holds 20 examples, each known .* input_ids"
             ):
                 ask(batch)
     with pytest.raises(DataError, match=r"augment_dataset\) and build the cache of that, or use the live teacher"):
-        cached.collator(head.collate)(new)
+        cached.wrap_collator(head.collate)(new)
     assert cached.cache.has(head.collate([examples[0], *new])).tolist() == [True, False, False]
 
 
@@ -188,7 +188,7 @@ def test_a_students_own_augmentation_leaves_the_teacher_its_clean_example(tmp_pa
         return {**example, "input_ids": [3] * len(example["input_ids"])}
 
     augmenting = AugmentingCollator(head.collate, Augmentation(other, moves_positions=False), student_only=True)
-    batch = cached.collator(augmenting)(examples[:5])
+    batch = cached.wrap_collator(augmenting)(examples[:5])
     assert (batch["input_ids"][batch["attention_mask"].bool()] == 3).all()
     found = Distiller(head.make(1), cached, alpha=1.0).teacher_signals(batch).predictions()
     with torch.no_grad():
@@ -288,14 +288,14 @@ def test_another_frame_rate(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, "wav2vec2_ctc_mean")
     slower = head.make(1, conv_stride=(2, 4))
     distiller = Distiller(slower, cached, alpha=1.0)
-    for batch in (head.collate(examples[:3]), cached.collator(head.collate)(examples[:3])):
+    for batch in (head.collate(examples[:3]), cached.wrap_collator(head.collate)(examples[:3])):
         with pytest.raises(TeacherError, match=r"example 0 of the batch has \d+ positions, the cache holds \d+ of it"):
             distiller(slower, batch)
 
 
 def test_it_travels_to_worker_processes(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, NAME)
-    collate = cached.collator(head.collate)
+    collate = cached.wrap_collator(head.collate)
     collate.collator = max  # what is pickled with it here
     sent = pickle.loads(pickle.dumps(collate))
     sent.collator = head.collate
@@ -316,7 +316,7 @@ def test_a_collator_that_packs_is_named(tmp_path: Path) -> None:
         build(tmp_path, head, teacher, some, data_collator=packing)
     cached = CachedTeacher(build(tmp_path, head, teacher, some))
     named = r"the collator packs several examples into a row, and the teacher's cache knows each example by itself"
-    for collate in (cached.collator(packing), packing):
+    for collate in (cached.wrap_collator(packing), packing):
         with pytest.raises(DataError, match=named):
             Distiller(head.make(1), cached)(head.make(1), collate(some))
     trainer = make(

@@ -84,7 +84,7 @@ def test_order_padding_batches_and_collator_change_nothing(cache: tuple) -> None
         head.collate(some[::-1]),
         head.collate(some, head.longest + 3),
         left_padded(some),
-        cached.collator(head.collate)(some),
+        cached.wrap_collator(head.collate)(some),
     ):
         found, of_batch = gradient(stored, student, batch)
         assert found == pytest.approx(loss, rel=1e-5) and m.difference(of_batch, expected) < 1e-5

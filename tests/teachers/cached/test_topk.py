@@ -40,7 +40,7 @@ def test_l11_with_all_columns_it_is_the_live_teacher_at_any_temperature(
     loss, expected = gradient(Distiller(student, teacher, **settings), student, batch)
     found, of_cached = gradient(Distiller(student, cached, **settings), student, batch)
     assert found == pytest.approx(loss, rel=1e-5) and m.difference(of_cached, expected) < 1e-5
-    answered = cached.collator(head.collate)(shuffled(examples, 6))
+    answered = cached.wrap_collator(head.collate)(shuffled(examples, 6))
     assert gradient(Distiller(student, cached, **settings), student, answered)[0] == pytest.approx(loss, rel=1e-5)
 
 

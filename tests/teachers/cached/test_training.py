@@ -53,7 +53,7 @@ def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
     plain.data_collator = padded
     plain.train()
     assert cached._told
-    wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.collator(padded), **given)
+    wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.wrap_collator(padded), **given)
     seen = []
     told, cached._tell_once = cached._tell_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
     wrapped.train()
@@ -93,7 +93,7 @@ def test_it_learns_what_the_live_teacher_teaches(tmp_path: Path) -> None:
 def test_evaluation_needs_no_answers_and_asking_for_them_says_so(tmp_path: Path) -> None:
     cached = cache_of(tmp_path / "cache", bert(seed=1), examples(8))
     others = [{"input_ids": [9, 8, 7], "labels": 1}]
-    given = {"eval_dataset": others, "data_collator": cached.collator(padded)}
+    given = {"eval_dataset": others, "data_collator": cached.wrap_collator(padded)}
     assert make(tmp_path, bert(), cached, **given).evaluate()["eval_loss"] > 0
     with pytest.raises(DataError, match="1 of the 1 examples of a batch are not in the teacher's cache"):
         make(tmp_path, bert(), cached, evaluate_with_teacher=True, **given).evaluate()
@@ -109,7 +109,7 @@ def test_columns_that_no_model_takes_and_another_order_and_part_of_the_data(tmp_
     data = datasets.Dataset.from_list(some)
     cached = cache_of(tmp_path / "cache", bert(seed=1), data)
     part = data.filter(lambda one: one["labels"] != 1).shuffle(seed=3)
-    trainer = make(tmp_path, bert(), cached, train_dataset=part, data_collator=cached.collator(padded))
+    trainer = make(tmp_path, bert(), cached, train_dataset=part, data_collator=cached.wrap_collator(padded))
     assert trainer.train().global_step == 2
 
 
@@ -129,7 +129,9 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     head, teacher, some, cached = made(tmp_path, "bert_tokens")
     student = head.make(1)
     distiller, live = Distiller(student, cached, alpha=0.5), Distiller(student, teacher, alpha=0.5)
-    loader: Any = DataLoader(some, batch_size=4, shuffle=True, collate_fn=cached.collator(head.collate), num_workers=2)
+    loader: Any = DataLoader(
+        some, batch_size=4, shuffle=True, collate_fn=cached.wrap_collator(head.collate), num_workers=2
+    )
     for batch in loader:
         plain = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
         assert set(distiller.student_inputs(batch)) == set(plain)
@@ -155,7 +157,7 @@ def test_equal_examples_and_the_last_batch(tmp_path: Path) -> None:
     some = [*some, some[2], some[0], some[2]]
     cached = CachedTeacher(build(tmp_path, head, teacher, some))
     assert len(cached.cache) == 10
-    batch = cached.collator(head.collate)(some[2:])
+    batch = cached.wrap_collator(head.collate)(some[2:])
     expected = Distiller(head.make(1), teacher, alpha=1.0)(head.make(1), head.collate(some[2:])).loss.item()
     assert Distiller(head.make(1), cached, alpha=1.0)(head.make(1), batch).loss.item() == pytest.approx(
         expected, rel=1e-5

@@ -96,7 +96,7 @@ def test_other_augmentations_are_refused_by_what_they_are(tmp_path: Path) -> Non
     ):
         with pytest.raises(SettingError, match=message):
             make(tmp_path, bert(), CachedTeacher(cache), data_collator=collator)
-    fewer = CachedTeacher(of_views).collator(augmenting(1))
+    fewer = CachedTeacher(of_views).wrap_collator(augmenting(1))
     assert "teacher_cached_logits" in fewer(some)
     assert built(tmp_path / "only", augmenting(2, student_only=True), some).manifest["views"] is None
 
