@@ -1,6 +1,6 @@
 """Distil in a hand-written Accelerate loop, without the Trainer: a BERT-base fine-tuned on SST-2 into a DistilBERT.
 
-What the trainer does elsewhere is done here: place the teacher, count over the whole optimizer step, log the terms."""
+What the trainer does elsewhere is done here: move the teacher, count over the whole optimizer step, log the terms."""
 
 import contextlib
 import math
@@ -64,32 +64,34 @@ def main() -> None:
     steps = script.epochs * math.ceil(len(train) / script.accumulation)
     scheduler = get_linear_schedule_with_warmup(optimizer, steps // 16, steps)
 
-    step = 0
+    done = 0
     for _ in range(script.epochs):
         student.train()
         batches = iter(train)
         while window := list(islice(batches, script.accumulation)):
             # The denominators of the whole step, over all micro-batches and processes: nothing is divided afterwards.
-            counts = distiller.begin_step(window, accelerator, progress=step / steps)
+            step = distiller.begin_step(window, accelerator, progress=done / steps)
             found = []
             for batch in window:
                 with contextlib.nullcontext() if batch is window[-1] else accelerator.no_sync(student):
-                    output = distiller(student, batch, counts, progress=step / steps)
+                    output = distiller(student, batch, step)
                     accelerator.backward(output.loss)
                 found.append(output.terms)
+            distiller.reduce_gradients(student, accelerator)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            step += 1
-            if step % script.log_every == 0:
+            distiller.end_step(student)
+            done += 1
+            if done % script.log_every == 0:
                 terms = {name: sum(part[name] for part in found) for name in found[0]}
                 shown = {name: round(accelerator.reduce(term, "mean").item(), 6) for name, term in terms.items()}
-                accelerator.print(f"step {step} of {steps}: {shown}")
+                accelerator.print(f"step {done} of {steps}: {shown}")
         student.eval()
         with torch.no_grad():
             right = [accelerator.gather_for_metrics(student(**b).logits.argmax(-1) == b["labels"]) for b in held_out]
-        accelerator.print(f"accuracy after {step} steps: {torch.cat(right).float().mean():.4f}")
+        accelerator.print(f"accuracy after {done} steps: {torch.cat(right).float().mean():.4f}")
 
     if accelerator.is_main_process:
         accelerator.unwrap_model(student).save_pretrained(script.output_dir)

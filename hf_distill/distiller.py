@@ -43,7 +43,19 @@ logger = logging.getLogger(__name__)
 LabelledForward = Callable[[nn.Module, dict[str, Any], bool], tuple[Tensor, Any]]
 
 
-class Distiller:
+class _ChecksKeywords:
+    """A base class, so that `inspect.signature(Distiller)` is that of its `__init__`."""
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
+            """Raise TypeError for a keyword that does not exist, with the nearest one."""
+            also = {**SETTING_ALIASES, "teacher": "teacher_model", "tokenizer": "processing_class"}
+            check_keywords(cls.__init__, keywords, called=cls.__name__, also=also)
+            return super().__new__(cls)
+
+
+class Distiller(_ChecksKeywords):
     """Blends the student's own loss on labels with its agreement with a teacher.
 
     `loss = (1 - alpha) * labels + alpha * T^p * divergence + Σ weight * objective`, each term a mean over the optimizer
@@ -88,14 +100,6 @@ class Distiller:
     """
 
     task: Task
-
-    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
-
-        def __new__(cls, *positional: Any, **keywords: Any) -> Any:
-            """Raises TypeError for a keyword that does not exist, with the nearest one."""
-            also = {**SETTING_ALIASES, "teacher": "teacher_model", "tokenizer": "processing_class"}
-            check_keywords(cls.__init__, keywords, called=cls.__name__, also=also)
-            return super().__new__(cls)
 
     def __init__(
         self,
@@ -380,16 +384,17 @@ class Distiller:
         """
         step = step or self.begin_step([batch])
         batch = self.with_task_labels(batch)
-        if step.active:
-            batch = self.prepare(batch)
         fused = None
         if not keep_logits:
+            prepared = self.prepare(batch)
             fused = self._fused_loss.forward(
-                self, student, batch, step, smoothing=label_smoothing, fuse_labels=fuse_labels
+                self, student, prepared, step, smoothing=label_smoothing, fuse_labels=fuse_labels
             )
         if fused is not None:
-            outputs, activations = self._forward_without_logits(student, batch, step, fused)
-            return self._blend(step, batch, outputs, activations, labels_mean=None, fused=fused)
+            outputs, activations = self._forward_without_logits(student, prepared, step, fused)
+            return self._blend(step, prepared, outputs, activations, labels_mean=None, fused=fused)
+        if step.active:
+            batch = self.prepare(batch)
         labels_mean, outputs, activations = self._forward(student, batch, step, forward, keep_logits)
         return self._blend(step, batch, outputs, activations, labels_mean=labels_mean, fused=None)
 
@@ -404,7 +409,9 @@ class Distiller:
         with self._capture.capture(keys, validate=False) as activations:
             if step.uses_labels:
                 forward = forward or self._labelled_forward
-                mean, outputs = forward(student, self.forward_inputs(batch), wants_outputs)
+                # Where nothing is compared the forward is that of `Trainer`, bit for bit.
+                inputs = self.forward_inputs(batch) if step.active else self.student_inputs(batch)
+                mean, outputs = forward(student, inputs, wants_outputs)
         if outputs is None and (wants_outputs or not step.uses_labels):
             with self._capture.capture(keys, validate=False) as activations:
                 outputs = student(**self.forward_inputs(batch, labels=False))

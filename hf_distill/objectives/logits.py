@@ -92,12 +92,12 @@ class LogitsMatch(Objective):
         self._try_settings()
 
     @property
-    def weight(self) -> Schedule:  # type: ignore[override]
+    def weight(self) -> Schedule:  # type: ignore[override]  # alpha, which may change
         """Its weight is alpha, which the blend knows."""
         raise SettingError("the logits' term is weighted by alpha.")
 
     @property
-    def couples_examples(self) -> bool:  # type: ignore[override]
+    def couples_examples(self) -> bool:  # type: ignore[override]  # it follows from the divergence
         """As the divergence does."""
         name = next((n for n, f in DIVERGENCES.items() if f is getattr(self._given, "func", self._given)), None)
         return name is not None and PROPERTIES[name].couples_rows

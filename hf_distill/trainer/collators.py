@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_distill.data.audio import AudioFeatures
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
+from hf_distill.teachers.base import RAW_INPUTS
 
 ANSWER_MASKS = ("assistant_masks", "completion_mask")
 
@@ -180,7 +181,7 @@ def padded_as(mask: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
     return padded
 
 
-RAW = ("teacher_text", "teacher_text_pair", "teacher_prompt", "teacher_audio", "teacher_image")
+RAW = tuple(f"{TEACHER_PREFIX}{name}" for name in RAW_INPUTS)
 
 
 class TeacherInputsCollator:

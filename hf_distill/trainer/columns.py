@@ -97,8 +97,8 @@ def _may_hold_masks(data: Any) -> bool:
 
 def read_by(teacher: Teacher) -> list[str]:
     """Return the names of the columns that a teacher may read."""
-    own = (f"{TEACHER_PREFIX}{name}" for name in (*teacher.inputs, "labels"))
-    return [*teacher.inputs, *own, *RAW_INPUTS]
+    own = (f"{TEACHER_PREFIX}{name}" for name in (*teacher.inputs, "labels", *RAW_INPUTS))
+    return [*teacher.inputs, *own]
 
 
 def datasets_of(trainer: DistillationMixin) -> list[Any]:

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 import hf_distill
-from hf_distill import trainer as trainer_parts
 from hf_distill.cli import cache
 from hf_distill.cli.main import main
-from hf_distill.hub.facts import CardData, ModelFacts
 from hf_distill.tasks import TASKS
 from hf_distill.teachers.cache.hidden import DTYPES as INSIDE_DTYPES
 from hf_distill.teachers.load import DTYPES as TEACHER_DTYPES
@@ -54,12 +52,6 @@ def test_import_star_takes_every_public_name() -> None:
     names: dict[str, Any] = {}
     exec("from hf_distill import *", names)
     assert set(hf_distill.__all__) <= set(names)
-
-
-def test_whoever_imports_the_trainer_alone_gets_a_card(tmp_path: Path) -> None:
-    """Python runs `hf_distill/__init__.py` before any of its modules: there the trainer is given the card."""
-    trainer_parts.card_renderer(CardData("a student", "classification", ModelFacts(parameters=9)), str(tmp_path))
-    assert "a student" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_three_lists_of_public_names_are_one() -> None:

@@ -124,7 +124,7 @@ def with_fsdp1(case: str, folder: str, *, fused: bool) -> Trained:
     for step in range(STEPS):
         first = 4 * step + 2 * dist.get_rank()
         batch = in_double(head, head.examples(4 * STEPS)[first : first + 2])
-        output = distiller(model, batch, counts=distiller.begin_step([batch], accelerator))
+        output = distiller(model, batch, distiller.begin_step([batch], accelerator))
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

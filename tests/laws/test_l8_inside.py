@@ -61,7 +61,9 @@ def test_the_seed_of_what_is_learned() -> None:
 def test_schedules_of_weights_move_the_loss_with_progress(case: Case) -> None:
     distiller = m.inside_distiller(case.head, case.make(weight=lambda progress: 1.0 + 2 * progress))
     student, batch = m.deep_student_of(case.head), m.collated(case.head, HEADS[case.head].examples(2))
-    start, end = (distiller(student, batch, progress=progress) for progress in (0.0, 1.0))
+    start, end = (
+        distiller(student, batch, distiller.begin_step([batch], progress=progress)) for progress in (0.0, 1.0)
+    )
     assert start.loss.item() == pytest.approx(start.terms[case.objective].item())
     assert end.loss.item() == pytest.approx(3 * start.loss.item())
     assert end.terms[case.objective] == start.terms[case.objective]  # a term is told before its weight

@@ -69,6 +69,6 @@ def test_schedules_move_the_loss_with_progress(name: str) -> None:
         alpha=(lambda progress: 0.2 + 0.6 * progress) if labels else 1.0,
         temperature=lambda progress: 1.0 + 3 * progress,
     )
-    losses = {distiller(student, batch, progress=p).loss.item() for p in (0.0, 0.5, 1.0)}
+    losses = {distiller(student, batch, distiller.begin_step([batch], progress=p)).loss.item() for p in (0.0, 0.5, 1.0)}
     moves = labels or HEADS[name].kind not in ON_VALUES
     assert len(losses) == (3 if moves else 1)

@@ -136,7 +136,7 @@ def test_relations_are_added_with_their_weights() -> None:
         objective = fitted(RelationMatch(relations=relations), Shown(1, 1), Shown(1, 1))
         total, _ = found(objective, ours, theirs, attended([1, 1]))
         assert total == pytest.approx(factor * k, rel=1e-12)
-        assert {read.what for read in objective.needs.reads} == set(relations)
+        assert {read.what for read in objective.needs.activations} == set(relations)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hf_distill import (
     LayerMap,
     RelationMatch,
     SimilarityMatch,
+    Teacher,
     TeacherError,
 )
 from hf_distill.models.capture import ActivationCapture
@@ -144,15 +145,8 @@ def test_heads_that_lie_on_several_processes(whose: str) -> None:
 
 
 def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
-    class OnlyLogits:
-        inputs = ("input_ids",)
-        columns: Any = None
-        inside = None
-
+    class OnlyLogits(Teacher):
         def __call__(self, task: Any, batch: Any, needs: Any) -> Any: ...
-        def fit(self, student: Any, task: Any, **_: Any) -> None: ...
-        def place(self, accelerator: Any) -> None: ...
-        def after_step(self, student: Any) -> None: ...
 
     refused(
         lambda: Distiller(HEAD.make(1), OnlyLogits(), objectives=RelationMatch()),

@@ -85,8 +85,8 @@ def test_pairs_of_layers_are_added_with_their_weights() -> None:
     ours = {**hidden(0, [[1.0, 1.0]]), **hidden(1, [[2.0, 2.0]])}
     theirs = {**hidden(0, [[0.0, 0.0]]), **hidden(1, [[2.0, 0.0]]), **hidden(2, [[3.0, 1.0]])}
     assert found(objective, ours, theirs, attended([1])) == (3.75, 1)
-    assert {read.layer for read in objective.needs.reads} == {0, 1}
-    assert {read.layer for read in objective.teacher_needs.reads} == {0, 1, 2}
+    assert {read.layer for read in objective.needs.activations} == {0, 1}
+    assert {read.layer for read in objective.teacher_needs.activations} == {0, 1, 2}
 
 
 def test_embeddings_are_matched_beside_the_blocks_or_alone() -> None:
@@ -96,7 +96,7 @@ def test_embeddings_are_matched_beside_the_blocks_or_alone() -> None:
     both = fitted(HiddenMatch(embeddings=True), ONE, ONE)
     assert found(both, ours, theirs, attended([1])) == (5.0, 1)
     alone = fitted(HiddenMatch(None, embeddings=True), ONE, THREE)
-    assert {read.layer for read in alone.needs.reads | alone.teacher_needs.reads} == {-1}
+    assert {read.layer for read in alone.needs.activations | alone.teacher_needs.activations} == {-1}
     assert found(alone, ours, theirs, attended([1])) == (4.0, 1)
 
 
@@ -162,8 +162,8 @@ def test_both_models_are_asked_for_the_named_stack() -> None:
     student, teacher = Shown(2, 2), Shown(2, 2)
     objective = fitted(HiddenMatch(side="encoder", student_stack="a.b", teacher_stack="c"), student, teacher)
     assert (student.asked, teacher.asked) == ([("encoder", "a.b")], [("encoder", "c")])
-    assert {read.stack for read in objective.needs.reads} == {"a.b"}
-    assert {read.stack for read in objective.teacher_needs.reads} == {"c"}
+    assert {read.stack for read in objective.needs.activations} == {"a.b"}
+    assert {read.stack for read in objective.teacher_needs.activations} == {"c"}
 
 
 def test_cosine_embedding_is_one_less_the_cosine_of_what_the_head_reads() -> None:
@@ -174,4 +174,4 @@ def test_cosine_embedding_is_one_less_the_cosine_of_what_the_head_reads() -> Non
     objective = fitted(CosineEmbedding(), TWO, THREE)
     total, count = found(objective, ours, theirs, attended([1, 1, 1, 0]))
     assert (total, count) == (pytest.approx(3.04, rel=1e-12), 3)
-    assert objective.needs.reads == objective.teacher_needs.reads == {read}
+    assert objective.needs.activations == objective.teacher_needs.activations == {read}

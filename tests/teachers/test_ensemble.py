@@ -1,10 +1,9 @@
-"""Several teachers as one: the means by their formulas, weights by row, offload, and what is refused."""
+"""Several teachers as one: the means by their formulas, weights by row, and what is refused."""
 
 from __future__ import annotations
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,30 +130,6 @@ def test_trained_with_and_the_teachers_stay_as_they_were(tmp_path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().count("a local model") >= 2
 
 
-def test_offload_asks_one_at_a_time() -> None:
-    moves: list[tuple[str, str]] = []
-    name = "bert_single_label"
-    ensemble = Ensemble(teachers_of(name, 2), offload="cpu")
-    distiller = Distiller(m.student_of(name), ensemble, alpha=1.0)
-    for index, teacher in enumerate(ensemble.teachers):
-        record_moves(teacher.model, str(index), moves)
-    cpu = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"), num_processes=1, is_fsdp2=False)
-    distiller.to(SimpleNamespace(**vars(cpu), autocast=torch.no_grad))
-    assert moves == []
-    distiller(m.student_of(name), m.collated(name, HEADS[name].examples(2)))
-    assert moves == [("0", "device"), ("0", "away"), ("1", "device"), ("1", "away")]
-
-
-def record_moves(model: Any, name: str, moves: list[tuple[str, str]]) -> None:
-    real = model.to
-
-    def to(where: Any) -> Any:
-        moves.append((name, "away" if where == "cpu" else "device"))
-        return real(where)
-
-    model.to = to
-
-
 def test_what_the_trainer_knows_of_its_teacher_reaches_each(tmp_path) -> None:
     teachers = [bert(seed=1), bert(seed=2)]
     make(tmp_path, bert(), Ensemble(teachers), teacher_dtype="bfloat16", label_matching="by_index").train()
@@ -179,7 +154,6 @@ def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
         ({"weights": "loudest"}, "weights='loudest': allowed are confidence, entropy, labels, best, or numbers"),
         ({"weights": [1.0]}, "give one number above 0 for each of 2 teachers"),
         ({"weights": [1.0, 0.0]}, "give one number above 0 for each of 2 teachers"),
-        ({"offload": "disk"}, "offload='disk': allowed are None and 'cpu'"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, message: str) -> None:

@@ -15,6 +15,7 @@ from hf_distill import DistillationArguments, ModelTeacher, SettingError, Teache
 from hf_distill.teachers import as_teacher
 from hf_distill.teachers import quantised as module
 from hf_distill.teachers.quantised import QuantisedTeacher, as_setting, is_dynamic
+from hf_distill.trainer.publishing import teacher_facts
 from tests.trainer.tiny import QUIET, bert, make, update_difference, weights
 
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -46,7 +47,7 @@ def test_a_training_with_an_int8_teacher(tmp_path: Path, folder: Path, caplog: p
 
 def test_its_card_counts_no_packed_weights(tmp_path: Path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=2), teacher_quantization="int8_dynamic")
-    (facts,) = trainer._teacher_facts()
+    (facts,) = teacher_facts(trainer)
     assert facts.class_name == "BertForSequenceClassification" and facts.parameters is None
 
 

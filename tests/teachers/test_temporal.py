@@ -175,7 +175,7 @@ def test_what_cannot_be_asked() -> None:
     distiller = Distiller(student, TemporalEnsemble(), **moving)
     distiller(student, batch)
     with pytest.raises(SettingError, match=r"temperature=1\.5: what TemporalEnsemble remembers was softened with 2"):
-        distiller(student, batch, progress=0.5)
+        distiller(student, batch, distiller.begin_step([batch], progress=0.5))
     with torch.no_grad(), pytest.raises(DataError, match="4 of 4 examples were never trained on"):
         distiller.teacher_signals(padded(examples(8)[4:]), Needs(logits=True))
     with pytest.raises(SettingError, match=r"divergence='mean_squared_error' needs every column"):

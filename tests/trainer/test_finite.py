@@ -367,15 +367,13 @@ class Synchronisations(TorchDispatchMode):
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_the_check_waits_once_a_step_in_the_trainer(tmp_path, monkeypatch, accumulation: int) -> None:
     settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-    found, original = [], FiniteCheck.begin_step
+    found, original = [], FiniteCheck.__init__
     for checks in (True, False):
 
-        def begin_step(self: Any, *given: Any, _checks: bool = checks) -> None:
-            original(self, *given)
-            if not _checks:
-                self.ignore()
+        def init(self: Any, *given: Any, at: Any = "loss", _checks: bool = checks) -> None:
+            original(self, *given, at=at if _checks else "off")
 
-        monkeypatch.setattr(FiniteCheck, "begin_step", begin_step)
+        monkeypatch.setattr(FiniteCheck, "__init__", init)
         trainer = make(tmp_path, bert(), bert(seed=1), max_steps=6, train_dataset=examples(48), **settings)
         with Synchronisations() as seen:
             trainer.train()

@@ -133,7 +133,7 @@ def test_from_when_on_it_is_automatic(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("knobs", "why"),
     [
-        ({"divergence": lambda q, p: (q - p).square().sum(-1)}, "is a function of yours"),
+        ({"divergence": lambda q, p: (q - p).square().sum(-1)}, "is your own function"),
         ({"divergence": "dist"}, "compares rows with each other"),
         ({"alpha": None, "objectives": HiddenMatch([(0, 0)])}, "compared in no term"),
     ],
@@ -188,6 +188,6 @@ def test_a_trainer_s_own_loss_is_given_logits(tmp_path, monkeypatch) -> None:
     own, plain = trained(HalvedDistillation), trained(DistillationTrainer)
     assert own["loss/labels"] == pytest.approx(plain["loss/labels"] / 2, rel=1e-5)
     assert own["loss/logits"] == pytest.approx(plain["loss/logits"], rel=1e-5)
-    with pytest.raises(SettingError, match="term is a function of yours"):
+    with pytest.raises(SettingError, match="term is your own function"):
         trained(HalvedDistillation, fused_loss=True)
     trained(HalvedDistillation, fused_loss=True, alpha=1.0)  # no labels, no loss of its own

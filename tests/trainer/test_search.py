@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_distill import DistillationTrainer, Distiller, HiddenMatch, SettingError, TeacherCache, TeacherError
 from hf_distill.teachers.cache import TopK
+from hf_distill.trainer.search import _default_space
 from tests.heads import HEADS
 from tests.trainer.tiny import arguments, bert, examples, make, padded, weights
 
@@ -227,7 +228,7 @@ def test_what_was_measured_of_the_teacher_is_no_part_of_the_objective(tmp_path) 
 def test_the_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
     """Neither is installed here: Ray's functions are stood in for, W&B's space is a dict."""
     trainer = searching(tmp_path)
-    wandb = trainer._default_space("wandb")(None)
+    wandb = _default_space(trainer, "wandb")(None)
     assert wandb["method"] == "random" and set(wandb["metric"]) == {"name", "goal"}
     assert wandb["parameters"] == {
         "alpha": {"distribution": "uniform", "min": 0.0, "max": 1.0},
@@ -237,7 +238,7 @@ def test_the_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
     tune = types.SimpleNamespace(loguniform=lambda *ends: ("log", *ends), uniform=lambda *ends: ("even", *ends))
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     monkeypatch.setitem(sys.modules, "ray.tune", tune)
-    assert trainer._default_space("ray")(None) == {
+    assert _default_space(trainer, "ray")(None) == {
         "alpha": ("even", 0.0, 1.0),
         "temperature": ("log", 1.0, 8.0),
         "learning_rate": ("log", 0.001, 0.1),

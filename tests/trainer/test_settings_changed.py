@@ -284,5 +284,5 @@ def test_a_view_that_shows_the_students_own_texts_stays_without_labels(tmp_path)
         data_collator=head.collate,
         callbacks=[Change(alpha=0.5)],
     )
-    with pytest.raises(SettingError, match="alpha < 1 would teach"):
+    with pytest.raises(SettingError, match="alpha < 1 would train on"):
         trainer.train()

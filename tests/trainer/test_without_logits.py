@@ -93,17 +93,15 @@ def test_what_a_model_does_to_its_logits(name: str) -> None:
     assert_same(both(*made, pair("llama_causal_lm")[2]))
 
 
-class Listing:
+class Listing(ModelTeacher):
     """A teacher that lists its k likeliest columns; one fewer of every other row; or of all of them a weighted half."""
 
     def __init__(self, model: Any, k: int, *, fewer: bool = False, weighted: bool = False) -> None:
-        self._whole, self._k, self._fewer, self._weighted = ModelTeacher(model), k, fewer, weighted
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
+        super().__init__(model)
+        self._k, self._fewer, self._weighted = k, fewer, weighted
 
     def __call__(self, task: Any, batch: Any, needs: Needs) -> Signals:
-        said = self._whole(task, batch, Needs(logits=True)).predictions()
+        said = super().__call__(task, batch, Needs(logits=True)).predictions()
         log_p = (said / needs.temperature).log_softmax(-1)
         kept, ids = log_p.topk(self._k, -1)
         if self._fewer:

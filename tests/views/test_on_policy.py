@@ -13,6 +13,8 @@ from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
 from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import prompts_of
 from hf_distill.models.generation import set_generation
+from hf_distill.teachers import ModelTeacher
+from hf_distill.trainer.checks import check_on_policy
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, make, softened_kl, weights
 
@@ -158,7 +160,7 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
     trainer.train()
     assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
     trainer.create_model_card()
-    assert "OnPolicy(lmbda=0.5, max_new_tokens=2)" in (tmp_path / "out" / "README.md").read_text()
+    assert "OnPolicy(student_share=0.5, max_new_tokens=2)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
@@ -170,29 +172,36 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
     assert_same_bits(weights(resumed.model), weights(whole))
 
 
+class AnsweredBefore(ModelTeacher):
+    """As a cached teacher, it has a collator of its own."""
+
+    def wrap_collator(self, collator: Any) -> Any:
+        return collator
+
+
 def test_refusals(tmp_path, monkeypatch) -> None:
     student, batch, always = (
         LLAMA.make(1),
         LLAMA.collate(LLAMA.examples(2)),
         OnPolicy(student_share=1.0, max_new_tokens=4),
     )
-    with pytest.raises(SettingError, match=r"lmbda=1.5. It is a share of the batches, in \[0, 1\]"):
+    with pytest.raises(SettingError, match=r"student_share=1.5. It is a share of the batches, in \[0, 1\]"):
         OnPolicy(student_share=1.5)
     for settings in ({"alpha": 0.5}, {"alpha": 0.0, "objectives": UniversalLogitMatch()}):
-        with pytest.raises(SettingError, match="shows texts that the student wrote, which are no gold labels"):
+        with pytest.raises(SettingError, match="batches that the student continued have no gold labels"):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, **settings)
     for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
         with pytest.raises(SettingError, match=told):
             make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), on_policy=always, alpha=1.0, train_dataset=None)
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, alpha=1.0)
-    trainer._view_fits = None
+    trainer._on_policy_checked = None
     with monkeypatch.context() as sharded:
         sharded.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
-        with pytest.raises(SettingError, match="with FSDP no process has all of it"):
-            trainer._check_view()
-    trainer.distiller.teacher.collator = None  # as a cached teacher has one
-    with pytest.raises(SettingError, match="a cached teacher was asked before"):
-        trainer._check_view()
+        with pytest.raises(SettingError, match="with FSDP no process holds all of it"):
+            check_on_policy(trainer)
+    trainer.distiller.teacher.__class__ = AnsweredBefore
+    with pytest.raises(SettingError, match="a cached teacher has no answers for them"):
+        check_on_policy(trainer)
     with pytest.raises(SettingError, match=r"max_new_tokens=0 \(1 or more\)"):
         make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=OnPolicy(max_new_tokens=0), alpha=1.0)
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):

@@ -17,6 +17,8 @@ from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import ids_not_shared
 from hf_distill.models.generation import set_generation
 from hf_distill.tasks import infer_task
+from hf_distill.teachers import ModelTeacher
+from hf_distill.trainer.checks import check_on_policy
 from hf_distill.vocabulary import HeadAlignment
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -72,9 +74,8 @@ def test_they_are_drawn_from_the_other_columns_as_if_these_were_all() -> None:
 @OLD_NAME
 def test_which_ids_are_shared() -> None:
     def teacher(compared: Any, *embedded: int) -> Any:
-        first, *others = (SimpleNamespace(model=LLAMA.make(1, vocab_size=many)) for many in embedded)
-        members = [first, SimpleNamespace(teachers=others)]
-        return SimpleNamespace(columns=HeadAlignment(student=compared), teachers=members)
+        models = [LLAMA.make(1, vocab_size=many) for many in embedded]
+        return SimpleNamespace(alignment=HeadAlignment(student=compared), models=lambda: models)
 
     student = LLAMA.make(1, vocab_size=12)
     gaps = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 5, "c": 11, "never": 30})
@@ -152,6 +153,13 @@ def test_an_encoder_decoder_ends_its_texts_itself_and_begins_them_in_its_languag
     assert {row[0] for row in written(student)} == {7}
 
 
+class AnsweredBefore(ModelTeacher):
+    """As a cached teacher, it has a collator of its own."""
+
+    def wrap_collator(self, collator: Any) -> Any:
+        return collator
+
+
 def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> None:
     view, settings = Recording(student_share=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
     data = {"train_dataset": LLAMA.examples(4), "data_collator": LLAMA.collate}
@@ -159,23 +167,23 @@ def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> Non
     trainer = make(tmp_path, LLAMA.make(1), Ensemble([LLAMA.make(2), inner]), on_policy=view, **data, **settings)
     trainer.train()
     assert len(view.written)
-    inner.teachers[1].collator = lambda collator: collator  # as a cached teacher has one
-    trainer._view_fits = None
-    with pytest.raises(SettingError, match="a cached teacher was asked before"):
-        trainer._check_view()
+    inner.teachers[1].__class__ = AnsweredBefore
+    trainer._on_policy_checked = None
+    with pytest.raises(SettingError, match="a cached teacher has no answers for them"):
+        check_on_policy(trainer)
 
 
 def test_tensor_parallelism_is_named(tmp_path) -> None:
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=OnPolicy(), alpha=1.0)
-    trainer._view_fits, trainer.model._tp_size = None, 2
-    with pytest.raises(SettingError, match="with tensor parallelism no process has all of it"):
-        trainer._check_view()
+    trainer._on_policy_checked, trainer.model._tp_size = None, 2
+    with pytest.raises(SettingError, match="with tensor parallelism no process holds all of it"):
+        check_on_policy(trainer)
 
 
-def test_what_is_no_view(tmp_path) -> None:
+def test_what_is_no_on_policy(tmp_path) -> None:
     for view, told in (
-        ("on-policy", "view='on-policy' is no view: that is an object such as"),
-        (OnPolicy, r"on_policy=OnPolicy is a class. Make one of it: on_policy=OnPolicy\(...\)"),
+        ("on-policy", "on_policy='on-policy': must be an object such as"),
+        (OnPolicy, "must be an object such as"),
         (lambda batch: batch, "data_collator=hf_distill.augment.AugmentingCollator"),
     ):
         with pytest.raises(SettingError, match=told):

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from hf_distill import DataError, SettingError
 from hf_distill.augment import OnPolicy
+from hf_distill.trainer.checks import check_on_policy
 from tests.heads import HEADS
 from tests.teachers.cached.built import made
 from tests.trainer.tiny import assert_same_bits, make, weights
@@ -28,20 +29,22 @@ def trainer_of(folder: Any, teacher: Any = None, *, student_share: float = 1.0, 
 def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) -> None:
     """As Accelerate, or a model that transformers spread by heads, says of itself; looked at when a step begins."""
     trainer = trainer_of(tmp_path)
-    trainer._check_view()  # as it is, it may write
-    trainer._view_fits = None
+    check_on_policy(trainer)  # as it is, it may write
+    trainer._on_policy_checked = None
     if how == "tensor parallelism":
         trainer.model._tp_size = 2
     else:
         monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[how.upper()])
-    with pytest.raises(SettingError, match=rf"and with {how} no process has all of it\. Use data parallelism \(DDP\)"):
+    with pytest.raises(
+        SettingError, match=rf"and with {how} no process holds all of it\. Use data parallelism \(DDP\)"
+    ):
         trainer.get_batch_samples(iter([LLAMA.batch(2)]), 1, trainer.args.device)
 
 
 def test_a_teacher_that_was_asked_before(tmp_path) -> None:
     _, _, examples, cached = made(tmp_path / "cache", "llama_causal_lm")
     for student_share in (0.0, 1.0):
-        with pytest.raises(SettingError, match=r"a cached teacher was asked before\. Use a model as teacher"):
+        with pytest.raises(SettingError, match=r"a cached teacher has no answers for them\. Use a model as teacher"):
             trainer_of(tmp_path, cached, student_share=student_share, train_dataset=examples)
 
 

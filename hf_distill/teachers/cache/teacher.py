@@ -256,6 +256,9 @@ class CachedTeacher(Teacher):
         teacher = self.cache.manifest["teacher"]
         return f"the stored predictions (a cache) of {teacher['name'] or 'a ' + teacher['class']}"
 
+    def __repr__(self) -> str:
+        return f"CachedTeacher(store={self.cache.store!r})"
+
     def wrap_collator(self, collator: Collator) -> Collator:
         """Return that collator, with the stored answers beside the columns that it makes."""
         made = CachedCollator(collator, self.cache, slot=self.slot, fields=self._fields)

@@ -224,7 +224,7 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     head = HEADS["llama_causal_lm"]
     some, teacher = head.examples(4), head.make(2)
     cached = CachedTeacher(build(tmp_path, head, teacher, some, store=TopK(5)))
-    with pytest.raises(SettingError, match=r"teacher 1 \(a cache with TopK\) tells some of .*store=Dense\(\)"):
+    with pytest.raises(SettingError, match=r"teacher 1 \(CachedTeacher\(store=TopK\(.* gives some of its columns"):
         Distiller(head.make(1), Ensemble([head.make(3), cached]))
     whole = build(tmp_path / "whole", head, Ensemble([teacher, head.make(3)]), some, store=TopK(40), temperature=1.0)
     given = {"alpha": 1.0, "temperature": 1.0}

@@ -167,7 +167,7 @@ def test_what_is_drawn_at_run_time(tmp_path: Path) -> None:
         (masking, "DataCollatorForLanguageModeling"),
         (AugmentingCollator(head.collate, louder), "An aug"),
     ):
-        for use in (cached.collator, lambda c: build(tmp_path / "new", head, teacher, examples, data_collator=c)):
+        for use in (cached.wrap_collator, lambda c: build(tmp_path / "new", head, teacher, examples, data_collator=c)):
             with pytest.raises(SettingError, match=rf"{what}.*changes examples anew each time, and a cached teacher"):
                 use(collator)
 

@@ -134,8 +134,7 @@ def test_draws_follow_from_key_and_seed_alone() -> None:
 def test_rows_in_pieces_are_rows_at_once(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(10, COLUMNS, generator=torch.Generator().manual_seed(3))
     whole = encoded(store, rows, 5)
-    for module in ("sampled", "hybrid"):
-        monkeypatch.setattr(f"hf_distill.teachers.cache.{module}.CELLS", 3 * 8 * 128)
+    monkeypatch.setattr("hf_distill.teachers.cache.stores.CELLS", 3 * 8 * 128)
     pieces = encoded(store, rows, 5)
     torch.testing.assert_close(pieces, whole)  # the drawn columns exactly, and numbers to rounding
 
