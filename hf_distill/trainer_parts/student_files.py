@@ -28,35 +28,35 @@ def moved(source: str, target: str) -> list[str]:
     files = _student_files(source)
     for name in files:
         os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        _forget_local_base(Path(source, name))
         os.replace(os.path.join(source, name), os.path.join(target, name))
-    _forget_local_base(target, files)
     return files
 
 
 def copied(source: str, target: str) -> list[str]:
+    """Copy the student's files one by one, each whole or not at all; returns their names."""
     files = _student_files(source)
     for name in files:
         goal = Path(target, name)
         goal.parent.mkdir(parents=True, exist_ok=True)
         beside = goal.with_name(f".{goal.name}.partial")
         shutil.copyfile(os.path.join(source, name), beside)
+        _forget_local_base(beside, named=goal.name)
         os.replace(beside, goal)
-    _forget_local_base(target, files)
     return files
 
 
-def _forget_local_base(folder: str, files: list[str]) -> None:
-    """PEFT writes where the base model lay; a path on this disk helps nobody elsewhere, so it goes."""
-    for name in files:
-        file = Path(folder, name)
-        if file.name != "adapter_config.json":
-            continue
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("base_model_name_or_path") and not looks_like_hub_id(config["base_model_name_or_path"]):
-            config["base_model_name_or_path"] = None
-            beside = file.with_name(f".{file.name}.partial")
-            beside.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-            os.replace(beside, file)
+def _forget_local_base(file: Path, named: str | None = None) -> None:
+    """PEFT writes where the base model lay; a path on this disk helps nobody elsewhere, so it goes.
+
+    Before the file has its place: what another thread is pushing from there never holds the path.
+    """
+    if (named or file.name) != "adapter_config.json":
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("base_model_name_or_path") and not looks_like_hub_id(config["base_model_name_or_path"]):
+        config["base_model_name_or_path"] = None
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _student_files(folder: str) -> list[str]:
