@@ -70,7 +70,9 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CURVES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "fp32" in case else ()) for case in CURVES]
+)
 def test_twenty_steps_of_training(tmp_path: Path, case: str) -> None:
     name, settings = CURVES[case]
     settings = {"double": True, **settings}

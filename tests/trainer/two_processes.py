@@ -35,13 +35,18 @@ WHOLE_BATCHES = (  # six examples of each: a batch of three a process
 
 
 def cases() -> list[tuple[str, float, int, int, str]]:
-    """Head, alpha, the cut, and what the labels' loss is. Each term alone only for one head of each kind of count."""
+    """Head, alpha, the cut, and what the labels' loss is.
+
+    Each term alone only for one head of each kind of count; without accumulation only one head of each kind of task.
+    """
     alone = ("bert_single_label", "llama_causal_lm", "hubert_ctc_sum")
+    one_of_a_kind = {head.kind: name for name, head in HEADS.items()}.values()
     made = []
     for name in HEADS:
         for alpha in alphas_of(name):
             if alpha == 0.5 or name in alone or alphas_of(name) == (1.0,):
-                made += [(name, alpha, *cut, "plain") for cut in (CUTS if alpha == 0.5 else CUTS[1:])]
+                cuts = CUTS if alpha == 0.5 and name in one_of_a_kind else CUTS[1:]
+                made += [(name, alpha, *cut, "plain") for cut in cuts]
     return made + [(name, 0.5, *CUTS[1], variant) for name, variant in VARIED]
 
 
