@@ -159,7 +159,16 @@ def test_what_cannot_be_cut_is_refused(name: str) -> None:
                 narrow(teacher_of(name), **sizes, data=[MODELS[name].batch()])
 
 
-@pytest.mark.parametrize("name", one_an_architecture())
+# Each by itself is held for every architecture; both together for one of a kind, and slowly for all.
+COMPOSED = (
+    *("BertForMaskedLM", "DistilBertForMaskedLM", "AlbertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"),
+    *("T5ForConditionalGeneration", "WhisperForConditionalGeneration", "Wav2Vec2ForCTC", "ViTForImageClassification"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COMPOSED else pytest.mark.slow) for name in NAMES]
+)
 def test_depth_and_width_compose_in_both_orders(name: str, tmp_path: Path) -> None:
     """The neurons of a layer are chosen by what that layer computes, so the two orders may choose others: both run."""
     tiny = MODELS[name]
