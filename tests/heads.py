@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch.nn import functional as F
@@ -295,3 +296,16 @@ HEADS: dict[str, Head] = {
     ),
     "bert_embedding": _of_text("embedding", hf.BertModel, hf.BertConfig, _BERT, _bare, label_names=()),
 }  # fmt: skip
+
+
+def of_each_kind(turn: int, names: Iterable[str] = tuple(HEADS)) -> list[Any]:
+    """Parameters of a test: one head of each kind of task, which with another `turn` is another; the others are slow.
+
+    For what depends on the task. What is held for every head quickly: alpha = 0, accumulation, resuming.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(HEADS[name].kind, []).append(name)
+    quick = {heads[turn % len(heads)] for heads in kinds.values()}
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if name in quick else slow) for heads in kinds.values() for name in heads]

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import ActivationKey
 from tests.heads import _LLAMA
-from tests.students.models import LAYERS, MODELS, Tiny
+from tests.students.models import LAYERS, MODELS, Tiny, one_an_architecture
 
 _WINDOWED = _LLAMA | {
     "head_dim": 8, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -36,8 +37,13 @@ def sides_of(name: str) -> tuple[str | None, ...]:
     return ("encoder", "decoder") if len(ALL[name].stacks) == 2 else (None,)
 
 
-def with_sides(names: Iterable[str]) -> list[tuple[str, str | None]]:
-    return [(name, side) for name in names for side in sides_of(name)]
+def with_sides(names: Iterable[str]) -> list[Any]:
+    """Parameters (name, side) of a test: other heads of an architecture that came before are slow."""
+    return [
+        pytest.param(*one.values, side, marks=one.marks)
+        for one in one_an_architecture(names)
+        for side in sides_of(str(one.values[0]))
+    ]
 
 
 @functools.cache

@@ -23,12 +23,22 @@ from tests.laws.objective_rows import Case
 @functools.cache
 def student_of(name: str) -> Any:
     """A student in float64 and training mode. It is shared: no test may change its weights."""
-    return HEADS[name].make(1).double().train()
+    return new_student(name)
 
 
 @functools.cache
 def teacher_of(name: str) -> Any:
     """Another model than the student, in float64. Shared as well."""
+    return new_teacher(name)
+
+
+def new_student(name: str) -> Any:
+    """The same, for a test alone."""
+    return HEADS[name].make(1).double().train()
+
+
+def new_teacher(name: str) -> Any:
+    """The same, for a test alone."""
     return HEADS[name].make(2).double()
 
 
@@ -54,6 +64,11 @@ def distiller_of(name: str, divergence: str | None = None, *, teacher: Any = Non
 @functools.cache
 def deep_student_of(name: str) -> Any:
     """In float64 and training mode. Shared: no test may change its weights."""
+    return new_deep_student(name)
+
+
+def new_deep_student(name: str) -> Any:
+    """The same, for a test alone."""
     return HEADS[name].make(1, layers=2).double().train()
 
 

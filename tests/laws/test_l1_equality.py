@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ ROUNDING = 1e-9
 def test_equal_models_have_nothing_to_learn(name: str, divergence: str) -> None:
     if DIVERGENCE_ROWS[divergence].not_zero_at_equality:
         return equal_and_one_hot(name, divergence)
-    twin = copy.deepcopy(m.student_of(name))
+    twin = m.new_student(name)
     distiller = m.distiller_of(name, divergence, teacher=twin, alpha=1.0, divergence_kwargs={})
     loss, gradient = m.step(distiller, m.student_of(name), [m.collated(name, HEADS[name].examples())])
     assert abs(loss) < ROUNDING

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ def test_equal_models_have_nothing_to_learn(case: Case) -> None:
     settings = {"layers": [(0, 0), (1, 1)]} if case.variant in ("pairs", "values") else {}
     if case.variant == "swapped":  # heads that are crossed are not equal
         settings["heads"] = (0, 1)
-    distiller = m.inside_distiller(case.head, case.make(**settings), teacher=copy.deepcopy(student))
+    distiller = m.inside_distiller(case.head, case.make(**settings), teacher=m.new_deep_student(case.head))
     assert not distiller.learned  # widths agree, so nothing stands between the two
     loss, gradient = m.step(distiller, student, [m.collated(case.head, HEADS[case.head].examples(4))])
     assert abs(loss) < ROUNDING
@@ -32,8 +31,7 @@ def test_equal_models_have_nothing_to_learn(case: Case) -> None:
 
 def equal_and_as_stated(case: Case) -> None:
     """Not 0, and with a kink: rounding would have its full slope, so the two show the same bits."""
-    student = m.deep_student_of(case.head)
-    distiller = m.inside_distiller(case.head, case.make(), teacher=copy.deepcopy(student))
+    distiller = m.inside_distiller(case.head, case.make(), teacher=m.new_deep_student(case.head))
     batch, ours, _ = m.shown(distiller, case.head, m.collated(case.head, HEADS[case.head].examples(4)))
     leaves = {read: x.clone().requires_grad_() for read, x in ours.activations.items()}
     objective: Any = distiller.objectives[case.objective]

@@ -13,7 +13,7 @@ from tests.laws.objective_rows import INSIDE, OBJECTIVE_ROWS, Case, walked
 
 HEADS_OF_KNOBS = ("bert_tokens", "wav2vec2_ctc_mean", "vit_image_class")
 KNOBS = [
-    (name, objective, knob)
+    pytest.param(name, objective, knob, marks=pytest.mark.slow if name in HEADS_OF_KNOBS[1:] else ())
     for objective, row in OBJECTIVE_ROWS.items()
     for knob, changed in row.knobs.items()
     for name in ((changed.on,) if changed.on else HEADS_OF_KNOBS)

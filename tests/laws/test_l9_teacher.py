@@ -5,8 +5,6 @@ That it is in no optimizer, checkpoint, export or push is the trainer's part.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TWO_COLUMNS, walked
 
 @pytest.mark.parametrize(("name", "divergence"), walked(CASES))
 def test_gradient_reaches_the_student_alone(name: str, divergence: str) -> None:
-    teacher = copy.deepcopy(m.teacher_of(name))
+    teacher = m.new_teacher(name)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     distiller = m.distiller_of(name, divergence, teacher=teacher, alpha=1.0, divergence_kwargs={})
     _, gradient = m.step(distiller, m.student_of(name), [m.collated(name, HEADS[name].examples())])

@@ -151,9 +151,8 @@ def check_what_is_saved(row: TeacherRow, made: FusedTerms, trainer: Any, checkpo
 def test_accumulation_changes_nothing(placed: Any, kind: str) -> None:
     place = placed(TEACHER_ROWS[kind].heads[-1])
     start, whole = three_steps(kind, place, micro_batch=8)
-    for micro_batch, parts in ((4, 2), (2, 4)):
-        _, found = three_steps(kind, place, micro_batch=micro_batch, parts=parts)
-        assert update_difference(found, whole, start) < 1e-6
+    _, found = three_steps(kind, place, micro_batch=2, parts=4)
+    assert update_difference(found, whole, start) < 1e-6
 
 
 # L12.

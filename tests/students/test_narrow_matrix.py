@@ -50,7 +50,7 @@ def read_back(student: Any, tiny: Tiny, folder: Path) -> Any:
     return again.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if refused(name, "intermediate") is None])
+@pytest.mark.parametrize("name", one_an_architecture(name for name in NAMES if refused(name, "intermediate") is None))
 def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
@@ -90,7 +90,7 @@ def test_kept_heads_are_the_teacher_without_the_others(name: str, tmp_path: Path
     same(outputs(read_back(student, tiny, tmp_path), batch), outputs(student, batch), 1e-6)
 
 
-@pytest.mark.parametrize("name", CUTTABLE)
+@pytest.mark.parametrize("name", one_an_architecture(CUTTABLE))
 def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> None:
     """Hidden states and heads together. By hand: what is 16 long is cut to the kept channels, except along heads."""
     tiny = MODELS[name]
@@ -160,7 +160,16 @@ def test_what_cannot_be_cut_is_refused(name: str) -> None:
                 narrow(teacher_of(name), **sizes, data=[MODELS[name].batch()])
 
 
-@pytest.mark.parametrize("name", one_an_architecture())
+# Each by itself is held for every architecture; both together for one of a kind, and slowly for all.
+COMPOSED = (
+    *("BertForMaskedLM", "DistilBertForMaskedLM", "AlbertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"),
+    *("T5ForConditionalGeneration", "WhisperForConditionalGeneration", "Wav2Vec2ForCTC", "ViTForImageClassification"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COMPOSED else pytest.mark.slow) for name in NAMES]
+)
 def test_depth_and_width_compose_in_both_orders(name: str, tmp_path: Path) -> None:
     """The neurons of a layer are chosen by what that layer computes, so the two orders may choose others: both run."""
     tiny = MODELS[name]

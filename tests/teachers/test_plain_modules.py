@@ -116,7 +116,9 @@ def test_such_a_teacher_is_the_teacher_that_it_is(name: str) -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "compiled in place" else ()) for name in MADE]
+)
 def test_both_in_the_trainer(tmp_path, name: str) -> None:
     student = MADE[name](0)
     given = {"remove_unused_columns": False, "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hf_distill import DistillationTrainer, Distiller
 from hf_distill import fused_forward as without_logits
 from hf_distill.models.output_head import POSITIONS
-from tests.heads import HEADS, IGNORED, VOCABULARY
+from tests.heads import HEADS, IGNORED, VOCABULARY, of_each_kind
 from tests.trainer.logit_free import LARGE, WHOLE, counted_rows, few_rows_at_once
 from tests.trainer.tiny import arguments
 
@@ -70,7 +70,7 @@ def seen_in(work: Callable[[], Any]) -> VocabularyTensors:
     return seen
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", of_each_kind(5, LARGE))
 def test_a_step_makes_chunks_and_four_products_of_the_rows_that_count(monkeypatch, name: str) -> None:
     """Logits of student and teacher, and two for the gradients; whatever the number of rows."""
     few_rows_at_once(monkeypatch, COLUMNS)
@@ -92,7 +92,7 @@ def test_a_step_makes_chunks_and_four_products_of_the_rows_that_count(monkeypatc
     assert plain.multiplications > 4 * rows * COLUMNS * WIDTH
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", of_each_kind(6, LARGE))
 def test_a_whole_training_never_makes_logits(tmp_path, monkeypatch, name: str) -> None:
     """The trial of the head, counting, logging and the optimizer with it."""
     few_rows_at_once(monkeypatch, COLUMNS)

@@ -70,7 +70,11 @@ def test_every_head(tmp_path, name: str) -> None:
 
 
 INSIDE = [("bert_tokens", kind) for kind in OBJECTIVES_OF]
-INSIDE += [(name, "projected") for name in ("llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean", "vit_image_class")]
+INSIDE += [("t5_seq2seq", "projected")]
+INSIDE += [
+    pytest.param(name, "projected", marks=pytest.mark.slow)
+    for name in ("llama_causal_lm", "wav2vec2_ctc_mean", "vit_image_class")
+]
 
 
 def with_objectives(folder: Path, name: str, kind: str | None, *, seed: int = 0, **settings: Any) -> Any:

@@ -6,12 +6,12 @@ import datasets
 import pytest
 
 from hf_distill import DistillationTrainer
-from tests.heads import HEADS
+from tests.heads import HEADS, of_each_kind
 from tests.trainer.steps import alphas_of
 from tests.trainer.tiny import arguments
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", of_each_kind(2))
 def test_a_dataset_alone(tmp_path, name: str) -> None:
     head = HEADS[name]
     alpha = 0.5 if 0.5 in alphas_of(name) else 1.0  # embeddings have no labels

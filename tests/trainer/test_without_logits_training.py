@@ -70,7 +70,9 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CURVES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "fp32" in case else ()) for case in CURVES]
+)
 def test_twenty_steps_of_training(tmp_path: Path, case: str) -> None:
     name, settings = CURVES[case]
     settings = {"double": True, **settings}
@@ -80,6 +82,7 @@ def test_twenty_steps_of_training(tmp_path: Path, case: str) -> None:
 
 # Dynamo looks at every tensor that it goes on with after a break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow  # traced and compiled once is in test_without_logits_wrapped
 def test_twenty_compiled_steps(tmp_path: Path) -> None:
     """`torch_compile` of the arguments, against the plain path uncompiled."""
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}

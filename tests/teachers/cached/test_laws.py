@@ -11,7 +11,7 @@ import torch
 from hf_distill import Distiller
 from hf_distill.signals import Needs
 from hf_distill.teachers import CachedTeacher, Dense
-from tests.heads import HEADS
+from tests.heads import HEADS, of_each_kind
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, left_padded, made, shuffled
 from tests.trainer.tiny import assert_same_bits, weights
@@ -24,7 +24,7 @@ def loss_of(distiller: Distiller, student: Any, batch: dict) -> tuple[float, tor
     return loss.item(), m.gradient_of(student)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", of_each_kind(9))
 def test_l11_as_the_live_teacher(tmp_path: Path, name: str) -> None:
     """Other batches, in another order, padded further: value and gradient; looked up by the collator or afterwards."""
     head, teacher, examples, cached = made(tmp_path, name)
@@ -63,7 +63,7 @@ def test_l11_to_the_precision_of_the_store(tmp_path: Path, dtype: str, bits: int
     assert (found[~real] == 0).all()
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", of_each_kind(10))
 def test_l4_accumulation_changes_nothing(tmp_path: Path, name: str) -> None:
     head, _, examples, cached = made(tmp_path, name)
     distiller = m.distiller_of(name, teacher=cached)
