@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import tempfile
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import datasets
@@ -20,10 +21,19 @@ SETTINGS = {
     **{"use_cpu": True, "bf16": False, "dataloader_num_workers": 0, "dataloader_pin_memory": False},
 }
 SENTENCES = ["a good film", "a dull and slow plot", "good acting", "slow", "a good plot and a good film", "dull acting"]
-FusedTerms = tuple[str, str, DatasetDict]  # the teacher's folder, the student's, and the data
+SmokeData = tuple[str, str, DatasetDict]  # the teacher's folder, the student's, and the data
 
 
-def glue() -> FusedTerms:
+def options(description: str, **defaults: object) -> Namespace:
+    """The command line of a script without training arguments, from its defaults; and `--smoke`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--smoke", action="store_true", help="Tiny models and data, offline, in seconds.")
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"Default: {value}.")
+    return parser.parse_args()
+
+
+def glue() -> SmokeData:
     """BERT, DistilBERT without a head, and data like SST-2."""
     features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     rows = {"sentence": SENTENCES, "label": [int("good" in text) for text in SENTENCES]}
@@ -31,7 +41,7 @@ def glue() -> FusedTerms:
     return *berts, _splits(Dataset.from_dict(rows, features=features))
 
 
-def ner() -> FusedTerms:
+def ner() -> SmokeData:
     """BERT, its labels in another order than the data's, DistilBERT without a head, and data like CoNLL-2003."""
     texts = ["ada byron lived in london", "london is big", "ada left", "byron in london"]
     rows = {"tokens": [text.split() for text in texts], "ner_tags": [[1, 2, 0, 0, 3], [3, 0, 0], [1, 0], [1, 0, 3]]}
@@ -41,7 +51,7 @@ def ner() -> FusedTerms:
     return *berts, _splits(Dataset.from_dict(rows, features=features))
 
 
-def squad() -> FusedTerms:
+def squad() -> SmokeData:
     """BERT, DistilBERT without a head, and data like SQuAD; one context is longer than a window."""
     rows = {
         "id": ["0", "1"],
@@ -52,7 +62,7 @@ def squad() -> FusedTerms:
     return *_berts(tf.BertForQuestionAnswering, rows["context"] + rows["question"]), _splits(Dataset.from_dict(rows))
 
 
-def text() -> FusedTerms:
+def text() -> SmokeData:
     """Two GPT-2 and data like WikiText."""
     tokenizer = tf.GPT2Tokenizer(vocab=_bytes(), merges=[])
     ends = {"bos_token_id": 256, "eos_token_id": 256}
@@ -61,7 +71,7 @@ def text() -> FusedTerms:
     return *(_save(_made(tf.GPT2LMHeadModel, config), tokenizer) for config in configs), _splits(data)
 
 
-def whisper() -> FusedTerms:
+def whisper() -> SmokeData:
     """Two Whispers and data like LibriSpeech, of tones."""
     names = ("startoftranscript", "en", "de", "transcribe", "translate", "notimestamps")
     start, *tasks = (f"<|{name}|>" for name in names)

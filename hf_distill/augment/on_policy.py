@@ -69,8 +69,8 @@ def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> 
         tokenizer: the student's, or None.
 
     >>> from types import SimpleNamespace
-    >>> student = nn.Module()
-    >>> student.get_output_embeddings = lambda: nn.Linear(2, 6)
+    >>> student = torch.nn.Module()
+    >>> student.get_output_embeddings = lambda: torch.nn.Linear(2, 6)
     >>> ids_not_shared(student, tokenizer=SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1, "c": 3}))
     [2, 4, 5]
     """

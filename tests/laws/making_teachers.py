@@ -86,7 +86,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class FusedTerms:
+class TeacherCase:
     """A student with a teacher for it.
 
     Attributes:
@@ -125,27 +125,27 @@ def _says(place: Place, model: nn.Module) -> Says:
     return says
 
 
-def a_model(place: Place) -> FusedTerms:
+def a_model(place: Place) -> TeacherCase:
     model = place.model()
-    return FusedTerms(place.student(), model, (model,), _says(place, model))
+    return TeacherCase(place.student(), model, (model,), _says(place, model))
 
 
-def cached(store: Any, seed: int = 2) -> Callable[[Place], FusedTerms]:
-    def make(place: Place) -> FusedTerms:
+def cached(store: Any, seed: int = 2) -> Callable[[Place], TeacherCase]:
+    def make(place: Place) -> TeacherCase:
         model = place.model(seed)
         words = tokenizer(VOCABULARY) if place.head == LANGUAGE else None
-        made = FusedTerms(place.student(), model, (model,), _says(place, model), processor=words)
+        made = TeacherCase(place.student(), model, (model,), _says(place, model), processor=words)
         return _in_a_cache(place, made, str(seed), store=store)
 
     return make
 
 
-def cache_of(make: Callable[[Place], FusedTerms], **settings: Any) -> Callable[[Place], FusedTerms]:
+def cache_of(make: Callable[[Place], TeacherCase], **settings: Any) -> Callable[[Place], TeacherCase]:
     """A cache of what that kind of teacher says."""
     return lambda place: _in_a_cache(place, make(place), "told", temperature=2.0, **settings)
 
 
-def _in_a_cache(place: Place, made: FusedTerms, tag: str, **settings: Any) -> FusedTerms:
+def _in_a_cache(place: Place, made: TeacherCase, tag: str, **settings: Any) -> TeacherCase:
     words = {} if made.processor is None else {"processing_class": made.processor}
     cache = TeacherCache.build(
         made.teacher,
@@ -162,25 +162,25 @@ def _in_a_cache(place: Place, made: FusedTerms, tag: str, **settings: Any) -> Fu
     return replace(made, teacher=CachedTeacher(cache))
 
 
-def ensemble(place: Place) -> FusedTerms:
+def ensemble(place: Place) -> TeacherCase:
     """Labels of one of them alone stand in another order."""
     one, other = place.model(), replace(place, order=(0, 1, 2)).model(3)
     first, second = _says(place, one), _says(replace(place, order=(0, 1, 2)), other)
     teacher = Ensemble([one, other], weights=[3, 1])
     says: Says = lambda inputs, t: 0.75 * first(inputs, t) + 0.25 * second(inputs, t)  # noqa: E731
-    return FusedTerms(place.student(), teacher, (one, other), says)
+    return TeacherCase(place.student(), teacher, (one, other), says)
 
 
-def ensemble_of_caches(place: Place) -> FusedTerms:
+def ensemble_of_caches(place: Place) -> TeacherCase:
     one, other = cached(Dense("float32"))(place), cached(Dense("float32"), seed=3)(replace(place, order=(0, 1, 2)))
     assert one.says is not None and other.says is not None
     first, second = one.says, other.says
     teacher = Ensemble([one.teacher, other.teacher])
     says: Says = lambda inputs, t: (first(inputs, t) + second(inputs, t)) / 2  # noqa: E731
-    return FusedTerms(one.student, teacher, (*one.models, *other.models), says)
+    return TeacherCase(one.student, teacher, (*one.models, *other.models), says)
 
 
-def specialists(place: Place) -> FusedTerms:
+def specialists(place: Place) -> TeacherCase:
     """A generalist, and one specialist of two classes, at temperature 1.
 
     With the probabilities g of the generalist and m of the specialist (d its dustbin), KL(g, q) + KL(m, q) is least at
@@ -199,13 +199,13 @@ def specialists(place: Place) -> FusedTerms:
         return torch.where((g.argmax(-1) < 2)[..., None], (g + m) / 2, g)
 
     teacher = Specialists(generalist, {tuple(special): specialist})
-    return FusedTerms(place.student(), teacher, (generalist, specialist), says)
+    return TeacherCase(place.student(), teacher, (generalist, specialist), says)
 
 
-def copy_of_student(make: Callable[[], Any]) -> Callable[[Place], FusedTerms]:
+def copy_of_student(make: Callable[[], Any]) -> Callable[[Place], TeacherCase]:
     """It says what the student would have said before it moved."""
 
-    def made(place: Place) -> FusedTerms:
+    def made(place: Place) -> TeacherCase:
         student = place.student()
         before = copy.deepcopy(student)
 
@@ -215,12 +215,12 @@ def copy_of_student(make: Callable[[], Any]) -> Callable[[Place], FusedTerms]:
                 for parameter in student.parameters():
                     parameter.add_(0.2 * torch.randn_like(parameter))
 
-        return FusedTerms(student, make(), (), lambda inputs, t: told_by(before, inputs, t), move)
+        return TeacherCase(student, make(), (), lambda inputs, t: told_by(before, inputs, t), move)
 
     return made
 
 
-def adapters_off(place: Place) -> FusedTerms:
+def adapters_off(place: Place) -> TeacherCase:
     base = place.student(seed=1)
     alone = copy.deepcopy(base)
     targets = ["q_proj", "v_proj"] if place.head == LANGUAGE else ["query", "value"]
@@ -231,30 +231,30 @@ def adapters_off(place: Place) -> FusedTerms:
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.5)
-    return FusedTerms(student, BaseModelTeacher(), (), lambda inputs, t: told_by(alone, inputs, t))
+    return TeacherCase(student, BaseModelTeacher(), (), lambda inputs, t: told_by(alone, inputs, t))
 
 
-def second_pass(place: Place) -> FusedTerms:
-    return FusedTerms(replace(place, students_dropout=0.3).student(), RDropTeacher())
+def second_pass(place: Place) -> TeacherCase:
+    return TeacherCase(replace(place, students_dropout=0.3).student(), RDropTeacher())
 
 
-def temporal(place: Place) -> FusedTerms:
-    return FusedTerms(place.student(), TemporalEnsemble())
+def temporal(place: Place) -> TeacherCase:
+    return TeacherCase(place.student(), TemporalEnsemble())
 
 
-def peer(place: Place) -> FusedTerms:
+def peer(place: Place) -> TeacherCase:
     model = replace(place, teachers_dropout=0.0).model()
     teacher = Peer(model, optimizer=partial(torch.optim.SGD, momentum=0.9), learning_rate=0.1, max_grad_norm=0.0)
-    return FusedTerms(place.student(), teacher, (model,), _says(place, model))
+    return TeacherCase(place.student(), teacher, (model,), _says(place, model))
 
 
-def quantised(place: Place) -> FusedTerms:
+def quantised(place: Place) -> TeacherCase:
     full = place.model().float()
-    return FusedTerms(place.student(), quantise_dynamically(full), (full,), _says(place, full))
+    return TeacherCase(place.student(), quantise_dynamically(full), (full,), _says(place, full))
 
 
-def served(place: Place) -> FusedTerms:
+def served(place: Place) -> TeacherCase:
     model, words = place.model(), tokenizer(VOCABULARY)
     server = place.stack.enter_context(serving(model, words))
     teacher = ServedTeacher(server.url, "large", tokenizer=words, top_logprobs=VOCABULARY)
-    return FusedTerms(place.student(), teacher, (), _says(place, model), processor=words)
+    return TeacherCase(place.student(), teacher, (), _says(place, model), processor=words)

@@ -15,7 +15,7 @@ from tests.laws.making_teachers import (
     LANGUAGE,
     SENTENCES,
     TOKENS,
-    FusedTerms,
+    TeacherCase,
     Place,
     a_model,
     adapters_off,
@@ -49,7 +49,7 @@ class TeacherRow:
     """
 
     of: str
-    make: Callable[[Place], FusedTerms]
+    make: Callable[[Place], TeacherCase]
     heads: tuple[str, ...] = (SENTENCES, TOKENS)
     store: str | None = None
     temperature: float = 2.0

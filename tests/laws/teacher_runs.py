@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.laws.making_teachers import FusedTerms, Place
+from tests.laws.making_teachers import TeacherCase, Place
 from tests.laws.teacher_rows import TEACHER_ROWS, TeacherRow
 from tests.trainer.tiny import PLAIN_STEP, make, weights
 
@@ -26,7 +26,7 @@ OVER_PROCESSES = ("cached, dense", "ensemble", "moving average", "adapters off",
 Weights = dict[str, Tensor]
 
 
-def trainer_of(folder: Path, row: TeacherRow, place: Place, made: FusedTerms | None = None, **settings: Any) -> Any:
+def trainer_of(folder: Path, row: TeacherRow, place: Place, made: TeacherCase | None = None, **settings: Any) -> Any:
     made = made or row.make(place)
     given = {"train_dataset": place.examples, "data_collator": HEADS[place.head].collate, "alpha": 0.5, **settings}
     return make(

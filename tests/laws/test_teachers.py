@@ -18,7 +18,7 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.teachers.cache.stores import STORES
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.making_teachers import NAMES, FusedTerms, Place
+from tests.laws.making_teachers import NAMES, TeacherCase, Place
 from tests.laws.teacher_rows import STORES_WITHOUT_ROWS, TEACHER_ROWS, TeacherRow
 from tests.laws.teacher_runs import TOGETHER, three_steps, trainer_of
 from tests.trainer.tiny import assert_moved, assert_same_bits, update_difference, weights
@@ -35,7 +35,7 @@ def placed(tmp_path: Path) -> Any:
         yield lambda head, **changed: Place(head, tmp_path, stack, **changed)
 
 
-def distiller_of(row: TeacherRow, made: FusedTerms, **settings: Any) -> Distiller:
+def distiller_of(row: TeacherRow, made: TeacherCase, **settings: Any) -> Distiller:
     given = {"alpha": 1.0, "temperature": row.temperature, "processing_class": made.processor, **settings}
     distiller = Distiller(made.student, made.teacher, **given)
     made.once_fitted()
@@ -73,7 +73,7 @@ def test_it_says_what_it_must_in_whatever_batch(placed: Any, kind: str, head: st
         assert m.difference(gradient, by_hand) < row.tolerance
 
 
-def defined(distiller: Distiller, made: FusedTerms, batch: dict[str, Tensor], t: float) -> tuple[float, Tensor]:
+def defined(distiller: Distiller, made: TeacherCase, batch: dict[str, Tensor], t: float) -> tuple[float, Tensor]:
     """T² KL(p ‖ q), the mean over the rows that count, and its gradient."""
     task, inputs = distiller.task, {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert made.says is not None
@@ -116,7 +116,7 @@ def test_training_moves_the_student_alone_and_is_resumed_bit_for_bit(placed: Any
 
 
 def check_the_teacher_is_apart(
-    row: TeacherRow, made: FusedTerms, trainer: Any, before: list[dict[str, Tensor]]
+    row: TeacherRow, made: TeacherCase, trainer: Any, before: list[dict[str, Tensor]]
 ) -> None:
     """L9: in no optimizer, without gradient, bit for bit what it was. An adapted student's base is the student's."""
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -131,7 +131,7 @@ def check_the_teacher_is_apart(
             assert_same_bits(weights(model), weights_before)
 
 
-def check_what_is_saved(row: TeacherRow, made: FusedTerms, trainer: Any, checkpoint: Path) -> None:
+def check_what_is_saved(row: TeacherRow, made: TeacherCase, trainer: Any, checkpoint: Path) -> None:
     """L9: of the teacher nothing is exported, and a checkpoint holds what moves alone."""
     exported = checkpoint.parent.parent / "exported"
     trainer.save_model(str(exported))
