@@ -12,23 +12,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from hf_distill import Distiller, ModelTeacher
 
-MODELS = {"teacher": "textattack/bert-base-uncased-SST-2", "student": "distilbert/distilbert-base-uncased"}
-NUMBERS = {"accumulation": 2, "learning_rate": 5e-5, "temperature": 2.0, "alpha": 0.9}
-
 
 def main() -> None:
-    parser = ArgumentParser(deargsion=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="Tiny models and data, offline, in seconds.")
-    for name, value in {**MODELS, **NUMBERS, "output_dir": "sst2-student"}.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"Default: {value}.")
-    args = parser.parse_args()
+    args = smoke.options(
+        __doc__,
+        **{"teacher": "textattack/bert-base-uncased-SST-2", "student": "distilbert/distilbert-base-uncased"},
+        **{"output_dir": "sst2-student", "accumulation": 2, "learning_rate": 5e-5, "temperature": 2.0, "alpha": 0.9},
+    )
     *models, data = smoke.glue() if args.smoke else (args.teacher, args.student, load_dataset("nyu-mll/glue", "sst2"))
     accelerator = Accelerator(cpu=args.smoke)  # for mixed precision: accelerate launch --mixed_precision bf16
     torch.manual_seed(42)
     teacher, student = map(AutoModelForSequenceClassification.from_pretrained, models)
     tokenizer = AutoTokenizer.from_pretrained(models[1])
-    others = [name for name in data["train"].column_names if name != "label"]
-    rows = data["train"].map(lambda row: tokenizer(row["sentence"], truncation=True), remove_columns=others)
+    rows = data["train"].map(lambda row: tokenizer(row["sentence"], truncation=True))
+    rows = rows.select_columns(["input_ids", "attention_mask", "label"])
     train = DataLoader(rows, 1 if args.smoke else 16, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
     teacher = ModelTeacher(teacher, label_matching="by_index")  # its config need not name the labels as GLUE does
     distiller = Distiller(student, teacher, temperature=args.temperature, alpha=args.alpha)
