@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from tests.heads import HEADS
-from tests.laws.making_teachers import TeacherCase, Place
+from tests.laws.making_teachers import Place, TeacherCase
 from tests.laws.teacher_rows import TEACHER_ROWS, TeacherRow
 from tests.trainer.tiny import PLAIN_STEP, make, weights
 

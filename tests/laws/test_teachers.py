@@ -18,7 +18,7 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.teachers.cache.stores import STORES
 from tests.heads import HEADS
 from tests.laws import measuring as m
-from tests.laws.making_teachers import NAMES, TeacherCase, Place
+from tests.laws.making_teachers import NAMES, Place, TeacherCase
 from tests.laws.teacher_rows import STORES_WITHOUT_ROWS, TEACHER_ROWS, TeacherRow
 from tests.laws.teacher_runs import TOGETHER, three_steps, trainer_of
 from tests.trainer.tiny import assert_moved, assert_same_bits, update_difference, weights
