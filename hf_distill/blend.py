@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.finite import FiniteCheck
 from hf_distill.functional import Divergence
-from hf_distill.objectives import OBJECTIVES, LabelsTerm, LogitsMatch, Objective
+from hf_distill.objectives import OBJECTIVES, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.base import StudentBatch
 
@@ -39,6 +39,8 @@ class Step:
         weights: term → its weight in this step; terms that weigh 0 are left out.
         scale: the factor that undoes the averaging over processes and Accelerate's division by its accumulation steps:
             the denominators already are those of the whole step.
+        active: the objectives that weigh something.
+        uses_labels: whether the labels' term weighs something.
         progress: how much of the training is done, 0 → 1, for schedules.
         temperature: that softens the predictions.
         student_needs: what must be computed of the student.
@@ -50,6 +52,8 @@ class Step:
 
     denominators: Mapping[str, Tensor]
     weights: Mapping[str, float]
+    active: tuple[str, ...]
+    uses_labels: bool
     progress: float
     temperature: float
     student_needs: Needs
@@ -58,28 +62,6 @@ class Step:
     scale: float = 1.0
     is_whole: bool = True
     finite_check: FiniteCheck = field(default_factory=FiniteCheck)
-
-    @property
-    def uses_labels(self) -> bool:
-        """Whether the labels' term weighs something."""
-        return LABELS in self.weights
-
-    @property
-    def active(self) -> list[str]:
-        """The objectives that weigh something."""
-        return [name for name in self.weights if name != LABELS]
-
-    def labels_share(self, mean: Tensor, task: Task, batch: Batch) -> Tensor:
-        """Return this micro-batch's share of the optimizer step's mean label loss.
-
-        Args:
-            mean: the model's own mean loss over this micro-batch, scalar.
-            task: counts the labels.
-            batch: the micro-batch.
-        """
-        if task.sums_over_examples:
-            return mean
-        return LabelsTerm()(mean, task, batch).over(self.denominators[LABELS])
 
 
 @dataclass(frozen=True)
@@ -121,6 +103,7 @@ class Blend:
 
     def __init__(self, objectives: Objectives = None) -> None:
         self.alpha: Schedule | None = None
+        self.logits_match = LogitsMatch()
         self.labels_alone = False  # whether alpha is 0 throughout, and no objective ever weighs anything
         # Copies: what one learns of a run stays with the run, though several are made with the same object.
         self._others = {name: copy.copy(one) for name, one in _named(objectives).items()}
@@ -141,14 +124,9 @@ class Blend:
         if alpha is None and not self._others:
             raise SettingError("alpha=None is a loss of the objectives alone, and there are none. Pass objectives=.")
         self.alpha = schedule
+        self.logits_match = match
         self.objectives = {LOGITS: match, **self._others}
         self.labels_alone = schedule is not None and not self.ever_active()
-
-    @property
-    def logits_match(self) -> LogitsMatch:
-        objective = self.objectives[LOGITS]
-        assert isinstance(objective, LogitsMatch)
-        return objective
 
     def labels_weight(self, progress: float) -> float:
         return 0.0 if self.alpha is None else 1 - self.alpha(progress)
@@ -194,12 +172,14 @@ class Blend:
             DataError: if a label is needed and missing, or is one that the head cannot take.
             SettingError: if every term weighs 0.
         """
-        weights = {name: self.weight(name, progress) for name in self.active(progress)}
-        if self.labels_weight(progress) > 0:
+        alpha = None if self.alpha is None else self.alpha(progress)
+        weights = {LABELS: 0.0 if alpha is None else 1 - alpha, LOGITS: alpha or 0.0}
+        weights |= {name: objective.weight(progress) for name, objective in self._others.items()}
+        weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if LABELS in weights:
             task.require_labels(micro_batches[0])
             for batch in micro_batches:
                 task.check_labels(batch)
-            weights = {LABELS: self.labels_weight(progress), **weights}
         if not weights:
             raise SettingError(
                 f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
@@ -207,14 +187,21 @@ class Blend:
             )
         sums = []
         for term in weights:
-            source = LabelsTerm() if term == LABELS else self.objectives[term]
-            sums.append(torch.stack([source.count(task, batch).to(device) for batch in micro_batches]).sum())
-        student, teacher = self.needs(progress)
+            if term == LABELS:
+                rows = [task.label_count(batch).to(device) for batch in micro_batches]
+            else:
+                rows = [self.objectives[term].count(task, batch).to(device) for batch in micro_batches]
+            sums.append(rows[0] if len(rows) == 1 else torch.stack(rows).sum())
+        active = tuple(name for name in weights if name != LABELS)
+        temperature = self.logits_match.temperature(progress)
+        student, teacher = self._needs_of(active, temperature)
         step = Step(
             {},
             weights,
+            active,
+            uses_labels=LABELS in weights,
             progress=progress,
-            temperature=self.logits_match.temperature(progress),
+            temperature=temperature,
             student_needs=student,
             teacher_needs=teacher,
             micro_batches=len(micro_batches),
@@ -246,7 +233,11 @@ class Blend:
         terms: dict[str, Tensor] = {} if fused is None else dict(fused.terms)
         weighted: list[Tensor] = [] if fused is None else [fused.loss]
         if labels_mean is not None:
-            terms[LABELS] = step.labels_share(labels_mean, task, batch) * step.scale
+            share = labels_mean
+            if not task.sums_over_examples:
+                rows = task.label_count(batch).to(labels_mean.device)
+                share = LossSum(labels_mean, rows, is_mean=True).over(step.denominators[LABELS])
+            terms[LABELS] = share * step.scale
             weight = step.weights[LABELS]
             weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
         active = [name for name in step.active if only in (None, name) and name not in terms]
@@ -272,10 +263,13 @@ class Blend:
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """What must be computed of the student and of the teacher."""
+        return self._needs_of(self.active(progress), self.logits_match.temperature(progress))
+
+    def _needs_of(self, active: Iterable[str], temperature: float) -> tuple[Needs, Needs]:
         student = teacher = Needs()
-        for name in self.active(progress):
+        for name in active:
             student, teacher = student | self.objectives[name].needs, teacher | self.objectives[name].teacher_needs
-        return student, replace(teacher, temperature=self.logits_match.temperature(progress))
+        return student, replace(teacher, temperature=temperature)
 
     def scheduled_values(self) -> dict[str, Schedule]:
         """Return whatever may follow a schedule, by the name it is logged under."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from hf_distill.fused_forward import FusedForward, FusedLoss
 from hf_distill.label_agreement import LabelAgreement
 from hf_distill.learned import Learned
 from hf_distill.models.capture import ActivationCapture, Activations
-from hf_distill.models.packing import PackingCheck
+from hf_distill.models.packing import PACKING_COLUMNS, PackingCheck
 from hf_distill.models.padding import PaddingCheck
 from hf_distill.objectives import LogitsMatch, Objective, ObjectiveSetup
 from hf_distill.objectives.base import cross_entropy_of_probabilities
@@ -39,6 +39,7 @@ from hf_distill.vocabulary import HeadAlignment
 
 logger = logging.getLogger(__name__)
 
+_NO_ACTIVATIONS = Activations([])
 # Calls the student with labels: (model, inputs, whether outputs are wanted) → its mean loss, and its outputs or None.
 LabelledForward = Callable[[nn.Module, dict[str, Any], bool], tuple[Tensor, Any]]
 
@@ -218,7 +219,9 @@ class Distiller(_ChecksKeywords):
         self._student, self._capture = unwrapped(student), capture
         self._whole_student = student  # with what PEFT puts around it: prompt tuning's vectors are outside of the base
         self._found_trainable = self._wrote_config = False
-        self._fused_loss.bind(student)
+        self._fused_loss.bind(student, task)
+        self._learns = bool(self.learned)
+        self._teacher_learns = self.teacher is not None and self.teacher.learns_from_batches
         self._check_packing = PackingCheck(self._student)
         tokenizer = getattr(self._processing_class, "tokenizer", self._processing_class)
         self.check_padding = PaddingCheck(self._student, tokenizer)
@@ -308,17 +311,21 @@ class Distiller(_ChecksKeywords):
             DataError: if a label is needed and missing, or is one that the head cannot take.
             SettingError: if the student has no trainable parameter, or every term weighs 0.
         """
-        micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
-        self._check_trainable()
-        compares = bool(self.blending.active(progress))
-        if compares:
-            self._write_config(micro_batches[0])
-        self._check_packing(micro_batches, self.task, self.teacher, self.blending.needs(progress)[1])
-        if compares:
-            self.check_padding(micro_batches, self.teacher, accelerator)
+        if self._label_aliases:
+            micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
+        if not self._found_trainable and torch.is_grad_enabled():
+            self._check_trainable()
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        step, sums = self.blending.begin_step(self.task, micro_batches, device, progress)
-        rows = gathered_sum(sums, accelerator) / same_batch
+        step, rows = self.blending.begin_step(self.task, micro_batches, device, progress)
+        if any(name in batch for batch in micro_batches for name in PACKING_COLUMNS):
+            self._check_packing(micro_batches, self.task, self.teacher, step.teacher_needs)
+        if step.active:
+            if not self._wrote_config:
+                self._write_config(micro_batches[0])
+            if not self.check_padding.done:
+                self.check_padding(micro_batches, self.teacher, accelerator)
+        if accelerator is not None and accelerator.num_processes > 1:
+            rows = gathered_sum(rows, accelerator) / same_batch
         if self.task.sums_over_examples and {LABELS, LOGITS} & set(step.weights):
             rows = torch.ones_like(rows)
         self.label_agreement.warn_if_chance(accelerator)
@@ -332,8 +339,6 @@ class Distiller(_ChecksKeywords):
 
     def _check_trainable(self) -> None:
         """Look once, before the first step that is to train something."""
-        if self._found_trainable or not torch.is_grad_enabled():
-            return
         parameters = chain(self._whole_student.parameters(), self.learned.parameters())
         self._found_trainable = any(parameter.requires_grad for parameter in parameters)
         if not self._found_trainable:
@@ -345,10 +350,10 @@ class Distiller(_ChecksKeywords):
 
     def _write_config(self, batch: Batch) -> None:
         """Write what the student is trained as into its config, once, when the training begins: it is saved with it."""
-        config = getattr(self._student, "config", None)
-        if self._wrote_config or config is None:
-            return
         self._wrote_config = True
+        config = getattr(self._student, "config", None)
+        if config is None:
+            return
         before = _task_settings(config)
         self.task.write_to(config, batch)
         written = {name: value for name, value in _task_settings(config).items() if value != before[name]}
@@ -383,9 +388,10 @@ class Distiller(_ChecksKeywords):
             HfDistillError: if the loss is not finite (see `FiniteCheck`).
         """
         step = step or self.begin_step([batch])
-        batch = self.with_task_labels(batch)
+        if self._label_aliases:
+            batch = self.with_task_labels(batch)
         fused = None
-        if not keep_logits:
+        if self._fused_loss.is_possible and not keep_logits:
             prepared = self.prepare(batch)
             fused = self._fused_loss.forward(
                 self, student, prepared, step, smoothing=label_smoothing, fuse_labels=fuse_labels
@@ -403,19 +409,18 @@ class Distiller(_ChecksKeywords):
     ) -> tuple[Tensor | None, Any, Activations]:
         """Return the student's mean loss on the labels, its outputs, and its activations of the same forward."""
         keys = step.student_needs.activations
-        teacher_learns = self.teacher is not None and self.teacher.learns_from_batches
-        wants_outputs = wants_outputs or bool(step.active) or teacher_learns
+        wants_outputs = wants_outputs or bool(step.active) or self._teacher_learns
         mean = outputs = None
-        with self._capture.capture(keys, validate=False) as activations:
+        with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
             if step.uses_labels:
                 forward = forward or self._labelled_forward
                 # Where nothing is compared the forward is that of `Trainer`, bit for bit.
                 inputs = self.forward_inputs(batch) if step.active else self.student_inputs(batch)
                 mean, outputs = forward(student, inputs, wants_outputs)
         if outputs is None and (wants_outputs or not step.uses_labels):
-            with self._capture.capture(keys, validate=False) as activations:
+            with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
                 outputs = student(**self.forward_inputs(batch, labels=False))
-        return mean, outputs, activations.validate()
+        return mean, outputs, activations.validate() if keys else activations
 
     def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
         """Return the student's own mean loss, and its outputs."""
@@ -466,14 +471,14 @@ class Distiller(_ChecksKeywords):
             loss.detach(),
             terms,
             self._student,
-            self.forward_inputs(batch, labels=LABELS in terms),
+            lambda: self.forward_inputs(batch, labels=step.uses_labels),
             teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if compares else None,
         )
         loss = step.finite_check.add(loss, seen)
         if labels_mean is None and not step.student_needs.logits and several_processes():
             self._used_parameters |= parameters_of(loss)
             loss = tied(loss, outputs)
-        if self.teacher is not None and self.teacher.learns_from_batches and torch.is_grad_enabled():
+        if self.teacher is not None and self._teacher_learns and torch.is_grad_enabled():
             student = self.student_signals(outputs, batch)
             self.teacher.on_batch(self.blending.student_batch(step, student, self.task, batch))
         return DistillerOutput(loss, terms, outputs)
@@ -487,7 +492,8 @@ class Distiller(_ChecksKeywords):
             student: the model as the loop calls it.
             accelerator: None means one process.
         """
-        self.learned.synchronize(accelerator)
+        if self._learns:
+            self.learned.synchronize(accelerator)
         used, self._used_parameters = self._used_parameters, set()
         if used and isinstance(student, DDP):
             forget_gradients_but(self._whole_student.parameters(), used)

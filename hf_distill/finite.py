@@ -36,7 +36,7 @@ class MicroBatch:
         loss: scalar, detached.
         terms: each term before its weight, detached.
         student: the student without wrappers.
-        inputs: what the student was called with.
+        inputs: returns what the student was called with.
         teacher: runs the teacher on a batch once more; None if the loss does not need it.
     """
 
@@ -45,7 +45,7 @@ class MicroBatch:
     loss: Tensor
     terms: Mapping[str, Tensor]
     student: nn.Module
-    inputs: Mapping[str, Any]
+    inputs: Callable[[], Mapping[str, Any]]
     teacher: Callable[[Batch], Signals] | None
 
 
@@ -243,14 +243,15 @@ def _fault_of_student(one: MicroBatch, place: str, *, can_run: bool) -> HfDistil
 def _example_alone(one: MicroBatch) -> str | None:
     """Run the examples one by one, and say on which the student's outputs or its own loss are not finite."""
     examples = batch_size(one.batch)
-    tensors = [value for value in one.inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
+    inputs = one.inputs()
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
     if any(value.shape[0] != examples for value in tensors):
         return None
     with _evaluating(one.student):
         for example in range(examples):
             alone = {
                 name: value[example : example + 1] if isinstance(value, Tensor) and value.dim() > 0 else value
-                for name, value in one.inputs.items()
+                for name, value in inputs.items()
             }
             try:
                 outputs = one.student(**alone)

@@ -59,10 +59,13 @@ class FusedLoss:
         self.setting = setting
         self._tried: str | None = None
         self._tried_with: bool | None = None  # whether with labels; None before the trial
+        self.is_possible = False  # whether it is worth asking `forward`
 
-    def bind(self, student: nn.Module) -> None:
+    def bind(self, student: nn.Module, task: Task) -> None:
         """Start again with this student."""
         self.head = OutputHead(student)
+        large = task.over_vocabulary and self.head.columns >= LARGE
+        self.is_possible = large if self.setting is None else self.setting
         self._tried, self._tried_with = None, None
 
     def forward(
@@ -88,8 +91,6 @@ class FusedLoss:
         Raises:
             SettingError: if whole logits are needed and `fused_loss` is True.
         """
-        if self.setting is False:
-            return None
         blending, task, teacher = distiller.blending, distiller.task, distiller.teacher
         alignment = HeadAlignment() if teacher is None else teacher.alignment
         why = self._why_not(blending, task, alignment, step, fuse_labels=fuse_labels)

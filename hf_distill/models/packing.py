@@ -26,6 +26,7 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 _LENGTHS = (2, 3)  # of the two sequences that are tried
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
 _TELL = (*_BOUNDARIES, "seq_idx")  # where sequences begin, beside their positions
+PACKING_COLUMNS = ("position_ids", *_TELL)  # without one of these a batch is not packed
 _LONGEST = ("max_length_q", "max_length_k")
 _WITHOUT_MASK = (
     "The attention_mask is why: without one they are kept apart. Drop attention_mask from the batch. (Collators that "

@@ -46,7 +46,7 @@ class PaddingCheck:
     def __init__(self, student: Any, tokenizer: Any) -> None:
         self._student = student
         self._tokenizer = tokenizer
-        self._looked = False
+        self.done = False
 
     def __call__(self, batches: Sequence[Batch], teacher: Any = None, accelerator: Any = None) -> None:
         """Does nothing after the first call, so that no later step waits for the device.
@@ -56,9 +56,9 @@ class PaddingCheck:
             teacher: a Teacher; it is looked at where it is one model. None: there is none.
             accelerator: None where there is one process.
         """
-        if self._looked:
+        if self.done:
             return
-        self._looked = True
+        self.done = True
         if finds_last_token(self._student):
             self._align(batches)
         if getattr(accelerator, "distributed_type", None) in _SHARDED:

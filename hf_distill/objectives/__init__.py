@@ -1,7 +1,7 @@
 """What student and teacher should agree about, and what the labels say. Sums and counts, never means."""
 
 from hf_distill.objectives.attention import AttentionMatch
-from hf_distill.objectives.base import LabelsTerm, Objective, ObjectiveSetup
+from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.objectives.exits import ExitMatch
 from hf_distill.objectives.hidden import CosineEmbedding, HiddenMatch
 from hf_distill.objectives.logits import LogitsMatch
@@ -26,7 +26,6 @@ __all__ = [
     "CosineEmbedding",
     "ExitMatch",
     "HiddenMatch",
-    "LabelsTerm",
     "LogitsMatch",
     "Objective",
     "ObjectiveSetup",

@@ -1,4 +1,4 @@
-"""Objective: the base class of everything that student and teacher should agree about; and the labels' own term."""
+"""Objective: the base class of everything that student and teacher should agree about."""
 
 from __future__ import annotations
 
@@ -85,19 +85,6 @@ class Objective(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
-
-
-class LabelsTerm:
-    """The loss of the model itself, of the user's `compute_loss_func`, or with label smoothing: a mean over
-    the micro-batch's labels, whose part in the optimizer step's mean is its share of the labels.
-    """
-
-    def __call__(self, mean: Tensor, task: Task, batch: Batch) -> LossSum:
-        """Args: mean: the loss over this micro-batch, scalar."""
-        return LossSum(mean, self.count(task, batch).to(mean.device), is_mean=True)
-
-    def count(self, task: Task, batch: Batch) -> Tensor:
-        return task.label_count(batch)
 
 
 def cross_entropy_of_probabilities(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:

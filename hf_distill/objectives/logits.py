@@ -111,7 +111,8 @@ class LogitsMatch(Objective):
     ) -> LossSum:
         rows = self.per_row(student, teacher, task, batch, progress=progress)
         count = torch.tensor(rows.values.shape[0], device=rows.values.device)
-        refuse_other_count(rows.values, task, batch)
+        if type(task).count is not Task.count:
+            refuse_other_count(rows.values, task, batch)
         # sum() of no row is 0 with a graph, so backward works (law L2).
         return LossSum(rows.values.sum(), count)
 
@@ -262,9 +263,10 @@ def divergence_name(divergence: str | Divergence) -> str:
 
 
 def refuse_other_count(values: Tensor, task: Task, batch: Batch) -> None:
-    """Raise SettingError where a task's own `count` is not the number of rows that it selects and keeps."""
-    if type(task).count is Task.count:  # then it follows from `rows` and `keep`, and comparing would only synchronise
-        return
+    """Raise SettingError if a task's own `count` is not the number of rows that it selects and keeps.
+
+    The default count follows from `rows` and `keep`, and comparing it would only synchronise.
+    """
     counted = int(task.count(batch))
     if counted != values.shape[0]:
         raise SettingError(

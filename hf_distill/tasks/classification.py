@@ -96,7 +96,9 @@ class Classification(Task):
 
     def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         logits = output_named("logits", outputs)
-        require_axes(logits, ("example", "class"), what="logits", teacher=teacher, hint=self._class_axis(logits))
+        if logits.dim() != 2:
+            hint = self._class_axis(logits)
+            require_axes(logits, ("example", "class"), what="logits", teacher=teacher, hint=hint)
         logits = pick(logits, columns, teacher=teacher)  # [b v]
         if not self.is_multi_label(batch):
             return logits

@@ -278,11 +278,12 @@ class ModelTeacher(Teacher):
         self._decoder_inputs: OwnDecoderInputs | None = None  # None: it makes the same of the labels as the student
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        self._put_to_use()
+        if not self._in_use:
+            self._put_to_use()
         self._set_mode()
         inputs = self._model_inputs(batch)
         with torch.no_grad(), self._forward_of(inputs, batch):
-            head = self._head_for(needs, inputs)
+            head = self._head_for(inputs) if needs.logits and needs.deferred else None
             heard: list[DeferredLogits] = []
             listening = contextlib.nullcontext() if head is None else head.listened(heard)
             with self.capture.capture(needs.activations) as activations, listening:
@@ -366,10 +367,8 @@ class ModelTeacher(Teacher):
         with reading_outputs_of(unwrapped(self.model), "teacher"):
             return task.read(outputs, batch, self.alignment, teacher=True)
 
-    def _head_for(self, needs: Needs, inputs: dict[str, Any]) -> OutputHead | None:
-        """The output head, where what it is given will do in place of the logits, and can be had."""
-        if not (needs.logits and needs.deferred):
-            return None
+    def _head_for(self, inputs: dict[str, Any]) -> OutputHead | None:
+        """Return the output head, if hidden states and head can stand for the logits."""
         if self._head is None:
             head = OutputHead(self.model)
             if head.refusal is None and head.is_sharded():

@@ -27,13 +27,21 @@ def own_num_items(batch: Any, num_items_in_batch: Any, *, shifts: bool) -> Any:
 
 
 @contextlib.contextmanager
-def unscaled(args: Any) -> Iterator[None]:
-    """Leave out `Trainer.compute_loss`'s factor, the number of processes, which not every head accounts for."""
-    asked, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+def head_loss_alone(trainer: DistillationMixin, batch: Any) -> Iterator[None]:
+    """Make `Trainer.compute_loss` return the head's own mean, also for labels that are probabilities.
+
+    Its factor, the number of processes, is left out: not every head accounts for it.
+    """
+    args = trainer.args
+    given, args.average_tokens_across_devices = args.average_tokens_across_devices, False
     try:
-        yield
+        if trainer.distiller.task.has_probabilities(batch):
+            with loss_of_probabilities(trainer, batch):
+                yield
+        else:
+            yield
     finally:
-        args.average_tokens_across_devices = asked
+        args.average_tokens_across_devices = given
 
 
 @contextlib.contextmanager

@@ -47,10 +47,10 @@ from hf_distill.trainer.evaluation import (
 )
 from hf_distill.trainer.head_loss import (
     carries_gradient,
+    head_loss_alone,
     loss_of_probabilities,
     observed_forwards,
     own_num_items,
-    unscaled,
 )
 from hf_distill.trainer.search import search_arguments
 from hf_distill.trainer.setup import make_distiller
@@ -153,6 +153,8 @@ class DistillationMixin(_Trainer):
         self._objectives_setting = objectives
         self._on_policy = on_policy
         self._blend_is_ours = distiller is None
+        # Whether the base trainer computes its loss in a way of its own.
+        self._overrides_loss = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
         self._columns_given = set(columns.columns_of(given.get("train_dataset")))
         self._terms = RunningTerms()
         self._blend_at_start: dict[str, float] = {}  # of what was changed while the training ran
@@ -310,7 +312,7 @@ class DistillationMixin(_Trainer):
             moment = {"step": state.global_step, "process": process, "progress": self._progress}
             batches = [self._on_policy(b, self.model, micro_batch=i, **moment) for i, b in enumerate(batches)]
             num_items = self._get_num_items_in_batch(batches, device)
-        self._is_base_step = bool(batches) and self._belongs_to_base(batches)
+        self._is_base_step = self.distiller.compares_nothing and bool(batches) and self._belongs_to_base(batches)
         if self._is_base_step:
             self._step, self._micro_batches_left = None, 0
             return batches, num_items
@@ -329,12 +331,11 @@ class DistillationMixin(_Trainer):
         return batches, num_items
 
     def _belongs_to_base(self, batches: list[Any]) -> bool:
-        """Whether the loss of these micro-batches is left to the base trainer.
+        """Whether the loss of these micro-batches is left to the base trainer, where nothing is compared throughout.
 
-        It is if nothing is compared throughout, and the task finds no labels that it could count: the class is not
-        known, or its loss needs no labels.
+        It is if the task finds no labels that it could count: the class is not known, or its loss needs no labels.
         """
-        return self.distiller.compares_nothing and not all(map(self.distiller.finds_labels, batches))
+        return not all(map(self.distiller.finds_labels, batches))
 
     def _begin_step(self, batches: list[Any], *, check_at: Any = "loss") -> Step:
         if self._is_plain is None:
@@ -368,7 +369,8 @@ class DistillationMixin(_Trainer):
         if not (model.training or self._in_training_step):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         in_loop = self._step is not None and self._micro_batches_left > 0
-        if self._is_base_step or (not in_loop and self._belongs_to_base([inputs])):
+        is_plain = self._is_base_step or (self.distiller.compares_nothing and not in_loop)
+        if is_plain and (self._is_base_step or self._belongs_to_base([inputs])):
             return self._base_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self._step if in_loop and self._step is not None else self._begin_step([inputs])
         batch = self.distiller.with_task_labels(inputs)
@@ -424,7 +426,7 @@ class DistillationMixin(_Trainer):
         return loss, None
 
     def _labels_loss(self, model: Any, batch: Any, inputs: Any, num_items: Any, *, return_outputs: bool) -> Any:
-        with unscaled(self.args), loss_of_probabilities(self, batch):
+        with head_loss_alone(self, batch):
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
 
     def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
@@ -437,11 +439,6 @@ class DistillationMixin(_Trainer):
             except DataError as missing:
                 raise missing from error
             raise
-
-    @property
-    def _overrides_loss(self) -> bool:
-        """Whether the base trainer computes its loss in a way of its own."""
-        return getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
 
     @property
     def _has_own_loss(self) -> bool:
