@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -266,9 +268,9 @@ class Blend:
         return self._needs_of(self.active(progress), self.logits_match.temperature(progress))
 
     def _needs_of(self, active: Iterable[str], temperature: float) -> tuple[Needs, Needs]:
-        student = teacher = Needs()
-        for name in active:
-            student, teacher = student | self.objectives[name].needs, teacher | self.objectives[name].teacher_needs
+        objectives = [self.objectives[name] for name in active]
+        student = reduce(or_, (objective.needs for objective in objectives)) if objectives else Needs()
+        teacher = reduce(or_, (objective.teacher_needs for objective in objectives)) if objectives else Needs()
         return student, replace(teacher, temperature=temperature)
 
     def scheduled_values(self) -> dict[str, Schedule]:

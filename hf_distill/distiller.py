@@ -86,6 +86,7 @@ class Distiller(_ChecksKeywords):
         task: reads predictions, rows and labels of a batch.
         teacher: the teacher, or None.
         learned: what the objectives learn.
+        has_other_label_names: whether the student's forward calls its labels by other names than the task.
 
     Raises:
         SettingError: if a setting is not allowed, or does not go with student, teacher or task. Nothing is changed.
@@ -231,6 +232,7 @@ class Distiller(_ChecksKeywords):
         own, known = self._label_names, task.label_names
         differ = own is not None and len(own) == len(known) and tuple(own) != known
         self._label_aliases = dict(zip(known, own or (), strict=True)) if differ else {}
+        self.has_other_label_names = bool(self._label_aliases)
         self._bound = student
 
     def _bind_teacher(self, teacher: Teacher, student: nn.Module, task: Task) -> None:
@@ -515,11 +517,6 @@ class Distiller(_ChecksKeywords):
         if not aliases or self.task.has_labels(batch) or any(batch.get(own) is None for own in aliases.values()):
             return batch
         return {**batch, **{name: batch[own] for name, own in aliases.items()}}
-
-    @property
-    def has_other_label_names(self) -> bool:
-        """Whether the student's forward calls its labels by other names than the task."""
-        return bool(self._label_aliases)
 
     def finds_labels(self, batch: Batch) -> bool:
         """Return whether the task can count this batch's labels."""

@@ -67,6 +67,7 @@ class FiniteCheck:
 
     def __init__(self, micro_batches: int = 1, accelerator: Accelerator | None = None, *, at: CheckAt = "loss") -> None:
         self._micro_batches, self._accelerator, self._at = micro_batches, accelerator, at
+        self._several = accelerator is not None and accelerator.num_processes > 1
         self._seen: list[MicroBatch] = []
 
     def add(self, loss: Tensor, seen: MicroBatch) -> Tensor:
@@ -105,10 +106,6 @@ class FiniteCheck:
             finite = math.isfinite(norm)
         if not finite:
             self._raise(seen, norm=float(norm), refuses_students=True)
-
-    @property
-    def _several(self) -> bool:
-        return self._accelerator is not None and self._accelerator.num_processes > 1
 
     def _look_at_losses(self, *, has_gradient: bool) -> None:
         finite = torch.stack([one.loss.float() for one in self._seen]).isfinite().all()

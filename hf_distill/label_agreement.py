@@ -45,7 +45,8 @@ class LabelAgreement:
         targets, chosen = task.targets(batch), task.select(teacher.logits, batch).argmax(-1)
         if targets is None or chosen.shape != targets.shape:
             return
-        targets = teacher.alignment.of_labels(targets)
+        if teacher.alignment.student is not None:
+            targets = teacher.alignment.of_labels(targets)
         labelled = targets >= 0
         self._rows += len(targets)
         self._labels = _counted(self._labels, targets, labelled, student.logits.shape[-1])

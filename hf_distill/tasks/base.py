@@ -213,6 +213,9 @@ def labels_of_rows(batch: Batch) -> Tensor | None:
 
 
 def pick(x: Tensor, columns: HeadAlignment, *, teacher: bool) -> Tensor:
+    """Return the compared columns of a model's predictions."""
+    if (columns.teacher if teacher else columns.student) is None:
+        return x
     return columns.of_teacher(x) if teacher else columns.of_student(x)
 
 

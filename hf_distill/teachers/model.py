@@ -274,6 +274,7 @@ class ModelTeacher(Teacher):
         self.capture: ActivationCapture = ActivationCapture(model, "teacher")
         self._head: OutputHead | None = None
         self.inputs = tuple(name for name in forward_names(model) if name not in _NEVER_GIVEN)
+        self._main = main_input_of(model)
         self._padding: OwnPadding | None = None  # None: it pads as the student does
         self._decoder_inputs: OwnDecoderInputs | None = None  # None: it makes the same of the labels as the student
 
@@ -286,7 +287,9 @@ class ModelTeacher(Teacher):
             head = self._head_for(inputs) if needs.logits and needs.deferred else None
             heard: list[DeferredLogits] = []
             listening = contextlib.nullcontext() if head is None else head.listened(heard)
-            with self.capture.capture(needs.activations) as activations, listening:
+            keys = needs.activations
+            capturing: Any = self.capture.capture(keys) if keys else contextlib.nullcontext({})
+            with capturing as activations, listening:
                 outputs = self.model(**inputs)
         if head is not None:
             return Signals(None, alignment=self.alignment, activations=activations, deferred=heard[0])
@@ -418,24 +421,13 @@ class ModelTeacher(Teacher):
             raise failures.explained(error, self.model, inputs, own=self._reads_own(batch)) from error
 
     def _model_inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model is called with."""
-        inputs = self._in_own_dtype(self._inputs(batch))
-        if self._padding is None:
-            return inputs
-        return self._padding.written(inputs, self._main)
-
-    def _in_own_dtype(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Speech and image features in the dtype of a half-precision teacher."""
+        """Return what the model is called with; speech and image features in the dtype of its weights."""
         dtype = self._parameter_dtype()
-        return {
+        inputs = {
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
+            for name, value in self._inputs(batch).items()
         }
-
-    @property
-    def _main(self) -> str:
-        """The name of its main input."""
-        return main_input_of(self.model)
+        return inputs if self._padding is None else self._padding.written(inputs, self._main)
 
     def _reads_own(self, batch: Batch) -> bool:
         """Whether the batch has its main input as a column of its own."""

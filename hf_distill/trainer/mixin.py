@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
-from hf_distill._compat import divides_the_loss, renamed_state
+from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, renamed_state
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
@@ -312,7 +312,7 @@ class DistillationMixin(_Trainer):
             moment = {"step": state.global_step, "process": process, "progress": self._progress}
             batches = [self._on_policy(b, self.model, micro_batch=i, **moment) for i, b in enumerate(batches)]
             num_items = self._get_num_items_in_batch(batches, device)
-        self._is_base_step = self.distiller.compares_nothing and bool(batches) and self._belongs_to_base(batches)
+        self._is_base_step = self.distiller.blending.labels_alone and bool(batches) and self._belongs_to_base(batches)
         if self._is_base_step:
             self._step, self._micro_batches_left = None, 0
             return batches, num_items
@@ -369,18 +369,18 @@ class DistillationMixin(_Trainer):
         if not (model.training or self._in_training_step):
             return self._evaluation_loss(model, inputs, return_outputs, num_items_in_batch)
         in_loop = self._step is not None and self._micro_batches_left > 0
-        is_plain = self._is_base_step or (self.distiller.compares_nothing and not in_loop)
+        is_plain = self._is_base_step or (self.distiller.blending.labels_alone and not in_loop)
         if is_plain and (self._is_base_step or self._belongs_to_base([inputs])):
             return self._base_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self._step if in_loop and self._step is not None else self._begin_step([inputs])
-        batch = self.distiller.with_task_labels(inputs)
+        batch = self.distiller.with_task_labels(inputs) if self.distiller.has_other_label_names else inputs
         found = self.distiller(
             model,
             batch,
             step,
             forward=partial(self._head_loss, batch, step, num_items_in_batch),
             keep_logits=return_outputs,
-            fuse_labels=not self._has_own_loss,
+            fuse_labels=self.compute_loss_func is None and not self._overrides_loss,
             label_smoothing=self.args.label_smoothing_factor,
         )
         loss = found.loss
@@ -392,7 +392,7 @@ class DistillationMixin(_Trainer):
                 begins_step=self._micro_batches_left == step.micro_batches,
             )
             self._micro_batches_left -= 1
-            if divides_the_loss(self, num_items_in_batch):
+            if TRAINER_MAY_DIVIDE and divides_the_loss(self, num_items_in_batch):
                 loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 

@@ -67,6 +67,7 @@ _OF_THE_BLEND = ("temperature", "alpha", "divergence", "divergence_kwargs")
 _OF_SCHEDULES = ("temperature_schedule", "temperature_end", "alpha_schedule", "alpha_end")
 _READ_ONCE = ("teacher_dtype", "teacher_quantization", "teacher_device_map", "label_matching", "fused_loss")
 _NAMES = (*_OF_THE_BLEND, *_OF_SCHEDULES, "evaluate_with_teacher", *_READ_ONCE)
+_DEFAULTS = {name: setting(None, name) for name in _NAMES}
 
 
 def follow_settings(trainer: DistillationMixin) -> None:
@@ -165,5 +166,5 @@ def _check_dropped_columns(trainer: DistillationMixin, teacher: Teacher | None) 
 
 def settings_of(args: Any) -> dict[str, Any]:
     """Return the settings of the distillation that a trainer follows, as they are now."""
-    found = {name: setting(args, name) for name in _NAMES}
+    found = {name: getattr(args, name, default) for name, default in _DEFAULTS.items()}
     return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in found.items()}
