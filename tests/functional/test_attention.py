@@ -240,8 +240,8 @@ def test_a_heads_gradient_goes_where_it_came_from() -> None:
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ([0, 3], r"heads=\[0, 3\]: the teacher has 3 heads, 0 to 2; there is no \[3\]"),
-        ([[0, 7], [-1]], r"heads=\[\[0, 7\], \[-1\]\]: the teacher has 3 heads, 0 to 2; there is no \[-1, 7\]"),
+        ([0, 3], r"heads=\[0, 3\]: the teacher's 3 heads are 0 to 2, not \[3\]"),
+        ([[0, 7], [-1]], r"heads=\[\[0, 7\], \[-1\]\]: the teacher's 3 heads are 0 to 2, not \[-1, 7\]"),
         ([], r"heads=\[\]: name at least one teacher head for each student head"),
         ([[0], []], r"heads=\[\[0\], \[\]\]: name at least one"),
     ],

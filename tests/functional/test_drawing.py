@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hf_distill.functional.sparse import drawn, merged
+from hf_distill.functional.sparse import draw_columns, merge_repeats
 
 
 def uniforms(n, k, seed=0):
@@ -20,7 +20,7 @@ def test_how_often(stratified):
     """
     weights = torch.tensor([3.0, 0.0, 1.0, 5.0, 0.5, 0.5, 0.0])
     share = (weights / weights.sum()).double()
-    ids = drawn(weights.expand(4000, -1), uniforms(4000, 5), stratified=stratified)
+    ids = draw_columns(weights.expand(4000, -1), uniforms(4000, 5), stratified=stratified)
     assert (ids[:, 1:] >= ids[:, :-1]).all()
     found = torch.bincount(ids.flatten(), minlength=7)
     assert found[1] == found[6] == 0
@@ -33,7 +33,7 @@ def test_how_often(stratified):
 def test_a_column_that_fills_whole_parts_is_drawn_in_each():
     weights = torch.tensor([[0.1, 0.6, 0.3]])  # of ten parts 1 to 6 are the second's
     for row in uniforms(50, 10):
-        ids = drawn(weights, row[None])[0]
+        ids = draw_columns(weights, row[None])[0]
         assert ids.tolist() == [0] + [1] * 6 + [2] * 3
 
 
@@ -46,7 +46,7 @@ def test_long_rows_as_by_one_sum_over_all_columns(stratified):
     at = (torch.arange(16) + u) / 16 if stratified else u.sort(-1).values
     up_to = weights.double().cumsum(-1)
     expected = torch.searchsorted(up_to, at * up_to[:, -1:], right=True)
-    found = drawn(weights, u, stratified=stratified)
+    found = draw_columns(weights, u, stratified=stratified)
     assert (found == expected).float().mean() > 0.99  # float32 sums of blocks: a draw at a border may fall to the next
     assert (weights.gather(-1, found) > 0).all() and (found[:, 1:] >= found[:, :-1]).all()
 
@@ -56,14 +56,14 @@ def test_the_ends_of_a_row():
     weights = torch.tensor([[0.0, 1e-30, 1.0, 1e-9, 0.0], [0.0] * 5, [1e30, 0.0, 0.0, 0.0, 0.0]])
     ends = torch.tensor([[0.0, 1 - 2.0**-53]], dtype=torch.float64).expand(3, -1)
     for stratified in (True, False):
-        ids = drawn(weights, ends, stratified=stratified)
+        ids = draw_columns(weights, ends, stratified=stratified)
         assert ids[0].tolist() == [1, 3] and ids[1].tolist() == [4, 4] and ids[2].tolist() == [0, 0]
 
 
 def test_merged_as_counted_by_hand():
-    ids = drawn(torch.rand(30, 6, generator=torch.Generator().manual_seed(1)), uniforms(30, 9)).view(5, 6, 9)
+    ids = draw_columns(torch.rand(30, 6, generator=torch.Generator().manual_seed(1)), uniforms(30, 9)).view(5, 6, 9)
     weights = torch.rand(5, 6, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found, sums = merged(ids, weights)
+    found, sums = merge_repeats(ids, weights)
     for row, of_row, listed, total in zip(
         ids.view(-1, 9).tolist(), weights.view(-1, 9).tolist(), found.view(-1, 9).tolist(), sums.view(-1, 9).tolist(),
         strict=True,

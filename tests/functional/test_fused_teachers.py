@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_distill.functional import DIVERGENCES, PROPERTIES
 from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
 from hf_distill.functional.fused.loss import fused_linear_distillation
-from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, sampled_forward_kl, student_outcomes, teacher_outcomes
 from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
 
 
@@ -86,18 +86,18 @@ def coarse(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
-@pytest.mark.parametrize("name", ON_OUTCOMES)
+@pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
 def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> None:
     """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
     case = given_logits(name, labels=False, bias=True, row_weights=True)
     t, logits = case.terms.temperature, case.teacher.logits
     ids = logits.topk(k).indices
-    outcomes = coarse(logits / t, ids)
-    case.teacher = TeacherSparse(ids, logits.gather(1, ids), outcomes[:, -1])
+    expected_outcomes = coarse(logits / t, ids)
+    case.teacher = TeacherSparse(ids, logits.gather(1, ids), expected_outcomes[:, -1])
     found = case.run()
     student = logits_of(case.hidden, case.head) / t
     ours = coarse(student, ids) if k < 11 else student.gather(1, ids)
-    expected = DIVERGENCES[name](ours, outcomes[:, : ours.shape[1]])
+    expected = DIVERGENCES[name](ours, expected_outcomes[:, : ours.shape[1]])
     total = (expected * case.row_weights).sum()
     loss = 0.7 * t ** PROPERTIES[name].temperature_power * total
     torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=1e-12)
@@ -106,7 +106,7 @@ def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*ON_OUTCOMES, "samples"])
+@pytest.mark.parametrize("name", [*OUTCOME_DIVERGENCES, "samples"])
 def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torch.dtype) -> None:
     """L6: rows that list 3, 2, 1 and no columns, beside labels, at sizes that chunks do not divide."""
     divergence = "forward_kl" if name == "samples" else name
@@ -126,7 +126,7 @@ def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torc
     student = logits_of(case.hidden, case.head).to(full)
     of_labels = F.cross_entropy(student, case.labels.ids, reduction="none") * case.labels.weights
     if weights is None:
-        rows = DIVERGENCES[divergence](bucketed(student / t, ids), outcomes(listed, tail))
+        rows = DIVERGENCES[divergence](student_outcomes(student / t, ids), teacher_outcomes(listed, tail))
     else:
         rows = sampled_forward_kl(student / t, ids, listed, weights)
     power = t ** PROPERTIES[divergence].temperature_power

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_distill.functional.fused import chunks
 from hf_distill.functional.fused.inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, SAMPLE_DIVERGENCES
 from tests.functional import references
 from tests.functional.test_fused_linear import SETTINGS, Setting
 
@@ -244,9 +244,9 @@ def merged(d: Tensor, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("temperature", [1024.0, 3000.0])
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("logits", name) for name in ON_OUTCOMES]
-    + [("sparse", name) for name in ON_OUTCOMES]
-    + [("samples", name) for name in ON_SAMPLES],
+    [("logits", name) for name in OUTCOME_DIVERGENCES]
+    + [("sparse", name) for name in OUTCOME_DIVERGENCES]
+    + [("samples", name) for name in SAMPLE_DIVERGENCES],
 )
 def test_whatever_the_teacher_shows(kind: str, name: str, temperature: float, layout: str) -> None:
     """Its logits; four columns and a bucket; every column as a sample whose weight is its probability."""

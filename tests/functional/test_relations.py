@@ -185,7 +185,7 @@ def test_nothing_to_compare(b: int, t: int, kept: bool) -> None:
 @pytest.mark.parametrize("heads", [3, 8, 0, -2])
 def test_heads_that_do_not_divide_are_refused_with_those_that_do(heads: int) -> None:
     student, teacher = vectors(d_s=12, d_t=8)
-    message = rf"heads={heads}: .* student's width 12 and the teacher's 8\. These do: 1, 2, 4\."
+    message = rf"heads={heads}: .* student's width 12 and the teacher's width 8\. Allowed: 1, 2, 4\."
     with pytest.raises(SettingError, match=message):
         relation_kl(student, teacher, MASK, heads=heads)
 

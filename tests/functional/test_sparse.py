@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_distill.functional import DIVERGENCES
-from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, sampled_forward_kl, student_outcomes, teacher_outcomes
 
 
 def merged(log_p, ids):
@@ -27,14 +27,14 @@ def test_merge():
     ids = q.topk(3).indices
     ids[0, 2] = -1
     ids[1] = -1
-    got = bucketed(q, ids).softmax(-1)
+    got = student_outcomes(q, ids).softmax(-1)
     torch.testing.assert_close(got, merged(q.log_softmax(-1), ids), rtol=1e-12, atol=1e-14)
     q.requires_grad_()
-    (gradient,) = torch.autograd.grad(bucketed(q, ids)[1:2, :3].sum(), q)
+    (gradient,) = torch.autograd.grad(student_outcomes(q, ids)[1:2, :3].sum(), q)
     assert (gradient == 0).all()  # none is listed, so none is moved
 
 
-@pytest.mark.parametrize("name", ON_OUTCOMES)
+@pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
 def test_all_columns(name):
     q, p = rows(seed=1).requires_grad_(), rows(seed=2)
     ids = p.argsort(-1, descending=True)
@@ -42,13 +42,13 @@ def test_all_columns(name):
     f = DIVERGENCES[name]
     want = f(q, p)
     (gw,) = torch.autograd.grad(want.sum(), q)
-    got = f(bucketed(q, ids), outcomes(lp, torch.full((6,), -torch.inf, dtype=torch.float64)))
+    got = f(student_outcomes(q, ids), teacher_outcomes(lp, torch.full((6,), -torch.inf, dtype=torch.float64)))
     (gg,) = torch.autograd.grad(got.sum(), q)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gg, gw, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ON_OUTCOMES)
+@pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
 def test_bound_equality_gradient(name):
     q, p = rows(seed=1).requires_grad_(), rows(seed=2)
     ids = p.topk(3).indices
@@ -56,7 +56,7 @@ def test_bound_equality_gradient(name):
     lp = log_p.gather(-1, ids)
     tail = (1 - lp.exp().sum(-1)).log()
     f = DIVERGENCES[name]
-    got = f(bucketed(q, ids), outcomes(lp, tail))
+    got = f(student_outcomes(q, ids), teacher_outcomes(lp, tail))
     assert (got <= f(q, p) + 1e-12).all()
     (g,) = torch.autograd.grad(got.sum(), q)
     torch.testing.assert_close(g.sum(-1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -65,10 +65,10 @@ def test_bound_equality_gradient(name):
     t = torch.ones_like(q, dtype=torch.bool).scatter(-1, ids, False)
     for r, m in zip(share, t, strict=True):
         assert (r[m].max() - r[m].min()).abs() < 1e-10
-    assert torch.autograd.gradcheck(lambda x: f(bucketed(x, ids), outcomes(lp, tail)), q)
+    assert torch.autograd.gradcheck(lambda x: f(student_outcomes(x, ids), teacher_outcomes(lp, tail)), q)
     # equality
     q2 = p.clone().requires_grad_()
-    z = f(bucketed(q2, ids), outcomes(lp, tail))
+    z = f(student_outcomes(q2, ids), teacher_outcomes(lp, tail))
     (g2,) = torch.autograd.grad(z.sum(), q2)
     assert z.abs().max() < 1e-12 and (name == "total_variation" or g2.abs().max() < 1e-8)
 
@@ -78,14 +78,16 @@ def test_blocked():
     q[:, 4] = -torch.inf
     q.requires_grad_()
     ids = torch.tensor([[4, 0]] * 6)
-    b = bucketed(q, ids)
+    b = student_outcomes(q, ids)
     assert b[:, 0].eq(-torch.inf).all()
     v = DIVERGENCES["forward_kl"](
-        b, outcomes(torch.tensor([[0.5, 0.25]] * 6).double().log(), torch.full((6,), 0.25).double().log())
+        b, teacher_outcomes(torch.tensor([[0.5, 0.25]] * 6).double().log(), torch.full((6,), 0.25).double().log())
     )
     v.sum().backward()
     assert torch.isfinite(q.grad).all() and torch.isfinite(v).all()
-    e = DIVERGENCES["forward_kl"](bucketed(torch.zeros(0, 5), torch.zeros(0, 2, dtype=torch.long)), torch.zeros(0, 3))
+    e = DIVERGENCES["forward_kl"](
+        student_outcomes(torch.zeros(0, 5), torch.zeros(0, 2, dtype=torch.long)), torch.zeros(0, 3)
+    )
     assert e.shape == (0,)
 
 

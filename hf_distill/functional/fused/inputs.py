@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.functional.properties import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, SAMPLE_DIVERGENCES
 
 IGNORED = -100  # the label of a row that has none
 
@@ -207,15 +207,15 @@ def _refuse_a_head_that_does_not_fit(whose: str, hidden: Tensor, head: Head) -> 
 def compared_columns(terms: Terms, student_width: int, teacher: FusedTeacher) -> int:
     """How many leading columns the divergence compares."""
     if isinstance(teacher, TeacherSparse):
-        if teacher.weights is not None and terms.divergence not in ON_SAMPLES:
+        if teacher.weights is not None and terms.divergence not in SAMPLE_DIVERGENCES:
             raise SettingError(
-                f"divergence={terms.divergence!r} of weighted samples: only {', '.join(ON_SAMPLES)} is linear in the "
-                "teacher's probabilities, so that samples do not bend it. Use it, or sparse targets without weights."
+                f"divergence={terms.divergence!r} of weighted samples: only {', '.join(SAMPLE_DIVERGENCES)} is linear "
+                "in the teacher's probabilities, so samples do not bend it. Use it, or sparse targets without weights."
             )
-        if teacher.weights is None and terms.divergence not in ON_OUTCOMES:
+        if teacher.weights is None and terms.divergence not in OUTCOME_DIVERGENCES:
             raise SettingError(
                 f"divergence={terms.divergence!r} of some columns and a bucket: it is no sum over outcomes. Use one of "
-                f"{', '.join(ON_OUTCOMES)}, or pass the teacher's whole logits."
+                f"{', '.join(OUTCOME_DIVERGENCES)}, or pass the teacher's whole logits."
             )
         if teacher.weights is None and teacher.tail is None and terms.temperature != 1:
             raise SettingError(
