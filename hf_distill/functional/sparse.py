@@ -93,8 +93,8 @@ class _ListedColumns(torch.autograd.Function):
         summed = rows
         if others_only:  # the additional last column is where ids of -1 are scattered to
             width = rows.shape[-1]
-            summed = rows.new_full((*rows.shape[:-1], width + 1), BLOCKED)
-            summed[..., :width] = rows
+            summed = rows.new_empty((*rows.shape[:-1], width + 1))
+            summed[..., :width], summed[..., width] = rows, BLOCKED
             summed.scatter_(-1, ids.masked_fill(missing, width), BLOCKED)
         total = summed.logsumexp(-1)
         empty = total <= BLOCKED / 2  # no column that the row can predict is left

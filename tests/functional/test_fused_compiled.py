@@ -42,11 +42,11 @@ def test_compiled_where_asked_and_on_cuda_alone(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(
             compiled, "find_spec", lambda name, there=there: name if there and name == "triton" else None
         )
-        assert compiled.goes_compiled(None, cuda) is there
-        assert compiled.goes_compiled(None, cpu) is False
+        assert compiled.use_compiled(None, cuda) is there
+        assert compiled.use_compiled(None, cpu) is False
         for device in (cpu, cuda):
-            assert compiled.goes_compiled(True, device) is True
-            assert compiled.goes_compiled(False, device) is False
+            assert compiled.use_compiled(True, device) is True
+            assert compiled.use_compiled(False, device) is False
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -156,7 +156,7 @@ def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypa
     for one in (case, other):
         torch.testing.assert_close(one.run(compiled=True).loss, one.run(compiled=False).loss, rtol=0.0, atol=0.0)
     assert not functions
-    monkeypatch.setattr(compiled, "MOST_FUNCTIONS", 1)
+    monkeypatch.setattr(compiled, "MAX_FUNCTIONS", 1)
     for temperature in (1.0, 2.0):
         one = setting(temperature=temperature)
         torch.testing.assert_close(one.run(compiled=True).loss, one.run(compiled=False).loss)

@@ -1,4 +1,4 @@
-"""A compiled block that is not the eager one is noticed before it is used. Needs no compiler."""
+"""A compiled block that another loss than eager mode is noticed before it is used. Needs no compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_distill.functional.fused import compiled as fused_compiled
 from hf_distill.functional.fused.inputs import Head, TeacherHidden, Terms
 from hf_distill.functional.fused.loss import fused_linear_distillation
-from hf_distill.functional.fused.rows import Room
+from hf_distill.functional.fused.rows import BlockSpec, Workspace
 
 N, V, D = 11, 29, 4
 
@@ -37,13 +37,12 @@ def gradients(*, compiled: bool) -> list[Tensor]:
 def fake(calls: list[int], *, wrong: float, of_value: bool) -> Any:
     """In place of the compiler: the eager block, its gradient or its value times 1 + wrong."""
 
-    def make(work: Any, *, over_teacher: bool) -> Any:
+    def make(spec: BlockSpec, *, over_teacher: bool) -> Any:
         def block(student: Tensor, teacher: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             calls.append(len(student))
-            names = ("labels", "label_weights", "row_weights")
-            here = fused_compiled.replace(work, **dict(zip(names, vectors, strict=True)))
             into = teacher if over_teacher else student
-            label, value = fused_compiled.blend_block(student, teacher, here, slice(None), Room(), into=into)
+            here = spec.with_row_vectors(*vectors)
+            label, value = fused_compiled.blend_block(student, teacher, here, Workspace(), into=into)
             if of_value and value is not None:
                 return label, value * (1 + wrong)
             into.mul_(1 + wrong)
@@ -66,13 +65,13 @@ def test_a_wrong_function_is_not_used(monkeypatch, caplog, wrong: float, of_valu
     for one in found:
         for x, y in zip(one, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
-    assert calls == ([fused_compiled.TRIED] if wrong else [fused_compiled.TRIED, N, N])  # tried once
-    assert ["is not the eager one" in record.message for record in caplog.records] == [True] * bool(wrong)
+    assert calls == ([fused_compiled.TRIAL_ROWS] if wrong else [fused_compiled.TRIAL_ROWS, N, N])  # tried once
+    assert ["another loss than eager mode" in record.message for record in caplog.records] == [True] * bool(wrong)
 
 
-def test_when_there_are_too_many_kinds_it_is_said_once(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(fused_compiled, "_functions", dict.fromkeys(range(fused_compiled.MOST_FUNCTIONS)))
-    monkeypatch.setattr(fused_compiled, "_is_said", False)
+def test_when_there_are_too_many_kinds_it_has_warned_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(fused_compiled, "_functions", dict.fromkeys(range(fused_compiled.MAX_FUNCTIONS)))
+    monkeypatch.setattr(fused_compiled, "_has_warned", False)
     with caplog.at_level(logging.WARNING):
         found = [gradients(compiled=True) for _ in range(2)]
     assert torch.equal(found[0][0], gradients(compiled=False)[0])

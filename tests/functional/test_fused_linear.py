@@ -41,7 +41,7 @@ class Setting:
     labels: Labels | None
     row_weights: Tensor | None
 
-    def run(self, **knobs: Any) -> fused.FusedLoss:
+    def run(self, **knobs: Any) -> fused.FusedOutput:
         given: dict[str, Any] = {"labels": self.labels, "row_weights": self.row_weights, **knobs}
         return fused.fused_linear_distillation(self.hidden, self.head, teacher=self.teacher, terms=self.terms, **given)
 

@@ -194,5 +194,5 @@ def test_a_second_backward_is_refused_and_a_tied_weight_gets_both_gradients() ->
     (expected,) = torch.autograd.grad(plain, weight, retain_graph=True)
     (found,) = torch.autograd.grad(loss, weight, retain_graph=True)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(RuntimeError, match="gave its gradients away in its first backward"):
+    with pytest.raises(RuntimeError, match="released its gradients in its first backward"):
         loss.backward()
