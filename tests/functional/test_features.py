@@ -115,7 +115,7 @@ def test_by_hand(name: str, settings: dict[str, float], expected: float) -> None
 
 @pytest.mark.parametrize("spread", [0.01, 2.0, 100.0])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_against_the_slow_reference(name: str, settings: dict[str, float], spread: float) -> None:
+def test_matches_the_slow_reference(name: str, settings: dict[str, float], spread: float) -> None:
     student, teacher = vectors(spread=spread)
     student[0], teacher[1] = -student[0].abs(), -teacher[1].abs()
     pairs = zip(student.tolist(), teacher.tolist(), strict=True)
@@ -123,7 +123,7 @@ def test_against_the_slow_reference(name: str, settings: dict[str, float], sprea
     assert DISTANCES[name](student, teacher, **settings).tolist() == pytest.approx(expected, rel=1e-9)
 
 
-def test_against_what_torch_has() -> None:
+def test_matches_torch_where_torch_has_it() -> None:
     student, teacher = vectors()
     expected = F.cosine_embedding_loss(student, teacher, torch.ones(5, dtype=torch.float64), reduction="none")
     assert torch.allclose(DISTANCES["cosine"](student, teacher), expected, rtol=1e-12)
@@ -139,7 +139,7 @@ def test_gradient_by_finite_differences(name: str, settings: dict[str, float]) -
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_at_equality(name: str) -> None:
+def test_value_and_gradient_at_equality(name: str) -> None:
     student, _ = vectors()
     leaf = student.clone().requires_grad_()
     found = DISTANCES[name](leaf, student)
@@ -157,7 +157,7 @@ def test_at_equality(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_never_below_zero_and_no_row_hears_of_another(name: str) -> None:
+def test_values_are_positive_and_rows_are_independent(name: str) -> None:
     student, teacher = vectors()
     found = DISTANCES[name](student, teacher)
     assert (found > 0).all()
@@ -166,13 +166,13 @@ def test_never_below_zero_and_no_row_hears_of_another(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_length_matters_or_not_as_stated(name: str) -> None:
+def test_only_scale_free_distances_ignore_length(name: str) -> None:
     student, teacher = vectors()
     found, scaled = DISTANCES[name](student, teacher), DISTANCES[name](7 * student, teacher)
     assert torch.allclose(found, scaled, rtol=1e-12) is (name in SCALE_FREE)
 
 
-def test_standardized_hears_of_no_shift_and_cosine_does() -> None:
+def test_a_shift_changes_cosine_but_not_standardized_squared() -> None:
     student, teacher = vectors()
     for name, same in (("standardized_squared", True), ("cosine", False)):
         found, shifted = DISTANCES[name](student, teacher), DISTANCES[name](student + 3, teacher - 2)
@@ -182,7 +182,7 @@ def test_standardized_hears_of_no_shift_and_cosine_does() -> None:
 @pytest.mark.parametrize(
     ("name", "knob", "values"), [("smooth_l1", "beta", (0.5, 1.0)), ("l1_cosine", "cosine_weight", (0.0, 1.0))]
 )
-def test_every_knob_changes_value_and_gradient(name: str, knob: str, values: tuple[float, float]) -> None:
+def test_every_setting_changes_value_and_gradient(name: str, knob: str, values: tuple[float, float]) -> None:
     student, teacher = vectors()
     found, pulls = [], []
     for value in values:
@@ -197,7 +197,7 @@ def test_every_knob_changes_value_and_gradient(name: str, knob: str, values: tup
 @pytest.mark.parametrize("name", DISTANCES)
 @pytest.mark.parametrize("which", ["student", "teacher", "both"])
 @pytest.mark.parametrize("what", [0.0, 1e-45, 0.3])
-def test_without_length_or_without_variance_nothing_is_nan(name: str, which: str, what: float) -> None:
+def test_zero_and_constant_vectors_do_not_give_nan(name: str, which: str, what: float) -> None:
     """0.3 in every entry has no variance, though its mean is rounded; 1 / 1e-45 is beyond fp32, while 1e-45 is not."""
     student, teacher = (x.float() for x in vectors())
     if which != "teacher":
@@ -238,7 +238,7 @@ def test_squares_that_leave_the_range_of_fp32_do_not_matter(name: str, scale: fl
 
 @pytest.mark.parametrize("name", DISTANCES)
 @pytest.mark.parametrize("what", [math.nan, math.inf])
-def test_no_number_is_heard(name: str, what: float) -> None:
+def test_nan_and_inf_are_not_hidden(name: str, what: float) -> None:
     for side in (0, 1):
         pair: Any = [x.float() for x in vectors()]
         pair[side][2, 1] = what
@@ -275,7 +275,7 @@ def test_unit_vectors_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_widths_that_differ_are_refused(name: str) -> None:
+def test_unequal_widths_raise(name: str) -> None:
     """[5 1] would be broadcast without a word."""
     message = r"student vectors are \[5, 1\], teacher vectors \[5, 6\].*project the student's features to the teacher"
     with pytest.raises(SettingError, match=message):
@@ -284,7 +284,7 @@ def test_widths_that_differ_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5, 6), (2, 3, 4, 6)])
 @pytest.mark.parametrize("name", DISTANCES)
-def test_other_axes_than_vectors_are_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_inputs_that_are_not_matrices_raise(name: str, shape: tuple[int, ...]) -> None:
     """The last axis would be taken for the features, and the result would be no number a vector."""
     with pytest.raises(SettingError, match=r"both must have one shape \[n d\]\. Flatten all axes but the features"):
         DISTANCES[name](torch.randn(shape), torch.randn(shape))
@@ -301,6 +301,6 @@ def test_other_axes_than_vectors_are_refused(name: str, shape: tuple[int, ...]) 
         ("l1_cosine", {"cosine_weight": math.nan}, r"cosine_weight=nan: must"),
     ],
 )
-def test_settings_that_cannot_be(name: str, settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_raise(name: str, settings: dict[str, float], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         DISTANCES[name](*vectors(), **settings)

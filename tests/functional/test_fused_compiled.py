@@ -1,10 +1,8 @@
-"""The compiled block is the eager one: as torch.compile traces it, and (slow) as the C++ compiler makes it of that.
-
-No CUDA here.
-"""
+"""The compiled block equals the eager one: as traced by torch.compile, and (slow) as compiled for the CPU. No CUDA."""
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_distill.functional.fused import chunks, compiled
-from hf_distill.functional.fused.inputs import TeacherHidden, TeacherLogits
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
+from hf_distill.functional.fused.rows import BlockSpec, Workspace
 from tests.functional.test_fused_linear import logits_of, no_further_than_the_plain_path, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler loads its own
@@ -35,7 +36,7 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 
-def test_compiled_where_asked_and_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_if_requested_or_on_cuda_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA only where Triton is, and wherever it is asked for."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for there in (True, False):
@@ -95,7 +96,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> None
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES[1:])
-def test_what_is_traced_is_eager(
+def test_traced_block_matches_eager(
     name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that torch.compile is told, without a C++ compiler: every kernel as one graph."""
@@ -105,7 +106,7 @@ def test_what_is_traced_is_eager(
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("forward_kl", torch.bfloat16), ("skewed_forward_kl", torch.float16)])
-def test_what_is_traced_in_16_bits_over_the_teachers_logits(
+def test_traced_block_in_16_bits_over_the_teachers_logits(
     name: str, dtype: torch.dtype, functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced_only(monkeypatch, "aot_eager")
@@ -116,7 +117,7 @@ def test_what_is_traced_in_16_bits_over_the_teachers_logits(
 @needs_a_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "knobs"), CASES)
-def test_compiled_is_eager(
+def test_compiled_block_matches_eager(
     name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One function carries all blocks."""
@@ -137,7 +138,7 @@ def test_compiled_is_eager(
         ("total_variation", torch.float16, {"softcap": 3.0}),
     ],
 )
-def test_compiled_in_16_bits_over_the_teachers_logits(
+def test_compiled_block_in_16_bits_over_the_teachers_logits(
     name: str, dtype: torch.dtype, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled_over_the_teachers_logits(name, dtype, knobs, 149, monkeypatch)
@@ -146,7 +147,7 @@ def test_compiled_in_16_bits_over_the_teachers_logits(
 
 @needs_a_compiler
 @pytest.mark.slow
-def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_blocks_stay_eager(functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """−inf, other divergences, and one kind of function more than torch.compile would bear."""
     case = setting("forward_kl", bias=True)
     assert isinstance(case.teacher, TeacherHidden)
@@ -163,7 +164,7 @@ def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypa
     assert len(functions) == 1
 
 
-def test_where_the_compiler_cannot_the_loss_is_the_eager_one_and_says_so(functions, monkeypatch, caplog) -> None:
+def test_falls_back_to_eager_with_a_warning_if_compiling_fails(functions, monkeypatch, caplog) -> None:
     def fails(block: Any, **settings: Any) -> Any:
         def called(*tensors: Any) -> Any:
             raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no Triton for this card"), None)
@@ -176,3 +177,69 @@ def test_where_the_compiler_cannot_the_loss_is_the_eager_one_and_says_so(functio
     expected = case.run(compiled=False).loss
     assert all(torch.equal(one, expected) for one in found)
     assert len(caplog.records) == 1 and "no Triton for this card" in caplog.text
+
+
+# A wrong compiled block is noticed before it is used. Needs no compiler.
+
+N, V, D = 11, 29, 4
+
+
+def gradients(*, compiled: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(k, D, generator=generator) for k in (N, V, V))
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = fused_linear_distillation(
+        hidden,
+        Head(weight),
+        teacher=TeacherHidden(hidden.detach(), Head(other)),
+        terms=Terms(temperature=2.0),
+        labels=torch.arange(N),
+        compiled=compiled,
+    )
+    found.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [found.loss.detach(), hidden.grad, weight.grad]
+
+
+def fake(calls: list[int], *, wrong: float, of_value: bool) -> Any:
+    """In place of the compiler: the eager block, its gradient or its value times 1 + wrong."""
+
+    def make(spec: BlockSpec, *, over_teacher: bool) -> Any:
+        def block(student: Tensor, teacher: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            calls.append(len(student))
+            into = teacher if over_teacher else student
+            here = spec.with_row_vectors(*vectors)
+            label, value = compiled.blend_block(student, teacher, here, Workspace(), into=into)
+            if of_value and value is not None:
+                return label, value * (1 + wrong)
+            into.mul_(1 + wrong)
+            return label, value
+
+        return block
+
+    return make
+
+
+@pytest.mark.parametrize("of_value", [False, True])
+@pytest.mark.parametrize("wrong", [0.0, 1e-2])
+def test_a_wrong_compiled_function_is_not_used(monkeypatch, caplog, wrong: float, of_value: bool) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(compiled, "_functions", {})
+    monkeypatch.setattr(compiled, "_compiled", fake(calls, wrong=wrong, of_value=of_value))
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    expected = gradients(compiled=False)
+    for one in found:
+        for x, y in zip(one, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert calls == ([compiled.TRIAL_ROWS] if wrong else [compiled.TRIAL_ROWS, N, N])  # tried once
+    assert ["another loss than eager mode" in record.message for record in caplog.records] == [True] * bool(wrong)
+
+
+def test_warns_once_when_there_are_too_many_kinds(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compiled, "_functions", dict.fromkeys(range(compiled.MAX_FUNCTIONS)))
+    monkeypatch.setattr(compiled, "_has_warned", False)
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    assert torch.equal(found[0][0], gradients(compiled=False)[0])
+    assert ["without torch.compile for any other" in record.message for record in caplog.records] == [True]

@@ -33,7 +33,7 @@ SAMPLES = TeacherSparse(KNOWN[:, None], torch.zeros(3, 1), weights=torch.ones(3,
         ({"temperature": float("nan")}, r"temperature=nan: must lie in \(0, inf\)"),
     ],
 )
-def test_terms_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_terms_raise(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Terms(**knobs)
 
@@ -46,7 +46,7 @@ def test_terms_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
         ({"softcap": 0.0}, r"softcap=0.0: must lie in \(0, inf\)"),
     ],
 )
-def test_heads_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_heads_raise(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Head(torch.zeros(5, 4), **knobs)
 
@@ -72,7 +72,7 @@ def test_heads_that_cannot_be(knobs: dict[str, Any], message: str) -> None:
         ),
     ],
 )
-def test_settings_that_contradict(knobs: dict[str, Any], message: str) -> None:
+def test_contradicting_settings_raise(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         fused_linear_distillation(ROWS, HEAD, **{"teacher": SAME, "terms": Terms(), **knobs})
 
@@ -100,7 +100,7 @@ def test_settings_that_contradict(knobs: dict[str, Any], message: str) -> None:
         ({"labels": torch.tensor([0, -1, 4])}, r"label -1: must be a column, 0 to 4"),
     ],
 )
-def test_data_that_do_not_fit(knobs: dict[str, Any], message: str) -> None:
+def test_mismatched_data_raise(knobs: dict[str, Any], message: str) -> None:
     given = {"student_hidden": ROWS, "student_head": HEAD, "teacher": SAME, "terms": Terms(), **knobs}
     with pytest.raises(DataError, match=message):
         fused_linear_distillation(given.pop("student_hidden"), given.pop("student_head"), **given)

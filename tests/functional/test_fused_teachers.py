@@ -27,7 +27,9 @@ def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = Non
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_logits_as_they_are_and_left_as_they_were(name: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_given_logits_match_the_plain_path_and_are_not_changed(
+    name: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
     case = given_logits(name, settings, dtype=dtype, padding=(0, 2))
     before = case.teacher.logits.clone()
     compare(case, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-11 if dtype == torch.float64 else 2e-5)
@@ -47,7 +49,7 @@ def test_blocked_columns_on_either_side(name: str, settings: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_teacher_that_says_no_number_is_heard_where_it_counts(bad: float) -> None:
+def test_nan_in_a_teacher_row_counts_only_if_its_weight_is_not_0(bad: float) -> None:
     for name in fusable():
         case = given_logits(name)
         case.teacher.logits[3, 1] = bad
@@ -61,7 +63,7 @@ def test_a_teacher_that_says_no_number_is_heard_where_it_counts(bad: float) -> N
         assert all(torch.isfinite(gradient).all() for gradient in case.gradients(found.loss))
 
 
-def test_equal_heads_and_rows_give_exactly_nothing() -> None:
+def test_equal_heads_and_rows_give_0() -> None:
     rows = torch.randn(5, 4, requires_grad=True)
     head = Head(torch.randn(300, 4, requires_grad=True), torch.randn(300))
     teacher = TeacherHidden(rows.detach(), Head(head.weight.detach(), head.bias))
@@ -87,7 +89,7 @@ def coarse(rows: Tensor, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
 @pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
-def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> None:
+def test_sparse_matches_the_divergence_of_merged_outcomes(name: str, k: int) -> None:
     """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
     case = given_logits(name, labels=False, bias=True, row_weights=True)
     t, logits = case.terms.temperature, case.teacher.logits
@@ -107,7 +109,7 @@ def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*OUTCOME_DIVERGENCES, "samples"])
-def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torch.dtype) -> None:
+def test_sparse_rows_of_unequal_length_match_the_plain_path(name: str, dtype: torch.dtype) -> None:
     """L6: rows that list 3, 2, 1 and no columns, beside labels, at sizes that chunks do not divide."""
     divergence = "forward_kl" if name == "samples" else name
     case = setting(divergence, n=13, v=301, dtype=dtype, row_weights=True, bias=True)
@@ -140,7 +142,7 @@ def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torc
         torch.testing.assert_close(mine, plain, **close)
 
 
-def test_a_head_may_name_the_type_of_its_products() -> None:
+def test_head_dtype_sets_the_dtype_of_products() -> None:
     """Under autocast, a teacher that stays in fp32; and a student's head in another type than its rows, without."""
     case = setting(dtype=torch.float32, n=9, v=149, labels=False)
     teacher = case.teacher
@@ -159,7 +161,7 @@ def test_a_head_may_name_the_type_of_its_products() -> None:
     torch.testing.assert_close(case.run().divergence_rows, rows)
 
 
-def test_sparse_log_probabilities_bring_their_own_tail() -> None:
+def test_sparse_log_probabilities_without_a_tail() -> None:
     case = given_logits("forward_kl", temperature=1.0)
     log_p = case.teacher.logits.log_softmax(-1)
     top = log_p.topk(3)
@@ -172,7 +174,7 @@ def test_sparse_log_probabilities_bring_their_own_tail() -> None:
     assert torch.isfinite(case.run().loss)  # nothing is left to 1: the tail is what rounding leaves
 
 
-def test_autocast_takes_products_in_its_type_and_gives_fp32_gradients_unrounded() -> None:
+def test_autocast_gives_fp32_gradients() -> None:
     case = setting(dtype=torch.float32, n=40, v=149, bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = case.run()
@@ -185,7 +187,7 @@ def test_autocast_takes_products_in_its_type_and_gives_fp32_gradients_unrounded(
         assert 0 < (gradient - right).norm() / right.norm() < 0.02
 
 
-def test_a_second_backward_is_refused_and_a_tied_weight_gets_both_gradients() -> None:
+def test_second_backward_raises_and_tied_weight_gets_both_gradients() -> None:
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     hidden = 2 * weight[:3]  # as embeddings
     labels = torch.tensor([1, 2, 5])

@@ -141,7 +141,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def test_what_is_drawn_is_what_the_tolerances_rest_on() -> None:
+def test_random_inputs_meet_the_assumptions_of_the_tolerances() -> None:
     x = drawn()
     for side in ("student", "teacher"):
         assert x[side].bfloat16().double().equal(x[side])
@@ -152,7 +152,7 @@ def test_what_is_drawn_is_what_the_tolerances_rest_on() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 3.0, 512.0])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_the_gradient_is_the_slope_times_the_power_of_the_temperature(
+def test_gradient_is_the_slope_times_the_power_of_the_temperature(
     name: str, settings: dict[str, Any], temperature: float, layout: str
 ) -> None:
     """Beside labels, which the temperature does not soften: their slope is softmax minus one-hot."""
@@ -217,7 +217,7 @@ def limit_of_decoupled(d: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1024.0, 3000.0])
 @pytest.mark.parametrize(("name", "settings"), SOFTENED)
-def test_past_the_logits_the_gradient_does_not_hear_of_the_temperature(
+def test_gradient_does_not_depend_on_high_temperatures(
     name: str, settings: dict[str, Any], temperature: float, layout: str
 ) -> None:
     expected = at_the_leaves(OF_DIVERGENCE * drawn()["row_weights"][:, None] * limit(name, settings))
@@ -227,7 +227,7 @@ def test_past_the_logits_the_gradient_does_not_hear_of_the_temperature(
 
 
 @pytest.mark.parametrize("name", AS_THEY_ARE)
-def test_what_is_not_softened_does_not_hear_of_the_temperature(name: str, layout: str) -> None:
+def test_divergences_without_softening_ignore_the_temperature(name: str, layout: str) -> None:
     for dtype in PRECISIONS:
         cold, hot = (case_of(name, {}, t, dtype, labels=True) for t in (1.0, 7.0))
         for one, other in zip(cold.gradients(cold.run().loss), hot.gradients(hot.run().loss), strict=True):
@@ -248,7 +248,7 @@ def merged(d: Tensor, ids: Tensor) -> Tensor:
     + [("sparse", name) for name in OUTCOME_DIVERGENCES]
     + [("samples", name) for name in SAMPLE_DIVERGENCES],
 )
-def test_whatever_the_teacher_shows(kind: str, name: str, temperature: float, layout: str) -> None:
+def test_high_temperature_limit_for_each_kind_of_teacher(kind: str, name: str, temperature: float, layout: str) -> None:
     """Its logits; four columns and a bucket; every column as a sample whose weight is its probability."""
     x = drawn()
     log_p = (x["teacher"] / temperature).log_softmax(-1)

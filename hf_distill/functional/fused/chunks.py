@@ -74,18 +74,15 @@ def rows_a_block(chunk: int, columns: int, device: torch.device) -> int:
 
 
 class Product:
-    """Product of rows and a head in one dtype, including exact factors of the softening; `softening` is the rest.
+    """Product of rows `[m d]` and the first columns of a head, divided by the temperature.
 
-    Args:
-        head: its weight and bias are detached, cast and cut to `columns`.
-        dtype: the dtype of the product.
-        columns: the number of leading columns.
-        temperature: the divisor of the logits.
+    It includes the factors of the softening that are exact in its dtype; `softening` is the rest.
     """
 
-    def __init__(self, head: Head, *, dtype: torch.dtype, columns: int, temperature: float) -> None:
+    def __init__(self, head: Head, hidden: Tensor, columns: int, temperature: float) -> None:
+        self.dtype, self.columns = head.product_dtype(hidden), columns
+        dtype = self.dtype
         self.weight = head.weight.detach()[:columns].to(dtype)
-        self.dtype, self.columns = dtype, columns
         before, after = head.logit_scale / temperature, 1.0
         if head.softcap is not None:
             before, after = head.logit_scale / head.softcap, head.softcap / temperature

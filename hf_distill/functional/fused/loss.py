@@ -29,6 +29,7 @@ from hf_distill.functional.fused.inputs import (
     Labels,
     TeacherHidden,
     TeacherLogits,
+    TeacherSparse,
     Terms,
     check_inputs,
     compared_columns,
@@ -133,16 +134,10 @@ class FusedCall:
         properties, v = PROPERTIES[terms.divergence], head.weight.shape[0]
         temperature = terms.temperature if properties.softens and teacher is not None else 1.0
         columns = v if teacher is None else compared_columns(terms, v, teacher)
-        self.student = Product(
-            head,
-            dtype=head.product_dtype(hidden),
-            columns=v if labels is not None else columns,
-            temperature=temperature,
-        )
+        self.student = Product(head, hidden, columns if labels is None else v, temperature)
         self.teacher_product = None
         if isinstance(teacher, TeacherHidden):
-            dtype = teacher.head.product_dtype(teacher.hidden)
-            self.teacher_product = Product(teacher.head, dtype=dtype, columns=columns, temperature=temperature)
+            self.teacher_product = Product(teacher.head, teacher.hidden, columns, temperature)
         products = [product for product in (self.student, self.teacher_product) if product is not None]
         label_weights, scaled_row_weights = self._set_factors(
             hidden.shape[0], terms, temperature, properties.temperature_power, head.logit_scale
@@ -212,54 +207,47 @@ class FusedCall:
     def run(self, hidden: Tensor, gradients: _Gradients) -> Tensor:
         """Process all chunks; return the values `[2 n]` of the labels' term and the divergence."""
         n, student, teacher = hidden.shape[0], self.student, self.teacher_product
+        whole, part = self.rows.whole, self.rows.part
         values = torch.zeros(2, n, dtype=self.full, device=hidden.device)
         low = hidden.to(student.dtype)
         buffer = Buffer(None if gradients.head is None else gradients.head.spare())
-        ours = buffer.take(self.rows.part, student.columns, student.dtype, hidden.device)
+        ours = buffer.take(part, student.columns, student.dtype, hidden.device)
         theirs = None
         if teacher is not None:
-            theirs = buffer.take(self.rows.whole, teacher.columns, teacher.dtype, hidden.device)
+            theirs = buffer.take(whole, teacher.columns, teacher.dtype, hidden.device)
         alone = self.compiled or hidden.device.type != "cpu"  # a block then has threads of its own
         workers = [Workspace() for _ in range(1 if alone else torch.get_num_threads())]
-        for first in range(0, n, self.rows.whole):
-            rows = slice(first, min(first + self.rows.whole, n))
+        for first in range(0, n, whole):
+            stop = min(first + whole, n)
             if teacher is not None and theirs is not None and isinstance(self.teacher, TeacherHidden):
-                teacher.into(theirs, self.teacher.hidden[rows].to(teacher.dtype))
-            at_logits = ours
-            for begin in range(first, rows.stop, self.rows.part):
-                part = slice(begin, min(begin + self.rows.part, rows.stop))
-                logits = into = student.into(ours, low[part])
-                their_logits = None if theirs is None else theirs[begin - first : part.stop - first]
-                if theirs is not None and their_logits is not None and self.rows.part < self.rows.whole:
-                    at_logits, into = theirs, their_logits
-                self._process(logits, their_logits, into, begin, values, workers)
+                teacher.into(theirs, self.teacher.hidden[first:stop].to(teacher.dtype))
+            at_logits = theirs if theirs is not None and part < whole else ours
+            for begin in range(first, stop, part):
+                end = min(begin + part, stop)
+                logits = student.into(ours, low[begin:end])
+                their_logits = None if theirs is None else theirs[begin - first : end - first]
+                into = logits if at_logits is ours or their_logits is None else their_logits
+                self._process(logits, their_logits, into, values[:, begin:end], begin, workers)
             if self.spec.wants_gradient:
-                gradients.add(at_logits[: rows.stop - first], low[rows], rows)
+                gradients.add(at_logits[: stop - first], low[first:stop], slice(first, stop))
         return values
 
     def _process(
-        self,
-        logits: Tensor,
-        their_logits: Tensor | None,
-        into: Tensor,
-        begin: int,
-        values: Tensor,
-        workers: list[Workspace],
+        self, logits: Tensor, theirs: Tensor | None, into: Tensor, values: Tensor, begin: int, workers: list[Workspace]
     ) -> None:
-        """Process the blocks of consecutive rows from `begin` on; the gradient at the logits goes into one side."""
+        """Process rows from `begin` on in blocks; write `values [2 m]` and, to `into`, the gradient at the logits."""
         blend = blend_compiled if self.compiled else blend_block
 
         def work(part: slice, workspace: Workspace) -> None:
             rows = slice(begin + part.start, begin + part.stop)
-            teacher = None if their_logits is None else their_logits[part]
-            if self.teacher is not None and not isinstance(self.teacher, TeacherHidden):
+            teacher: Tensor | TeacherSparse | None = None if theirs is None else theirs[part]
+            if isinstance(self.teacher, (TeacherLogits, TeacherSparse)):
                 teacher = self.teacher.rows(rows, self.spec.columns)
             ours = logits[part]
-            into_part = ours if into is logits else into[part]
-            found = blend(ours, teacher, self.spec.at(rows), workspace, into=into_part)
+            found = blend(ours, teacher, self.spec.at(rows), workspace, into=ours if into is logits else into[part])
             for row, value in zip(values, found, strict=True):
                 if value is not None:
-                    row[rows] = value
+                    row[part] = value
 
         for_each_block(len(logits), rows_a_block(len(logits), logits.shape[1], logits.device), work, workers)
 
@@ -302,14 +290,10 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: FusedCall) -> None:
         self.weight: Tensor | None = call.student.weight
-        self.hidden = self.head = self.bias = None
-        self._full, self._unit = call.full, call.unit
-        if call.wants[0]:
-            self.hidden = torch.empty(hidden.shape, dtype=call.student.dtype, device=hidden.device)
-        if call.wants[1]:
-            self.head = HeadGradient(weight, call.student.dtype)
-        if call.wants[2]:
-            self.bias = torch.zeros(weight.shape[0], dtype=call.full, device=hidden.device)
+        self._full, self._unit, dtype = call.full, call.unit, call.student.dtype
+        self.hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if call.wants[0] else None
+        self.head = HeadGradient(weight, dtype) if call.wants[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=call.full, device=hidden.device) if call.wants[2] else None
         self._dtypes = (hidden.dtype, None if bias is None else bias.dtype)
 
     def add(self, at_logits: Tensor, hidden: Tensor, rows: slice) -> None:

@@ -84,14 +84,13 @@ class BlockSpec:
     wants_gradient: bool
 
     @property
-    def row_vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def row_vectors(self) -> tuple[Tensor | None, ...]:
         """Labels, label weights and row weights."""
         return self.labels, self.label_weights, self.row_weights
 
-    def with_row_vectors(
-        self, labels: Tensor | None, label_weights: Tensor | None, row_weights: Tensor | None
-    ) -> BlockSpec:
+    def with_row_vectors(self, *vectors: Tensor | None) -> BlockSpec:
         """Return a copy with other labels, label weights and row weights."""
+        labels, label_weights, row_weights = vectors
         return replace(self, labels=labels, label_weights=label_weights, row_weights=row_weights)
 
     def at(self, rows: slice) -> BlockSpec:
