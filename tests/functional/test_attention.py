@@ -1,4 +1,4 @@
-"""Distances of attention scores: numbers by hand, slow references, and pairs that may not attend: never read."""
+"""Distances of attention scores: numbers by hand, slow references, and forbidden pairs, which are never read."""
 
 from __future__ import annotations
 

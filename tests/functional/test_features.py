@@ -1,4 +1,4 @@
-"""Distances of vectors: numbers by hand, slow references, what each does not see, and where a root or norm is 0."""
+"""Distances of vectors: numbers by hand, slow references, invariances, and zero vectors."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_every_distance_has_a_reference_a_paper_and_default_settings() -> None:
     assert set(REFERENCES) == set(DISTANCES) == set(DISTANCE_PROPERTIES)
     for name, distance in DISTANCES.items():
         given = inspect.signature(distance).parameters.values()
-        knobs = [knob for knob in given if knob.kind is inspect.Parameter.KEYWORD_ONLY]
-        assert all(knob.default is not inspect.Parameter.empty for knob in knobs)
+        options = [option for option in given if option.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert all(option.default is not inspect.Parameter.empty for option in options)
         assert DISTANCE_PROPERTIES[name].paper
 
 
@@ -180,14 +180,14 @@ def test_a_shift_changes_cosine_but_not_standardized_squared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "knob", "values"), [("smooth_l1", "beta", (0.5, 1.0)), ("l1_cosine", "cosine_weight", (0.0, 1.0))]
+    ("name", "option", "values"), [("smooth_l1", "beta", (0.5, 1.0)), ("l1_cosine", "cosine_weight", (0.0, 1.0))]
 )
-def test_every_setting_changes_value_and_gradient(name: str, knob: str, values: tuple[float, float]) -> None:
+def test_every_setting_changes_value_and_gradient(name: str, option: str, values: tuple[float, float]) -> None:
     student, teacher = vectors()
     found, pulls = [], []
     for value in values:
         leaf = student.clone().requires_grad_()
-        found.append(DISTANCES[name](leaf, teacher, **{knob: value}))
+        found.append(DISTANCES[name](leaf, teacher, **{option: value}))
         found[-1].sum().backward()
         pulls.append(leaf.grad)
     assert (found[0] - found[1]).abs().min() > 1e-3
@@ -276,7 +276,7 @@ def test_unit_vectors_by_hand() -> None:
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_unequal_widths_raise(name: str) -> None:
-    """[5 1] would be broadcast without a word."""
+    """[5 1] would be broadcast silently."""
     message = r"student vectors are \[5, 1\], teacher vectors \[5, 6\].*project the student's features to the teacher"
     with pytest.raises(SettingError, match=message):
         DISTANCES[name](vectors(d=1)[0], vectors()[1])
@@ -285,7 +285,7 @@ def test_unequal_widths_raise(name: str) -> None:
 @pytest.mark.parametrize("shape", [(6,), (2, 5, 6), (2, 3, 4, 6)])
 @pytest.mark.parametrize("name", DISTANCES)
 def test_inputs_that_are_not_matrices_raise(name: str, shape: tuple[int, ...]) -> None:
-    """The last axis would be taken for the features, and the result would be no number a vector."""
+    """The last axis would be mistaken for the features, and the result would not be one number a vector."""
     with pytest.raises(SettingError, match=r"both must have one shape \[n d\]\. Flatten all axes but the features"):
         DISTANCES[name](torch.randn(shape), torch.randn(shape))
 

@@ -1,4 +1,4 @@
-"""How many rows a chunk has: within the budget, as few chunks as it allows, none of them short. No products."""
+"""The number of rows in a chunk: within the budget, as few chunks as it allows, none of them short."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_student_parts_are_used_only_if_they_make_chunks_longer() -> None:
 
 
 def test_chunks_are_as_few_as_round_numbers_allow_and_even() -> None:
-    """Of more than 32 rows only multiples of 32 are taken; a chunk has less than 32 more than if all were alike."""
+    """Above 32 rows only multiples of 32 are used; a chunk has less than 32 rows more than equal chunks would."""
     several = 0
     for n, student, teacher, budget, over in CALLS:
         found = rows_a_chunk(n, student, teacher, budget, over_teacher=over)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning") 
 
 @pytest.fixture
 def functions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
-    """What is compiled in the test."""
+    """The functions that are compiled in the test."""
     monkeypatch.setattr(compiled, "_functions", {})
     torch.compiler.reset()
     yield compiled._functions
@@ -37,7 +37,7 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 def test_compiled_if_requested_or_on_cuda_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA only where Triton is, and wherever it is asked for."""
+    """By default on CUDA with Triton only."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for there in (True, False):
         monkeypatch.setattr(
@@ -62,10 +62,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def compiled_beside_eager(name: str, knobs: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_beside_eager(name: str, options: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows in blocks of 3, chunks of 7 and a last one of 2."""
     monkeypatch.setattr(chunks, "BLOCK_CPU", 3 * 4 * v)
-    case = setting(name, n=16, v=v, **knobs)
+    case = setting(name, n=16, v=v, **options)
     budget = 7 * 2 * (v + 4) * case.hidden.element_size()
     found, expected = case.run(compiled=True, budget_bytes=budget), case.run(compiled=False, budget_bytes=budget)
     close = {"rtol": 1e-9, "atol": 1e-12} if case.hidden.dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
@@ -76,32 +76,32 @@ def compiled_beside_eager(name: str, knobs: dict[str, Any], v: int, monkeypatch:
 
 
 def compiled_over_the_teachers_logits(
-    name: str, dtype: torch.dtype, knobs: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, options: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eleven rows of the teacher's at a time, the student's by threes."""
+    """Eleven rows of the teacher's logits at a time, three of the student's."""
     monkeypatch.setattr(chunks, "FEW_ROWS", 3)
     monkeypatch.setattr(chunks, "ENOUGH_ROWS", 11)
-    case = setting(name, n=29, v=v, dtype=dtype, row_weights=True, **knobs)
+    case = setting(name, n=29, v=v, dtype=dtype, row_weights=True, **options)
     budget = v * dtype.itemsize * 14
     plain, run = case.run(budget_bytes=budget), type(case).run
-    monkeypatch.setattr(type(case), "run", lambda self, **knobs: run(self, compiled=True, **knobs))
+    monkeypatch.setattr(type(case), "run", lambda self, **options: run(self, compiled=True, **options))
     no_further_than_the_plain_path(case, slack=torch.finfo(dtype).eps / 2, budget=budget)
     torch.testing.assert_close(case.run(budget_bytes=budget).loss, plain.loss, rtol=1e-4, atol=0.0)
 
 
 def traced_only(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> None:
-    """torch.compile without its code generator: the graph is run as it is; "aot_eager": with nothing in place in it."""
+    """Replace the code generator by a backend that runs the traced graph; "aot_eager" removes in-place operations."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda block, **settings: real(block, backend=backend, **settings))
 
 
-@pytest.mark.parametrize(("name", "knobs"), CASES[1:])
+@pytest.mark.parametrize(("name", "options"), CASES[1:])
 def test_traced_block_matches_eager(
-    name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that torch.compile is told, without a C++ compiler: every kernel as one graph."""
+    """Everything but the code generator: every kernel is traced as one graph. Needs no C++ compiler."""
     traced_only(monkeypatch)
-    compiled_beside_eager(name, knobs, 31, monkeypatch)
+    compiled_beside_eager(name, options, 31, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
@@ -116,19 +116,19 @@ def test_traced_block_in_16_bits_over_the_teachers_logits(
 
 @needs_a_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "knobs"), CASES)
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_compiled_block_matches_eager(
-    name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One function carries all blocks."""
-    compiled_beside_eager(name, knobs, 301, monkeypatch)
+    """One function is used for all blocks."""
+    compiled_beside_eager(name, options, 301, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
 @needs_a_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype", "knobs"),
+    ("name", "dtype", "options"),
     [
         ("forward_kl", torch.bfloat16, {}),
         ("jeffreys", torch.bfloat16, {"bias": True, "temperature": 1.0}),
@@ -139,16 +139,16 @@ def test_compiled_block_matches_eager(
     ],
 )
 def test_compiled_block_in_16_bits_over_the_teachers_logits(
-    name: str, dtype: torch.dtype, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled_over_the_teachers_logits(name, dtype, knobs, 149, monkeypatch)
+    compiled_over_the_teachers_logits(name, dtype, options, 149, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
 @needs_a_compiler
 @pytest.mark.slow
 def test_unsupported_blocks_stay_eager(functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """−inf, other divergences, and one kind of function more than torch.compile would bear."""
+    """−inf, other divergences, and one variant more than the maximum."""
     case = setting("forward_kl", bias=True)
     assert isinstance(case.teacher, TeacherHidden)
     case.teacher = TeacherLogits(logits_of(case.teacher.hidden, case.teacher.head).detach())
@@ -202,7 +202,7 @@ def gradients(*, compiled: bool) -> list[Tensor]:
 
 
 def fake(calls: list[int], *, wrong: float, of_value: bool) -> Any:
-    """In place of the compiler: the eager block, its gradient or its value times 1 + wrong."""
+    """Replaces the compiler: the eager block with its gradient or its value multiplied by 1 + wrong."""
 
     def make(spec: BlockSpec, *, over_teacher: bool) -> Any:
         def block(student: Tensor, teacher: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

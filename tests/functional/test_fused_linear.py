@@ -41,8 +41,8 @@ class Setting:
     labels: Labels | None
     row_weights: Tensor | None
 
-    def run(self, **knobs: Any) -> fused.FusedOutput:
-        given: dict[str, Any] = {"labels": self.labels, "row_weights": self.row_weights, **knobs}
+    def run(self, **options: Any) -> fused.FusedOutput:
+        given: dict[str, Any] = {"labels": self.labels, "row_weights": self.row_weights, **options}
         return fused.fused_linear_distillation(self.hidden, self.head, teacher=self.teacher, terms=self.terms, **given)
 
     def leaves(self) -> list[Tensor]:
@@ -126,12 +126,12 @@ def plainly(case: Setting, *, dtype: torch.dtype | None = None) -> tuple[Tensor,
                 if isinstance(case.teacher, TeacherLogits)
                 else logits_of(case.teacher.hidden, case.teacher.head)
             )
-        knobs = dict(terms.settings)
+        options = dict(terms.settings)
         w = terms.columns or student.shape[1]
         if stated.wants_target and case.labels is not None:
-            knobs["target"] = case.labels.ids.masked_fill(case.labels.ids >= w, -100)
+            options["target"] = case.labels.ids.masked_fill(case.labels.ids >= w, -100)
         full = torch.float64 if student.dtype == torch.float64 else torch.float32
-        rows = DIVERGENCES[terms.divergence](student[:, :w].to(full) / t, teacher[:, :w].to(full) / t, **knobs)
+        rows = DIVERGENCES[terms.divergence](student[:, :w].to(full) / t, teacher[:, :w].to(full) / t, **options)
         of_divergence = (rows if case.row_weights is None else rows * case.row_weights).sum()
     loss = terms.labels_factor * of_labels + terms.divergence_factor * t**stated.temperature_power * of_divergence
     return loss, of_labels, of_divergence
@@ -168,7 +168,7 @@ def test_matches_the_plain_path(name: str, settings: dict[str, Any], temperature
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {"labels": False},
         {"bias": True},
@@ -189,11 +189,11 @@ def test_matches_the_plain_path(name: str, settings: dict[str, Any], temperature
         {"frozen": ("hidden", "weight"), "bias": True},
         {"frozen": ("hidden", "weight", "bias"), "bias": True},
     ],
-    ids=lambda knobs: ",".join(f"{knob}={value}" for knob, value in knobs.items()),
+    ids=lambda options: ",".join(f"{option}={value}" for option, value in options.items()),
 )
 @pytest.mark.parametrize(("name", "settings"), FAMILY)
-def test_matches_the_plain_path_with_options(name: str, settings: dict[str, Any], knobs: dict[str, Any]) -> None:
-    compare(setting(name, settings, **knobs))
+def test_matches_the_plain_path_with_options(name: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
+    compare(setting(name, settings, **options))
 
 
 @pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 2), (7, 11), (10, 8), (33, 65)])

@@ -1,4 +1,4 @@
-"""What the fused loss refuses, and how it says so."""
+"""Inputs that the fused loss rejects, and the error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLES = TeacherSparse(KNOWN[:, None], torch.zeros(3, 1), weights=torch.ones(3,
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"divergence": "forward"}, r"divergence='forward': no such divergence. Allowed: .*forward_kl, reverse_kl"),
         (
@@ -33,26 +33,26 @@ SAMPLES = TeacherSparse(KNOWN[:, None], torch.zeros(3, 1), weights=torch.ones(3,
         ({"temperature": float("nan")}, r"temperature=nan: must lie in \(0, inf\)"),
     ],
 )
-def test_invalid_terms_raise(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_terms_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        Terms(**knobs)
+        Terms(**options)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"bias": torch.zeros(4)}, r"a head is a weight \[v d\] and a bias \[v\]; got \[5, 4\] and \[4\]"),
         ({"logit_scale": -1.0}, r"logit_scale=-1.0: must lie in \(0, inf\)"),
         ({"softcap": 0.0}, r"softcap=0.0: must lie in \(0, inf\)"),
     ],
 )
-def test_invalid_heads_raise(knobs: dict[str, Any], message: str) -> None:
+def test_invalid_heads_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        Head(torch.zeros(5, 4), **knobs)
+        Head(torch.zeros(5, 4), **options)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"teacher": None}, r"neither labels nor a teacher"),
         ({"teacher": TeacherLogits(torch.zeros(3, 6))}, r"student and teacher have 5 and 6 columns. Pass columns="),
@@ -72,13 +72,13 @@ def test_invalid_heads_raise(knobs: dict[str, Any], message: str) -> None:
         ),
     ],
 )
-def test_contradicting_settings_raise(knobs: dict[str, Any], message: str) -> None:
+def test_contradicting_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        fused_linear_distillation(ROWS, HEAD, **{"teacher": SAME, "terms": Terms(), **knobs})
+        fused_linear_distillation(ROWS, HEAD, **{"teacher": SAME, "terms": Terms(), **options})
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         (
             {"student_hidden": torch.zeros(1, 3, 4)},
@@ -100,7 +100,7 @@ def test_contradicting_settings_raise(knobs: dict[str, Any], message: str) -> No
         ({"labels": torch.tensor([0, -1, 4])}, r"label -1: must be a column, 0 to 4"),
     ],
 )
-def test_mismatched_data_raise(knobs: dict[str, Any], message: str) -> None:
-    given = {"student_hidden": ROWS, "student_head": HEAD, "teacher": SAME, "terms": Terms(), **knobs}
+def test_mismatched_data_raise(options: dict[str, Any], message: str) -> None:
+    given = {"student_hidden": ROWS, "student_head": HEAD, "teacher": SAME, "terms": Terms(), **options}
     with pytest.raises(DataError, match=message):
         fused_linear_distillation(given.pop("student_hidden"), given.pop("student_head"), **given)

@@ -1,4 +1,4 @@
-"""The softmax that writes over its rows, beside a longer one: large logits, long rows, −inf, NaN. No divergences here.
+"""The in-place softmax against one in longer numbers: large logits, long rows, −inf, NaN.
 
 With u = 2⁻²⁴, m a row's largest logit and M its largest magnitude: a column's exponent is x · log₂e − m · log₂e. The
 rounding of the last term is the same in every column, and falls out. That of the first is M u, where it is not fused

@@ -1,4 +1,4 @@
-"""What the teacher may show the fused loss beside hidden rows: logits with −inf, k columns and a tail, nothing."""
+"""Other inputs of the fused loss than hidden rows: the teacher's logits with −inf, sparse targets, or no teacher."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, sampled_forward_kl
 from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
 
 
-def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **knobs: Any) -> Any:
-    case = setting(name, settings, **knobs)
+def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **options: Any) -> Any:
+    case = setting(name, settings, **options)
     assert isinstance(case.teacher, TeacherHidden)
     case.teacher = TeacherLogits(logits_of(case.teacher.hidden, case.teacher.head).detach())
     return case
@@ -38,7 +38,7 @@ def test_given_logits_match_the_plain_path_and_are_not_changed(
 
 @pytest.mark.parametrize(("name", "settings"), EVERY)
 def test_blocked_columns_on_either_side(name: str, settings: dict[str, Any]) -> None:
-    """−inf in the teacher's rows here and there, and in the student's bias: a column that nobody may predict."""
+    """−inf in some teacher logits and in the student's bias, a column that neither model can predict."""
     case = given_logits(name, settings, bias=True)
     for row, column in ((0, 1), (2, 0), (3, 4), (5, 5), (5, 0)):
         case.teacher.logits[row, column] = -math.inf
@@ -90,7 +90,7 @@ def coarse(rows: Tensor, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
 @pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
 def test_sparse_matches_the_divergence_of_merged_outcomes(name: str, k: int) -> None:
-    """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
+    """At k = v it is that of all columns. No target is passed, as the labels' ids are not outcomes."""
     case = given_logits(name, labels=False, bias=True, row_weights=True)
     t, logits = case.terms.temperature, case.teacher.logits
     ids = logits.topk(k).indices
@@ -143,7 +143,7 @@ def test_sparse_rows_of_unequal_length_match_the_plain_path(name: str, dtype: to
 
 
 def test_head_dtype_sets_the_dtype_of_products() -> None:
-    """Under autocast, a teacher that stays in fp32; and a student's head in another type than its rows, without."""
+    """A teacher that stays in fp32 under autocast; and, without autocast, a head in another dtype than its rows."""
     case = setting(dtype=torch.float32, n=9, v=149, labels=False)
     teacher = case.teacher
     assert isinstance(teacher, TeacherHidden)
@@ -171,7 +171,7 @@ def test_sparse_log_probabilities_without_a_tail() -> None:
     case.teacher = replace(whole, tail=None)
     torch.testing.assert_close(case.run().loss, expected.loss, rtol=1e-9, atol=0.0)
     case.teacher = TeacherSparse(top.indices, top.values.exp().div(top.values.exp().sum(-1, keepdim=True)).log())
-    assert torch.isfinite(case.run().loss)  # nothing is left to 1: the tail is what rounding leaves
+    assert torch.isfinite(case.run().loss)  # the probabilities sum to 1: the tail is a rounding error
 
 
 def test_autocast_gives_fp32_gradients() -> None:

@@ -1,9 +1,9 @@
 """L5 for the fused path, fp32 and bf16, in chunks and blocks that do not divide: T^p is in the gradient at every
-temperature, and past the logits the gradient does not hear of the temperature any more.
+temperature, and at high temperatures the gradient does not depend on it.
 
 The references share no code with the library: the papers' formulas in numpy, their slopes by central differences, and
-limits by hand. Every logit is a multiple of 1/16 below 16, which bf16 holds exactly, so that what is left of an error
-in 16 bits is the gradient's own rounding. Heads that scale or cap their logits are not here.
+limits by hand. Every logit is a multiple of 1/16 below 16, which bf16 holds exactly, so that the only error in
+16 bits is the rounding of the gradient. Heads that scale or cap their logits are tested elsewhere.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def close(dtype: torch.dtype, temperature: float) -> float:
 @functools.cache
 def row_of(name: str, settings: tuple[tuple[str, Any], ...]) -> Callable[..., float]:
     """A row's divergence in numpy; at β = 0 and 1, where the formula is 0, the KL that is its limit."""
-    knobs = {k: v for k, v in settings if k != "intra_weight"}
-    at_the_end = {0.0: references.forward_kl, 1.0: references.reverse_kl}.get(knobs.get("beta", 0.5))
-    return at_the_end or functools.partial(references.A_ROW[name], **knobs)
+    options = {k: v for k, v in settings if k != "intra_weight"}
+    at_the_end = {0.0: references.forward_kl, 1.0: references.reverse_kl}.get(options.get("beta", 0.5))
+    return at_the_end or functools.partial(references.A_ROW[name], **options)
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def test_random_inputs_meet_the_assumptions_of_the_tolerances() -> None:
 def test_gradient_is_the_slope_times_the_power_of_the_temperature(
     name: str, settings: dict[str, Any], temperature: float, layout: str
 ) -> None:
-    """Beside labels, which the temperature does not soften: their slope is softmax minus one-hot."""
+    """Together with labels, to which the temperature does not apply: their slope is softmax minus one-hot."""
     x = drawn()
     power = temperature ** POWER.get(name, 2)
     values, slope = slopes(name, tuple(settings.items()), temperature)
@@ -235,7 +235,7 @@ def test_divergences_without_softening_ignore_the_temperature(name: str, layout:
 
 
 def merged(d: Tensor, ids: Tensor) -> Tensor:
-    """All but the listed columns get their mean: to first order, that is what happens to the bucket's logit."""
+    """Columns that are not listed get their mean: to first order, this is the bucket's logit."""
     listed = torch.zeros(N, V).scatter(1, ids, 1.0).bool()
     mean = (d * ~listed).sum(-1, keepdim=True) / (~listed).sum(-1, keepdim=True)
     return torch.where(listed, d, mean)
@@ -249,7 +249,7 @@ def merged(d: Tensor, ids: Tensor) -> Tensor:
     + [("samples", name) for name in SAMPLE_DIVERGENCES],
 )
 def test_high_temperature_limit_for_each_kind_of_teacher(kind: str, name: str, temperature: float, layout: str) -> None:
-    """Its logits; four columns and a bucket; every column as a sample whose weight is its probability."""
+    """Logits; four columns and a bucket; every column as a sample whose weight is its probability."""
     x = drawn()
     log_p = (x["teacher"] / temperature).log_softmax(-1)
     ids = x["teacher"].topk(4 if kind == "sparse" else V).indices

@@ -1,4 +1,4 @@
-"""Relations of the positions of a sequence: numbers by hand, a slow reference, padding, and what they do not see."""
+"""Relations of the positions of a sequence: numbers by hand, a slow reference, padding, and invariances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relations between examples: numbers by hand, slow references, what each does not see, and too few or equal rows."""
+"""Relations between examples: numbers by hand, slow references, invariances, and too few or equal rows."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_distances_by_hand_beyond_the_kink() -> None:
 
 def test_angles_by_hand() -> None:
     """Student: a right angle at the first, 45° at the others: cosines 0, √½, √½. Teacher: 60° everywhere, 1/2. Half the
-    squared gap is 1/8, and (√½ − ½)² / 2 = (3/4 − √½) / 2; both ordered pairs seen from a corner say the same."""
+    squared gap is 1/8, and (√½ − ½)² / 2 = (3/4 − √½) / 2; both ordered pairs at a corner give the same."""
     found = SIMILARITIES["angle_relations"](*double([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], EVEN))
     other = (0.75 - math.sqrt(0.5)) / 2
     assert found.tolist() == pytest.approx([1 / 8, other, other], rel=1e-12)
@@ -150,7 +150,7 @@ def test_alignment_by_hand() -> None:
         assert found.tolist() == pytest.approx([0.75] * 3, rel=1e-12)
 
 
-# What they do not see, and what they do.
+# Invariances.
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_distill import Distiller, ModelTeacher
-from hf_distill.functional import divergences as decoupled
+from hf_distill.functional import decoupled
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 

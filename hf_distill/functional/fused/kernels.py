@@ -19,40 +19,24 @@ LONG_ROW = 4096  # from this length on a loop over rows with BLAS's dot is faste
 
 @dataclass
 class Block:
-    """A block of rows of both sides. A kernel may overwrite `p`, `difference` and scratch memory, but not `q`.
+    """A block of rows of both sides. A kernel may overwrite `p`, `difference` and scratch memory, but not `q`."""
 
-    Attributes:
-        q: `[r v]` student probabilities.
-        p: `[r v]` teacher probabilities.
-        difference: `[r v]` teacher minus student softened logits.
-        shift: `[r 1]` the constant that turns `difference` into log(p / q).
-        scratch: returns another `[r v]`, with undefined contents.
-    """
-
-    q: Tensor
-    p: Tensor
-    difference: Tensor
-    shift: Tensor
-    scratch: Callable[[], Tensor]
+    q: Tensor  # `[r v]` student probabilities
+    p: Tensor  # `[r v]` teacher probabilities
+    difference: Tensor  # `[r v]` teacher minus student softened logits
+    shift: Tensor  # `[r 1]`, the constant that turns `difference` into log(p / q)
+    scratch: Callable[[], Tensor]  # returns another `[r v]`, with undefined contents
 
 
 @dataclass
 class BlockResult:
-    """A divergence of a block.
+    """A divergence of a block, with student probabilities if they were computed."""
 
-    Attributes:
-        value: `[r]`.
-        gradient: `[r v]` at the softened student logits; undefined if no gradient is wanted.
-        free: `[r v]` memory that is not used any more.
-        q: `[r v]` softened student probabilities, if they were computed.
-        log_normaliser: `[r 1]` log of the normaliser of q.
-    """
-
-    value: Tensor
-    gradient: Tensor
-    free: Tensor | None = None
-    q: Tensor | None = None
-    log_normaliser: Tensor | None = None
+    value: Tensor  # `[r]`
+    gradient: Tensor  # `[r v]` at the softened student logits; undefined if no gradient is wanted
+    free: Tensor | None = None  # `[r v]` memory that is not used any more
+    q: Tensor | None = None  # `[r v]` softened student probabilities
+    log_normaliser: Tensor | None = None  # `[r 1]` log of the normaliser of q
 
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:

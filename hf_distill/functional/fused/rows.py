@@ -51,36 +51,20 @@ class Workspace:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What to compute for every block.
+    """What to compute for every block; weights of rows are factors in the gradient."""
 
-    Attributes:
-        terms: the divergence and its settings.
-        temperature: the temperature, 1 for a divergence without one.
-        columns: the number of leading columns that are compared.
-        student: how the student's products become softened logits.
-        teacher: how the teacher's products or logits become softened logits.
-        owns_teacher: whether the teacher's chunk may be overwritten.
-        labels: `[n]` ids.
-        smoothing: label smoothing.
-        label_weights: `[n]` factor of each row in the gradient of the labels' term, 0 for ignored rows.
-        row_weights: `[n]` factor of each row in the gradient of the divergence; None means 1.
-        has_zero_weights: whether a row weight is 0.
-        may_block: whether −inf can occur on either side.
-        wants_gradient: whether to write the gradient.
-    """
-
-    terms: Terms
-    temperature: float
-    columns: int
+    terms: Terms  # the divergence and its settings
+    temperature: float  # 1 for a divergence without temperature
+    columns: int  # the number of leading columns that are compared
     student: Softening
     teacher: Softening
-    owns_teacher: bool
-    labels: Tensor | None
+    owns_teacher: bool  # whether the teacher's chunk may be overwritten
+    labels: Tensor | None  # `[n]` ids
     smoothing: float
-    label_weights: Tensor | None
-    row_weights: Tensor | None
-    has_zero_weights: bool
-    may_block: bool
+    label_weights: Tensor | None  # `[n]`, 0 for ignored rows
+    row_weights: Tensor | None  # `[n]` of the divergence; None means 1
+    has_zero_weights: bool  # whether a row weight is 0
+    may_block: bool  # whether −inf can occur on either side
     wants_gradient: bool
 
     @property
