@@ -134,11 +134,10 @@ class FusedCall:
         properties, v = PROPERTIES[terms.divergence], head.weight.shape[0]
         temperature = terms.temperature if properties.softens and teacher is not None else 1.0
         columns = v if teacher is None else compared_columns(terms, v, teacher)
-        self.student = Product(head, hidden, columns if labels is None else v, temperature)
-        self.teacher_product = None
+        student = self.student = Product(head, hidden, columns if labels is None else v, temperature)
+        theirs = self.teacher_product = None
         if isinstance(teacher, TeacherHidden):
-            self.teacher_product = Product(teacher.head, teacher.hidden, columns, temperature)
-        products = [product for product in (self.student, self.teacher_product) if product is not None]
+            theirs = self.teacher_product = Product(teacher.head, teacher.hidden, columns, temperature)
         label_weights, scaled_row_weights = self._set_factors(
             hidden.shape[0], terms, temperature, properties.temperature_power, head.logit_scale
         )
@@ -146,28 +145,27 @@ class FusedCall:
             terms=terms,
             temperature=temperature,
             columns=columns,
-            student=self.student.softening,
-            teacher=Softening(1 / temperature) if self.teacher_product is None else self.teacher_product.softening,
-            owns_teacher=self.teacher_product is not None,
+            student=student.softening,
+            teacher=Softening(1 / temperature) if theirs is None else theirs.softening,
+            owns_teacher=theirs is not None,
             labels=None if labels is None else labels.ids,
             smoothing=0.0 if labels is None else labels.smoothing,
             label_weights=label_weights,
             row_weights=scaled_row_weights,
             has_zero_weights=row_weights is not None and bool((row_weights == 0).any()),
-            may_block=isinstance(teacher, TeacherLogits) or any(product.may_block() for product in products),
+            may_block=isinstance(teacher, TeacherLogits)
+            or any(p is not None and p.may_block() for p in (student, theirs)),
             wants_gradient=any(wants),
         )
-        is_16_bits = self.student.dtype.itemsize == 2
-        least = BUDGET_16_BITS if is_16_bits else BUDGET
-        # A chunk that is small beside the sum of the head's gradient does not raise the peak.
-        default = max(least, head.weight.numel() * self.full.itemsize // SUM_SHARE) if wants[1] else least
+        default = BUDGET_16_BITS if student.dtype.itemsize == 2 else BUDGET
+        if wants[1]:  # a chunk that is small beside the sum of the head's gradient does not raise the peak
+            default = max(default, head.weight.numel() * self.full.itemsize // SUM_SHARE)
         self.rows = rows_a_chunk(
             hidden.shape[0],
-            self.student.row_bytes,
-            sum(product.row_bytes for product in products[1:]),
+            student.row_bytes,
+            0 if theirs is None else theirs.row_bytes,
             budget or default,
-            over_teacher=[(product.columns, product.dtype) for product in products[1:]]
-            == [(self.student.columns, self.student.dtype)],
+            over_teacher=theirs is not None and (theirs.columns, theirs.dtype) == (student.columns, student.dtype),
         )
 
     def _set_factors(
