@@ -150,7 +150,7 @@ def test_random_inputs_meet_the_assumptions_of_the_tolerances() -> None:
     assert {name for name, _ in SETTINGS} == {*fusable(), "dist"}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 3.0, 512.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, pytest.param(3.0, marks=pytest.mark.slow), 512.0])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
 def test_gradient_is_the_slope_times_the_power_of_the_temperature(
     name: str, settings: dict[str, Any], temperature: float, layout: str
