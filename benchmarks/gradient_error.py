@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_distill.errors import require
 from hf_distill.functional import forward_kl
-from hf_distill.functional.sparse import bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import sampled_forward_kl, student_outcomes, teacher_outcomes
 from hf_distill.teachers import Hybrid, Sampled, TopK
 
 FLAT, PEAKED = "flat teacher", "peaked teacher"
@@ -56,7 +56,7 @@ def _gradient(store: Any, student: Tensor, teacher: Tensor) -> Tensor:
     told = store.sparse_rows({name: store.tensor(name, values) for name, values in kept.items()}, 1.0)
     rows = student.clone().requires_grad_()
     if told.weights is None:
-        loss = forward_kl(bucketed(rows, told.ids), outcomes(told.log_probabilities, told.log_tail))
+        loss = forward_kl(student_outcomes(rows, told.ids), teacher_outcomes(told.log_probabilities, told.log_tail))
     else:
         loss = sampled_forward_kl(rows, told.ids, told.log_probabilities, told.weights)
     return torch.autograd.grad(loss.sum(), rows)[0]

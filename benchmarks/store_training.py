@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from benchmarks.gradient_error import bytes_of
 from hf_distill.functional import forward_kl
-from hf_distill.functional.sparse import bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import sampled_forward_kl, student_outcomes, teacher_outcomes
 from hf_distill.teachers import Hybrid, Sampled, TopK
 
 WIDTH, OF_TEACHER, OF_STUDENT = 64, 128, 96
@@ -97,7 +97,7 @@ def loss_of(way: Any, given: World, seed: int) -> Loss:
     told = store.sparse_rows({name: store.tensor(name, values) for name, values in encoded.items()}, 1.0)
     ids, log_p, tail, weights = told.ids, told.log_probabilities, told.log_tail, told.weights
     if weights is None:
-        return lambda q, at: forward_kl(bucketed(q, ids[at]), outcomes(log_p[at], tail[at]))
+        return lambda q, at: forward_kl(student_outcomes(q, ids[at]), teacher_outcomes(log_p[at], tail[at]))
     return lambda q, at: sampled_forward_kl(q, ids[at], log_p[at], weights[at])
 
 

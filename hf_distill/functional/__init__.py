@@ -23,7 +23,7 @@ from hf_distill.functional.fused.inputs import (
     Terms,
     fusable,
 )
-from hf_distill.functional.fused.loss import FusedLoss, fused_linear_distillation
+from hf_distill.functional.fused.loss import FusedOutput, fused_linear_distillation
 from hf_distill.functional.properties import (
     DIVERGENCE_ALIASES,
     DIVERGENCES,
@@ -41,7 +41,7 @@ __all__ = [
     "SIMILARITIES",
     "Divergence",
     "DivergenceProperties",
-    "FusedLoss",
+    "FusedOutput",
     "Head",
     "Labels",
     "TeacherHidden",

@@ -1,43 +1,58 @@
-"""The catalogue of divergences, and what the rest of the library must know of each beside its value."""
+"""Catalogues of the functions in this package, their properties, and the range check of their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
+from hf_distill.errors import SettingError
+
 Divergence = Callable[..., Tensor]
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
-class DivergenceProperties:
-    """What a divergence is like.
+class Properties:
+    """Properties of a distance or a similarity.
 
     Attributes:
-        temperature_power: p such that `T**p * divergence(student / T, teacher / T)` has a gradient
-            that does not depend on T when logits / T are small (law L5): 2 for the KL family, 1 for
-            total variation, 0 for what is invariant to scale.
-        softens: whether temperature applies at all; where it does not, rows come as they are.
-        on_values: whether it may compare values (regression, embeddings) rather than logits.
-        wants_target: whether it takes `target=`, the label of each row (-100: unknown).
-        couples_rows: whether a row's result depends on the other rows of the batch.
+        paper: the paper that defines it, with its section.
         zero_at_equality: whether it is zero when student and teacher are equal.
-        paper: where it comes from.
     """
 
     paper: str
+    zero_at_equality: bool = True
+
+
+Stated = TypeVar("Stated", bound=Properties)
+
+
+@dataclass(frozen=True)
+class DivergenceProperties(Properties):
+    """Properties of a divergence.
+
+    Attributes:
+        temperature_power: p such that the gradient of `T**p * divergence(student / T, teacher / T)` does not depend
+            on T while logits / T are small (law L5): 2 for the KL family, 1 for total variation, 0 if scale invariant.
+        softens: whether temperature applies at all; if not, rows are compared without it.
+        on_values: whether it can compare values (regression, embeddings) as well as logits.
+        wants_target: whether it takes `target=`, the label of each row (-100 if unknown).
+        couples_rows: whether the result of a row depends on the other rows of the batch.
+    """
+
     temperature_power: int = 2
     softens: bool = True
     on_values: bool = False
     wants_target: bool = False
     couples_rows: bool = False
-    zero_at_equality: bool = True
 
 
 DIVERGENCES: dict[str, Divergence] = {}
 PROPERTIES: dict[str, DivergenceProperties] = {}
-# What papers and other libraries call them; only proposed in messages.
+# Names used by papers and other libraries. They are not accepted, only suggested in error messages.
 DIVERGENCE_ALIASES: dict[str, str] = {
     **dict.fromkeys(("kl", "kld", "kl_div", "kldiv", "kl_divergence", "kldivloss", "fkl", "forward"), "forward_kl"),
     **dict.fromkeys(("forward_kld", "ce", "soft_ce", "cross_entropy", "soft_cross_entropy"), "forward_kl"),
@@ -54,13 +69,29 @@ DIVERGENCE_ALIASES: dict[str, str] = {
 }
 
 
-def catalogued(properties: DivergenceProperties) -> Callable[[Divergence], Divergence]:
-    """Put a divergence into the catalogue under its own name, with its properties."""
+def catalogue(
+    functions: dict[str, Divergence], properties: dict[str, Stated]
+) -> Callable[[Stated], Callable[[Function], Function]]:
+    """Return a decorator that enters a function and its properties into two catalogues, under the function's name."""
 
-    def register(function: Divergence) -> Divergence:
-        name = function.__name__
-        DIVERGENCES[name] = function
-        PROPERTIES[name] = properties
-        return function
+    def catalogued(stated: Stated) -> Callable[[Function], Function]:
+        def register(function: Function) -> Function:
+            functions[function.__name__] = function
+            properties[function.__name__] = stated
+            return function
 
-    return register
+        return register
+
+    return catalogued
+
+
+catalogued = catalogue(DIVERGENCES, PROPERTIES)
+
+
+def check_within(name: str, value: float, interval: str) -> None:
+    """Raise SettingError if a number lies outside an interval, which is written as in "[0, 1)"; NaN always does."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise SettingError(f"{name}={value}: must lie in {interval}.")

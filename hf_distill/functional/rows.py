@@ -1,28 +1,24 @@
-"""Preparing two sets of rows for a divergence: full precision, and the columns both may predict."""
+"""Preparation of two sets of rows for a divergence: full precision, and the columns that both can predict."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Finite, so that differences of two blocked columns are 0 and not NaN; low enough that exp() is 0.
+# Finite, so that the difference of two blocked columns is 0 and not NaN; so low that its exp() is 0.
 BLOCKED = -1e30
 
 
 def in_full_precision(rows: Tensor) -> Tensor:
-    """fp32, whatever the model's dtype; fp64 stays (references and tests)."""
+    """Return the rows in fp32, or in fp64 if they are fp64 already."""
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def on_common_support(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets of rows in full precision, with every column that either blocks (−inf) blocked in both.
+    """Return both sets of rows `[n v]` in full precision, with a column that is −inf on either side blocked on both.
 
-    A column that one of the two cannot predict is no subject of agreement: what remains of each row is
-    compared after renormalisation. On a CPU the rows are copied only when something is blocked; on an
-    accelerator asking first would cost a synchronisation, so they always are.
-
-    Args:
-        student: `[n v]`. teacher: `[n v]`.
+    A column that one of the models cannot predict is not compared: the rest of the row is renormalised. On a CPU the
+    rows are copied only if something is blocked. On an accelerator they always are, as a test would synchronise.
 
     >>> s, t = on_common_support(torch.tensor([[1.0, -torch.inf]]), torch.tensor([[0.0, 5.0]]))
     >>> s.softmax(-1).tolist(), t.softmax(-1).tolist()
@@ -36,7 +32,7 @@ def on_common_support(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 
 
 def is_live(rows: Tensor) -> Tensor:
-    """Which columns of rows from `on_common_support` are not blocked."""
+    """Return which columns of rows from `on_common_support` are not blocked."""
     return rows.detach() > BLOCKED / 2
 
 

@@ -14,7 +14,13 @@ from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.features import DISTANCES
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES, bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import (
+    OUTCOME_DIVERGENCES,
+    SAMPLE_DIVERGENCES,
+    sampled_forward_kl,
+    student_outcomes,
+    teacher_outcomes,
+)
 from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.schedules import Schedule, constant
 from hf_distill.signals import LossSum, Needs, Signals, SparseRows
@@ -164,27 +170,27 @@ class LogitsMatch(Objective):
         ids, log_p, log_tail, *weights = listed
         rows = in_full_precision(q) if t == 1 else in_full_precision(q) / t  # a copy takes its time
         if weights:
-            p = outcomes(weights[0].log(), torch.full_like(log_tail, -torch.inf))
+            p = teacher_outcomes(weights[0].log(), torch.full_like(log_tail, -torch.inf))
             values = sampled_forward_kl(rows, ids, log_p, weights[0])
         else:
-            p = outcomes(log_p, log_tail)
-            values = function(bucketed(rows, ids), p, **self.settings)
+            p = teacher_outcomes(log_p, log_tail)
+            values = function(student_outcomes(rows, ids), p, **self.settings)
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
     def refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
         """Raise SettingError for a divergence or a temperature that what this teacher lists does not do for."""
         name, theirs = self.name_for(task), teacher.temperature
-        if teacher.weights is not None and name not in ON_SAMPLES:
+        if teacher.weights is not None and name not in SAMPLE_DIVERGENCES:
             raise SettingError(
                 f"divergence={name!r} is not linear in the teacher's probabilities, and of this teacher there are "
                 "weighted samples: whatever is not linear would be wrong also on average. Allowed with it: "
-                f"{', '.join(ON_SAMPLES)}. For {name}, use a cache with Dense, or with TopK where it is one of "
-                f"{', '.join(ON_OUTCOMES)}."
+                f"{', '.join(SAMPLE_DIVERGENCES)}. For {name}, use a cache with Dense, or with TopK where it is one of "
+                f"{', '.join(OUTCOME_DIVERGENCES)}."
             )
-        if name not in ON_OUTCOMES:
+        if name not in OUTCOME_DIVERGENCES:
             raise SettingError(
                 f"divergence={name!r} needs every column, and this teacher lists its likeliest and the probability of "
-                f"the rest together. Allowed with it: {', '.join(ON_OUTCOMES)}."
+                f"the rest together. Allowed with it: {', '.join(OUTCOME_DIVERGENCES)}."
             )
         if theirs != ours:
             raise SettingError(

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_distill.errors import DataError, SettingError, TeacherError, require
-from hf_distill.functional.groups import agreed_with_groups
+from hf_distill.functional.groups import fit_class_distribution
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
@@ -330,7 +330,7 @@ class Specialists(Teacher):
             log_p = log_p.masked_fill(~asked[:, number, None], -torch.inf)
             log_told[:, special] = torch.logaddexp(log_told[:, special], log_p[:, :-1])
             log_rest[:, number] = log_p[:, -1]
-        return agreed_with_groups(log_told, log_rest, members)
+        return fit_class_distribution(log_told, log_rest, members)
 
     def _is_sharded(self) -> bool:
         """Then every process must run every model, whatever its rows ask for."""

@@ -1,4 +1,4 @@
-"""Distances of attention scores: numbers by hand, slow references, and pairs that may not attend: never read."""
+"""Distances of attention scores: numbers by hand, slow references, and forbidden pairs, which are never read."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def slow(distance: Distance, student: Tensor, teacher: Tensor, keys: Tensor) -> 
 
 @pytest.mark.parametrize("distance", BOTH)
 @pytest.mark.parametrize("heads", [1, 3])
-def test_against_the_slow_reference(distance: Distance, heads: int) -> None:
+def test_matches_the_slow_reference(distance: Distance, heads: int) -> None:
     student, teacher = scores()
     found = distance(student, teacher, some_keys(heads=heads))
     assert found.shape == (2, 4) and found.dtype == torch.float64
@@ -96,7 +96,7 @@ def test_kl_by_hand() -> None:
     assert attention_kl(student, teacher, keys).tolist() == [[pytest.approx((first + second) / 2, rel=1e-12)]]
 
 
-def test_kl_where_all_may_attend_is_torchs_own() -> None:
+def test_kl_without_mask_matches_torch() -> None:
     student, teacher = scores()
     keys = torch.ones(2, 1, 4, 5, dtype=torch.bool)
     expected = F.kl_div(student.softmax(-1).log(), teacher.softmax(-1), reduction="none").sum(-1).mean(1)
@@ -106,7 +106,7 @@ def test_kl_where_all_may_attend_is_torchs_own() -> None:
 @pytest.mark.parametrize("distance", BOTH)
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_may_not_attend_is_never_read(distance: Distance, what: float, dtype: torch.dtype) -> None:
+def test_scores_of_forbidden_pairs_are_never_read(distance: Distance, what: float, dtype: torch.dtype) -> None:
     student, teacher = (x.to(dtype) for x in scores())
     for keys in (some_keys(), some_keys(heads=3)):
         found, pulls = [], []
@@ -121,7 +121,7 @@ def test_what_may_not_attend_is_never_read(distance: Distance, what: float, dtyp
 
 
 @pytest.mark.parametrize("distance", BOTH)
-def test_no_number_under_an_allowed_pair_is_heard(distance: Distance) -> None:
+def test_nan_under_an_allowed_pair_gives_nan(distance: Distance) -> None:
     for side in (0, 1):
         pair = list(scores())
         pair[side][1, 2, 0, 0] = math.nan
@@ -140,7 +140,7 @@ def test_more_padding_changes_nothing(distance: Distance) -> None:
 
 
 @pytest.mark.parametrize("distance", BOTH)
-def test_at_equality(distance: Distance) -> None:
+def test_value_and_gradient_at_equality(distance: Distance) -> None:
     student, _ = scores()
     leaf = student.clone().requires_grad_()
     found = distance(leaf, student, some_keys())
@@ -149,7 +149,7 @@ def test_at_equality(distance: Distance) -> None:
     assert leaf.grad is not None and leaf.grad.abs().max() < 1e-15
 
 
-def test_a_number_added_to_all_scores_of_a_query_is_seen_by_the_scores_alone() -> None:
+def test_constant_shift_of_a_query_changes_only_score_distance() -> None:
     student, teacher = scores()
     shift = torch.arange(4.0, dtype=torch.float64)[:, None] + 1
     kl = attention_kl(student, teacher, some_keys())
@@ -177,7 +177,7 @@ def test_low_precision_is_computed_in_fp32(distance: Distance, dtype: torch.dtyp
 
 @pytest.mark.parametrize("distance", BOTH)
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3), (2, 2, 0, 3), (2, 2, 0, 0), (2, 2, 3, 0)])
-def test_nothing_to_compare(distance: Distance, shape: tuple[int, int, int, int]) -> None:
+def test_empty_inputs(distance: Distance, shape: tuple[int, int, int, int]) -> None:
     b, _, t, s = shape
     student = torch.zeros(shape, requires_grad=True)
     found = distance(student, torch.zeros(shape), torch.ones(b, 1, t, s, dtype=torch.bool))
@@ -187,7 +187,7 @@ def test_nothing_to_compare(distance: Distance, shape: tuple[int, int, int, int]
 
 
 @pytest.mark.parametrize("distance", BOTH)
-def test_shapes_that_do_not_fit(distance: Distance) -> None:
+def test_wrong_shapes_raise(distance: Distance) -> None:
     student, teacher = scores()
     message = r"the student has 2 attention heads, the teacher 3\. Say which teacher head .* \(map_heads\)"
     with pytest.raises(SettingError, match=message):
@@ -206,7 +206,7 @@ def test_shapes_that_do_not_fit(distance: Distance) -> None:
 # Pairing heads.
 
 
-def test_heads_are_picked_in_the_order_given() -> None:
+def test_heads_are_selected_in_the_given_order() -> None:
     _, teacher = scores()
     assert torch.equal(map_heads(teacher, [2, 0]), torch.stack((teacher[:, 2], teacher[:, 0]), 1))
     assert torch.equal(map_heads(teacher, [[1], [1]]), teacher[:, [1, 1]])
@@ -221,7 +221,7 @@ def test_heads_are_averaged_in_full_precision() -> None:
     assert found.dtype == torch.float32 and found.item() == 257.0
 
 
-def test_which_heads_are_paired_changes_the_distance() -> None:
+def test_pairing_of_heads_changes_the_distance() -> None:
     student, teacher = scores()
     found = [
         score_distance(student, map_heads(teacher, heads), some_keys()).sum()
@@ -230,7 +230,7 @@ def test_which_heads_are_paired_changes_the_distance() -> None:
     assert len({x.item() for x in found}) == 3
 
 
-def test_a_heads_gradient_goes_where_it_came_from() -> None:
+def test_gradient_flows_to_the_selected_heads() -> None:
     teacher = scores()[1].requires_grad_()
     map_heads(teacher, [[0, 2], [2]]).sum().backward()
     assert teacher.grad is not None
@@ -240,12 +240,12 @@ def test_a_heads_gradient_goes_where_it_came_from() -> None:
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ([0, 3], r"heads=\[0, 3\]: the teacher has 3 heads, 0 to 2; there is no \[3\]"),
-        ([[0, 7], [-1]], r"heads=\[\[0, 7\], \[-1\]\]: the teacher has 3 heads, 0 to 2; there is no \[-1, 7\]"),
+        ([0, 3], r"heads=\[0, 3\]: the teacher's 3 heads are 0 to 2, not \[3\]"),
+        ([[0, 7], [-1]], r"heads=\[\[0, 7\], \[-1\]\]: the teacher's 3 heads are 0 to 2, not \[-1, 7\]"),
         ([], r"heads=\[\]: name at least one teacher head for each student head"),
         ([[0], []], r"heads=\[\[0\], \[\]\]: name at least one"),
     ],
 )
-def test_heads_that_are_not_there(heads: list[int] | list[list[int]], message: str) -> None:
+def test_missing_heads_raise(heads: list[int] | list[list[int]], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         map_heads(scores()[1], heads)

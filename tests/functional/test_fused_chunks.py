@@ -1,4 +1,4 @@
-"""How many rows a chunk has: within the budget, as few chunks as it allows, none of them short. No products."""
+"""The number of rows in a chunk: within the budget, as few chunks as it allows, none of them short."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chunks_of(n: int, rows: int) -> list[int]:
     return [min(rows, n - first) for first in range(0, n, rows)]
 
 
-def test_there_is_room_for_both_sides_unless_it_is_for_one_row() -> None:
+def test_chunks_fit_the_budget_unless_they_have_one_row() -> None:
     for n, student, teacher, budget, over in CALLS:
         found = rows_a_chunk(n, student, teacher, budget, over_teacher=over)
         assert 1 <= found.part <= found.whole <= max(1, n)
@@ -48,7 +48,7 @@ def test_there_is_room_for_both_sides_unless_it_is_for_one_row() -> None:
         assert sum(chunks_of(n, found.whole)) == n
 
 
-def test_what_fits_is_one_chunk() -> None:
+def test_rows_that_fit_are_one_chunk() -> None:
     some = 0
     for n, student, teacher, budget, over in CALLS:
         if 0 < n <= MOST_ROWS and n * (student + teacher) <= budget:
@@ -59,7 +59,7 @@ def test_what_fits_is_one_chunk() -> None:
     assert rows_a_chunk(0, 10, 10, 10**6, over_teacher=False).whole == 1
 
 
-def test_both_sides_are_split_only_where_few_rows_of_both_fit_and_it_makes_chunks_longer() -> None:
+def test_student_parts_are_used_only_if_they_make_chunks_longer() -> None:
     split = 0
     for n, student, teacher, budget, over in CALLS:
         found = rows_a_chunk(n, student, teacher, budget, over_teacher=over)
@@ -74,8 +74,8 @@ def test_both_sides_are_split_only_where_few_rows_of_both_fit_and_it_makes_chunk
     assert split > 100
 
 
-def test_there_are_as_few_chunks_as_round_numbers_allow_and_none_is_short() -> None:
-    """Of more than 32 rows only multiples of 32 are taken; a chunk has less than 32 more than if all were alike."""
+def test_chunks_are_as_few_as_round_numbers_allow_and_even() -> None:
+    """Above 32 rows only multiples of 32 are used; a chunk has less than 32 rows more than equal chunks would."""
     several = 0
     for n, student, teacher, budget, over in CALLS:
         found = rows_a_chunk(n, student, teacher, budget, over_teacher=over)

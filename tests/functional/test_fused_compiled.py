@@ -1,10 +1,8 @@
-"""The compiled block is the eager one: as torch.compile traces it, and (slow) as the C++ compiler makes it of that.
-
-No CUDA here.
-"""
+"""The compiled block equals the eager one: as traced by torch.compile, and (slow) as compiled for the CPU. No CUDA."""
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -12,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hf_distill.functional.fused import chunks, compiled
-from hf_distill.functional.fused.inputs import TeacherHidden, TeacherLogits
+from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, Terms
+from hf_distill.functional.fused.loss import fused_linear_distillation
+from hf_distill.functional.fused.rows import BlockSpec, Workspace
 from tests.functional.test_fused_linear import logits_of, no_further_than_the_plain_path, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler loads its own
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning") 
 
 @pytest.fixture
 def functions(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
-    """What is compiled in the test."""
+    """The functions that are compiled in the test."""
     monkeypatch.setattr(compiled, "_functions", {})
     torch.compiler.reset()
     yield compiled._functions
@@ -35,18 +36,18 @@ needs_a_compiler = pytest.mark.skipif(
 )
 
 
-def test_compiled_where_asked_and_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA only where Triton is, and wherever it is asked for."""
+def test_compiled_if_requested_or_on_cuda_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default on CUDA with Triton only."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for there in (True, False):
         monkeypatch.setattr(
             compiled, "find_spec", lambda name, there=there: name if there and name == "triton" else None
         )
-        assert compiled.goes_compiled(None, cuda) is there
-        assert compiled.goes_compiled(None, cpu) is False
+        assert compiled.use_compiled(None, cuda) is there
+        assert compiled.use_compiled(None, cpu) is False
         for device in (cpu, cuda):
-            assert compiled.goes_compiled(True, device) is True
-            assert compiled.goes_compiled(False, device) is False
+            assert compiled.use_compiled(True, device) is True
+            assert compiled.use_compiled(False, device) is False
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -61,10 +62,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def compiled_beside_eager(name: str, knobs: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_beside_eager(name: str, options: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 rows in blocks of 3, chunks of 7 and a last one of 2."""
     monkeypatch.setattr(chunks, "BLOCK_CPU", 3 * 4 * v)
-    case = setting(name, n=16, v=v, **knobs)
+    case = setting(name, n=16, v=v, **options)
     budget = 7 * 2 * (v + 4) * case.hidden.element_size()
     found, expected = case.run(compiled=True, budget_bytes=budget), case.run(compiled=False, budget_bytes=budget)
     close = {"rtol": 1e-9, "atol": 1e-12} if case.hidden.dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
@@ -75,32 +76,32 @@ def compiled_beside_eager(name: str, knobs: dict[str, Any], v: int, monkeypatch:
 
 
 def compiled_over_the_teachers_logits(
-    name: str, dtype: torch.dtype, knobs: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, options: dict[str, Any], v: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eleven rows of the teacher's at a time, the student's by threes."""
+    """Eleven rows of the teacher's logits at a time, three of the student's."""
     monkeypatch.setattr(chunks, "FEW_ROWS", 3)
     monkeypatch.setattr(chunks, "ENOUGH_ROWS", 11)
-    case = setting(name, n=29, v=v, dtype=dtype, row_weights=True, **knobs)
+    case = setting(name, n=29, v=v, dtype=dtype, row_weights=True, **options)
     budget = v * dtype.itemsize * 14
     plain, run = case.run(budget_bytes=budget), type(case).run
-    monkeypatch.setattr(type(case), "run", lambda self, **knobs: run(self, compiled=True, **knobs))
+    monkeypatch.setattr(type(case), "run", lambda self, **options: run(self, compiled=True, **options))
     no_further_than_the_plain_path(case, slack=torch.finfo(dtype).eps / 2, budget=budget)
     torch.testing.assert_close(case.run(budget_bytes=budget).loss, plain.loss, rtol=1e-4, atol=0.0)
 
 
 def traced_only(monkeypatch: pytest.MonkeyPatch, backend: str = "eager") -> None:
-    """torch.compile without its code generator: the graph is run as it is; "aot_eager": with nothing in place in it."""
+    """Replace the code generator by a backend that runs the traced graph; "aot_eager" removes in-place operations."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda block, **settings: real(block, backend=backend, **settings))
 
 
-@pytest.mark.parametrize(("name", "knobs"), CASES[1:])
-def test_what_is_traced_is_eager(
-    name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "options"), CASES[1:])
+def test_traced_block_matches_eager(
+    name: str, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that torch.compile is told, without a C++ compiler: every kernel as one graph."""
+    """Everything but the code generator: every kernel is traced as one graph. Needs no C++ compiler."""
     traced_only(monkeypatch)
-    compiled_beside_eager(name, knobs, 31, monkeypatch)
+    compiled_beside_eager(name, options, 31, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
@@ -108,7 +109,7 @@ def test_what_is_traced_is_eager(
     ("name", "dtype"),
     [("forward_kl", torch.bfloat16), pytest.param("skewed_forward_kl", torch.float16, marks=pytest.mark.slow)],
 )
-def test_what_is_traced_in_16_bits_over_the_teachers_logits(
+def test_traced_block_in_16_bits_over_the_teachers_logits(
     name: str, dtype: torch.dtype, functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced_only(monkeypatch, "aot_eager")
@@ -118,19 +119,19 @@ def test_what_is_traced_in_16_bits_over_the_teachers_logits(
 
 @needs_a_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "knobs"), CASES)
-def test_compiled_is_eager(
-    name: str, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_compiled_block_matches_eager(
+    name: str, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One function carries all blocks."""
-    compiled_beside_eager(name, knobs, 301, monkeypatch)
+    """One function is used for all blocks."""
+    compiled_beside_eager(name, options, 301, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
 @needs_a_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype", "knobs"),
+    ("name", "dtype", "options"),
     [
         ("forward_kl", torch.bfloat16, {}),
         ("jeffreys", torch.bfloat16, {"bias": True, "temperature": 1.0}),
@@ -140,17 +141,17 @@ def test_compiled_is_eager(
         ("total_variation", torch.float16, {"softcap": 3.0}),
     ],
 )
-def test_compiled_in_16_bits_over_the_teachers_logits(
-    name: str, dtype: torch.dtype, knobs: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+def test_compiled_block_in_16_bits_over_the_teachers_logits(
+    name: str, dtype: torch.dtype, options: dict[str, Any], functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled_over_the_teachers_logits(name, dtype, knobs, 149, monkeypatch)
+    compiled_over_the_teachers_logits(name, dtype, options, 149, monkeypatch)
     assert [one is not None for one in functions.values()] == [True]
 
 
 @needs_a_compiler
 @pytest.mark.slow
-def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """−inf, other divergences, and one kind of function more than torch.compile would bear."""
+def test_unsupported_blocks_stay_eager(functions: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """−inf, other divergences, and one variant more than the maximum."""
     case = setting("forward_kl", bias=True)
     assert isinstance(case.teacher, TeacherHidden)
     case.teacher = TeacherLogits(logits_of(case.teacher.hidden, case.teacher.head).detach())
@@ -159,14 +160,14 @@ def test_what_cannot_be_compiled_stays_eager(functions: dict[Any, Any], monkeypa
     for one in (case, other):
         torch.testing.assert_close(one.run(compiled=True).loss, one.run(compiled=False).loss, rtol=0.0, atol=0.0)
     assert not functions
-    monkeypatch.setattr(compiled, "MOST_FUNCTIONS", 1)
+    monkeypatch.setattr(compiled, "MAX_FUNCTIONS", 1)
     for temperature in (1.0, 2.0):
         one = setting(temperature=temperature)
         torch.testing.assert_close(one.run(compiled=True).loss, one.run(compiled=False).loss)
     assert len(functions) == 1
 
 
-def test_where_the_compiler_cannot_the_loss_is_the_eager_one_and_says_so(functions, monkeypatch, caplog) -> None:
+def test_falls_back_to_eager_with_a_warning_if_compiling_fails(functions, monkeypatch, caplog) -> None:
     def fails(block: Any, **settings: Any) -> Any:
         def called(*tensors: Any) -> Any:
             raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no Triton for this card"), None)
@@ -179,3 +180,69 @@ def test_where_the_compiler_cannot_the_loss_is_the_eager_one_and_says_so(functio
     expected = case.run(compiled=False).loss
     assert all(torch.equal(one, expected) for one in found)
     assert len(caplog.records) == 1 and "no Triton for this card" in caplog.text
+
+
+# A wrong compiled block is noticed before it is used. Needs no compiler.
+
+N, V, D = 11, 29, 4
+
+
+def gradients(*, compiled: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(k, D, generator=generator) for k in (N, V, V))
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = fused_linear_distillation(
+        hidden,
+        Head(weight),
+        teacher=TeacherHidden(hidden.detach(), Head(other)),
+        terms=Terms(temperature=2.0),
+        labels=torch.arange(N),
+        compiled=compiled,
+    )
+    found.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [found.loss.detach(), hidden.grad, weight.grad]
+
+
+def fake(calls: list[int], *, wrong: float, of_value: bool) -> Any:
+    """Replaces the compiler: the eager block with its gradient or its value multiplied by 1 + wrong."""
+
+    def make(spec: BlockSpec, *, over_teacher: bool) -> Any:
+        def block(student: Tensor, teacher: Tensor, *vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            calls.append(len(student))
+            into = teacher if over_teacher else student
+            here = spec.with_row_vectors(*vectors)
+            label, value = compiled.blend_block(student, teacher, here, Workspace(), into=into)
+            if of_value and value is not None:
+                return label, value * (1 + wrong)
+            into.mul_(1 + wrong)
+            return label, value
+
+        return block
+
+    return make
+
+
+@pytest.mark.parametrize("of_value", [False, True])
+@pytest.mark.parametrize("wrong", [0.0, 1e-2])
+def test_a_wrong_compiled_function_is_not_used(monkeypatch, caplog, wrong: float, of_value: bool) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(compiled, "_functions", {})
+    monkeypatch.setattr(compiled, "_compiled", fake(calls, wrong=wrong, of_value=of_value))
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    expected = gradients(compiled=False)
+    for one in found:
+        for x, y in zip(one, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert calls == ([compiled.TRIAL_ROWS] if wrong else [compiled.TRIAL_ROWS, N, N])  # tried once
+    assert ["another loss than eager mode" in record.message for record in caplog.records] == [True] * bool(wrong)
+
+
+def test_warns_once_when_there_are_too_many_kinds(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(compiled, "_functions", dict.fromkeys(range(compiled.MAX_FUNCTIONS)))
+    monkeypatch.setattr(compiled, "_has_warned", False)
+    with caplog.at_level(logging.WARNING):
+        found = [gradients(compiled=True) for _ in range(2)]
+    assert torch.equal(found[0][0], gradients(compiled=False)[0])
+    assert ["without torch.compile for any other" in record.message for record in caplog.records] == [True]

@@ -1,4 +1,4 @@
-"""L6: the fused loss is the plain one, in value and gradient, at sizes that do not divide, in every precision."""
+"""L6: the fused loss equals the plain one, in value and gradient, for sizes that do not divide, in every precision."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Setting:
     labels: Labels | None
     row_weights: Tensor | None
 
-    def run(self, **knobs: Any) -> fused.FusedLoss:
-        given: dict[str, Any] = {"labels": self.labels, "row_weights": self.row_weights, **knobs}
+    def run(self, **options: Any) -> fused.FusedOutput:
+        given: dict[str, Any] = {"labels": self.labels, "row_weights": self.row_weights, **options}
         return fused.fused_linear_distillation(self.hidden, self.head, teacher=self.teacher, terms=self.terms, **given)
 
     def leaves(self) -> list[Tensor]:
@@ -126,12 +126,12 @@ def plainly(case: Setting, *, dtype: torch.dtype | None = None) -> tuple[Tensor,
                 if isinstance(case.teacher, TeacherLogits)
                 else logits_of(case.teacher.hidden, case.teacher.head)
             )
-        knobs = dict(terms.settings)
+        options = dict(terms.settings)
         w = terms.columns or student.shape[1]
         if stated.wants_target and case.labels is not None:
-            knobs["target"] = case.labels.ids.masked_fill(case.labels.ids >= w, -100)
+            options["target"] = case.labels.ids.masked_fill(case.labels.ids >= w, -100)
         full = torch.float64 if student.dtype == torch.float64 else torch.float32
-        rows = DIVERGENCES[terms.divergence](student[:, :w].to(full) / t, teacher[:, :w].to(full) / t, **knobs)
+        rows = DIVERGENCES[terms.divergence](student[:, :w].to(full) / t, teacher[:, :w].to(full) / t, **options)
         of_divergence = (rows if case.row_weights is None else rows * case.row_weights).sum()
     loss = terms.labels_factor * of_labels + terms.divergence_factor * t**stated.temperature_power * of_divergence
     return loss, of_labels, of_divergence
@@ -163,12 +163,12 @@ def rows_to_bytes(case: Setting, rows: int) -> int:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 1.5])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_equals_the_plain_path(name: str, settings: dict[str, Any], temperature: float) -> None:
+def test_matches_the_plain_path(name: str, settings: dict[str, Any], temperature: float) -> None:
     compare(setting(name, settings, temperature=temperature))
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {"labels": False},
         {"bias": True},
@@ -189,11 +189,11 @@ def test_equals_the_plain_path(name: str, settings: dict[str, Any], temperature:
         {"frozen": ("hidden", "weight"), "bias": True},
         {"frozen": ("hidden", "weight", "bias"), "bias": True},
     ],
-    ids=lambda knobs: ",".join(f"{knob}={value}" for knob, value in knobs.items()),
+    ids=lambda options: ",".join(f"{option}={value}" for option, value in options.items()),
 )
 @pytest.mark.parametrize(("name", "settings"), FAMILY)
-def test_equals_the_plain_path_with(name: str, settings: dict[str, Any], knobs: dict[str, Any]) -> None:
-    compare(setting(name, settings, **knobs))
+def test_matches_the_plain_path_with_options(name: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
+    compare(setting(name, settings, **options))
 
 
 @pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 2), (7, 11), (10, 8), (33, 65)])
@@ -293,3 +293,61 @@ def in_float64(case: Setting) -> Setting:
     assert isinstance(case.teacher, TeacherHidden)
     teacher = TeacherHidden(case.teacher.hidden.double(), head(case.teacher.head))
     return replace(case, hidden=leaf(case.hidden), head=head(case.head), teacher=teacher)
+
+
+def test_small_factors_do_not_underflow_in_fp16() -> None:
+    """1e-7 · (q − p) of a row is below fp16's smallest number; a scaled loss brings it back."""
+    case = setting(dtype=torch.float16, v=149, labels=False)
+    case.terms = replace(case.terms, divergence_factor=1e-7)
+    scaled = case.gradients(2.0**16 * case.run().loss)
+    case.terms = replace(case.terms, divergence_factor=1e-7 * 2.0**16)
+    for small, large in zip(scaled, case.gradients(case.run().loss), strict=True):
+        assert large.abs().sum() > 0
+        torch.testing.assert_close(small, large)
+
+
+def test_head_gradient_is_summed_in_fp32() -> None:
+    """1,024 equal rows in chunks of one: a running sum in bf16 stands still at 256 times one row's gradient."""
+    row = torch.randn(1, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
+    labels, found = torch.zeros(1024, dtype=torch.long), []
+    for n in (1, 1024):
+        loss = fused.fused_linear_distillation(
+            row.repeat(n, 1), Head(weight), teacher=None, terms=Terms(), labels=labels[:n], budget_bytes=16
+        ).loss
+        found.append(torch.autograd.grad(loss, weight)[0].float())
+    torch.testing.assert_close(found[1], 1024 * found[0], rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_hidden_gradient_is_rounded_no_more_often_than_with_whole_logits(name: str, settings: dict[str, Any]) -> None:
+    """Twice: at the logits, and the product. Once more would be a tenth to a quarter further from float64.
+
+    Without labels, whose gradient at the logits the plain path rounds by itself.
+    """
+    case = setting(name, settings, n=201, v=149, temperature=3.0, dtype=torch.bfloat16, labels=False)
+    exact = in_float64(case)
+    (right, *_), (plain, *_) = (one.gradients(plainly(one)[0]) for one in (exact, case))
+    ours, *_ = case.gradients(case.run(budget_bytes=rows_to_bytes(case, 32)).loss)
+    errors = [(x.double() - right).norm() for x in (ours, plain)]
+    assert errors[0] < 1.05 * errors[1]
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_gradient_by_finite_differences(name: str, settings: dict[str, Any]) -> None:
+    """Central differences of the loss itself, along random directions through all three leaves."""
+    case = setting(name, settings, n=3, v=4, bias=True, row_weights=True, softcap=4.0)
+    leaves, gradients = case.leaves(), case.gradients(case.run().loss)
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        steps = [1e-5 * torch.randn(x.shape, generator=g, dtype=torch.float64) for x in leaves]
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for leaf, step in zip(leaves, steps, strict=True):
+                    leaf.add_(sign * step)
+                ends.append(case.run().loss.item())
+                for leaf, step in zip(leaves, steps, strict=True):
+                    leaf.sub_(sign * step)
+        slope = sum((gradient * step).sum().item() for gradient, step in zip(gradients, steps, strict=True))
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(slope, rel=1e-5, abs=1e-12)

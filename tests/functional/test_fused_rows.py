@@ -1,4 +1,4 @@
-"""The softmax that writes over its rows, beside a longer one: large logits, long rows, −inf, NaN. No divergences here.
+"""The in-place softmax against one in longer numbers: large logits, long rows, −inf, NaN.
 
 With u = 2⁻²⁴, m a row's largest logit and M its largest magnitude: a column's exponent is x · log₂e − m · log₂e. The
 rounding of the last term is the same in every column, and falls out. That of the first is M u, where it is not fused
@@ -67,7 +67,7 @@ def test_softmax_of_large_logits_and_long_rows(v: int, offset: float, spread: fl
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_blocked_columns_get_nothing_and_change_nothing(offset: float, dtype: torch.dtype) -> None:
+def test_blocked_columns_get_probability_0_and_have_no_effect(offset: float, dtype: torch.dtype) -> None:
     rows = drawn(301, offset, 3.0, dtype)
     blocked = torch.zeros_like(rows, dtype=torch.bool)
     blocked[0, ::2] = blocked[1, 1:] = blocked[2, -1] = True
@@ -83,7 +83,7 @@ def test_blocked_columns_get_nothing_and_change_nothing(offset: float, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_row_with_nan_is_nan_and_no_other_row_hears_of_it(dtype: torch.dtype) -> None:
+def test_nan_stays_within_its_row(dtype: torch.dtype) -> None:
     rows = drawn(301, 0.0, 3.0, dtype)
     expected, found = rows.clone(), rows.clone()
     normalisers = softmax_(expected)
@@ -94,7 +94,7 @@ def test_a_row_with_nan_is_nan_and_no_other_row_hears_of_it(dtype: torch.dtype) 
         assert found[row].equal(expected[row]) and log_normaliser[row].equal(normalisers[row])
 
 
-def test_it_writes_over_a_part_of_a_larger_block_and_over_nothing_else() -> None:
+def test_writes_only_its_own_part_of_a_larger_block() -> None:
     whole = drawn(301, 0.0, 3.0)
     before, part = whole.clone(), whole[1:, 3:40]
     log_p, _ = exactly(part)

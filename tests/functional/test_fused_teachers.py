@@ -1,4 +1,4 @@
-"""What the teacher may show the fused loss beside hidden rows: logits with −inf, k columns and a tail, nothing."""
+"""Other inputs of the fused loss than hidden rows: the teacher's logits with −inf, sparse targets, or no teacher."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from hf_distill.functional import DIVERGENCES, PROPERTIES
 from hf_distill.functional.fused.inputs import Head, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
 from hf_distill.functional.fused.loss import fused_linear_distillation
-from hf_distill.functional.sparse import ON_OUTCOMES, bucketed, outcomes, sampled_forward_kl
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, sampled_forward_kl, student_outcomes, teacher_outcomes
 from tests.functional.test_fused_linear import EVERY, FAMILY, compare, logits_of, setting
 
 
-def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **knobs: Any) -> Any:
-    case = setting(name, settings, **knobs)
+def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = None, **options: Any) -> Any:
+    case = setting(name, settings, **options)
     assert isinstance(case.teacher, TeacherHidden)
     case.teacher = TeacherLogits(logits_of(case.teacher.hidden, case.teacher.head).detach())
     return case
@@ -27,7 +27,9 @@ def given_logits(name: str = "forward_kl", settings: dict[str, Any] | None = Non
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_logits_as_they_are_and_left_as_they_were(name: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_given_logits_match_the_plain_path_and_are_not_changed(
+    name: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
     case = given_logits(name, settings, dtype=dtype, padding=(0, 2))
     before = case.teacher.logits.clone()
     compare(case, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-11 if dtype == torch.float64 else 2e-5)
@@ -36,7 +38,7 @@ def test_logits_as_they_are_and_left_as_they_were(name: str, settings: dict[str,
 
 @pytest.mark.parametrize(("name", "settings"), EVERY)
 def test_blocked_columns_on_either_side(name: str, settings: dict[str, Any]) -> None:
-    """−inf in the teacher's rows here and there, and in the student's bias: a column that nobody may predict."""
+    """−inf in some teacher logits and in the student's bias, a column that neither model can predict."""
     case = given_logits(name, settings, bias=True)
     for row, column in ((0, 1), (2, 0), (3, 4), (5, 5), (5, 0)):
         case.teacher.logits[row, column] = -math.inf
@@ -47,7 +49,7 @@ def test_blocked_columns_on_either_side(name: str, settings: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_teacher_that_says_no_number_is_heard_where_it_counts(bad: float) -> None:
+def test_nan_in_a_teacher_row_counts_only_if_its_weight_is_not_0(bad: float) -> None:
     for name in fusable():
         case = given_logits(name)
         case.teacher.logits[3, 1] = bad
@@ -61,7 +63,7 @@ def test_a_teacher_that_says_no_number_is_heard_where_it_counts(bad: float) -> N
         assert all(torch.isfinite(gradient).all() for gradient in case.gradients(found.loss))
 
 
-def test_equal_heads_and_rows_give_exactly_nothing() -> None:
+def test_equal_heads_and_rows_give_0() -> None:
     rows = torch.randn(5, 4, requires_grad=True)
     head = Head(torch.randn(300, 4, requires_grad=True), torch.randn(300))
     teacher = TeacherHidden(rows.detach(), Head(head.weight.detach(), head.bias))
@@ -86,18 +88,18 @@ def coarse(rows: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 11])
-@pytest.mark.parametrize("name", ON_OUTCOMES)
-def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> None:
-    """At k = v it is that of all columns. No target is passed on: the labels' ids are not outcomes here."""
+@pytest.mark.parametrize("name", OUTCOME_DIVERGENCES)
+def test_sparse_matches_the_divergence_of_merged_outcomes(name: str, k: int) -> None:
+    """At k = v it is that of all columns. No target is passed, as the labels' ids are not outcomes."""
     case = given_logits(name, labels=False, bias=True, row_weights=True)
     t, logits = case.terms.temperature, case.teacher.logits
     ids = logits.topk(k).indices
-    outcomes = coarse(logits / t, ids)
-    case.teacher = TeacherSparse(ids, logits.gather(1, ids), outcomes[:, -1])
+    expected_outcomes = coarse(logits / t, ids)
+    case.teacher = TeacherSparse(ids, logits.gather(1, ids), expected_outcomes[:, -1])
     found = case.run()
     student = logits_of(case.hidden, case.head) / t
     ours = coarse(student, ids) if k < 11 else student.gather(1, ids)
-    expected = DIVERGENCES[name](ours, outcomes[:, : ours.shape[1]])
+    expected = DIVERGENCES[name](ours, expected_outcomes[:, : ours.shape[1]])
     total = (expected * case.row_weights).sum()
     loss = 0.7 * t ** PROPERTIES[name].temperature_power * total
     torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=1e-12)
@@ -106,8 +108,8 @@ def test_sparse_is_the_divergence_of_the_coarser_outcomes(name: str, k: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*ON_OUTCOMES, "samples"])
-def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [*OUTCOME_DIVERGENCES, "samples"])
+def test_sparse_rows_of_unequal_length_match_the_plain_path(name: str, dtype: torch.dtype) -> None:
     """L6: rows that list 3, 2, 1 and no columns, beside labels, at sizes that chunks do not divide."""
     divergence = "forward_kl" if name == "samples" else name
     case = setting(divergence, n=13, v=301, dtype=dtype, row_weights=True, bias=True)
@@ -126,7 +128,7 @@ def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torc
     student = logits_of(case.hidden, case.head).to(full)
     of_labels = F.cross_entropy(student, case.labels.ids, reduction="none") * case.labels.weights
     if weights is None:
-        rows = DIVERGENCES[divergence](bucketed(student / t, ids), outcomes(listed, tail))
+        rows = DIVERGENCES[divergence](student_outcomes(student / t, ids), teacher_outcomes(listed, tail))
     else:
         rows = sampled_forward_kl(student / t, ids, listed, weights)
     power = t ** PROPERTIES[divergence].temperature_power
@@ -140,8 +142,8 @@ def test_sparse_rows_of_unequal_length_are_the_plain_path(name: str, dtype: torc
         torch.testing.assert_close(mine, plain, **close)
 
 
-def test_a_head_may_name_the_type_of_its_products() -> None:
-    """Under autocast, a teacher that stays in fp32; and a student's head in another type than its rows, without."""
+def test_head_dtype_sets_the_dtype_of_products() -> None:
+    """A teacher that stays in fp32 under autocast; and, without autocast, a head in another dtype than its rows."""
     case = setting(dtype=torch.float32, n=9, v=149, labels=False)
     teacher = case.teacher
     assert isinstance(teacher, TeacherHidden)
@@ -159,7 +161,7 @@ def test_a_head_may_name_the_type_of_its_products() -> None:
     torch.testing.assert_close(case.run().divergence_rows, rows)
 
 
-def test_sparse_log_probabilities_bring_their_own_tail() -> None:
+def test_sparse_log_probabilities_without_a_tail() -> None:
     case = given_logits("forward_kl", temperature=1.0)
     log_p = case.teacher.logits.log_softmax(-1)
     top = log_p.topk(3)
@@ -169,10 +171,10 @@ def test_sparse_log_probabilities_bring_their_own_tail() -> None:
     case.teacher = replace(whole, tail=None)
     torch.testing.assert_close(case.run().loss, expected.loss, rtol=1e-9, atol=0.0)
     case.teacher = TeacherSparse(top.indices, top.values.exp().div(top.values.exp().sum(-1, keepdim=True)).log())
-    assert torch.isfinite(case.run().loss)  # nothing is left to 1: the tail is what rounding leaves
+    assert torch.isfinite(case.run().loss)  # the probabilities sum to 1: the tail is a rounding error
 
 
-def test_autocast_takes_products_in_its_type_and_gives_fp32_gradients_unrounded() -> None:
+def test_autocast_gives_fp32_gradients() -> None:
     case = setting(dtype=torch.float32, n=40, v=149, bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = case.run()
@@ -185,7 +187,7 @@ def test_autocast_takes_products_in_its_type_and_gives_fp32_gradients_unrounded(
         assert 0 < (gradient - right).norm() / right.norm() < 0.02
 
 
-def test_a_second_backward_is_refused_and_a_tied_weight_gets_both_gradients() -> None:
+def test_second_backward_raises_and_tied_weight_gets_both_gradients() -> None:
     weight = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     hidden = 2 * weight[:3]  # as embeddings
     labels = torch.tensor([1, 2, 5])
@@ -194,5 +196,5 @@ def test_a_second_backward_is_refused_and_a_tied_weight_gets_both_gradients() ->
     (expected,) = torch.autograd.grad(plain, weight, retain_graph=True)
     (found,) = torch.autograd.grad(loss, weight, retain_graph=True)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(RuntimeError, match="gave its gradients away in its first backward"):
+    with pytest.raises(RuntimeError, match="released its gradients in its first backward"):
         loss.backward()

@@ -1,9 +1,9 @@
 """L5 for the fused path, fp32 and bf16, in chunks and blocks that do not divide: T^p is in the gradient at every
-temperature, and past the logits the gradient does not hear of the temperature any more.
+temperature, and at high temperatures the gradient does not depend on it.
 
 The references share no code with the library: the papers' formulas in numpy, their slopes by central differences, and
-limits by hand. Every logit is a multiple of 1/16 below 16, which bf16 holds exactly, so that what is left of an error
-in 16 bits is the gradient's own rounding. Heads that scale or cap their logits are not here.
+limits by hand. Every logit is a multiple of 1/16 below 16, which bf16 holds exactly, so that the only error in
+16 bits is the rounding of the gradient. Heads that scale or cap their logits are tested elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_distill.functional.fused import chunks
 from hf_distill.functional.fused.inputs import Head, Labels, TeacherHidden, TeacherLogits, TeacherSparse, Terms, fusable
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, SAMPLE_DIVERGENCES
 from tests.functional import references
 from tests.functional.test_fused_linear import SETTINGS, Setting
 
@@ -93,9 +93,9 @@ def close(dtype: torch.dtype, temperature: float) -> float:
 @functools.cache
 def row_of(name: str, settings: tuple[tuple[str, Any], ...]) -> Callable[..., float]:
     """A row's divergence in numpy; at β = 0 and 1, where the formula is 0, the KL that is its limit."""
-    knobs = {k: v for k, v in settings if k != "intra_weight"}
-    at_the_end = {0.0: references.forward_kl, 1.0: references.reverse_kl}.get(knobs.get("beta", 0.5))
-    return at_the_end or functools.partial(references.A_ROW[name], **knobs)
+    options = {k: v for k, v in settings if k != "intra_weight"}
+    at_the_end = {0.0: references.forward_kl, 1.0: references.reverse_kl}.get(options.get("beta", 0.5))
+    return at_the_end or functools.partial(references.A_ROW[name], **options)
 
 
 @functools.cache
@@ -141,7 +141,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def test_what_is_drawn_is_what_the_tolerances_rest_on() -> None:
+def test_random_inputs_meet_the_assumptions_of_the_tolerances() -> None:
     x = drawn()
     for side in ("student", "teacher"):
         assert x[side].bfloat16().double().equal(x[side])
@@ -152,10 +152,10 @@ def test_what_is_drawn_is_what_the_tolerances_rest_on() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, pytest.param(3.0, marks=pytest.mark.slow), 512.0])
 @pytest.mark.parametrize(("name", "settings"), EVERY)
-def test_the_gradient_is_the_slope_times_the_power_of_the_temperature(
+def test_gradient_is_the_slope_times_the_power_of_the_temperature(
     name: str, settings: dict[str, Any], temperature: float, layout: str
 ) -> None:
-    """Beside labels, which the temperature does not soften: their slope is softmax minus one-hot."""
+    """Together with labels, to which the temperature does not apply: their slope is softmax minus one-hot."""
     x = drawn()
     power = temperature ** POWER.get(name, 2)
     values, slope = slopes(name, tuple(settings.items()), temperature)
@@ -217,7 +217,7 @@ def limit_of_decoupled(d: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [1024.0, 3000.0])
 @pytest.mark.parametrize(("name", "settings"), SOFTENED)
-def test_past_the_logits_the_gradient_does_not_hear_of_the_temperature(
+def test_gradient_does_not_depend_on_high_temperatures(
     name: str, settings: dict[str, Any], temperature: float, layout: str
 ) -> None:
     expected = at_the_leaves(OF_DIVERGENCE * drawn()["row_weights"][:, None] * limit(name, settings))
@@ -227,7 +227,7 @@ def test_past_the_logits_the_gradient_does_not_hear_of_the_temperature(
 
 
 @pytest.mark.parametrize("name", AS_THEY_ARE)
-def test_what_is_not_softened_does_not_hear_of_the_temperature(name: str, layout: str) -> None:
+def test_divergences_without_softening_ignore_the_temperature(name: str, layout: str) -> None:
     for dtype in PRECISIONS:
         cold, hot = (case_of(name, {}, t, dtype, labels=True) for t in (1.0, 7.0))
         for one, other in zip(cold.gradients(cold.run().loss), hot.gradients(hot.run().loss), strict=True):
@@ -235,7 +235,7 @@ def test_what_is_not_softened_does_not_hear_of_the_temperature(name: str, layout
 
 
 def merged(d: Tensor, ids: Tensor) -> Tensor:
-    """All but the listed columns get their mean: to first order, that is what happens to the bucket's logit."""
+    """Columns that are not listed get their mean: to first order, this is the bucket's logit."""
     listed = torch.zeros(N, V).scatter(1, ids, 1.0).bool()
     mean = (d * ~listed).sum(-1, keepdim=True) / (~listed).sum(-1, keepdim=True)
     return torch.where(listed, d, mean)
@@ -244,12 +244,12 @@ def merged(d: Tensor, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("temperature", [1024.0, 3000.0])
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("logits", name) for name in ON_OUTCOMES]
-    + [("sparse", name) for name in ON_OUTCOMES]
-    + [("samples", name) for name in ON_SAMPLES],
+    [("logits", name) for name in OUTCOME_DIVERGENCES]
+    + [("sparse", name) for name in OUTCOME_DIVERGENCES]
+    + [("samples", name) for name in SAMPLE_DIVERGENCES],
 )
-def test_whatever_the_teacher_shows(kind: str, name: str, temperature: float, layout: str) -> None:
-    """Its logits; four columns and a bucket; every column as a sample whose weight is its probability."""
+def test_high_temperature_limit_for_each_kind_of_teacher(kind: str, name: str, temperature: float, layout: str) -> None:
+    """Logits; four columns and a bucket; every column as a sample whose weight is its probability."""
     x = drawn()
     log_p = (x["teacher"] / temperature).log_softmax(-1)
     ids = x["teacher"].topk(4 if kind == "sparse" else V).indices

@@ -1,4 +1,4 @@
-"""Relations of the positions of a sequence: numbers by hand, a slow reference, padding, and what they do not see."""
+"""Relations of the positions of a sequence: numbers by hand, a slow reference, padding, and invariances."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def slow(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> list[lis
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_against_the_slow_reference(heads: int) -> None:
+def test_matches_the_slow_reference(heads: int) -> None:
     student, teacher = vectors()
     found = relation_kl(student, teacher, MASK, heads=heads)
     assert found.shape == (2, 4) and found.dtype == torch.float64
@@ -75,7 +75,7 @@ def test_by_hand_in_two_heads() -> None:
     assert found.tolist() == [[pytest.approx(expected, rel=1e-12), 0.0]]
 
 
-def test_against_torchs_own_without_a_mask() -> None:
+def test_without_mask_matches_torch() -> None:
     student, teacher = vectors()
     q, p = ((x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) for x in (student, teacher))
     expected = F.kl_div(q.log(), p, reduction="none").sum(-1)
@@ -85,7 +85,7 @@ def test_against_torchs_own_without_a_mask() -> None:
 
 @pytest.mark.parametrize("what", [math.nan, math.inf, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_lies_outside_the_mask_is_never_read(what: float, dtype: torch.dtype) -> None:
+def test_vectors_outside_the_mask_are_never_read(what: float, dtype: torch.dtype) -> None:
     student, teacher = (x.to(dtype) for x in vectors())
     found, pulls = [], []
     for outside in (0.5, what):
@@ -98,7 +98,7 @@ def test_what_lies_outside_the_mask_is_never_read(what: float, dtype: torch.dtyp
     assert torch.isfinite(pulls[1]).all()
 
 
-def test_no_number_inside_the_mask_is_heard() -> None:
+def test_nan_inside_the_mask_gives_nan() -> None:
     for side in (0, 1):
         pair = list(vectors())
         pair[side][0, 1, 0] = math.nan
@@ -114,7 +114,7 @@ def test_more_padding_changes_nothing() -> None:
     assert not padded[:, 4:].any()
 
 
-def test_at_equality() -> None:
+def test_value_and_gradient_at_equality() -> None:
     student, _ = vectors()
     leaf = student.clone().requires_grad_()
     found = relation_kl(leaf, student, MASK, heads=2)
@@ -123,7 +123,7 @@ def test_at_equality() -> None:
     assert leaf.grad is not None and leaf.grad.abs().max() < 1e-15
 
 
-def test_a_rotation_within_each_head_is_not_seen_and_one_across_heads_is() -> None:
+def test_invariant_to_rotations_within_heads_only() -> None:
     student, teacher = vectors(d_s=8)
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     small = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
@@ -148,7 +148,7 @@ def test_gradient_by_finite_differences(heads: int) -> None:
     assert torch.autograd.gradcheck(lambda s, t: relation_kl(s, t, MASK, heads=heads), (student, teacher))
 
 
-def test_zero_and_equal_vectors_are_no_nan() -> None:
+def test_zero_and_equal_vectors_do_not_give_nan() -> None:
     student = torch.zeros(2, 4, 4, requires_grad=True)
     found = relation_kl(student, torch.ones(2, 4, 8), MASK, heads=2)  # both relate evenly
     found.sum().backward()
@@ -165,7 +165,7 @@ def test_low_precision_is_computed_in_fp32() -> None:
     assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
 
 
-def test_a_view_that_is_not_contiguous_is_read_in_order() -> None:
+def test_non_contiguous_views() -> None:
     student, teacher = vectors()
     turned = student.transpose(0, 1).contiguous().transpose(0, 1)
     assert not turned.is_contiguous()
@@ -174,7 +174,7 @@ def test_a_view_that_is_not_contiguous_is_read_in_order() -> None:
 
 
 @pytest.mark.parametrize(("b", "t", "kept"), [(0, 3, True), (2, 0, True), (2, 3, False)])
-def test_nothing_to_compare(b: int, t: int, kept: bool) -> None:
+def test_empty_inputs(b: int, t: int, kept: bool) -> None:
     student = torch.randn(b, t, 4).requires_grad_()
     found = relation_kl(student, torch.randn(b, t, 8), torch.full((b, t), kept), heads=2)
     assert found.shape == (b, t) and not found.any()
@@ -183,14 +183,14 @@ def test_nothing_to_compare(b: int, t: int, kept: bool) -> None:
 
 
 @pytest.mark.parametrize("heads", [3, 8, 0, -2])
-def test_heads_that_do_not_divide_are_refused_with_those_that_do(heads: int) -> None:
+def test_heads_that_do_not_divide_raise_and_name_those_that_do(heads: int) -> None:
     student, teacher = vectors(d_s=12, d_t=8)
-    message = rf"heads={heads}: .* student's width 12 and the teacher's 8\. These do: 1, 2, 4\."
+    message = rf"heads={heads}: .* student's width 12 and the teacher's width 8\. Allowed: 1, 2, 4\."
     with pytest.raises(SettingError, match=message):
         relation_kl(student, teacher, MASK, heads=heads)
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_wrong_shapes_raise() -> None:
     student, teacher = vectors()
     with pytest.raises(
         SettingError, match=r"student vectors are \[2, 4, 4\], teacher vectors \[2, 3, 8\], mask \[2, 4\]"

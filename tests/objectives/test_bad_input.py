@@ -115,7 +115,7 @@ def test_widths_that_differ_without_a_projection(objective: Any) -> None:
         (None, (2, 4), ("the student has 2 attention heads, the teacher 4. Pass heads=", "use RelationMatch")),
         ("grouped", (2, 3), ("heads='grouped': 3 teacher heads cannot be shared out to 2 student heads",)),
         ([0], (2, 4), ("heads names 1 student heads; the student has 2. Give one entry for each",)),
-        ([0, 4], (2, 4), ("the teacher has 4 heads, 0 to 3; there is no [4]",)),
+        ([0, 4], (2, 4), ("the teacher's 4 heads are 0 to 3, not [4]",)),
         ([[0], []], (2, 4), ("name at least one teacher head for each student head",)),
     ],
 )
@@ -129,7 +129,9 @@ def test_relation_heads_that_divide_nothing() -> None:
     head = HEADS["llama_causal_lm"]
     student, teacher = head.make(1, layers=2), head.make(2, layers=2)
     distiller = Distiller(student, teacher, alpha=None, objectives=RelationMatch(relation_heads=16))
-    refused(lambda: distiller(student, head.batch(2)), "heads=16: relation heads must divide", "These do: 1, 2, 4, 8.")
+    refused(
+        lambda: distiller(student, head.batch(2)), "heads=16: must divide the student's width", "Allowed: 1, 2, 4, 8."
+    )
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])

@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_distill import DataError, Distiller, ModelTeacher, SettingError, TeacherError, UniversalLogitMatch
 from hf_distill.tasks.language import decoder_inputs
-from tests.functional.test_universal import slow
+from tests.functional.references import sorted_distance as slow
 from tests.heads import HEADS
 from tests.laws.measuring import difference, gradient_of, step
 from tests.tiny_tokenizers import tokenizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_distill import Distiller, SettingError, TeacherError
-from hf_distill.functional.groups import agreed_with_groups
+from hf_distill.functional.groups import fit_class_distribution
 from hf_distill.teachers.specialists import Specialists, specialist_head
 from tests.heads import HEADS
 from tests.laws import measuring as m
@@ -52,7 +52,7 @@ def drawn(sets: list[list[int]], n: int = 5, v: int = 7, sharpness: float = 2.0)
 def test_the_solution_is_that_of_gradient_descent_on_logits(name: str, sharpness: float) -> None:
     """As the paper does it, with a second-order method, long enough."""
     told, rest, members, equation_5 = drawn(SETS[name], sharpness=sharpness)
-    found = agreed_with_groups(told, rest, members)
+    found = fit_class_distribution(told, rest, members)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)).double(), rtol=1e-10, atol=1e-12)
     z = torch.zeros_like(told).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -73,7 +73,7 @@ def test_the_solution_is_that_of_gradient_descent_on_logits(name: str, sharpness
 @pytest.mark.parametrize("name", SETS)
 def test_nothing_near_the_solution_is_better(name: str) -> None:
     told, rest, members, equation_5 = drawn(SETS[name])
-    found = agreed_with_groups(told, rest, members)
+    found = fit_class_distribution(told, rest, members)
     logits = found.clone().requires_grad_()
     equation_5(logits.log_softmax(-1)).sum().backward()
     assert float(logits.grad.abs().max()) < 1e-9
@@ -92,7 +92,7 @@ def test_one_specialist_by_hand() -> None:
     g, p, d = torch.tensor([0.6, 0.1, 0.2, 0.1], dtype=double), torch.tensor([0.1, 0.5], dtype=double), 0.4
     told = torch.cat((g[:2] + p, g[2:]))[None].log()
     members = torch.tensor([[True, True, False, False]])
-    found = agreed_with_groups(told, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
+    found = fit_class_distribution(told, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
     expected = torch.tensor([0.35, 0.3, (0.3 + d) / 2 * 2 / 3, (0.3 + d) / 2 / 3], dtype=double)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
@@ -101,7 +101,7 @@ def test_far_apart_opinions_and_blocked_classes_stay_numbers() -> None:
     """A generalist that is sure of the special classes, a specialist that is sure of its dustbin, in fp32 logits."""
     log_g = torch.tensor([[0.0, -200.0, -300.0, -301.0, -torch.inf]]).log_softmax(-1)
     members = torch.tensor([[True, True, False, False, False]])
-    found = agreed_with_groups(log_g, torch.tensor([[0.0]]), members)
+    found = fit_class_distribution(log_g, torch.tensor([[0.0]]), members)
     # Half of all says class 0, half says "none of them", which is shared as 1 : 1/e.
     assert found.exp()[0].tolist() == pytest.approx(
         [0.5, 0.0, 0.5 / (1 + math.exp(-1)), 0.5 / (1 + math.e), 0.0], abs=1e-6

@@ -1,7 +1,4 @@
-"""Chunks of rows: how many, their products with a head, the sum of a head's gradient, and blocks on several threads.
-
-Nothing here knows what is done to a block.
-"""
+"""Chunks of rows: their size, products with a head, the sum of a head's gradient, and threads for their blocks."""
 
 from __future__ import annotations
 
@@ -14,34 +11,38 @@ import torch
 from torch import Tensor
 
 from hf_distill.functional.fused.inputs import Head
-from hf_distill.functional.fused.rows import Room, Softening, full_precision_of, is_blocking
+from hf_distill.functional.fused.rows import Softening, Workspace, any_blocked, full_precision_of
 
 MIB = 2**20
 BUDGET_16_BITS, BUDGET = 96 * MIB, 384 * MIB
-OF_THE_SUM = 3  # a chunk may always take this part of what the sum of the head's gradient takes
+SUM_SHARE = 3  # a chunk may always take this part of the memory for the sum of the head's gradient
 MOST_ROWS = 512  # products gain nothing from more
-ENOUGH_ROWS = 256  # with fewer, products slow down, and the sum is added to too often
-FEW_ROWS = 128  # of the student's logits at a time, where both sides' do not fit
-ROUND_ROWS = 32  # products like such numbers
+ENOUGH_ROWS = 256  # with fewer, products are slower, and the sum is added to too often
+FEW_ROWS = 128  # rows of the student's logits at a time, if both sides' do not fit
+ROUND_ROWS = 32  # products are fastest at multiples of this
 BLOCK_CPU, BLOCK_ELSEWHERE = 2 * MIB, 64 * MIB  # one side of a block in full precision
-TILE = 1024  # rows of a 16-bit head's gradient that are made at a time, so that they are still in cache when added
+TILE = 1024  # rows of a 16-bit head's gradient that are computed at a time, so that they are still in cache when added
 PIECE = 16 * TILE  # rows of the head in one piece of its fp32 sum
 
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """`whole` rows of the teacher's logits and of the gradient at a time, `part` rows of the student's logits."""
+    """Rows in a chunk: `whole` of the teacher's logits and the gradient, `part` of the student's logits."""
 
     whole: int
     part: int
 
 
 def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teacher: bool) -> ChunkRows:
-    """As many rows as fit the budget, a round number of them, at least one.
+    """Return how many rows fit the budget: a round number, at least one.
 
     Args:
-        student, teacher: bytes of a row of logits. over_teacher: the gradient can be written over the teacher's logits,
-            so that the student's need not all be there at once.
+        n: the number of rows in all.
+        student: bytes in a row of the student's logits.
+        teacher: bytes in a row of the teacher's logits, 0 if they are given.
+        budget: bytes for both.
+        over_teacher: whether the gradient can overwrite the teacher's logits, so that a chunk does not need all of the
+            student's logits at once.
 
     >>> rows_a_chunk(2048, 2 * 32768, 2 * 32768, 128 * 2**20, over_teacher=True)
     ChunkRows(whole=512, part=512)
@@ -55,8 +56,8 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
             return max(1, n)
         if rows > ROUND_ROWS:
             rows -= rows % ROUND_ROWS
-        alike = math.ceil(n / math.ceil(n / rows))  # no short one at the end
-        return min(rows, math.ceil(alike / ROUND_ROWS) * ROUND_ROWS)
+        even = math.ceil(n / math.ceil(n / rows))  # avoids a short last chunk
+        return min(rows, math.ceil(even / ROUND_ROWS) * ROUND_ROWS)
 
     both = fitting(budget, student + teacher, MOST_ROWS)
     if not over_teacher or both >= min(n, ENOUGH_ROWS):
@@ -67,38 +68,38 @@ def rows_a_chunk(n: int, student: int, teacher: int, budget: int, *, over_teache
 
 
 def rows_a_block(chunk: int, columns: int, device: torch.device) -> int:
-    """As many rows as leave one side of a block within a core's reach; elsewhere blocks only bound the memory."""
+    """Return how many rows keep one side of a block in a core's cache; on an accelerator, bound its memory."""
     size = BLOCK_CPU if device.type == "cpu" else BLOCK_ELSEWHERE
     return max(1, min(chunk, size // (4 * columns)))
 
 
-def is_exact(factor: float, dtype: torch.dtype) -> bool:
-    """Whether hidden rows may be multiplied by it without adding to the rounding of their product."""
-    return dtype in (torch.float32, torch.float64) or math.frexp(factor)[0] == 0.5
-
-
 class Product:
-    """Rows times a head, in one type, with as much of the softening as is exact; `softening` is what is left.
+    """Product of rows `[m d]` and the first columns of a head, divided by the temperature.
 
-    Args:
-        head: weight and bias are detached, cast and cut to `columns`.
-        dtype: of the product. columns: leading columns that are wanted.
-        temperature: by which logits are to be divided.
+    It includes the factors of the softening that are exact in its dtype; `softening` is the rest.
     """
 
-    def __init__(self, head: Head, *, dtype: torch.dtype, columns: int, temperature: float) -> None:
+    def __init__(self, head: Head, hidden: Tensor, columns: int, temperature: float) -> None:
+        self.dtype, self.columns = head.product_dtype(hidden), columns
+        dtype = self.dtype
         self.weight = head.weight.detach()[:columns].to(dtype)
-        self.dtype, self.columns = dtype, columns
-        capped = head.softcap is not None
-        before = head.logit_scale / (head.softcap if head.softcap is not None else temperature)
-        after = head.softcap / temperature if head.softcap is not None else 1.0
-        self.folded = before if is_exact(before, dtype) else 1.0
-        self.softening = Softening(1.0 if is_exact(before, dtype) else before, capped, after)
+        before, after = head.logit_scale / temperature, 1.0
+        if head.softcap is not None:
+            before, after = head.logit_scale / head.softcap, head.softcap / temperature
+        # Multiplying 16-bit rows by a factor adds no rounding error only if it is a power of two.
+        is_exact = dtype in (torch.float32, torch.float64) or math.frexp(before)[0] == 0.5
+        self.folded = before if is_exact else 1.0
+        self.softening = Softening(1.0 if is_exact else before, head.softcap is not None, after)
         bias = head.bias
         self.bias = None if bias is None else (bias.detach()[:columns] * self.folded).to(dtype)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes in a row of the product."""
+        return self.columns * self.dtype.itemsize
+
     def into(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """`[m d] -> [m columns]`, written over the first m rows of `out`."""
+        """Write the product `[m columns]` of rows `[m d]` over the first m rows of `out`."""
         out = out[: hidden.shape[0]]
         rows = hidden if self.folded == 1.0 else hidden * self.folded
         if self.bias is None:
@@ -106,21 +107,21 @@ class Product:
         return torch.addmm(self.bias, rows, self.weight.T, out=out)
 
     def may_block(self) -> bool:
-        """−inf comes of a bias that has it, or of a product beyond fp16."""
-        return self.dtype == torch.float16 or (self.bias is not None and is_blocking(self.bias))
+        """Return whether the product can be −inf: from a bias that is, or beyond the range of fp16."""
+        return self.dtype == torch.float16 or (self.bias is not None and any_blocked(self.bias))
 
 
-class Space:
-    """Memory for chunks: some that is there already and free as long as chunks are worked off, then fresh memory.
+class Buffer:
+    """Memory for chunks: first spare memory that is unused while chunks are processed, then new memory.
 
-    On a CPU memory is dear at its first touch: all of a call's may cost what half of its softmaxes do.
+    On a CPU the first touch of memory is expensive: for all memory of a call, half as much as its softmaxes.
     """
 
     def __init__(self, spare: Tensor | None) -> None:
         self._spare = spare
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`[rows columns]` with anything in it."""
+        """Return `[rows columns]` with undefined contents."""
         spare, size = self._spare, rows * columns
         if spare is None or spare.dtype != dtype or spare.numel() < size:
             return torch.empty(rows, columns, dtype=dtype, device=device)
@@ -131,8 +132,8 @@ class Space:
 class HeadGradient:
     """The sum over chunks of `[v m] · [m d]`, in fp32 for 16-bit products.
 
-    A 16-bit weight's sum is kept in pieces: each is freed when its part of the gradient has been made. That gradient's
-    own memory is written last; on a CPU, where it costs nothing until it is touched, chunks may have it before.
+    The sum of a 16-bit weight is stored in pieces, each freed once its part of the gradient is computed. The memory of
+    that gradient is written last; on a CPU, where it costs nothing until it is touched, chunks may use it before.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
@@ -151,17 +152,17 @@ class HeadGradient:
         self._out = torch.empty(v, d, dtype=weight.dtype) if early else None
 
     def spare(self) -> Tensor | None:
-        """Memory that is free until the gradient is handed out, `[v · d]` in the weight's type."""
+        """Return memory `[v · d]` in the weight's dtype that is unused until `release`."""
         return None if self._out is None else self._out.view(-1)
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        """Add gradientᵀ · hidden: `[m v], [m d]`; v may be less than the head's."""
+        """Add gradientᵀ · hidden of `[m v], [m d]`; v may be less than the head's."""
         for number, piece in enumerate(self._pieces):
             columns = gradient[:, number * self._piece : (number + 1) * self._piece]
             width = columns.shape[1]
             if self._tile is None:
                 if self._is_empty:
-                    piece.zero_()  # touched first in order: were it within the product, it would cost twice that
+                    piece.zero_()  # touches memory in order, which takes half as long as within the product
                 piece[:width].addmm_(columns.T, hidden)
                 continue
             if self._is_empty:
@@ -176,8 +177,8 @@ class HeadGradient:
                     part.add_(tile)
         self._is_empty = False
 
-    def hand_out(self, factor: Tensor) -> Tensor:
-        """The sum times `factor`, in the weight's type. What is kept is given away: it can be asked once."""
+    def release(self, factor: Tensor) -> Tensor:
+        """Return the sum times `factor` in the weight's dtype, and free the sum: it can be called once."""
         pieces, self._pieces, out, self._out = self._pieces, [], self._out, None
         if self._is_empty:
             return torch.zeros_like(self._like)
@@ -191,27 +192,29 @@ class HeadGradient:
         return out
 
 
-def for_each_block(rows: int, block: int, function: Callable[[slice, Room], None], rooms: list[Room]) -> None:
-    """Call `function` with every block of a chunk, on as many threads as there are rooms.
+def for_each_block(
+    rows: int, size: int, function: Callable[[slice, Workspace], None], workers: list[Workspace]
+) -> None:
+    """Call `function` with every block of a chunk, in as many threads as there are workspaces.
 
-    Each thread computes alone. Were every pass over a block shared out instead, each of thousands would wait for all
-    threads, and on a busy machine one of them is always late.
+    Each thread computes its blocks alone. If each of thousands of passes were split over all threads instead, it would
+    wait for all of them, and on a busy machine one is always late.
     """
-    blocks = [slice(first, min(first + block, rows)) for first in range(0, rows, block)]
-    if len(rooms) == 1 or len(blocks) == 1:
-        for one in blocks:
-            function(one, rooms[0])
+    blocks = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    if len(workers) == 1 or len(blocks) == 1:
+        for block in blocks:
+            function(block, workers[0])
         return
     inference, threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
 
     def work(number: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            for one in blocks[number :: len(rooms)]:
-                function(one, rooms[number])
+            for block in blocks[number :: len(workers)]:
+                function(block, workers[number])
 
     try:
-        with ThreadPoolExecutor(len(rooms), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, range(len(rooms))):
+        with ThreadPoolExecutor(len(workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, range(len(workers))):
                 pass
     finally:
-        torch.set_num_threads(threads)  # a new thread's number is also what later threads start with
+        torch.set_num_threads(threads)  # the number set by a new thread would also be used by later ones

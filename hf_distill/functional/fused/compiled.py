@@ -1,7 +1,7 @@
-"""A block of rows in one compiled function, for accelerators: the eager block's own code through torch.compile.
+"""The block function compiled by `torch.compile`, for accelerators.
 
-What it does not carry goes to the eager block. A new function is compared with the eager block first, on a few rows.
-It chooses no chunks and makes no products.
+Blocks that it does not support go to the eager function. A new compiled function is first compared with the eager one
+on a few rows.
 """
 
 from __future__ import annotations
@@ -17,121 +17,99 @@ from torch import Tensor
 from hf_distill._compat import compiler_error
 from hf_distill.functional.fused.inputs import TeacherSparse, Terms
 from hf_distill.functional.fused.kernels import KERNELS
-from hf_distill.functional.fused.rows import Room, Work, any_blocked, blend_block
+from hf_distill.functional.fused.rows import BlockSpec, Workspace, any_blocked, blend_block
 
 logger = logging.getLogger(__name__)
-TRIED = 8  # rows on which a new function is compared with the eager block
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest; 16 bits: 1e-2
-MOST_FUNCTIONS = 4  # torch.compile gives up on a function of more kinds; a scheduled temperature is a new kind a step
+TRIAL_ROWS = 8  # rows on which a new function is compared with the eager one
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative to the largest entry; 1e-2 in 16 bits
+MAX_FUNCTIONS = 4  # torch.compile gives up after more variants; a scheduled temperature is a new variant each step
 
-Block = Callable[..., tuple[Tensor | None, Tensor | None]]
-_functions: dict[Hashable, Block | None] = {}  # None: the compiler could not, or made another loss
-_is_said = False
+BlockFunction = Callable[..., tuple[Tensor | None, Tensor | None]]
+_functions: dict[Hashable, BlockFunction | None] = {}  # None if compiling failed, or gave another loss
+_has_warned = False
 
 
-def goes_compiled(asked: bool | None, device: torch.device) -> bool:
-    """What is asked for; else on CUDA where Triton is. Elsewhere it needs a C++ compiler and gains little."""
-    return asked if asked is not None else device.type == "cuda" and find_spec("triton") is not None
+def use_compiled(setting: bool | None, device: torch.device) -> bool:
+    """Return the setting; if None, true on CUDA with Triton. Elsewhere compiling gains little."""
+    return setting if setting is not None else device.type == "cuda" and find_spec("triton") is not None
 
 
 def blend_compiled(
-    student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
+    student: Tensor, teacher: Tensor | TeacherSparse | None, spec: BlockSpec, workspace: Workspace, *, into: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`blend_block`, in one compiled function where it can be; `room` is for where it cannot."""
+    """`blend_block` as one compiled function if possible; `workspace` is for the eager function."""
     over_teacher = into is not student
-    if isinstance(teacher, Tensor) and _carries(student, teacher, work):
-        vectors = [None if x is None else x[rows] for x in (work.labels, work.label_weights, work.row_weights)]
-        kind = _kind(student, teacher, vectors, work, over_teacher=over_teacher)
+    if isinstance(teacher, Tensor) and _is_supported(student, teacher, spec):
+        key = _key(student, teacher, spec, over_teacher=over_teacher)
         try:
-            if kind not in _functions and _is_room():
-                _functions[kind] = _tried(student, teacher, vectors, work, over_teacher=over_teacher)
-            function = _functions.get(kind)
+            if key not in _functions and _may_add_function():
+                _functions[key] = _checked_function(student, teacher, spec, over_teacher=over_teacher)
+            function = _functions.get(key)
             if function is not None:
-                return function(student, teacher, *vectors)
-        except compiler_error() as error:  # before anything ran: the rows are as they were
-            _functions[kind] = None
+                return function(student, teacher, *spec.row_vectors)
+        except compiler_error() as error:  # raised before anything ran, so the rows are unchanged
+            _functions[key] = None
             logger.warning(f"torch.compile failed, so the loss is computed without it (slower, the same): {error}")
-    return blend_block(student, teacher, work, rows, room, into=into)
+    return blend_block(student, teacher, spec, workspace, into=into)
 
 
-def _is_room() -> bool:
-    """For one more function; says once that there is none."""
-    if len(_functions) < MOST_FUNCTIONS:
-        return True
-    global _is_said
-    if not _is_said:
-        _is_said = True
+def _may_add_function() -> bool:
+    """Return whether one more function may be compiled; warn once if not."""
+    global _has_warned
+    if len(_functions) >= MAX_FUNCTIONS and not _has_warned:
+        _has_warned = True
         logger.warning(
-            f"The loss was compiled for {MOST_FUNCTIONS} kinds of step, and is computed without torch.compile for any "
-            "other (slower, the same): a temperature that changes with each step is a kind a step."
+            f"The loss was compiled for {MAX_FUNCTIONS} kinds of step, and is computed without torch.compile for any "
+            "other (slower, the same). A temperature that changes with each step makes each step a new kind."
         )
-    return False
+    return len(_functions) < MAX_FUNCTIONS
 
 
-def _carries(student: Tensor, teacher: Tensor, work: Work) -> bool:
-    several = student.shape[0] > 1  # one row alone would be compiled for itself
-    return several and work.terms.divergence in KERNELS and not (work.may_block and any_blocked(student, teacher))
+def _is_supported(student: Tensor, teacher: Tensor, spec: BlockSpec) -> bool:
+    several = student.shape[0] > 1  # torch.compile would specialise on a single row
+    return several and spec.terms.divergence in KERNELS and not (spec.may_block and any_blocked(student, teacher))
 
 
-def _kind(
-    student: Tensor, teacher: Tensor, vectors: list[Tensor | None], work: Work, *, over_teacher: bool
-) -> Hashable:
-    """Whatever a function is compiled for, but for the number of rows."""
+def _key(student: Tensor, teacher: Tensor, spec: BlockSpec, *, over_teacher: bool) -> Hashable:
+    """Everything that a function is specialised on; the number of rows is not."""
     return (
         (student.device, student.dtype, teacher.dtype, torch.is_inference_mode_enabled(), over_teacher),
-        tuple(x is None for x in vectors),
-        (work.terms.divergence, tuple(sorted(work.terms.settings.items()))),
-        (work.temperature, work.columns, work.student, work.teacher, work.teacher_is_ours),
-        (work.smoothing, work.some_weigh_nothing, work.wants_gradient, student.shape[1]),
+        tuple(vector is None for vector in spec.row_vectors),
+        (spec.terms.divergence, tuple(sorted(spec.terms.settings.items()))),
+        (spec.temperature, spec.columns, spec.student, spec.teacher, spec.owns_teacher),
+        (spec.smoothing, spec.has_zero_weights, spec.wants_gradient, student.shape[1]),
     )
 
 
-def _tried(
-    student: Tensor, teacher: Tensor, vectors: list[Tensor | None], work: Work, *, over_teacher: bool
-) -> Block | None:
-    """A new function; None: it does not say on some rows what the eager block says."""
-    few = slice(0, TRIED)
-    labels, label_weights, row_weights = (None if x is None else x[few] for x in vectors)
-    here = replace(work, labels=labels, label_weights=label_weights, row_weights=row_weights)
-    compiled, found = _compiled(work, over_teacher=over_teacher), []
+def _checked_function(student: Tensor, teacher: Tensor, spec: BlockSpec, *, over_teacher: bool) -> BlockFunction | None:
+    """Return a new compiled function, or None if it differs from the eager one on a few rows."""
+    few = slice(0, TRIAL_ROWS)
+    few_spec, function, results = spec.at(few), _compiled(spec, over_teacher=over_teacher), []
     for is_compiled in (True, False):
         ours, theirs = student[few].clone(), teacher[few].clone()
         into = theirs if over_teacher else ours
         if is_compiled:
-            values = compiled(ours, theirs, labels, label_weights, row_weights)
+            values = function(ours, theirs, *few_spec.row_vectors)
         else:
-            values = blend_block(ours, theirs, here, slice(None), Room(), into=into)
-        found.append([x for x in (into if work.wants_gradient else None, *values) if x is not None])
-    if all(_close(one, other) for one, other in zip(*found, strict=True)):
-        return compiled
-    logger.warning("torch.compile made a loss that is not the eager one, so the loss is computed without it (slower).")
+            values = blend_block(ours, theirs, few_spec, Workspace(), into=into)
+        results.append([x for x in (into if spec.wants_gradient else None, *values) if x is not None])
+    if all(_close(ours, eager) for ours, eager in zip(*results, strict=True)):
+        return function
+    logger.warning("torch.compile computed another loss than eager mode, so the loss is computed without it (slower).")
     return None
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = TOLERANCE.get(one.dtype, 1e-2) * float(other.abs().nan_to_num().amax().clamp(min=1e-6))
-    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = TOLERANCE.get(found.dtype, 1e-2) * float(expected.abs().nan_to_num().amax().clamp(min=1e-6))
+    return torch.allclose(found, expected, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _compiled(work: Work, *, over_teacher: bool) -> Block:
-    bare = replace(
-        work,
-        terms=Terms(work.terms.divergence, dict(work.terms.settings)),
-        labels=None,
-        label_weights=None,
-        row_weights=None,
-        may_block=False,
-    )
+def _compiled(spec: BlockSpec, *, over_teacher: bool) -> BlockFunction:
+    terms = Terms(spec.terms.divergence, dict(spec.terms.settings))
+    bare = replace(spec.with_row_vectors(None, None, None), terms=terms, may_block=False)
 
-    def block(
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        label_weights: Tensor | None,
-        row_weights: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        here = replace(bare, labels=labels, label_weights=label_weights, row_weights=row_weights)
+    def block(student: Tensor, teacher: Tensor, *row_vectors: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         into = teacher if over_teacher else student
-        return blend_block(student, teacher, here, slice(None), Room(), into=into)
+        return blend_block(student, teacher, bare.with_row_vectors(*row_vectors), Workspace(), into=into)
 
     return torch.compile(block, fullgraph=True, dynamic=True)

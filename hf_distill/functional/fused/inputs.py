@@ -1,11 +1,10 @@
-"""What the fused loss is given: an output head, what the teacher shows of the rows, labels, terms. No mathematics.
+"""Inputs of the fused loss: output heads, the teacher's rows, labels and terms, with the checks that they fit.
 
-All rows are those that count, gathered by the caller: student and teacher rows are paired by position.
+All rows are rows that count, selected by the caller. Student and teacher rows are paired by position.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_distill.errors import DataError, SettingError, did_you_mean
-from hf_distill.functional.properties import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES
-from hf_distill.functional.sparse import ON_OUTCOMES, ON_SAMPLES
+from hf_distill.functional.properties import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, check_within
+from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, SAMPLE_DIVERGENCES
 
-IGNORED = -100  # the label of a row that has none
+IGNORED = -100  # the label of a row without one
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,12 @@ class Head:
     """An output head: logits = cap · tanh(x / cap) with x = logit_scale · (hidden · weightᵀ + bias).
 
     Attributes:
-        weight: `[v d]`. bias: `[v]`.
-        logit_scale: a factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
-        softcap: the bound of Gemma 2 (Gemma Team 2024, section 2); None: logits are not bounded.
-        dtype: of the products, which rows and head are cast to; None: that of the rows, or of autocast where it is on.
+        weight: `[v d]`.
+        bias: `[v]`.
+        logit_scale: a factor of the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: the bound of Gemma 2 (Gemma Team 2024, section 2); None means that logits are not bounded.
+        dtype: the dtype of the product, to which rows and head are cast; None means autocast's dtype if it is on, else
+            that of the rows.
     """
 
     weight: Tensor
@@ -41,14 +42,34 @@ class Head:
         if self.weight.dim() != 2 or (self.bias is not None and self.bias.shape != self.weight.shape[:1]):
             bias = None if self.bias is None else list(self.bias.shape)
             raise SettingError(f"a head is a weight [v d] and a bias [v]; got {list(self.weight.shape)} and {bias}.")
-        _positive("logit_scale", self.logit_scale)
-        if self.softcap is not None:
-            _positive("softcap", self.softcap)
+        check_within("logit_scale", self.logit_scale, "(0, inf)")
+        check_within("softcap", 1.0 if self.softcap is None else self.softcap, "(0, inf)")
+
+    def product_dtype(self, hidden: Tensor) -> torch.dtype:
+        """Return the dtype of the product with these rows; fp64 rows stay fp64, as under autocast."""
+        if self.dtype is not None or hidden.dtype == torch.float64:
+            return self.dtype or hidden.dtype
+        device = hidden.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+    def check_rows(self, whose: str, hidden: Tensor) -> None:
+        """Raise DataError if these hidden rows cannot be multiplied with the weight."""
+        if hidden.dim() != 2 or hidden.shape[1] != self.weight.shape[1]:
+            raise DataError(
+                f"the {whose}'s hidden rows are {list(hidden.shape)} and its head is {list(self.weight.shape)}: rows "
+                f"must be [n {self.weight.shape[1]}]. Flatten batch and time first."
+            )
+        is_cast = self.dtype is not None or torch.is_autocast_enabled(hidden.device.type)
+        if not is_cast and hidden.dtype != self.weight.dtype:
+            raise DataError(
+                f"the {whose}'s hidden rows are {hidden.dtype} and its head is {self.weight.dtype}. Cast one of them, "
+                "set Head(dtype=...), or run under autocast."
+            )
 
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """The teacher's last hidden rows `[n d]` and its head: its logits are made chunk by chunk."""
+    """The teacher's last hidden rows `[n d]` and its head, from which logits are computed chunk by chunk."""
 
     hidden: Tensor
     head: Head
@@ -56,31 +77,42 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """The teacher's logits `[n v]`, as its head gave them. They are only read."""
+    """The teacher's logits `[n v]`, as its head returned them. They are only read."""
 
     logits: Tensor
+
+    def rows(self, rows: slice, columns: int) -> Tensor:
+        """Return some rows of the first `columns` columns."""
+        return self.logits[rows, :columns]
 
 
 @dataclass(frozen=True)
 class TeacherSparse:
-    """k columns a row, and one bucket for all the others: the divergence is over k + 1 outcomes. Or weighted samples.
+    """Sparse targets: k columns a row and one bucket for all others, or weighted samples.
 
-    A divergence of the coarser outcomes is never above that of all columns, and equal to it where k = v.
+    A divergence of the k + 1 outcomes is at most that of all columns, and equal to it at k = v.
 
     Attributes:
-        ids: `[n k]` distinct columns of each row; -1 where a row lists fewer.
+        ids: `[n k]` distinct columns of each row; -1 fills rows that list fewer.
         logits: `[n k]` logits, or log-probabilities at temperature 1, of these columns.
-        tail: `[n]` log of the sum of exp(logit / T) over all other columns, at the temperature of the loss, where
-            −inf says that there is no other column. None: `logits` are log-probabilities and the temperature is 1;
-            what is left to 1 is the tail, but never less than 1e-7, which is what rounding leaves of 1 − Σ.
-        weights: `[n k]`, of samples: there is no bucket, and forward KL is Σ_k w_k (log p_k − log q_k) with q over all
-            columns (`sparse.sampled_forward_kl`) and log p_k = logits / T. No other divergence.
+        tail: `[n]` log of the sum of exp(logit / T) over all other columns, at the temperature of the loss; −inf if
+            there are none. None means that `logits` are log-probabilities and the temperature is 1: the tail is then
+            1 − Σ, but at least 1e-7, the size of rounding errors.
+        weights: `[n k]` weights of samples. Then there is no bucket, and the only divergence is the forward KL
+            Σ_k w_k (log p_k − log q_k) with q over all columns (`sparse.sampled_forward_kl`) and log p_k = logits / T.
     """
 
     ids: Tensor
     logits: Tensor
     tail: Tensor | None = None
     weights: Tensor | None = None
+
+    def rows(self, rows: slice, columns: int) -> TeacherSparse:
+        """Return some rows; `columns` has no effect, as columns are given by id."""
+        tail = None if self.tail is None else self.tail[rows]
+        return TeacherSparse(
+            self.ids[rows], self.logits[rows], tail, None if self.weights is None else self.weights[rows]
+        )
 
 
 FusedTeacher = TeacherHidden | TeacherLogits | TeacherSparse
@@ -91,8 +123,8 @@ class Labels:
     """The label of each row.
 
     Attributes:
-        ids: `[n]`, -100 where there is none.
-        weights: `[n]` weight of a row in the labels' total.
+        ids: `[n]` columns, -100 for a row without label.
+        weights: `[n]` weight of each row in the labels' total; None means 1.
         smoothing: the share of the target that is spread over all columns, as Trainer's `label_smoothing_factor`.
     """
 
@@ -103,17 +135,19 @@ class Labels:
 
 @dataclass(frozen=True)
 class Terms:
-    """Which terms, and what each total is multiplied by.
+    """The divergence, and the factor of each total.
 
-    Gradients are made in the forward, so what totals are divided by must be known there: a factor is weight over
-    denominator, as (1 - alpha) / labels of the step.
+    Gradients are computed in the forward, so denominators must be known there: a factor is weight over denominator,
+    such as (1 - alpha) / number of labels in the step. Tensor factors avoid a synchronisation on an accelerator.
 
     Attributes:
-        divergence: a name in `DIVERGENCES` whose rows stand alone. settings: its keyword arguments.
-        temperature: softens both sides in the divergence, never the labels.
-        labels_factor, divergence_factor: numbers, or scalar tensors (no synchronisation on an accelerator).
-        columns: compare only the first so many columns of both heads, where they are padded; None: all, and then
-            the heads must be equally wide. The labels' term is over the student's whole head.
+        divergence: a name in `DIVERGENCES` whose rows are independent.
+        settings: keyword arguments of the divergence.
+        temperature: divides the logits of both sides in the divergence, never in the labels' term.
+        labels_factor: number or scalar tensor.
+        divergence_factor: number or scalar tensor.
+        columns: the number of leading columns of both heads that are compared, if the rest is padding; None means all,
+            and then the heads must have equal widths. The labels' term covers the student's whole head.
     """
 
     divergence: str = "forward_kl"
@@ -131,10 +165,10 @@ class Terms:
             )
         if PROPERTIES[self.divergence].couples_rows and self.settings.get("intra_weight", 1.0) != 0:
             raise SettingError(
-                f"divergence={self.divergence!r} compares rows with each other, so it cannot be taken chunk by chunk. "
+                f"divergence={self.divergence!r} compares rows with each other, so it cannot be computed in chunks. "
                 f"Use it on whole logits, or one of {', '.join(fusable())}."
             )
-        _positive("temperature", self.temperature)
+        check_within("temperature", self.temperature, "(0, inf)")
         rows = torch.zeros(1, 2)
         try:
             DIVERGENCES[self.divergence](rows, rows, **self.settings)
@@ -143,100 +177,77 @@ class Terms:
 
 
 def fusable() -> list[str]:
-    """The divergences whose rows stand alone, by name."""
+    """Return the names of the divergences whose rows are independent."""
     return [name for name, properties in PROPERTIES.items() if not properties.couples_rows]
 
 
-def _positive(knob: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise SettingError(f"{knob}={value}: must be a number above 0.")
-
-
-def refuse_what_does_not_fit(
+def check_inputs(
     hidden: Tensor, head: Head, teacher: FusedTeacher | None, labels: Labels | None, row_weights: Tensor | None
 ) -> None:
-    """Shapes and types that cannot be paired, named before anything is computed."""
-    _refuse_a_head_that_does_not_fit("student", hidden, head)
-    n = hidden.shape[0]
-    if isinstance(teacher, TeacherHidden):
-        _refuse_a_head_that_does_not_fit("teacher", teacher.hidden, teacher.head)
-        of_rows = {"the teacher's hidden rows": teacher.hidden}
-    elif isinstance(teacher, TeacherLogits):
-        of_rows = {"the teacher's logits": teacher.logits}
-    elif teacher is not None:
-        of_rows = {"the teacher's ids": teacher.ids, "the teacher's sparse logits": teacher.logits}
-        if teacher.ids.shape != teacher.logits.shape:
-            raise DataError(f"sparse ids {list(teacher.ids.shape)} and logits {list(teacher.logits.shape)} differ.")
-        if teacher.weights is not None and teacher.weights.shape != teacher.ids.shape:
-            raise DataError(f"sparse ids {list(teacher.ids.shape)} and weights {list(teacher.weights.shape)} differ.")
-    else:
-        of_rows = {}
+    """Raise DataError or SettingError if shapes, dtypes or labels do not fit, before anything is computed."""
+    head.check_rows("student", hidden)
+    n, v = hidden.shape[0], head.weight.shape[0]
+    matrices: dict[str, Tensor] = {}
     vectors = {"row_weights": row_weights}
     if labels is not None:
         vectors |= {"labels": labels.ids, "label weights": labels.weights}
-    vectors["the sparse tail"] = teacher.tail if isinstance(teacher, TeacherSparse) else None
-    for name, tensor in of_rows.items():
+    if isinstance(teacher, TeacherHidden):
+        teacher.head.check_rows("teacher", teacher.hidden)
+        matrices["the teacher's hidden rows"] = teacher.hidden
+    elif isinstance(teacher, TeacherLogits):
+        matrices["the teacher's logits"] = teacher.logits
+    elif teacher is not None:
+        matrices["the teacher's ids"] = teacher.ids
+        vectors["the sparse tail"] = teacher.tail
+        for name, tensor in {"logits": teacher.logits, "weights": teacher.weights}.items():
+            if tensor is not None and tensor.shape != teacher.ids.shape:
+                raise DataError(f"sparse ids {list(teacher.ids.shape)} and {name} {list(tensor.shape)} differ.")
+    for name, tensor in matrices.items():
         if tensor.dim() != 2 or tensor.shape[0] != n:
-            raise DataError(f"{name} are {list(tensor.shape)}; the student has {n} rows, so [{n} columns] is needed.")
+            raise DataError(
+                f"{name} are {list(tensor.shape)}; the student has {n} rows, so they must be [{n} columns]."
+            )
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (n,):
-            raise DataError(f"{name}: shape {list(vector.shape)}; one a row is needed, [{n}].")
-    if labels is not None and not 0 <= labels.smoothing < 1:
-        raise SettingError(f"smoothing={labels.smoothing}: must lie in [0, 1).")
-    if labels is not None and labels.ids.is_cpu and n > 0:
-        v = head.weight.shape[0]
+            raise DataError(f"{name}: the shape is {list(vector.shape)}, but must be [{n}], one number for each row.")
+    if labels is None:
+        return
+    check_within("smoothing", labels.smoothing, "[0, 1)")
+    if labels.ids.is_cpu and n > 0:
         wrong = labels.ids[(labels.ids != IGNORED) & ((labels.ids < 0) | (labels.ids >= v))]
         if len(wrong):
-            raise DataError(f"label {int(wrong[0])}: the student's head has columns 0 to {v - 1}; {IGNORED} is none.")
-
-
-def _refuse_a_head_that_does_not_fit(whose: str, hidden: Tensor, head: Head) -> None:
-    if hidden.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:
-        raise DataError(
-            f"the {whose}'s hidden rows are {list(hidden.shape)} and its head is {list(head.weight.shape)}: rows "
-            f"[n {head.weight.shape[1]}] are needed. Flatten batch and time first."
-        )
-    cast = head.dtype is not None or torch.is_autocast_enabled(hidden.device.type)
-    if not cast and hidden.dtype != head.weight.dtype:
-        raise DataError(
-            f"the {whose}'s hidden rows are {hidden.dtype} and its head is {head.weight.dtype}. Cast one of them, "
-            "name the products' type in Head(dtype=...), or run under autocast."
-        )
+            raise DataError(f"label {int(wrong[0])}: must be a column, 0 to {v - 1}, or {IGNORED} for no label.")
 
 
 def compared_columns(terms: Terms, student_width: int, teacher: FusedTeacher) -> int:
-    """How many leading columns the divergence compares."""
+    """Return the number of leading columns that the divergence compares; raise SettingError if it cannot compare."""
     if isinstance(teacher, TeacherSparse):
-        if teacher.weights is not None and terms.divergence not in ON_SAMPLES:
-            raise SettingError(
-                f"divergence={terms.divergence!r} of weighted samples: only {', '.join(ON_SAMPLES)} is linear in the "
-                "teacher's probabilities, so that samples do not bend it. Use it, or sparse targets without weights."
-            )
-        if teacher.weights is None and terms.divergence not in ON_OUTCOMES:
-            raise SettingError(
-                f"divergence={terms.divergence!r} of some columns and a bucket: it is no sum over outcomes. Use one of "
-                f"{', '.join(ON_OUTCOMES)}, or pass the teacher's whole logits."
-            )
-        if teacher.weights is None and teacher.tail is None and terms.temperature != 1:
-            raise SettingError(
-                "sparse targets without a tail are log-probabilities at temperature 1; the temperature is "
-                f"{terms.temperature}. Pass tail=, the log of the sum of exp(logit / T) over all other columns: it "
-                "cannot be had from probabilities at another temperature."
-            )
-        columns = student_width if terms.columns is None else terms.columns
-        return _at_most(columns, student_width, "student's head")
-    width = teacher.head.weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[1]
-    if terms.columns is None:
-        if width != student_width:
-            raise SettingError(
-                f"student and teacher have {student_width} and {width} columns. Pass columns=, the number of leading "
-                "columns that mean the same on both sides; the others are padding."
-            )
-        return width
-    return _at_most(terms.columns, min(width, student_width), "narrower head")
-
-
-def _at_most(columns: int, width: int, what: str) -> int:
-    if not 0 < columns <= width:
-        raise SettingError(f"columns={columns}: must lie in [1, {width}], the width of the {what}.")
+        _check_sparse(terms, teacher)
+        width = student_width
+    else:
+        width = teacher.head.weight.shape[0] if isinstance(teacher, TeacherHidden) else teacher.logits.shape[1]
+    if terms.columns is None and width != student_width:
+        raise SettingError(
+            f"student and teacher have {student_width} and {width} columns. Pass columns=, the number of leading "
+            "columns that mean the same on both sides, if the others are padding."
+        )
+    narrower = min(width, student_width)
+    columns = narrower if terms.columns is None else terms.columns
+    if not 0 < columns <= narrower:
+        raise SettingError(f"columns={columns}: must lie in [1, {narrower}], the width of the narrower head.")
     return columns
+
+
+def _check_sparse(terms: Terms, teacher: TeacherSparse) -> None:
+    allowed = OUTCOME_DIVERGENCES if teacher.weights is None else SAMPLE_DIVERGENCES
+    if terms.divergence not in allowed:
+        kind = "some columns and a bucket" if teacher.weights is None else "weighted samples"
+        raise SettingError(
+            f"divergence={terms.divergence!r} cannot be computed from {kind}. Use one of {', '.join(allowed)}, or pass "
+            "the teacher's whole logits."
+        )
+    if teacher.weights is None and teacher.tail is None and terms.temperature != 1:
+        raise SettingError(
+            "sparse targets without a tail are log-probabilities at temperature 1, but the temperature is "
+            f"{terms.temperature}. Pass tail=, the log of the sum of exp(logit / T) over all other columns."
+        )

@@ -1,4 +1,4 @@
-"""One call of the fused loss made ready: products, factors, weights of rows, rows a chunk. It computes no loss."""
+"""The fused loss: the labels' and the teacher's terms, with gradients, from hidden rows and output heads in chunks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hf_distill.errors import SettingError
 from hf_distill.functional.fused.chunks import (
     BUDGET,
     BUDGET_16_BITS,
-    OF_THE_SUM,
+    SUM_SHARE,
+    Buffer,
     HeadGradient,
     Product,
-    Space,
     for_each_block,
     rows_a_block,
     rows_a_chunk,
 )
-from hf_distill.functional.fused.compiled import blend_compiled, goes_compiled
+from hf_distill.functional.fused.compiled import blend_compiled, use_compiled
 from hf_distill.functional.fused.inputs import (
     IGNORED,
     FusedTeacher,
@@ -31,140 +31,23 @@ from hf_distill.functional.fused.inputs import (
     TeacherLogits,
     TeacherSparse,
     Terms,
+    check_inputs,
     compared_columns,
-    refuse_what_does_not_fit,
 )
-from hf_distill.functional.fused.rows import Room, Softening, Work, blend_block, full_precision_of
+from hf_distill.functional.fused.rows import BlockSpec, Softening, Workspace, blend_block, full_precision_of
 from hf_distill.functional.properties import PROPERTIES
 
 
-class Job:
-    """One call, made ready: products, weights of rows, chunk sizes. The student's tensors come with the call."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        teacher: FusedTeacher | None,
-        terms: Terms,
-        labels: Labels | None,
-        row_weights: Tensor | None,
-        wants: list[bool],
-        budget: int | None,
-    ) -> None:
-        self.teacher, self.labels, self.wants = teacher, labels, wants
-        self.compiled = False
-        self.full = full_precision_of(hidden)
-        properties = PROPERTIES[terms.divergence]
-        self.temperature = terms.temperature if properties.softens and teacher is not None else 1.0
-        v = head.weight.shape[0]
-        columns = v if teacher is None else compared_columns(terms, v, teacher)
-        self.product = Product(
-            head,
-            dtype=head.dtype or _product_dtype(hidden),
-            columns=v if labels is not None else columns,
-            temperature=self.temperature,
-        )
-        self.of_teacher = None
-        softening = Softening(1 / self.temperature)
-        if isinstance(teacher, TeacherHidden):
-            self.of_teacher = Product(
-                teacher.head,
-                dtype=teacher.head.dtype or _product_dtype(teacher.hidden),
-                columns=columns,
-                temperature=self.temperature,
-            )
-            softening = self.of_teacher.softening
-        self._set_factors(terms, properties.temperature_power, row_weights, head.logit_scale)
-        self.work = Work(
-            terms=terms,
-            temperature=self.temperature,
-            columns=columns,
-            student=self.product.softening,
-            teacher=softening,
-            teacher_is_ours=self.of_teacher is not None,
-            labels=None if labels is None else labels.ids,
-            smoothing=0.0 if labels is None else labels.smoothing,
-            label_weights=self.label_weights,
-            row_weights=self.row_weights,
-            some_weigh_nothing=row_weights is not None and bool((row_weights == 0).any()),
-            may_block=isinstance(teacher, TeacherLogits)
-            or self.product.may_block()
-            or (self.of_teacher is not None and self.of_teacher.may_block()),
-            wants_gradient=any(wants),
-        )
-        ours, theirs = self.product, self.of_teacher
-        self.rows = rows_a_chunk(
-            hidden.shape[0],
-            ours.columns * ours.dtype.itemsize,
-            0 if theirs is None else theirs.columns * theirs.dtype.itemsize,
-            budget or self._budget(head.weight),
-            over_teacher=theirs is not None and (ours.columns, ours.dtype) == (theirs.columns, theirs.dtype),
-        )
-
-    def _budget(self, weight: Tensor) -> int:
-        """Bytes for both sides' logits of a chunk: little beside the sum of the head's gradient is nothing."""
-        least = BUDGET_16_BITS if self.product.dtype.itemsize == 2 else BUDGET
-        return max(least, weight.numel() * self.full.itemsize // OF_THE_SUM) if self.wants[1] else least
-
-    def _set_factors(self, terms: Terms, power: int, row_weights: Tensor | None, logit_scale: float) -> None:
-        """Split each factor of the gradient into what all rows share (`unit`) and what a row has of it.
-
-        The shared part is multiplied in last, so that a gradient in fp16 does not vanish under a small factor. In 16
-        bits it is a power of two, so that the gradient at the hidden rows is not rounded once more.
-        """
-        device = self.product.weight.device
-        of_labels, of_divergence = (
-            torch.as_tensor(factor, dtype=self.full, device=device)
-            for factor in (terms.labels_factor, terms.divergence_factor)
-        )
-        self.labels_factor = of_labels
-        self.divergence_factor = of_divergence * self.temperature**power
-        softened = self.divergence_factor / self.temperature  # of the gradient at the logits, not at logits / T
-        parts = [of_labels.abs()] if self.labels is not None else []
-        parts += [softened.abs()] if self.teacher is not None else []
-        largest = torch.stack(parts).amax() * logit_scale
-        self.unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-        if self.product.dtype.itemsize == 2:
-            self.unit = torch.ldexp(torch.ones_like(self.unit), torch.frexp(self.unit).exponent - 1)
-        unit = self.unit / logit_scale
-        self.label_weights = None
-        if self.labels is not None:
-            known = (self.labels.ids != IGNORED).to(self.full)
-            given = known if self.labels.weights is None else known * self.labels.weights.to(self.full)
-            self.label_weights = of_labels / unit * given
-        self.value_weights = row_weights
-        weight = softened / unit
-        self.row_weights: Tensor | None = None
-        if row_weights is not None:
-            self.row_weights = weight * row_weights.to(self.full)
-        elif not (weight.is_cpu and weight == 1):  # without a look at it on an accelerator
-            n = 0 if self.teacher is None else _rows_of(self.teacher)
-            self.row_weights = weight.expand(n)
-
-
-def _rows_of(teacher: FusedTeacher) -> int:
-    return (teacher.hidden if isinstance(teacher, TeacherHidden) else teacher.logits).shape[0]
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """That of the rows, or of autocast where it is on; fp64 is left alone, as autocast does."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
 @dataclass(frozen=True)
-class FusedLoss:
-    """What came of the rows.
+class FusedOutput:
+    """Result of the fused loss.
 
     Attributes:
-        loss: scalar with the student's graph: labels_factor · labels_total + divergence_factor · T^p ·
-            divergence_total, with p of `PROPERTIES`. Its backward can run once.
-        labels_total, divergence_total: scalars without a graph; weights of rows are in them, factors and T^p not. 0
-            where there is no such term.
-        divergence_rows: `[n]` without a graph, before weights; None where there is no teacher.
+        loss: labels_factor · labels_total + divergence_factor · T^p · divergence_total, a scalar with the student's
+            graph; p is the divergence's `temperature_power`. Its backward can run once.
+        labels_total: scalar without graph, including the weights of rows but not the factor; 0 without labels.
+        divergence_total: scalar without graph, including the weights of rows but not factor and T^p; 0 without teacher.
+        divergence_rows: `[n]` without graph, before weights; None without teacher.
     """
 
     loss: Tensor
@@ -184,188 +67,248 @@ def fused_linear_distillation(
     row_weights: Tensor | None = None,
     budget_bytes: int | None = None,
     compiled: bool | None = None,
-) -> FusedLoss:
+) -> FusedOutput:
     """Cross-entropy with labels and a divergence from the teacher, as totals over the rows, with exact gradients.
 
-    The same numbers as the plain path (`DIVERGENCES` on whole logits, `cross_entropy`), with memory for a chunk of
-    rows. Products are in the inputs' type (that of autocast where it is on), everything else in fp32, and the
-    gradient of a 16-bit head is summed in fp32 over the chunks. Whatever needs no gradient costs no product.
+    Equal to the plain computation (`DIVERGENCES` on whole logits, `cross_entropy`), but with memory for one chunk of
+    rows. Products use the dtype of the inputs (autocast's if it is on), everything else fp32; the gradient of a 16-bit
+    head is summed over the chunks in fp32. Tensors that need no gradient cost no product. Gradients are computed in
+    the forward, chunk by chunk, as in Hsu et al. 2024 (Liger Kernel, section 3.2) for a cross-entropy; here with any
+    divergence, and without the teacher's logits.
 
     Args:
-        student_hidden: `[n d]` rows that count. student_head: its head; tied or not makes no difference.
-        teacher: `TeacherHidden`, `TeacherLogits` or `TeacherSparse`, never written to; None: labels only.
-        terms: divergence, temperature, factors.
-        labels: `[n]` ids, -100 where there is none, or `Labels`; None: no such term.
-        row_weights: `[n]` weight of a row in the divergence; where it is 0 the teacher may say NaN.
-        budget_bytes: for the logits of one chunk of both sides; None: 96 MiB in 16 bits, 384 MiB in 32, or a third of
-            the head's gradient in fp32 if that is more; never more than 512 rows.
-        compiled: whether blocks go through `torch.compile`, which takes seconds once; None: on CUDA, where Triton is.
-            What it does not carry (sparse targets, −inf, divergences outside of the KL family) stays eager.
+        student_hidden: `[n d]` rows that count.
+        student_head: its head, tied or not.
+        teacher: `TeacherHidden`, `TeacherLogits` or `TeacherSparse`, never written to; None for labels only.
+        terms: divergence, temperature and factors.
+        labels: `[n]` ids, -100 for a row without label, or `Labels`; None for no labels' term.
+        row_weights: `[n]` weight of each row in the divergence; where it is 0 the teacher's row may be NaN.
+        budget_bytes: memory for one chunk of both sides' logits; the default is 96 MiB in 16 bits and 384 MiB in 32, or
+            a third of the head's fp32 gradient if that is more. A chunk never has more than 512 rows.
+        compiled: whether to use `torch.compile`, which takes seconds once; the default is true on CUDA with Triton.
+            Unsupported blocks (sparse targets, −inf, divergences outside the KL family) stay eager.
 
     Raises:
-        SettingError: a setting that cannot be, heads of different width without `columns`, neither labels nor teacher.
-        DataError: shapes or types that do not fit.
-
-    Gradients in the forward, chunk by chunk: Hsu et al. 2024, Liger Kernel, section 3.2, for a cross-entropy. Here
-    with any divergence, and without the teacher's logits.
+        SettingError: if settings are invalid, heads differ in width without `columns`, or there are neither labels nor
+            a teacher.
+        DataError: if shapes or dtypes do not fit.
 
     >>> rows = torch.tensor([[2.0, 0.0, 1.0]], requires_grad=True)
     >>> teacher = TeacherHidden(rows.detach(), Head(torch.eye(3)))
-    >>> found = fused_linear_distillation(rows, Head(torch.eye(3)), teacher=teacher, terms=Terms(temperature=2.0))
-    >>> found.loss.backward()
-    >>> found.divergence_total.item(), rows.grad.tolist()
+    >>> output = fused_linear_distillation(rows, Head(torch.eye(3)), teacher=teacher, terms=Terms(temperature=2.0))
+    >>> output.loss.backward()
+    >>> output.divergence_total.item(), rows.grad.tolist()
     (0.0, [[0.0, 0.0, 0.0]])
     """
     labels = Labels(labels) if isinstance(labels, Tensor) else labels
     if labels is None and teacher is None:
         raise SettingError("neither labels nor a teacher: there is nothing to learn from. Pass one of them.")
-    refuse_what_does_not_fit(student_hidden, student_head, teacher, labels, row_weights)
+    check_inputs(student_hidden, student_head, teacher, labels, row_weights)
     tensors = (student_hidden, student_head.weight, student_head.bias)
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
     with torch.no_grad():
-        job = Job(student_hidden, student_head, teacher, terms, labels, row_weights, wants, budget_bytes)
-        job.compiled = goes_compiled(compiled, student_hidden.device)
-    loss, labels_total, divergence_total, divergence_rows = _Fused.apply(*tensors, job)
-    return FusedLoss(loss, labels_total, divergence_total, None if teacher is None else divergence_rows)
+        call = FusedCall(student_hidden, student_head, teacher, terms, labels, row_weights, wants, budget_bytes)
+        call.compiled = use_compiled(compiled, student_hidden.device)
+    loss, labels_total, divergence_total, divergence_rows = _Fused.apply(*tensors, call)
+    return FusedOutput(loss, labels_total, divergence_total, None if teacher is None else divergence_rows)
+
+
+class FusedCall:
+    """One prepared call: products, factors, chunk sizes. The student's tensors are passed to `run`."""
+
+    compiled = False
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        teacher: FusedTeacher | None,
+        terms: Terms,
+        labels: Labels | None,
+        row_weights: Tensor | None,
+        wants: list[bool],
+        budget: int | None,
+    ) -> None:
+        self.teacher, self.labels, self.wants, self.value_weights = teacher, labels, wants, row_weights
+        self.full = full_precision_of(hidden)
+        properties, v = PROPERTIES[terms.divergence], head.weight.shape[0]
+        temperature = terms.temperature if properties.softens and teacher is not None else 1.0
+        columns = v if teacher is None else compared_columns(terms, v, teacher)
+        student = self.student = Product(head, hidden, columns if labels is None else v, temperature)
+        theirs = self.teacher_product = None
+        if isinstance(teacher, TeacherHidden):
+            theirs = self.teacher_product = Product(teacher.head, teacher.hidden, columns, temperature)
+        label_weights, scaled_row_weights = self._set_factors(
+            hidden.shape[0], terms, temperature, properties.temperature_power, head.logit_scale
+        )
+        self.spec = BlockSpec(
+            terms=terms,
+            temperature=temperature,
+            columns=columns,
+            student=student.softening,
+            teacher=Softening(1 / temperature) if theirs is None else theirs.softening,
+            owns_teacher=theirs is not None,
+            labels=None if labels is None else labels.ids,
+            smoothing=0.0 if labels is None else labels.smoothing,
+            label_weights=label_weights,
+            row_weights=scaled_row_weights,
+            has_zero_weights=row_weights is not None and bool((row_weights == 0).any()),
+            may_block=isinstance(teacher, TeacherLogits)
+            or any(p is not None and p.may_block() for p in (student, theirs)),
+            wants_gradient=any(wants),
+        )
+        default = BUDGET_16_BITS if student.dtype.itemsize == 2 else BUDGET
+        if wants[1]:  # a chunk that is small beside the sum of the head's gradient does not raise the peak
+            default = max(default, head.weight.numel() * self.full.itemsize // SUM_SHARE)
+        self.rows = rows_a_chunk(
+            hidden.shape[0],
+            student.row_bytes,
+            0 if theirs is None else theirs.row_bytes,
+            budget or default,
+            over_teacher=theirs is not None and (theirs.columns, theirs.dtype) == (student.columns, student.dtype),
+        )
+
+    def _set_factors(
+        self, n: int, terms: Terms, temperature: float, power: int, logit_scale: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Split the factors of the gradient into one for all rows (`unit`) and one for each row; return the latter.
+
+        `unit` is multiplied in last, so that a gradient in fp16 does not vanish under a small factor. In 16 bits it is
+        a power of two, so that the gradient at the hidden rows is not rounded once more.
+        """
+        device = self.student.weight.device
+        self.labels_factor, divergence_factor = (
+            torch.as_tensor(factor, dtype=self.full, device=device)
+            for factor in (terms.labels_factor, terms.divergence_factor)
+        )
+        self.divergence_factor = divergence_factor * temperature**power
+        softened = self.divergence_factor / temperature  # at the logits, not at logits / T
+        parts = [self.labels_factor.abs()] if self.labels is not None else []
+        parts += [softened.abs()] if self.teacher is not None else []
+        largest = torch.stack(parts).amax() * logit_scale
+        self.unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+        if self.student.dtype.itemsize == 2:
+            self.unit = torch.ldexp(torch.ones_like(self.unit), torch.frexp(self.unit).exponent - 1)
+        unit = self.unit / logit_scale
+        label_weights = None
+        if self.labels is not None:
+            known = (self.labels.ids != IGNORED).to(self.full)
+            weights = known if self.labels.weights is None else known * self.labels.weights.to(self.full)
+            label_weights = self.labels_factor / unit * weights
+        weight = softened / unit
+        if self.value_weights is not None:
+            return label_weights, weight * self.value_weights.to(self.full)
+        if self.teacher is None or (weight.is_cpu and weight == 1):  # reading it on an accelerator would synchronise
+            return label_weights, None
+        return label_weights, weight.expand(n)
+
+    def run(self, hidden: Tensor, gradients: _Gradients) -> Tensor:
+        """Process all chunks; return the values `[2 n]` of the labels' term and the divergence."""
+        n, student, teacher = hidden.shape[0], self.student, self.teacher_product
+        whole, part = self.rows.whole, self.rows.part
+        values = torch.zeros(2, n, dtype=self.full, device=hidden.device)
+        low = hidden.to(student.dtype)
+        buffer = Buffer(None if gradients.head is None else gradients.head.spare())
+        ours = buffer.take(part, student.columns, student.dtype, hidden.device)
+        theirs = None
+        if teacher is not None:
+            theirs = buffer.take(whole, teacher.columns, teacher.dtype, hidden.device)
+        alone = self.compiled or hidden.device.type != "cpu"  # a block then has threads of its own
+        workers = [Workspace() for _ in range(1 if alone else torch.get_num_threads())]
+        for first in range(0, n, whole):
+            stop = min(first + whole, n)
+            if teacher is not None and theirs is not None and isinstance(self.teacher, TeacherHidden):
+                teacher.into(theirs, self.teacher.hidden[first:stop].to(teacher.dtype))
+            at_logits = theirs if theirs is not None and part < whole else ours
+            for begin in range(first, stop, part):
+                end = min(begin + part, stop)
+                logits = student.into(ours, low[begin:end])
+                their_logits = None if theirs is None else theirs[begin - first : end - first]
+                into = logits if at_logits is ours or their_logits is None else their_logits
+                self._process(logits, their_logits, into, values[:, begin:end], begin, workers)
+            if self.spec.wants_gradient:
+                gradients.add(at_logits[: stop - first], low[first:stop], slice(first, stop))
+        return values
+
+    def _process(
+        self, logits: Tensor, theirs: Tensor | None, into: Tensor, values: Tensor, begin: int, workers: list[Workspace]
+    ) -> None:
+        """Process rows from `begin` on in blocks; write `values [2 m]` and, to `into`, the gradient at the logits."""
+        blend = blend_compiled if self.compiled else blend_block
+
+        def work(part: slice, workspace: Workspace) -> None:
+            rows = slice(begin + part.start, begin + part.stop)
+            teacher: Tensor | TeacherSparse | None = None if theirs is None else theirs[part]
+            if isinstance(self.teacher, (TeacherLogits, TeacherSparse)):
+                teacher = self.teacher.rows(rows, self.spec.columns)
+            ours = logits[part]
+            found = blend(ours, teacher, self.spec.at(rows), workspace, into=ours if into is logits else into[part])
+            for row, value in zip(values, found, strict=True):
+                if value is not None:
+                    row[part] = value
+
+        for_each_block(len(logits), rows_a_block(len(logits), logits.shape[1], logits.device), work, workers)
 
 
 class _Fused(torch.autograd.Function):
-    """Makes values and gradients in the forward; the backward multiplies them by what comes from above."""
+    """Computes values and gradients in the forward; the backward multiplies the gradients by the incoming one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: FusedCall) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = _Gradients(hidden, weight, bias, job)
-            of_labels, of_divergence = _run(hidden, job, gradients)
-            gradients.complete()
-        weights = None if job.labels is None else job.labels.weights
-        labels_total = _total(of_labels, weights)
-        divergence_total = _total(of_divergence, job.value_weights)
-        loss = job.labels_factor * labels_total + job.divergence_factor * divergence_total
+            gradients = _Gradients(hidden, weight, bias, call)
+            label_rows, divergence_rows = call.run(hidden, gradients)
+            gradients.weight = None  # the cast copy is not needed any more
+        labels_total = _total(label_rows, None if call.labels is None else call.labels.weights)
+        divergence_total = _total(divergence_rows, call.value_weights)
+        loss = call.labels_factor * labels_total + call.divergence_factor * divergence_total
         ctx.gradients = gradients
-        ctx.mark_non_differentiable(labels_total, divergence_total, of_divergence)
-        return loss, labels_total, divergence_total, of_divergence
+        ctx.mark_non_differentiable(labels_total, divergence_total, divergence_rows)
+        return loss, labels_total, divergence_total, divergence_rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, from_above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "the fused loss gave its gradients away in its first backward, to hold them only once. Call "
+                "the fused loss released its gradients in its first backward, to save memory. Call "
                 "fused_linear_distillation again for a second backward."
             )
-        return (*gradients.hand_out(from_above), None)
+        return (*gradients.release(grad_loss), None)
 
 
 def _total(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum of the rows that weigh something: 0 · NaN is 0 here."""
-    if weights is None:
-        return values.sum()
-    return (values * weights).masked_fill(weights == 0, 0.0).sum()
+    """The weighted sum of the rows, without rows of weight 0, which may be NaN."""
+    return values.sum() if weights is None else (values * weights).masked_fill(weights == 0, 0.0).sum()
 
 
 class _Gradients:
-    """The student's gradients as they grow, less the factor that all rows share."""
+    """The student's gradients, accumulated over chunks, without the factor that all rows share."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> None:
-        self._weight: Tensor | None = job.product.weight
-        self._full, self._unit = job.full, job.unit
-        self.hidden = torch.empty(hidden.shape, dtype=job.product.dtype, device=hidden.device) if job.wants[0] else None
-        self.head = HeadGradient(weight, job.product.dtype) if job.wants[1] else None
-        self.bias = torch.zeros(weight.shape[0], dtype=job.full, device=hidden.device) if job.wants[2] else None
-        self.types = (hidden.dtype, None if bias is None else bias.dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: FusedCall) -> None:
+        self.weight: Tensor | None = call.student.weight
+        self._full, self._unit, dtype = call.full, call.unit, call.student.dtype
+        self.hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if call.wants[0] else None
+        self.head = HeadGradient(weight, dtype) if call.wants[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=call.full, device=hidden.device) if call.wants[2] else None
+        self._dtypes = (hidden.dtype, None if bias is None else bias.dtype)
 
     def add(self, at_logits: Tensor, hidden: Tensor, rows: slice) -> None:
-        """Of one chunk: `[m v]` at the logits, `[m d]` hidden rows."""
+        """Add the gradients of one chunk: `[m v]` at the logits, for hidden rows `[m d]`."""
         if self.hidden is not None:
-            assert self._weight is not None  # until they are complete
-            torch.mm(at_logits, self._weight, out=self.hidden[rows])
+            assert self.weight is not None
+            torch.mm(at_logits, self.weight, out=self.hidden[rows])
         if self.head is not None:
             self.head.add(at_logits, hidden)
         if self.bias is not None:
             self.bias[: at_logits.shape[1]] += at_logits.sum(0, dtype=self._full)
 
-    def complete(self) -> None:
-        """Nothing is added any more: what was cast for the products is let go."""
-        self._weight = None
-
-    def hand_out(self, from_above: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """All three times the shared factor, in the types of what they belong to."""
-        factor = self._unit * from_above.to(self._full)
-        of_hidden, of_bias = (
+    def release(self, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of hidden rows, weight and bias in their dtypes, times the shared factor."""
+        factor = self._unit * grad_loss.to(self._full)
+        hidden, bias = (
             None if x is None else (x.to(self._full) * factor).to(dtype)
-            for x, dtype in zip((self.hidden, self.bias), self.types, strict=True)
+            for x, dtype in zip((self.hidden, self.bias), self._dtypes, strict=True)
         )
-        return of_hidden, None if self.head is None else self.head.hand_out(factor), of_bias
-
-
-def _run(hidden: Tensor, job: Job, gradients: _Gradients) -> tuple[Tensor, Tensor]:
-    """Every chunk: both sides' logits, their blocks, the gradients. Values of the labels' term and the divergence."""
-    n, product, of_teacher = hidden.shape[0], job.product, job.of_teacher
-    values = torch.zeros(2, n, dtype=job.full, device=hidden.device)
-    low = hidden.to(product.dtype)
-    space = Space(None if gradients.head is None else gradients.head.spare())
-    ours = space.take(job.rows.part, product.columns, product.dtype, hidden.device)
-    theirs = None
-    if of_teacher is not None:
-        theirs = space.take(job.rows.whole, of_teacher.columns, of_teacher.dtype, hidden.device)
-    alone = job.compiled or hidden.device.type != "cpu"  # then what works off a block has threads of its own
-    rooms = [Room() for _ in range(1 if alone else torch.get_num_threads())]
-    for first in range(0, n, job.rows.whole):
-        rows = slice(first, min(first + job.rows.whole, n))
-        if of_teacher is not None and theirs is not None and isinstance(job.teacher, TeacherHidden):
-            of_teacher.into(theirs, job.teacher.hidden[rows].to(of_teacher.dtype))
-        at_logits = ours
-        for begin in range(first, rows.stop, job.rows.part):
-            part = slice(begin, min(begin + job.rows.part, rows.stop))
-            logits = into = product.into(ours, low[part])
-            there = None if theirs is None else theirs[begin - first : part.stop - first]
-            if job.rows.part < job.rows.whole and theirs is not None and there is not None:
-                at_logits, into = theirs, there
-            _work_off(job, logits, there, into, part, values, rooms)
-        if job.work.wants_gradient:
-            gradients.add(at_logits[: rows.stop - first], low[rows], rows)
-    return values[0], values[1]
-
-
-def _work_off(
-    job: Job,
-    logits: Tensor,
-    theirs: Tensor | None,
-    into: Tensor,
-    rows: slice,
-    values: Tensor,
-    rooms: list[Room],
-) -> None:
-    """Every block of `rows`: values into `values`, the gradient at the logits into `into`, one of the two sides."""
-
-    blend = blend_compiled if job.compiled else blend_block
-
-    def work(part: slice, room: Room) -> None:
-        whole = slice(rows.start + part.start, rows.start + part.stop)
-        teacher = _teacher_block(job, theirs, part, whole)
-        ours = logits[part]
-        found = blend(ours, teacher, job.work, whole, room, into=ours if into is logits else into[part])
-        for row, value in zip(values, found, strict=True):
-            if value is not None:
-                row[whole] = value
-
-    for_each_block(len(logits), rows_a_block(len(logits), logits.shape[1], logits.device), work, rooms)
-
-
-def _teacher_block(job: Job, theirs: Tensor | None, part: slice, whole: slice) -> Tensor | TeacherSparse | None:
-    """What the teacher shows of a block: `part` of the chunk, `whole` of the n rows."""
-    if theirs is not None:
-        return theirs[part]
-    if isinstance(job.teacher, TeacherLogits):
-        return job.teacher.logits[whole, : job.work.columns]
-    if isinstance(job.teacher, TeacherSparse):
-        tail, weights = job.teacher.tail, job.teacher.weights
-        return TeacherSparse(
-            job.teacher.ids[whole],
-            job.teacher.logits[whole],
-            None if tail is None else tail[whole],
-            None if weights is None else weights[whole],
-        )
-    return None
+        return hidden, None if self.head is None else self.head.release(factor), bias

@@ -1,31 +1,32 @@
-"""A block of rows of both sides: softened, compared, with the gradient at the softened logits. No labels, no products.
+"""Values and gradients of both terms on a block of rows, given both sides' products.
 
-Blocks are small enough to stay in a processor's cache while a dozen passes go over them, most of them in place.
+Blocks are small enough to stay in a processor's cache during a dozen passes over them, most of them in place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_distill.functional.fused.inputs import IGNORED, TeacherSparse, Terms
-from hf_distill.functional.fused.kernels import KERNELS, Pair
+from hf_distill.functional.fused.kernels import KERNELS, Block, BlockResult
 from hf_distill.functional.properties import DIVERGENCES, PROPERTIES
+from hf_distill.functional.sparse import student_outcomes, teacher_outcomes
 
 LOG2_E, LN_2 = 1 / math.log(2), math.log(2)
-LEAST_TAIL = 1e-7  # of fp32 log-probabilities: what is left of 1 − Σ is rounding below this
+LEAST_TAIL = 1e-7  # in fp32, 1 − Σ of probabilities is rounding error below this
+POWERS = (1.0, 2.0, 3.0, 4.0)  # at these temperatures the softmax at T = 1 is a power of the softened softmax
 
 
 @dataclass(frozen=True)
 class Softening:
-    """How a chunk of products becomes softened logits: `x · before`, or `tanh(x · before) · after` where capped.
+    """How products become softened logits: `x · before`, or `tanh(x · before) · after` if capped.
 
-    What of `before` is exact in the products' type went into the hidden rows already, which are fewer.
+    If a factor is exact in the dtype of the products, the smaller hidden rows were multiplied by it already.
     """
 
     before: float = 1.0
@@ -33,60 +34,153 @@ class Softening:
     after: float = 1.0
 
 
-class Room:
-    """Memory that one worker writes over again and again, by name."""
+class Workspace:
+    """Memory that one worker reuses for all its blocks, by name."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor, columns: int) -> Tensor:
-        """`[rows of like, columns]` in full precision, contiguous, with anything in it."""
+        """Return `[rows of like, columns]` in full precision, contiguous, with undefined contents."""
         size = like.shape[0] * columns
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name] = torch.empty(size, dtype=full_precision_of(like), device=like.device)
-        return kept[:size].view(like.shape[0], columns)
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[name] = torch.empty(size, dtype=full_precision_of(like), device=like.device)
+        return memory[:size].view(like.shape[0], columns)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What to compute for every block; weights of rows are factors in the gradient."""
+
+    terms: Terms  # the divergence and its settings
+    temperature: float  # 1 for a divergence without temperature
+    columns: int  # the number of leading columns that are compared
+    student: Softening
+    teacher: Softening
+    owns_teacher: bool  # whether the teacher's chunk may be overwritten
+    labels: Tensor | None  # `[n]` ids
+    smoothing: float
+    label_weights: Tensor | None  # `[n]`, 0 for ignored rows
+    row_weights: Tensor | None  # `[n]` of the divergence; None means 1
+    has_zero_weights: bool  # whether a row weight is 0
+    may_block: bool  # whether −inf can occur on either side
+    wants_gradient: bool
+
+    @property
+    def row_vectors(self) -> tuple[Tensor | None, ...]:
+        """Labels, label weights and row weights."""
+        return self.labels, self.label_weights, self.row_weights
+
+    def with_row_vectors(self, *vectors: Tensor | None) -> BlockSpec:
+        """Return a copy with other labels, label weights and row weights."""
+        labels, label_weights, row_weights = vectors
+        return replace(self, labels=labels, label_weights=label_weights, row_weights=row_weights)
+
+    def at(self, rows: slice) -> BlockSpec:
+        """Return the specification of some of the rows."""
+        return self.with_row_vectors(*(None if vector is None else vector[rows] for vector in self.row_vectors))
+
+
+@dataclass
+class LabelStats:
+    """Labels of a block, all `[r 1]`: ids (0 where ignored), whether each is known, and the target's mean logit."""
+
+    ids: Tensor
+    known: Tensor
+    logit: Tensor
+
+    def loss(self, log_normaliser: Tensor) -> Tensor:
+        """Return the cross-entropy `[r]`, 0 where ignored."""
+        return (log_normaliser - self.logit).masked_fill(~self.known, 0.0)[:, 0]
+
+
+@dataclass
+class StudentProbs:
+    """Student probabilities at T = 1, as `unscaled [r v]` times `scale [r 1]`, and the labels' loss `value [r]`."""
+
+    unscaled: Tensor
+    scale: Tensor | float
+    value: Tensor
 
 
 def full_precision_of(rows: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
+    """Return fp64 for fp64 rows, else fp32."""
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def blend_block(
+    student: Tensor, teacher: Tensor | TeacherSparse | None, spec: BlockSpec, workspace: Workspace, *, into: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the labels' loss and the divergence of each row `[r]`, before weights; None for a missing term.
+
+    Args:
+        student: `[r v]` products, overwritten.
+        teacher: `[r columns]` products (overwritten) or logits (only read), or sparse targets.
+        spec: what to compute, with labels and weights of these rows.
+        workspace: memory for intermediate results.
+        into: where the gradient is written: `student`, or `teacher` if it may be overwritten.
+    """
+    softened, slope = soften(student, spec.student, workspace, "student", wants_slope=spec.wants_gradient)
+    labels = None if spec.labels is None else _label_stats(softened, spec, spec.labels)
+    all_columns = spec.columns == student.shape[1]
+    theirs, has_kernel = teacher, False
+    if isinstance(teacher, Tensor):
+        theirs, _ = soften(
+            teacher, spec.teacher, workspace, "teacher", like=softened, overwrite=spec.owns_teacher, wants_slope=False
+        )
+        has_kernel = spec.terms.divergence in KERNELS and not (spec.may_block and any_blocked(softened, theirs))
+    probs = result = None
+    if labels is not None and not (has_kernel and all_columns and spec.temperature in POWERS):
+        # Computed before `softened` is overwritten.
+        unscaled = torch.mul(softened, spec.temperature, out=workspace.take("probabilities", student, student.shape[1]))
+        probs = StudentProbs(unscaled, 1.0, labels.loss(softmax_(unscaled)))
+    if theirs is not None:
+        ours = softened
+        if not all_columns:
+            ours = workspace.take("compared", student, spec.columns).copy_(softened[:, : spec.columns])
+        if isinstance(theirs, TeacherSparse):
+            result = compare_sparse(ours, theirs, spec)
+        elif has_kernel:
+            result = compare_in_place(ours, theirs, spec, workspace)
+        else:
+            result = compare_plainly(ours, theirs, spec)
+        if labels is not None and probs is None:
+            probs = _probs_as_power(result, int(spec.temperature), labels)
+    if spec.wants_gradient:
+        _write_gradient(into, result, probs, labels, slope, spec)
+    return None if probs is None else probs.value, None if result is None else result.value
 
 
 def soften(
     rows: Tensor,
     how: Softening,
-    room: Room,
+    workspace: Workspace,
     name: str,
     *,
     like: Tensor | None = None,
-    ours: bool = True,
-    slope: bool = True,
+    overwrite: bool = True,
+    wants_slope: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softened logits `[r v]` in the full precision of `like`, and where capped the slope 1 − tanh².
-
-    Args:
-        like: the other side; None: `rows` themselves. ours: `rows` may be written over. slope: whether it is wanted.
-    """
+    """Return softened logits `[r v]` in the full precision of `like` (default: `rows`), and if capped 1 − tanh²."""
     v, like = rows.shape[1], rows if like is None else like
-    if ours and rows.dtype == full_precision_of(like) and rows.is_contiguous():
+    if overwrite and rows.dtype == full_precision_of(like) and rows.is_contiguous():
         x = rows
     else:
-        x = room.take(name, like, v).copy_(rows)
+        x = workspace.take(name, like, v).copy_(rows)
     if how.before != 1.0:
         x.mul_(how.before)
     if not how.capped:
         return x, None
     x.tanh_()
-    of_tanh = torch.mul(x, x, out=room.take(f"slope of {name}", like, v)).neg_().add_(1) if slope else None
-    return x.mul_(how.after), of_tanh
+    slope = torch.mul(x, x, out=workspace.take(f"slope of {name}", like, v)).neg_().add_(1) if wants_slope else None
+    return x.mul_(how.after), slope
 
 
 def softmax_(x: Tensor) -> Tensor:
-    """Softmax of each row over itself; returns the log of what it was divided by, `[r 1]`.
+    """Replace each row by its softmax; return the log of the normaliser `[r 1]`.
 
-    By powers of two where that can be: eager `exp2` costs a quarter of `exp`, and errs less over long rows than
-    `torch.softmax`.
+    Uses powers of two if possible: eager `exp2` costs a quarter of `exp`, and is more accurate over long rows.
     """
     if x.dtype == torch.float64 or torch.compiler.is_compiling():
         log_normaliser = x.logsumexp(-1, keepdim=True)
@@ -99,288 +193,140 @@ def softmax_(x: Tensor) -> Tensor:
     return total.log_().add_(largest, alpha=LN_2)
 
 
-@dataclass
-class Compared:
-    """A divergence of a block.
+def any_blocked(*rows: Tensor) -> bool:
+    """Return whether a column is −inf, even beside NaN. Synchronises on an accelerator.
 
-    Attributes:
-        value: `[r]`. gradient: `[r v]` at the softened student logits.
-        q: `[r v]` softened student probabilities, with the log of their normaliser `[r 1]` and a free `[r v]`; None
-            where they were not made.
+    Looks at the minimum first, which costs one short pass.
     """
 
-    value: Tensor
-    gradient: Tensor
-    q: Tensor | None = None
-    log_normaliser: Tensor | None = None
-    free: Tensor | None = None
+    def is_blocking(x: Tensor) -> bool:
+        least = x.amin()
+        return bool((least == -math.inf) | least.isnan()) and bool(x.isneginf().any())
 
-
-def compare_in_place(name: str, student: Tensor, teacher: Tensor, settings: Mapping[str, Any], room: Room) -> Compared:
-    """One of the KL family, without −inf; both blocks of softened logits are written over."""
-    difference = torch.sub(teacher, student, out=room.take("difference", student, student.shape[1]))
-    log_normaliser = softmax_(student)
-    shift = log_normaliser - softmax_(teacher)
-    pair = Pair(student, teacher, difference, shift, lambda: room.take("more", student, student.shape[1]))
-    found = KERNELS[name](pair, **settings)
-    return Compared(found.value, found.gradient, student, log_normaliser, found.free)
-
-
-def compare_plainly(
-    name: str,
-    student: Tensor,
-    teacher: Tensor,
-    settings: Mapping[str, Any],
-    target: Tensor | None,
-    *,
-    wants_gradient: bool = True,
-) -> Compared:
-    """Any divergence whose rows stand alone, with −inf, by the plain function and autograd; blocks are only read."""
-    if PROPERTIES[name].wants_target:
-        settings = {**settings, "target": target}
-    if not wants_gradient:
-        return Compared(DIVERGENCES[name](student, teacher, **settings), student)  # no gradient is read
-    with torch.enable_grad():
-        leaf = student.detach().requires_grad_()
-        value = DIVERGENCES[name](leaf, teacher, **settings)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return Compared(value.detach(), gradient)
-
-
-def compare_sparsely(
-    name: str,
-    student: Tensor,
-    teacher: TeacherSparse,
-    settings: Mapping[str, Any],
-    *,
-    temperature: float,
-    wants_gradient: bool = True,
-) -> Compared:
-    """The divergence of k columns and a bucket for the others, or of samples; `student` is written over."""
-    theirs = teacher.logits.to(full_precision_of(student)) / temperature
-    none = teacher.ids < 0
-    # Where a row lists fewer, a column is named twice, and what is added there is 0. Where it lists none, column 0 is
-    # named, which changes nothing: a bucket alone is one outcome, equal on both sides.
-    ids = torch.where(none, teacher.ids.amax(-1, keepdim=True).clamp(min=0), teacher.ids)
-    ours = student.gather(1, ids).masked_fill(none, -math.inf)
-    if teacher.weights is not None:
-        return _of_samples(student, ids, ours, theirs, teacher.weights.to(theirs.dtype))
-    others = student.scatter_(1, ids, -math.inf)
-    ours_tail = others.logsumexp(-1)
-    theirs = theirs.masked_fill(none, -math.inf)
-    few = compare_plainly(
-        name,
-        torch.cat((ours, ours_tail[:, None]), 1),
-        torch.cat((theirs, _tail_of(teacher, theirs).to(theirs)[:, None]), 1),
-        settings,
-        None,
-        wants_gradient=wants_gradient,
-    )
-    if not wants_gradient:
-        return few
-    none_left = ours_tail == -math.inf  # k = v: no other column, nothing to spread the bucket's gradient over
-    spread = others.sub_(ours_tail.masked_fill(none_left, 0.0)[:, None]).exp_().mul_(few.gradient[:, -1:])
-    return Compared(few.value, spread.scatter_add_(1, ids, few.gradient[:, :-1]))
-
-
-def _of_samples(student: Tensor, ids: Tensor, ours: Tensor, theirs: Tensor, weights: Tensor) -> Compared:
-    """Σ_k w_k (log p_k − x_k) + Σ w · log Σ eˣ; of columns that the student blocks (−inf) nothing is asked."""
-    listed = ours > -math.inf
-    weights = weights.masked_fill(~listed, 0.0)
-    log_normaliser = softmax_(student)
-    value = (weights * torch.where(listed, theirs - ours + log_normaliser, 0.0)).sum(-1)
-    return Compared(value, student.mul_(weights.sum(-1, keepdim=True)).scatter_add_(1, ids, -weights))
-
-
-def _tail_of(teacher: TeacherSparse, softened: Tensor) -> Tensor:
-    if teacher.tail is not None:
-        return teacher.tail
-    return torch.log1p(-softened.exp().sum(-1).clamp(max=1 - LEAST_TAIL))
-
-
-def any_blocked(*rows: Tensor) -> bool:
-    """Whether some column is −inf. On an accelerator this waits for it."""
     return any(is_blocking(x) for x in rows if x.numel() > 0)
 
 
-def is_blocking(x: Tensor) -> bool:
-    """Whether there is a −inf, also beside a NaN. Looked for by the least number, which costs one short pass."""
-    least = x.amin()
-    return bool((least == -math.inf) | least.isnan()) and bool(x.isneginf().any())
+def compare_in_place(student: Tensor, teacher: Tensor, spec: BlockSpec, workspace: Workspace) -> BlockResult:
+    """A divergence of the KL family, without −inf. Both blocks of softened logits are overwritten."""
+    columns = student.shape[1]
+    difference = torch.sub(teacher, student, out=workspace.take("difference", student, columns))
+    log_normaliser = softmax_(student)
+    shift = log_normaliser - softmax_(teacher)
+    block = Block(student, teacher, difference, shift, lambda: workspace.take("scratch", student, columns))
+    result = KERNELS[spec.terms.divergence](block, **spec.terms.settings)
+    result.q, result.log_normaliser = student, log_normaliser
+    return result
 
 
-POWERS = (1.0, 2.0, 3.0, 4.0)  # at these temperatures the softmax at T = 1 is made as a power of the softened one
+def compare_plainly(student: Tensor, teacher: Tensor, spec: BlockSpec) -> BlockResult:
+    """Any divergence whose rows are independent, with −inf, by its function and autograd. Blocks are only read."""
+    settings = spec.terms.settings
+    if PROPERTIES[spec.terms.divergence].wants_target:
+        labels = spec.labels
+        target = None if labels is None else labels.masked_fill(labels >= spec.columns, IGNORED)
+        settings = {**settings, "target": target}
+    function = DIVERGENCES[spec.terms.divergence]
+    return _by_autograd(lambda rows: function(rows, teacher, **settings), student, spec)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is to be done to every block.
-
-    Attributes:
-        terms: the divergence and its settings. temperature: 1 for a divergence that takes none.
-        columns: how many leading columns are compared.
-        student, teacher: how their chunks become softened logits. teacher_is_ours: its chunk may be written over.
-        labels: `[n]` ids, or None. smoothing: of the labels. label_weights: `[n]` in the gradient, 0 where ignored.
-        row_weights: `[n]` of the divergence in the gradient; None: 1. some_weigh_nothing: whether one of them is 0.
-        may_block: −inf is possible on one of the two sides.
-        wants_gradient: whether the gradient is to be written at all.
-    """
-
-    terms: Terms
-    temperature: float
-    columns: int
-    student: Softening
-    teacher: Softening
-    teacher_is_ours: bool
-    labels: Tensor | None
-    smoothing: float
-    label_weights: Tensor | None
-    row_weights: Tensor | None
-    some_weigh_nothing: bool
-    may_block: bool
-    wants_gradient: bool
+def compare_sparse(student: Tensor, teacher: TeacherSparse, spec: BlockSpec) -> BlockResult:
+    """A divergence of k columns and a bucket for the others, or from samples. `student` may be overwritten."""
+    theirs = teacher.logits.to(student.dtype) / spec.temperature
+    if teacher.weights is not None:
+        return _compare_samples(student, teacher.ids, theirs, teacher.weights.to(student.dtype))
+    theirs = theirs.masked_fill(teacher.ids < 0, -math.inf)
+    tail = teacher.tail
+    if tail is None:
+        tail = torch.log1p(-theirs.exp().sum(-1).clamp(max=1 - LEAST_TAIL))
+    outcomes, function = teacher_outcomes(theirs, tail.to(theirs)), DIVERGENCES[spec.terms.divergence]
+    return _by_autograd(
+        lambda rows: function(student_outcomes(rows, teacher.ids), outcomes, **spec.terms.settings), student, spec
+    )
 
 
-@dataclass
-class Gold:
-    """Labels of a block, all `[r 1]`: ids (0 where there is none), which there are, and the target's mean logit."""
-
-    ids: Tensor
-    known: Tensor
-    logit: Tensor
-
-
-@dataclass
-class Likely:
-    """Student probabilities at T = 1 are `unscaled [r v]` times `scale [r 1]`; `value [r]` is the labels' loss."""
-
-    unscaled: Tensor
-    scale: Tensor | float
-    value: Tensor
+def _compare_samples(student: Tensor, ids: Tensor, log_p: Tensor, weights: Tensor) -> BlockResult:
+    """`sparse.sampled_forward_kl` in place: Σ_k w_k (log p_k − x_k) + Σ w · log Σ eˣ, without columns that are −inf."""
+    missing = ids < 0
+    ids = ids.clamp(min=0)
+    ours = student.gather(1, ids).masked_fill(missing, -math.inf)
+    known = ours > -math.inf
+    weights = weights.masked_fill(~known, 0.0)
+    log_normaliser = softmax_(student)
+    value = (weights * torch.where(known, log_p - ours + log_normaliser, 0.0)).sum(-1)
+    return BlockResult(value, student.mul_(weights.sum(-1, keepdim=True)).scatter_add_(1, ids, -weights))
 
 
-def blend_block(
-    student: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, rows: slice, room: Room, *, into: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """The labels' term and the divergence of each row `[r]`, before weights; None where there is no such term.
-
-    Args:
-        student: `[r v]` of the chunk of products, written over.
-        teacher: `[r columns]` of the teacher's products (written over) or logits (only read), or sparse targets.
-        rows: which of the n rows these are. into: where the gradient goes: `student`, or `teacher` where it is ours.
-    """
-    softened, slope = soften(student, work.student, room, "student", slope=work.wants_gradient)
-    gold = None if work.labels is None else _gold(softened, work, work.labels[rows])
-    whole = work.columns == student.shape[1]
-    theirs, quick = _theirs(softened, teacher, work, room)
-    likely = found = None
-    if gold is not None and not (quick and whole and work.temperature in POWERS):
-        unscaled = torch.mul(softened, work.temperature, out=room.take("likely", student, student.shape[1]))
-        likely = Likely(unscaled, 1.0, _loss(softmax_(unscaled), gold))  # before `softened` is written over
-    if theirs is not None:
-        ours = softened if whole else room.take("compared", student, work.columns).copy_(softened[:, : work.columns])
-        found = _compare(ours, theirs, work, rows, room, quick=quick)
-        if gold is not None and likely is None:
-            likely = _as_a_power(found, int(work.temperature), gold)
-    if work.wants_gradient:
-        _write(into, found, likely, gold, slope, work, rows)
-    return None if likely is None else likely.value, None if found is None else found.value
+def _by_autograd(function: Callable[[Tensor], Tensor], student: Tensor, spec: BlockSpec) -> BlockResult:
+    if not spec.wants_gradient:
+        return BlockResult(function(student), student)
+    with torch.enable_grad():
+        leaf = student.detach().requires_grad_()
+        value = function(leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return BlockResult(value.detach(), gradient)
 
 
-def _gold(softened: Tensor, work: Work, labels: Tensor) -> Gold:
+def _label_stats(softened: Tensor, spec: BlockSpec, labels: Tensor) -> LabelStats:
     known = (labels != IGNORED)[:, None]
     ids = labels[:, None].masked_fill(~known, 0)
     logit = softened.gather(1, ids)
-    if work.smoothing > 0:
-        logit = torch.lerp(logit, softened.mean(-1, keepdim=True), work.smoothing)
-    return Gold(ids, known, logit * work.temperature)
+    if spec.smoothing > 0:
+        logit = torch.lerp(logit, softened.mean(-1, keepdim=True), spec.smoothing)
+    return LabelStats(ids, known, logit * spec.temperature)
 
 
-def _loss(log_normaliser: Tensor, gold: Gold) -> Tensor:
-    return (log_normaliser - gold.logit).masked_fill(~gold.known, 0.0)[:, 0]
-
-
-def _theirs(
-    softened: Tensor, teacher: Tensor | TeacherSparse | None, work: Work, room: Room
-) -> tuple[Tensor | TeacherSparse | None, bool]:
-    """The teacher's side, softened, and whether a kernel can compare it with the student's."""
-    if teacher is None or isinstance(teacher, TeacherSparse):
-        return teacher, False
-    theirs, _ = soften(teacher, work.teacher, room, "teacher", like=softened, ours=work.teacher_is_ours, slope=False)
-    quick = work.terms.divergence in KERNELS and not (work.may_block and any_blocked(softened, theirs))
-    return theirs, quick
-
-
-def _compare(
-    ours: Tensor, theirs: Tensor | TeacherSparse, work: Work, rows: slice, room: Room, *, quick: bool
-) -> Compared:
-    name, settings = work.terms.divergence, work.terms.settings
-    if isinstance(theirs, TeacherSparse):
-        return compare_sparsely(
-            name, ours, theirs, settings, temperature=work.temperature, wants_gradient=work.wants_gradient
-        )
-    if quick:
-        return compare_in_place(name, ours, theirs, settings, room)
-    target = None
-    if work.labels is not None:
-        target = work.labels[rows].masked_fill(work.labels[rows] >= work.columns, IGNORED)
-    return compare_plainly(name, ours, theirs, settings, target, wants_gradient=work.wants_gradient)
-
-
-def _as_a_power(found: Compared, temperature: int, gold: Gold) -> Likely:
+def _probs_as_power(result: BlockResult, temperature: int, labels: LabelStats) -> StudentProbs:
     """softmax(s) from q = softmax(s / T): qᵀ over its sum; log Σ eˢ = T · log Σ e^(s/T) + log Σ qᵀ."""
-    assert found.q is not None and found.log_normaliser is not None and found.free is not None
+    assert result.q is not None and result.log_normaliser is not None and result.free is not None
     if temperature == 1:
-        return Likely(found.q, 1.0, _loss(found.log_normaliser, gold))
-    power = torch.mul(found.q, found.q, out=found.free)
+        return StudentProbs(result.q, 1.0, labels.loss(result.log_normaliser))
+    power = torch.mul(result.q, result.q, out=result.free)
     if temperature > 2:
-        power.mul_(found.q if temperature == 3 else power)
+        power.mul_(result.q if temperature == 3 else power)
     total = power.sum(-1, keepdim=True)
-    return Likely(power, total.reciprocal(), _loss(temperature * found.log_normaliser + total.log(), gold))
+    return StudentProbs(power, total.reciprocal(), labels.loss(temperature * result.log_normaliser + total.log()))
 
 
-def _write(
+def _write_gradient(
     into: Tensor,
-    found: Compared | None,
-    likely: Likely | None,
-    gold: Gold | None,
+    result: BlockResult | None,
+    probs: StudentProbs | None,
+    labels: LabelStats | None,
     slope: Tensor | None,
-    work: Work,
-    rows: slice,
+    spec: BlockSpec,
 ) -> None:
-    """label weight · (likely − target) + row weight · gradient of the divergence, times the slope."""
-    if found is not None and work.row_weights is not None:
-        weights = work.row_weights[rows, None]
-        found.gradient.mul_(weights)
-        if work.some_weigh_nothing:  # 0 · NaN
-            found.gradient.masked_fill_(weights == 0, 0.0)
-    if likely is None or gold is None or work.label_weights is None:
-        assert found is not None
-        out = found.gradient
-    else:
-        weights = work.label_weights[rows, None]
-        out = _with_labels(found, likely, weights * likely.scale, into=into)
-        if torch.compiler.is_compiling():  # one more term of the pass, where scattering would be a pass of its own
-            at_label = torch.arange(out.shape[1], device=out.device) == gold.ids
-            out.add_(torch.where(at_label, weights * (work.smoothing - 1), 0.0))
+    """label weight · (probabilities − target) + row weight · gradient of the divergence, times the slope."""
+    gradient = None if result is None else result.gradient
+    if gradient is not None and spec.row_weights is not None:
+        weights = spec.row_weights[:, None]
+        gradient.mul_(weights)
+        if spec.has_zero_weights:  # 0 · NaN
+            gradient.masked_fill_(weights == 0, 0.0)
+    if probs is not None and labels is not None and spec.label_weights is not None:
+        weights = spec.label_weights[:, None]
+        gradient = _add_probs(gradient, probs, weights * probs.scale, into=into)
+        if torch.compiler.is_compiling():  # one more term of a pass, where a scatter would be a pass of its own
+            at_label = torch.arange(gradient.shape[1], device=gradient.device) == labels.ids
+            gradient.add_(torch.where(at_label, weights * (spec.smoothing - 1), 0.0))
         else:
-            out.scatter_add_(1, gold.ids, weights * (work.smoothing - 1))
-        if work.smoothing > 0:
-            out.sub_(weights * (work.smoothing / out.shape[1]))
+            gradient.scatter_add_(1, labels.ids, weights * (spec.smoothing - 1))
+        if spec.smoothing > 0:
+            gradient.sub_(weights * (spec.smoothing / gradient.shape[1]))
+    assert gradient is not None
     if slope is not None:
-        out.mul_(slope)
-    if out is not into:
-        into.copy_(out)
+        gradient.mul_(slope)
+    if gradient is not into:
+        into.copy_(gradient)
 
 
-def _with_labels(found: Compared | None, likely: Likely, factors: Tensor, *, into: Tensor) -> Tensor:
-    """`factors` · likely + gradient, in full precision; over `into` where it is in full precision itself."""
-    if found is None:
-        return likely.unscaled.mul_(factors)
-    columns = found.gradient.shape[1]
-    if columns == likely.unscaled.shape[1]:
-        out = into if into.dtype == found.gradient.dtype and into.is_contiguous() else found.gradient
-        return torch.addcmul(found.gradient, likely.unscaled, factors, out=out)
-    out = likely.unscaled.mul_(factors)
-    out[:, :columns].add_(found.gradient)
+def _add_probs(gradient: Tensor | None, probs: StudentProbs, factors: Tensor, *, into: Tensor) -> Tensor:
+    """`factors` · probabilities + gradient, in full precision; written to `into` if that is in full precision."""
+    if gradient is None:
+        return probs.unscaled.mul_(factors)
+    columns = gradient.shape[1]
+    if columns == probs.unscaled.shape[1]:
+        out = into if into.dtype == gradient.dtype and into.is_contiguous() else gradient
+        return torch.addcmul(gradient, probs.unscaled, factors, out=out)
+    out = probs.unscaled.mul_(factors)
+    out[:, :columns].add_(gradient)
     return out

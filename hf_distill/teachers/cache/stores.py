@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional.rows import BLOCKED, in_full_precision
-from hf_distill.functional.sparse import BLOCK, drawn, merged
+from hf_distill.functional.sparse import BLOCK, draw_columns, merge_repeats
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.load import DTYPE_ALIASES
 
@@ -485,7 +485,7 @@ class Sampled:
     def _drawn(self, rows: Tensor, at: Tensor) -> dict[str, np.ndarray]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         proposals = (log_p if self.proposal_power == 1 else self.proposal_power * log_p).exp()
-        ids = drawn(proposals, at.to(rows.device), stratified=self.stratified)
+        ids = draw_columns(proposals, at.to(rows.device), stratified=self.stratified)
         known = log_p.gather(-1, ids)
         weights = torch.full_like(known, 1 / self.samples)
         if self.proposal_power != 1:
@@ -501,7 +501,7 @@ class Sampled:
     def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
         ids, mean = laid["ids"].long(), laid["mean_log_probability"]
         weights = laid["weights"] if "weights" in laid else torch.full_like(mean, 1 / self.samples).expand(ids.shape)
-        ids, weights = merged(ids, weights)
+        ids, weights = merge_repeats(ids, weights)
         none = torch.full_like(mean[..., 0], -torch.inf)
         return SparseRows(ids, mean.expand(ids.shape), none, temperature, weights)
 
@@ -594,7 +594,7 @@ class Hybrid:
         kept, ids = log_p.topk(min(self.k, log_p.shape[-1]), dim=-1)
         others = log_p.scatter(-1, ids, -torch.inf)
         tail = others.logsumexp(-1, keepdim=True)
-        chosen = drawn((others - tail.clamp(min=BLOCKED)).exp(), at.to(rows.device))
+        chosen = draw_columns((others - tail.clamp(min=BLOCKED)).exp(), at.to(rows.device))
         mean = log_p.gather(-1, chosen).mean(-1, keepdim=True)
         mean = torch.where(tail > -torch.inf, mean, 0.0)  # none was drawn
         found = {"ids": ids, "log_probabilities": kept, "tail": tail, "drawn": chosen, "mean_log_probability": mean}
@@ -608,7 +608,7 @@ class Hybrid:
         both = torch.cat([laid["log_probabilities"].float(), tail], -1).log_softmax(-1)  # rounding left it beside 1
         kept, share = both[..., :-1], both[..., -1:].exp() / self.samples
         impossible = kept == -torch.inf  # listed where fewer are possible than are listed
-        chosen, shares = merged(laid["drawn"].long(), share.expand(laid["drawn"].shape))
+        chosen, shares = merge_repeats(laid["drawn"].long(), share.expand(laid["drawn"].shape))
         chosen = chosen.masked_fill(tail == -torch.inf, -1)  # nothing is left to draw from
         mean = laid["mean_log_probability"].expand(chosen.shape)
         return SparseRows(

@@ -1,17 +1,141 @@
-"""What holds of all divergences, and what of one: limits, bounds, invariances, precision, settings that cannot be."""
+"""Divergences against numpy references, by finite differences, and by their limits, bounds and invariances."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hf_distill import SettingError
-from hf_distill.functional import DIVERGENCES, PROPERTIES
-from tests.functional.test_references import rows
+from hf_distill.functional import DIVERGENCES, PROPERTIES, forward_kl, mean_squared_error, reverse_kl
+from hf_distill.functional.divergences import sorted_distance
+from tests.functional import references
+
+ALONE = {"dist": {"intra_weight": 0.0}}
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((name, ALONE.get(name, {})) for name in DIVERGENCES),
+    ("jensen_shannon", {"beta": 0.1}),
+    ("jensen_shannon", {"beta": 0.9}),
+    ("skewed_forward_kl", {"skew": 0.5}),
+    ("skewed_forward_kl", {"skew": 0.0}),
+    ("skewed_reverse_kl", {"skew": 0.9}),
+    ("decoupled", {"target_weight": 2.0, "others_weight": 0.5}),
+]
+EVERY = [pytest.param(name, settings, id=f"{name}{list(settings.values())}") for name, settings in SETTINGS]
+
+
+def rows(n: int = 7, v: int = 6, *, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    drawn = spread * torch.randn(2, n, v, generator=generator, dtype=torch.float64)
+    return drawn[0], drawn[1]
+
+
+def of_reference(name: str, student: Tensor, teacher: Tensor, settings: dict[str, Any]) -> list[float]:
+    known = {k: v for k, v in settings.items() if k != "intra_weight"}
+    return [references.A_ROW[name](s.numpy(), t.numpy(), **known) for s, t in zip(student, teacher, strict=True)]
+
+
+def test_every_divergence_has_a_reference() -> None:
+    assert set(references.A_ROW) == set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("spread", [0.01, 2.0, 30.0])
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_value_matches_the_reference(name: str, settings: dict[str, Any], spread: float) -> None:
+    if name == "dist" and spread == 30.0:
+        spread = 10.0  # beyond, whole rows round to one-hot, where no correlation is defined
+    student, teacher = rows(spread=spread)
+    found = DIVERGENCES[name](student, teacher, **settings)
+    assert found.shape == (7,) and found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(of_reference(name, student, teacher, settings), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("target", [0, 3, -100])
+def test_decoupled_with_a_label(target: int) -> None:
+    student, teacher = rows()
+    found = DIVERGENCES["decoupled"](student, teacher, torch.full((7,), target))
+    expected = [references.decoupled(s.numpy(), t.numpy(), target) for s, t in zip(student, teacher, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_dist_down_the_columns() -> None:
+    student, teacher = rows()
+    both = DIVERGENCES["dist"](student, teacher, inter_weight=0.5, intra_weight=2.0)
+    down = references.intra(student.numpy(), teacher.numpy())
+    across = of_reference("dist", student, teacher, {})
+    assert both.tolist() == pytest.approx([0.5 * x + 2 * down for x in across], rel=1e-9)
+
+
+def blocked_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """With −inf in the student's rows, the teacher's, both, and in other columns in every row."""
+    student, teacher = rows()
+    for row, column in ((0, 1), (1, 5), (2, 0), (4, 2), (4, 3)):
+        student[row, column] = -torch.inf
+    for row, column in ((1, 2), (2, 0), (3, 4), (5, 5), (5, 0)):
+        teacher[row, column] = -torch.inf
+    return student, teacher, torch.isinf(student) | torch.isinf(teacher)
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_blocked_columns_are_left_out(name: str, settings: dict[str, Any]) -> None:
+    student, teacher, blocked = blocked_rows()
+    expected = []
+    for s, t, gone in zip(student, teacher, blocked, strict=True):
+        expected += of_reference(name, s[~gone][None], t[~gone][None], settings)
+    student.requires_grad_()
+    found = DIVERGENCES[name](student, teacher, **settings)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    found.sum().backward()
+    assert torch.isfinite(student.grad).all()
+    assert not student.grad[blocked].any()
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY)
+def test_gradient_by_finite_differences(name: str, settings: dict[str, Any]) -> None:
+    student, teacher = rows(n=4, v=5)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name](x, teacher, **settings), (student,))
+
+
+def test_gradient_of_dist_with_both_parts() -> None:
+    student, teacher = rows(n=4, v=5)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: DIVERGENCES["dist"](x, teacher), (student,))
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "dist"])
+def test_gradient_with_blocked_columns_by_finite_differences(name: str) -> None:
+    """Of the columns that are left: −inf cannot be moved by a small step."""
+    student, teacher, blocked = blocked_rows()
+    free = torch.zeros_like(student).masked_fill(blocked, 0.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name](student + x, teacher), (free,))
+
+
+def test_gradients_by_hand() -> None:
+    student, teacher = rows()
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    for divergence, expected in (
+        (forward_kl, q - p),
+        (reverse_kl, q * ((q / p).log() - (q * (q / p).log()).sum(-1, keepdim=True))),
+        (mean_squared_error, 2 * (student - teacher) / student.shape[-1]),
+    ):
+        leaf = student.clone().requires_grad_()
+        divergence(leaf, teacher).sum().backward()
+        assert torch.allclose(leaf.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_references_on_known_numbers() -> None:
+    """By hand: p = (3/4, 1/4), q = (1/2, 1/2)."""
+    p, q = np.log([0.75, 0.25]), np.log([0.5, 0.5])
+    assert references.forward_kl(q, p) == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+    assert references.reverse_kl(q, p) == pytest.approx(0.5 * np.log(2 / 3) + 0.5 * np.log(2))
+    assert references.total_variation(q, p) == pytest.approx(0.25)
+    assert references.hard(q, p) == pytest.approx(np.log(2))
+
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -22,7 +146,7 @@ def call(name: str, student: Tensor, teacher: Tensor, **settings: Any) -> Tensor
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-def test_rows_of_which_everything_is_blocked_are_no_nan(name: str, side: str) -> None:
+def test_fully_blocked_rows_do_not_give_nan(name: str, side: str) -> None:
     student, teacher = rows()
     if side != "teacher":
         student[2] = -torch.inf
@@ -37,7 +161,7 @@ def test_rows_of_which_everything_is_blocked_are_no_nan(name: str, side: str) ->
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_one_column_left_is_no_nan(name: str) -> None:
+def test_a_single_live_column_does_not_give_nan(name: str) -> None:
     student, teacher = rows(v=3)
     student[0, 0], teacher[0, 2] = -torch.inf, -torch.inf
     student.requires_grad_()
@@ -79,7 +203,7 @@ def test_no_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
-def test_a_teacher_that_says_no_number_is_heard(name: str, what: float) -> None:
+def test_nan_and_inf_in_the_teacher_are_not_hidden(name: str, what: float) -> None:
     """Never a plausible value: the distiller looks for this and names the example."""
     student, teacher = rows()
     teacher[3, 1] = what
@@ -90,7 +214,7 @@ def test_a_teacher_that_says_no_number_is_heard(name: str, what: float) -> None:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_never_below_zero_and_zero_at_equality(name: str) -> None:
+def test_positive_and_zero_at_equality(name: str) -> None:
     student, teacher = rows(spread=4.0)
     assert (call(name, student, teacher) > 0).all()
     at_equality = call(name, teacher, teacher)
@@ -103,7 +227,7 @@ def test_never_below_zero_and_zero_at_equality(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_order_of_the_columns_does_not_matter(name: str) -> None:
+def test_order_of_columns_has_no_effect(name: str) -> None:
     student, teacher = rows()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.allclose(call(name, student[:, order], teacher[:, order]), call(name, student, teacher), rtol=1e-12)
@@ -117,14 +241,14 @@ def test_logits_are_compared_up_to_a_constant(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, stated in PROPERTIES.items() if not stated.couples_rows])
-def test_a_row_does_not_hear_of_the_others(name: str) -> None:
+def test_rows_are_independent_unless_coupled(name: str) -> None:
     student, teacher = rows()
     alone = torch.cat([call(name, s[None], t[None]) for s, t in zip(student, teacher, strict=True)])
     assert torch.allclose(alone, call(name, student, teacher), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name, stated in PROPERTIES.items() if stated.temperature_power])
-def test_the_stated_power_of_the_temperature_and_no_other(name: str) -> None:
+def test_temperature_power_is_the_stated_one(name: str) -> None:
     """T^p times the divergence of logits / T has a limit; with p one less it vanishes, with one more it grows."""
     student, teacher = rows()
     power = PROPERTIES[name].temperature_power
@@ -136,7 +260,7 @@ def test_the_stated_power_of_the_temperature_and_no_other(name: str) -> None:
 # One by one.
 
 
-def test_jensen_shannon_has_the_two_kls_as_limits() -> None:
+def test_limits_of_jensen_shannon_are_the_two_kls() -> None:
     student, teacher = rows()
     assert torch.equal(call("jensen_shannon", student, teacher, beta=0.0), call("forward_kl", student, teacher))
     assert torch.equal(call("jensen_shannon", student, teacher, beta=1.0), call("reverse_kl", student, teacher))
@@ -154,7 +278,7 @@ def test_jensen_shannon_is_symmetric_and_bounded_at_one_half() -> None:
     assert (found <= math.log(2) + 1e-12).all() and found.max() > 0.69
 
 
-def test_total_variation_lies_between_zero_and_one_and_below_pinskers_bound() -> None:
+def test_total_variation_is_within_0_and_1_and_pinskers_bound() -> None:
     student, teacher = rows(spread=5.0)
     found = call("total_variation", student, teacher)
     assert ((found >= 0) & (found <= 1)).all()
@@ -163,20 +287,20 @@ def test_total_variation_lies_between_zero_and_one_and_below_pinskers_bound() ->
     assert call("total_variation", *apart).item() == pytest.approx(1.0, abs=2e-4)
 
 
-def test_a_skew_of_zero_is_the_kl_itself() -> None:
+def test_skew_0_is_the_kl() -> None:
     student, teacher = rows()
     assert torch.equal(call("skewed_forward_kl", student, teacher, skew=0.0), call("forward_kl", student, teacher))
     assert torch.equal(call("skewed_reverse_kl", student, teacher, skew=0.0), call("reverse_kl", student, teacher))
 
 
-def test_a_skew_keeps_it_below_minus_its_logarithm() -> None:
+def test_skewed_kl_is_at_most_minus_log_skew() -> None:
     """Ko et al. 2024: KL(p ‖ λp + (1 − λ)q) ≤ −log λ, however far apart."""
     student, teacher = rows(spread=1e3)
     for name in ("skewed_forward_kl", "skewed_reverse_kl"):
         assert (call(name, student, teacher, skew=0.1) <= -math.log(0.1) + 1e-9).all()
 
 
-def test_decoupled_is_the_forward_kl_with_the_papers_weight() -> None:
+def test_decoupled_with_the_papers_weight_is_forward_kl() -> None:
     """Zhao et al. 2022, equation 7: KL = TCKD + (1 − p_t) NCKD, a row at a time as the weight is the row's."""
     student, teacher = rows()
     for s, t in zip(student.split(1), teacher.split(1), strict=True):
@@ -187,7 +311,7 @@ def test_decoupled_is_the_forward_kl_with_the_papers_weight() -> None:
             assert found.item() == pytest.approx(call("forward_kl", s, t).item(), rel=1e-9)
 
 
-def test_decoupled_without_a_label_takes_the_teachers_choice() -> None:
+def test_decoupled_without_label_uses_the_teachers_class() -> None:
     student, teacher = rows()
     likely = teacher.argmax(-1)
     known = DIVERGENCES["decoupled"](student, teacher, likely)
@@ -196,7 +320,7 @@ def test_decoupled_without_a_label_takes_the_teachers_choice() -> None:
     assert torch.equal(DIVERGENCES["decoupled"](student, teacher, half), known)
 
 
-def test_decoupled_with_a_blocked_target_is_no_nan() -> None:
+def test_decoupled_with_a_blocked_target_is_finite() -> None:
     student, teacher = rows()
     teacher[:, 2] = -torch.inf
     student.requires_grad_()
@@ -205,7 +329,7 @@ def test_decoupled_with_a_blocked_target_is_no_nan() -> None:
     assert torch.isfinite(found).all() and torch.isfinite(student.grad).all()
 
 
-def test_dist_hears_of_order_and_not_of_scale() -> None:
+def test_dist_ignores_scale() -> None:
     """At high temperatures probabilities are linear in the logits, and a correlation does not see a factor."""
     student, teacher = rows()
     found = [call("dist", student / t, teacher / t) for t in (1e4, 2e4)]
@@ -213,12 +337,12 @@ def test_dist_hears_of_order_and_not_of_scale() -> None:
     assert torch.allclose(call("dist", 7 * student / 1e4, teacher / 1e4), found[0], rtol=1e-2)
 
 
-def test_dist_of_a_single_row_is_the_part_within_it() -> None:
+def test_dist_of_a_single_row_has_only_the_inter_part() -> None:
     student, teacher = (x[:1] for x in rows())
     assert torch.equal(call("dist", student, teacher), call("dist", student, teacher, intra_weight=0.0))
 
 
-def test_hard_is_the_cross_entropy_with_the_teachers_choice() -> None:
+def test_hard_is_cross_entropy_with_the_teachers_class() -> None:
     student, teacher = rows()
     expected = torch.nn.functional.cross_entropy(student, teacher.argmax(-1), reduction="none")
     assert torch.allclose(call("hard", student, teacher), expected, rtol=1e-12)
@@ -241,7 +365,39 @@ def test_hard_is_the_cross_entropy_with_the_teachers_choice() -> None:
         ("decoupled", {"others_weight": math.inf}, r"others_weight=inf: must"),
     ],
 )
-def test_settings_that_cannot_be(name: str, settings: dict[str, float], message: str) -> None:
+def test_invalid_settings_raise(name: str, settings: dict[str, float], message: str) -> None:
     student, teacher = rows()
     with pytest.raises(SettingError, match=message):
         call(name, student, teacher, **settings)
+
+
+def logits(v: int, seed: int) -> torch.Tensor:
+    return 2 * torch.randn(6, v, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sorted_distance_matches_the_papers_formula() -> None:
+    for v, w in ((7, 7), (5, 9), (9, 5)):
+        student, teacher = logits(v, 1), logits(w, 2)
+        expected = [references.sorted_distance(q, p) for q, p in zip(student.tolist(), teacher.tolist(), strict=True)]
+        torch.testing.assert_close(sorted_distance(student, teacher).tolist(), expected)
+
+
+def test_sorted_distance_gradient_and_0_at_equality() -> None:
+    student, teacher = logits(5, 3).requires_grad_(), logits(7, 4)
+    assert torch.autograd.gradcheck(sorted_distance, (student, teacher))
+    for v in (5, 33, 1000):  # widths that fill no vector, and several
+        student = logits(v, 3).requires_grad_()
+        found = sorted_distance(student, student.detach()[:, torch.randperm(v)])
+        (gradient,) = torch.autograd.grad(found.sum(), student)
+        # A kink: one bit between two equal probabilities would be a gradient as large as any.
+        assert found.abs().max() == 0 and gradient.abs().max() == 0
+
+
+def test_sorted_distance_ignores_order_and_impossible_columns() -> None:
+    student, teacher = logits(6, 5), logits(6, 6)
+    found = sorted_distance(student, teacher)
+    torch.testing.assert_close(sorted_distance(student[:, torch.randperm(6)], teacher), found)
+    never = torch.full((6, 2), -torch.inf, dtype=torch.float64)
+    torch.testing.assert_close(sorted_distance(student, torch.cat([teacher, never], 1)), found)
+    one, other = torch.tensor([[50.0, 0.0]]), torch.zeros(1, 200)
+    assert 1.98 < sorted_distance(one, other).item() < 2  # the largest that it can be is 2
