@@ -118,12 +118,13 @@ def _saved_names(checkpoint: str) -> set[str] | None:
         return set(tensors.keys())
 
 
-# Before transformers 5.19 there is no `loss_is_scaled_for_ga` to say that the loss is divided already.
-TRAINER_MAY_DIVIDE = not hasattr(Trainer, "loss_is_scaled_for_ga")
-
-
 def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Return whether such a `Trainer.training_step` will divide by the accumulation steps."""
+    """Return whether `Trainer.training_step` will divide by the accumulation steps whatever the class says.
+
+    Before transformers 5.19 there is no `loss_is_scaled_for_ga` to say that the loss is divided already.
+    """
+    if hasattr(Trainer, "loss_is_scaled_for_ga"):
+        return False
     passes_on = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return not passes_on and trainer.compute_loss_func is None
 

@@ -133,7 +133,7 @@ class Distiller(_ChecksKeywords):
         self.compares_heads = False  # whether the teacher's head has been aligned with the student's
         self.set_blend(temperature=temperature, alpha=alpha, divergence=divergence, divergence_kwargs=divergence_kwargs)
         own_task = make_task(student, task)
-        self.teacher: Teacher | None = None if teacher_model is None else as_teacher(teacher_model, own_task.kind)
+        self.teacher: Teacher | None = None if teacher_model is None else as_teacher(teacher_model, str(own_task))
         self.label_agreement = LabelAgreement(self.teacher)
         self.bind(student)
         _warn_if_smaller(self.teacher, student)

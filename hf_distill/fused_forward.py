@@ -116,7 +116,7 @@ class FusedLoss:
         need_logits = [name for name, other in others.items() if other.needs.logits or other.teacher_needs.logits]
         match, compares = blending.logits_match, LOGITS in step.weights
         if not task.over_vocabulary:
-            return f"a {task.kind} head has no vocabulary"
+            return f"a {task} head has no vocabulary"
         if self.setting is None and self.head.columns < LARGE:
             return f"{self.head.columns} columns are no burden"
         if not compares and (self.setting is None or not step.uses_labels):

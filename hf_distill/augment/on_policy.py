@@ -103,7 +103,6 @@ def _embeddings(model: Any) -> int | None:
     return None if count is None else int(count)
 
 
-KINDS = ("causal_lm", "seq2seq")
 _REPLACED = ("input_ids", "attention_mask", "labels")
 
 
@@ -175,10 +174,10 @@ class OnPolicy:
         """
         student = _alone(student)
         speaks = getattr(unwrapped(student), "main_input_name", "input_ids") != "input_ids"
-        if task.kind not in KINDS or speaks:
-            what = "sound or images" if speaks else task.kind
+        if not task.generates or speaks:
+            what = "sound or images" if speaks else str(task)
             raise SettingError(
-                f"OnPolicy continues texts, and this student is trained for {what}. Allowed: {', '.join(KINDS)}, of "
+                f"OnPolicy continues texts, and this student is trained for {what}. Allowed: causal_lm and seq2seq, of "
                 "text. For speech, let the teacher write: hf_distill.generate_completions."
             )
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

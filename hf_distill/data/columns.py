@@ -17,12 +17,6 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.vocabulary import has_default_names, label_ids
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")  # what the collators of transformers take for labels
-_PADS_LABELS = {
-    "token_classification": "DataCollatorForTokenClassification(tokenizer)",
-    "masked_lm": "DataCollatorForTokenClassification(tokenizer)",
-    "causal_lm": "DataCollatorForSeq2Seq(tokenizer)",
-    "seq2seq": "DataCollatorForSeq2Seq(tokenizer, model=model)",
-}
 _OWN_WORDS = (
     "{column!r} holds words, and the data_collator, which is your own, is given them as they are and failed. Let it "
     "read them, or read them before: dataset.map(lambda row: {{{column!r}: model.config.label2id[row[{column!r}]]}})."
@@ -127,13 +121,13 @@ def _innermost(collator: Any) -> Any:
     return collator
 
 
-def why_not_collated(features: Sequence[Any], collator: Any, kind: str) -> str | None:
+def why_not_collated(features: Sequence[Any], collator: Any, task: Task) -> str | None:
     """Why a collator fails on examples: words that it cannot read, unequal lengths. None: that is not the cause.
 
     Args:
         features: the examples.
         collator: the collator that failed, or one around it.
-        kind: of the student's task.
+        task: the student's.
     """
     if not all(isinstance(feature, Mapping) for feature in features):
         return None
@@ -151,11 +145,12 @@ def why_not_collated(features: Sequence[Any], collator: Any, kind: str) -> str |
     name, lengths = next(iter(unequal.items()))
     said = f"The examples of a batch are of unequal length ({name}: {min(lengths)} to {max(lengths)}), and "
     if collator is default_data_collator:
-        padding = _PADS_LABELS.get(kind, "")
-        instead = f" (here data_collator={padding}, which pads labels as well)" if label_column(unequal) else ""
+        instead = ""
+        if label_column(unequal):
+            instead = f" (here data_collator={task.padding_collator or ''}, which pads labels as well)"
         return f"{said}nothing pads them. Pass processing_class=tokenizer{instead}, or pad to one fixed length."
-    if isinstance(collator, DataCollatorWithPadding) and label_column(unequal) and kind in _PADS_LABELS:
-        return f"{said}DataCollatorWithPadding does not pad labels. Pass data_collator={_PADS_LABELS[kind]}."
+    if isinstance(collator, DataCollatorWithPadding) and label_column(unequal) and task.padding_collator:
+        return f"{said}DataCollatorWithPadding does not pad labels. Pass data_collator={task.padding_collator}."
     return None
 
 

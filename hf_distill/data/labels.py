@@ -23,7 +23,6 @@ from hf_distill.tasks.base import IGNORED, Task
 from hf_distill.tasks.classification import SEVERAL, SINGLE
 from hf_distill.vocabulary import has_default_names, label_ids, listed_names
 
-_READ = ("classification", "token_classification", "multiple_choice", "regression")
 _SHOWN = 5  # words in a message
 _ROWS = 100_000  # of a list, looked at together
 _NO_GAPS = "a head for {head} has no number that means 'no label'. Leave these rows out (dataset.filter)"
@@ -81,7 +80,7 @@ class LabelReader:
         self.remarks: list[str] = []
         self.changes = False
         self.names: tuple[str, ...] | None = None
-        self._kind = task.kind
+        self._of_tokens, self._of_values = task.axis == "input", task.on_values
         self._whose = whose
         self._as_trainer = as_trainer
         self._evaluates = evaluates
@@ -102,7 +101,7 @@ class LabelReader:
         self._all_tokens = vars(task).get("_rows") == "attended"
         columns = columns_of(data)
         self._column = label_column(columns)
-        if task.kind not in _READ:
+        if not task.reads_label_column:
             self._refuse_gaps(data, task, columns)
             return
         if named and not task.on_values:
@@ -153,7 +152,7 @@ class LabelReader:
 
     def _renames(self, column: str | None) -> bool:
         """Rows of labels under "label": transformers' collators make floats of them, or leave them where they are."""
-        return column == "label" and self._kind == "token_classification" and not self._own_collator
+        return column == "label" and self._of_tokens and not self._own_collator
 
     def _read(self, label: Any, feature: Mapping[str, Any] | None = None) -> Any:
         """One example's label. Raises _Unreadable."""
@@ -161,9 +160,9 @@ class LabelReader:
             plain = label.tolist()
             read = self._read(plain, feature)
             return label if _is_same(read, plain) else read
-        if self._kind == "token_classification":
+        if self._of_tokens:
             return self._read_tokens(label, feature or {})
-        if self._kind == "regression":
+        if self._of_values:
             return self._read_values(label)
         if isinstance(label, (list, tuple)):
             return self._read_row(label)
@@ -362,11 +361,11 @@ class LabelReader:
         Of labels that are rows of clean numbers none has to be: only their sums are looked at.
         """
         is_rows = isinstance(block, pa.Array) and _is_list(block.type)
-        if isinstance(block, list) or (self._kind == "regression" and not _is_clean(block)):
+        if isinstance(block, list) or (self._of_values and not _is_clean(block)):
             yield from ((label, 1) for label in (block if isinstance(block, list) else block.to_pylist()))
-        elif self._kind == "regression":
+        elif self._of_values:
             return
-        elif is_rows and self._kind == "token_classification":
+        elif is_rows and self._of_tokens:
             if block.null_count:
                 yield None, block.null_count
             yield from (([label], 0) for label, _ in _counted(block.flatten()))
@@ -440,7 +439,7 @@ class LabelReader:
             return "The loss leaves them out, and compute_metrics is given -100 for them."
         if self._as_trainer:
             return "The loss leaves them out."
-        if self._kind == "token_classification" and not self._all_tokens:
+        if self._of_tokens and not self._all_tokens:
             return 'They teach nothing; task=TokenClassification(rows="attended") distils them.'
         return "They are distilled; the labels' term leaves them out."
 
@@ -448,8 +447,8 @@ class LabelReader:
         """Of heads whose labels are token ids or positions: text, and rows without labels."""
         if not self._needed or columns is None or self._own_collator:
             return
-        text = _Unreadable(f"the labels of a {task.kind} head are numbers, as tokenizer(text_target=...) makes them")
-        gap = _Unreadable(f"a {task.kind} head needs labels in every row. Leave the others out (dataset.filter)")
+        text = _Unreadable(f"the labels of a {task} head are numbers, as tokenizer(text_target=...) makes them")
+        gap = _Unreadable(f"a {task} head needs labels in every row. Leave the others out (dataset.filter)")
         for column in (name for name in task.label_names if name in columns):
             self._column, rows = column, 0
             held = data.data.column(column) if isinstance(data, datasets.Dataset) else None

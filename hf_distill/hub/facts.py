@@ -254,7 +254,7 @@ class CardData(_Facts):
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:
             raise SettingError(
-                f"run facts: not what RunFacts.to_json writes ({error}). Write them again with it."
+                f"card data: not what CardData.to_json writes ({error}). Write them again with it."
             ) from error
 
 

@@ -29,7 +29,7 @@ class PositionRule:
     def __init__(self, model: Any, task: Task, *, of_decoder: bool = False) -> None:
         model = unwrapped(model)
         self._of_decoder = of_decoder
-        self._predicts_them = task.kind == "seq2seq"
+        self._predicts_them = task.has_decoder
         rule = getattr(model, "_get_feat_extract_output_lengths", None)
         self._frame_lengths = rule or getattr(model, "_get_subsampling_output_length", None)
 

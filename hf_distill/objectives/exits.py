@@ -20,11 +20,9 @@ from hf_distill.objectives.layers import ValidPositions, checked_weight
 from hf_distill.objectives.logits import kept_of
 from hf_distill.schedules import Schedule, checked_schedule
 from hf_distill.signals import HIDDEN, ActivationKey, LossSum, Needs, Signals
-from hf_distill.tasks import Batch, Task
+from hf_distill.tasks import Batch, Classification, Task
 from hf_distill.tasks.base import batch_size, rows_of
 from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
-
-KINDS = ("classification", "token_classification")
 
 
 class ExitHead(nn.Module):
@@ -109,9 +107,9 @@ class ExitMatch(Objective):
     def bind(self, setup: ObjectiveSetup) -> None:
         """Find the blocks and make the heads."""
         task, model = setup.task, setup.model
-        if task.kind not in KINDS:
+        if not task.has_exits:
             raise SettingError(
-                f"ExitMatch makes heads for {' and '.join(KINDS)}; this student's is for {task.kind}. Use "
+                f"ExitMatch makes heads for classification and token_classification; this student's is for {task}. Use "
                 "MovingAverage or Snapshot, which teach any head."
             )
         blocks = setup.student.blocks(self.side, self.stack)
@@ -142,7 +140,7 @@ class ExitMatch(Objective):
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.alpha < 1:
             task.require_labels(batch)
-        if task.kind == "classification":
+        if task.axis == "example":
             self._positions.refuse_packed(batch, "ExitMatch")
         return task.count(batch)
 
@@ -183,7 +181,7 @@ class ExitMatch(Objective):
         found = {}
         for layer, head in self._heads.items():
             features, logits = head(self._rows(student, layer, task, batch))
-            several = task.kind == "classification" and task.is_multi_label(batch)  # type: ignore[attr-defined]  # such a task can tell
+            several = isinstance(task, Classification) and task.is_multi_label(batch)
             if several:
                 logits = torch.stack((logits, torch.zeros_like(logits)), -1).flatten(0, 1)
             found[layer] = features, logits
@@ -192,7 +190,7 @@ class ExitMatch(Objective):
     def _rows(self, student: Signals, layer: int, task: Task, batch: Batch) -> Tensor:
         """`[m d]` hidden states: of each row that counts, or pooled."""
         x = in_full_precision(student.activations[self._read(layer)])
-        if task.kind == "token_classification":
+        if task.axis == "input":
             return _kept(task, rows_of(x, task, batch, whose="student"), batch)
         kept = ValidPositions(self._positions.keep(batch), None, batch_size(batch))
         what = f"hidden states of block {layer}"

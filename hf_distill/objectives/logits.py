@@ -214,7 +214,7 @@ class LogitsMatch(Objective):
         if task.on_values and not found[1].on_values:
             allowed = [n for n, properties in PROPERTIES.items() if properties.on_values]
             raise SettingError(
-                f"divergence={name!r} compares distributions, but {task.kind} predicts values. Allowed: "
+                f"divergence={name!r} compares distributions, but {task} predicts values. Allowed: "
                 f"{', '.join(allowed)}."
             )
         self._chosen[task.on_values] = found
@@ -289,7 +289,7 @@ def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch
     if same and student.shape[0] == rows:
         return
     raise TeacherError(
-        f"the batch makes {rows} rows of {task.kind}, but the student gives {list(student.shape)} and the teacher "
+        f"the batch makes {rows} rows of {task}, but the student gives {list(student.shape)} and the teacher "
         f"{list(teacher.shape)} [rows, columns]. They must predict at the same positions: the same frame rate (CTC), "
         "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and with equally many "
         "columns."

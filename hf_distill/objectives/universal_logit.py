@@ -16,8 +16,6 @@ from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, rows_of
 
-KINDS = ("causal_lm", "seq2seq")
-
 
 class UniversalLogitMatch(Objective):
     """T · the distance of the sorted probabilities, of the k-th answer token of an example and the teacher's k-th.
@@ -67,10 +65,10 @@ class UniversalLogitMatch(Objective):
         self._starts: tuple[int | None, int | None] = (None, None)
 
     def bind(self, setup: ObjectiveSetup) -> None:
-        if setup.task.kind not in KINDS:
+        if not setup.task.generates:
             raise SettingError(
-                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task.kind}. "
-                f"Allowed: {', '.join(KINDS)}."
+                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task}. "
+                f"Allowed: causal_lm and seq2seq."
             )
         self._starts = (setup.student.start_token, None if setup.teacher is None else setup.teacher.start_token)
 
@@ -109,7 +107,7 @@ class UniversalLogitMatch(Objective):
                 "several texts may be packed into one row, and the teacher's are not, so which are the same is not "
                 "known. Use a collator that pads."
             )
-        if task.kind == "seq2seq" and (own.get("labels") is None or own.get("decoder_input_ids") is None):
+        if task.has_decoder and (own.get("labels") is None or own.get("decoder_input_ids") is None):
             raise DataError(
                 "a sequence-to-sequence teacher with another tokenizer needs teacher_labels and "
                 f"teacher_decoder_input_ids, its own; the batch has {sorted(batch)}."
@@ -152,7 +150,7 @@ def _has_prompt(batch: Batch) -> bool:
 
 def _numbered(task: Task, batch: Batch, start: int | None) -> Tensor:
     """`[b r]`: the number, from 1, of the answer token that a row predicts; 0 where the row does not count."""
-    keep, labels, causal = task.keep(batch), batch.get("labels"), task.kind == "causal_lm"
+    keep, labels, causal = task.keep(batch), batch.get("labels"), task.shifts_labels
     assert keep is not None  # tasks over a vocabulary say so
     like = next(batch[name] for name in ("labels", "input_ids", "decoder_input_ids") if batch.get(name) is not None)
     keep = keep.view(like.shape[0], -1)

@@ -464,7 +464,7 @@ def _measured(one: Planned, trained: StagesResult, teacher: str, parameters: int
         metrics=metrics,
         seconds=seconds,
         how="trained" if hows == {"trained"} else "resumed",
-        kind=trained.trainer.distiller.task.kind,
+        kind=str(trained.trainer.distiller.task),
         not_measured=missing,
     )
 

@@ -168,7 +168,7 @@ def _teachers(teacher_model: Any, model: Any, stages: Sequence[_Planned]) -> Cal
     """The teacher of each stage; read once, with its tokenizer, where it is a folder or Hub id that a stage asks."""
     if not isinstance(teacher_model, (str, os.PathLike)) or not any(one.needs_teacher for one in stages):
         return lambda one: teacher_model
-    kind = make_task(model, stages[0].keywords.get("task")).kind
+    kind = str(make_task(model, stages[0].keywords.get("task")))
     with random_state_kept():
         loaded = load_teacher(teacher_model, kind, dtype=setting(stages[0].args, "teacher_dtype"))
         tokenizer = find_tokenizer(teacher_model)
@@ -179,7 +179,7 @@ def _as_teacher(teacher: Any, model: Any, one: _Planned, tokenizer: Any = None) 
     """As the trainer makes one of what it is given."""
     return as_teacher(
         teacher,
-        make_task(model, one.keywords.get("task")).kind,
+        str(make_task(model, one.keywords.get("task"))),
         processing_class=one.keywords.get("teacher_processing_class") or tokenizer,
         dtype=setting(one.args, "teacher_dtype"),
         label_matching=setting(one.args, "label_matching"),

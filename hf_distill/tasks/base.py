@@ -40,6 +40,16 @@ class Task:
         sums_over_examples: the head's own loss is a sum over examples, not a mean (CTC "sum").
         over_vocabulary: rows are predicted tokens, made by an output head from hidden states of the same positions,
             and the head's own loss is the cross-entropy of `targets`.
+        axis: what the rows of an example run along; None if that is not known, and then nothing can be cached.
+        has_classes: whether a row is a distribution over few classes.
+        has_exits: whether a head like this can be put on an earlier block (`ExitMatch`).
+        reads_whole_input: whether there is one row for the whole input, so that padding may be read.
+        has_decoder: whether the model reads decoder inputs that are made of the labels.
+        generates: whether the model writes text.
+        reads_label_column: whether the labels are one column that `LabelReader` reads as the student numbers them.
+        allows_unlabelled: whether examples without labels are read as such where labels weigh nothing.
+        auto_classes: the Auto classes of transformers that load such a head.
+        padding_collator: the collator that pads the labels too, for messages.
         shifts_labels: whether the head predicts the next position's label.
         inferred: the library made it, from the student's class or by name; then a teacher's class must be of its kind.
             An object of the user's says itself where predictions are, in whatever class of model.
@@ -52,6 +62,16 @@ class Task:
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     sums_over_examples: bool = False
     over_vocabulary: ClassVar[bool] = False
+    axis: ClassVar[Literal["example", "input", "decoder", "frames"] | None] = None
+    has_classes: ClassVar[bool] = False
+    has_exits: ClassVar[bool] = False
+    reads_whole_input: ClassVar[bool] = False
+    has_decoder: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    reads_label_column: ClassVar[bool] = False
+    allows_unlabelled: ClassVar[bool] = False
+    auto_classes: ClassVar[tuple[str, ...]] = ()
+    padding_collator: ClassVar[str | None] = None
     shifts_labels: ClassVar[bool] = False
     inferred: bool = False
     _label_names: Mapping[str, int] | None = None  # the teacher's, or else the dataset's, where they have names
@@ -60,6 +80,38 @@ class Task:
     def from_model(cls, model: Any) -> Task:
         """The task of this student, with what must be known of it."""
         return cls()
+
+    def __str__(self) -> str:
+        return self.kind
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    # Facts of a head that follow from a model or an output.
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that change what a model predicts, for caches."""
+        return {}
+
+    def check_heads(self, student: Any, teacher: Any) -> None:
+        """Check that two heads whose columns are aligned mean the same by them.
+
+        Raises:
+            TeacherError: if they do not.
+        """
+
+    def raw_output(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return a model's own predictions `[b v]` or `[b t v]`, before columns are aligned."""
+        logits = output_named("logits", outputs)
+        return logits[:, None] if logits.dim() == 1 else logits
+
+    def outputs_of_raw(self, raw: Tensor) -> dict[str, Tensor]:
+        """Return the outputs that `read` takes, from what `raw_output` returned."""
+        return {"logits": raw}
+
+    def raw_of_predictions(self, predictions: Tensor) -> Tensor:
+        """Return what `raw_output` would return, from what `read` returned."""
+        return predictions
 
     # What a subclass says of its rows.
 
@@ -261,7 +313,7 @@ def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, column
     else:
         wrong = "an axis is missing"
     raise SettingError(
-        f"a task selects rows [rows, columns], one distribution a row. The {task.kind} task ({type(task).__name__}) "
+        f"a task selects rows [rows, columns], one distribution a row. The {task} task ({type(task).__name__}) "
         f"selected {shape} of the {whose}'s predictions {list(predictions.shape)}: {wrong}. {OWN_TASK}"
     )
 

@@ -38,6 +38,13 @@ class Classification(Task):
     """
 
     kind = "classification"
+    axis = "example"
+    has_classes = has_exits = reads_whole_input = reads_label_column = allows_unlabelled = True
+    auto_classes = (
+        "AutoModelForSequenceClassification",
+        "AutoModelForAudioClassification",
+        "AutoModelForImageClassification",
+    )
     matched_by = "labels"
     needs_same_inputs = False
 
@@ -156,11 +163,18 @@ class Classification(Task):
                 f"but problem_type is {SINGLE!r} (the teacher's: {self._teachers_problem!r}). {_ADVICE}"
             )
 
+    def raw_of_predictions(self, predictions: Tensor) -> Tensor:
+        # Of several labels at once `[b v 2]`, (z, 0) says all.
+        return predictions[..., 0] - predictions[..., 1] if predictions.dim() == 3 else predictions
+
 
 class MultipleChoice(Task):
     """One row a question, over its choices, which both models must be shown in the same order."""
 
     kind = "multiple_choice"
+    axis = "example"
+    has_classes = reads_whole_input = reads_label_column = True
+    auto_classes = ("AutoModelForMultipleChoice",)
     matched_by = "positions"
 
     def targets(self, batch: Batch) -> Tensor | None:
@@ -173,6 +187,10 @@ class TokenClassification(PositionTask):
     """
 
     kind = "token_classification"
+    axis = "input"
+    has_classes = has_exits = reads_label_column = True
+    auto_classes = ("AutoModelForTokenClassification",)
+    padding_collator = "DataCollatorForTokenClassification(tokenizer)"
     matched_by = "labels"
 
     def __init__(self, rows: str = "labelled") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, TeacherError
 from hf_distill.tasks.base import Batch, PositionTask, attended
 
 
@@ -25,6 +25,8 @@ class CTC(PositionTask):
     """
 
     kind = "ctc"
+    axis = "frames"
+    auto_classes = ("AutoModelForCTC",)
     matched_by = "vocabulary"
 
     def __init__(
@@ -95,3 +97,11 @@ class CTC(PositionTask):
     def label_count(self, batch: Batch) -> Tensor:
         labels = batch["labels"]
         return torch.tensor(labels.shape[0], device=labels.device)
+
+    def check_heads(self, student: Any, teacher: Any) -> None:
+        blanks = [model.config.pad_token_id for model in (student, teacher)]
+        if blanks[0] != blanks[1]:
+            raise TeacherError(
+                f"student and teacher have different CTC blanks: pad_token_id {blanks[0]} and {blanks[1]}. Use a "
+                "teacher with the student's vocabulary."
+            )

@@ -18,6 +18,9 @@ class MaskedLM(PositionTask):
     """The positions whose label is not -100, the masked ones; without labels, all that are attended."""
 
     kind = "masked_lm"
+    axis = "input"
+    auto_classes = ("AutoModelForMaskedLM",)
+    padding_collator = "DataCollatorForTokenClassification(tokenizer)"
     matched_by = "vocabulary"
     over_vocabulary = True
 
@@ -37,6 +40,10 @@ class CausalLM(PositionTask):
     """
 
     kind = "causal_lm"
+    axis = "input"
+    generates = True
+    auto_classes = ("AutoModelForCausalLM",)
+    padding_collator = "DataCollatorForSeq2Seq(tokenizer)"
     matched_by = "vocabulary"
     over_vocabulary = True
     shifts_labels = True
@@ -82,6 +89,10 @@ class Seq2Seq(PositionTask):
     that is a model makes its own from the same labels, beginning with its own start token."""
 
     kind = "seq2seq"
+    axis = "decoder"
+    generates = has_decoder = True
+    auto_classes = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
+    padding_collator = "DataCollatorForSeq2Seq(tokenizer, model=model)"
     matched_by = "vocabulary"
     over_vocabulary = True
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import refuse_ignored
@@ -21,6 +21,9 @@ class Regression(Task):
     """One row of values `[b v]` an example, v = num_labels. The student learns the teacher's value."""
 
     kind = "regression"
+    axis = "example"
+    reads_whole_input = reads_label_column = allows_unlabelled = True
+    auto_classes = ("AutoModelForSequenceClassification",)
     matched_by = "labels"
     on_values = True
     needs_same_inputs = False
@@ -54,6 +57,8 @@ class Embedding(Task):
     """
 
     kind = "embedding"
+    axis = "example"
+    auto_classes = ("AutoModel",)
     matched_by = "width"
     on_values = True
     needs_same_inputs = False
@@ -99,3 +104,27 @@ class Embedding(Task):
         if mask is None or mask.shape != hidden.shape[:2]:  # images have none
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return mask.bool()
+
+    def settings(self) -> dict[str, Any]:
+        return {"pooling": self.pooling}
+
+    def check_heads(self, student: Any, teacher: Any) -> None:
+        widths = [getattr(getattr(model, "config", None), "hidden_size", None) for model in (student, teacher)]
+        if None not in widths and widths[0] != widths[1]:
+            raise TeacherError(
+                f"student and teacher embed in different widths ({widths[0]} and {widths[1]}), which an embedding "
+                "cannot bridge by itself. Give the student the teacher's hidden_size; or compare no embeddings "
+                "(alpha=None), and pass objectives= what needs no equal widths: SimilarityMatch() (which examples are "
+                'alike, by their pooled hidden states), HiddenMatch("last") or CosineEmbedding() (position by '
+                "position, through a learned projection)."
+            )
+
+    def raw_output(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the pooled embedding `[b d]`."""
+        return self.read(outputs, batch, HeadAlignment(), teacher=True)
+
+    def outputs_of_raw(self, raw: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": raw[:, None]}  # one position: pooling it changes nothing
+
+    def __repr__(self) -> str:
+        return f"Embedding(pooling={self.pooling!r})"

@@ -19,6 +19,8 @@ class Span(Task):
     """
 
     kind = "span"
+    axis = "input"
+    auto_classes = ("AutoModelForQuestionAnswering",)
     matched_by = "positions"
     label_names = ("start_positions", "end_positions")
 
@@ -72,3 +74,13 @@ class Span(Task):
         positions, readable = self._positions(batch), self._readable(batch)
         within = (positions >= 0) & (positions < readable.shape[1])
         return within & readable.gather(1, positions.clamp(0, readable.shape[1] - 1))
+
+    def raw_output(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the two rows as two columns `[b t 2]`, so that they too run along the input."""
+        return torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), -1)
+
+    def outputs_of_raw(self, raw: Tensor) -> dict[str, Tensor]:
+        return {"start_logits": raw[..., 0], "end_logits": raw[..., 1]}
+
+    def raw_of_predictions(self, predictions: Tensor) -> Tensor:
+        return predictions.transpose(1, 2)  # [b 2 t] -> [b t 2]

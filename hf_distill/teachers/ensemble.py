@@ -148,7 +148,7 @@ class Ensemble(Teacher):
         """Each of them must be able to teach this student. See `Teacher.bind`."""
         if not self.teachers:
             made = zip(self._given, self._settings, strict=True)
-            self.teachers = [as_teacher(one, setup.task.kind, **settings) for one, settings in made]
+            self.teachers = [as_teacher(one, str(setup.task), **settings) for one, settings in made]
         for number, teacher in enumerate(self.teachers):
             teacher.bind(replace(setup, slot=f"{setup.slot}{number}_"))
         compared = {teacher.alignment.student for teacher in self.teachers}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
-from hf_distill.tasks.infer import kind_of_class
+from hf_distill.tasks.infer import TASKS, kind_of_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What people call them; only proposed in messages.
@@ -36,23 +36,6 @@ _TOKENIZER_FILES = (
 
 # SpecAugment's mask: many published speech checkpoints lack it, and a teacher, never in training mode, never reads it.
 _READ_IN_TRAINING_ONLY = ("masked_spec_embed",)
-
-_AUTO_CLASSES = {
-    "classification": (
-        "AutoModelForSequenceClassification",
-        "AutoModelForAudioClassification",
-        "AutoModelForImageClassification",
-    ),
-    "regression": ("AutoModelForSequenceClassification",),
-    "multiple_choice": ("AutoModelForMultipleChoice",),
-    "token_classification": ("AutoModelForTokenClassification",),
-    "span": ("AutoModelForQuestionAnswering",),
-    "masked_lm": ("AutoModelForMaskedLM",),
-    "causal_lm": ("AutoModelForCausalLM",),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"),
-    "ctc": ("AutoModelForCTC",),
-    "embedding": ("AutoModel",),
-}
 
 
 def as_dtype(name: str | torch.dtype | None) -> Any:
@@ -182,7 +165,7 @@ def _auto_class(path: str, kind: str) -> Any:
     mismatch is named by the check that compares student and teacher.
     """
     config = AutoConfig.from_pretrained(path)
-    candidates = [getattr(transformers, name) for name in _AUTO_CLASSES.get(kind, ())]
+    candidates = [getattr(transformers, name) for name in (TASKS[kind].auto_classes if kind in TASKS else ())]
     known = [cls for cls in candidates if type(config) in cls._model_mapping]
     architecture = (getattr(config, "architectures", None) or [None])[0]
     other = getattr(transformers, architecture or "", None)

@@ -16,14 +16,14 @@ from hf_distill.errors import DataError, HfDistillError, SettingError, TeacherEr
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.output_head import OutputHead
 from hf_distill.signals import DeferredLogits, Needs, Signals
-from hf_distill.tasks import Batch, Task
+from hf_distill.tasks import TASKS, Batch, Task
 from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, reading_outputs_of
 from hf_distill.tasks.infer import forward_names, infer_kind, main_input_of, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures
 from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.load import find_tokenizer
-from hf_distill.teachers.padding import KINDS, OwnPadding
+from hf_distill.teachers.padding import OwnPadding
 from hf_distill.vocabulary import (
     HeadAlignment,
     is_trimmed,
@@ -35,7 +35,6 @@ from hf_distill.vocabulary import (
 
 logger = logging.getLogger(__name__)
 _WARNED_OF: WeakSet[Any] = WeakSet()  # teachers whose tokenizer is not known
-_WRITING = ("seq2seq", "causal_lm")
 Tokenizers = tuple[Any, Any]  # the student's and the teacher's, None where not known
 
 
@@ -58,19 +57,19 @@ def _of_one_base(student: nn.Module) -> str:
     """What to do where the student is a base with adapters, which PEFT puts into the base itself."""
     if not any(hasattr(module, "base_layer") for module in student.modules()):
         return ""
-    return "The student has adapters: for its own base as teacher pass teacher_model=AdaptersOff(). "
+    return "The student has adapters: for its own base as teacher pass teacher_model=BaseModelTeacher(). "
 
 
 def refuse_other_head(teacher: nn.Module, task: Task) -> None:
     """Raise TeacherError for a class of another kind of head; a Task of the user's may read any class."""
     kind = _kind_or_none(teacher)  # None: not a class of transformers; its outputs will tell
-    if task.inferred and kind not in (None, task.kind):
+    if task.inferred and kind is not None and TASKS[kind] is not type(task):
         article = "an" if str(kind)[0] in "aeiou" else "a"
-        by_texts = kind in _WRITING and task.kind in (*_WRITING, "ctc")
+        by_texts = kind is not None and TASKS[kind].generates and (task.generates or task.axis == "frames")
         way_out = ", or train on texts that this one writes: hf_distill.generate_completions" if by_texts else ""
         raise TeacherError(
             f"the teacher ({type(teacher).__name__}) has {article} {kind} head, the student needs a teacher for "
-            f"{task.kind}. Fine-tune a teacher with the student's kind of head{way_out}; or pass task= an object "
+            f"{task}. Fine-tune a teacher with the student's kind of head{way_out}; or pass task= an object "
             "derived from hf_distill.tasks.Task that reads the outputs of both."
         )
 
@@ -95,15 +94,7 @@ def matched_columns(
             )
     if task.matched_by == "vocabulary":
         return _matched_vocabulary(student, teacher, task, tokenizers)
-    widths = [getattr(config, "hidden_size", None) for config in configs]
-    if task.kind == "embedding" and None not in widths and widths[0] != widths[1]:
-        raise TeacherError(
-            f"student and teacher embed in different widths ({widths[0]} and {widths[1]}), which an embedding cannot "
-            "bridge by itself. Give the student the teacher's hidden_size; or compare no embeddings (alpha=None), and "
-            "pass objectives= what needs no equal widths: SimilarityMatch() (which examples are alike, by their pooled "
-            'hidden states), HiddenMatch("last") or CosineEmbedding() (position by position, through a learned '
-            "projection)."
-        )
+    task.check_heads(student, teacher)
     return HeadAlignment()
 
 
@@ -119,12 +110,7 @@ def _matched_vocabulary(student: Any, teacher: Any, task: Task, tokenizers: Toke
         teacher_tokenizer=theirs,
         teacher_embeddings=_embeddings(teacher),
     )
-    blanks = [model.config.pad_token_id for model in (student, teacher)] if task.kind == "ctc" else [0, 0]
-    if blanks[0] != blanks[1]:
-        raise TeacherError(
-            f"student and teacher have different CTC blanks: pad_token_id {blanks[0]} and {blanks[1]}. Use a teacher "
-            "with the student's vocabulary."
-        )
+    task.check_heads(student, teacher)
     return columns
 
 
@@ -318,7 +304,7 @@ class ModelTeacher(Teacher):
         needs_same_inputs = task.needs_same_inputs and setup.compares_predictions
         difference = input_difference(student, teacher, task, tokenizers=(ours, theirs))
         if difference is not None and (needs_same_inputs or setup.same_inputs):
-            what = f"A {task.kind} head predicts" if needs_same_inputs else "An objective compares"
+            what = f"A {task} head predicts" if needs_same_inputs else "An objective compares"
             raise TeacherError(
                 f"{difference.sentence()} {what} positions of the input, so both must read the same one. Use a teacher "
                 "with the student's tokenizer, or build the student from the teacher."
@@ -340,9 +326,9 @@ class ModelTeacher(Teacher):
         """
         teacher = unwrapped(self.model)
         self._padding = self._decoder_inputs = None
-        if task.kind in KINDS:
+        if task.reads_whole_input:
             self._padding = OwnPadding(teacher, getattr(tokenizer, "pad_token_id", None))
-        if task.kind == "seq2seq":
+        if task.has_decoder:
             found = OwnDecoderInputs(unwrapped(student), teacher)
             if found.differ():
                 self._decoder_inputs = found

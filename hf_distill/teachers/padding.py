@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hf_distill.tasks.infer import unwrapped
 
-KINDS = ("classification", "regression", "multiple_choice")  # heads with one row for the whole text
 _MASK = "attention_mask"
 _NONE = -1  # no token: nothing is padded
 

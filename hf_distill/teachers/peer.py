@@ -100,7 +100,7 @@ class Peer(ModelTeacher):
                 "batch as they are. Give both the same label2id, or the same tokenizer."
             )
         reductions = {getattr(getattr(unwrapped(m), "config", None), _OF_CTC, None) for m in (student, self.model)}
-        if task.kind == "ctc" and len(reductions) > 1:
+        if task.axis == "frames" and len(reductions) > 1:
             raise TeacherError(f"Peer: the student's {_OF_CTC} is not the peer's ({reductions}). Give both the same.")
         self._student = weakref.ref(unwrapped(student))
 

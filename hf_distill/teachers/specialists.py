@@ -256,12 +256,12 @@ class Specialists(Teacher):
         task = setup.task
         if task.matched_by != "labels" or task.on_values:
             raise TeacherError(
-                f"Specialists: a {task.kind} head has no classes to be a specialist of. They are for classification of "
+                f"Specialists: a {task} head has no classes to be a specialist of. They are for classification of "
                 "one label: a sequence, an image, a sound, or each token."
             )
         if self._generalist is None:
-            self._specialists = [_as_model_teacher(model, task.kind, classes) for classes, model in self._given]
-            self._generalist = as_teacher(self._given_generalist, task.kind)
+            self._specialists = [_as_model_teacher(model, str(task), classes) for classes, model in self._given]
+            self._generalist = as_teacher(self._given_generalist, str(task))
         for specialist in self._specialists:  # before the generalist: what the task learns of configs is of the last
             refuse_other_head(unwrapped(specialist.model), task)
             specialist.bind(replace(setup, compares_predictions=False))

@@ -23,7 +23,6 @@ from hf_distill.teachers.cache.keys import content_keys, key_columns
 if TYPE_CHECKING:
     from hf_distill.objectives import Objective
 
-KINDS = ("classification", "multiple_choice", "token_classification")
 _LABELS = ("labels", "start_positions", "end_positions")
 Heard = tuple[list[bytes], list[Tensor]]  # the keys of examples, and the probabilities `[m v]` of the rows of each
 
@@ -81,10 +80,11 @@ class TemporalEnsemble(Teacher):
     def bind(self, setup: TeacherSetup) -> None:
         """Start anew: nothing is remembered of another student."""
         student, task = setup.student, setup.task
-        if task.kind not in KINDS:
+        if not task.has_classes:
             raise SettingError(
-                f"TemporalEnsemble remembers the predictions of {', '.join(KINDS)}; this student's head is for "
-                f"{task.kind}, whose predictions are no classes or too many to keep. Use MovingAverage."
+                "TemporalEnsemble remembers the predictions of classification, multiple_choice and token_classification; "
+                f"this student's head is for {task}, whose predictions are no classes or too many to keep. Use "
+                "MovingAverage."
             )
         if not setup.compares_predictions:
             raise SettingError(

@@ -16,6 +16,7 @@ from transformers.utils import find_labels
 from hf_distill.data.columns import is_own_collator, refuse_unprocessed, require_label_column, why_not_collated
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError
+from hf_distill.tasks import Task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.tasks.unknown import UnknownTask
@@ -40,17 +41,17 @@ class ReadingCollator:
     Args:
         collator: makes a batch of examples.
         reader: of the labels of the dataset that the examples are of.
-        kind: of the student's task.
+        task: the student's.
     """
 
-    def __init__(self, collator: Callable[..., Any], reader: LabelReader, kind: str) -> None:
+    def __init__(self, collator: Callable[..., Any], reader: LabelReader, task: Task) -> None:
         self.collator = collator
         self.reader = reader
-        self.kind = kind
+        self.task = task
 
     def __getattr__(self, name: str) -> Any:
         """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
-        if name in ("collator", "reader", "kind"):  # not there yet: being unpickled
+        if name in ("collator", "reader", "task"):  # not there yet: being unpickled
             raise AttributeError(name)
         return getattr(self.collator, name)
 
@@ -61,7 +62,7 @@ class ReadingCollator:
         except HfDistillError:
             raise
         except (ValueError, TypeError) as error:
-            why = why_not_collated(features, self.collator, self.kind)
+            why = why_not_collated(features, self.collator, self.task)
             if why is None:
                 raise
             raise DataError(why) from error
@@ -121,7 +122,7 @@ def collate_answer_masks(trainer: DistillationMixin, *datasets: Any) -> None:
     distiller = trainer.distiller
     if trainer._reads_answer_masks or trainer._base_chooses_columns or not any(map(_may_hold_masks, datasets)):
         return
-    if distiller.task.kind != "causal_lm" or distiller.compares_nothing:
+    if not distiller.task.shifts_labels or distiller.compares_nothing:
         return
     of_transformers = getattr(trainer.data_collator, "__module__", "").startswith("transformers.")
     reads_masks = not (trainer.args.remove_unused_columns or of_transformers)
@@ -135,7 +136,7 @@ def warn_of_unread_columns(trainer: DistillationMixin) -> None:
     masks = sorted(columns & set(ANSWER_MASKS) - set(forward_names(trainer.model)))
     if masks and not trainer._reads_answer_masks and not trainer._base_chooses_columns:
         why = "alpha is 0, which is Trainer, and Trainer does not read it"
-        if trainer.distiller.task.kind != "causal_lm":
+        if not trainer.distiller.task.shifts_labels:
             why = "it is read for causal language models alone"
         logger.warning(
             f"The dataset has {' and '.join(masks)}, which is not read: {why}. To train on answers alone, give it "
@@ -195,7 +196,7 @@ def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args:
         return False
     if alone and not set(task.label_names) <= set(own):  # the student's own loss may need none
         return False
-    return not (task.kind == "causal_lm" and not alone and set(ANSWER_MASKS) & set(columns_of(data)))
+    return not (task.shifts_labels and not alone and set(ANSWER_MASKS) & set(columns_of(data)))
 
 
 def _reader_of(trainer: DistillationMixin, data: Any, model: Any, args: Any, whose: str, collator: Any) -> LabelReader:
@@ -208,7 +209,7 @@ def _reader_of(trainer: DistillationMixin, data: Any, model: Any, args: Any, who
         label_matching=setting(args, "label_matching"),
         as_trainer=not trainer.distiller.blending.ever_active(),
         evaluates=not trains,
-        needed=not trains or trainer.distiller.uses_labels or task.kind not in ("classification", "regression"),
+        needed=not trains or trainer.distiller.uses_labels or not task.allows_unlabelled,
         own_loss=trainer._labels_have_own_loss,
         own_collator=is_own_collator(collator),
     )
@@ -228,7 +229,7 @@ def reading_labels(trainer: DistillationMixin, data: Any, whose: str) -> Iterato
     reader = known[0] if known else _reader_of(trainer, data, trainer.model, trainer.args, whose, trainer.data_collator)
     kept, trainer.data_collator = (
         trainer.data_collator,
-        ReadingCollator(trainer.data_collator, reader, trainer.distiller.task.kind),
+        ReadingCollator(trainer.data_collator, reader, trainer.distiller.task),
     )
     try:
         yield reader

@@ -270,7 +270,7 @@ class TeacherPredictions:
             return
         parts = distiller.task.as_outputs(logits, teacher.alignment, logits.shape[-1] if own is None else own.shape[-1])
         if parts is None:
-            self.why_none = f"the outputs of a head for {distiller.task.kind} do not follow from what is compared"
+            self.why_none = f"the outputs of a head for {distiller.task} do not follow from what is compared"
             return
         if own is not None and own.numel() == parts[0].numel():
             parts = (parts[0].reshape(own.shape),)  # a single value without an axis of its own

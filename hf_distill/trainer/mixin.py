@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
-from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, renamed_state
+from hf_distill._compat import divides_the_loss, renamed_state
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
@@ -392,7 +392,7 @@ class DistillationMixin(_Trainer):
                 begins_step=self._micro_batches_left == step.micro_batches,
             )
             self._micro_batches_left -= 1
-            if TRAINER_MAY_DIVIDE and divides_the_loss(self, num_items_in_batch):
+            if divides_the_loss(self, num_items_in_batch):
                 loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
@@ -541,7 +541,7 @@ class DistillationMixin(_Trainer):
         if not measured and output.num_samples:
             self._warn_once(
                 f"evaluate_with_teacher=True: there is no {prefix}_divergence and nothing else of the teacher. No row "
-                f"of these batches counts; a {self.distiller.task.kind} head may need labels to know its rows."
+                f"of these batches counts; a {self.distiller.task} head may need labels to know its rows."
             )
         passed = found.passed()
         if passed is not None:

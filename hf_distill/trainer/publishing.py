@@ -162,7 +162,7 @@ def _card_data(
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     return CardData(
         name=name,
-        task=task.kind,
+        task=str(task),
         student=model_facts(student),
         repo_id=trainer.hub_model_id,
         teachers=teacher_facts(trainer) if has_teacher else (),

@@ -58,7 +58,7 @@ def make_distiller(
     if trainer._teacher_setting is not None and (evaluates or needs_teacher):
         teacher = as_teacher(
             trainer._teacher_setting,
-            make_task(student, task).kind,
+            str(make_task(student, task)),
             processing_class=trainer._teacher_processing_class,
             dtype=setting(args, "teacher_dtype"),
             label_matching=setting(args, "label_matching"),

@@ -40,7 +40,7 @@ WRITTEN: dict[str, tuple[int, int, dict[str, Any]]] = {
     "sampled": (7, 2, SAMPLED),
     "interrupted": (7, 1, SAMPLED),
 }
-# lmbda, sampling temperature, and whether all prompts are the same one.
+# student_share, sampling temperature, and whether all prompts are the same one.
 POLICIES: dict[str, tuple[float, float, bool]] = {
     "never": (0.0, 1.0, False),
     "half, greedy": (0.5, GREEDY, False),

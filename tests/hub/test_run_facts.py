@@ -36,7 +36,7 @@ def test_json_round_trip() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1', '{"name": "a", "nme": 2}'])
 def test_json_that_is_none_of_ours_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match=r"not what RunFacts\.to_json writes"):
+    with pytest.raises(SettingError, match=r"not what CardData\.to_json writes"):
         CardData.from_json(text)
 
 

@@ -128,7 +128,7 @@ def label_reader(asked: TeacherRunner, dataset: Any, collator: Any) -> LabelRead
     """Of the dataset of a pass. Most teachers are told no labels: those that cannot be read are then left out."""
     config, needed = (
         getattr(unwrapped(asked.learner), "config", None),
-        asked.reads_labels or asked.task.kind == "seq2seq",
+        asked.reads_labels or asked.task.has_decoder,
     )
     return LabelReader(
         asked.task,
@@ -175,11 +175,6 @@ def kept_columns(source: Source, store: Store, width: int) -> int:
     return min(width, int(max(tokenizer.get_vocab().values())) + 1)
 
 
-def task_settings(task: Task) -> dict[str, Any]:
-    """Settings of a task that change what is cached."""
-    return {"pooling": vars(task)["pooling"]} if task.kind == "embedding" else {}
-
-
 def shared_decoder_rule(task: Task, student: Any, teacher: Any) -> list[int] | None:
     """What the student makes of the labels 5, 6, 7 where the teacher is given just that.
 
@@ -188,7 +183,7 @@ def shared_decoder_rule(task: Task, student: Any, teacher: Any) -> list[int] | N
     Raises:
         DataError: neither has a rule.
     """
-    if task.kind != "seq2seq":
+    if not task.has_decoder:
         return None
     models = teacher.models()
     if models and all(decoder_rule(unwrapped(model)) is not None for model in models):
@@ -224,7 +219,7 @@ def made_plan(source: Source, *, store: Store | None, batch_size: int, device: A
         "format_version": files.FORMAT_VERSION,
         "teacher": source.asked.described(),
         "processor": fingerprints.of_processor(source.processor),
-        "task": {"kind": source.task.kind, **task_settings(source.task)},
+        "task": {"kind": str(source.task), **source.task.settings()},
         "store": described(chosen),
         "inputs": {
             "main": source.main,
@@ -266,7 +261,7 @@ def _chosen_store(source: Source, said: TeacherOutputs, store: Store | None) -> 
     chosen = store or default_store(source.task, said.width, source.asked.temperature)
     if chosen.lists_columns and source.task.matched_by != "vocabulary":
         raise SettingError(
-            f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task.kind} has none. Use store=Dense()."
+            f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task} has none. Use store=Dense()."
         )
     if source.asked.temperature is not None:
         chosen.check_temperature(source.asked.temperature, said.width)

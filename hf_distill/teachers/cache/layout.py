@@ -15,27 +15,14 @@ from torch import Tensor
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.positions import PositionRule
-from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import OWN_TASK, batch_size, output_named
+from hf_distill.tasks import TASKS, Batch, Task
+from hf_distill.tasks.base import OWN_TASK, batch_size
 from hf_distill.teachers.cache.hidden import DTYPES, StoredActivation
 from hf_distill.teachers.cache.keys import MASK, decoder_lengths
 from hf_distill.vocabulary import HeadAlignment
 
 Axis = Literal["example", "input", "decoder", "frames"]
 AXES: tuple[str, ...] = get_args(Axis)
-
-_AXIS_OF_KIND: dict[str, Axis] = {
-    "classification": "example",
-    "regression": "example",
-    "multiple_choice": "example",
-    "embedding": "example",
-    "token_classification": "input",
-    "span": "input",
-    "masked_lm": "input",
-    "causal_lm": "input",
-    "seq2seq": "decoder",
-    "ctc": "frames",
-}
 
 
 def axis_of(task: Task) -> Axis:
@@ -44,12 +31,12 @@ def axis_of(task: Task) -> Axis:
     Raises:
         SettingError: a task of the user's own, of which that is not known.
     """
-    if task.kind not in _AXIS_OF_KIND:
+    if task.axis is None:
         raise SettingError(
-            f"a cache does not know what the predictions of a {task.kind} task run along. Supported: "
-            f"{', '.join(_AXIS_OF_KIND)}. Use the live teacher for other tasks."
+            f"a cache does not know what the predictions of a {task} task run along. Supported: "
+            f"{', '.join(name for name, known in TASKS.items() if known.axis)}. Use the live teacher for other tasks."
         )
-    return _AXIS_OF_KIND[task.kind]
+    return task.axis
 
 
 class RawRead(Task):
@@ -65,38 +52,15 @@ class RawRead(Task):
         self._task = task
 
     def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
-        if self._task.kind == "span":
-            return torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), -1)
-        if self._task.kind == "embedding":
-            return self._task.read(outputs, batch, HeadAlignment(), teacher=True)
-        logits = output_named("logits", outputs)
-        return logits[:, None] if logits.dim() == 1 else logits
+        return self._task.raw_output(outputs, batch)
 
 
-def as_outputs(task: Task, laid: Tensor) -> dict[str, Tensor]:
-    """What `task.read` takes, from what `RawRead` gave."""
-    if task.kind == "span":
-        return {"start_logits": laid[..., 0], "end_logits": laid[..., 1]}
-    if task.kind == "embedding":
-        return {"last_hidden_state": laid[:, None]}  # one position: pooling it changes nothing
-    return {"logits": laid}
-
-
-def as_raw(task: Task, predictions: Tensor) -> Tensor:
-    """What `RawRead` gives of a model, from what `task.read` gave: for a teacher that has no output of its own."""
-    if task.kind == "span":
-        return predictions.transpose(1, 2)  # [b 2 t] -> [b t 2]
-    if task.kind == "classification" and predictions.dim() == 3:
-        return predictions[..., 0] - predictions[..., 1]  # several labels at once: `[b v 2]`, of which (z, 0) says all
-    return predictions
-
-
-def refuse_other_axes(predictions: Tensor, axis: Axis, kind: str) -> None:
+def refuse_other_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
     """Raise SettingError for predictions that are neither a row an example nor a row a position, whichever is meant."""
     axes = ("example", "column") if axis == "example" else ("example", "position", "column")
     if predictions.dim() != len(axes):
         raise SettingError(
-            f"the teacher's predictions are {list(predictions.shape)}, and a cache for a {kind} task keeps "
+            f"the teacher's predictions are {list(predictions.shape)}, and a cache for a {task} task keeps "
             f"[{', '.join(axes)}]. {OWN_TASK} A cache cannot keep the rows of such a task: use the live teacher."
         )
 
@@ -192,9 +156,9 @@ def _width_of_decoder(batch: Batch) -> int:
     raise DataError(f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}.")
 
 
-def axis_of_hidden(batch: Mapping[str, Any], positions: PositionRule, *, kind: str, of_decoder: bool) -> str:
+def axis_of_hidden(batch: Mapping[str, Any], positions: PositionRule, *, task: Task, of_decoder: bool) -> str:
     """What hidden states run along: "tokens", "decoder", "frames", or "all" (the same number for every example)."""
-    if of_decoder and (kind == "seq2seq" or batch.get("decoder_input_ids") is not None):
+    if of_decoder and (task.has_decoder or batch.get("decoder_input_ids") is not None):
         return "decoder"
     if _ids(batch) is not None:
         return "tokens"

@@ -139,7 +139,7 @@ class TeacherRunner:
         said = self.teacher(read, batch, needs)
         raw = said.logits
         if raw is not None and self.model is None:
-            raw = layout.as_raw(self.task, raw)
+            raw = self.task.raw_of_predictions(raw)
         return Answer(raw, said.sparse, said.activations)
 
     def compared_width(self) -> int:
@@ -268,7 +268,7 @@ def _as_model_teacher(teacher: Any, student: Any, task: Task | str | None, dtype
                 "class of a known kind. Pass student= or task=."
             )
     else:
-        kind = task if isinstance(task, str) else make_task(student, task).kind
+        kind = task if isinstance(task, str) else str(make_task(student, task))
     return ModelTeacher(load_teacher(teacher, kind, dtype=dtype), dtype=as_dtype(dtype))
 
 
@@ -373,7 +373,7 @@ class Source:
         except HfDistillError:
             raise
         except (ValueError, TypeError) as error:
-            why = why_not_collated(features, self.collator, self.task.kind)
+            why = why_not_collated(features, self.collator, self.task)
             if why is None:
                 raise
             raise DataError(why) from error
@@ -388,7 +388,7 @@ class Source:
         return batch
 
     def key_columns(self, batch: Batch) -> tuple[str, ...]:
-        found = key_columns(batch, main=self.main, inputs=self.asked.inputs, decodes=self.task.kind == "seq2seq")
+        found = key_columns(batch, main=self.main, inputs=self.asked.inputs, decodes=self.task.has_decoder)
         labels = self.task.label_names if self.asked.reads_labels else ()
         return tuple(sorted({*found, *(name for name in labels if name in batch)}))
 
@@ -406,7 +406,7 @@ class Source:
             return TeacherOutputs(counts, None, listed, inside, prepared)
         if answer.raw is None:
             return TeacherOutputs(np.ones(batch_size(prepared), dtype=np.int64), None, None, inside, prepared)
-        layout.refuse_other_axes(answer.raw, self.axis, self.task.kind)
+        layout.refuse_other_axes(answer.raw, self.axis, self.task)
         rows, counts = self._cut(answer.raw, prepared)
         return TeacherOutputs(counts, rows, None, inside, prepared)
 
@@ -445,7 +445,7 @@ class Source:
     def axis_of(self, read: ActivationKey, own: Mapping[str, Any]) -> str:
         assert self.wanted is not None
         of_decoder = self.wanted.blocks(read).of_decoder
-        return inside_layout.axis_of_hidden(own, self.positions(read), kind=self.task.kind, of_decoder=of_decoder)
+        return inside_layout.axis_of_hidden(own, self.positions(read), task=self.task, of_decoder=of_decoder)
 
     def positions(self, read: ActivationKey) -> PositionRule:
         """Of the teacher, whose hidden states they are."""

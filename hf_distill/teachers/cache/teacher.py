@@ -23,7 +23,7 @@ from hf_distill.teachers.base import Collator, Teacher, TeacherSetup, teacher_in
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
-from hf_distill.teachers.cache.build import refuse_drawn, task_settings
+from hf_distill.teachers.cache.build import refuse_drawn
 from hf_distill.teachers.cache.cache import TeacherCache
 from hf_distill.teachers.cache.files import POSITIONS
 from hf_distill.teachers.cache.hidden import CachedInside
@@ -100,15 +100,15 @@ def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares
     A teacher that makes its own decoder inputs has none that the student's could differ from.
     """
     there = cache.manifest["task"]
-    now = {"kind": task.kind, **task_settings(task)}
+    now = {"kind": str(task), **task.settings()}
     if compares_predictions and there["kind"] != now["kind"]:
         raise TeacherError(
             f"the cache holds the predictions of a {there['kind']} head, the student needs a teacher for "
-            f"{task.kind}. Build a cache of a teacher with the student's kind of head."
+            f"{task}. Build a cache of a teacher with the student's kind of head."
         )
     if compares_predictions and there != now:
         raise TeacherError(
-            f"the cache was built for another {task.kind} task: "
+            f"the cache was built for another {task} task: "
             f"{'; '.join(fingerprints.differences(there, now))}. Build it with student= or task= of this training."
         )
     rule, ours = cache.manifest["inputs"]["decoder"], decoder_rule(student)
@@ -131,7 +131,7 @@ def refuse_other_tokenizer(cache: TeacherCache, processor: Any, task: Task, *, s
     if before != after:
         raise TeacherError(
             "the cache was built with another tokenizer or extractor than the student's: "
-            f"{'; '.join(fingerprints.differences(before, after))}. Rows of a {task.kind} head are positions of "
+            f"{'; '.join(fingerprints.differences(before, after))}. Rows of a {task} head are positions of "
             "the input, so both must read the same. Build a cache with the student's tokenizer."
         )
 
@@ -284,7 +284,7 @@ class CachedTeacher(Teacher):
                 _refuse_not_asked(listed, task, batch)
             return Signals(logits=None, alignment=self.alignment, activations=inside, sparse=listed)
         assert isinstance(self.cache.store, Dense)  # every other store lists columns
-        logits = task.read(layout.as_outputs(task, self.cache.store.logits(own)), batch, self.alignment, teacher=True)
+        logits = task.read(task.outputs_of_raw(self.cache.store.logits(own)), batch, self.alignment, teacher=True)
         return Signals(logits=logits, alignment=self.alignment, activations=inside)
 
     def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:

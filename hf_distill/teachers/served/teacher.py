@@ -99,9 +99,9 @@ class ServedTeacher(Teacher):
             TeacherError: if the student is no causal LM or has another vocabulary, or the server gives too little.
         """
         task = setup.task
-        if task.kind != "causal_lm":
+        if not task.shifts_labels:
             raise TeacherError(
-                f"a served teacher scores text from left to right, and the student is trained for {task.kind}. Use a "
+                f"a served teacher scores text from left to right, and the student is trained for {task}. Use a "
                 "model as teacher, or train a causal language model."
             )
         student = unwrapped(setup.student)
