@@ -86,7 +86,8 @@ class FusedTerms:
     """Terms that were made within the student's forward, without whole logits.
 
     Attributes:
-        loss: their weighted sum, scalar with a graph. terms: each before its weight, detached.
+        loss: their weighted sum, scalar with a graph.
+        terms: each before its weight, detached.
     """
 
     loss: Tensor

@@ -21,8 +21,9 @@ class Stage:
     """One training: what is agreed about, and what its arguments are.
 
     Args:
-        name: of its folder. objectives: a function that makes them, or some that are copied for each run, so that two
-            runs share nothing that is learned.
+        name: of its folder.
+        objectives: a function that makes them, or some that are copied for each run, so that two runs share nothing
+            that is learned.
         arguments: fields of `DistillationArguments`, over those of the run.
         keywords: keywords of the trainer (`train_dataset`, ...), over those of the run.
 
@@ -45,7 +46,9 @@ class Preset:
     """What a paper trains with. A preset of one stage goes into one trainer, one of several into `train_in_stages`.
 
     Args:
-        paper: with its section. stages: in order. differences: from the paper and from its code, a sentence each.
+        paper: with its section.
+        stages: in order.
+        differences: from the paper and from its code, a sentence each.
 
     Raises:
         SettingError: `objectives` or `arguments` of a preset with several stages.
@@ -137,7 +140,8 @@ def tinybert(
     Jiao et al. 2020, section 3.1 (equations 7 to 10) and 4.2 (20 epochs at 5e-5, then 3 epochs at 3e-5).
 
     Args:
-        layers: of attention and hidden states, as in `LayerObjective`. heads: as in `AttentionMatch`.
+        layers: of attention and hidden states, as in `LayerObjective`.
+        heads: as in `AttentionMatch`.
         temperature: of the second stage.
         intermediate, prediction: arguments of the two stages, over the paper's (`num_train_epochs`, `learning_rate`).
     """
@@ -188,7 +192,8 @@ def pkd(
 
     Args:
         variant: "skip" (teacher layers k, 2k, ... counted from 1) or "last" (its last ones but the very last).
-        beta: as in their code, of a mean over layers and width. width: of both models, to undo that mean.
+        beta: as in their code, of a mean over layers and width.
+        width: of both models, to undo that mean.
         projection: as in `HiddenMatch`; the paper's widths agree.
 
     Raises:
@@ -291,7 +296,8 @@ def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: f
     Chang et al. 2022, section 2.2 (equation 1). The matrices are left behind after training, as the paper's heads are.
 
     Args:
-        teacher_layers: counted from 0: the paper's 4, 8 and 12 counted from 1. cosine_weight: λ of equation 1.
+        teacher_layers: counted from 0: the paper's 4, 8 and 12 counted from 1.
+        cosine_weight: λ of equation 1.
     """
     layers = tuple((-1, layer) for layer in teacher_layers)
     return Preset(

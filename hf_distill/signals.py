@@ -95,7 +95,9 @@ class DeferredLogits:
     logits = softcap · tanh(x / softcap), x = logit_scale · (hidden · weightᵀ + bias).
 
     Attributes:
-        hidden: `[b t d]`. weight: `[v d]`. bias: `[v]`, or None.
+        hidden: `[b t d]`.
+        weight: `[v d]`.
+        bias: `[v]`, or None.
         logit_scale, softcap: what the model does to the logits after its head; softcap None: nothing.
         dtype: of the product, as the model would make it (that of autocast, or its own).
     """

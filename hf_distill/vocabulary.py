@@ -87,7 +87,8 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> He
     Both configs with transformers' default names (LABEL_0, …) are paired by index.
 
     Args:
-        student: the student's config (`num_labels`, `label2id`). teacher: the teacher's.
+        student: the student's config (`num_labels`, `label2id`).
+        teacher: the teacher's.
         matching: "by_name", or "by_index" when you know that the order is the same.
 
     Raises:

@@ -38,7 +38,8 @@ class AugmentingCollator:
         collator: makes a batch of examples that are mappings.
         augmentations: applied in this order; each as `Augmentation` describes.
         student_only: the teacher is shown the clean example.
-        seed: another seed, other augmentations. views: so many versions of each example; None: new ones each time.
+        seed: another seed, other augmentations.
+        views: so many versions of each example; None: new ones each time.
 
     Raises:
         SettingError: no augmentation, something that is none, or `student_only` with one that moves positions; `views`

@@ -30,7 +30,8 @@ def augment_dataset(
         augmentations: applied in this order; each as `Augmentation` describes, on examples.
         copies: of each example.
         keep_original: the example itself comes first; else only its copies.
-        seed: another seed, other copies. batch_size: examples at once; what is drawn depends on it too.
+        seed: another seed, other copies.
+        batch_size: examples at once; what is drawn depends on it too.
 
     Raises:
         SettingError: another kind of dataset, no augmentation or one of collated batches, or copies below 1.

@@ -208,7 +208,9 @@ class OnPolicy:
 
         Args:
             student: its mode and the random generators are as before, afterwards.
-            step: optimizer steps so far. micro_batch: its place in the step. process: of several.
+            step: optimizer steps so far.
+            micro_batch: its place in the step.
+            process: of several.
         """
         if not self.continues(step, micro_batch, progress=progress):
             return batch

@@ -78,8 +78,8 @@ class Noise:
         snr_db: lowest and highest ratio in decibels; drawn uniformly between them.
         noises: recordings `[s]` at the waveform's sampling rate, one of which is drawn, from a place that is drawn,
             over and over where it is shorter; None: white (Gaussian) noise.
-        column: where the waveform is. acts_on: "example", before collation; "batch", where the collator is what makes
-            the waveform's column.
+        column: where the waveform is.
+        acts_on: "example", before collation; "batch", where the collator is what makes the waveform's column.
 
     Raises:
         SettingError: no range of numbers, or a recording that is empty, silent, or has several axes.
@@ -152,8 +152,11 @@ class SpecAugment:
     three, and it moves frames, so that a teacher could not be shown the clean sound.
 
     Args:
-        F: greatest number of channels of a block. mF: number of such blocks.
-        T: greatest number of frames of a block. p: greatest share of all frames of a block. mT: number of such blocks.
+        F: greatest number of channels of a block.
+        mF: number of such blocks.
+        T: greatest number of frames of a block.
+        p: greatest share of all frames of a block.
+        mT: number of such blocks.
         value: what is written into the blocks; None: the mean.
         time_axis: -1 for [mel t] (Whisper), -2 for [t mel] (AST, Speech2Text, Wav2Vec2-BERT).
         column: where the features are ("input_features"; AST's are in "input_values").

@@ -308,7 +308,8 @@ class WordReplacement:
             worker processes: use `augment_dataset`, or no workers.
         embeddings: a mapping of words to vectors, or a model, an `nn.Embedding` or a tensor `[v d]` of the tokenizer's
             vocabulary (see `Neighbours`).
-        probability: of a word to be replaced. candidates: K.
+        probability: of a word to be replaced.
+        candidates: K.
         same_length: take only words of as many pieces, always.
         batch_size: sentences a forward of the masked LM, one a blank.
 

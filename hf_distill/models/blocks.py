@@ -249,7 +249,8 @@ def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack:
 
     Args:
         whose: "student" or "teacher", for messages.
-        side: of an encoder-decoder; None is its decoder. stack: the path of the list, where it is not found.
+        side: of an encoder-decoder; None is its decoder.
+        stack: the path of the list, where it is not found.
 
     Raises:
         SettingError: no such side, no such list, or no list found; the message names the lists there are.

@@ -23,9 +23,13 @@ class AttentionRecord:
     """Queries and keys as the attention function was given them (after rotary positions), and what it adds.
 
     Attributes:
-        queries: `[b h t d]`. keys: `[b g s d]`, g groups of heads (g = h without grouped keys).
-        scaling: of the product. bias: `[b|1 h t s]` added to it (T5), or None. softcap: of the scores, or None.
-        mask: what the attention function was given: additive, bool, or None. causal: no key behind its query.
+        queries: `[b h t d]`.
+        keys: `[b g s d]`, g groups of heads (g = h without grouped keys).
+        scaling: of the product.
+        bias: `[b|1 h t s]` added to it (T5), or None.
+        softcap: of the scores, or None.
+        mask: what the attention function was given: additive, bool, or None.
+        causal: no key behind its query.
         window: how many keys back a query sees, where the mask does not say so; None: all.
     """
 
@@ -278,7 +282,8 @@ class ActivationCapture:
     """The inside of one model.
 
     Args:
-        model: plain or PEFT, before it is wrapped for several processes. whose: "student" or "teacher", for messages.
+        model: plain or PEFT, before it is wrapped for several processes.
+        whose: "student" or "teacher", for messages.
 
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=1))

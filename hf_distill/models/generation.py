@@ -27,8 +27,10 @@ class Limits:
     """What a model can be asked to continue, or to answer.
 
     Args:
-        asked: of one prompt, in words. model: the name of its class. positions: how many it knows, ids: how many it
-            embeds; None: nothing is known. new: tokens that are to be written behind the prompt.
+        asked: of one prompt, in words.
+        model: the name of its class.
+        positions: how many it knows, ids: how many it embeds; None: nothing is known.
+        new: tokens that are to be written behind the prompt.
 
     >>> print(Limits("prompt", "Tiny", positions=4, ids=9, new=2).obstacle([1, 2, 3]))
     a prompt of 3 tokens and max_new_tokens=2 are more than the 4 positions that Tiny knows
@@ -97,8 +99,9 @@ def refuse_unlike_alone(
     """Refuse prompts in a batch where a model does not write as it does alone. (In 16 bits a small change is rounding.)
 
     Args:
-        prompts: not empty. settings: those they are to be continued by. writing: the context in which a model writes
-            by some settings alone.
+        prompts: not empty.
+        settings: those they are to be continued by.
+        writing: the context in which a model writes by some settings alone.
 
     Raises:
         DataError: what the model writes to a prompt changes with the others, or with the padding before it.
@@ -407,7 +410,8 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     """What a causal model writes after each prompt, its end token included where it came to one.
 
     Args:
-        prompts: token ids, ragged, none empty. settings: from `generation_settings`.
+        prompts: token ids, ragged, none empty.
+        settings: from `generation_settings`.
 
     Returns:
         `num_return_sequences` for each prompt, one after the other.
@@ -485,7 +489,8 @@ def prompt_of(ids: Sequence[int], read: Sequence[int] | None = None, labels: Seq
     The first token is predicted from nothing, so it is always of the prompt.
 
     Args:
-        read: 0 for padding. labels: -100 for what is not to be predicted; None: nothing is.
+        read: 0 for padding.
+        labels: -100 for what is not to be predicted; None: nothing is.
 
     >>> prompt_of([0, 5, 6, 7], [0, 1, 1, 1], [-100, -100, -100, 7])
     [5, 6]

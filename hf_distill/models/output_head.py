@@ -128,8 +128,9 @@ class OutputHead:
         Nothing of it depends on what the labels are: on several processes all try at the same step.
 
         Args:
-            inputs: what the model is called with, without labels. labelled: labels `[b t]` that the model takes, by
-                name; others are made up in their place. wrapped: the model as a loop calls it.
+            inputs: what the model is called with, without labels.
+            labelled: labels `[b t]` that the model takes, by name; others are made up in their place.
+            wrapped: the model as a loop calls it.
         """
         # Under FSDP 1 weights are whole only within the wrapper's forward; elsewhere it would only add to the work.
         model = wrapped if isinstance(wrapped, FullyShardedDataParallel) else self._model
@@ -191,7 +192,9 @@ class Trial:
     """What a model said of some positions of one example.
 
     Attributes:
-        logits: `[1 t v]`. labels: `[1 t]` each, by name. loss: the model's own, of these labels; None without.
+        logits: `[1 t v]`.
+        labels: `[1 t]` each, by name.
+        loss: the model's own, of these labels; None without.
     """
 
     def __init__(self, logits: Tensor, labels: Mapping[str, Tensor], loss: Tensor | None) -> None:

@@ -50,8 +50,10 @@ class _Layout(NamedTuple):
     """How sequences are packed, as far as a model may take it differently.
 
     Attributes:
-        several_rows: in a batch. masked: there is an attention mask `[b t]`. padded: it hides something. numbered: it
-            gives each sequence a number from 1.
+        several_rows: in a batch.
+        masked: there is an attention mask `[b t]`.
+        padded: it hides something.
+        numbered: it gives each sequence a number from 1.
     """
 
     several_rows: bool = False
@@ -76,7 +78,9 @@ class PackingCheck:
         """Refuse packed sequences, where one of the models does not keep them apart.
 
         Args:
-            batches: of an optimizer step. teacher: a Teacher, None: there is none. needs: what it is asked for.
+            batches: of an optimizer step.
+            teacher: a Teacher, None: there is none.
+            needs: what it is asked for.
 
         Raises:
             DataError: what one of two packed sequences makes of its tokens changes with the other's.

@@ -23,7 +23,8 @@ class PositionRule:
     """The positions of one side of a student.
 
     Args:
-        model: the student, for its rule from samples to frames. of_decoder: as `Blocks` has it.
+        model: the student, for its rule from samples to frames.
+        of_decoder: as `Blocks` has it.
     """
 
     def __init__(self, model: Any, task: Task, *, of_decoder: bool = False) -> None:

@@ -107,7 +107,8 @@ class HiddenMatch(LayerObjective):
 
     Args:
         layers: see `LayerObjective`; None with `embeddings=True`: the embeddings alone.
-        distance: a name in `hf_distill.functional.features.DISTANCES`. settings: its keyword arguments.
+        distance: a name in `hf_distill.functional.features.DISTANCES`.
+        settings: its keyword arguments.
         projection: "auto" (learned, one a pair, where the widths differ), "linear" (always), "shared" (one for all
             pairs), "none".
         positions: "all" that count, or the "first" ([CLS]) or "last" of each example.

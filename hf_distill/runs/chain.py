@@ -45,11 +45,12 @@ class Link:
         model: the student, or a function that makes it: of nothing, or of its teacher (to begin as a part of it). A
             function is called when its turn comes, each link with a seed of its own.
         arguments: fields of `DistillationArguments`, over those of the run.
-        objectives: as a `Stage` takes them. stages: a Preset or stages, in place of one training with `objectives`.
+        objectives: as a `Stage` takes them.
+        stages: a Preset or stages, in place of one training with `objectives`.
         keywords: keywords of the trainer, over those of the run.
         teacher: "previous": the student before, for the first link the teacher of the run. "all": an `Ensemble` of the
-            teacher of the run and every student before (Son et al. 2021, Densely Guided Knowledge Distillation,
-            section 3.2; there each is a term of its own, and some are dropped at random).
+            teacher of the run and every student before (Son et al. 2021, Densely Guided Knowledge Distillation, section
+            3.2; there each is a term of its own, and some are dropped at random).
 
     Raises:
         SettingError: a name that is no folder's, objectives beside stages, no such teacher.
@@ -253,9 +254,10 @@ class Chain:
     Teacher assistants: Mirzadeh et al. 2020, Improved Knowledge Distillation via Teacher Assistant, section 3.
 
     Args:
-        links: in order. keep: whose student is put into the output folder. "best": of those no larger than the last,
-            the one with the best validation (a larger assistant is no answer to the wish for a small student); it is
-            said where a larger one was better. "last": the last, whatever its validation.
+        links: in order.
+        keep: whose student is put into the output folder. "best": of those no larger than the last, the one with the
+            best validation (a larger assistant is no answer to the wish for a small student); it is said where a larger
+            one was better. "last": the last, whatever its validation.
 
     Raises:
         SettingError: no links, two of one name, one model in two links, no such keep.
@@ -338,8 +340,9 @@ class Chain:
         `output_dir` gets the student that is kept, `report.md` and `report.json`.
 
         Args:
-            teacher_model: as the trainer's, of the first link. args: `DistillationArguments` of all links;
-                `metric_for_best_model` (default "loss", the plain task loss) says what is best.
+            teacher_model: as the trainer's, of the first link.
+            args: `DistillationArguments` of all links; `metric_for_best_model` (default "loss", the plain task loss)
+                says what is best.
             trainer_class: with `DistillationMixin`.
             resume_from_checkpoint: True: links that are finished are left out, the one that was interrupted goes on
                 from its last checkpoint. Models that are given (not functions) must be as they were at first.

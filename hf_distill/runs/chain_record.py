@@ -26,8 +26,11 @@ class LinkResult:
     """One link.
 
     Attributes:
-        name: as given. teacher: who taught it. folder: with the student.
-        parameters: of the student. metrics: what `Trainer.evaluate` found, of the student that is saved.
+        name: as given.
+        teacher: who taught it.
+        folder: with the student.
+        parameters: of the student.
+        metrics: what `Trainer.evaluate` found, of the student that is saved.
         seconds: of training alone; None: see `not_measured`.
         how: "trained", "resumed" or "finished before".
         kind: of its head.
@@ -50,9 +53,12 @@ class ChainResult:
     """All links.
 
     Attributes:
-        links: in order. folder: with the student that is kept.
-        metric: what they were compared by; None: they were not. greater_is_better: what is best of it.
-        best: the name of the best link; None where they were not compared. kept: the name of the one in `folder`.
+        links: in order.
+        folder: with the student that is kept.
+        metric: what they were compared by; None: they were not.
+        greater_is_better: what is best of it.
+        best: the name of the best link; None where they were not compared.
+        kept: the name of the one in `folder`.
 
     >>> links = [LinkResult("half", "teacher", "out/1-half", 4000, {"eval_accuracy": 0.9}, 12.0)]
     >>> links += [LinkResult("quarter", "half", "out/2-quarter", 1000, {"eval_accuracy": 0.8}, 7.5)]

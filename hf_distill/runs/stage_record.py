@@ -24,8 +24,10 @@ class StageResult:
     """One stage.
 
     Attributes:
-        name: as given. folder: with its student (in `student`), its checkpoints and its card.
-        output: what `Trainer.train` returned. log_history: what it logged.
+        name: as given.
+        folder: with its student (in `student`), its checkpoints and its card.
+        output: what `Trainer.train` returned.
+        log_history: what it logged.
         how: "trained", "resumed" (from a checkpoint of its own) or "finished before".
     """
 
@@ -41,7 +43,8 @@ class StagesResult:
     """All stages.
 
     Attributes:
-        stages: in order. folder: with the last stage's student.
+        stages: in order.
+        folder: with the last stage's student.
         trainer: the last stage's, which holds the student: to evaluate or push with.
 
     >>> output = TrainOutput(12, 0.5, {})

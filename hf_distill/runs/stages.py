@@ -67,7 +67,8 @@ def train_in_stages(
     `output_dir` that of the last. A summary is printed. In one process or several (DDP), which all see the folders.
 
     Args:
-        stages: a Preset, or stages in order. model: the student, a model; it is trained in place.
+        stages: a Preset, or stages in order.
+        model: the student, a model; it is trained in place.
         teacher_model: as the trainer's; a folder or Hub id is loaded once.
         args: `DistillationArguments` of all stages; a stage's own are put over them.
         trainer_class: with `DistillationMixin`.

@@ -4,7 +4,7 @@ from hf_distill.students.adapt import AdaptReport, adapt, save_merged
 from hf_distill.students.fresh import fresh
 from hf_distill.students.inherit import inherit
 from hf_distill.students.narrow.narrow import narrow
-from hf_distill.students.report import FreshReport, InheritReport, NarrowReport, SizeReport, StackReport
+from hf_distill.students.report import FreshReport, InheritReport, NarrowReport, SizeReport, StackReport, report_of
 from hf_distill.students.trimming import TrimmedVocabulary, trim_vocabulary
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fresh",
     "inherit",
     "narrow",
+    "report_of",
     "save_merged",
     "trim_vocabulary",
 ]

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_distill.errors import HfDistillError, SettingError, require
+from hf_distill.students.report import with_report
 from hf_distill.tasks import make_task
 
 # The task_type of PEFT for each kind of head; none for the others.
@@ -135,7 +136,8 @@ class AdaptReport:
     """What `adapt` did.
 
     Attributes:
-        method: LORA, IA3, ... architecture: the student's class.
+        method: LORA, IA3, ...
+        architecture: the student's class.
         adapted: the modules that an adapter was put on; empty for methods that add tokens.
         head: the modules that are trained whole, and saved with the adapter.
         trainable_parameters, parameters: how many numbers.
@@ -160,18 +162,6 @@ class AdaptReport:
         )
 
 
-@overload
-def adapt(
-    student: PreTrainedModel, config: Any = ..., *, targets: Sequence[str] | str | None = ..., rank: int | None = ...,
-    train_head: bool | None = ..., return_report: Literal[False] = ...,
-) -> Any: ...  # fmt: skip
-@overload
-def adapt(
-    student: PreTrainedModel, config: Any = ..., *, targets: Sequence[str] | str | None = ..., rank: int | None = ...,
-    train_head: bool | None = ..., return_report: Literal[True],
-) -> tuple[Any, AdaptReport]: ...  # fmt: skip
-
-
 def adapt(
     student: PreTrainedModel,
     config: Any = "lora",
@@ -179,8 +169,7 @@ def adapt(
     targets: Sequence[str] | str | None = None,
     rank: int | None = None,
     train_head: bool | None = None,
-    return_report: bool = False,
-) -> Any | tuple[Any, AdaptReport]:
+) -> Any:
     """The student as a `PeftModel`: its weights are frozen, a small adapter is trained, and its head where that is new.
 
     Pass it to the trainer as any student; `save_pretrained` writes the adapter alone, `save_merged` a plain model. The
@@ -193,7 +182,8 @@ def adapt(
     Args:
         config: "lora" (Hu et al. 2022, section 4.1; lora_alpha is twice the rank), or any `PeftConfig`.
         targets: of "lora": names of modules as PEFT reads them, or "all-linear" (all but the head); None: PEFT's own
-            choice for the architecture. rank: of "lora"; None: 8.
+            choice for the architecture.
+        rank: of "lora"; None: 8.
         train_head: whether the modules outside of the encoder are trained whole (PEFT's `modules_to_save`). None: where
             the config names none itself, yes for classifiers and the like, whose heads mostly start fresh and would
             else stay random, and no for language models.
@@ -203,9 +193,11 @@ def adapt(
             under which nothing is trained; a student that has adapters.
         MissingExtraError: peft, or bitsandbytes for a quantised student, is not installed.
 
+    >>> from hf_distill.students import report_of
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> student = Bert(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=1))
-    >>> student, report = adapt(student, targets=["query", "value"], rank=2, return_report=True)
+    >>> student = adapt(student, targets=["query", "value"], rank=2)
+    >>> report = report_of(student)
     >>> len(report.adapted), report.head, report.trainable_parameters
     (4, ('classifier',), 74)
     """
@@ -227,7 +219,7 @@ def adapt(
             reason = f"PEFT has no choice of modules for {type(student).__name__}. Pass targets=, or 'all-linear'"
         raise SettingError(f"adapt: {made.peft_type.value}: {reason}. {_linear_modules(student)}") from error
     report = _report(adapted, student, made, head, kind)
-    return (adapted, report) if return_report else adapted
+    return with_report(adapted, report)
 
 
 def _config(peft: Any, student: nn.Module, config: Any, targets: Any, rank: int | None) -> Any:
@@ -305,7 +297,8 @@ def save_merged(student: Any, folder: str | os.PathLike[str]) -> PreTrainedModel
     adapter alone: `student.save_pretrained(folder)`.
 
     Args:
-        student: from `adapt`, trained. folder: the files in it are replaced one by one, each whole.
+        student: from `adapt`, trained.
+        folder: the files in it are replaced one by one, each whole.
 
     Returns:
         The plain model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +14,9 @@ from transformers.models.auto import modeling_auto
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.students.checks import check_teacher
-from hf_distill.students.report import FreshReport
+from hf_distill.students.report import FreshReport, with_report
 
 logger = logging.getLogger(__name__)
-
-
-@overload
-def fresh(
-    student: PreTrainedConfig | PreTrainedModel, *, teacher: PreTrainedModel | None = ..., student_tokenizer: Any = ...,
-    teacher_tokenizer: Any = ..., reduce: str | None = ..., return_report: Literal[False] = ...,
-) -> PreTrainedModel: ...  # fmt: skip
-@overload
-def fresh(
-    student: PreTrainedConfig | PreTrainedModel, *, teacher: PreTrainedModel | None = ..., student_tokenizer: Any = ...,
-    teacher_tokenizer: Any = ..., reduce: str | None = ..., return_report: Literal[True],
-) -> tuple[PreTrainedModel, FreshReport]: ...  # fmt: skip
 
 
 def fresh(
@@ -38,8 +26,7 @@ def fresh(
     student_tokenizer: Any = None,
     teacher_tokenizer: Any = None,
     reduce: str | None = None,
-    return_report: bool = False,
-) -> PreTrainedModel | tuple[PreTrainedModel, FreshReport]:
+) -> PreTrainedModel:
     """A student of any architecture, with the teacher's input embeddings for the tokens that both tokenizers know.
 
     Args:
@@ -50,7 +37,6 @@ def fresh(
             is copied. Both must cut words alike: "the" begins a word for one kind of tokenizer and not for another.
         reduce: "svd" where the student's embeddings are narrower: the truncated singular value decomposition of the
             copied rows, which keeps the products of rows best (Eckart and Young 1936). None: widths must agree.
-        return_report: also return a FreshReport.
 
     Raises:
         SettingError: for arguments that do not go together, or widths that differ.
@@ -87,7 +73,7 @@ def fresh(
         notes=tuple(notes),
     )
     logger.info("%s", report)
-    return (made, report) if return_report else made
+    return with_report(made, report)
 
 
 def _made(student: Any, teacher: PreTrainedModel | None) -> tuple[Any, list[str]]:

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from hf_distill.models.stacks import (
     with_layers,
 )
 from hf_distill.students.checks import check_teacher, own_heads, set_apart
-from hf_distill.students.report import InheritReport, StackReport
+from hf_distill.students.report import InheritReport, StackReport, with_report
 from hf_distill.vocabulary import read_the_same_ids
 
 # Which layer it is; what only training does; what is switched on and off.
@@ -310,18 +310,6 @@ logger = logging.getLogger(__name__)
 Layers = int | Sequence[int] | LayerMap
 
 
-@overload
-def inherit(
-    teacher: PreTrainedModel, *, layers: Layers | None = ..., encoder_layers: Layers | None = ...,
-    decoder_layers: Layers | None = ..., stack: str | None = ..., return_report: Literal[False] = ...,
-) -> PreTrainedModel: ...  # fmt: skip
-@overload
-def inherit(
-    teacher: PreTrainedModel, *, layers: Layers | None = ..., encoder_layers: Layers | None = ...,
-    decoder_layers: Layers | None = ..., stack: str | None = ..., return_report: Literal[True],
-) -> tuple[PreTrainedModel, InheritReport]: ...  # fmt: skip
-
-
 def inherit(
     teacher: PreTrainedModel,
     *,
@@ -329,8 +317,7 @@ def inherit(
     encoder_layers: Layers | None = None,
     decoder_layers: Layers | None = None,
     stack: str | None = None,
-    return_report: bool = False,
-) -> PreTrainedModel | tuple[PreTrainedModel, InheritReport]:
+) -> PreTrainedModel:
     """A new model of the teacher's class that holds copies of some of its layers, and of everything around them.
 
     The config says so (layer count, lists with one entry a layer), heads, poolers and tied weights come along, and
@@ -342,17 +329,17 @@ def inherit(
             from the end); or a LayerMap.
         encoder_layers, decoder_layers: the same for one side of an encoder-decoder. A side not named stays whole.
         stack: the path of the layer stack in the model, where it is not found by itself.
-        return_report: also return an InheritReport: what was copied, from where, and what starts fresh.
 
     Raises:
         SettingError: for layers that the teacher does not have, or an argument that does not fit it.
         TeacherError: for a teacher whose layers cannot be told, or cannot be moved without computing something else.
 
+    >>> from hf_distill.students import report_of
     >>> from transformers import BertConfig, BertForMaskedLM
     >>> sizes = dict(vocab_size=40, hidden_size=8, num_attention_heads=2, intermediate_size=16)
     >>> teacher = BertForMaskedLM(BertConfig(num_hidden_layers=12, **sizes))
-    >>> student, report = inherit(teacher, layers=3, return_report=True)
-    >>> print(report.stacks[0].layer_map)
+    >>> student = inherit(teacher, layers=3)
+    >>> print(report_of(student).stacks[0].layer_map)
     3 of 12 layers: 0←0 1←6 2←11
     """
     check_teacher(teacher, "inherit")
@@ -370,7 +357,7 @@ def inherit(
         student, report = _inherit(teacher, maps)
     read_the_same_ids(student, teacher)
     logger.info("%s", report)
-    return (student, report) if return_report else student
+    return with_report(student, report)
 
 
 def _chosen(teacher: PreTrainedModel, given: dict[str, Layers], named: str | None) -> dict[Stack, str]:

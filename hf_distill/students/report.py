@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
+from torch import nn
+
+from hf_distill.errors import SettingError
 from hf_distill.layer_map import LayerMap
+
+_REPORTS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def report_of(student: nn.Module) -> Any:
+    """Return the report on how a student was made, by `inherit`, `narrow`, `fresh` or `adapt`.
+
+    It belongs to the object that these functions returned, and is not saved with the model.
+
+    Raises:
+        SettingError: if none of them returned this object.
+    """
+    if student not in _REPORTS:
+        raise SettingError(
+            f"report_of: this {type(student).__name__} was not made by inherit, narrow, fresh or adapt in this process."
+        )
+    return _REPORTS[student]
+
+
+def with_report(student: Any, report: Any) -> Any:
+    """Return the student, and remember how it was made."""
+    _REPORTS[student] = report
+    return student
 
 
 @dataclass(frozen=True)
@@ -76,10 +104,10 @@ class NarrowReport:
         architecture: the model class.
         sizes: settings of the config that changed.
         kept: where the units lie → which of the teacher's were kept, in the student's order. Heads and neurons go by
-            the matrix that reads them; channels are under "hidden states", tokens under "tokens".
-            Empty for channels that were projected.
-        cut: parameters and buffers that are smaller than the teacher's, or in another basis. copied: those that are
-            equal.
+            the matrix that reads them; channels are under "hidden states", tokens under "tokens". Empty for channels
+            that were projected.
+        cut: parameters and buffers that are smaller than the teacher's, or in another basis.
+        copied: those that are equal.
         fresh: what has no source. Empty: `narrow` refuses rather than start something at random.
         importance: how the units were chosen; None: no choice was needed.
         projected: which share of the hidden states on the data, each with mean square 1, lies in the directions kept;
@@ -120,9 +148,11 @@ class FreshReport:
     """How a student of another architecture was made.
 
     Attributes:
-        architecture: the student's model class. teacher: the teacher's; None: there was none.
+        architecture: the student's model class.
+        teacher: the teacher's; None: there was none.
         embeddings: parameters of the student that hold rows of the teacher's embeddings; empty: none do.
-        tokens: how many tokens have the teacher's embedding. missing: how many have not, and start fresh.
+        tokens: how many tokens have the teacher's embedding.
+        missing: how many have not, and start fresh.
         fresh: all other parameters: at random, as the student's class starts them, or as the given model had them.
         student_parameters, teacher_parameters: how many numbers, tied ones once.
         notes: what else a reader should know.

@@ -183,7 +183,8 @@ class Task:
         """The outputs of a student that predicts `x`, as `read` reads it; None if they cannot be told from it.
 
         Args:
-            x: predictions over the shared columns. width: the student's columns.
+            x: predictions over the shared columns.
+            width: the student's columns.
         """
         return (columns.as_student(x, width),)
 

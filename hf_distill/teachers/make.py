@@ -29,7 +29,8 @@ def as_teacher(
     """A Teacher, from one, from a model, from a folder or Hub id, or from a cache (a `TeacherCache` or its folder).
 
     Args:
-        kind: the student's kind of head. processing_class: the teacher's tokenizer, where it is not in the folder.
+        kind: the student's kind of head.
+        processing_class: the teacher's tokenizer, where it is not in the folder.
         dtype: as `load_teacher`; a model that is given is cast in place, once it is put to use.
         quantization: "int8_dynamic", or what `from_pretrained` takes as `quantization_config`, also as a dict.
         device_map: as `from_pretrained`.

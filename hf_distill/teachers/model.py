@@ -236,7 +236,8 @@ class ModelTeacher(Teacher):
     with its own start token.
 
     Args:
-        model: the model. processor: its tokenizer or feature extractor, where it is not the student's.
+        model: the model.
+        processor: its tokenizer or feature extractor, where it is not the student's.
         label_matching: "by_name" or "by_index".
         dtype: cast it to this, or keep its own ("auto"); then it does not run under the student's mixed precision.
     """

@@ -62,7 +62,9 @@ class QuantisedTeacher(ModelTeacher):
     there are none, and `not_measured` says why.
 
     Args:
-        model: quantised. how: in words, for the log. full: loads the model in full precision; None: there is none.
+        model: quantised.
+        how: in words, for the log.
+        full: loads the model in full precision; None: there is none.
         full_bytes: of its weights. Others: as `ModelTeacher`.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert

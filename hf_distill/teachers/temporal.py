@@ -44,8 +44,9 @@ class TemporalEnsemble(Teacher):
     there twice is remembered as one and counts twice.
 
     Args:
-        momentum: in [0, 1); 0.6 in the paper. key: a column of whole numbers, one an example, that says which example
-            this is, for inputs that are never the same twice; None: by content.
+        momentum: in [0, 1); 0.6 in the paper.
+        key: a column of whole numbers, one an example, that says which example this is, for inputs that are never the
+            same twice; None: by content.
 
     Raises:
         SettingError: a momentum that cannot be; a head that is not for classes; a temperature that moves.
@@ -82,7 +83,7 @@ class TemporalEnsemble(Teacher):
         student, task = setup.student, setup.task
         if not task.has_classes:
             raise SettingError(
-                "TemporalEnsemble remembers the predictions of classification, multiple_choice and token_classification; "
+                "TemporalEnsemble remembers predictions of classification, multiple_choice and token_classification; "
                 f"this student's head is for {task}, whose predictions are no classes or too many to keep. Use "
                 "MovingAverage."
             )

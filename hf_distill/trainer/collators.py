@@ -141,7 +141,8 @@ def with_answers_marked(tokenizer: Any, texts: Sequence[str], prompts: Sequence[
     not.
 
     Args:
-        tokenizer: a fast one, which knows where in a text its tokens are. prompts: what each text begins with.
+        tokenizer: a fast one, which knows where in a text its tokens are.
+        prompts: what each text begins with.
 
     Raises:
         DataError: a text that does not begin with its prompt, or a tokenizer that does not know where its tokens are.
@@ -193,8 +194,8 @@ class TeacherInputsCollator:
     either.
 
     Args:
-        collator: for everything else. processor: the teacher's tokenizer, feature extractor, image processor or
-        processor.
+        collator: for everything else.
+        processor: the teacher's tokenizer, feature extractor, image processor or processor.
     """
 
     def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
@@ -339,7 +340,8 @@ class SeveralInputsCollator:
     the list has None, that teacher reads what the student reads, unless it has numbered columns, ready to be stacked.
 
     Args:
-        collator: for everything else. processors: of each teacher, in the order of the ensemble.
+        collator: for everything else.
+        processors: of each teacher, in the order of the ensemble.
     """
 
     def __init__(self, collator: Callable[..., Any], processors: Sequence[Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_distill.students import report_of
 from tests.cheap import made_once
 from tests.heads import _BART, _BERT, _DISTILBERT, _GPT2, _LLAMA, _SPEECH, _T5, _VIT, _WHISPER, FRAMES, MEL, VOCABULARY
 
@@ -191,3 +192,8 @@ def one_an_architecture(names: Iterable[str] = tuple(MODELS)) -> list[Any]:
         made.append(pytest.param(name, marks=pytest.mark.slow if architecture in seen else ()))
         seen.add(architecture)
     return made
+
+
+def reported(student: Any) -> tuple[Any, Any]:
+    """A student and the report on how it was made."""
+    return student, report_of(student)

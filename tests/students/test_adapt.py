@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from hf_distill import Distiller, HiddenMatch, MissingExtraError, RelationMatch, SettingError
 from hf_distill.students.adapt import adapt, save_merged
 from tests.heads import HEADS
+from tests.students.models import reported
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
 
 peft = pytest.importorskip("peft", reason="an optional extra")
@@ -44,9 +45,9 @@ def trained(model: Any) -> set[str]:
 
 
 def test_the_adapter_and_the_fresh_head_are_trained_and_nothing_else() -> None:
-    model, report = adapt(
-        bert(num_hidden_layers=2), targets=["query", "value"], rank=2, return_report=True
-    )  # fmt: skip
+    model, report = reported(adapt(
+        bert(num_hidden_layers=2), targets=["query", "value"], rank=2
+    ))  # fmt: skip
     of_layer = [f"bert.encoder.layer.{i}.attention.self.{t}.lora_{x}.default.weight"
                 for i in (0, 1) for t in ("query", "value") for x in "AB"]  # fmt: skip
     head = {f"classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
@@ -79,7 +80,7 @@ def test_which_heads_are_trained(name: str, targets: Any, head: tuple[str, ...])
     plain = HEADS[name].make(0)
     if targets is None:
         targets = "all-linear"
-    model, report = adapt(plain, targets=targets, return_report=True)
+    model, report = reported(adapt(plain, targets=targets))
     assert report.head == head
     whole = {n.split(".modules_to_save")[0] for n in trained(model) if ".modules_to_save." in n}
     assert {n.split(".")[0] for n in whole} == set(head)
@@ -88,24 +89,24 @@ def test_which_heads_are_trained(name: str, targets: Any, head: tuple[str, ...])
 
 
 def test_the_head_can_be_left_or_asked_for() -> None:
-    _, left = adapt(bert(), targets=["query"], train_head=False, return_report=True)
+    _, left = reported(adapt(bert(), targets=["query"], train_head=False))
     assert left.head == ()
-    _, asked = adapt(HEADS["bert_masked_lm"].make(0), targets=["query"], train_head=True, return_report=True)
+    _, asked = reported(adapt(HEADS["bert_masked_lm"].make(0), targets=["query"], train_head=True))
     assert asked.head == ("cls",)
     own = peft.LoraConfig(target_modules=["query"], modules_to_save=["pooler"])
-    _, kept = adapt(bert(), own, return_report=True)
+    _, kept = reported(adapt(bert(), own))
     assert kept.head == ("pooler",)
     assert own.target_modules == {"query"} and own.modules_to_save == ["pooler"]
 
 
 def test_gpt2s_transposed_weights_bring_no_warning() -> None:
-    model, report = adapt(HEADS["gpt2_causal_lm"].make(0), targets=["c_attn"], return_report=True)
+    model, report = reported(adapt(HEADS["gpt2_causal_lm"].make(0), targets=["c_attn"]))
     assert report.adapted and model.active_peft_config.fan_in_fan_out is True
 
 
 @pytest.mark.parametrize("config", [peft.IA3Config(target_modules=["key"], feedforward_modules=[]), "lora"])
 def test_any_config(config: Any) -> None:
-    _, report = adapt(bert(), config, return_report=True)
+    _, report = reported(adapt(bert(), config))
     assert report.method in ("IA3", "LORA") and report.adapted
 
 
@@ -267,9 +268,9 @@ def test_a_quantised_student_is_made_ready_and_its_head_must_not_be(tmp_path) ->
 
     with pytest.raises(SettingError, match=r'classifier is to be trained whole, and is quantised.*\["classifier"\]'):
         adapt(in_4_bits(), targets=["query", "value"])
-    model, report = adapt(
-        in_4_bits(llm_int8_skip_modules=["classifier"]), targets=["query", "value"], return_report=True
-    )  # fmt: skip
+    model, report = reported(adapt(
+        in_4_bits(llm_int8_skip_modules=["classifier"]), targets=["query", "value"]
+    ))  # fmt: skip
     assert report.quantised == "4 bits" and report.head == ("classifier",)
     theirs = in_4_bits(llm_int8_skip_modules=["classifier"])
     objectives = [HiddenMatch("even"), RelationMatch(relation_heads=2)]

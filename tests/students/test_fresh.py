@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from hf_distill.errors import HfDistillError, SettingError
 from hf_distill.students import fresh
 from tests.heads import _BERT, _DISTILBERT, _GPT2, _LLAMA, _VIT
-from tests.students.models import MODELS
+from tests.students.models import MODELS, reported
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
@@ -32,7 +32,7 @@ COUNTERPARTS: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("teacher", "config", "expected"), COUNTERPARTS, ids=lambda value: str(value)[:24])
 def test_a_config_is_built_with_the_teachers_head(teacher: str, config: Any, expected: str) -> None:
-    student, report = fresh(config, teacher=MODELS[teacher].make(layers=1), return_report=True)
+    student, report = reported(fresh(config, teacher=MODELS[teacher].make(layers=1)))
     assert type(student).__name__ == expected == report.architecture and report.teacher == teacher
     assert report.embeddings == () and set(report.fresh) == {name for name, _ in student.named_parameters()}
     assert not student.training
@@ -40,7 +40,7 @@ def test_a_config_is_built_with_the_teachers_head(teacher: str, config: Any, exp
 
 def test_labels_come_from_the_teacher() -> None:
     teacher = MODELS["BertForSequenceClassification"].make(layers=1, **NAMED)
-    student, report = fresh(hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, return_report=True)
+    student, report = reported(fresh(hf.DistilBertConfig(**_DISTILBERT), teacher=teacher))
     assert student.config.id2label == NAMED["id2label"] and student.config.label2id == NAMED["label2id"]
     assert "The labels are the teacher's" in str(report)
     own = hf.DistilBertConfig(**_DISTILBERT, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
@@ -53,10 +53,10 @@ def test_embeddings_go_by_token_and_not_by_id() -> None:
     words = {"w0": 0, "new": 1, "w7": 2, "w3": 3, "other": 4, "w39": 5}
     before = fresh_weights(hf.DistilBertConfig(**_DISTILBERT), teacher)
     torch.manual_seed(5)
-    student, report = fresh(
+    student, report = reported(fresh(
         hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, student_tokenizer=tokenizer(words),
-        teacher_tokenizer=tokenizer(), return_report=True,
-    )  # fmt: skip
+        teacher_tokenizer=tokenizer()
+    ))  # fmt: skip
     ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
     assert torch.equal(ours[[0, 2, 3, 5]], theirs[[0, 7, 3, 39]])
     assert torch.equal(ours[[1, 4, 6]], before[[1, 4, 6]])

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from hf_distill.students.narrow.narrow import narrow
-from tests.students.models import MODELS
+from tests.students.models import MODELS, reported
 from tests.students.narrow_models import N_HEADS, teacher_of
 from tests.students.projection_models import OTHERS
 
@@ -38,7 +38,7 @@ def test_activation_is_the_size_of_what_a_neuron_gives() -> None:
         read = [(b, t) for b in range(2) for t in range(6) if batch["attention_mask"][b, t]]
         scores.append(sum(float((x[b, t, j] * w[:, j]).square().sum()) for b, t in read))
     best = sorted(range(32), key=lambda j: -scores[j])[:7]
-    _, report = narrow(teacher, intermediate=7, data=[batch], return_report=True)
+    _, report = reported(narrow(teacher, intermediate=7, data=[batch]))
     assert report.kept[module] == tuple(sorted(best)) and report.importance == "activation"
     everywhere = dict(batch, attention_mask=torch.ones_like(batch["attention_mask"]))
     assert not torch.equal(x, inputs_of(teacher, module, everywhere).double())
@@ -57,7 +57,7 @@ def test_activation_is_the_size_of_what_a_head_gives() -> None:
         for head in range(N_HEADS):
             block = slice(4 * head, 4 * head + 4)
             scores[head] += (x[..., block] @ w[:, block].T).square().sum()
-    _, report = narrow(teacher, heads=2, data=iter(batches), return_report=True)
+    _, report = reported(narrow(teacher, heads=2, data=iter(batches)))
     assert report.kept[module] == tuple(sorted(scores.argsort(descending=True)[:2].tolist()))
 
 
@@ -76,7 +76,7 @@ def test_gradient_is_the_change_of_the_loss_by_the_gate(kind: str) -> None:
             up, down = (loss_with_gate(teacher, module, units, unit, gate, one) for gate in (1 + 1e-4, 1 - 1e-4))
             scores[unit] += abs(up - down) / 2e-4
     for keep in (1, 2, 3):
-        _, report = narrow(teacher, **{kind: keep}, data=[batch], importance="gradient", return_report=True)
+        _, report = reported(narrow(teacher, **{kind: keep}, data=[batch], importance="gradient"))
         assert report.kept[module] == tuple(sorted(scores.argsort(descending=True)[:keep].tolist()))
     assert "chosen by gradient" in str(report)
 
@@ -107,9 +107,7 @@ def test_dead_units_are_not_kept(importance: str) -> None:
         teacher.model.embed_tokens.weight[:, [1, 5, 6]] = 0
     batch = MODELS[LLAMA].batch()
     batch["labels"] = batch["input_ids"]
-    _, report = narrow(
-        teacher, hidden=12, heads=2, intermediate=14, data=[batch], importance=importance, return_report=True
-    )
+    _, report = reported(narrow(teacher, hidden=12, heads=2, intermediate=14, data=[batch], importance=importance))
     for layer in range(2):
         assert report.kept[f"model.layers.{layer}.self_attn.o_proj"] == (1, 3)
         assert report.kept[f"model.layers.{layer}.mlp.down_proj"] == tuple(range(18, 32))
@@ -147,10 +145,10 @@ def test_heads_that_share_a_key_value_head() -> None:
     scores = inputs_of(teacher, "model.layers.0.self_attn.o_proj", batch).unflatten(-1, (4, 4)).square()
     scores = scores[batch["attention_mask"].bool()].sum((0, 2)) * torch.tensor([9.0, 4.0, 0.25, 1.0])
     of_pairs = [int(scores[:2].argmax()), 2 + int(scores[2:].argmax())]
-    spread, report = narrow(teacher, heads=2, data=[batch], return_report=True)
+    spread, report = reported(narrow(teacher, heads=2, data=[batch]))
     assert report.kept["model.layers.0.self_attn.o_proj"] == tuple(of_pairs)
     assert (spread.config.num_attention_heads, spread.config.num_key_value_heads) == (2, 2)
-    pair, report = narrow(teacher, heads=2, key_value_heads=1, data=[batch], return_report=True)
+    pair, report = reported(narrow(teacher, heads=2, key_value_heads=1, data=[batch]))
     better = (0, 1) if scores[:2].sum() > scores[2:].sum() else (2, 3)
     assert report.kept["model.layers.0.self_attn.o_proj"] == better
     assert (pair.config.num_key_value_heads, pair.config.head_dim) == (1, 4)
@@ -164,7 +162,7 @@ def test_a_convolution_in_groups_keeps_equally_many_of_each() -> None:
     """Its weight, of which length and direction are stored apart, is the teacher's weight at those places."""
     name = "Wav2Vec2ForCTC"
     teacher = teacher_of(name)
-    student, report = narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()], return_report=True)
+    student, report = reported(narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()]))
     kept = report.kept["hidden states"]
     halves = [[c for c in kept if c < 8], [c - 8 for c in kept if c >= 8]]
     assert [len(half) for half in halves] == [6, 6]
@@ -177,7 +175,7 @@ def test_whisper_keeps_the_alignment_heads_that_stay() -> None:
     name = "WhisperForConditionalGeneration"
     teacher = teacher_of(name)
     teacher.generation_config.alignment_heads = [[0, head] for head in range(4)] + [[1, 2]]
-    student, report = narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()], return_report=True)
+    student, report = reported(narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()]))
     kept = report.kept["model.decoder.layers.0.encoder_attn.out_proj"]
     other = report.kept["model.decoder.layers.1.encoder_attn.out_proj"]
     expected = [[0, 0], [0, 1], [0, 2]] + ([[1, other.index(2)]] if 2 in other else [])
@@ -186,8 +184,8 @@ def test_whisper_keeps_the_alignment_heads_that_stay() -> None:
 
 
 def test_data_may_hold_more_columns_and_gaps() -> None:
-    _, report = narrow(
-        teacher_of(BERT), intermediate=8, data=[{**MODELS[BERT].batch(), "idx": torch.ones(2)}], return_report=True
+    _, report = reported(
+        narrow(teacher_of(BERT), intermediate=8, data=[{**MODELS[BERT].batch(), "idx": torch.ones(2)}])
     )
     assert len(report.kept) == 2 and report.fresh == () and "config.intermediate_size: 8 of 32" in str(report)
     teacher = teacher_of(T5)
@@ -197,14 +195,14 @@ def test_data_may_hold_more_columns_and_gaps() -> None:
 def test_a_width_that_sets_a_factor_is_noted() -> None:
     teacher = teacher_of("BartForConditionalGeneration", scale_embedding=True)
     data = [MODELS["BartForConditionalGeneration"].batch()]
-    _, report = narrow(teacher, hidden=4, heads=1, data=data, return_report=True)
+    _, report = reported(narrow(teacher, hidden=4, heads=1, data=data))
     assert any("embed_scale is 2, in the teacher 4" in note for note in report.notes)
 
 
 def test_a_factor_in_a_buffer_is_the_students(tmp_path: Path) -> None:
     """Gemma 2 multiplies its embeddings by √hidden, which no file holds: in memory as after reading the file."""
     teacher, batch = OTHERS["Gemma2"].make(2), OTHERS["Gemma2"].batch()
-    student, report = narrow(teacher, hidden=12, heads=2, data=[batch], return_report=True)
+    student, report = reported(narrow(teacher, hidden=12, heads=2, data=[batch]))
     student.save_pretrained(tmp_path)
     again = OTHERS["Gemma2"].model_class.from_pretrained(tmp_path).eval()
     assert float(student.model.embed_tokens.embed_scale) == pytest.approx(12**0.5)

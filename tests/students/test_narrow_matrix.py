@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from hf_distill.errors import HfDistillError
 from hf_distill.students import inherit
 from hf_distill.students.narrow.narrow import narrow
-from tests.students.models import MODELS, Tiny, one_an_architecture
+from tests.students.models import MODELS, Tiny, one_an_architecture, reported
 from tests.students.narrow_models import (
     HIDDEN,
     MAKES_HEADS,
@@ -55,7 +55,7 @@ def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Pa
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
     neurons = 64 if "GPT2" in name else NEURONS
-    student, report = narrow(teacher, intermediate=12, data=[batch], return_report=True)
+    student, report = reported(narrow(teacher, intermediate=12, data=[batch]))
     masks = {module: torch.zeros(neurons) for module in report.kept}
     for module, kept in report.kept.items():
         assert len(kept) == 12 and list(kept) == sorted(set(kept))
@@ -73,7 +73,7 @@ def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Pa
 def test_kept_heads_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
-    student, report = narrow(teacher, heads=2, data=[batch], return_report=True)
+    student, report = reported(narrow(teacher, heads=2, data=[batch]))
     masks = {}
     for names, kept in report.kept.items():
         for module in names.split(", "):  # T5: all layers of a side share a table of positions, so they keep the same
@@ -95,7 +95,7 @@ def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> N
     """Hidden states and heads together. By hand: what is 16 long is cut to the kept channels, except along heads."""
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
-    student, report = narrow(teacher, **sizes_for(name), data=[batch], return_report=True)
+    student, report = reported(narrow(teacher, **sizes_for(name), data=[batch]))
     theirs = teacher.state_dict()
     compared = 0
     for tensor_name, ours in student.state_dict().items():

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.students import inherit
 from hf_distill.students.narrow.narrow import narrow
-from tests.students.models import MODELS
+from tests.students.models import MODELS, reported
 from tests.students.narrow_models import teacher_of
 from tests.students.projection_models import NAMES, keep_in_subspace, logits, make, tiny_of
 
@@ -23,7 +23,7 @@ TIED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "T5ForConditionalGeneration", "G
 
 
 def projected(teacher: Any, hidden: int, batch: dict[str, torch.Tensor], **others: Any) -> tuple[Any, Any]:
-    return narrow(teacher, hidden=hidden, data=[batch], width="projection", return_report=True, **others)
+    return reported(narrow(teacher, hidden=hidden, data=[batch], width="projection", **others))
 
 
 def random_basis(width: int, kept: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_heads_and_neurons_are_chosen_beside_it(importance: str) -> None:
     batch["labels"] = batch["input_ids"]
     sizes: dict[str, Any] = {"heads": 2, "intermediate": 20, "importance": importance}
     student, report = projected(teacher, 16, batch, **sizes)
-    cut, other = narrow(teacher, data=[batch], return_report=True, **sizes)
+    cut, other = reported(narrow(teacher, data=[batch], **sizes))
     assert report.kept == other.kept and report.importance == importance
     assert_close(logits(student, batch), logits(cut, batch), rtol=0, atol=1e-10)
 

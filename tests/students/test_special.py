@@ -13,14 +13,14 @@ from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
 from hf_distill.models.stacks import find_stacks
 from hf_distill.students import inherit
-from tests.students.models import MODELS
+from tests.students.models import MODELS, reported
 from tests.students.test_matrix import assert_as, outputs
 
 
 def test_t5_takes_the_table_of_positions_from_layer_0_whatever_layer_comes_first() -> None:
     tiny = MODELS["T5ForConditionalGeneration"]
     teacher = tiny.make()
-    student, report = inherit(teacher, encoder_layers=[1, 3], decoder_layers=[2], return_report=True)
+    student, report = reported(inherit(teacher, encoder_layers=[1, 3], decoder_layers=[2]))
     table = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     for side in ("encoder", "decoder"):
         name = f"{side}.{table}"
@@ -41,7 +41,7 @@ def test_t5_takes_the_table_of_positions_from_layer_0_whatever_layer_comes_first
 
 def test_wavlm_takes_the_table_of_positions_from_layer_0() -> None:
     teacher = MODELS["WavLMForCTC"].make()
-    student, report = inherit(teacher, layers=[2, 3], return_report=True)
+    student, report = reported(inherit(teacher, layers=[2, 3]))
     (table,) = report.carried
     assert table.endswith("layers.0.attention.rel_attn_embed.weight")
     assert torch.equal(student.get_parameter(table), teacher.get_parameter(table))
@@ -49,7 +49,7 @@ def test_wavlm_takes_the_table_of_positions_from_layer_0() -> None:
 
 def test_one_side_of_an_encoder_decoder() -> None:
     teacher = MODELS["BartForConditionalGeneration"].make()
-    student, report = inherit(teacher, decoder_layers=[0, -1], return_report=True)
+    student, report = reported(inherit(teacher, decoder_layers=[0, -1]))
     assert (student.config.encoder_layers, student.config.decoder_layers) == (4, 2)
     assert [stack.path for stack in report.stacks] == ["model.decoder.layers"]
     assert report.copied["model.encoder.layers.3.fc1.weight"] == "model.encoder.layers.3.fc1.weight"
@@ -88,7 +88,7 @@ def test_gpt2_scaled_by_the_layer_is_refused_where_a_layer_moves() -> None:
 def test_albert_runs_its_one_set_of_weights_fewer_times() -> None:
     tiny = MODELS["AlbertForMaskedLM"]
     teacher = tiny.make()
-    student, report = inherit(teacher, layers=[-1, 0], return_report=True)
+    student, report = reported(inherit(teacher, layers=[-1, 0]))
     assert student.config.num_hidden_layers == 2
     assert report.student_parameters == report.teacher_parameters and "share their weights" in str(report)
     states = (outputs(model, tiny.batch()) for model in (student, teacher))
@@ -112,7 +112,7 @@ def test_convolutions_of_the_same_number_are_no_layers() -> None:
 def test_whisper_keeps_the_alignment_heads_of_the_layers_it_keeps() -> None:
     teacher = MODELS["WhisperForConditionalGeneration"].make()
     teacher.generation_config.alignment_heads = [[1, 0], [3, 1], [2, 0]]
-    student, report = inherit(teacher, decoder_layers=[0, 3], return_report=True)
+    student, report = reported(inherit(teacher, decoder_layers=[0, 3]))
     assert student.generation_config.alignment_heads == [[1, 1]] and "1 of 3" in report.notes[0]
     without = inherit(teacher, decoder_layers=[0])
     assert not hasattr(without.generation_config, "alignment_heads")
@@ -121,7 +121,7 @@ def test_whisper_keeps_the_alignment_heads_of_the_layers_it_keeps() -> None:
 
 def test_weights_per_layer_are_cut_to_the_layers() -> None:
     teacher = MODELS["Wav2Vec2ForSequenceClassification"].make()
-    student, report = inherit(teacher, layers=[1, 3], return_report=True)
+    student, report = reported(inherit(teacher, layers=[1, 3]))
     assert torch.equal(student.layer_weights, teacher.layer_weights[[0, 2, 4]]) and report.recut == ("layer_weights",)
 
 
@@ -215,7 +215,7 @@ def test_stacks_of_models_within_models() -> None:
 
 
 def test_the_report_prints_what_was_done() -> None:
-    student, report = inherit(MODELS["BertForMaskedLM"].make(), layers=2, return_report=True)
+    student, report = reported(inherit(MODELS["BertForMaskedLM"].make(), layers=2))
     assert report.fresh == () and set(report.copied) >= {name for name, _ in student.named_parameters()}
     assert report.student_parameters == student.num_parameters()
     assert sum("layer.1." in name or "layer.2." in name for name in report.left) == len(report.left) > 0
@@ -225,7 +225,7 @@ def test_the_report_prints_what_was_done() -> None:
 
 def test_the_stages_of_a_backbone_follow_their_layers() -> None:
     teacher = MODELS["BeitForImageClassification"].make(out_indices=[1, 3, 4])
-    student, report = inherit(teacher, layers=[0, 2], return_report=True)
+    student, report = reported(inherit(teacher, layers=[0, 2]))
     assert student.config.stage_names == ["stem", "stage1", "stage2"]
     assert student.config.out_indices == [1, 2] and student.config.out_features == ["stage1", "stage2"]
     assert report.notes == ("config.out_indices: [1, 2]; the teacher's: [1, 3, 4].",)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.students import inherit, trim_vocabulary
 from hf_distill.students.narrow.narrow import narrow
-from tests.students.models import MODELS, one_an_architecture
+from tests.students.models import MODELS, one_an_architecture, reported
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 PLAIN = [
@@ -206,7 +206,7 @@ def test_ids_in_the_configs_are_renumbered() -> None:
     teacher.generation_config.forced_eos_token_id = 30
     teacher.generation_config.bad_words_ids = [[5, 20], [5, 33]]
     vocabulary = trim_vocabulary(tokenizer(), ["w5 w20", "w30"], keep=[1])
-    student, report = narrow(teacher, vocabulary=vocabulary, return_report=True)
+    student, report = reported(narrow(teacher, vocabulary=vocabulary))
     assert vocabulary.kept == (0, 1, 5, 20, 30)
     config, generation = student.config, student.generation_config
     assert (config.pad_token_id, config.bos_token_id, config.decoder_start_token_id, config.eos_token_id) == (
@@ -236,7 +236,7 @@ def test_everything_at_once_and_in_depth() -> None:
     teacher = tiny.make(layers=3)
     vocabulary = trim_vocabulary(tokenizer(), TEXTS)
     arguments: dict[str, Any] = {"hidden": 8, "heads": 1, "intermediate": 4, "data": [tiny.batch()]}
-    student, report = narrow(inherit(teacher, layers=2), vocabulary=vocabulary, return_report=True, **arguments)
+    student, report = reported(narrow(inherit(teacher, layers=2), vocabulary=vocabulary, **arguments))
     assert student.get_input_embeddings().weight.shape == (12, 8) and report.kept["tokens"] == tuple(range(12))
     assert torch.equal(
         student.get_input_embeddings().weight,

@@ -43,7 +43,8 @@ class Wiring:
         feeding: weight → the parameters between it and the matrices before it.
         input_axis: weight → the axis that its input is multiplied with.
         owner: bias → its weight.
-        seen: parameters that took part in any operation. matrices: all parameters with more than one axis.
+        seen: parameters that took part in any operation.
+        matrices: all parameters with more than one axis.
     """
 
     asking: set[str] = field(default_factory=set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from hf_distill.students.narrow.importance import check_importance, keep_best
 from hf_distill.students.narrow.projection import Projected, check_projection, projected
 from hf_distill.students.narrow.stream import Stream, find_stream
 from hf_distill.students.narrow.units import Cut, check_exchangeable, find_groups
-from hf_distill.students.report import NarrowReport
+from hf_distill.students.report import NarrowReport, with_report
 from hf_distill.students.trimming import TrimmedVocabulary
 from hf_distill.vocabulary import read_the_same_ids, reads_trimmed_ids
 
@@ -60,20 +60,6 @@ logger = logging.getLogger(__name__)
 Batches = Iterable[Mapping[str, Any]]
 
 
-@overload
-def narrow(
-    teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
-    intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
-    importance: str = ..., width: str = ..., return_report: Literal[False] = ...,
-) -> PreTrainedModel: ...  # fmt: skip
-@overload
-def narrow(
-    teacher: PreTrainedModel, *, hidden: int | None = ..., heads: int | None = ..., key_value_heads: int | None = ...,
-    intermediate: int | None = ..., vocabulary: TrimmedVocabulary | None = ..., data: Batches | None = ...,
-    importance: str = ..., width: str = ..., return_report: Literal[True],
-) -> tuple[PreTrainedModel, NarrowReport]: ...  # fmt: skip
-
-
 def narrow(
     teacher: PreTrainedModel,
     *,
@@ -85,8 +71,7 @@ def narrow(
     data: Batches | None = None,
     importance: str = "activation",
     width: str = "importance",
-    return_report: bool = False,
-) -> PreTrainedModel | tuple[PreTrainedModel, NarrowReport]:
+) -> PreTrainedModel:
     """A new model of the teacher's class that holds the teacher's most important heads, neurons and channels.
 
     Which axes of which tensors those are is found by experiment, and checked: exchanging two units must change nothing.
@@ -107,7 +92,6 @@ def narrow(
             components on `data`, and the leading ones are kept (SliceGPT, Ashkboos et al. 2024, section 3; there with
             a basis a block, here with one, so that the architecture stays). For models with an RMSNorm before each
             block: Llama, Qwen, Mistral, Gemma, T5. A tied head gets weights of its own.
-        return_report: also return a NarrowReport.
 
     Raises:
         SettingError: for sizes that the teacher does not have or that do not fit together.
@@ -115,12 +99,13 @@ def narrow(
         TeacherError: for a teacher whose units cannot be told apart, or cannot be cut.
 
     >>> import torch
+    >>> from hf_distill.students import report_of
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(vocab_size=40, hidden_size=16, num_attention_heads=4, num_key_value_heads=2)
     >>> teacher = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, intermediate_size=32, **sizes))
     >>> data = [{"input_ids": torch.tensor([[3, 4, 5, 6]])}]
-    >>> student, report = narrow(teacher, heads=2, intermediate=8, data=data, return_report=True)
-    >>> [str(size) for size in report.sizes]
+    >>> student = narrow(teacher, heads=2, intermediate=8, data=data)
+    >>> [str(size) for size in report_of(student).sizes]
     ['config.num_attention_heads: 2 of 4', 'config.intermediate_size: 8 of 32']
     """
     check_teacher(teacher, "narrow")
@@ -135,7 +120,7 @@ def narrow(
     else:
         reads_trimmed_ids(student, vocabulary.kept)
     logger.info("%s", report)
-    return (student, report) if return_report else student
+    return with_report(student, report)
 
 
 def _narrow(

@@ -27,7 +27,8 @@ class Stream:
     Attributes:
         width: channels.
         norms: weight of a norm → what the norm adds to it before it multiplies: 1 in Gemma, else 0.
-        readers: weight that reads the hidden states → its axis. through: the same → the norm's weight; None: no norm.
+        readers: weight that reads the hidden states → its axis.
+        through: the same → the norm's weight; None: no norm.
         writers: weight, or its bias, whose output is added to the hidden states → its axis.
         embeddings: tables that the hidden states start from. A tied table stands here and under `readers`.
     """

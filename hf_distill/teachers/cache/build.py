@@ -60,7 +60,8 @@ class Bar:
     """Counts batches and the positions in them; shows nothing where it is not to be shown.
 
     Args:
-        total: batches in all. finished: those of an earlier pass.
+        total: batches in all.
+        finished: those of an earlier pass.
         axis: what the predictions run along, which says what a position is.
     """
 
@@ -394,7 +395,10 @@ class Pass:
     """Makes shards. The same shard has the same bytes whoever makes it, and whatever was made before.
 
     Args:
-        source: who is asked about what. folder: of the cache. plan: what was agreed on. device: of the teacher.
+        source: who is asked about what.
+        folder: of the cache.
+        plan: what was agreed on.
+        device: of the teacher.
         num_workers: processes that make batches.
     """
 

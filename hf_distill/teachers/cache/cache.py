@@ -100,19 +100,23 @@ class TeacherCache:
         Args:
             teacher: a model, a folder or Hub id; or any other teacher (an `Ensemble`, say), with `student`.
             dataset: with a length, of the examples that a Trainer is given.
-            student: the model that is to learn, where its head is of a class that is not the teacher's. task: instead.
+            student: the model that is to learn, where its head is of a class that is not the teacher's.
+            task: instead.
             data_collator, processing_class: as in the training; the default collator is Trainer's.
             batch_size: consecutive examples; part of what the cache is, where predictions depend on padding.
             store: None: `TopK()` for a vocabulary of more than 4,096 columns, `Dense("float32")` for values, else
                 `Dense()`.
             predictions: False: none are kept, for training on objectives alone (`alpha=None`).
             temperature: of the training, for teachers whose predictions hold for one (a mean of probabilities).
-            objectives: of the training: what they read of the teacher's inside is kept. reads: what to keep by name,
-                ("hidden", block) or a `ActivationKey`. inside_dtype: "float16", "bfloat16" or "float32".
-            dtype: of the teacher, as `teacher_dtype`. shard_examples: in a file, which are lost at most when the pass
-                is interrupted; None: 256 or a thousandth of all, and no more than 64 MB.
+            objectives: of the training: what they read of the teacher's inside is kept.
+            reads: what to keep by name, ("hidden", block) or a `ActivationKey`.
+            inside_dtype: "float16", "bfloat16" or "float32".
+            dtype: of the teacher, as `teacher_dtype`.
+            shard_examples: in a file, which are lost at most when the pass is interrupted; None: 256 or a thousandth of
+                all, and no more than 64 MB.
             accelerator: None: processes and device as Accelerate finds them.
-            say: is given the announcements; None: the log does. progress: a bar, with the speed and the time left.
+            say: is given the announcements; None: the log does.
+            progress: a bar, with the speed and the time left.
 
         Raises:
             DataError: it does not fit, the disk is full (what is finished stays), or the folder holds something else.
@@ -181,7 +185,8 @@ class TeacherCache:
         """What the teacher said of the rows of a batch, laid out as the batch is padded, on the CPU.
 
         Args:
-            slot: between prefix and field, where several caches answer. fields: of the inside; None: all.
+            slot: between prefix and field, where several caches answer.
+            fields: of the inside; None: all.
 
         Returns:
             for each field, `teacher_cached_<field>`: `[b t width]`, or `[b width]` where a row is an example; where the

@@ -133,7 +133,8 @@ class MemoryMappedShards:
     """The shards and the index of a finished cache.
 
     Args:
-        folder: of the cache. shards: names of its files, in order.
+        folder: of the cache.
+        shards: names of its files, in order.
         columns: field → the column with how many positions of it each example has, and numbers a position.
     """
 

@@ -36,7 +36,8 @@ class WantedActivations:
 
     Attributes:
         reads: what → "first", "last", "mean" (of each example this vector alone), or None (every position).
-        inside: the teacher's. dtype: on the disk.
+        inside: the teacher's.
+        dtype: on the disk.
     """
 
     reads: Mapping[ActivationKey, str | None]
@@ -52,8 +53,11 @@ class StoredActivation:
     """A read as the manifest describes it.
 
     Attributes:
-        field: its column in the shards. what, layer: as `ActivationKey` has them. path: of the list of blocks.
-        pools: see `WantedActivations`. axis: what its positions run along. width: numbers a position.
+        field: its column in the shards. what, layer: as `ActivationKey` has them.
+        path: of the list of blocks.
+        pools: see `WantedActivations`.
+        axis: what its positions run along.
+        width: numbers a position.
     """
 
     field: str

@@ -69,7 +69,8 @@ def real_positions(axis: Axis, batch: Batch, length: int | None = None, task: Ta
     """`[b t]` bool, on the CPU: which positions are no padding; None: one row an example, or not known here.
 
     Args:
-        length: t, where the predictions are at hand. task: needed for frames, whose number follows from its rule.
+        length: t, where the predictions are at hand.
+        task: needed for frames, whose number follows from its rule.
     """
     if axis == "example":
         return None
@@ -234,7 +235,9 @@ def shown(
     """What `lay` gave as the teacher's own hidden states would be: `[m t d]` in full precision.
 
     Args:
-        batch: as the teacher reads it. positions: of the student. counts: `[b]` of frames.
+        batch: as the teacher reads it.
+        positions: of the student.
+        counts: `[b]` of frames.
 
     Raises:
         TeacherError: other frames than the cache holds.

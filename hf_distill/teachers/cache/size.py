@@ -36,7 +36,10 @@ class Size:
     """What a cache takes.
 
     Attributes:
-        examples: how many. positions: of an example, a mean over a sample. bytes_a_position: exact. inside: beside.
+        examples: how many.
+        positions: of an example, a mean over a sample.
+        bytes_a_position: exact.
+        inside: beside.
         axis: what the predictions run along; "example": each has one.
     """
 

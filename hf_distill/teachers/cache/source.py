@@ -92,7 +92,8 @@ class Answer:
     """What was said of a batch.
 
     Attributes:
-        raw: `[b v]` or `[b t v]`, see `layout.RawRead`; None: nothing, or sparse. inside: as `Signals` has it.
+        raw: `[b v]` or `[b t v]`, see `layout.RawRead`; None: nothing, or sparse.
+        inside: as `Signals` has it.
     """
 
     raw: Tensor | None
@@ -104,11 +105,13 @@ class TeacherRunner:
     """A teacher as a pass asks it.
 
     Args:
-        teacher: put to use and placed by `place`. learner: the student, or the model itself where none is given.
+        teacher: put to use and placed by `place`.
+        learner: the student, or the model itself where none is given.
         temperature: that its predictions are for; None: for any.
 
     Attributes:
-        inputs: what it reads of a batch. main: the main input of them. config: as a model's.
+        inputs: what it reads of a batch.
+        main: the main input of them. config: as a model's.
         reads_labels: what it says depends on the labels.
     """
 
@@ -296,9 +299,11 @@ class TeacherOutputs:
     """What was said of a batch, real positions alone.
 
     Attributes:
-        counts: `[b]` rows of predictions of each example. rows: `[p v]` predictions; None: none, or listed.
-        listed: of a teacher that lists some columns, leading axis p. inside: for each read, as it is kept,
-        `[p d]` and how many positions each example has `[b]`. prepared: the batch with what both models are given.
+        counts: `[b]` rows of predictions of each example.
+        rows: `[p v]` predictions; None: none, or listed.
+        listed: of a teacher that lists some columns, leading axis p.
+        inside: for each read, as it is kept, `[p d]` and how many positions each example has `[b]`.
+        prepared: the batch with what both models are given.
     """
 
     counts: np.ndarray
@@ -319,8 +324,11 @@ class Source:
 
     Attributes:
         asked: the teacher, with the task and the student whose rule makes decoder inputs.
-        dataset: examples as a collator takes them. collator: makes batches. processor: of the dataset's preprocessing.
-        wanted: of its inside; None: nothing. predictions: whether they are kept.
+        dataset: examples as a collator takes them.
+        collator: makes batches.
+        processor: of the dataset's preprocessing.
+        wanted: of its inside; None: nothing.
+        predictions: whether they are kept.
         labels: reads those of the dataset.
     """
 

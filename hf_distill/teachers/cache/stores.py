@@ -29,7 +29,9 @@ def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> 
     The raw words of Philox (Salmon et al. 2011) are fixed by its definition, so no version of numpy changes them.
 
     Args:
-        keys: `[b 2]` of the examples. counts: `[b]` positions of each. seed: from 0 to 2^64 - 1.
+        keys: `[b 2]` of the examples.
+        counts: `[b]` positions of each.
+        seed: from 0 to 2^64 - 1.
 
     >>> one = uniforms(np.array([[7, 1], [9, 2]], dtype=np.uint64), np.array([1, 2]), 2, seed=0)
     >>> alone = uniforms(np.array([[9, 2]], dtype=np.uint64), np.array([2]), 2, seed=0)
@@ -88,7 +90,8 @@ class Store(Protocol):
         """`[p v]` → for each field `[p width]`.
 
         Args:
-            keys: `[b 2]` of the examples. counts: `[b]` how many of the positions each has. For what is drawn.
+            keys: `[b 2]` of the examples.
+            counts: `[b]` how many of the positions each has. For what is drawn.
         """
         ...
 
@@ -259,7 +262,8 @@ class TopKFromServer:
 
     Args:
         k: columns a row, at most; what a row lists beyond is put into the tail, the likeliest first.
-        temperature: of the probabilities. dtype: of the log-probabilities, "float16" or "float32".
+        temperature: of the probabilities.
+        dtype: of the log-probabilities, "float16" or "float32".
 
     >>> sum(field.bytes for field in TopKFromServer(20).fields(32_000).values())
     124
@@ -332,7 +336,8 @@ class TopK:
     training at any other is refused. A temperature that moves needs `Dense`.
 
     Args:
-        k: columns kept of each row. temperatures: at which it can be trained with.
+        k: columns kept of each row.
+        temperatures: at which it can be trained with.
         dtype: of the log-probabilities, "float16" or "float32".
 
     Raises:
@@ -434,8 +439,11 @@ class Sampled:
     often a build was interrupted. Training at another temperature is refused, and so are divergences but forward_kl.
 
     Args:
-        samples: draws a row. temperature: at which it can be trained with. proposal_power: above 0, at most 1; at 1 all
-            weights are equal and are not kept. stratified: False for independent draws. seed: of the draws.
+        samples: draws a row.
+        temperature: at which it can be trained with.
+        proposal_power: above 0, at most 1; at 1 all weights are equal and are not kept.
+        stratified: False for independent draws.
+        seed: of the draws.
 
     Raises:
         SettingError: a setting outside these bounds.
@@ -538,8 +546,11 @@ class Hybrid:
     with `Sampled`.
 
     Args:
-        k: columns kept of each row. samples: draws from the others. temperature: at which it can be trained with.
-        dtype: of the log-probabilities of the k, "float16" (off by 2^-12 of log p) or "float32". seed: of the draws.
+        k: columns kept of each row.
+        samples: draws from the others.
+        temperature: at which it can be trained with.
+        dtype: of the log-probabilities of the k, "float16" (off by 2^-12 of log p) or "float32".
+        seed: of the draws.
 
     Raises:
         SettingError: a setting outside these bounds.

@@ -143,7 +143,8 @@ class CachedCollator:
     in the cache.
 
     Args:
-        collator: makes a batch of examples. cache: where to look. slot, fields: as `TeacherCache.look_up`.
+        collator: makes a batch of examples.
+        cache: where to look. slot, fields: as `TeacherCache.look_up`.
 
     Raises:
         SettingError: a collator that draws masks or augmentations at run time, for both models, unless the cache was

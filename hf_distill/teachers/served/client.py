@@ -28,7 +28,8 @@ class Api:
     """One kind of server.
 
     Attributes:
-        path: under the url. body: model, prompts, k → the request.
+        path: under the url.
+        body: model, prompts, k → the request.
         answers: the reply → one answer a prompt, in order.
         rows: answer, prompt → for each position but the first, what is listed for it.
         texts: answer → token id → its text, as far as it is told.
@@ -194,7 +195,8 @@ class Endpoint:
 
     Args:
         url: http(s)://host[:port][/path], without user, password, query.
-        timeout_s: of one attempt. retries: further attempts after a failure that may pass.
+        timeout_s: of one attempt.
+        retries: further attempts after a failure that may pass.
         api_key_env: name of the environment variable with the key, read at each request; None: no key.
 
     Raises:

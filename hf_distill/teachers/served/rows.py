@@ -46,7 +46,8 @@ def listed_rows(rows: Sequence[Mapping[int, float]], columns: np.ndarray) -> Lis
     rest is normalised anew, as between two models.
 
     Args:
-        rows: token id → log-probability. columns: token id → compared column, -1: none.
+        rows: token id → log-probability.
+        columns: token id → compared column, -1: none.
 
     Raises:
         TeacherError: no distribution, or one of tokens that the student does not have.

@@ -40,12 +40,15 @@ class ServedTeacher(Teacher):
     The address and the key are in no log, card, checkpoint or message. The key is read from the environment.
 
     Args:
-        url: up to the version: http://localhost:8000/v1 (SGLang: without /v1). model: the name that the server knows.
+        url: up to the version: http://localhost:8000/v1 (SGLang: without /v1).
+        model: the name that the server knows.
         tokenizer: of the served model, to be compared with the student's and with what the server says.
         api: "vllm", "sglang" or "echo" (completions with echo, tokens named token_id:N).
         top_logprobs: k. vLLM gives up to 20 unless it is started with a higher --max-logprobs.
-        batch_size: sequences a request. max_concurrency: requests at a time, of each process.
-        timeout_s: of one attempt. retries: more attempts after a failure that may pass.
+        batch_size: sequences a request.
+        max_concurrency: requests at a time, of each process.
+        timeout_s: of one attempt.
+        retries: more attempts after a failure that may pass.
         api_key_env: name of the environment variable that holds the key; None: none is sent.
 
     Raises:
