@@ -43,7 +43,7 @@ OURS: dict[str, Callable[[], list[Any]]] = {
     "HiddenMatch, every layer": lambda: [HiddenMatch("skip")],
     "HiddenMatch, every layer, projected": lambda: [HiddenMatch("skip", projection="linear")],
     "AttentionMatch, scores, last layer": lambda: [AttentionMatch(LAST)],
-    "AttentionMatch, probabilities, last layer": lambda: [AttentionMatch(LAST, compare="probabilities")],
+    "AttentionMatch, probabilities, last layer": lambda: [AttentionMatch(LAST, distance="probabilities")],
     "AttentionMatch, scores, every layer": lambda: [AttentionMatch("skip")],
     "RelationMatch, last layer": lambda: [RelationMatch()],
     "SimilarityMatch, last layer": lambda: [SimilarityMatch()],

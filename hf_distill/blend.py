@@ -123,7 +123,7 @@ class Blend:
         """Choose alpha and what becomes of the logits; the other objectives stay."""
         softening = checked_schedule("temperature", temperature)
         schedule = None if alpha is None else checked_schedule("alpha", alpha)
-        match = LogitsMatch(divergence, settings=divergence_kwargs, temperature=softening)
+        match = LogitsMatch(divergence, divergence_kwargs=divergence_kwargs, temperature=softening)
         if alpha is None and not self._others:
             raise SettingError("alpha=None is a loss of the objectives alone, and there are none. Pass objectives=.")
         self.alpha = schedule

@@ -216,7 +216,7 @@ class FusedForward:
             teacher=None if teacher is None else self._teacher_rows(teacher, rows),
             terms=Terms(
                 divergence=name,
-                settings=match.settings,
+                settings=match.divergence_kwargs,
                 temperature=step.temperature,
                 labels_factor=self._factor(LABELS, step.weights.get(LABELS, 0.0)),
                 divergence_factor=self._factor(LOGITS, step.weights.get(LOGITS, 0.0)),

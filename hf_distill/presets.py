@@ -220,7 +220,7 @@ def pkd(
                     HiddenMatch(
                         layers,
                         distance="normalized_squared",
-                        positions="first",
+                        pooling="first",
                         projection=projection,
                         weight=weight,
                         name="patience",
@@ -255,7 +255,7 @@ def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: 
             Stage(
                 "minilm",
                 lambda: [
-                    AttentionMatch(layers, compare="probabilities"),
+                    AttentionMatch(layers, distance="probabilities"),
                     RelationMatch(layers, relations=("values",), relation_heads=relation_heads),
                 ],
                 {"alpha": None},
@@ -310,7 +310,7 @@ def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: f
                     HiddenMatch(
                         layers,
                         distance="l1_cosine",
-                        settings={"cosine_weight": cosine_weight},
+                        distance_kwargs={"cosine_weight": cosine_weight},
                         projection="linear",
                         name="heads",
                     )

@@ -140,23 +140,23 @@ class Noise:
 
 
 class SpecAugment:
-    """Log-mel features with `mF` blocks of up to `F` channels and `mT` blocks of up to `T` frames masked.
+    """Mask blocks of channels and blocks of frames of log-mel features.
 
-    A block's width is uniform in 0 … F (or T), and then its place among those where it fits. A time block is never
-    longer than `p` of the frames. Padding is never touched, nor counted. Where an example has no `attention_mask` all
-    of its frames count as sound: let Whisper's feature extractor return the mask, for it pads to 30 seconds.
+    A block's width is uniform in 0 … its largest width, and then its place among those where it fits. Padding is never
+    touched, nor counted. If an example has no `attention_mask`, all of its frames count as sound: let Whisper's feature
+    extractor return the mask, for it pads to 30 seconds.
 
-    Park et al. 2019, SpecAugment, section 2, with the names of its table 1; the defaults are its policy LibriSpeech
-    double. There features have mean 0 and are masked with 0; here with the mean of the example's features, which is
+    Park et al. 2019, SpecAugment, section 2 (F, mF, T, p and mT in its table 1); the defaults are its policy
+    LibriSpeech double. There features have mean 0 and are masked with 0; here with the mean of the features, which is
     the same thing. Time warping is left out: by section 5 it is the least influential and the most expensive of the
     three, and it moves frames, so that a teacher could not be shown the clean sound.
 
     Args:
-        F: greatest number of channels of a block.
-        mF: number of such blocks.
-        T: greatest number of frames of a block.
-        p: greatest share of all frames of a block.
-        mT: number of such blocks.
+        freq_width: largest number of channels in a block.
+        num_freq_masks: number of blocks of channels.
+        time_width: largest number of frames in a block.
+        max_time_share: largest share of all frames in a block.
+        num_time_masks: number of blocks of frames.
         value: what is written into the blocks; None: the mean.
         time_axis: -1 for [mel t] (Whisper), -2 for [t mel] (AST, Speech2Text, Wav2Vec2-BERT).
         column: where the features are ("input_features"; AST's are in "input_values").
@@ -164,9 +164,10 @@ class SpecAugment:
 
     Raises:
         SettingError: a number out of range.
-        DataError: (when called) F above the number of channels, or a column or a mask that does not fit.
+        DataError: (when called) freq_width above the number of channels, or a column or a mask that does not fit.
 
-    >>> masked = SpecAugment(F=0, T=9, p=0.5, mT=1, value=0.0)({"input_features": torch.ones(2, 4)})
+    >>> augment = SpecAugment(freq_width=0, time_width=9, max_time_share=0.5, num_time_masks=1, value=0.0)
+    >>> masked = augment({"input_features": torch.ones(2, 4)})
     >>> masked["input_features"].shape, bool(masked["input_features"].sum() >= 4.0)
     (torch.Size([2, 4]), True)
     """
@@ -176,22 +177,28 @@ class SpecAugment:
     def __init__(
         self,
         *,
-        F: int = 27,
-        mF: int = 2,
-        T: int = 100,
-        p: float = 1.0,
-        mT: int = 2,
+        freq_width: int = 27,
+        num_freq_masks: int = 2,
+        time_width: int = 100,
+        max_time_share: float = 1.0,
+        num_time_masks: int = 2,
         value: float | None = None,
         time_axis: int = -1,
         column: str = "input_features",
         acts_on: ActsOn = "example",
     ) -> None:
-        if min(F, mF, T, mT) < 0 or not 0 <= p <= 1 or time_axis not in (-1, -2):
+        counts = {
+            **{"freq_width": freq_width, "num_freq_masks": num_freq_masks},
+            **{"time_width": time_width, "num_time_masks": num_time_masks},
+        }
+        if min(counts.values()) < 0 or not 0 <= max_time_share <= 1 or time_axis not in (-1, -2):
+            given = ", ".join(f"{name}={value}" for name, value in counts.items())
             raise SettingError(
-                f"SpecAugment: F={F}, mF={mF}, T={T}, mT={mT} (0 or more), p={p} (0 to 1), time_axis={time_axis} "
+                f"SpecAugment: {given} (0 or more), max_time_share={max_time_share} (0 to 1), time_axis={time_axis} "
                 "(-1 or -2)."
             )
-        self.F, self.mF, self.T, self.p, self.mT = F, mF, T, p, mT
+        self.freq_width, self.num_freq_masks = freq_width, num_freq_masks
+        self.time_width, self.num_time_masks, self.max_time_share = time_width, num_time_masks, max_time_share
         self.value = value
         self.time_axis = time_axis
         self.column = column
@@ -202,17 +209,18 @@ class SpecAugment:
         return changed_sound(shown, self.column, self._mask, time_axis=self.time_axis, whole_batch=whole_batch)
 
     def _mask(self, features: Tensor, frames: Tensor) -> Tensor:
-        if features.dim() != 2 or features.shape[0] < self.F:
+        if features.dim() != 2 or features.shape[0] < self.freq_width:
             raise DataError(
                 f"{self.column} of one example has shape {list(features.shape)}, channels first: SpecAugment with "
-                f"F={self.F} needs two axes and as many channels. Set F=, time_axis= or column=."
+                f"freq_width={self.freq_width} needs two axes and as many channels. Set freq_width=, time_axis= or "
+                "column=."
             )
         masked, channels = features.clone(), features.shape[0]
         value = features[:, frames].mean() if self.value is None else self.value
-        for _ in range(self.mF):
-            masked[_block(self.F, channels)[:, None], frames] = value
-        for _ in range(self.mT):
-            masked[:, frames[_block(min(self.T, int(self.p * len(frames))), len(frames))]] = value
+        for _ in range(self.num_freq_masks):
+            masked[_block(self.freq_width, channels)[:, None], frames] = value
+        for _ in range(self.num_time_masks):
+            masked[:, frames[_block(min(self.time_width, int(self.max_time_share * len(frames))), len(frames))]] = value
         return masked
 
 

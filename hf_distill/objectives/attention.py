@@ -35,7 +35,7 @@ class AttentionMatch(LayerObjective):
 
     Args:
         layers: see `LayerObjective`.
-        compare: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
+        distance: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
         heads: for unequal numbers of heads, what each student head learns from: teacher heads, lists of them (their
             scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
 
@@ -48,13 +48,13 @@ class AttentionMatch(LayerObjective):
 
     default_name = "attention"
     reads = (ATTENTION,)
-    shown = ("compare", "heads", "side")
+    shown = ("distance", "heads", "side")
 
     def __init__(
         self,
         layers: Layers = "even",
         *,
-        compare: str = "scores",
+        distance: str = "scores",
         heads: Heads | None = None,
         weight: float | Schedule = 1.0,
         side: str | None = None,
@@ -65,12 +65,12 @@ class AttentionMatch(LayerObjective):
         super().__init__(
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
-        if compare not in _COMPARED:
-            hint = did_you_mean(compare, _COMPARED)
-            raise SettingError(f"AttentionMatch: compare={compare!r}: allowed are {', '.join(_COMPARED)}.{hint}")
+        if distance not in _COMPARED:
+            hint = did_you_mean(distance, _COMPARED)
+            raise SettingError(f"AttentionMatch: distance={distance!r}: allowed are {', '.join(_COMPARED)}.{hint}")
         if isinstance(heads, str) and heads != "grouped":
             raise SettingError(f"AttentionMatch: heads={heads!r}: give 'grouped', teacher heads, or lists of them.")
-        self.compare = compare
+        self.distance = distance
         self.heads = heads
 
     def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
@@ -85,7 +85,7 @@ class AttentionMatch(LayerObjective):
             raise SettingError(
                 f"AttentionMatch: the student has {ours} attention heads, the teacher {theirs}. Pass heads= (for each "
                 "student head a teacher head, or a list of them; or 'grouped'), or use RelationMatch, which does not "
-                "compare head with head."
+                "distance head with head."
             )
         if self.heads == "grouped":
             if theirs % ours:
@@ -116,7 +116,7 @@ class AttentionMatch(LayerObjective):
         if keep is not None:
             keys = keys & keep[:, None, :, None] & keep[:, None, None, :]
         keys = keys.expand(q.shape[0], 1, *q.shape[2:])
-        values = _COMPARED[self.compare](q, p, keys)
+        values = _COMPARED[self.distance](q, p, keys)
         return values.sum() * kept.share(q.shape[2])
 
 

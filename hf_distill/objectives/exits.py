@@ -52,7 +52,7 @@ class ExitMatch(Objective):
     say.
 
     Args:
-        exits: blocks of the student, from 0; negative ones count from the end. Not the last one.
+        layers: blocks of the student, from 0; negative ones count from the end. Not the last one.
         alpha: weight of the last prediction in an exit's loss, in [0, 1]; 1 - alpha is that of the labels.
         temperature: above 0; softens the KL alone. These two, and 0.03 for the features, are those of the paper's code.
         feature_weight: of the features; 0: they are left alone.
@@ -76,7 +76,7 @@ class ExitMatch(Objective):
 
     def __init__(
         self,
-        exits: Sequence[int],
+        layers: Sequence[int],
         *,
         alpha: float = 0.3,
         temperature: float = 3.0,
@@ -87,14 +87,14 @@ class ExitMatch(Objective):
         name: str = "exits",
         student_stack: str | None = None,
     ) -> None:
-        if not exits or not all(type(one) is int for one in exits):
-            raise SettingError(f"ExitMatch: exits={exits!r}: give a list of blocks by number, such as [2, 5].")
+        if not layers or not all(type(one) is int for one in layers):
+            raise SettingError(f"ExitMatch: layers={layers!r}: give a list of blocks by number, such as [2, 5].")
         if pooling not in POOLING:
             hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
             raise SettingError(f"ExitMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         if isinstance(feature_weight, bool) or not 0 <= feature_weight < float("inf"):
             raise SettingError(f"ExitMatch: feature_weight={feature_weight!r}: must be at least 0 and finite.")
-        self.exits, self.pooling, self.name = tuple(exits), pooling, name
+        self.exits, self.pooling, self.name = tuple(layers), pooling, name
         self.alpha = checked_schedule("alpha", alpha)(0.0)
         self.temperature = checked_schedule("temperature", temperature)(0.0)
         self.feature_weight = feature_weight
@@ -117,7 +117,7 @@ class ExitMatch(Objective):
         chosen = [one + blocks.length if one < 0 else one for one in self.exits]
         if len(set(chosen)) < len(chosen) or not all(0 <= one < self._last for one in chosen):
             raise SettingError(
-                f"ExitMatch: exits={list(self.exits)} of a student with {blocks.length} blocks: each must be one of "
+                f"ExitMatch: layers={list(self.exits)} of a student with {blocks.length} blocks: each must be one of "
                 f"0 … {self._last - 1}, once. The last block is the teacher."
             )
         widths = {layer: width for layer in (*chosen, self._last) if (width := blocks.width_of(layer)) is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ def _one_for_all(widths: Mapping[str, tuple[int | None, int | None]]) -> dict[st
     return {"all": pairs[0]}
 
 
-POSITIONS = ("all", "first", "last")
+Pooling = Literal["first", "last"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 class HiddenMatch(LayerObjective):
@@ -102,16 +103,16 @@ class HiddenMatch(LayerObjective):
     feature maps of convolutional image models every pixel is a position and the channels are its features.
 
     FitNets (Romero et al. 2015, section 2.2), PKD (Sun et al. 2019, section 3: `distance="normalized_squared",
-    positions="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).
+    pooling="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).
     The papers average over padding too; here it is left out.
 
     Args:
         layers: see `LayerObjective`; None with `embeddings=True`: the embeddings alone.
         distance: a name in `hf_distill.functional.features.DISTANCES`.
-        settings: its keyword arguments.
+        distance_kwargs: keyword arguments of the distance.
         projection: "auto" (learned, one a pair, where the widths differ), "linear" (always), "shared" (one for all
             pairs), "none".
-        positions: "all" that count, or the "first" ([CLS]) or "last" of each example.
+        pooling: "first" ([CLS]) or "last" to compare one position of each example; None means all that count.
         embeddings: also match what the first blocks are given.
 
     Raises:
@@ -130,16 +131,16 @@ class HiddenMatch(LayerObjective):
 
     default_name = "hidden"
     reads = (HIDDEN,)
-    shown: tuple[str, ...] = ("distance", "settings", "projection", "positions", "embeddings", "side")
+    shown: tuple[str, ...] = ("distance", "distance_kwargs", "projection", "pooling", "embeddings", "side")
 
     def __init__(
         self,
         layers: Layers | None = "even",
         *,
         distance: str = "mean_squared",
-        settings: Mapping[str, Any] | None = None,
+        distance_kwargs: Mapping[str, Any] | None = None,
         projection: str = "auto",
-        positions: str = "all",
+        pooling: Pooling | None = None,
         embeddings: bool = False,
         weight: float | Schedule = 1.0,
         side: str | None = None,
@@ -157,17 +158,16 @@ class HiddenMatch(LayerObjective):
             student_stack=student_stack,
             teacher_stack=teacher_stack,
         )
-        if positions not in POSITIONS:
-            hint = did_you_mean(positions, POSITIONS, POOLING_ALIASES)
-            raise SettingError(f"HiddenMatch: positions={positions!r}: allowed are {', '.join(POSITIONS)}.{hint}")
+        if pooling not in (None, *POOLINGS):
+            hint = did_you_mean(pooling, POOLINGS, POOLING_ALIASES)
+            raise SettingError(f"HiddenMatch: pooling={pooling!r}: allowed are {', '.join(POOLINGS)}, or None.{hint}")
         self.distance = distance
-        self.settings = dict(settings or {})
+        self.distance_kwargs = dict(distance_kwargs or {})
         self.projection = projection
-        self.positions = positions
-        self.pools = None if positions == "all" else positions
+        self.pooling = self.pools = pooling
         self.embeddings = embeddings
         self._blocks_too = layers is not None
-        self._function = _checked_distance(distance, self.settings)
+        self._function = _checked_distance(distance, self.distance_kwargs)
 
     def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
         what = self.reads[0]
@@ -179,24 +179,24 @@ class HiddenMatch(LayerObjective):
         self.learned = of_dtype_and_place(made, setup.model) if len(made.matrices) else None
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        if self.positions == "all":
+        if self.pooling is None:
             return self._positions.count(batch)
-        self._positions.refuse_packed(batch, f"positions={self.positions!r}")
+        self._positions.refuse_packed(batch, f"pooling={self.pooling!r}")
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         what = self.reads[0]
         ours = student.activations[self._read(what, link.student, 0)]
         theirs = teacher.activations[self._read(what, link.teacher, 1)]
-        paired = self.positions == "all"
+        paired = self.pooling is None
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=paired)
         if paired:
             share, q, p = kept.share(ours.shape[1]), kept.vectors(ours), kept.vectors(theirs)
         else:
-            share, q, p = 1.0, kept.pooled(ours, self.positions), kept.pooled(theirs, self.positions)
+            share, q, p = 1.0, kept.pooled(ours, self.pooling or ""), kept.pooled(theirs, self.pooling or "")
         if self.learned is not None:
             q = self.learned(q, _key(link))
-        values = self._function(q, p.to(q.dtype) if p.dtype == torch.float64 else p, **self.settings)
+        values = self._function(q, p.to(q.dtype) if p.dtype == torch.float64 else p, **self.distance_kwargs)
         return values.sum() * share
 
     def _links(self) -> tuple[Link, ...]:

@@ -64,7 +64,7 @@ class LogitsMatch(Objective):
     Args:
         divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None: forward_kl on logits,
             mean_squared_error on values.
-        settings: keyword arguments of the divergence.
+        divergence_kwargs: keyword arguments of the divergence.
         temperature: a schedule.
 
     Raises:
@@ -78,11 +78,11 @@ class LogitsMatch(Objective):
         self,
         divergence: str | Divergence | None = None,
         *,
-        settings: Mapping[str, Any] | None = None,
+        divergence_kwargs: Mapping[str, Any] | None = None,
         temperature: Schedule | None = None,
     ) -> None:
         self.temperature = temperature or constant(2.0)
-        self.settings = dict(settings or {})
+        self.divergence_kwargs = dict(divergence_kwargs or {})
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
             raise SettingError(
@@ -139,7 +139,7 @@ class LogitsMatch(Objective):
         kept = kept_of(q, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
-        keywords = dict(self.settings)
+        keywords = dict(self.divergence_kwargs)
         if properties.wants_target:
             target = task.targets(batch)
             if target is not None:
@@ -174,7 +174,7 @@ class LogitsMatch(Objective):
             values = sampled_forward_kl(rows, ids, log_p, weights[0])
         else:
             p = teacher_outcomes(log_p, log_tail)
-            values = function(student_outcomes(rows, ids), p, **self.settings)
+            values = function(student_outcomes(rows, ids), p, **self.divergence_kwargs)
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
     def refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
@@ -234,14 +234,14 @@ class LogitsMatch(Objective):
     def _try_settings(self) -> None:
         """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
         if self._given is None:
-            if self.settings:
+            if self.divergence_kwargs:
                 raise SettingError(
-                    f"divergence_kwargs={self.settings} without a divergence: name the one they are for."
+                    f"divergence_kwargs={self.divergence_kwargs} without a divergence: name the one they are for."
                 )
             return
         knobs = inspect.signature(self._given).parameters.values()
         allowed = [knob.name for knob in knobs if knob.kind is knob.KEYWORD_ONLY]
-        unknown = sorted(set(self.settings) - set(allowed))
+        unknown = sorted(set(self.divergence_kwargs) - set(allowed))
         if unknown:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
             name = getattr(self._given, "__name__", type(self._given).__name__)
@@ -249,9 +249,9 @@ class LogitsMatch(Objective):
             raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
         rows = torch.zeros(2, 3)
         try:
-            found = self._given(rows, rows, **self.settings)
+            found = self._given(rows, rows, **self.divergence_kwargs)
         except TypeError as error:  # a string where a number belongs
-            raise SettingError(f"divergence_kwargs={self.settings}: {error}") from error
+            raise SettingError(f"divergence_kwargs={self.divergence_kwargs}: {error}") from error
         if tuple(found.shape) != (2,):
             raise SettingError(
                 f"a divergence returns one number a row, [n]; given two rows, this one returned {list(found.shape)}. "

@@ -26,7 +26,7 @@ class SimilarityMatch(LayerObjective):
     which they weigh 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
 
     Args:
-        compare: a name in `hf_distill.functional.similarity.SIMILARITIES`.
+        distance: a name in `hf_distill.functional.similarity.SIMILARITIES`.
         layers: see `LayerObjective`; the last of both.
         pooling: "mean" over the positions that count, or the "first" ([CLS]) or "last" of them.
 
@@ -37,13 +37,13 @@ class SimilarityMatch(LayerObjective):
     default_name = "similarity"
     reads = (HIDDEN,)
     couples_examples = True
-    shown = ("compare", "pooling", "side")
+    shown = ("distance", "pooling", "side")
 
     def __init__(
         self,
-        compare: str = "similarity_preserving",
         layers: Layers = ((-1, -1),),
         *,
+        distance: str = "similarity_preserving",
         pooling: str = "mean",
         weight: float | Schedule = 1.0,
         side: str | None = None,
@@ -54,13 +54,13 @@ class SimilarityMatch(LayerObjective):
         super().__init__(
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
-        if compare not in SIMILARITIES:
-            hint = did_you_mean(compare, SIMILARITIES, SIMILARITY_ALIASES)
-            raise SettingError(f"SimilarityMatch: compare={compare!r}: allowed are {', '.join(SIMILARITIES)}.{hint}")
+        if distance not in SIMILARITIES:
+            hint = did_you_mean(distance, SIMILARITIES, SIMILARITY_ALIASES)
+            raise SettingError(f"SimilarityMatch: distance={distance!r}: allowed are {', '.join(SIMILARITIES)}.{hint}")
         if pooling not in POOLING:
             hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
             raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
-        self.compare = compare
+        self.distance = distance
         self.pooling = self.pools = pooling
 
     def count(self, task: Task, batch: Batch) -> Tensor:
@@ -72,4 +72,4 @@ class SimilarityMatch(LayerObjective):
         theirs = teacher.activations[self._read(HIDDEN, link.teacher, 1)]
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=False)
         rows = kept.pooled(ours, self.pooling), kept.pooled(theirs, self.pooling)
-        return SIMILARITIES[self.compare](*rows).sum()
+        return SIMILARITIES[self.distance](*rows).sum()

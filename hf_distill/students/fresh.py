@@ -23,8 +23,8 @@ def fresh(
     student: PreTrainedConfig | PreTrainedModel,
     *,
     teacher: PreTrainedModel | None = None,
-    student_tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
+    processing_class: Any = None,
+    teacher_processing_class: Any = None,
     reduce: str | None = None,
 ) -> PreTrainedModel:
     """A student of any architecture, with the teacher's input embeddings for the tokens that both tokenizers know.
@@ -33,8 +33,10 @@ def fresh(
         student: a config, from which the class with the teacher's kind of head is built (torch's generator starts it);
             or a model, which is changed in place.
         teacher: whose head and embeddings to take. Can be left out for a model.
-        student_tokenizer, teacher_tokenizer: tokens are matched by what they say, not by id. Without them no embedding
-            is copied. Both must cut words alike: "the" begins a word for one kind of tokenizer and not for another.
+        processing_class: the student's tokenizer. Tokens are matched by their text, not by id; without tokenizers no
+            embedding is copied.
+        teacher_processing_class: the teacher's tokenizer. Both must cut words alike: "the" begins a word for one
+            kind of tokenizer and not for another.
         reduce: "svd" where the student's embeddings are narrower: the truncated singular value decomposition of the
             copied rows, which keeps the products of rows best (Eckart and Young 1936). None: widths must agree.
 
@@ -50,17 +52,17 @@ def fresh(
     """
     if reduce not in (None, "svd"):
         raise SettingError(f"fresh: reduce={reduce!r}: allowed are 'svd' and None.")
-    if (student_tokenizer is None) != (teacher_tokenizer is None):
-        raise SettingError("fresh: give both student_tokenizer= and teacher_tokenizer=, or none of them.")
+    if (processing_class is None) != (teacher_processing_class is None):
+        raise SettingError("fresh: give both processing_class= and teacher_processing_class=, or none of them.")
     if teacher is not None:
         check_teacher(teacher, "fresh")
-    elif student_tokenizer is not None:
+    elif processing_class is not None:
         raise SettingError("fresh: tokenizers without teacher=: there are no embeddings to copy.")
     made, notes = _made(student, teacher)
     names: list[str] = []
     tokens = missing = 0
-    if teacher is not None and student_tokenizer is not None:
-        names, tokens, missing = _copy_embeddings(made, teacher, student_tokenizer, teacher_tokenizer, reduce)
+    if teacher is not None and processing_class is not None:
+        names, tokens, missing = _copy_embeddings(made, teacher, processing_class, teacher_processing_class, reduce)
     report = FreshReport(
         architecture=type(made).__name__,
         teacher=None if teacher is None else type(teacher).__name__,
@@ -119,17 +121,17 @@ def _counterpart(config_class: type, teacher_class: type) -> Any:
 
 
 def _copy_embeddings(
-    student: Any, teacher: Any, student_tokenizer: Any, teacher_tokenizer: Any, reduce: str | None
+    student: Any, teacher: Any, processing_class: Any, teacher_processing_class: Any, reduce: str | None
 ) -> tuple[list[str], int, int]:
     ours, theirs = (_embeddings(model, whose) for model, whose in ((student, "student"), (teacher, "teacher")))
-    one, two = _cuts_words(student_tokenizer), _cuts_words(teacher_tokenizer)
+    one, two = _cuts_words(processing_class), _cuts_words(teacher_processing_class)
     if one != two:
         raise SettingError(
             f"fresh: the tokenizers cut words in different ways: the student's is {one}, the teacher's {two}. The same "
             "letters are not the same token there. Use tokenizers of one kind, or none: then no embedding is copied."
         )
-    known = teacher_tokenizer.get_vocab()
-    words = student_tokenizer.get_vocab()
+    known = teacher_processing_class.get_vocab()
+    words = processing_class.get_vocab()
     pairs = sorted((index, known[token]) for token, index in words.items() if token in known)
     if not pairs:
         raise TeacherError("fresh: the two tokenizers have no token in common, so no embedding can be copied.")

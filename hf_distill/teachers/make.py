@@ -53,7 +53,7 @@ def as_teacher(
             quantization=quantization,
             device_map=device_map,
             dtype=dtype,
-            processor=processing_class or (find_tokenizer(teacher_model) if from_path else None),
+            processing_class=processing_class or (find_tokenizer(teacher_model) if from_path else None),
             label_matching=label_matching,
         )
     if isinstance(teacher_model, nn.Module):
@@ -79,4 +79,4 @@ def as_teacher(
             f"teacher_model is a {type(teacher_model).__name__}. Allowed: a model, a folder or Hub id, or an object "
             "derived from hf_distill.Teacher."
         )
-    return ModelTeacher(model, processor=processing_class, label_matching=label_matching, dtype=as_dtype(dtype))
+    return ModelTeacher(model, processing_class=processing_class, label_matching=label_matching, dtype=as_dtype(dtype))

@@ -237,7 +237,7 @@ class ModelTeacher(Teacher):
 
     Args:
         model: the model.
-        processor: its tokenizer or feature extractor, where it is not the student's.
+        processing_class: its tokenizer or feature extractor, where it is not the student's.
         label_matching: "by_name" or "by_index".
         dtype: cast it to this, or keep its own ("auto"); then it does not run under the student's mixed precision.
     """
@@ -246,13 +246,13 @@ class ModelTeacher(Teacher):
         self,
         model: nn.Module,
         *,
-        processor: Any = None,
+        processing_class: Any = None,
         label_matching: str = "by_name",
         dtype: Any = None,
     ) -> None:
         self.model: Any = model
         self.alignment = HeadAlignment()
-        self._processor = processor
+        self._processing_class = processing_class
         self._label_matching = label_matching
         self._dtype = dtype
         self._in_use = False
@@ -317,7 +317,7 @@ class ModelTeacher(Teacher):
     @property
     def tokenizer(self) -> Any:
         """The one it was given, or that lies beside its checkpoint; None where it is not known."""
-        return tokenizer_in(self._processor) or tokenizer_of(unwrapped(self.model))
+        return tokenizer_in(self._processing_class) or tokenizer_of(unwrapped(self.model))
 
     def prepare_inputs(self, student: nn.Module, task: Task, *, tokenizer: Any = None) -> None:
         """Find out what this model must be given otherwise than the student: padding, and the start of a decoder.

@@ -45,7 +45,8 @@ class Peer(ModelTeacher):
         optimizer: a class or function, called with the parameters and `lr=`.
         learning_rate: a number, or a schedule of progress; `linear(5e-5, 0.0)` is what `Trainer` does by itself.
         max_grad_norm: the norm that its gradient is clipped at, 0: not at all.
-        processor, label_matching: as `ModelTeacher`.
+        processing_class: as `ModelTeacher`.
+        label_matching: as `ModelTeacher`.
 
     Raises:
         SettingError: a learning rate below 0; fp16, FSDP, DeepSpeed; a peer that has learned beside another student.
@@ -71,12 +72,12 @@ class Peer(ModelTeacher):
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         learning_rate: float | Schedule = 5e-5,
         max_grad_norm: float = 1.0,
-        processor: Any = None,
+        processing_class: Any = None,
         label_matching: str = "by_name",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SettingError(f"Peer: model is a {type(model).__name__}. Load it, and pass the model: it is trained.")
-        super().__init__(model, processor=processor, label_matching=label_matching)
+        super().__init__(model, processing_class=processing_class, label_matching=label_matching)
         self.learning_rate = _checked_rate(learning_rate)
         self.max_grad_norm = max_grad_norm
         self._make_optimizer = optimizer

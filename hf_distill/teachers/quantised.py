@@ -84,10 +84,10 @@ class QuantisedTeacher(ModelTeacher):
         how: str,
         full: Callable[[], nn.Module] | None = None,
         full_bytes: int | None = None,
-        processor: Any = None,
+        processing_class: Any = None,
         label_matching: str = "by_name",
     ) -> None:
-        super().__init__(model, processor=processor, label_matching=label_matching, dtype="auto")
+        super().__init__(model, processing_class=processing_class, label_matching=label_matching, dtype="auto")
         self.agreement: Agreement | None = None
         self.not_measured: str | None = None if full is not None else "its full precision is not known"
         self._how, self._full, self._full_bytes = how, full, full_bytes
@@ -153,7 +153,7 @@ class QuantisedTeacher(ModelTeacher):
 
 
 def quantise_dynamically(
-    model: nn.Module, *, processor: Any = None, label_matching: str = "by_name"
+    model: nn.Module, *, processing_class: Any = None, label_matching: str = "by_name"
 ) -> QuantisedTeacher:
     """A teacher in dynamic int8: weights in int8 a channel, activations in int8 as they come. For a CPU.
 
@@ -164,7 +164,11 @@ def quantise_dynamically(
     """
     quantised = _int8_dynamic(model)
     return QuantisedTeacher(
-        quantised, how=INT8_DYNAMIC, full=lambda: model, processor=processor, label_matching=label_matching
+        quantised,
+        how=INT8_DYNAMIC,
+        full=lambda: model,
+        processing_class=processing_class,
+        label_matching=label_matching,
     )
 
 
@@ -214,7 +218,7 @@ def quantised_teacher(
     quantization: Any,
     device_map: str | dict[str, Any] | None = None,
     dtype: str | None = None,
-    processor: Any = None,
+    processing_class: Any = None,
     label_matching: str = "by_name",
 ) -> QuantisedTeacher:
     """A quantised teacher, from a folder or Hub id; a model that is given can only become "int8_dynamic".
@@ -230,7 +234,7 @@ def quantised_teacher(
     if not isinstance(setting, dict):
         if not isinstance(teacher_model, nn.Module):
             teacher_model = load_teacher(teacher_model, kind, dtype=dtype or "float32")
-        return quantise_dynamically(teacher_model, processor=processor, label_matching=label_matching)
+        return quantise_dynamically(teacher_model, processing_class=processing_class, label_matching=label_matching)
     try:
         config = AutoQuantizationConfig.from_dict(dict(setting))
     except (ValueError, TypeError, ImportError) as error:
@@ -241,7 +245,7 @@ def quantised_teacher(
         how=str(setting["quant_method"]),
         full=lambda: load_teacher(teacher_model, kind),
         full_bytes=_checkpoint_bytes(model),
-        processor=processor,
+        processing_class=processing_class,
         label_matching=label_matching,
     )
 

@@ -269,7 +269,7 @@ class _CopyOfStudent(ModelTeacher):
     def bind(self, setup: TeacherSetup) -> None:
         """Start from a copy of this student."""
         accelerator = self._accelerator
-        ModelTeacher.__init__(self, self._copied(setup.student), processor=setup.processing_class)
+        ModelTeacher.__init__(self, self._copied(setup.student), processing_class=setup.processing_class)
         self._steps = 0
         super().bind(setup)
         if accelerator is not None:  # a new student of the same run

@@ -143,7 +143,7 @@ class DistillationArgumentsMixin:
         if self.projection_learning_rate is not None and not self.projection_learning_rate >= 0:
             raise SettingError(f"projection_learning_rate={self.projection_learning_rate!r}: must be at least 0.")
         temperature = checked_schedule("temperature", blend["temperature"])
-        LogitsMatch(blend["divergence"], settings=blend["divergence_kwargs"], temperature=temperature)
+        LogitsMatch(blend["divergence"], divergence_kwargs=blend["divergence_kwargs"], temperature=temperature)
 
     def to_json_string(self) -> str:
         """As `TrainingArguments`'; a divergence that is a function stands there by its name."""

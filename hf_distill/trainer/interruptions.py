@@ -115,7 +115,7 @@ def run_settings(trainer: DistillationMixin) -> dict[str, Any]:
             values = [schedule(progress) for progress in PROGRESS[::50]]
             found[name] = values[0] if len(set(values)) == 1 else values
         found["divergence"] = blending.logits_match.name_for(trainer.distiller.task)
-        found["divergence_kwargs"] = plain(blending.logits_match.settings)
+        found["divergence_kwargs"] = plain(blending.logits_match.divergence_kwargs)
     for name in blending.ever_active():
         if name != LOGITS:
             found[f"objectives.{name}"] = without_address(blending.described(name))

@@ -171,7 +171,7 @@ def _card_data(
         processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
         pooling=getattr(task, "pooling", None),
         divergence=divergence if compares else None,
-        divergence_kwargs=match.settings if compares else {},
+        divergence_kwargs=match.divergence_kwargs if compares else {},
         temperature=_schedule(trainer, "temperature", match.temperature) if compares and properties.softens else None,
         temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
         alpha=None if blending.alpha is None else _schedule(trainer, "alpha", blending.alpha),

@@ -121,7 +121,7 @@ def test_and_as_of_the_example_alone(name: str) -> None:
 
 def objectives(side: str | None) -> list[Any]:
     return [
-        HiddenMatch("even", side=side), HiddenMatch([(1, 1)], positions="last", side=side, name="last"),
+        HiddenMatch("even", side=side), HiddenMatch([(1, 1)], pooling="last", side=side, name="last"),
         SimilarityMatch(side=side), RelationMatch(relations=["values"], relation_heads=2, side=side),
     ]  # fmt: skip
 

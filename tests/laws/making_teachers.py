@@ -256,5 +256,5 @@ def quantised(place: Place) -> TeacherCase:
 def served(place: Place) -> TeacherCase:
     model, words = place.model(), tokenizer(VOCABULARY)
     server = place.stack.enter_context(serving(model, words))
-    teacher = ServedTeacher(server.url, "large", tokenizer=words, top_logprobs=VOCABULARY)
+    teacher = ServedTeacher(server.url, "large", processing_class=words, top_logprobs=VOCABULARY)
     return TeacherCase(place.student(), teacher, (), _says(place, model), processor=words)

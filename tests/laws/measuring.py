@@ -158,7 +158,7 @@ def term(
 ) -> tuple[float, int, Tensor]:
     """The logits objective on given predictions: its total, its count, and the gradient on the student's."""
     student = student.detach().clone().requires_grad_()
-    match = LogitsMatch(divergence, settings=settings, temperature=constant(temperature))
+    match = LogitsMatch(divergence, divergence_kwargs=settings, temperature=constant(temperature))
     found = match(Signals(student), Signals(teacher), task, batch)
     found.value.backward()
     assert student.grad is not None

@@ -78,16 +78,16 @@ OBJECTIVE_ROWS: dict[str, ObjectiveRow] = {
             "embeddings_alone": partial(HiddenMatch, layers=None, embeddings=True),
             "pairs": partial(HiddenMatch, layers=_PAIRS),
             "shared": partial(HiddenMatch, layers="skip", projection="shared"),
-            "first": partial(HiddenMatch, layers="last", positions="first"),
-            "last": partial(HiddenMatch, layers="last", positions="last"),
+            "first": partial(HiddenMatch, layers="last", pooling="first"),
+            "last": partial(HiddenMatch, layers="last", pooling="last"),
             **{name: partial(HiddenMatch, layers="first_last", distance=name) for name in DISTANCES},
         },
         knobs={
             "layers": Knob({"layers": "last"}, {"layers": "first"}),
             "distance": Knob({"distance": "cosine"}),
-            "settings": Knob({"settings": {"beta": 0.1}}, {"distance": "smooth_l1"}),
+            "distance_kwargs": Knob({"distance_kwargs": {"beta": 0.1}}, {"distance": "smooth_l1"}),
             "projection": Knob({"projection": "linear"}, {"projection": "none"}, same_width=True),
-            "positions": Knob({"positions": "first"}),
+            "pooling": Knob({"pooling": "first"}),
             "embeddings": Knob({"embeddings": True}),
             "weight": _DOUBLED,
             "side": _ENCODER_KNOB,
@@ -107,12 +107,12 @@ OBJECTIVE_ROWS: dict[str, ObjectiveRow] = {
     "attention": ObjectiveRow(
         variants={
             "scores": partial(AttentionMatch, layers="even"),
-            "probabilities": partial(AttentionMatch, layers="last", compare="probabilities"),
+            "probabilities": partial(AttentionMatch, layers="last", distance="probabilities"),
             "swapped": partial(AttentionMatch, layers="last", heads=(1, 0)),
         },
         knobs={
             "layers": Knob({"layers": "last"}, {"layers": "first"}),
-            "compare": Knob({"compare": "probabilities"}),
+            "distance": Knob({"distance": "probabilities"}),
             "heads": Knob({"heads": (1, 0)}),
             "weight": _DOUBLED,
             "side": _ENCODER_KNOB,
@@ -135,9 +135,9 @@ OBJECTIVE_ROWS: dict[str, ObjectiveRow] = {
         not_knobs=_NAMES,
     ),
     "similarity": ObjectiveRow(
-        variants={name: partial(SimilarityMatch, compare=name) for name in SIMILARITIES},
+        variants={name: partial(SimilarityMatch, distance=name) for name in SIMILARITIES},
         knobs={
-            "compare": Knob({"compare": "distance_relations"}),
+            "distance": Knob({"distance": "distance_relations"}),
             "layers": Knob({"layers": "first"}),
             "pooling": Knob({"pooling": "first"}),
             "weight": _DOUBLED,

@@ -38,7 +38,7 @@ def test_a_padded_teacher_says_the_same(name: str, divergence: str) -> None:
     batch, student = m.collated(name, HEADS[name].examples()), m.student_of(name)
     found = []
     for width in (VOCABULARY, VOCABULARY + 8):
-        teacher = ModelTeacher(widened(name, 2, width), processor=tokenizer(VOCABULARY))
+        teacher = ModelTeacher(widened(name, 2, width), processing_class=tokenizer(VOCABULARY))
         distiller = Distiller(
             student,
             teacher,
@@ -58,7 +58,7 @@ def test_a_padded_student_learns_the_same(name: str) -> None:
     found = []
     for widths in ((VOCABULARY, VOCABULARY), (VOCABULARY + 3, VOCABULARY + 8)):
         student = widened(name, 1, widths[0])
-        teacher = ModelTeacher(widened(name, 2, widths[1]), processor=tokenizer(VOCABULARY))
+        teacher = ModelTeacher(widened(name, 2, widths[1]), processing_class=tokenizer(VOCABULARY))
         distiller = Distiller(student, teacher, alpha=1.0, processing_class=tokenizer(VOCABULARY))
         found.append(distiller(student, batch).loss.item())
     assert found[1] == pytest.approx(found[0], rel=1e-12)

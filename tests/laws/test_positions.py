@@ -109,8 +109,8 @@ def test_what_needs_an_example_a_row_refuses_packed_ones() -> None:
     student, teacher = (HEADS[name].make(seed) for seed in (1, 2))
     for objective, what in (
         (SimilarityMatch(), "SimilarityMatch"),
-        (HiddenMatch(positions="first"), "positions='first'"),
-        (HiddenMatch(positions="last"), "positions='last'"),
+        (HiddenMatch(pooling="first"), "pooling='first'"),
+        (HiddenMatch(pooling="last"), "pooling='last'"),
     ):
         distiller = Distiller(student, teacher, alpha=None, objectives=objective)
         with pytest.raises(

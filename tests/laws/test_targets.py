@@ -44,7 +44,7 @@ def by_hand(name: str, student: Any, teacher: Any, batch: dict[str, Any], column
 def found(student: Any, teacher: Any, batch: dict[str, Any], ours: Any, theirs: Any) -> float:
     distiller = Distiller(
         student,
-        ModelTeacher(teacher, processor=theirs),
+        ModelTeacher(teacher, processing_class=theirs),
         alpha=1.0,
         temperature=T,
         divergence="decoupled",

@@ -46,7 +46,7 @@ def test_probabilities_are_compared_by_the_kl_from_the_teacher() -> None:
     """Student (1/2, 1/2), teacher (3/4, 1/4): ¾ log(3/2) + ¼ log(1/2), at one position; at the other they agree."""
     ours = attention([[0.0, 0.0, 50.0], [0.0, 0.0, 50.0], [0.0, 0.0, 0.0]])
     theirs = attention([[math.log(3.0), 0.0, 0.0], [1.0, 1.0, 0.0], [9.0, 0.0, 0.0]])
-    total, count = of(AttentionMatch(compare="probabilities"), ours, theirs, [1, 1, 0])
+    total, count = of(AttentionMatch(distance="probabilities"), ours, theirs, [1, 1, 0])
     assert (total, count) == (pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12), 2)
 
 

@@ -20,7 +20,7 @@ NAMES = ("bert_single_label", "bert_tokens", "bert_multi_label", "vit_image_clas
 
 
 def exits(**changed: Any) -> ExitMatch:
-    return ExitMatch(**{"exits": [0, -2], "alpha": ALPHA, "temperature": T, "feature_weight": LAMBDA, **changed})
+    return ExitMatch(**{"layers": [0, -2], "alpha": ALPHA, "temperature": T, "feature_weight": LAMBDA, **changed})
 
 
 def distiller_of(name: str, *, blend: float | None = 0.0, **changed: Any) -> tuple[Any, Distiller]:
@@ -106,7 +106,7 @@ def test_rows_that_do_not_count_and_labels_that_are_not_known() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"exits": [0]},
+        {"layers": [0]},
         {"alpha": 0.9},
         {"temperature": 5.0},
         {"feature_weight": 0.0},
@@ -183,11 +183,11 @@ def test_beside_a_teacher() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exits": []}, r"exits=\[\]: give a list of blocks"),
-        ({"exits": "even"}, r"exits='even': give a list"),
-        ({"exits": [2]}, r"exits=\[2\] of a student with 3 blocks: each must be one of 0 … 1, once"),
-        ({"exits": [-1]}, "The last block is the teacher"),
-        ({"exits": [1, -2]}, "once"),
+        ({"layers": []}, r"layers=\[\]: give a list of blocks"),
+        ({"layers": "even"}, r"layers='even': give a list"),
+        ({"layers": [2]}, r"layers=\[2\] of a student with 3 blocks: each must be one of 0 … 1, once"),
+        ({"layers": [-1]}, "The last block is the teacher"),
+        ({"layers": [1, -2]}, "once"),
         ({"alpha": 1.5}, r"alpha=1\.5: must lie in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature=0: must be above 0"),
         ({"feature_weight": -1.0}, r"feature_weight=-1\.0: must be at least 0"),

@@ -28,7 +28,7 @@ def test_mean_squared_over_the_positions_that_count() -> None:
 def test_first_and_last_count_examples() -> None:
     """First: 0.5 and 4.5, over 2 examples. Last of the first example is its second position: 1 + 4.5."""
     for positions, expected in (("first", 5.0), ("last", 5.5)):
-        objective = fitted(HiddenMatch(positions=positions), ONE, ONE)
+        objective = fitted(HiddenMatch(pooling=positions), ONE, ONE)
         assert found(objective, hidden(0, *OURS), hidden(0, *THEIRS), MASK) == (expected, 2)
 
 
@@ -41,12 +41,12 @@ def test_first_and_last_of_what_is_padded_on_the_left() -> None:
     ours = hidden(0, [[1.0, 2.0], [3.0, 4.0]], [[NAN, NAN], [2.0, 0.0]])
     theirs = hidden(0, [[0.0, 2.0], [2.0, 3.0]], [[NAN, NAN], [0.0, 0.0]])
     for positions, expected in (("first", 2.5), ("last", 3.0)):
-        objective = fitted(HiddenMatch(positions=positions), ONE, ONE)
+        objective = fitted(HiddenMatch(pooling=positions), ONE, ONE)
         assert found(objective, ours, theirs, attended([1, 1], [0, 1])) == (expected, 2)
 
 
 def test_an_example_without_a_position_has_no_first() -> None:
-    objective = fitted(HiddenMatch(positions="first"), ONE, ONE)
+    objective = fitted(HiddenMatch(pooling="first"), ONE, ONE)
     assert found(objective, hidden(0, *OURS), hidden(0, *THEIRS), attended([0, 0], [1, 0])) == (4.5, 1)
 
 
@@ -68,7 +68,7 @@ def test_an_example_without_a_position_has_no_first() -> None:
     ],
 )
 def test_each_distance(distance: str, settings: dict, expected: float) -> None:
-    objective = fitted(HiddenMatch(distance=distance, settings=settings), ONE, ONE)
+    objective = fitted(HiddenMatch(distance=distance, distance_kwargs=settings), ONE, ONE)
     total, count = found(
         objective, hidden(0, [[3.0, 4.0], [1.0, 0.0]]), hidden(0, [[4.0, 3.0], [0.0, 2.0]]), attended([1, 1])
     )
@@ -135,9 +135,9 @@ def test_where_nothing_masks_each_example_counts_as_one() -> None:
     theirs = hidden(0, [[0.0, 2.0], [2.0, 3.0]], [[5.0, 3.0], [0.0, 0.0]])
     batch = {"pixel_values": torch.zeros(2, 3, 4, 4)}
     assert found(objective, ours, theirs, batch, kind="embedding") == (5.0, 2)
-    first = fitted(HiddenMatch(positions="first"), ONE, ONE, kind="embedding")
+    first = fitted(HiddenMatch(pooling="first"), ONE, ONE, kind="embedding")
     assert found(first, ours, theirs, batch, kind="embedding") == (5.0, 2)  # 0.5 + 4.5
-    last = fitted(HiddenMatch(positions="last"), ONE, ONE, kind="embedding")
+    last = fitted(HiddenMatch(pooling="last"), ONE, ONE, kind="embedding")
     assert found(last, ours, theirs, batch, kind="embedding") == (5.0, 2)  # 1 + 4
 
 

@@ -16,7 +16,7 @@ NAN = float("nan")
 
 def of(compare: str, ours: Any, theirs: Any, mask: Any = None, **settings: Any) -> tuple[float, int]:
     """Of examples `[b t d]`."""
-    objective = fitted(SimilarityMatch(compare, **settings), Shown(1, 2), Shown(1, 2))
+    objective = fitted(SimilarityMatch(distance=compare, **settings), Shown(1, 2), Shown(1, 2))
     batch = attended(*(mask or [[1] * len(example) for example in ours]))
     return found(objective, hidden(0, *ours), hidden(0, *theirs), batch)
 

@@ -175,7 +175,7 @@ def test_a_padded_head_says_the_same() -> None:
     """L7: the columns that its tokenizer cannot write are left out."""
     found = []
     for padding in (0, 6):
-        taught_by = ModelTeacher(teacher(padding), processor=tokenizer({f"t{i}": i for i in range(THEIRS)}))
+        taught_by = ModelTeacher(teacher(padding), processing_class=tokenizer({f"t{i}": i for i in range(THEIRS)}))
         ours = Distiller(
             student(), taught_by, alpha=None, objectives=UniversalLogitMatch(), processing_class=tokenizer(OURS)
         )
@@ -248,7 +248,7 @@ def test_refusals(tmp_path) -> None:
     packed["position_ids"] = torch.arange(packed["input_ids"].shape[1])[None].expand_as(packed["input_ids"])
     with pytest.raises(DataError, match="several texts may be packed into one row, and the teacher's are not"):
         distiller()(student(), packed)
-    own = ModelTeacher(teacher(), processor=tokenizer({f"t{i}": i for i in range(THEIRS)}))
+    own = ModelTeacher(teacher(), processing_class=tokenizer({f"t{i}": i for i in range(THEIRS)}))
     with pytest.raises(TeacherError, match="different tokenizers"):  # the logits' term compares token with token
         Distiller(student(), own, processing_class=tokenizer(OURS), objectives=UniversalLogitMatch())
     with pytest.raises(SettingError, match="compares written texts, and the student is trained for masked_lm"):

@@ -54,8 +54,8 @@ def test_embeddings_go_by_token_and_not_by_id() -> None:
     before = fresh_weights(hf.DistilBertConfig(**_DISTILBERT), teacher)
     torch.manual_seed(5)
     student, report = reported(fresh(
-        hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, student_tokenizer=tokenizer(words),
-        teacher_tokenizer=tokenizer()
+        hf.DistilBertConfig(**_DISTILBERT), teacher=teacher, processing_class=tokenizer(words),
+        teacher_processing_class=tokenizer()
     ))  # fmt: skip
     ours, theirs = (model.get_input_embeddings().weight for model in (student, teacher))
     assert torch.equal(ours[[0, 2, 3, 5]], theirs[[0, 7, 3, 39]])
@@ -81,7 +81,7 @@ def test_narrower_embeddings_keep_the_products_of_rows() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
     rows = teacher.get_input_embeddings().weight
     config = hf.LlamaConfig(**{**_LLAMA, "hidden_size": 8})
-    both = {"student_tokenizer": tokenizer(), "teacher_tokenizer": tokenizer(), "reduce": "svd"}
+    both = {"processing_class": tokenizer(), "teacher_processing_class": tokenizer(), "reduce": "svd"}
     student = hf.LlamaForCausalLM(config)
     assert fresh(student, teacher=teacher, **both) is student
     lost = (rows.double() @ rows.double().T - gram(student)).diagonal().sum()
@@ -100,25 +100,25 @@ def test_the_teacher_stays() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1).train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = hf.BertForMaskedLM(hf.BertConfig(**_BERT)).train()
-    same = fresh(student, teacher=teacher, student_tokenizer=tokenizer(), teacher_tokenizer=tokenizer())
+    same = fresh(student, teacher=teacher, processing_class=tokenizer(), teacher_processing_class=tokenizer())
     assert same is student and student.training and teacher.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert student.get_input_embeddings().weight.data_ptr() != teacher.get_input_embeddings().weight.data_ptr()
 
 
-WORDS = {"student_tokenizer": tokenizer(), "teacher_tokenizer": tokenizer()}
+WORDS = {"processing_class": tokenizer(), "teacher_processing_class": tokenizer()}
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config says nothing about the head. Pass teacher="),
     "no counterpart": (hf.ViTConfig(**_VIT), {}, r"no class of ViTConfig has the head of BertForMaskedLM"),
     "a name": ("distilbert", {}, r"the student is a str. Give a config or a PreTrainedModel"),
-    "one tokenizer": (hf.BertConfig(**_BERT), {"student_tokenizer": tokenizer()}, r"give both student_"),
+    "one tokenizer": (hf.BertConfig(**_BERT), {"processing_class": tokenizer()}, r"give both processing_class"),
     "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"no embeddings to copy"),
     "other kind": (
-        hf.BertConfig(**_BERT), {**WORDS, "student_tokenizer": bpe_tokenizer([])},
+        hf.BertConfig(**_BERT), {**WORDS, "processing_class": bpe_tokenizer([])},
         r"cut words in different ways: the student's is BPE, the teacher's WordLevel",
     ),
     "nothing shared": (
-        hf.BertConfig(**_BERT), {**WORDS, "student_tokenizer": tokenizer({"x": 0})}, r"have no token in common",
+        hf.BertConfig(**_BERT), {**WORDS, "processing_class": tokenizer({"x": 0})}, r"have no token in common",
     ),
     "too few rows": (
         hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, and its embeddings have 30 .* to 40 or"

@@ -19,7 +19,7 @@ SECRET = "sk-very-secret-1234"
 
 
 def served(server: CompletionsServer, **settings: Any) -> ServedTeacher:
-    settings = {"tokenizer": WORDS, "top_logprobs": 6, "retries": 1, "timeout_s": 20.0, **settings}
+    settings = {"processing_class": WORDS, "top_logprobs": 6, "retries": 1, "timeout_s": 20.0, **settings}
     return ServedTeacher(server.url, "large", **settings)
 
 

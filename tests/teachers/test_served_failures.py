@@ -71,9 +71,9 @@ def test_other_tasks_inputs_and_packed_texts(server: CompletionsServer) -> None:
 def test_another_tokenizer(server: CompletionsServer, caplog: pytest.LogCaptureFixture) -> None:
     other = tokenizer({f"w{i}": (i + 1) % VOCABULARY for i in range(VOCABULARY)})
     with pytest.raises(TeacherError, match="different tokenizers: 40 tokens have other ids"):
-        distiller_of(served(server, tokenizer=other))
+        distiller_of(served(server, processing_class=other))
     with pytest.raises(TeacherError, match=r"the served model has another tokenizer: its token \d+ is 'w\d+'"):
-        distiller_of(served(server, tokenizer=other), processing_class=other)
+        distiller_of(served(server, processing_class=other), processing_class=other)
     with caplog.at_level(logging.WARNING):
         distiller_of(served(server), processing_class=None)
     assert "The student's tokenizer is not known" in caplog.text
@@ -224,12 +224,12 @@ def test_only_a_number_of_seconds_is_waited_for(wait: str | None) -> None:
         ({"max_concurrency": True}, "max_concurrency=True: must be a whole number"),
         ({"retries": -1}, "retries=-1: must be a whole number of at least 0"),
         ({"timeout_s": 0}, "timeout_s=0: must be a number of seconds above 0"),
-        ({"tokenizer": "gpt2"}, "tokenizer is a str: give that of the served model"),
+        ({"processing_class": "gpt2"}, "processing_class is a str: give the tokenizer of the served model"),
     ],
 )
 def test_settings_that_cannot_be(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
-        ServedTeacher("http://localhost:1/v1", "large", **{"tokenizer": WORDS, **changed})
+        ServedTeacher("http://localhost:1/v1", "large", **{"processing_class": WORDS, **changed})
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_settings_that_cannot_be(changed: dict[str, Any], said: str) -> None:
 )
 def test_an_address_that_cannot_be_is_not_repeated(url: str) -> None:
     with pytest.raises(SettingError, match="url") as caught:
-        ServedTeacher(url, "large", tokenizer=WORDS)
+        ServedTeacher(url, "large", processing_class=WORDS)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
@@ -256,17 +256,17 @@ def test_a_key_that_is_missing_or_no_key(held: str | None, monkeypatch: pytest.M
     if held is not None:
         monkeypatch.setenv("TEACHER_KEY", held)
     with pytest.raises(SettingError, match="the environment variable that api_key_env names") as caught:
-        ServedTeacher("https://host/v1", "large", tokenizer=WORDS, api_key_env="TEACHER_KEY")
+        ServedTeacher("https://host/v1", "large", processing_class=WORDS, api_key_env="TEACHER_KEY")
     assert not held or held not in str(caught.value)
     with pytest.raises(SettingError, match="Do not pass the key itself") as caught:
-        ServedTeacher("https://host/v1", "large", tokenizer=WORDS, api_key_env=SECRET)
+        ServedTeacher("https://host/v1", "large", processing_class=WORDS, api_key_env=SECRET)
     assert SECRET not in str(caught.value)
 
 
 def test_a_key_over_plain_http_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("TEACHER_KEY", SECRET)
     with caplog.at_level(logging.WARNING):
-        ServedTeacher("http://far.example/v1", "large", tokenizer=WORDS, api_key_env="TEACHER_KEY")
+        ServedTeacher("http://far.example/v1", "large", processing_class=WORDS, api_key_env="TEACHER_KEY")
     assert "unencrypted" in caplog.text and "far.example" not in caplog.text and SECRET not in caplog.text
 
 

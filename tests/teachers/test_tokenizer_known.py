@@ -147,7 +147,7 @@ def test_nothing_is_said_where_there_is_nothing_to_compare_or_it_was(caplog) -> 
     head = HEADS["gpt2_causal_lm"]
     with caplog.at_level(logging.WARNING, LOGGER):
         Distiller(head.make(0), head.make(1))
-        Distiller(head.make(0), ModelTeacher(head.make(1), processor=tokenizer()), processing_class=tokenizer())
+        Distiller(head.make(0), ModelTeacher(head.make(1), processing_class=tokenizer()), processing_class=tokenizer())
     assert not caplog.records
 
 
@@ -157,7 +157,7 @@ def test_a_processor_is_asked_for_its_tokenizer() -> None:
 
     head = HEADS["gpt2_causal_lm"]
     with pytest.raises(TeacherError, match="2 tokens have other ids"):
-        Distiller(head.make(0), ModelTeacher(head.make(1), processor=Processor()), processing_class=tokenizer())
+        Distiller(head.make(0), ModelTeacher(head.make(1), processing_class=Processor()), processing_class=tokenizer())
 
 
 # Ids that the teacher cannot embed.
@@ -172,7 +172,7 @@ def test_a_whole_sequence_with_ids_that_the_teacher_cannot_embed(name: str) -> N
     batch = head.batch(4)
     batch["input_ids"][0, 0] = 41
     distiller = Distiller(
-        student, ModelTeacher(teacher, processor=tokenizer()), alpha=1.0, processing_class=tokenizer(**MORE)
+        student, ModelTeacher(teacher, processing_class=tokenizer()), alpha=1.0, processing_class=tokenizer(**MORE)
     )
     with pytest.raises(DataError, match=r"makes ids up to 41, the teacher embeds 40.*teacher_text"):
         distiller(student, batch)
@@ -188,7 +188,7 @@ def test_positions_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
     with pytest.raises(TeacherError, match=r"makes ids up to 41, the teacher embeds 40"):
         Distiller(
             head.make(0, vocab_size=42),
-            ModelTeacher(head.make(1), processor=tokenizer()),
+            ModelTeacher(head.make(1), processing_class=tokenizer()),
             processing_class=tokenizer(**MORE),
         )
 
@@ -200,7 +200,7 @@ def test_a_teacher_with_padded_embeddings_reads_them(name: str) -> None:
     student, teacher = head.make(0, vocab_size=42), head.make(1, vocab_size=48)
     distiller = Distiller(
         student,
-        ModelTeacher(teacher, processor=tokenizer()),
+        ModelTeacher(teacher, processing_class=tokenizer()),
         alpha=1.0,
         temperature=2.0,
         processing_class=tokenizer(**MORE),
@@ -228,7 +228,9 @@ def test_embeddings_of_other_widths_whose_tokenizers_were_not_compared() -> None
         ) as raised:
             distiller(student, batch)
         assert f"pass {missing}" in str(raised.value) and "different tokenizers" not in str(raised.value)
-    way_out = Distiller(student, ModelTeacher(teacher, processor=tokenizer()), alpha=1.0, processing_class=tokenizer())
+    way_out = Distiller(
+        student, ModelTeacher(teacher, processing_class=tokenizer()), alpha=1.0, processing_class=tokenizer()
+    )
     assert way_out(student, batch).loss > 0
 
 

@@ -130,7 +130,7 @@ OBJECTIVES_OF: dict[str, Callable[[], list[Any]]] = {
     # Nothing in the first step, so that its projections have no gradient there.
     "scheduled": lambda: [HiddenMatch("even", weight=lambda progress: float(progress > 0.1))],
     "lower_block": lambda: [HiddenMatch([(0, 0)])],  # with alpha=None nothing asks the upper block and the head
-    "similarity": lambda: [SimilarityMatch(), SimilarityMatch("centered_kernel_alignment", name="cka")],
+    "similarity": lambda: [SimilarityMatch(), SimilarityMatch(distance="centered_kernel_alignment", name="cka")],
 }
 
 

@@ -63,7 +63,7 @@ def test_left_padding_has_a_label_where_nothing_is_compared() -> None:
 def test_padded_vocabularies(name: str, ours: int, theirs: int) -> None:
     """The labels' term is over the student's whole head, the divergence over the columns that both have."""
     student, teacher = (HEADS[name].make(seed, vocab_size=v).double() for seed, v in ((1, ours), (2, theirs)))
-    teaching = ModelTeacher(teacher, processor=tokenizer(VOCABULARY))
+    teaching = ModelTeacher(teacher, processing_class=tokenizer(VOCABULARY))
     assert_same(both(student.train(), teaching, pair(name)[2], processing_class=tokenizer(VOCABULARY)))
     assert teaching.alignment.student is not None or ours == VOCABULARY  # else the test says nothing
 

@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "sorted need whole logits",
     ),
     "paired columns": (
-        lambda: ModelTeacher(HEAD.make(2), processor=tokenizer(OTHER_WORDS)),
+        lambda: ModelTeacher(HEAD.make(2), processing_class=tokenizer(OTHER_WORDS)),
         {"processing_class": tokenizer(VOCABULARY)},
         "columns of the two vocabularies are paired one by one",
     ),

@@ -207,7 +207,7 @@ def test_whisper_is_shown_masked_features_and_its_teacher_clean_ones(tmp_path) -
     head = next(one for one in HEADS.values() if "input_features" in one.examples(1)[0])
     student, teacher = head.make(seed=0), head.make(seed=1)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
-    augment = SpecAugment(F=2, T=3, value=9.0)
+    augment = SpecAugment(freq_width=2, time_width=3, value=9.0)
     collate = AugmentingCollator(head.collate, augment, student_only=True)
     make(
         tmp_path, student, teacher, train_dataset=head.examples(4), data_collator=collate, max_steps=1, alpha=0.5

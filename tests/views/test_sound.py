@@ -43,7 +43,7 @@ def one_block(masked: torch.Tensor) -> tuple[int, int]:
 
 
 def test_widths_and_places_of_time_blocks() -> None:
-    augment = SpecAugment(F=0, mF=0, T=3, mT=1, value=MARK)
+    augment = SpecAugment(freq_width=0, num_freq_masks=0, time_width=3, num_time_masks=1, value=MARK)
     rolls, frames = 2000, 6
     seen = Counter(
         one_block(augment({"input_features": torch.zeros(2, frames)})["input_features"]) for _ in range(rolls)
@@ -57,7 +57,7 @@ def test_widths_and_places_of_time_blocks() -> None:
 
 
 def test_widths_and_places_of_frequency_blocks() -> None:
-    augment = SpecAugment(F=2, mF=1, T=0, mT=0, value=MARK)
+    augment = SpecAugment(freq_width=2, num_freq_masks=1, time_width=0, num_time_masks=0, value=MARK)
     rolls, channels = 2000, 4
     seen = Counter(
         one_block(augment({"input_features": torch.zeros(channels, 3)})["input_features"].T) for _ in range(rolls)
@@ -70,7 +70,8 @@ def test_widths_and_places_of_frequency_blocks() -> None:
 
 
 def test_a_time_block_is_no_longer_than_its_share_of_what_is_no_padding() -> None:
-    augment = SpecAugment(F=0, mF=0, T=100, p=0.5, mT=1, value=MARK)
+    blocks = {"time_width": 100, "max_time_share": 0.5, "num_time_masks": 1}
+    augment = SpecAugment(freq_width=0, num_freq_masks=0, value=MARK, **blocks)
     mask = torch.tensor([1] * 8 + [0] * 12)
     widths = Counter()
     for _ in range(300):
@@ -81,7 +82,7 @@ def test_a_time_block_is_no_longer_than_its_share_of_what_is_no_padding() -> Non
 
 def test_there_are_as_many_blocks_as_asked() -> None:
     """With three blocks of exactly one channel or frame, at most three are hit, and three quite often."""
-    augment = SpecAugment(F=1, mF=3, T=0, mT=0, value=MARK)
+    augment = SpecAugment(freq_width=1, num_freq_masks=3, time_width=0, num_time_masks=0, value=MARK)
     hit = Counter(
         int((augment({"input_features": torch.zeros(50, 4)})["input_features"] == MARK).any(1).sum())
         for _ in range(400)
@@ -96,7 +97,9 @@ def test_the_mask_value_is_the_mean_of_the_sound() -> None:
     features = torch.randn(4, 10, dtype=torch.float64)
     features[:, 6:] = 1000.0  # padding
     mask = [1] * 6 + [0] * 4
-    masked = SpecAugment(F=4, mF=4, T=6, mT=4)({"input_features": features, "attention_mask": mask})["input_features"]
+    masked = SpecAugment(freq_width=4, num_freq_masks=4, time_width=6, num_time_masks=4)(
+        {"input_features": features, "attention_mask": mask}
+    )["input_features"]
     changed = masked != features
     assert changed.any() and torch.equal(masked[:, 6:], features[:, 6:])
     mean = sum(features[i, j].item() for i in range(4) for j in range(6)) / 24
@@ -110,7 +113,7 @@ def test_what_comes_back_is_what_was_given(time_axis: int, kind: str) -> None:
     features = features if time_axis == -1 else features.T
     given: Any = {"tensor": torch.tensor(features), "array": features.copy(), "list": features.tolist()}[kind]
     example = {"input_features": given, "attention_mask": [1] * 7 + [0] * 2, "labels": [1, 2]}
-    augment = SpecAugment(F=3, T=4, time_axis=time_axis, value=MARK)
+    augment = SpecAugment(freq_width=3, time_width=4, time_axis=time_axis, value=MARK)
     torch.manual_seed(3)
     made = augment(example)
     assert type(made["input_features"]) is type(given) and made["labels"] == [1, 2]
@@ -126,7 +129,7 @@ def test_a_batch_is_augmented_as_its_examples_are() -> None:
     """After collation each row draws as it would alone, and its padding stays."""
     rows = [torch.randn(5, 9), torch.randn(5, 9), torch.randn(5, 9)]
     masks = [[1] * 9, [1] * 4 + [0] * 5, [0] * 9]
-    settings = {"F": 3, "T": 4, "value": MARK}
+    settings = {"freq_width": 3, "time_width": 4, "value": MARK}
     torch.manual_seed(1)
     alone = [
         SpecAugment(**settings)({"input_features": r, "attention_mask": m}) for r, m in zip(rows, masks, strict=True)
@@ -209,8 +212,8 @@ def test_a_silent_part_of_a_recording_adds_nothing() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SpecAugment(F=-1), r"F=-1, .*\(0 or more\)"),
-        (lambda: SpecAugment(p=1.5), r"p=1\.5 \(0 to 1\)"),
+        (lambda: SpecAugment(freq_width=-1), r"freq_width=-1, .*\(0 or more\)"),
+        (lambda: SpecAugment(max_time_share=1.5), r"max_time_share=1\.5 \(0 to 1\)"),
         (lambda: SpecAugment(time_axis=1), r"time_axis=1 \(-1 or -2\)"),
         (lambda: Noise(snr_db=(20.0, 10.0)), r"snr_db=\(20\.0, 10\.0\).*lower one first"),
         (lambda: Noise(snr_db=(float("nan"), 10.0)), r"snr_db=\(nan, 10\.0\)"),
@@ -227,9 +230,9 @@ def test_settings_that_are_refused(make, message: str) -> None:
     ("augment", "shown", "message"),
     [
         (SpecAugment(), {"input_values": [0.0]}, r"no input_features to augment, only \['input_values'\].*column="),
-        (SpecAugment(), {"input_features": torch.zeros(8, 20)}, r"shape \[8, 20\].*F=27 needs two axes"),
+        (SpecAugment(), {"input_features": torch.zeros(8, 20)}, r"shape \[8, 20\].*freq_width=27 needs two axes"),
         (
-            SpecAugment(F=2),
+            SpecAugment(freq_width=2),
             {"input_features": torch.zeros(8, 20), "attention_mask": [1] * 8},
             r"20 steps along time_axis=-1, its attention_mask 8.*time_axis=-2 for",
         ),

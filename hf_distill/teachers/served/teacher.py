@@ -42,7 +42,7 @@ class ServedTeacher(Teacher):
     Args:
         url: up to the version: http://localhost:8000/v1 (SGLang: without /v1).
         model: the name that the server knows.
-        tokenizer: of the served model, to be compared with the student's and with what the server says.
+        processing_class: the tokenizer of the served model; compared with the student's and the server's.
         api: "vllm", "sglang" or "echo" (completions with echo, tokens named token_id:N).
         top_logprobs: k. vLLM gives up to 20 unless it is started with a higher --max-logprobs.
         batch_size: sequences a request.
@@ -54,7 +54,7 @@ class ServedTeacher(Teacher):
     Raises:
         SettingError: a value that cannot be.
 
-    >>> ServedTeacher("http://localhost:8000/v1", "large", tokenizer=None, top_logprobs=0)
+    >>> ServedTeacher("http://localhost:8000/v1", "large", processing_class=None, top_logprobs=0)
     Traceback (most recent call last):
     hf_distill.errors.SettingError: top_logprobs=0: must be a whole number of at least 1.
     """
@@ -67,7 +67,7 @@ class ServedTeacher(Teacher):
         url: str,
         model: str,
         *,
-        tokenizer: Any,
+        processing_class: Any,
         api: str = "vllm",
         top_logprobs: int = 20,
         batch_size: int = 8,
@@ -84,11 +84,13 @@ class ServedTeacher(Teacher):
                 raise SettingError(f"{name}={value!r}: must be a whole number of at least {least}.")
         if not 0 < timeout_s < float("inf"):
             raise SettingError(f"timeout_s={timeout_s!r}: must be a number of seconds above 0.")
-        if not hasattr(fitting.tokenizer_in(tokenizer), "get_vocab"):
-            raise SettingError(f"tokenizer is a {type(tokenizer).__name__}: give that of the served model.")
+        if not hasattr(fitting.tokenizer_in(processing_class), "get_vocab"):
+            raise SettingError(
+                f"processing_class is a {type(processing_class).__name__}: give the tokenizer of the served model."
+            )
         self.alignment = HeadAlignment()
         self._api, self._model, self._k = APIS[api], model, top_logprobs
-        self._tokenizer = fitting.tokenizer_in(tokenizer)
+        self._tokenizer = fitting.tokenizer_in(processing_class)
         self._batch_size, self._max_concurrency = batch_size, max_concurrency
         base = str(url).rstrip("/").removesuffix("/v1") if api == "sglang" else url
         self._endpoint = Endpoint(base, timeout_s=timeout_s, retries=retries, api_key_env=api_key_env)
@@ -203,8 +205,8 @@ class ServedTeacher(Teacher):
         texts = self._api.texts(self._api.answers(reply)[0])
         if not texts:
             logger.warning(
-                "The teacher's server does not tell the texts of its tokens, so whether tokenizer= is the served "
-                "model's was not checked."
+                "The teacher's server does not tell the texts of its tokens, so whether processing_class= is "
+                "the served model's was not checked."
             )
         for token, text in texts.items():
             if token not in special:
@@ -218,7 +220,7 @@ class ServedTeacher(Teacher):
         if "\ufffd" in told or not told.strip() or _plain(told) in map(_plain, ours):
             return
         raise TeacherError(
-            f"the served model has another tokenizer: its token {token} is {told!r}, that of tokenizer= is "
+            f"the served model has another tokenizer: its token {token} is {told!r}, that of processing_class= is "
             f"{self._tokenizer.decode([token])!r}. Give the served model's own tokenizer; the student must have the "
             "same one."
         )

@@ -46,7 +46,7 @@ def kept(folder: Path, objectives: Any = None, name: str = NAME, **changed: Any)
     ("name", "objective", "axis"),
     [
         ("bert_tokens", HiddenMatch("skip", embeddings=True), "tokens"),
-        ("bert_tokens", HiddenMatch("last", positions="first"), "vectors"),
+        ("bert_tokens", HiddenMatch("last", pooling="first"), "vectors"),
         ("bert_tokens", SimilarityMatch(), "vectors"),
         ("bert_multiple_choice", RelationMatch(), "tokens"),
         ("llama_causal_lm", CosineEmbedding(), "tokens"),
@@ -55,7 +55,7 @@ def kept(folder: Path, objectives: Any = None, name: str = NAME, **changed: Any)
         ("whisper_seq2seq", HiddenMatch("last", side="encoder"), "all"),
         ("wav2vec2_audio_class", HiddenMatch("last"), "frames"),
         ("wav2vec2_audio_class", SimilarityMatch(pooling="last"), "vectors"),
-        ("vit_image_class", HiddenMatch("last", positions="last"), "vectors"),
+        ("vit_image_class", HiddenMatch("last", pooling="last"), "vectors"),
         ("vit_image_class", HiddenMatch("even"), "all"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.default_name,
@@ -80,7 +80,7 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis
 
 def test_training_is_the_live_training(tmp_path: Path) -> None:
     """Examples one by one, so that their forward is the same in any order: shuffled, two epochs, accumulated."""
-    some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(compare="angle_relations")]
+    some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(distance="angle_relations")]
     teacher, start = bert(seed=1, num_hidden_layers=2), weights(bert())
     given = {"data_collator": padded, "progress": False, "batch_size": 1, "student": bert(), "objectives": matched}
     given |= {"inside_dtype": "float32", "store": None}
@@ -188,7 +188,7 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, asked: Any, message: str) -> None:
-    cache = kept(tmp_path, HiddenMatch([(1, 2)], positions="first"))
+    cache = kept(tmp_path, HiddenMatch([(1, 2)], pooling="first"))
     with pytest.raises(TeacherError, match=message):
         Distiller(HEADS[NAME].make(1, layers=2, width=24), CachedTeacher(cache), objectives=asked)
 
