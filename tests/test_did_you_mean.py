@@ -194,6 +194,14 @@ def test_a_keyword_that_the_trainer_does_not_have(tmp_path, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize(("name", "meant"), [("teacher", "teacher_model"), ("view", "on_policy")])
+def test_another_name_is_named_though_the_teacher_is_missing(tmp_path, name: str, meant: str) -> None:
+    """Before the missing teacher is."""
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'\. Did you mean '{meant}'"):
+        DistillationTrainer(model=bert(), args=arguments(tmp_path), train_dataset=examples(), **{name: bert(seed=1)})
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_type_error_of_a_base_trainer_is_its_own(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"cannot unpack non-iterable NoneType object$"):
         make(tmp_path, bert(), bert(seed=1), optimizers=None)

@@ -167,7 +167,25 @@ def _meant_column(data: Any, columns: list[str], task: Task, config: Any) -> tup
             return name, f"{len(words)} words that are the student's labels"
         if words and numbered and len(words) == count:
             return name, f"{count} different words, as many as the student has labels"
+    if task.axis == "example":
+        for name in columns:
+            whole = _distinct_integers(data, name)
+            if whole == set(range(count)):
+                return name, f"each number from 0 to {count - 1}, as the student numbers its labels"
     return None
+
+
+def _distinct_integers(data: Any, column: str) -> set[int] | None:
+    """The whole numbers in a column, as far as it is looked at; None: it holds something else."""
+    if isinstance(data, datasets.Dataset):
+        block = next(arrow_blocks(data, column, rows=_LOOKED_AT), pa.array([]))
+        values = pc.unique(block).to_pylist() if pa.types.is_integer(block.type) else [None]
+    elif isinstance(data, (list, tuple)):
+        values = [row.get(column) for row in data[:_LOOKED_AT]]
+    else:
+        return None
+    known = [value for value in values if value is not None]
+    return set(known) if all(isinstance(one, int) and not isinstance(one, bool) for one in known) else None
 
 
 def _distinct_words(data: Any, column: str) -> set[str] | None:

@@ -145,6 +145,7 @@ class DistillationMixin(_Trainer):
         distiller: Distiller | None = None,
         **keywords: Any,
     ) -> None:
+        _check_keywords(keywords, type(self))
         given = dict(zip(_POSITIONAL, positional, strict=False)) | keywords
         checks.check_one_gpu_a_process(args, model)
         self._teacher_processing_class = teacher_processing_class
@@ -732,6 +733,22 @@ def _is_of_transformers(init: Any) -> bool:
     return getattr(init, "__func__", None) in (Trainer.__init__, Seq2SeqTrainer.__init__)
 
 
+def _known_keywords(trainer_class: type) -> set[str]:
+    parameters = [
+        inspect.signature(vars(one)["__init__"]).parameters for one in trainer_class.__mro__ if "__init__" in vars(one)
+    ]
+    return {name for known in parameters for name in known} - _NO_KEYWORDS
+
+
+def _check_keywords(given: Iterable[str], trainer_class: type) -> None:
+    """Raise TypeError for other names of the keywords, before a missing one is reported under its own name."""
+    for name in set(given) & set(_KEYWORD_ALIASES) - _known_keywords(trainer_class):
+        raise TypeError(
+            f"{trainer_class.__name__}() got an unexpected keyword argument {name!r}. Did you mean "
+            f"{_KEYWORD_ALIASES[name]!r}?"
+        )
+
+
 def _keyword_hint(error: TypeError, given: Iterable[str], trainer_class: type) -> str:
     """A sentence on the keyword that was probably meant, where one of these is not known; empty for other errors."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -745,7 +762,4 @@ def _keyword_hint(error: TypeError, given: Iterable[str], trainer_class: type) -
         )
     if name not in given:
         return ""
-    parameters = [
-        inspect.signature(vars(one)["__init__"]).parameters for one in trainer_class.__mro__ if "__init__" in vars(one)
-    ]
-    return did_you_mean(name, {name for known in parameters for name in known} - _NO_KEYWORDS, _KEYWORD_ALIASES)
+    return did_you_mean(name, _known_keywords(trainer_class), _KEYWORD_ALIASES)

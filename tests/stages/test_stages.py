@@ -227,8 +227,7 @@ def test_what_is_written_says_what_was_run(whole) -> None:
     begun = json.loads((whole["folder"] / "1-inside" / "stage.json").read_text())
     assert begun["name"] == "inside" and begun["arguments"]["alpha"] is None
     assert begun["objectives"] == [
-        "2 × hidden: HiddenMatch(layers 'even', distance='mean_squared', projection='auto', positions='all', "
-        "embeddings=False)"
+        "2 × hidden: HiddenMatch(layers 'even', distance='mean_squared', projection='auto', embeddings=False)"
     ]
     ended = json.loads((whole["folder"] / "1-inside" / "stage_finished.json").read_text())
     assert ended["global_step"] == 3

@@ -334,6 +334,16 @@ def test_words_of_a_column_of_another_name(tmp_path: Path) -> None:
     make(tmp_path, named(), named(seed=1), train_dataset=data.rename_column("mood", "label"), **PLAIN).train()
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_column_of_numbers_that_holds_the_labels_is_named(tmp_path: Path, as_list: bool) -> None:
+    given = [{**row, "mood": i % 3, "length": 3} for i, row in enumerate(rows([None] * 8))]
+    for row in given:
+        row.pop("label", None)
+    data = given if as_list else datasets.Dataset.from_list(given)
+    with pytest.raises(DataError, match=r"'mood' holds each number from 0 to 2.*rename_column\('mood', 'label'\)"):
+        make(tmp_path, named(), named(seed=1), train_dataset=data, **PLAIN)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", ["list", "Dataset"])
 @pytest.mark.parametrize("name", ["bert_single_label", "llama_causal_lm", "t5_seq2seq"])
