@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq
 from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
 from hf_distill.models.generation import set_generation
-from hf_distill.teachers.completions.shards import Folder
+from hf_distill.teachers.passes import ShardFolder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
@@ -74,17 +74,17 @@ def test_beams_are_those_of_generate(tmp_path) -> None:
 def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
     teacher, sampled = LLAMA.make(2), {**SHORT, "do_sample": True, "num_return_sequences": 2, "seed": 3}
     whole = generate_completions(teacher, ANSWERED, tmp_path / "whole", **sampled)
-    write = Folder.write
+    write = ShardFolder.write_shard
 
-    def killed(self: Folder, shard: int, *rest: Any) -> None:
+    def killed(self: ShardFolder, shard: int, *rest: Any, **facts: Any) -> None:
         if shard == 1:
             raise KeyboardInterrupt
-        write(self, shard, *rest)
+        write(self, shard, *rest, **facts)
 
-    monkeypatch.setattr(Folder, "write", killed)
+    monkeypatch.setattr(ShardFolder, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt, match=r"answers to 4 of 7 prompts are kept in .*the same call goes on"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
-    monkeypatch.setattr(Folder, "write", write)
+    monkeypatch.setattr(ShardFolder, "write_shard", write)
     with pytest.raises(DataError, match=r"unfinished completions of something else: seed: 3 there, 4 now"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **{**sampled, "seed": 4})
     with pytest.raises(DataError, match=r"shard 0 of .* was written to other prompts than the dataset now has there"):

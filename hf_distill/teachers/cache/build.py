@@ -1,14 +1,13 @@
-"""A progress bar of the pass: batches, examples or tokens a second, time left."""
+"""Building a cache: what is planned, and the pass of the teacher over the dataset that fills it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -52,6 +51,7 @@ from hf_distill.teachers.cache.stores import (
     store_from,
 )
 from hf_distill.teachers.model import tokenizer_in
+from hf_distill.teachers.passes import ResumablePass, ShardFolder, checksum, read_arrow, shard_name, write_arrow
 
 _UNITS = {"example": "examples", "input": "tokens", "decoder": "tokens", "frames": "frames"}
 
@@ -391,242 +391,6 @@ def _padding_side(batch: Batch, main: str) -> str | None:
     return "right" if bool(mask[:, 0].all()) else "left"
 
 
-class Pass:
-    """Makes shards. The same shard has the same bytes whoever makes it, and whatever was made before.
-
-    Args:
-        source: who is asked about what.
-        folder: of the cache.
-        plan: what was agreed on.
-        device: of the teacher.
-        num_workers: processes that make batches.
-    """
-
-    def __init__(self, source: Source, folder: Path, plan: dict[str, Any], device: Any, *, num_workers: int) -> None:
-        self.source = source
-        self.folder = folder
-        self.plan = plan
-        self.device = device
-        self.num_workers = num_workers
-        self.batch_size: int = plan["padding"]["batch_size"]
-        self._kept: list[StoredActivation] = kept_reads(plan.get("inside"))
-
-    def _indices(self, shard: int) -> range:
-        start, count = shard * self.plan["shard_examples"], self.plan["dataset"]["examples"]
-        return range(start, min(count, start + self.plan["shard_examples"]))
-
-    def _batches(self, shards: list[int]) -> list[list[int]]:
-        """The same whoever makes them: batches do not reach over the end of a shard."""
-        size_ = self.batch_size
-        return [list(r[at : at + size_]) for r in map(self._indices, shards) for at in range(0, len(r), size_)]
-
-    def _loaded(self, shards: list[int]) -> Iterator[dict[str, Any]]:
-        loader: DataLoader[Any] = DataLoader(
-            _Examples(self.source),  # type: ignore[arg-type]  # what a Dataset must have, it has
-            batch_sampler=self._batches(shards),
-            collate_fn=self.source.collated,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),  # that of the training is left alone
-        )
-        return iter(loader)
-
-    def is_done(self, shard: int) -> bool:
-        """Whether an earlier pass finished it.
-
-        Raises:
-            DataError: it did, and of other examples than the dataset now has.
-        """
-        if not is_finished(self.folder, shard):
-            return False
-        written = files.read_arrow(self.folder / files.shard_name(shard))
-        there = np.stack([files.numbers(written.column("high")), files.numbers(written.column("low"))], 1)
-        now = np.concatenate([self._keys(batch) for batch in self._loaded([shard])])
-        if not np.array_equal(there, now):
-            at = int(np.flatnonzero((there != now).any(1))[0]) + self._indices(shard)[0]
-            raise DataError(
-                f"example {at} of the dataset is another one than when {self.folder} was begun. Give the dataset that "
-                "it was begun with, or choose another folder."
-            )
-        return True
-
-    def content(self) -> str:
-        """The fingerprint of all examples as the dataset now has them; the teacher is not asked."""
-        every = list(range(self.plan["shard_count"]))
-        return fingerprints.of_keys(np.concatenate([self._keys(batch) for batch in self._loaded(every)]))
-
-    def _keys(self, batch: dict[str, Any]) -> np.ndarray:
-        return self.source.keys(batch, self.plan["inputs"]["columns"])
-
-    def make(self, shards: list[int], *, done: list[int], shown: bool) -> None:
-        """Ask the teacher about the examples of these shards. Args: done: shards of an earlier pass."""
-        store = store_from(self.plan["store"])
-        batches = self._loaded(shards)
-        total, before = len(self._batches([*done, *shards])), len(self._batches(done))
-        with Bar(total=total, axis=self.source.axis, finished=before, shown=shown and bool(shards)) as bar:
-            for shard in shards:
-                parts = []
-                for indices in self._batches([shard]):
-                    with examples_named(indices):
-                        parts.append(self._part(next(batches), store))
-                    bar.advance(parts[-1]["positions"])
-                self._write_shard(shard, parts)
-
-    def _part(self, batch: dict[str, Any], store: Store) -> dict[str, np.ndarray]:
-        keys, said = self._keys(batch), self.source.said(batch, self.device)
-        fields = {**self._predictions(said, keys, store), **self._inside(said)}
-        return {"high": keys[:, 0], "low": keys[:, 1], POSITIONS: said.counts.astype(np.int32), **fields}
-
-    def _predictions(self, said: TeacherOutputs, keys: np.ndarray, store: Store) -> dict[str, np.ndarray]:
-        if said.listed is not None and isinstance(store, TopKFromServer):
-            return store.encode_listed(said.listed)
-        if said.rows is None:
-            return {}
-        rows, columns = said.rows, self.plan["predictions"]["columns"]
-        if store.lists_columns:
-            rows = rows[:, :columns]
-        _refuse_no_numbers(rows, said.counts)
-        if rows.shape[1] != columns:
-            raise DataError(
-                f"the teacher predicts {rows.shape[1]} columns here and {columns} at the start: examples must have "
-                "equally many (choices)."
-            )
-        return store.encode(rows, keys, said.counts)
-
-    def _inside(self, said: TeacherOutputs) -> dict[str, np.ndarray]:
-        fields: dict[str, np.ndarray] = {}
-        for now, there in zip(said.inside, self._kept, strict=True):
-            if now != there:
-                raise DataError(
-                    f"the teacher's {there} are {there.width} wide along {there.axis} at the start, and {now.width} "
-                    f"along {now.axis} in a later batch. Make batches alike."
-                )
-            rows, counts = said.inside[now]
-            fields[there.counts] = counts.astype(np.int32)
-            fields[there.field] = stored(rows, there, self.plan["inside"]["dtype"])
-        return fields
-
-    def _write_shard(self, shard: int, parts: list[dict[str, np.ndarray]]) -> None:
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        along = {one.field: one.counts for one in self._kept}
-        plain = ("high", "low", POSITIONS, *along.values())
-        columns = {name: files.plain_array(whole[name]) for name in whole if name in plain}
-        for name in whole:
-            if name not in plain:
-                counts = whole[along.get(name, POSITIONS)]
-                columns[name] = files.list_array(whole[name], counts * whole[name].shape[1])
-        path = self.folder / files.shard_name(shard)
-        files.write_arrow(path, columns)
-        receipt = {
-            "file": path.name,
-            "examples": len(whole[POSITIONS]),
-            "positions": int(whole[POSITIONS].sum()),
-            "bytes": path.stat().st_size,
-            "blake2b": fingerprints.of_file(path),
-        }
-        files.write_json(self.folder / files.receipt_name(shard), receipt)
-
-
-def _refuse_no_numbers(rows: torch.Tensor, counts: np.ndarray) -> None:
-    wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
-    if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        example = int(np.searchsorted(np.cumsum(counts), position, side="right"))
-        raise TeacherError(
-            f"the teacher's logits hold NaN or infinity in example {example} of a batch, at position {position} of "
-            "it all. Look at that input; a half-precision teacher may overflow: try dtype='float32' or 'bfloat16'."
-        )
-
-
-class _Examples:
-    """A map-style dataset of what the collator takes."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source.example(index)
-
-
-def is_finished(folder: Path, shard: int) -> bool:
-    """Whether a shard is whole: it has its receipt, and is what that says."""
-    path, receipt = folder / files.shard_name(shard), folder / files.receipt_name(shard)
-    if not (path.is_file() and receipt.is_file()):
-        return False
-    said = files.read_json(receipt)
-    return bool(path.stat().st_size == said["bytes"] and fingerprints.of_file(path) == said["blake2b"])
-
-
-def finish(folder: Path, plan: dict[str, Any]) -> None:
-    """Index, dataset files, card, manifest; then the receipts and the plan go.
-
-    Raises:
-        DiskFull: no space is left; the shards stay.
-    """
-    receipts = [files.read_json(folder / files.receipt_name(number)) for number in range(plan["shard_count"])]
-    keys = _write_index(folder, receipts)
-    index = folder / files.INDEX
-    content = fingerprints.of_keys(keys)
-    manifest = {
-        **{name: value for name, value in plan.items()},
-        "dataset": {**plan["dataset"], "content": content},
-        "positions": sum(one["positions"] for one in receipts),
-        "shards": receipts,
-        "index": {"file": index.name, "bytes": index.stat().st_size, "blake2b": fingerprints.of_file(index)},
-    }
-    _write_dataset_files(folder, receipts, content)
-    with files.written_beside(folder / files.CARD) as file:
-        file.write(card_of(manifest).encode())
-    files.write_json(folder / files.MANIFEST, manifest)
-    tidy(folder)
-
-
-def tidy(folder: Path) -> None:
-    """Away with what only an unfinished cache needs."""
-    for path in [*folder.glob(files.RECEIPTS), *folder.glob(f"*{files.PARTIAL}-*"), folder / files.PLAN]:
-        if path.exists():
-            path.unlink()
-
-
-def _write_index(folder: Path, receipts: list[dict[str, Any]]) -> np.ndarray:
-    """All keys in order, each with where its example lies. Returns the keys `[n 2]` in the dataset's order."""
-    keys, shards, rows = [], [], []
-    for number, one in enumerate(receipts):
-        batch = files.read_arrow(folder / one["file"])
-        keys.append(np.stack([files.numbers(batch.column("high")), files.numbers(batch.column("low"))], 1))
-        shards.append(np.full(one["examples"], number, dtype=np.int32))
-        rows.append(np.arange(one["examples"], dtype=np.int32))
-    every = np.concatenate(keys)
-    order = np.lexsort((every[:, 1], every[:, 0]))  # stable: of equal examples the first is found
-    columns = {
-        "high": every[order, 0],
-        "low": every[order, 1],
-        "shard": np.concatenate(shards)[order],
-        "row": np.concatenate(rows)[order],
-    }
-    files.write_arrow(folder / files.INDEX, {name: files.plain_array(values) for name, values in columns.items()})
-    return every
-
-
-def _write_dataset_files(folder: Path, receipts: list[dict[str, Any]], content: str) -> None:
-    """What `datasets.load_from_disk` reads beside the shards."""
-    schema = files.read_arrow(folder / receipts[0]["file"]).schema
-    features = datasets.Features.from_arrow_schema(schema)
-    files.write_json(folder / files.INFO, {"features": features.to_dict(), "description": "", "citation": ""})
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": one["file"]} for one in receipts],
-        "_fingerprint": content[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": "train",
-    }
-    files.write_json(folder / files.STATE, state)
-
-
 _MEASURED = "measured"  # in the plan: what a resumed pass takes over and does not measure again
 
 
@@ -665,28 +429,34 @@ class TrainingSetup:
     accelerator: Any
 
 
-class Builder:
-    """One process's part of a pass."""
+class CachePass(ResumablePass):
+    """A pass of the teacher over a dataset. A shard has the same bytes in whatever process and after whatever pass.
 
-    def __init__(self, source: Source, folder: Path, state: Any, settings: BuildOptions) -> None:
+    Args:
+        source: the teacher, the dataset and the collator.
+        path: of the cache.
+        state: the processes.
+        options: how the pass is made.
+    """
+
+    def __init__(self, source: Source, path: Path, state: Any, options: BuildOptions) -> None:
+        folder = ShardFolder(
+            path, finished="a cache", unfinished="an unfinished cache", manifest=files.MANIFEST, plan=files.PLAN
+        )
+        super().__init__(folder, state)
         self.source = source
-        self.folder = folder
-        self.state = state
-        self.settings = settings
-        self.plan: dict[str, Any] = {}
+        self.options = options
         self._now: dict[str, Any] | None = None
 
     @classmethod
     def prepared(
-        cls, teacher: Any, dataset: Any, folder: Path, given: TrainingSetup, kept: CacheContents, settings: BuildOptions
-    ) -> Builder:
+        cls, teacher: Any, dataset: Any, folder: Path, given: TrainingSetup, kept: CacheContents, options: BuildOptions
+    ) -> CachePass:
         """Raises:
         SettingError, TeacherError: see the messages; nothing is written.
         """
-        if settings.batch_size < 1 or (settings.shard_examples or 1) < 1:
-            raise SettingError(
-                f"batch_size={settings.batch_size}, shard_examples={settings.shard_examples}: at least 1."
-            )
+        if options.batch_size < 1 or (options.shard_examples or 1) < 1:
+            raise SettingError(f"batch_size={options.batch_size}, shard_examples={options.shard_examples}: at least 1.")
         state = given.accelerator or processes()
         chosen = given.collator or default_collator(given.processor)
         refuse_drawn(chosen)
@@ -716,105 +486,44 @@ class Builder:
         refuse_unprocessed_data(asked, dataset, given.collator)
         every = with_versions(dataset, chosen)
         source = Source(asked, every, chosen, given.processor, inside, kept.predictions, labels)
-        return cls(source, folder, state, settings)
+        return cls(source, folder, state, options)
 
-    def run(self) -> bool:
-        """Whether there was anything to do.
+    # What is planned.
+
+    def check_finished(self, manifest: dict[str, Any]) -> None:
+        """Check that the finished cache is of the same teacher, settings and examples.
 
         Raises:
-            DataError: see `TeacherCache.build`.
+            DataError: if it is of something else.
         """
-        if self._is_built():
-            return False
-        self._begin()
-        mine = range(self.state.process_index, self.plan["shard_count"], self.state.num_processes)
-        shown = self.settings.progress and self.state.is_main_process
-        whole = self._pass(self.plan)
-        done = [number for number in mine if whole.is_done(number)]
-        try:
-            whole.make([number for number in mine if number not in done], done=done, shown=shown)
-            self.state.wait_for_everyone()
-            if self.state.is_main_process:
-                finish(self.folder, self.plan)
-            self.state.wait_for_everyone()
-        except files.DiskFull as error:
-            raise DataError(self._full(error)) from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self._kept()}; the same call goes on from there.") from None
-        return True
-
-    def _kept(self) -> str:
-        """How much of the pass is on the disk, in words."""
-        receipts = [files.read_json(path) for path in sorted(self.folder.glob(files.RECEIPTS))]
-        kept, asked = sum(one["examples"] for one in receipts), self.plan["dataset"]["examples"]
-        return f"{kept:,} of {asked:,} examples are kept in {self.folder}"
-
-    def _pass(self, plan: dict[str, Any]) -> Pass:
-        return Pass(self.source, self.folder, plan, self.state.device, num_workers=self.settings.num_workers)
-
-    # Before the pass.
-
-    def _is_built(self) -> bool:
-        """Raises:
-        DataError: the folder holds a cache of something else, or what is no cache.
-        """
-        if not (self.folder / files.MANIFEST).is_file():
-            self._refuse_foreign()
-            return False
-        manifest = files.read_json(self.folder / files.MANIFEST)
-        self._refuse_other_plan(manifest, self._planned(), "a cache")
-        if self._pass(manifest).content() != manifest["dataset"]["content"]:
+        # Neither the versions that made it matter any more, nor an older format.
+        ignored = ("versions", "format_version", "store.keeps_largest: None", "dataset.content")
+        self.folder.check_same(manifest, self._planned(), finished=True, ignored=ignored)
+        if self._content(manifest) != manifest["dataset"]["content"]:
             raise DataError(
-                f"{self.folder} holds a cache of other examples, or of the same in another order. To train on part of "
-                "what it holds, or in another order, open it: TeacherCache(folder). For other examples choose another "
-                "folder, or delete this one."
+                f"{self.folder.path} holds a cache of other examples, or of the same in another order. To train on "
+                "part of what it holds, or in another order, open it: TeacherCache(folder). For other examples choose "
+                "another folder, or delete this one."
             )
-        if self.state.is_main_process:
-            tidy(self.folder)  # if it was killed right before
-        self._say(f"{self.folder} is built already.")
-        return True
+        self._say(f"{self.folder.path} is built already.")
 
-    def _begin(self) -> None:
-        """Announce it, and agree on the plan: that of the folder, if the pass goes on."""
+    def begun_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+        self.folder.check_same(plan, self._planned(), finished=False, ignored=("dataset.content",))
+        return plan
+
+    def new_plan(self) -> dict[str, Any]:
+        """Announce the size, measure what depends on padding and rounding, and cut the dataset into shards."""
         plan = self._planned()
-        if (self.folder / files.PLAN).is_file():
-            self.plan = files.read_json(self.folder / files.PLAN)
-            self._refuse_other_plan(self.plan, plan, "an unfinished cache")
-        else:
-            self.plan = self._sized(plan)
-        self.state.wait_for_everyone()  # nobody has written yet what others look for
-        if self.state.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for beside in self.folder.glob(f"*{files.PARTIAL}-*"):  # of a pass that was killed
-                beside.unlink()
-            if not (self.folder / files.PLAN).is_file():
-                self._write(files.PLAN, self.plan)
-        self.state.wait_for_everyone()
-        self.plan = files.read_json(self.folder / files.PLAN)  # as a resumed pass reads it
-
-    def _planned(self) -> dict[str, Any]:
-        """What is asked for now, found out once."""
-        if self._now is None:
-            plan = made_plan(
-                self.source,
-                store=self.settings.store,
-                batch_size=self.settings.batch_size,
-                device=self.state.device,
-            )
-            self._now = {**plan, "shard_asked": self.settings.shard_examples}
-        return self._now
-
-    def _sized(self, plan: dict[str, Any]) -> dict[str, Any]:
-        batch_size, count = self.settings.batch_size, plan["dataset"]["examples"]
+        batch_size, count = self.options.batch_size, plan["dataset"]["examples"]
         found = size_of(self.source, plan, batch_size=batch_size)
-        free = size.free_bytes(self.folder)
-        self._say(f"The teacher's cache takes {size.announced(found, self.folder, free=free)}.")
-        size.refuse_too_large(found, self.folder, free=free)
+        free = size.free_bytes(self.folder.path)
+        self._say(f"The teacher's cache takes {size.announced(found, self.folder.path, free=free)}.")
+        size.refuse_too_large(found, self.folder.path, free=free)
         change = change_by_padding(self.source, batch_size=batch_size, device=self.state.device)
         remark = padding_remark(change, plan)
         if remark is not None:
             logger.warning(f"About the teacher's cache: {remark}")
-        examples = shard_size(self.settings.shard_examples, found.total / count, count, batch_size)
+        examples = shard_size(self.options.shard_examples, found.total / count, count, batch_size)
         measured: dict[str, Any] = {"positions_an_example": found.positions, "change_by_padding": change}
         errors = rounding_errors(self.source, plan, batch_size=batch_size, device=self.state.device)
         if errors:
@@ -829,43 +538,186 @@ class Builder:
             measured["agreement_with_full_precision"] = agreement
         return {**plan, "shard_examples": examples, "shard_count": -(-count // examples), _MEASURED: measured}
 
-    def _refuse_other_plan(self, there: dict[str, Any], now: dict[str, Any], what: str) -> None:
-        differing = fingerprints.differences({name: there.get(name) for name in now}, now)
-        finished = "shards" in there
-        if finished:  # then neither matters which versions made it, nor in which format of before it lies
-            of_before = ("versions", "format_version", "store.keeps_largest: None")
-            differing = [line for line in differing if not line.startswith(of_before)]
-        differing = [line for line in differing if not line.startswith("dataset.content")]
-        if differing:
-            raise DataError(
-                f"{self.folder} holds {what} of something else: {'; '.join(differing[:4])}"
-                f"{'; and more' if len(differing) > 4 else ''}. Choose another folder, delete this one, or call it "
-                "with what it was begun with."
+    def _planned(self) -> dict[str, Any]:
+        """What is asked for now, found out once."""
+        if self._now is None:
+            plan = made_plan(
+                self.source,
+                store=self.options.store,
+                batch_size=self.options.batch_size,
+                device=self.state.device,
             )
+            self._now = {**plan, "shard_asked": self.options.shard_examples}
+        return self._now
 
-    def _refuse_foreign(self) -> None:
-        if (self.folder / files.PLAN).is_file() or not self.folder.exists():
-            return
-        if not self.folder.is_dir() or any(not path.name.startswith(".") for path in self._entries()):
-            raise DataError(f"{self.folder} holds something that is no cache. Give a new or an empty folder.")
+    # The shards.
 
-    def _entries(self) -> Iterator[Path]:
-        return (path for path in self.folder.iterdir() if files.PARTIAL not in path.name)
+    def _indices(self, plan: Mapping[str, Any], shard: int) -> range:
+        start, count = shard * plan["shard_examples"], plan["dataset"]["examples"]
+        return range(start, min(count, start + plan["shard_examples"]))
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        try:
-            files.write_json(self.folder / name, content)
-        except files.DiskFull as error:
-            raise DataError(self._full(error)) from error
+    def _batches(self, plan: Mapping[str, Any], shards: Iterable[int]) -> list[list[int]]:
+        """Return the batches; none reaches over the end of a shard, so they are the same in every pass."""
+        each, ranges = plan["padding"]["batch_size"], [self._indices(plan, shard) for shard in shards]
+        return [list(r[at : at + each]) for r in ranges for at in range(0, len(r), each)]
 
-    def _full(self, error: files.DiskFull) -> str:
-        free = size.readable(size.free_bytes(self.folder))
-        kept = self._kept() if self.plan else "Nothing is kept yet"
-        return (
-            f"the disk is full ({error.strerror}; {free} free at {self.folder}). {kept}. Free space and make the same "
-            "call again: it goes on from there."
+    def _loaded(self, plan: Mapping[str, Any], shards: Iterable[int]) -> Iterator[dict[str, Any]]:
+        loader: DataLoader[Any] = DataLoader(
+            _Examples(self.source),  # type: ignore[arg-type]  # what a Dataset must have, it has
+            batch_sampler=self._batches(plan, shards),
+            collate_fn=self.source.collated,
+            num_workers=self.options.num_workers,
+            generator=torch.Generator(),  # that of the training is left alone
         )
+        return iter(loader)
+
+    def is_done(self, shard: int) -> bool:
+        if self.folder.receipt(shard) is None:
+            return False
+        written = read_arrow(self.folder.path / shard_name(shard))
+        there = np.stack([files.numbers(written.column("high")), files.numbers(written.column("low"))], 1)
+        now = np.concatenate([self._keys(self.plan, batch) for batch in self._loaded(self.plan, [shard])])
+        if not np.array_equal(there, now):
+            at = int(np.flatnonzero((there != now).any(1))[0]) + self._indices(self.plan, shard)[0]
+            raise DataError(
+                f"example {at} of the dataset is another one than when {self.folder.path} was begun. Give the dataset "
+                "that it was begun with, or choose another folder."
+            )
+        return True
+
+    def _content(self, plan: Mapping[str, Any]) -> str:
+        """Return the fingerprint of all examples as the dataset now has them; the teacher is not run."""
+        batches = self._loaded(plan, range(plan["shard_count"]))
+        return fingerprints.of_keys(np.concatenate([self._keys(plan, batch) for batch in batches]))
+
+    def _keys(self, plan: Mapping[str, Any], batch: dict[str, Any]) -> np.ndarray:
+        return self.source.keys(batch, plan["inputs"]["columns"])
+
+    def make(self, shards: list[int], *, done: list[int]) -> None:
+        """Run the teacher on the examples of these shards."""
+        store, activations = store_from(self.plan["store"]), kept_reads(self.plan.get("inside"))
+        batches = self._loaded(self.plan, shards)
+        before = len(self._batches(self.plan, done))
+        total = before + len(self._batches(self.plan, shards))
+        shown = self.options.progress and self.state.is_main_process and bool(shards)
+        with Bar(total=total, axis=self.source.axis, finished=before, shown=shown) as bar:
+            for shard in shards:
+                parts = []
+                for indices in self._batches(self.plan, [shard]):
+                    with examples_named(indices):
+                        parts.append(self._part(next(batches), store, activations))
+                    bar.advance(parts[-1]["positions"])
+                self._write(shard, parts, activations)
+
+    def _part(self, batch: dict[str, Any], store: Store, activations: list[StoredActivation]) -> dict[str, np.ndarray]:
+        keys, said = self._keys(self.plan, batch), self.source.said(batch, self.state.device)
+        fields = {**self._predictions(said, keys, store), **self._activations(said, activations)}
+        return {"high": keys[:, 0], "low": keys[:, 1], POSITIONS: said.counts.astype(np.int32), **fields}
+
+    def _predictions(self, said: TeacherOutputs, keys: np.ndarray, store: Store) -> dict[str, np.ndarray]:
+        if said.listed is not None and isinstance(store, TopKFromServer):
+            return store.encode_listed(said.listed)
+        if said.rows is None:
+            return {}
+        rows, columns = said.rows, self.plan["predictions"]["columns"]
+        if store.lists_columns:
+            rows = rows[:, :columns]
+        _refuse_no_numbers(rows, said.counts)
+        if rows.shape[1] != columns:
+            raise DataError(
+                f"the teacher predicts {rows.shape[1]} columns here and {columns} at the start: examples must have "
+                "equally many (choices)."
+            )
+        return store.encode(rows, keys, said.counts)
+
+    def _activations(self, said: TeacherOutputs, activations: list[StoredActivation]) -> dict[str, np.ndarray]:
+        fields: dict[str, np.ndarray] = {}
+        for now, there in zip(said.inside, activations, strict=True):
+            if now != there:
+                raise DataError(
+                    f"the teacher's {there} are {there.width} wide along {there.axis} at the start, and {now.width} "
+                    f"along {now.axis} in a later batch. Make batches alike."
+                )
+            rows, counts = said.inside[now]
+            fields[there.counts] = counts.astype(np.int32)
+            fields[there.field] = stored(rows, there, self.plan["inside"]["dtype"])
+        return fields
+
+    def _write(self, shard: int, parts: list[dict[str, np.ndarray]], activations: list[StoredActivation]) -> None:
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        along = {one.field: one.counts for one in activations}
+        plain = ("high", "low", POSITIONS, *along.values())
+        columns = {name: files.plain_array(whole[name]) for name in whole if name in plain}
+        for name in whole:
+            if name not in plain:
+                counts = whole[along.get(name, POSITIONS)]
+                columns[name] = files.list_array(whole[name], counts * whole[name].shape[1])
+        examples, positions = len(whole[POSITIONS]), int(whole[POSITIONS].sum())
+        self.folder.write_shard(shard, columns, examples=examples, positions=positions)
+
+    # The end.
+
+    def finalize(self, receipts: list[dict[str, Any]]) -> None:
+        """Write index, dataset files, card and manifest."""
+        index = self.folder.path / files.INDEX
+        content = fingerprints.of_keys(_write_index(self.folder.path, receipts))
+        manifest = {
+            **self.plan,
+            "dataset": {**self.plan["dataset"], "content": content},
+            "positions": sum(one["positions"] for one in receipts),
+            "shards": receipts,
+            "index": {"file": index.name, "bytes": index.stat().st_size, "blake2b": checksum(index)},
+        }
+        self.folder.finish(manifest, receipts, fingerprint=content[:16], card=card_of(manifest))
+
+    def kept(self) -> str:
+        kept, planned = self.folder.written("examples"), self.plan["dataset"]["examples"]
+        return f"{kept:,} of {planned:,} examples are kept in {self.folder.path}"
 
     def _say(self, text: str) -> None:
         if self.state.is_main_process:
-            (self.settings.say or logger.info)(text)
+            (self.options.say or logger.info)(text)
+
+
+def _refuse_no_numbers(rows: torch.Tensor, counts: np.ndarray) -> None:
+    wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
+    if bool(wrong.any()):
+        position = int(wrong.nonzero()[0])
+        example = int(np.searchsorted(np.cumsum(counts), position, side="right"))
+        raise TeacherError(
+            f"the teacher's logits hold NaN or infinity in example {example} of a batch, at position {position} of "
+            "it all. Look at that input; a half-precision teacher may overflow: try dtype='float32' or 'bfloat16'."
+        )
+
+
+class _Examples:
+    """A map-style dataset of what the collator takes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source.example(index)
+
+
+def _write_index(folder: Path, receipts: list[dict[str, Any]]) -> np.ndarray:
+    """All keys in order, each with where its example lies. Returns the keys `[n 2]` in the dataset's order."""
+    keys, shards, rows = [], [], []
+    for number, one in enumerate(receipts):
+        batch = read_arrow(folder / one["file"])
+        keys.append(np.stack([files.numbers(batch.column("high")), files.numbers(batch.column("low"))], 1))
+        shards.append(np.full(one["examples"], number, dtype=np.int32))
+        rows.append(np.arange(one["examples"], dtype=np.int32))
+    every = np.concatenate(keys)
+    order = np.lexsort((every[:, 1], every[:, 0]))  # stable: of equal examples the first is found
+    columns = {
+        "high": every[order, 0],
+        "low": every[order, 1],
+        "shard": np.concatenate(shards)[order],
+        "row": np.concatenate(rows)[order],
+    }
+    write_arrow(folder / files.INDEX, {name: files.plain_array(values) for name, values in columns.items()})
+    return every

@@ -18,10 +18,10 @@ from torch import Tensor
 from hf_distill.errors import DataError, TeacherError
 from hf_distill.models.packing import packs_several
 from hf_distill.tasks import Batch, Task
+from hf_distill.teachers import passes
 from hf_distill.teachers.cache import files, layout
-from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout as inside_layout
-from hf_distill.teachers.cache.build import Builder, BuildOptions, CacheContents, TrainingSetup
+from hf_distill.teachers.cache.build import BuildOptions, CacheContents, CachePass, TrainingSetup
 from hf_distill.teachers.cache.files import POSITIONS, MemoryMappedShards, counts_of
 from hf_distill.teachers.cache.hidden import CachedInside
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, content_keys, read_by_teacher
@@ -33,7 +33,7 @@ def is_cache(path: Any) -> bool:
     """Whether a folder is a cache, finished or not."""
     folder = Path(path)
     return any((folder / name).is_file() for name in (files.PLAN, files.INDEX)) or (
-        (folder / files.MANIFEST).is_file() and files.read_json(folder / files.MANIFEST).get("format") == files.FORMAT
+        (folder / files.MANIFEST).is_file() and passes.read_json(folder / files.MANIFEST).get("format") == files.FORMAT
     )
 
 
@@ -132,7 +132,7 @@ class TeacherCache:
         given = TrainingSetup(student, task, data_collator, processing_class, dtype, accelerator)
         kept = CacheContents(predictions, temperature, objectives, reads, inside_dtype)
         settings = BuildOptions(batch_size, store, shard_examples, num_workers, say, progress)
-        fresh = Builder.prepared(teacher, dataset, Path(path), given, kept, settings).run()
+        fresh = CachePass.prepared(teacher, dataset, Path(path), given, kept, settings).run()
         return cls(path, verify=not fresh)
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ class TeacherCache:
             repo_id=repo_id,
             repo_type="dataset",
             revision=revision,
-            allow_patterns=[*shards, files.INDEX, files.STATE, files.INFO, files.CARD, files.MANIFEST],
+            allow_patterns=[*shards, files.INDEX, passes.STATE, passes.INFO, passes.CARD, files.MANIFEST],
             commit_message="What a teacher said, cached by hf-distill",
         )
         return str(commit.commit_url)
@@ -261,7 +261,7 @@ class TeacherCache:
                     f"{path} has {size:,} bytes, the manifest says {one['bytes']:,}: it was cut off or changed. Copy "
                     "it again, or delete the folder and build the cache again."
                 )
-            if checksums and fingerprints.of_file(path) != one["blake2b"]:
+            if checksums and passes.checksum(path) != one["blake2b"]:
                 raise DataError(
                     f"{path} is not what was written: its checksum differs from the manifest's. Copy it again, or "
                     "delete the folder and build the cache again."
@@ -277,7 +277,7 @@ class TeacherCache:
 
 def _opened(folder: Path) -> dict[str, Any]:
     if (folder / files.MANIFEST).is_file():
-        manifest = files.read_json(folder / files.MANIFEST)
+        manifest = passes.read_json(folder / files.MANIFEST)
         if manifest.get("format") != files.FORMAT or manifest.get("format_version", 0) > files.FORMAT_VERSION:
             raise DataError(
                 f"{folder / files.MANIFEST} is of {manifest.get('format')!r}, version "
@@ -286,8 +286,8 @@ def _opened(folder: Path) -> dict[str, Any]:
             )
         return manifest
     if (folder / files.PLAN).is_file():
-        plan = files.read_json(folder / files.PLAN)
-        done = sum(files.read_json(path)["examples"] for path in folder.glob(files.RECEIPTS))
+        plan = passes.read_json(folder / files.PLAN)
+        done = sum(passes.read_json(path)["examples"] for path in folder.glob(passes.RECEIPTS))
         raise DataError(
             f"{folder} is an unfinished cache: {done:,} of {plan['dataset']['examples']:,} examples are there. Call "
             "TeacherCache.build with the same arguments: it goes on where it was."

@@ -1,107 +1,17 @@
-"""The files of a cache: names, JSON and Arrow written beside and renamed, Arrow read as a memory map.
-
-Bare Arrow and JSON, nothing that is unpickled. What the files mean is elsewhere.
-"""
+"""The files of a cache: their names, columns as Arrow arrays, and shards and index mapped into memory."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
-from hf_distill.errors import DataError
-from hf_distill.teachers.cache import files
+from hf_distill.teachers.passes import read_arrow
 
-MANIFEST, PLAN, INDEX, CARD = "manifest.json", "unfinished.json", "index.arrow", "README.md"
-STATE, INFO = "state.json", "dataset_info.json"  # what datasets.load_from_disk reads
-PARTIAL = ".partial"
-RECEIPTS = "shard-*.json"
+MANIFEST, PLAN, INDEX = "manifest.json", "unfinished.json", "index.arrow"
 FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 2  # 2: the largest column beside rounded rows
-
-
-_open: Any = open  # tests put a quota here
-
-
-class DiskFull(OSError):
-    """No space is left for a file, which therefore was not written."""
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.arrow"
-
-
-def receipt_name(number: int) -> str:
-    """Beside a shard until the cache is whole: that it is finished, and its checksum."""
-    return f"shard-{number:05d}.json"
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when all of it is on the disk; until then, and if not, there is none of that name.
-
-    Raises:
-        DiskFull: no space is left.
-    """
-    beside = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
-    try:
-        with _open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        if beside.exists():  # it failed
-            beside.unlink()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    with written_beside(path) as file:
-        file.write(text.encode() + b"\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    DataError: not there, or no JSON.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Build the cache again, or copy it again.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object. Build the cache again, or copy it again.")
-    return content
-
-
-def write_arrow(path: Path, columns: Mapping[str, pa.Array]) -> None:
-    """One record batch as an Arrow stream, uncompressed: the same columns, the same bytes."""
-    batch = pa.record_batch(list(columns.values()), names=list(columns))
-    with written_beside(path) as file, pa.ipc.new_stream(file, batch.schema) as out:
-        out.write_batch(batch)
-
-
-def read_arrow(path: Path) -> pa.RecordBatch:
-    """The record batch of a file, mapped into memory: nothing is read until it is looked at.
-
-    Raises:
-        DataError: not there, cut off, or no such file.
-    """
-    try:
-        with pa.ipc.open_stream(pa.memory_map(str(path), "r")) as stream:
-            return stream.read_next_batch()
-    except (OSError, pa.ArrowInvalid, StopIteration) as error:
-        raise DataError(f"{path} cannot be read ({error}). Build the cache again, or copy it again.") from error
 
 
 def plain_array(values: np.ndarray) -> pa.Array:
@@ -140,16 +50,16 @@ class MemoryMappedShards:
 
     def __init__(self, folder: Path, shards: Iterable[str], columns: Mapping[str, tuple[str, int]]) -> None:
         self._columns = dict(columns)
-        index = files.read_arrow(folder / files.INDEX)
-        self._high, self._low = files.numbers(index.column("high")), files.numbers(index.column("low"))
-        self._shard, self._row = files.numbers(index.column("shard")), files.numbers(index.column("row"))
+        index = read_arrow(folder / INDEX)
+        self._high, self._low = numbers(index.column("high")), numbers(index.column("low"))
+        self._shard, self._row = numbers(index.column("shard")), numbers(index.column("row"))
         self._starts: list[dict[str, np.ndarray]] = []
         self._values: list[dict[str, np.ndarray]] = []
         for name in shards:
-            shard: pa.RecordBatch = files.read_arrow(folder / name)
+            shard: pa.RecordBatch = read_arrow(folder / name)
             counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
-            self._starts.append({counts: _starts(files.numbers(shard.column(counts))) for counts in counted})
-            self._values.append({field: files.list_values(shard.column(field)) for field in self._columns})
+            self._starts.append({counts: _starts(numbers(shard.column(counts))) for counts in counted})
+            self._values.append({field: list_values(shard.column(field)) for field in self._columns})
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """`[b 2]` → `[b]` place in the index, -1 where there is none."""

@@ -207,14 +207,6 @@ def of_keys(keys: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(keys, dtype="<u8").tobytes(), digest_size=16).hexdigest()
 
 
-def of_file(path: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def of_collator(collator: Any) -> dict[str, Any]:
     """A collator's class and those of its settings that are plain values."""
     name = getattr(collator, "__qualname__", type(collator).__qualname__)
@@ -279,22 +271,6 @@ def _told(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "datasets", "pyarrow")}
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Where two descriptions differ, in words.
-
-    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-    ['b.c: 2 there, 3 now']
-    """
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names: Iterable[str] = sorted({*before, *now})
-        return [
-            line
-            for name in names
-            for line in differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if before == now else [f"{prefix}: {before} there, {now} now"]
 
 
 def _rules(tokenizer: Any) -> Any:

@@ -29,9 +29,10 @@ from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
 from hf_distill.teachers.cache.hidden import StoredActivation, WantedActivations, field_names
-from hf_distill.teachers.cache.keys import content_keys, differences, key_columns, read_by_teacher
+from hf_distill.teachers.cache.keys import content_keys, key_columns, read_by_teacher
 from hf_distill.teachers.load import as_dtype, kind_of_checkpoint, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_in
+from hf_distill.teachers.passes import differences
 
 
 class Versions:

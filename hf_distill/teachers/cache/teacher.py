@@ -30,6 +30,7 @@ from hf_distill.teachers.cache.hidden import CachedInside
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, read_by_teacher
 from hf_distill.teachers.cache.source import refuse_other_versions
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
+from hf_distill.teachers.passes import differences
 from hf_distill.vocabulary import HeadAlignment
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares
     if compares_predictions and there != now:
         raise TeacherError(
             f"the cache was built for another {task} task: "
-            f"{'; '.join(fingerprints.differences(there, now))}. Build it with student= or task= of this training."
+            f"{'; '.join(differences(there, now))}. Build it with student= or task= of this training."
         )
     rule, ours = cache.manifest["inputs"]["decoder"], decoder_rule(student)
     if rule is not None and "decoder_input_ids" not in cache.columns and ours != rule:
@@ -131,7 +132,7 @@ def refuse_other_tokenizer(cache: TeacherCache, processor: Any, task: Task, *, s
     if before != after:
         raise TeacherError(
             "the cache was built with another tokenizer or extractor than the student's: "
-            f"{'; '.join(fingerprints.differences(before, after))}. Rows of a {task} head are positions of "
+            f"{'; '.join(differences(before, after))}. Rows of a {task} head are positions of "
             "the input, so both must read the same. Build a cache with the student's tokenizer."
         )
 

@@ -1,15 +1,17 @@
-"""All prompts, read once before anything is written: which of them cannot be asked, and what each shard asks."""
+"""Texts that a teacher writes to prompts: all prompts are looked at before anything is written, then shard by shard."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from torch import nn
@@ -29,10 +31,36 @@ from hf_distill.models.generation import (
 )
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.completions.prompts import DEFAULT, Prompts
-from hf_distill.teachers.completions.shards import Folder, digest_of
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_of
+from hf_distill.teachers.passes import INFO, STATE, ResumablePass, ShardFolder, read_json
 
+MANIFEST, PLAN = "completions.json", "completions-unfinished.json"
+_CARD = """---
+tags:
+- hf-distill
+- knowledge-distillation
+configs:
+- config_name: default
+  data_files: "shard-*.arrow"
+---
+
+# What a teacher wrote
+
+{rows:,} completions of {examples:,} prompts by a {model} ({name}), written by hf-distill for sequence-level
+distillation. `index` is the prompt's place in the dataset that was asked about, `finished` says whether the text came
+to its end, and `labels` are -100 on the prompt.
+
+Generation: {settings}.
+"""
+_TYPES = {
+    "index": pa.int64(),
+    "input_ids": pa.list_(pa.int64()),
+    "labels": pa.list_(pa.int64()),
+    "prompt": pa.string(),
+    "completion": pa.string(),
+    "finished": pa.bool_(),
+}
 _SHOWN = 4  # of the rows that cannot be asked; the others are counted
 
 
@@ -165,7 +193,7 @@ class _Settings:
                 raise SettingError(f"{name}={value!r}: a whole number, at least 1.")
 
 
-def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Settings) -> _Pass:
+def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Settings) -> CompletionsPass:
     """Everything is checked; nothing is written."""
     given.check()
     model, processor = _loaded(teacher, processor)
@@ -190,48 +218,126 @@ def _prepared(teacher: Any, processor: Any, dataset: Any, path: Path, given: _Se
         "shard_count": -(-len(prompts) // given.shard_examples),
         "examples": len(prompts),
     }
-    return _Pass(model, prompts, settings, Folder(path, plan), given.seed)
+    return CompletionsPass(model, prompts, settings, plan, path, given.seed)
 
 
-class _Pass:
-    """One process's part."""
+class CompletionsPass(ResumablePass):
+    """The teacher writes to every prompt, shard by shard.
 
-    def __init__(self, model: Any, prompts: Prompts, settings: GenerationConfig, folder: Folder, seed: int) -> None:
+    Args:
+        model: the teacher.
+        prompts: what it is given.
+        settings: of the generation.
+        planned: everything that the texts follow from.
+        path: of the folder to fill.
+        seed: of what is drawn.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Prompts,
+        settings: GenerationConfig,
+        planned: dict[str, Any],
+        path: Path,
+        seed: int,
+    ) -> None:
+        folder = ShardFolder(
+            path, finished="completions", unfinished="unfinished completions", manifest=MANIFEST, plan=PLAN
+        )
+        super().__init__(folder, processes())
         self.model = model
         self.prompts = prompts
         self.settings = settings
-        self.folder = folder
         self.seed = seed
-        self.state = processes()
+        self._planned = planned
         self._reads_padding: bool | None = None  # None: not tried yet
 
-    def run(self) -> None:
-        plan, state = self.folder.plan, self.state
-        finished = self.folder.look()
-        numbers = range(state.process_index, plan["shard_count"], state.num_processes)
-        shards = [self._indices(number) for number in numbers]
-        digests = digests_of(self.prompts, shards, batch_size=plan["batch_size"], processes=state.num_processes)
-        if self.prompts.window is not None and not finished:
+    # What is planned.
+
+    def check_finished(self, manifest: dict[str, Any]) -> None:
+        """Check that the finished folder holds these completions, whole.
+
+        Raises:
+            DataError: if it holds others, or a file is damaged.
+        """
+        self.folder.check_same(manifest, self._planned, finished=True)
+        for name in (INFO, STATE):
+            read_json(self.folder.path / name)
+        for receipt in manifest["shards"]:
+            self.folder.check_whole(receipt)
+        self._digests = self._digests_of_mine()
+        for shard, digest in self._digests.items():
+            self._check_prompts(shard, manifest["shards"][shard], digest)
+
+    def begun_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
+        self.folder.check_same(plan, self._planned, finished=False)
+        return self.new_plan()
+
+    def new_plan(self) -> dict[str, Any]:
+        """Look at all prompts, and try the settings on the first one where that may fail late."""
+        self._digests = self._digests_of_mine()
+        if self.prompts.window is not None:
             try_settings(self.model, self._inputs([self.prompts[0]]), self.settings)
-        state.wait_for_everyone()  # all have looked, and refused nothing
-        with state.main_process_first():
-            if state.is_main_process and not finished:
-                self.folder.begin()
-        try:
-            for number, indices, digest in zip(numbers, shards, digests, strict=True):
-                if not self.folder.is_done(number, digest):
-                    asked = [self.prompts[index] for index in indices]
-                    self.folder.write(number, self._written(number, indices, asked), digest_of(asked))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.folder.kept()}; the same call goes on from there.") from None
-        state.wait_for_everyone()
-        if state.is_main_process:
-            self.folder.tidy() if finished else self.folder.finish()
-        state.wait_for_everyone()
+        return self._planned
+
+    def _digests_of_mine(self) -> dict[int, str]:
+        """Return the digest of the prompts of each of this process's shards.
+
+        Raises:
+            DataError: if a prompt cannot be given to the teacher.
+        """
+        plan, state = self._planned, self.state
+        mine = range(state.process_index, plan["shard_count"], state.num_processes)
+        shards = [self._indices(shard) for shard in mine]
+        found = digests_of(self.prompts, shards, batch_size=plan["batch_size"], processes=state.num_processes)
+        return dict(zip(mine, found, strict=True))
 
     def _indices(self, shard: int) -> range:
-        each = self.folder.plan["shard_examples"]
-        return range(shard * each, min((shard + 1) * each, self.folder.plan["examples"]))
+        each = self._planned["shard_examples"]
+        return range(shard * each, min((shard + 1) * each, self._planned["examples"]))
+
+    # The shards.
+
+    def is_done(self, shard: int) -> bool:
+        receipt = self.folder.receipt(shard)
+        if receipt is None:
+            return False
+        self._check_prompts(shard, receipt, self._digests[shard])
+        return True
+
+    def _check_prompts(self, shard: int, receipt: dict[str, Any], digest: str) -> None:
+        if receipt["asked"] != digest:
+            raise DataError(
+                f"shard {shard} of {self.folder.path} was written to other prompts than the dataset now has there. "
+                "Give the dataset that it was begun with, or choose another folder."
+            )
+
+    def make(self, shards: list[int], *, done: list[int]) -> None:
+        """Let the teacher write to the prompts of these shards."""
+        for shard in shards:
+            indices = self._indices(shard)
+            prompts = [self.prompts[index] for index in indices]
+            rows = self._written(shard, indices, prompts)
+            columns = {name: pa.array([row[name] for row in rows], type=_TYPES[name]) for name in rows[0]}
+            self.folder.write_shard(shard, columns, rows=len(rows), asked=digest_of(prompts))
+
+    def finalize(self, receipts: list[dict[str, Any]]) -> None:
+        """Write the files of a dataset, the card and the manifest."""
+        content = hashlib.blake2b("".join(one["blake2b"] for one in receipts).encode(), digest_size=8).hexdigest()
+        teacher, settings = self.plan["teacher"], self.plan["generation"]
+        card = _CARD.format(
+            rows=sum(one["rows"] for one in receipts),
+            examples=self.plan["examples"],
+            model=teacher["class"],
+            name=teacher["name"] or "no name",
+            settings=", ".join(f"{name} {value}" for name, value in sorted(settings.items())),
+        )
+        self.folder.finish({**self.plan, "shards": receipts}, receipts, fingerprint=content, card=card)
+
+    def kept(self) -> str:
+        kept = self.folder.written("rows") // (self.settings.num_return_sequences or 1)
+        return f"The answers to {kept:,} of {self._planned['examples']:,} prompts are kept in {self.folder.path}"
 
     def _written(self, shard: int, indices: range, asked: list[Any]) -> list[dict[str, Any]]:
         """The rows of a shard; prompts of like length are asked together."""
@@ -247,7 +353,7 @@ class _Pass:
 
     def _batches(self, asked: list[Any]) -> Iterator[tuple[int, list[int]]]:
         """Batches as places in `asked`, each with the number of prompts before it."""
-        size, order = self.folder.plan["batch_size"], sorted(range(len(asked)), key=lambda place: -len(asked[place]))
+        size, order = self._planned["batch_size"], sorted(range(len(asked)), key=lambda place: -len(asked[place]))
         at = 0
         while at < len(order):
             places = order[at : at + size]
@@ -283,6 +389,15 @@ class _Pass:
         device = next(self.model.parameters()).device
         batch = self.prompts.batch(prompts, padding=self.settings.pad_token_id, device=device)
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def digest_of(prompts: Sequence[Any]) -> str:
+    """Of what was asked, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for one in prompts:
+        data = one.numpy().tobytes() if isinstance(one, torch.Tensor) else repr(list(one)).encode()
+        found.update(b"%d:" % len(data) + data)
+    return found.hexdigest()
 
 
 def _loaded(teacher: Any, processor: Any) -> tuple[Any, Any]:

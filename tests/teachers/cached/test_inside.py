@@ -20,8 +20,7 @@ from hf_distill import (
     TeacherError,
 )
 from hf_distill.signals import ActivationKey
-from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache
-from hf_distill.teachers.cache import files
+from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache, passes
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, contents, shuffled
@@ -147,7 +146,7 @@ def test_the_size_is_told_before(tmp_path: Path) -> None:
 def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = HiddenMatch("even", embeddings=True)
     kept(tmp_path / "whole", objective)
-    written, real = [], files.write_arrow
+    written, real = [], passes.write_arrow
 
     def write(path: Path, columns: Any) -> None:
         if len(written) == 1:
@@ -155,10 +154,10 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         written.append(path)
         real(path, columns)
 
-    monkeypatch.setattr(files, "write_arrow", write)
+    monkeypatch.setattr(passes, "write_arrow", write)
     with pytest.raises(KeyboardInterrupt):
         kept(tmp_path / "cut", objective)
-    monkeypatch.setattr(files, "write_arrow", real)
+    monkeypatch.setattr(passes, "write_arrow", real)
     with pytest.raises(ValueError, match=r"holds an unfinished cache of something else: inside\.kept"):
         kept(tmp_path / "cut", HiddenMatch("first"))
     kept(tmp_path / "cut", objective)

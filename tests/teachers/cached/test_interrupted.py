@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from hf_distill import DataError
-from hf_distill.teachers import CachedTeacher, TeacherCache
-from hf_distill.teachers.cache import files
+from hf_distill.teachers import CachedTeacher, TeacherCache, passes
 from hf_distill.teachers.cache.build import shard_size
 from tests.distributed.launch import alone
 from tests.heads import HEADS
@@ -85,7 +84,7 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(tmp_path: Path, monkeyp
     folder = tmp_path / "full"
     for room, finished in ((5500, "12 of 20"), (1700, "18 of 20")):
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_open", Quota(room).open)
+            patch.setattr(passes, "_open", Quota(room).open)
             with pytest.raises(DataError, match=rf"the disk is full .*{finished} examples are kept in .*Free"):
                 build(folder, head, teacher, examples)
         assert not [name for name in contents(folder) if ".partial" in name]
@@ -184,7 +183,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path, monkey
 def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, examples: list) -> Path:
     """A pass that ended after two shards of four."""
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_open", Quota(5500).open)
+        patch.setattr(passes, "_open", Quota(5500).open)
         with pytest.raises(DataError, match="the disk is full"):
             build(folder, HEADS[NAME], teacher, examples)
     return folder

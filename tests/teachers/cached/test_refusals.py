@@ -58,7 +58,7 @@ def test_damaged_files(tmp_path: Path, file: str, damage: Callable[[Path], None]
     ("content", "message"),
     [
         (b"{", "manifest.json cannot be read"),
-        (b"[]", "manifest.json holds no JSON object"),
+        (b"[]", "manifest.json cannot be read .it holds no JSON object"),
         (b'{"format": "another"}', "is of 'another', version None; this version of hf-distill reads 'hf-distill teach"),
         (
             b'{"format": "hf-distill teacher cache", "format_version": 3}',

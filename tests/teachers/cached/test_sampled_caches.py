@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError
 from hf_distill.schedules import linear
-from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache, files
+from hf_distill.teachers import passes
+from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.cached.built import build, contents, left_padded, made, shuffled
@@ -143,7 +144,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
         whole, folder = tmp_path / f"{store.name}-whole", tmp_path / store.name
         build(whole, head, teacher, examples, store=store)
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_open", Quota(6500).open)
+            patch.setattr(passes, "_open", Quota(6500).open)
             with pytest.raises(ValueError, match=r"the disk is full .*(6|12|18) of 20 examples are kept"):
                 build(folder, head, teacher, examples, store=store)
         build(folder, head, teacher, examples, store=store)

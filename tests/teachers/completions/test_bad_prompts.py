@@ -16,7 +16,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, 
 from hf_distill import DataError, SettingError, TeacherError, generate_completions
 from hf_distill.cli.main import main
 from hf_distill.models.generation import answered, continued, generation_settings, set_generation
-from hf_distill.teachers.completions.shards import Folder
+from hf_distill.teachers.passes import ShardFolder
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 
@@ -242,9 +242,7 @@ def test_damaged_folders(tmp_path) -> None:
     content = shard.read_bytes()
     for damaged in (content[:100], content[:-1] + b"\1"):
         shard.write_bytes(damaged)
-        with pytest.raises(
-            DataError, match=r"shard-00001.arrow cannot be read \(it is cut off.* make the completions ag"
-        ):
+        with pytest.raises(DataError, match=r"shard-00001.arrow cannot be read \(it is cut off.* make it again"):
             ask()
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-00001.arrow cannot be read \(it is not there\)"):
@@ -252,12 +250,12 @@ def test_damaged_folders(tmp_path) -> None:
     shard.write_bytes(content)
     (tmp_path / "1" / "state.json").write_text("[]")
     with pytest.raises(
-        DataError, match=r"state.json cannot be read \(no JSON object\). Delete .* make the completions"
+        DataError, match=r"state.json cannot be read \(it holds no JSON object\). Delete .* make it again"
     ):
         ask()
     (tmp_path / "1" / "completions.json").unlink()
     (tmp_path / "1" / "completions-unfinished.json").write_text("")
-    with pytest.raises(DataError, match=r"completions-unfinished.json cannot be read .* make the completions again"):
+    with pytest.raises(DataError, match=r"completions-unfinished.json cannot be read .* make it again"):
         ask()
     shutil.rmtree(tmp_path / "1")
     shutil.move(tmp_path / "copy", tmp_path / "1")
@@ -269,7 +267,7 @@ def test_a_receipt_that_cannot_be_read_is_no_receipt(tmp_path, monkeypatch) -> N
     data = of(input_ids=[[5, 6], [7], [8]])
     whole = generate_completions(TEACHER, data, tmp_path / "whole", **SHORT).to_list()
     with monkeypatch.context() as killed:
-        killed.setattr(Folder, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(ShardFolder, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate_completions(TEACHER, data, tmp_path / "1", **SHORT)
     (tmp_path / "1" / "shard-00000.json").write_text("")
