@@ -84,7 +84,6 @@ def gradient_errors(vocabulary: int, rows: int = 64) -> dict[str, dict[str, floa
         ways["top 64 and the rest as one"] = errors(gradients(TopK(64), student, teacher), whole)[0]
         for label, store in (
             ("32 samples", Sampled(32)),
-            ("32 samples, drawn independently", Sampled(32, stratified=False)),
             ("hybrid, 32 and 32 samples", Hybrid(32, 32)),
         ):
             one, many = errors(gradients(store, student, teacher), whole)

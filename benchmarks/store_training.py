@@ -80,7 +80,7 @@ def ways(vocabulary: int) -> dict[str, Any]:
             f"Sampled({small.samples})": small,
             f"Hybrid({mixed.k}, {mixed.samples})": mixed,
         }
-    return found | {"Sampled(32), drawn independently": Sampled(32, stratified=False)}
+    return found
 
 
 def loss_of(way: Any, given: World, seed: int) -> Loss:

@@ -431,7 +431,7 @@ class Sampled:
 
     Anshumann et al. 2025, Sparse Logit Sampling (random sampling knowledge distillation): proposals r ∝
     p^proposal_power, weights p / (k r). The gradient of the forward KL is then the teacher's on average, which that of
-    no top-k is. Where we differ: draws are stratified (`functional/drawing.py`), by which no estimate varies more, and
+    no top-k is. Where we differ: draws are stratified (`functional/sparse.py`), by which no estimate varies more, and
     one number a row (the mean of log p over the draws) makes the reported value a divergence. Weights are not divided
     by their sum: it is 1 on average, and to divide would bring a bias. Repeated draws are put together when read.
 
@@ -442,7 +442,6 @@ class Sampled:
         samples: draws a row.
         temperature: at which it can be trained with.
         proposal_power: above 0, at most 1; at 1 all weights are equal and are not kept.
-        stratified: False for independent draws.
         seed: of the draws.
 
     Raises:
@@ -455,7 +454,6 @@ class Sampled:
     samples: int = 32
     temperature: float = 1.0
     proposal_power: float = 1.0
-    stratified: bool = True
     seed: int = 0
     name = "sampled"
     lists_columns = True
@@ -493,7 +491,7 @@ class Sampled:
     def _drawn(self, rows: Tensor, at: Tensor) -> dict[str, np.ndarray]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         proposals = (log_p if self.proposal_power == 1 else self.proposal_power * log_p).exp()
-        ids = draw_columns(proposals, at.to(rows.device), stratified=self.stratified)
+        ids = draw_columns(proposals, at.to(rows.device))
         known = log_p.gather(-1, ids)
         weights = torch.full_like(known, 1 / self.samples)
         if self.proposal_power != 1:

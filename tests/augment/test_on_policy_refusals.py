@@ -1,0 +1,69 @@
+"""What OnPolicy refuses of a whole training: before anything is written, and with a word on what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from transformers import DataCollatorWithFlattening
+
+from hf_distill import DataError, SettingError
+from hf_distill.augment import OnPolicy
+from hf_distill.trainer.checks import check_on_policy
+from tests.heads import HEADS
+from tests.teachers.cache.built import made
+from tests.trainer.tiny import assert_same_bits, make, weights
+
+LLAMA = HEADS["llama_causal_lm"]
+
+
+def trainer_of(folder: Any, teacher: Any = None, *, student_share: float = 1.0, **settings: Any) -> Any:
+    given = {"train_dataset": LLAMA.examples(8), "data_collator": LLAMA.collate, "max_steps": 1, **settings}
+    view = OnPolicy(student_share=student_share, max_new_tokens=4)
+    return make(folder, LLAMA.make(1), teacher or LLAMA.make(2), on_policy=view, alpha=1.0, **given)
+
+
+@pytest.mark.parametrize("how", ["FSDP", "DeepSpeed", "tensor parallelism"])
+def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) -> None:
+    """As Accelerate, or a model that transformers spread by heads, says of itself; looked at when a step begins."""
+    trainer = trainer_of(tmp_path)
+    check_on_policy(trainer)  # as it is, it may write
+    trainer._on_policy_checked = None
+    if how == "tensor parallelism":
+        trainer.model._tp_size = 2
+    else:
+        monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType[how.upper()])
+    with pytest.raises(
+        SettingError, match=rf"and with {how} no process holds all of it\. Use data parallelism \(DDP\)"
+    ):
+        trainer.get_batch_samples(iter([LLAMA.batch(2)]), 1, trainer.args.device)
+
+
+def test_a_teacher_that_was_asked_before(tmp_path) -> None:
+    _, _, examples, cached = made(tmp_path / "cache", "llama_causal_lm")
+    for student_share in (0.0, 1.0):
+        with pytest.raises(SettingError, match=r"a cached teacher has no answers for them\. Use a model as teacher"):
+            trainer_of(tmp_path, cached, student_share=student_share, train_dataset=examples)
+
+
+def with_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = LLAMA.collate(rows)
+    return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+@pytest.mark.parametrize(
+    ("collator", "told"),
+    [
+        (DataCollatorWithFlattening(return_tensors="pt"), "packed into a row, which cannot be continued. Use a collat"),
+        (with_kinds, "Leave the other columns out: they would not fit the new texts"),
+    ],
+)
+def test_batches_that_cannot_be_continued(tmp_path, collator: Any, told: str) -> None:
+    """The training ends before its first step."""
+    trainer = trainer_of(tmp_path, data_collator=collator, remove_unused_columns=False)
+    before = weights(trainer.model)
+    with pytest.raises(DataError, match=told):
+        trainer.train()
+    assert_same_bits(weights(trainer.model), before)

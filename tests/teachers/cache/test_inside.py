@@ -1,0 +1,235 @@
+"""Caches of a teacher's inside: L11 for objectives on it, what is kept, how large it is, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_distill import (
+    AttentionMatch,
+    CosineEmbedding,
+    Distiller,
+    HiddenMatch,
+    RelationMatch,
+    SettingError,
+    SimilarityMatch,
+    TeacherError,
+)
+from hf_distill.signals import ActivationKey
+from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache, passes
+from tests.heads import HEADS
+from tests.laws import measuring as m
+from tests.teachers.cache.built import build, contents, shuffled
+from tests.trainer.tiny import assert_moved, bert, examples, make, padded, update_difference, weights
+
+NAME = "bert_tokens"
+
+
+def deep(name: str = NAME, **settings: Any) -> tuple[Any, Any, list]:
+    """A student of two layers, a teacher of three that are wider, examples."""
+    head = HEADS[name]
+    return head.make(1, layers=2), head.make(2, layers=3, width=24, **settings), head.examples(12)
+
+
+def kept(folder: Path, objectives: Any = None, name: str = NAME, **changed: Any) -> TeacherCache:
+    student, teacher, some = deep(name)
+    settings = {"student": student, "objectives": objectives, "inside_dtype": "float32"}
+    return build(folder, HEADS[name], teacher, some, **{**settings, **changed})
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "axis"),
+    [
+        ("bert_tokens", HiddenMatch("skip", embeddings=True), "tokens"),
+        ("bert_tokens", HiddenMatch("last", pooling="first"), "vectors"),
+        ("bert_tokens", SimilarityMatch(), "vectors"),
+        ("bert_multiple_choice", RelationMatch(), "tokens"),
+        ("llama_causal_lm", CosineEmbedding(), "tokens"),
+        ("bart_seq2seq", HiddenMatch("even"), "decoder"),
+        ("t5_seq2seq", HiddenMatch("even", side="encoder"), "tokens"),
+        ("whisper_seq2seq", HiddenMatch("last", side="encoder"), "all"),
+        ("wav2vec2_audio_class", HiddenMatch("last"), "frames"),
+        ("wav2vec2_audio_class", SimilarityMatch(pooling="last"), "vectors"),
+        ("vit_image_class", HiddenMatch("last", pooling="last"), "vectors"),
+        ("vit_image_class", HiddenMatch("even"), "all"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.default_name,
+)
+def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis: str) -> None:
+    """Other batches, in another order, padded further; looked up by the collator or afterwards."""
+    head, (student, teacher, some) = HEADS[name], deep(name)
+    cache = kept(tmp_path, objective, name, predictions=False, store=None)
+    assert {one.along for one in cache.inside.kept} == {axis}
+    live, stored = (
+        Distiller(student, one, alpha=None, objectives=objective, seed=0) for one in (teacher, CachedTeacher(cache))
+    )
+    part = shuffled(some, 5)
+    plain = head.collate(part, head.longest + 3 if head.pads else None)
+    found = [m.step(distiller, student, [plain]) for distiller in (live, stored)]
+    found.append(m.step(stored, student, [stored.teacher.wrap_collator(head.collate)(part)]))
+    assert found[0][0] > 1e-4
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5, abs=1e-7)
+        assert m.difference(gradient, found[0][1]) < 1e-5
+
+
+def test_training_is_the_live_training(tmp_path: Path) -> None:
+    """Examples one by one, so that their forward is the same in any order: shuffled, two epochs, accumulated."""
+    some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(distance="angle_relations")]
+    teacher, start = bert(seed=1, num_hidden_layers=2), weights(bert())
+    given = {"data_collator": padded, "progress": False, "batch_size": 1, "student": bert(), "objectives": matched}
+    given |= {"inside_dtype": "float32", "store": None}
+    cached = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "cache", **given))
+    half = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "half", **{**given, "inside_dtype": "float16"}))
+    run = {"max_steps": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "alpha": None}
+    trained = []
+    for number, one in enumerate((teacher, cached, half)):
+        trainer = make(tmp_path / str(number), bert(), one, train_dataset=some, objectives=HiddenMatch("last"), **run)
+        trainer.train()
+        trained.append(weights(trainer.model))
+    assert_moved(trained[0], start)
+    assert update_difference(trained[1], trained[0], start) < 1e-5
+    apart = max((trained[2][name] - value).abs().max().item() for name, value in trained[0].items())
+    assert 0 < apart < 1e-3
+    batch = next(iter(make(tmp_path / "b", bert(), cached, objectives=HiddenMatch("last")).get_train_dataloader()))
+    assert {name for name in batch if name.startswith("teacher_")} == {
+        "teacher_cached_logits",
+        "teacher_cached_largest",
+        "teacher_cached_hidden_1",
+    }
+
+
+def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
+    """What transformers shows as hidden states; each position of each example, without padding."""
+    head, (_, teacher, some) = HEADS[NAME], deep()
+    reads = [("hidden", -1), ("hidden", 0), "last_hidden", ActivationKey("values", 2)]
+    cache = kept(tmp_path, None, reads=reads, student=None, inside_dtype="bfloat16")
+    assert [one.field for one in cache.inside.kept] == ["hidden_embeddings", "hidden_0", "last_hidden", "values_2"]
+    batch = head.collate(some)
+    with torch.no_grad():
+        outputs = teacher.eval()(**batch, output_hidden_states=True)
+    found, real = cache.look_up(batch), batch["attention_mask"].bool()
+    for field, expected in (
+        ("hidden_embeddings", outputs.hidden_states[0]),
+        ("hidden_0", outputs.hidden_states[1]),
+        ("last_hidden", outputs.hidden_states[3]),
+    ):
+        laid = found[f"teacher_cached_{field}"]
+        assert laid.dtype == torch.bfloat16 and (laid[~real] == 0).all()
+        torch.testing.assert_close(laid[real].float(), expected[real], rtol=2**-8, atol=1e-6)
+    assert cache.dataset().column_names[-1] == "values_2"
+    student = HEADS[NAME].make(1, layers=2)
+    stored = Distiller(student, CachedTeacher(cache), alpha=None, objectives=CosineEmbedding(), seed=0)
+    live = Distiller(student, teacher, alpha=None, objectives=CosineEmbedding(), seed=0)
+    assert stored(student, batch).loss.item() == pytest.approx(live(student, batch).loss.item(), rel=1e-2)  # bfloat16
+    # 24 numbers of 2 bytes, four times.
+    assert sum(map(len, cache.dataset()["hidden_0"])) == int(real.sum()) * 24
+
+
+def test_the_size_is_told_before(tmp_path: Path) -> None:
+    said: list[str] = []
+    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], say=said.append)
+    # Blocks 0 and 2 whole, and the mean of block 1, of 24 numbers of 4 bytes; three logits of 4. 12 examples of 7.1
+    # positions: 12 · (7.1 · (12 + 192) + 96 + 44 + 2 · 4) = 19.2 kB.
+    inside = (
+        r", and of its inside 192 bytes at each of 7\.1 tokens, and of its inside 96 bytes at each of 1\.0 vectors; "
+    )
+    assert re.search(rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", said[0])
+    shards = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
+    assert 19_000 < shards < 24_000  # Arrow's own headers beside
+
+
+def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = HiddenMatch("even", embeddings=True)
+    kept(tmp_path / "whole", objective)
+    written, real = [], passes.write_arrow
+
+    def write(path: Path, columns: Any) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        real(path, columns)
+
+    monkeypatch.setattr(passes, "write_arrow", write)
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "cut", objective)
+    monkeypatch.setattr(passes, "write_arrow", real)
+    with pytest.raises(ValueError, match=r"holds an unfinished cache of something else: inside\.kept"):
+        kept(tmp_path / "cut", HiddenMatch("first"))
+    kept(tmp_path / "cut", objective)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            HiddenMatch([(0, 0)]),
+            r"holds no hidden of block 0 of its teacher; of 'bert.encoder.layer' it holds hidden",
+        ),
+        (
+            RelationMatch(),
+            r"holds no keys of block 2 of its teacher.*objectives=, student=\), or use the live teacher",
+        ),
+        (
+            AttentionMatch("last"),
+            r"shows no attention maps: they take length² numbers a head.* Use RelationMatch",
+        ),
+        (HiddenMatch([(1, 2)]), r"holds hidden of block 2 \(first position of each example\), and .* every position"),
+        (
+            SimilarityMatch(layers=[(1, 2)]),
+            r"\(first position of each example\), and an objective compares the mean",
+        ),
+    ],
+)
+def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, asked: Any, message: str) -> None:
+    cache = kept(tmp_path, HiddenMatch([(1, 2)], pooling="first"))
+    with pytest.raises(TeacherError, match=message):
+        Distiller(HEADS[NAME].make(1, layers=2, width=24), CachedTeacher(cache), objectives=asked)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"objectives": HiddenMatch("even"), "student": None},
+            r"depends on the student. Pass student=, or name",
+        ),
+        (
+            {"objectives": AttentionMatch("last", heads="grouped")},
+            r"keeps no attention maps: they take length²",
+        ),
+        (
+            {"reads": [("hidden", 3)]},
+            r"reads: \('hidden', 3, None, None\): the teacher has blocks 0 to 2 \(-1",
+        ),
+        ({"reads": ["logits"]}, r"reads: 'logits' cannot be kept. Allowed: hidden, last_hidden, queries"),
+        ({"reads": ["last_hidden"], "inside_dtype": "int8"}, r"inside_dtype='int8': allowed are float16, bfloat16, fl"),
+        ({"predictions": False, "store": None}, r"predictions=False and nothing of the inside: say what is to be kept"),
+        ({"predictions": False, "reads": ["last_hidden"]}, r"is for predictions, and predictions=False keeps none"),
+    ],
+)
+def test_what_cannot_be_kept(tmp_path: Path, changed: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        kept(tmp_path / "new", **changed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_numbers_that_float16_cannot_hold_and_predictions_that_are_not_there(tmp_path: Path) -> None:
+    student, teacher, some = deep()
+    with torch.no_grad():
+        teacher.bert.encoder.layer[2].output.LayerNorm.bias[0] = 1e5
+    given = {"student": student, "reads": [("hidden", 2)], "predictions": False, "store": None}
+    with pytest.raises(SettingError, match=r"hidden of block 2 reach 1e\+05, float16 ends at 6\.55e\+04. Pass"):
+        build(tmp_path / "half", HEADS[NAME], teacher, some, **given)
+    cache = build(tmp_path / "whole", HEADS[NAME], teacher, some, inside_dtype="bfloat16", **given)
+    with pytest.raises(SettingError, match=r"holds no predictions: it was built with predictions=False. .*alpha=None"):
+        Distiller(student, CachedTeacher(cache))
+    with pytest.raises(TeacherError, match="shows none"):
+        Distiller(student, Ensemble([CachedTeacher(cache), teacher]), alpha=None, objectives=HiddenMatch([(0, 2)]))
+    kept_of_it = cache.look_up(HEADS[NAME].collate(some))["teacher_cached_hidden_2"].float()
+    assert kept_of_it.isfinite().all() and kept_of_it.max() > 9e4

@@ -1,0 +1,184 @@
+"""What rounding leaves of what a teacher said: of values all, of logits their differences; and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_distill import Distiller, HiddenMatch
+from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache.stores import rounding_error
+from tests.heads import HEADS
+from tests.teachers.cache.built import build, contents
+from tests.trainer.tiny import bert, examples, padded
+
+OFFSET = 2000.3
+
+
+def shifted(head: Any, seed: int, by: float, **settings: Any) -> Any:
+    """All of its predictions are larger by this."""
+    model = head.make(seed, **settings)
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias.add_(by)
+    return model
+
+
+def losses(
+    folder: Path, head: Any, student: Any, teacher: Any, store: Any = None, **settings: Any
+) -> tuple[float, float]:
+    """Of the live teacher, and of its cache."""
+    some = head.examples(8)
+    cached = CachedTeacher(build(folder, head, teacher, some, student=student, store=store))
+    batch = head.collate(some)
+    live, stored = (
+        Distiller(student, one, alpha=1.0, temperature=1.0, **settings)(student, batch).loss.item()
+        for one in (teacher, cached)
+    )
+    return live, stored
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_values_are_not_rounded(tmp_path: Path, several: bool) -> None:
+    """Years, prices, counts: half precision has a number in two there."""
+    head, shape = HEADS["bert_regression"], {"num_labels": 3 if several else 1, "problem_type": "regression"}
+    student, teacher = shifted(head, 1, 2000.0, **shape), shifted(head, 2, OFFSET, **shape)
+    live, stored = losses(tmp_path, head, student, teacher)
+    assert stored == pytest.approx(live, rel=1e-5)
+    batch = head.batch(8)
+    with torch.no_grad():
+        ours, theirs = (
+            model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+            for model in (student, teacher)
+        )
+    assert stored == pytest.approx((ours - theirs).square().mean().item(), rel=1e-3)
+    _, half = losses(tmp_path / "float16", head, student, teacher, Dense("float16"))
+    assert abs(half - live) > 0.05 * live
+
+
+def test_embeddings_are_not_rounded(tmp_path: Path) -> None:
+    head = HEADS["bert_embedding"]
+    student, teacher = head.make(1), head.make(2)
+    for model in (student, teacher):
+        with torch.no_grad():
+            model.encoder.layer[-1].output.LayerNorm.bias.add_(OFFSET)
+    live, stored = losses(tmp_path, head, student, teacher)
+    assert stored == pytest.approx(live, rel=1e-5) and live > 0.01
+
+
+SOFTMAX = ["bert_single_label", "bert_tokens", "bert_multiple_choice", "wav2vec2_ctc_mean"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_what_all_logits_of_a_row_share_costs_them_nothing(tmp_path: Path, name: str, dtype: str) -> None:
+    """As near to the live teacher around 2,000 as around 0, in a divergence that does not see the shift and in one that
+    does; as it was kept before, most is gone."""
+    head, student = HEADS[name], HEADS[name].make(1)
+    there = head.make(2)
+    last = [module for module in there.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.mul_(3)
+        last.bias.add_(OFFSET)
+    tolerance = {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    for divergence in ("forward_kl", "mean_squared_error"):
+        given = {"divergence": divergence}
+        live, stored = losses(tmp_path / divergence, head, student, there, Dense(dtype), **given)
+        assert stored == pytest.approx(live, rel=tolerance) and live > 1e-2
+    live, stored = losses(tmp_path / "before", head, student, there, Dense(dtype, keeps_largest=False))
+    assert stored != pytest.approx(live, rel=5 * tolerance)
+
+
+def test_columns_that_are_impossible() -> None:
+    store, inf = Dense("float16", keeps_largest=True), float("inf")
+    rows = torch.tensor([[-inf, 2000.0, 1999.0], [-inf, -inf, -inf], [0.1, 0.2, 0.3]])
+    kept = store.encode(rows, None, None)  # type: ignore[arg-type]  # for what is drawn
+    laid = {name: store.tensor(name, values) for name, values in kept.items()}
+    assert torch.equal(store.logits(laid)[:2], rows[:2])
+    assert torch.allclose(store.logits(laid)[2], rows[2], atol=1e-4)
+    assert {name: field.bytes for name, field in store.fields(3).items()} == {"logits": 6, "largest": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *(
+            (name, ("float16", True))
+            for name in ("bert_single_label", "bert_tokens", "bert_masked_lm", "hubert_ctc_sum")
+        ),
+        ("bert_multi_label", ("float16", False)),
+        ("bert_span", ("float16", False)),
+        ("bert_regression", ("float32", False)),
+        ("bert_embedding", ("float32", False)),
+    ],
+)
+def test_what_is_kept_of_each_head_by_default(tmp_path: Path, name: str, kept: tuple[str, bool]) -> None:
+    """Labels that are Bernoullis, and positions, have no largest column that the others are measured against."""
+    head = HEADS[name]
+    cache = build(tmp_path, head, head.make(2), head.examples(4), store=None)
+    assert cache.manifest["store"] == {"name": "dense", "dtype": kept[0], "keeps_largest": kept[1]}
+
+
+def as_before(folder: Path) -> dict[str, Any]:
+    """Make a cache into one of the first format, which kept rows as they are."""
+    manifest = json.loads((folder / files.MANIFEST).read_text())
+    assert manifest["store"].pop("keeps_largest") is False
+    manifest["format_version"] = 1
+    (folder / files.MANIFEST).write_text(json.dumps(manifest))
+    return manifest
+
+
+def test_caches_of_the_first_format_are_read_and_taken_for_built(tmp_path: Path) -> None:
+    head = HEADS["bert_tokens"]
+    teacher, student, some = head.make(2), head.make(1), head.examples(8)
+    build(tmp_path / "old", head, teacher, some, store=Dense("float16", keeps_largest=False))
+    as_before(tmp_path / "old")
+    before, batch = contents(tmp_path / "old"), head.collate(some)
+    live = Distiller(student, teacher, alpha=1.0)(student, batch).loss.item()
+    stored = Distiller(student, CachedTeacher(tmp_path / "old"), alpha=1.0)(student, batch).loss.item()
+    assert stored == pytest.approx(live, rel=1e-2)
+    said: list[str] = []
+    build(tmp_path / "old", head, teacher, some, store=None, say=said.append)
+    assert said == [f"{tmp_path / 'old'} is built already."] and contents(tmp_path / "old") == before
+
+
+def test_the_error_of_rounding_is_relative_to_what_differs() -> None:
+    rows = torch.randn(200, 8, dtype=torch.float64)
+    for dtype, bits in (("float16", 11), ("bfloat16", 8)):
+        error = (rows.to(getattr(torch, dtype)).double() - rows).square().mean().sqrt()
+        expected = float(error / (rows - rows.mean(0)).square().mean().sqrt())
+        assert rounding_error(rows, dtype) == pytest.approx(expected) and expected < 2.0**-bits
+    assert rounding_error(rows + 2000, "float16") > 0.2
+    assert rounding_error(torch.ones(4, 3), "float16") == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_hidden_states_whose_rounding_shows_are_told_of(
+    tmp_path: Path, large: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Measured on the first batch, kept in the manifest; a warning where it is more than a hundredth."""
+    teacher, student = bert(seed=1, num_hidden_layers=2), bert()
+    if large:
+        with torch.no_grad():
+            teacher.bert.encoder.layer[1].output.LayerNorm.bias.add_(OFFSET)
+    given = {"data_collator": padded, "student": student, "objectives": HiddenMatch("last"), "progress": False}
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        cache = TeacherCache.build(teacher, examples(8), tmp_path, **given)
+    measured = cache.manifest["measured"]["rounding"]
+    assert set(measured) == {"hidden_1"} and (measured["hidden_1"] > 0.1 if large else measured["hidden_1"] < 1e-3)
+    assert ("rounding to float16 changes hidden_1 by" in caplog.text) == large
+    assert ('Pass inside_dtype="float32"' in caplog.text) == large
+
+
+def test_values_that_the_user_has_rounded_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    head = HEADS["bert_regression"]
+    with caplog.at_level(logging.WARNING, "hf_distill"):
+        cache = build(tmp_path, head, shifted(head, 2, OFFSET), head.examples(8), store=Dense("float16"))
+    assert cache.manifest["measured"]["rounding"]["predictions"] > 0.01
+    assert "changes predictions by" in caplog.text and 'Pass store=Dense("float32")' in caplog.text

@@ -1,0 +1,339 @@
+"""What is refused, and what the messages say: damage, other teachers, tokenizers, examples, tasks, collators."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, default_data_collator
+
+from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
+from hf_distill.augment import Augmentation, AugmentingCollator
+from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers.cache import build as building
+from hf_distill.teachers.cache import files
+from hf_distill.teachers.cache import keys as fingerprints
+from tests.heads import HEADS
+from tests.teachers.cache.built import build, made
+from tests.tiny_tokenizers import tokenizer
+from tests.trainer.tiny import make
+
+NAME = "bert_tokens"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["shard-00002.arrow", "index.arrow"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"{file} has [\d,]+ bytes, the manifest says [\d,]+: it was cut off or changed\. Copy it again"),
+        (flip, r"{file} is not what was written: its checksum differs"),
+        (Path.unlink, r"{file} is missing: the cache is not whole\. Copy it again"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, file: str, damage: Callable[[Path], None], message: str) -> None:
+    made(tmp_path, NAME)
+    damage(tmp_path / file)
+    with pytest.raises(DataError, match=message.format(file=re.escape(file))):
+        CachedTeacher(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "manifest.json cannot be read"),
+        (b"[]", "manifest.json cannot be read .it holds no JSON object"),
+        (b'{"format": "another"}', "is of 'another', version None; this version of hf-distill reads 'hf-distill teach"),
+        (
+            b'{"format": "hf-distill teacher cache", "format_version": 3}',
+            "version 3; this version .* Update hf-distill",
+        ),
+    ],
+)
+def test_manifests(tmp_path: Path, content: bytes, message: str) -> None:
+    made(tmp_path, NAME)
+    (tmp_path / files.MANIFEST).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        TeacherCache(tmp_path)
+
+
+def test_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(
+        TeacherError, match=r"holds no teacher cache \(no manifest.json\). Build one: TeacherCache.build"
+    ):
+        CachedTeacher(tmp_path)
+    (tmp_path / "letter.txt").write_text("not mine")
+    head = HEADS[NAME]
+    with pytest.raises(DataError, match=r"holds something that is no cache. Give a new or an empty folder"):
+        build(tmp_path, head, head.make(2), head.examples(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_another_teacher(tmp_path: Path) -> None:
+    head, teacher, _, cached = made(tmp_path, NAME)
+    assert CachedTeacher(cached.cache, teacher=head.make(2)).cache is cached.cache
+    with torch.no_grad():
+        teacher.classifier.bias[0] += 1e-3
+    with pytest.raises(
+        TeacherError, match=r"built with another teacher: its weights have the fingerprint [0-9a-f]{32}"
+    ):
+        CachedTeacher(tmp_path, teacher=teacher)
+
+
+def test_missing_and_altered_examples(tmp_path: Path) -> None:
+    head, _, examples, cached = made(tmp_path, NAME)
+    distiller = Distiller(head.make(1), cached, alpha=1.0)
+    new = head.examples(30)[-2:]
+    altered = {**examples[3], "input_ids": [*examples[3]["input_ids"][:-1], 2]}
+    for batch, which in (
+        ([examples[0], *new], "2 of the 3 .*number 1"),
+        ([altered, *examples[:2]], "1 of the 3 .*number 0"),
+    ):
+        for ask in (lambda some: distiller(head.make(1), head.collate(some)), cached.wrap_collator(head.collate)):
+            with pytest.raises(
+                DataError, match=rf"{which} of the batch.*It holds 20 examples, each known .* input_ids"
+            ):
+                ask(batch)
+    with pytest.raises(DataError, match=r"augment_dataset\) and build the cache of that, or use the live teacher"):
+        cached.wrap_collator(head.collate)(new)
+    assert cached.cache.has(head.collate([examples[0], *new])).tolist() == [True, False, False]
+
+
+def test_another_tokenizer(tmp_path: Path) -> None:
+    head = HEADS[NAME]
+    ours, theirs = tokenizer(), tokenizer(added=["another"])
+    cached = CachedTeacher(build(tmp_path, head, head.make(2), head.examples(4), processing_class=theirs))
+    assert Distiller(head.make(1), cached, processing_class=tokenizer(added=["another"])).teacher is cached
+    with pytest.raises(
+        TeacherError, match=r"another tokenizer or extractor than the student's: tokenizer: .*vocabulary: "
+    ):
+        Distiller(head.make(1), cached, processing_class=ours)
+
+
+def test_another_task_or_head(tmp_path: Path) -> None:
+    head, *_, cached = made(tmp_path, NAME)
+    with pytest.raises(
+        TeacherError, match=r"predictions of a token_classification head, the student needs .* masked_lm"
+    ):
+        Distiller(HEADS["bert_masked_lm"].make(1), cached)
+    with pytest.raises(TeacherError, match="label names differ"):
+        Distiller(head.make(1, id2label=dict(enumerate("abc")), label2id={"a": 0, "b": 1, "c": 2}), cached)
+    *_, of_embedding = made(tmp_path / "embedding", "bert_embedding")
+    from hf_distill.tasks.regression import Embedding
+
+    with pytest.raises(TeacherError, match=r"another embedding task: pooling: mean there, first now. Build it with"):
+        Distiller(HEADS["bert_embedding"].make(1), of_embedding, task=Embedding("first"), alpha=1.0)
+
+
+def test_decoder_inputs_that_were_the_students(tmp_path: Path) -> None:
+    """Of a cache whose teacher had no rule of its own, or that an earlier version built."""
+    *_, cached = made(tmp_path, "bart_seq2seq")
+    assert cached.cache.manifest["inputs"]["decoder"] is None  # the teacher began with its own token
+    Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
+    cached.cache.manifest["inputs"]["decoder"] = [2, 5, 6]
+    with pytest.raises(TeacherError, match=r"labels 5, 6, 7 became \[2, 5, 6\] there, the student makes \[1, 5, 6\]"):
+        Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
+
+
+def test_objectives_on_the_inside(tmp_path: Path) -> None:
+    head, *_, cached = made(tmp_path, NAME)
+    with pytest.raises(TeacherError, match=r"the cache holds its predictions alone\. Build it with .*objectives="):
+        Distiller(head.make(1), cached, objectives=HiddenMatch("skip"))
+
+
+def test_what_is_drawn_at_run_time(tmp_path: Path) -> None:
+    head, teacher, examples, cached = made(tmp_path, NAME)
+    masks = tokenizer()
+    masks.mask_token = "w1"
+    masking = DataCollatorForLanguageModeling(masks, mlm=True)
+    louder = Augmentation(lambda example: example, moves_positions=False)
+    for collator, what in (
+        (masking, "DataCollatorForLanguageModeling"),
+        (AugmentingCollator(head.collate, louder), "An aug"),
+    ):
+        for use in (cached.wrap_collator, lambda c: build(tmp_path / "new", head, teacher, examples, data_collator=c)):
+            with pytest.raises(SettingError, match=rf"{what}.*changes examples anew each time, and a cached teacher"):
+                use(collator)
+
+    def drawing(some: list) -> dict:
+        batch = head.collate(some)
+        return {**batch, "input_ids": torch.randint(3, 9, batch["input_ids"].shape)}
+
+    with pytest.raises(SettingError, match=r"something else of the same examples the second time.*augment_dataset"):
+        build(tmp_path / "new", head, teacher, examples, data_collator=drawing)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_students_own_augmentation_leaves_the_teacher_its_clean_example(tmp_path: Path) -> None:
+    name = "bert_single_label"
+    head, teacher, examples, cached = made(tmp_path, name)
+
+    def other(example: dict) -> dict:
+        return {**example, "input_ids": [3] * len(example["input_ids"])}
+
+    augmenting = AugmentingCollator(head.collate, Augmentation(other, moves_positions=False), student_only=True)
+    batch = cached.wrap_collator(augmenting)(examples[:5])
+    assert (batch["input_ids"][batch["attention_mask"].bool()] == 3).all()
+    found = Distiller(head.make(1), cached, alpha=1.0).teacher_signals(batch).predictions()
+    with torch.no_grad():
+        expected = teacher(**{k: v for k, v in head.collate(examples[:5]).items() if k != "labels"}).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_must_fit_onto_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = HEADS[NAME]
+    monkeypatch.setattr(building.size, "free_bytes", lambda folder: 1000)
+    with pytest.raises(
+        DataError, match=r"does not fit: about 2\.6 kB in all: 20 examples of 7\.1 positions, 12 bytes a"
+    ):
+        build(tmp_path / "new", head, head.make(2), head.examples(20))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_size_is_told_before(tmp_path: Path) -> None:
+    """20 examples; 4 bytes a logit, three of them a position; key, positions and index take 44 bytes an example."""
+    head, said = HEADS[NAME], []
+    examples = head.examples(20)
+    positions = sum(len(one["input_ids"]) for one in examples)
+    cache = build(tmp_path, head, head.make(2), examples, say=said.append)
+    assert len(said) == 1 and re.match(
+        rf"The teacher's cache takes about 2\.\d kB in all: 20 examples of {positions / 20:.1f}"
+        r" positions, 12 bytes a position; [\d.]+ GB are free at",
+        said[0],
+    )
+    assert cache.manifest["positions"] == positions
+
+
+def test_overflow_and_dtypes(tmp_path: Path) -> None:
+    head = HEADS[NAME]
+    teacher = head.make(2)
+    with torch.no_grad():
+        teacher.classifier.bias[0].add_(1e5)
+    with pytest.raises(
+        SettingError, match=r"logits differ by 1e\+05, float16 ends at 65504. Pass store=Dense\(\"bfloat16\""
+    ):
+        build(tmp_path, head, teacher, head.examples(4), store=Dense())
+    with pytest.raises(SettingError, match=r"logits reach 1e\+05, float16 ends at 65504"):
+        build(tmp_path / "as-it-is", head, teacher, head.examples(4), store=Dense(keeps_largest=False))
+    with pytest.raises(SettingError, match=r"Dense\(dtype='int8'\): allowed are float16, bfloat16, float32"):
+        Dense("int8")
+
+
+def test_what_can_be_built_of(tmp_path: Path) -> None:
+    head = HEADS[NAME]
+    with pytest.raises(DataError, match=r"a dataset with a length and numbered examples, not of a generator"):
+        build(tmp_path, head, head.make(2), (one for one in head.examples(3)))
+    with pytest.raises(DataError, match="the dataset has no examples"):
+        build(tmp_path, head, head.make(2), [])
+    with pytest.raises(
+        TeacherError, match=r"built of a teacher, not of this builtin_function_or_method. Give a model, a folder"
+    ):
+        build(tmp_path, head, max, head.examples(3))
+    with pytest.raises(SettingError, match="batch_size=0, shard_examples=6: at least 1"):
+        build(tmp_path, head, head.make(2), head.examples(3), batch_size=0)
+
+
+def test_the_head_of_a_folder_is_that_of_its_config(tmp_path: Path) -> None:
+    """`TeacherCache.build("folder")` asks for nothing that config.json tells."""
+    for name in (NAME, "llama_causal_lm", "bert_regression"):
+        head = HEADS[name]
+        head.make(2).save_pretrained(tmp_path / name)
+        given = {"data_collator": head.collate, "progress": False}
+        cache = TeacherCache.build(str(tmp_path / name), head.examples(3), tmp_path / f"{name} cache", **given)
+        assert cache.manifest["task"]["kind"] == head.kind
+    config = json.loads((tmp_path / NAME / "config.json").read_text())
+    (tmp_path / NAME / "config.json").write_text(json.dumps({**config, "architectures": ["BertForPreTraining"]}))
+    with pytest.raises(SettingError, match=r"its config\.json names no class of a known kind\. Pass student= or task="):
+        TeacherCache.build(str(tmp_path / NAME), head.examples(3), tmp_path / "another")
+    with pytest.raises(TeacherError, match="no such folder"):
+        TeacherCache.build(str(tmp_path / "nowhere"), head.examples(3), tmp_path / "another")
+
+
+def test_a_teacher_that_lies_on_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "DTensor", torch.Tensor)
+    head = HEADS["bert_single_label"]
+    with pytest.raises(TeacherError, match=r"lie on several processes \(FSDP or tensor.*Load it whole on each"):
+        build(tmp_path / "cache", head, head.make(2), head.examples(3))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_that_sees_padding_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Group norm over time: what it says of a sound depends on the zeros after it."""
+    head = HEADS["wav2vec2_ctc_mean"]
+    group = {"feat_extract_norm": "group", "do_stable_layer_norm": False}
+    teacher = head.make(2, **group)
+    cache = build(tmp_path, head, teacher, head.examples(6), student=head.make(1, **group))
+    assert cache.manifest["measured"]["change_by_padding"] > 0.01
+    assert "depends on how far its batch is padded: by 0." in caplog.text
+    assert "in batches of 3 consecutive examples" in caplog.text
+
+
+def test_another_frame_rate(tmp_path: Path) -> None:
+    head, _, examples, cached = made(tmp_path, "wav2vec2_ctc_mean")
+    slower = head.make(1, conv_stride=(2, 4))
+    distiller = Distiller(slower, cached, alpha=1.0)
+    for batch in (head.collate(examples[:3]), cached.wrap_collator(head.collate)(examples[:3])):
+        with pytest.raises(TeacherError, match=r"example 0 of the batch has \d+ positions, the cache holds \d+ of it"):
+            distiller(slower, batch)
+
+
+def test_it_travels_to_worker_processes(tmp_path: Path) -> None:
+    head, _, examples, cached = made(tmp_path, NAME)
+    collate = cached.wrap_collator(head.collate)
+    collate.collator = max  # what is pickled with it here
+    sent = pickle.loads(pickle.dumps(collate))
+    sent.collator = head.collate
+    collate.collator = head.collate
+    there, here = sent(examples[:3]), collate(examples[:3])
+    assert torch.equal(there["teacher_cached_logits"], here["teacher_cached_logits"])
+
+
+def packing(some: list[dict[str, Any]]) -> Any:
+    return DataCollatorWithFlattening(return_tensors="pt")(some)
+
+
+def test_a_collator_that_packs_is_named(tmp_path: Path) -> None:
+    """Where the cache is built, and where a training looks an example up: in the collator, or when the loss asks."""
+    head = HEADS["llama_causal_lm"]
+    teacher, some = head.make(2), head.examples(8)
+    with pytest.raises(DataError, match=r"makes 1 row\(s\) of 3 examples: it packs them.*a collator that pads"):
+        build(tmp_path, head, teacher, some, data_collator=packing)
+    cached = CachedTeacher(build(tmp_path, head, teacher, some))
+    named = r"the collator packs several examples into a row, and the teacher's cache knows each example by itself"
+    for collate in (cached.wrap_collator(packing), packing):
+        with pytest.raises(DataError, match=named):
+            Distiller(head.make(1), cached)(head.make(1), collate(some))
+    trainer = make(
+        tmp_path, head.make(1), cached, train_dataset=some, data_collator=packing, remove_unused_columns=False
+    )  # fmt: skip
+    with pytest.raises(DataError, match=named):
+        trainer.train()
+
+
+def test_rows_that_were_packed_once_are_examples_like_others(tmp_path: Path) -> None:
+    """The way out that the message names."""
+    head = HEADS["llama_causal_lm"]
+    teacher, student, some = head.make(2), head.make(1), head.examples(8)
+    batches = [packing(some[at : at + 4]) for at in (0, 4)]
+    rows = [{name: batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids")} for batch in batches]
+    cached = CachedTeacher(build(tmp_path, head, teacher, rows, data_collator=default_data_collator, batch_size=1))
+    for row in rows[::-1]:
+        batch = default_data_collator([row])
+        live = Distiller(student, teacher, alpha=1.0)(student, batch).loss.item()
+        assert Distiller(student, cached, alpha=1.0)(student, batch).loss.item() == pytest.approx(live, rel=1e-5)
