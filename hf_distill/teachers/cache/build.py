@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from hf_distill._compat import processes
-from hf_distill.data.columns import columns_of, is_own_collator, refuse_unprocessed
+from hf_distill.data.columns import check_processed, columns_of, is_own_collator
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks import Batch, Task
@@ -36,8 +36,8 @@ from hf_distill.teachers.cache.source import (
     Source,
     TeacherOutputs,
     TeacherRunner,
-    asked_of,
     examples_named,
+    make_runner,
     with_versions,
 )
 from hf_distill.teachers.cache.stores import (
@@ -56,7 +56,7 @@ from hf_distill.teachers.passes import ResumablePass, ShardFolder, checksum, rea
 _UNITS = {"example": "examples", "input": "tokens", "decoder": "tokens", "frames": "frames"}
 
 
-class Bar:
+class PassProgress:
     """Counts batches and the positions in them; shows nothing where it is not to be shown.
 
     Args:
@@ -79,7 +79,7 @@ class Bar:
         self._positions = 0
         self._unit = _UNITS[axis]
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> PassProgress:
         self._progress.start()
         return self
 
@@ -100,7 +100,7 @@ _DRAWN = (
 )
 
 
-def refuse_drawn(collator: Any) -> None:
+def check_deterministic(collator: Any) -> None:
     """Raises:
     SettingError: see `CachedCollator`.
     """
@@ -142,10 +142,10 @@ def label_reader(asked: TeacherRunner, dataset: Any, collator: Any) -> LabelRead
     )
 
 
-def refuse_unprocessed_data(asked: TeacherRunner, dataset: Any, collator: Any) -> None:
+def check_processed_data(asked: TeacherRunner, dataset: Any, collator: Any) -> None:
     """Raises DataError: text that was not tokenized, and no column of the teacher's own either."""
     if not any(name.startswith(TEACHER_PREFIX) for name in columns_of(dataset) or ()):
-        refuse_unprocessed(dataset, asked.learner, whose="the dataset", collator=collator)
+        check_processed(dataset, asked.learner, whose="the dataset", collator=collator)
 
 
 def default_collator(processor: Any) -> Callable[..., Any]:
@@ -171,7 +171,7 @@ def default_store(task: Task, columns: int, temperature: float | None = None) ->
 def kept_columns(source: Source, store: Store, width: int) -> int:
     """Of a head of this width: where only some are listed, without columns that pad a vocabulary."""
     tokenizer = tokenizer_in(source.processor)
-    if not store.lists_columns or tokenizer is None:
+    if not store.is_sparse or tokenizer is None:
         return width
     return min(width, int(max(tokenizer.get_vocab().values())) + 1)
 
@@ -260,7 +260,7 @@ def _chosen_store(source: Source, said: TeacherOutputs, store: Store | None) -> 
             raise SettingError(f"store={store!r} is for predictions, and predictions=False keeps none. Leave one out.")
         return NoPredictions()
     chosen = store or default_store(source.task, said.width, source.asked.temperature)
-    if chosen.lists_columns and source.task.matched_by != "vocabulary":
+    if chosen.is_sparse and source.task.matched_by != "vocabulary":
         raise SettingError(
             f"{type(chosen).__name__} lists tokens of a vocabulary, and {source.task} has none. Use store=Dense()."
         )
@@ -459,8 +459,8 @@ class CachePass(ResumablePass):
             raise SettingError(f"batch_size={options.batch_size}, shard_examples={options.shard_examples}: at least 1.")
         state = given.accelerator or processes()
         chosen = given.collator or default_collator(given.processor)
-        refuse_drawn(chosen)
-        asked = asked_of(
+        check_deterministic(chosen)
+        asked = make_runner(
             teacher,
             student=given.student,
             task=given.task,
@@ -483,7 +483,7 @@ class CachePass(ResumablePass):
             )
         asked.to(given.accelerator, state)
         labels = label_reader(asked, dataset, chosen)
-        refuse_unprocessed_data(asked, dataset, given.collator)
+        check_processed_data(asked, dataset, given.collator)
         every = with_versions(dataset, chosen)
         source = Source(asked, every, chosen, given.processor, inside, kept.predictions, labels)
         return cls(source, folder, state, options)
@@ -518,7 +518,7 @@ class CachePass(ResumablePass):
         found = size_of(self.source, plan, batch_size=batch_size)
         free = size.free_bytes(self.folder.path)
         self._say(f"The teacher's cache takes {size.announced(found, self.folder.path, free=free)}.")
-        size.refuse_too_large(found, self.folder.path, free=free)
+        size.check_fits(found, self.folder.path, free=free)
         change = change_by_padding(self.source, batch_size=batch_size, device=self.state.device)
         remark = padding_remark(change, plan)
         if remark is not None:
@@ -600,7 +600,7 @@ class CachePass(ResumablePass):
         before = len(self._batches(self.plan, done))
         total = before + len(self._batches(self.plan, shards))
         shown = self.options.progress and self.state.is_main_process and bool(shards)
-        with Bar(total=total, axis=self.source.axis, finished=before, shown=shown) as bar:
+        with PassProgress(total=total, axis=self.source.axis, finished=before, shown=shown) as bar:
             for shard in shards:
                 parts = []
                 for indices in self._batches(self.plan, [shard]):
@@ -620,9 +620,9 @@ class CachePass(ResumablePass):
         if said.rows is None:
             return {}
         rows, columns = said.rows, self.plan["predictions"]["columns"]
-        if store.lists_columns:
+        if store.is_sparse:
             rows = rows[:, :columns]
-        _refuse_no_numbers(rows, said.counts)
+        _check_finite(rows, said.counts)
         if rows.shape[1] != columns:
             raise DataError(
                 f"the teacher predicts {rows.shape[1]} columns here and {columns} at the start: examples must have "
@@ -679,7 +679,7 @@ class CachePass(ResumablePass):
             (self.options.say or logger.info)(text)
 
 
-def _refuse_no_numbers(rows: torch.Tensor, counts: np.ndarray) -> None:
+def _check_finite(rows: torch.Tensor, counts: np.ndarray) -> None:
     wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
     if bool(wrong.any()):
         position = int(wrong.nonzero()[0])

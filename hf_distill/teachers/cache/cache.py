@@ -198,7 +198,7 @@ class TeacherCache:
         """
         where = self._mapped.find(content_keys(batch, self.columns, main=self.main))
         if bool((where < 0).any()):
-            self._refuse_missing(where, batch)
+            self._raise_missing(where, batch)
         spans, laid = self._mapped.spans(where), {}
         counts = counts_of(spans)
         frames = self.axis == "frames"  # of which the task knows, by the student's rule
@@ -227,7 +227,7 @@ class TeacherCache:
         """`[b]` bool: which rows of a batch are in the cache."""
         return self._mapped.find(content_keys(batch, self.columns, main=self.main)) >= 0
 
-    def _refuse_missing(self, where: np.ndarray, batch: Batch) -> None:
+    def _raise_missing(self, where: np.ndarray, batch: Batch) -> None:
         if packs_several(batch):
             raise DataError(
                 "the collator packs several examples into a row, and the teacher's cache knows each example by itself. "

@@ -55,7 +55,7 @@ class RawRead(Task):
         return self._task.raw_output(outputs, batch)
 
 
-def refuse_other_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
+def check_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
     """Raise SettingError for predictions that are neither a row an example nor a row a position, whichever is meant."""
     axes = ("example", "column") if axis == "example" else ("example", "position", "column")
     if predictions.dim() != len(axes):
@@ -114,7 +114,7 @@ def lay(rows: Tensor, counts: np.ndarray, real: Tensor | None, axis: Axis) -> Te
     if real is None:  # frames: from the left; the task knows how many there are in all
         real = torch.arange(int(counts.max(initial=0))) < torch.from_numpy(counts)[:, None]
     else:
-        refuse_other_lengths(real.sum(1).numpy(), counts)
+        check_lengths(real.sum(1).numpy(), counts)
     laid = rows.new_zeros(*real.shape, rows.shape[-1])
     laid[real] = rows
     return laid
@@ -126,7 +126,7 @@ def lengthened(laid: Tensor, length: int) -> Tensor:
     return laid if missing <= 0 else torch.cat([laid, laid.new_zeros(laid.shape[0], missing, laid.shape[2])], 1)
 
 
-def refuse_other_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
+def check_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
     differing = np.flatnonzero(of_batch != of_cache)
     if differing.size:
         i = int(differing[0])
@@ -254,7 +254,7 @@ def shown(
                 f"the cache holds {kept} at frames, and the student has no rule that says which are real."
             )
         assert counts is not None  # they come with frames
-        refuse_other_lengths(keep.sum(1).cpu().numpy(), counts.cpu().numpy())
+        check_lengths(keep.sum(1).cpu().numpy(), counts.cpu().numpy())
         return lengthened(x, keep.shape[1])
     ids = _ids(batch) if kept.axis == "tokens" else None
     return x if ids is None else x.view(-1, ids.shape[-1], x.shape[-1])

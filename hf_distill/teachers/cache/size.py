@@ -82,7 +82,7 @@ def announced(size: Size, folder: Path, *, free: int) -> str:
     )
 
 
-def refuse_too_large(size: Size, folder: Path, *, free: int, finished: int = 0) -> None:
+def check_fits(size: Size, folder: Path, *, free: int, finished: int = 0) -> None:
     """Raises:
     DataError: what is still to be written does not fit onto the disk.
     """

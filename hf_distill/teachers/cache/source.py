@@ -68,7 +68,7 @@ def described(collator: Any) -> dict[str, Any] | None:
     return {"views": views, "seed": collator.seed, "augmentations": names}
 
 
-def refuse_other_versions(collator: Any, manifest: Any) -> None:
+def check_same_versions(collator: Any, manifest: Any) -> None:
     """Raises:
     SettingError: the collator shows the teacher what the cache was not built of.
     """
@@ -170,7 +170,7 @@ class TeacherRunner:
         return {**found, "config": config}
 
 
-def asked_of(
+def make_runner(
     teacher: Any,
     *,
     student: Any,
@@ -199,7 +199,7 @@ def asked_of(
         made.learn_from(getattr(model.model, "config", None))
         model.prepare_inputs(learner, made, tokenizer=model.tokenizer or tokenizer_in(processor))
         return TeacherRunner(model, made, learner, None)
-    _refuse_what_cannot_be_asked(teacher, student, dtype)
+    _check_can_run(teacher, student, dtype)
     made = make_task(student, task)
     teacher.bind(TeacherSetup(student, made, processing_class=processor, compares_predictions=predictions))
     if isinstance(teacher.alignment.student, tuple) and made.matched_by == "vocabulary":
@@ -239,7 +239,7 @@ def _temperature_of(teacher: Teacher, task: Task, temperature: float | None) -> 
     return float(temperature)
 
 
-def _refuse_what_cannot_be_asked(teacher: Any, student: Any, dtype: str | None) -> None:
+def _check_can_run(teacher: Any, student: Any, dtype: str | None) -> None:
     name = type(teacher).__name__
     if hasattr(teacher, "manifest") or hasattr(teacher, "cache"):
         raise TeacherError(f"the {name} is a cache already. Several of them become one in an Ensemble.")
@@ -415,7 +415,7 @@ class Source:
             return TeacherOutputs(counts, None, listed, inside, prepared)
         if answer.raw is None:
             return TeacherOutputs(np.ones(batch_size(prepared), dtype=np.int64), None, None, inside, prepared)
-        layout.refuse_other_axes(answer.raw, self.axis, self.task)
+        layout.check_axes(answer.raw, self.axis, self.task)
         rows, counts = self._cut(answer.raw, prepared)
         return TeacherOutputs(counts, rows, None, inside, prepared)
 

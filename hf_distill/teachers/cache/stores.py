@@ -46,7 +46,7 @@ def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> 
     return torch.from_numpy(whole.astype(np.float64) * 2.0**-_BITS).view(-1, width)
 
 
-def refuse_seed(seed: int, of: str) -> None:
+def check_seed(seed: int, of: str) -> None:
     """Raises:
     SettingError: below 0, or of more than 64 bits.
     """
@@ -76,7 +76,7 @@ class Store(Protocol):
     def name(self) -> str: ...
 
     @property
-    def lists_columns(self) -> bool:
+    def is_sparse(self) -> bool:
         """Whether it names columns of a vocabulary by their number, and does not keep all of them."""
         ...
 
@@ -127,7 +127,7 @@ class Dense:
     dtype: str = "float16"
     keeps_largest: bool | None = None
     name = "dense"
-    lists_columns = False
+    is_sparse = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _ARROW_TYPE:
@@ -149,7 +149,7 @@ class Dense:
             largest = largest.where(largest.isfinite(), 0.0)  # no column is possible
             rows, beside = rows - largest.to(rows.dtype), {"largest": largest.cpu().numpy()}
         kept = rows.to(getattr(torch, self.dtype)).cpu()
-        self._refuse_overflow(rows, kept)
+        self._check_no_overflow(rows, kept)
         return {"logits": kept.view(torch.uint16).numpy() if self.dtype == "bfloat16" else kept.numpy(), **beside}
 
     def logits(self, laid: Mapping[str, Tensor]) -> Tensor:
@@ -167,7 +167,7 @@ class Dense:
     def check_temperature(self, temperature: float, columns: int) -> None:
         """Any will do."""
 
-    def _refuse_overflow(self, rows: Tensor, kept: Tensor) -> None:
+    def _check_no_overflow(self, rows: Tensor, kept: Tensor) -> None:
         if self.dtype == "float16" and bool((kept.isinf() & ~rows.cpu().isinf()).any()):
             largest = rows[rows.isfinite()].abs().max().item()
             raise SettingError(
@@ -223,7 +223,7 @@ class NoPredictions:
     """No prediction: what `TeacherCache.build(predictions=False)` keeps of them."""
 
     name = "nothing"
-    lists_columns = False
+    is_sparse = False
 
     def settings(self) -> dict[str, Any]:
         return {}
@@ -273,7 +273,7 @@ class TopKFromServer:
     temperature: float = 1.0
     dtype: str = "float16"
     name = "listed"
-    lists_columns = True
+    is_sparse = True
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -351,7 +351,7 @@ class TopK:
     temperatures: tuple[float, ...] = (1.0, 2.0)
     dtype: str = "float16"
     name = "top_k"
-    lists_columns = True
+    is_sparse = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -456,7 +456,7 @@ class Sampled:
     proposal_power: float = 1.0
     seed: int = 0
     name = "sampled"
-    lists_columns = True
+    is_sparse = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -467,7 +467,7 @@ class Sampled:
                 f"{self.proposal_power:g}): at least one sample, a temperature above 0, and a power above 0 and at "
                 "most 1 (above 1 an unlikely column has a weight without bound)."
             )
-        refuse_seed(self.seed, "Sampled")
+        check_seed(self.seed, "Sampled")
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -512,10 +512,10 @@ class Sampled:
         return SparseRows(ids, mean.expand(ids.shape), none, temperature, weights)
 
     def check_temperature(self, temperature: float, columns: int) -> None:
-        refuse_other_temperature(self, temperature)
+        check_same_temperature(self, temperature)
 
 
-def refuse_other_temperature(store: Any, temperature: float) -> None:
+def check_same_temperature(store: Any, temperature: float) -> None:
     """Raises:
     SettingError: another than it was drawn at.
     """
@@ -563,7 +563,7 @@ class Hybrid:
     dtype: str = "float16"
     seed: int = 0
     name = "hybrid"
-    lists_columns = True
+    is_sparse = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -575,7 +575,7 @@ class Hybrid:
         if self.dtype not in _DTYPES:
             hint = did_you_mean(self.dtype, _DTYPES, DTYPE_ALIASES)
             raise SettingError(f"Hybrid(dtype={self.dtype!r}): allowed are {', '.join(_DTYPES)}.{hint}")
-        refuse_seed(self.seed, "Hybrid")
+        check_seed(self.seed, "Hybrid")
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)
@@ -629,7 +629,7 @@ class Hybrid:
         )
 
     def check_temperature(self, temperature: float, columns: int) -> None:
-        refuse_other_temperature(self, temperature)
+        check_same_temperature(self, temperature)
 
 
 STORES[Hybrid.name] = Hybrid

@@ -23,12 +23,12 @@ from hf_distill.teachers.base import Collator, Teacher, TeacherSetup, teacher_in
 from hf_distill.teachers.cache import keys as fingerprints
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache import layout as inside_layout
-from hf_distill.teachers.cache.build import refuse_drawn
+from hf_distill.teachers.cache.build import check_deterministic
 from hf_distill.teachers.cache.cache import TeacherCache
 from hf_distill.teachers.cache.files import POSITIONS
 from hf_distill.teachers.cache.hidden import CachedInside
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, read_by_teacher
-from hf_distill.teachers.cache.source import refuse_other_versions
+from hf_distill.teachers.cache.source import check_same_versions
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
 from hf_distill.teachers.passes import differences
 from hf_distill.vocabulary import HeadAlignment
@@ -67,7 +67,7 @@ def matched_columns(
         label_matching=label_matching,
     )
     width = cache.manifest["predictions"]["columns"]
-    if cache.store.lists_columns and columns.teacher not in (None, width):
+    if cache.store.is_sparse and columns.teacher not in (None, width):
         compared = columns.teacher
         raise TeacherError(
             f"the cache lists some of {width} columns, and student and teacher share "
@@ -84,7 +84,7 @@ def known_columns(cache: TeacherCache, task: Task, *, processor: Any) -> HeadAli
     return HeadAlignment(ours.student, theirs)
 
 
-def refuse_other_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
+def check_same_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
     """Raises TeacherError: it is not the one that was asked."""
     there, now = cache.manifest["teacher"]["weights"], fingerprints.of_weights(teacher)
     if there != now:
@@ -95,7 +95,7 @@ def refuse_other_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
         )
 
 
-def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares_predictions: bool) -> None:
+def check_same_task(cache: TeacherCache, student: Any, task: Task, *, compares_predictions: bool) -> None:
     """Raises TeacherError: another kind of head, another pooling, or other decoder inputs.
 
     A teacher that makes its own decoder inputs has none that the student's could differ from.
@@ -121,7 +121,7 @@ def refuse_other_task(cache: TeacherCache, student: Any, task: Task, *, compares
         )
 
 
-def refuse_other_tokenizer(cache: TeacherCache, processor: Any, task: Task, *, same_inputs: bool) -> None:
+def check_same_tokenizer(cache: TeacherCache, processor: Any, task: Task, *, same_inputs: bool) -> None:
     """Raises TeacherError: positions are compared, and student and teacher were not given the same ones."""
     there = cache.manifest["processor"]
     now = fingerprints.of_processor(processor)
@@ -160,8 +160,8 @@ class CachedCollator:
         slot: str = "",
         fields: Collection[str] | None = None,
     ) -> None:
-        refuse_drawn(collator)
-        refuse_other_versions(collator, cache.manifest)
+        check_deterministic(collator)
+        check_same_versions(collator, cache.manifest)
         self.collator = collator
         self.cache = cache
         self.slot = slot
@@ -234,7 +234,7 @@ class CachedTeacher(Teacher):
         mask = ("attention_mask",) if self.cache.manifest["inputs"]["masked"] else ()
         self.inputs = tuple(dict.fromkeys([*self.cache.columns, *mask]))
         if teacher is not None:
-            refuse_other_teacher(self.cache, teacher)
+            check_same_teacher(self.cache, teacher)
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> CachedTeacher:
@@ -248,7 +248,7 @@ class CachedTeacher(Teacher):
 
     @property
     def is_sparse(self) -> bool:  # type: ignore[override]  # the store decides
-        return self.cache.store.lists_columns
+        return self.cache.store.is_sparse
 
     @property
     def fixed_temperature(self) -> bool:
@@ -283,7 +283,7 @@ class CachedTeacher(Teacher):
         listed = self.cache.store.sparse_rows(own, needs.temperature)
         if listed is not None:
             if isinstance(self.cache.store, TopKFromServer):
-                _refuse_not_asked(listed, task, batch)
+                _check_all_scored(listed, task, batch)
             return Signals(logits=None, alignment=self.alignment, activations=inside, sparse=listed)
         assert isinstance(self.cache.store, Dense)  # every other store lists columns
         logits = task.read(task.outputs_of_raw(self.cache.store.logits(own)), batch, self.alignment, teacher=True)
@@ -327,9 +327,9 @@ class CachedTeacher(Teacher):
         """
         student, task, compares = unwrapped(setup.student), setup.task, setup.compares_predictions
         self.slot = setup.slot
-        refuse_other_task(self.cache, student, task, compares_predictions=compares)
+        check_same_task(self.cache, student, task, compares_predictions=compares)
         same = setup.same_inputs or (task.needs_same_inputs and compares)
-        refuse_other_tokenizer(self.cache, setup.processing_class, task, same_inputs=same)
+        check_same_tokenizer(self.cache, setup.processing_class, task, same_inputs=same)
         if compares:
             self.alignment = matched_columns(
                 self.cache, student, task, processor=setup.processing_class, label_matching=self._label_matching
@@ -359,7 +359,7 @@ class CachedTeacher(Teacher):
         if self.cache.axis == "frames":
             real = layout.real_positions("frames", batch, task=task)
             assert real is not None  # a task with frames says which are real
-            layout.refuse_other_lengths(real.sum(1).numpy(), laid[POSITIONS].cpu().numpy())
+            layout.check_lengths(real.sum(1).numpy(), laid[POSITIONS].cpu().numpy())
         if self.cache.axis not in ("frames", "decoder"):
             return {name: laid[name] for name in names}
         rows = task.rows(read_by_teacher(batch, self.cache.main)) // batch_size(batch)
@@ -381,7 +381,7 @@ class CachedTeacher(Teacher):
             )
 
 
-def _refuse_not_asked(listed: SparseRows, task: Task, batch: Batch) -> None:
+def _check_all_scored(listed: SparseRows, task: Task, batch: Batch) -> None:
     """A served teacher is asked about rows that count, which labels may decide."""
     tails, kept = task.select(listed.log_tail, batch), task.kept_rows(batch)
     missing = int((tails if kept is None else tails[kept]).isnan().sum())

@@ -20,11 +20,11 @@ from transformers import AutoConfig, GenerationConfig
 from hf_distill._compat import processes
 from hf_distill.errors import DataError, SettingError
 from hf_distill.models.generation import (
-    answered,
-    continued,
     drawn_from,
     end_tokens,
     evaluating,
+    generate_causal,
+    generate_seq2seq,
     generation_settings,
     sound_padding_is_read,
     try_settings,
@@ -382,8 +382,8 @@ class CompletionsPass(ResumablePass):
         device = next(self.model.parameters()).device
         with drawn_from(device, self.seed, shard, at):
             if not self.prompts.answers:
-                return continued(self.model, prompts, self.settings)
-            return answered(self.model, self._inputs(prompts), self.settings)
+                return generate_causal(self.model, prompts, self.settings)
+            return generate_seq2seq(self.model, self._inputs(prompts), self.settings)
 
     def _inputs(self, prompts: list[Any]) -> dict[str, Any]:
         device = next(self.model.parameters()).device
