@@ -1,4 +1,4 @@
-"""Agreement of predictions: a divergence of softened logits (or of values) on every row that counts."""
+"""LogitsMatch: a divergence between softened logits (or values) on every valid row."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from hf_distill.tasks.base import rows_of
 
 @dataclass(frozen=True)
 class RowValues:
-    """The divergence of every row that counts.
+    """The divergence on every valid row.
 
     Attributes:
         values: `[m]`, temperature factor included.
-        kept: `[m]` index of each into the task's n rows, or None: all of them.
-        student: `[m v]` the student's rows.
-        teacher: `[m v]` the teacher's; of one that lists some columns, `[m k+1]`, the last for all others; of one that
-            samples, logs of the weights, and nothing for the others.
-        ids: `[m k]` the listed columns; None: all, in order.
+        kept: `[m]`, the index of each among the task's n rows; None if they are all of them.
+        student: `[m v]`, the student's rows.
+        teacher: `[m v]`, the teacher's rows. A sparse teacher has `[m k+1]`, the last column for all others; one that
+            samples has the logs of the weights and no such column.
+        ids: `[m k]`, the columns of a sparse teacher; None if all columns are there in order.
     """
 
     values: Tensor
@@ -59,16 +59,16 @@ class LogitsMatch(Objective):
     """T^p · divergence(student / T, teacher / T), summed over the rows that count.
 
     p is the divergence's own power (2 for the KL family), so that the gradient does not shrink as T grows
-    (Hinton et al. 2015, section 2). Rows of values are compared as they are.
+    (Hinton et al. 2015, section 2). Values (regression, embeddings) are not divided by a temperature.
 
     Args:
-        divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None: forward_kl on logits,
-            mean_squared_error on values.
+        divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None means forward_kl for
+            logits and mean_squared_error for values.
         divergence_kwargs: keyword arguments of the divergence.
         temperature: a schedule.
 
     Raises:
-        SettingError: no such divergence, or no such setting of it.
+        SettingError: if there is no such divergence, or it has no such setting.
     """
 
     name = "logits"
@@ -260,7 +260,7 @@ class LogitsMatch(Objective):
 
 
 def divergence_name(divergence: str | Divergence) -> str:
-    """A divergence's name in `DIVERGENCES`, or `own:` and the name of a function of the user's."""
+    """Return a divergence's name in `DIVERGENCES`, or `own:` and the name of the user's function."""
     if isinstance(divergence, str):
         return divergence
     function = getattr(divergence, "func", divergence)
@@ -269,7 +269,7 @@ def divergence_name(divergence: str | Divergence) -> str:
 
 
 def check_row_count(values: Tensor, task: Task, batch: Batch) -> None:
-    """Raise SettingError if a task's own `count` is not the number of rows that it selects and keeps.
+    """Raise SettingError if a task's `count` is not the number of rows that it selects and keeps.
 
     The default count follows from `rows` and `keep`, and comparing it would only synchronise.
     """

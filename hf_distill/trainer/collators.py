@@ -334,10 +334,10 @@ def teacher_inputs_collator(collator: Callable[..., Any], processor: Any) -> Any
 
 
 class SeveralInputsCollator:
-    """Wraps the user's collator, which collates the student's columns, and collates each teacher's columns itself.
+    """Wraps the user's collator, which collates the student's columns; collates each teacher's itself.
 
-    `teacher_text` (audio, image) is read by every processor; `teacher_0_text` replaces it for the first one. If the list
-    has None for a teacher, that teacher reads the student's inputs, or its own numbered columns if they are there.
+    `teacher_text` (audio, image) is read by every processor; `teacher_0_text` replaces it for the first one. If the
+    list has None for a teacher, that teacher reads the student's inputs, or its own numbered columns if they are there.
 
     Args:
         collator: collates all other columns.

@@ -43,7 +43,7 @@ class EachOnce:
     it in every collective operation.
 
     Args:
-        counted: the number of examples so far, if Accelerate does not know how many there are.
+        counted: counts the examples as they are read; None if Accelerate knows how many there are.
         whole_batches: whether each batch's loss has the weight of a whole batch, as with `Seq2SeqTrainer` in one
             process, rather than the weight of its examples.
     """
