@@ -53,7 +53,7 @@ def gradients(store: Any, student: Tensor, teacher: Tensor) -> list[Tensor]:
 def _gradient(store: Any, student: Tensor, teacher: Tensor) -> Tensor:
     keys = np.stack([np.arange(len(teacher)), np.zeros(len(teacher))], 1).astype(np.uint64)
     kept = store.encode(teacher, keys, np.ones(len(teacher), dtype=np.int64))
-    told = store.sparse_rows({name: store.tensor(name, values) for name, values in kept.items()}, 1.0)
+    told = store.sparse_rows({name: store.decode(name, values) for name, values in kept.items()}, 1.0)
     rows = student.clone().requires_grad_()
     if told.weights is None:
         loss = forward_kl(student_outcomes(rows, told.ids), teacher_outcomes(told.log_probabilities, told.log_tail))
@@ -84,7 +84,6 @@ def gradient_errors(vocabulary: int, rows: int = 64) -> dict[str, dict[str, floa
         ways["top 64 and the rest as one"] = errors(gradients(TopK(64), student, teacher), whole)[0]
         for label, store in (
             ("32 samples", Sampled(32)),
-            ("32 samples, drawn independently", Sampled(32, stratified=False)),
             ("hybrid, 32 and 32 samples", Hybrid(32, 32)),
         ):
             one, many = errors(gradients(store, student, teacher), whole)

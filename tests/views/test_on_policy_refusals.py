@@ -13,7 +13,7 @@ from hf_distill import DataError, SettingError
 from hf_distill.augment import OnPolicy
 from hf_distill.trainer.checks import check_on_policy
 from tests.heads import HEADS
-from tests.teachers.cached.built import made
+from tests.teachers.cache.built import made
 from tests.trainer.tiny import assert_same_bits, make, weights
 
 LLAMA = HEADS["llama_causal_lm"]

@@ -14,7 +14,7 @@ from transformers import default_data_collator
 from hf_distill import DataError, Distiller
 from hf_distill.teachers import CachedTeacher, TeacherCache
 from tests.heads import HEADS
-from tests.teachers.cached.built import build, made
+from tests.teachers.cache.built import build, made
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
 
 RUN = {
@@ -52,12 +52,12 @@ def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
     plain = make(tmp_path / "plain", bert(), cached, **given)
     plain.data_collator = padded
     plain.train()
-    assert cached._told
+    assert cached._looked_up
     wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.wrap_collator(padded), **given)
     seen = []
-    told, cached._tell_once = cached._tell_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
+    told, cached._log_once = cached._log_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
     wrapped.train()
-    cached._tell_once = told  # type: ignore[method-assign]  # as it was
+    cached._log_once = told  # type: ignore[method-assign]  # as it was
     assert not seen
     assert_same_bits(weights(wrapped.model), weights(plain.model))
 

@@ -12,7 +12,7 @@ import torch
 from hf_distill import DataError
 from hf_distill.teachers.cache.keys import content_keys, key_columns
 from tests.heads import HEADS
-from tests.teachers.cached.built import left_padded
+from tests.teachers.cache.built import left_padded
 
 WITH_MASK = [name for name, head in HEADS.items() if head.mask is not None]
 
@@ -92,7 +92,7 @@ def test_the_teachers_own_columns_are_what_counts() -> None:
 
 def test_a_column_that_is_missing_is_named() -> None:
     with pytest.raises(
-        DataError, match=r"knows an example by input_ids, token_type_ids, and the batch has no token_ty"
+        DataError, match=r"identifies an example by input_ids, token_type_ids, and the batch has no token_ty"
     ):
         content_keys({"input_ids": torch.ones(1, 2)}, ("input_ids", "token_type_ids"), main="input_ids")
 

@@ -13,7 +13,7 @@ from hf_distill.signals import Needs
 from hf_distill.teachers import CachedTeacher, Dense
 from tests.heads import HEADS, of_each_kind
 from tests.laws import measuring as m
-from tests.teachers.cached.built import build, left_padded, made, shuffled
+from tests.teachers.cache.built import build, left_padded, made, shuffled
 from tests.trainer.tiny import assert_same_bits, weights
 
 

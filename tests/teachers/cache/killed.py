@@ -24,7 +24,7 @@ from accelerate import PartialState
 from hf_distill.teachers.cache import Sampled
 from tests.distributed.launch import free_port
 from tests.heads import HEADS
-from tests.teachers.cached.built import build, contents
+from tests.teachers.cache.built import build, contents
 
 DRAWN = "drawn" in sys.argv
 STORE = {"store": Sampled(6)} if DRAWN else {}

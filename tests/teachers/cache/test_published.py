@@ -17,7 +17,7 @@ from hf_distill import Distiller
 from hf_distill.teachers import CachedTeacher
 from hf_distill.teachers.cache import is_cache
 from tests.hub.fake_hub import TOKEN, FakeHub
-from tests.teachers.cached.built import made
+from tests.teachers.cache.built import made
 
 NAME = "bert_tokens"
 
