@@ -154,7 +154,7 @@ def _add_build(kinds: Any) -> None:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="BLOCK",
-        help="keep the hidden states of these blocks, counted from 0, for objectives that read them; -1: the embeddings",
+        help="keep the hidden states of these blocks, counted from 0, for such objectives; -1: the embeddings",
     )
     build.add_argument(
         "--activation-dtype", choices=_ACTIVATION_DTYPES, default="float16", help="of hidden states, on the disk"

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hf_distill.errors import DataError
 from hf_distill.teachers import shards
+from hf_distill.teachers.shards import Json
 
-Plan = dict[str, Any]  # plain JSON
 Advance = Callable[[int, int], None]
 _SHOWN = 4  # differing settings that a message lists
 
@@ -107,15 +107,15 @@ class ShardedPass(ABC):
         self.folder = folder
         self.state = state
         self.progress = progress
-        self.agreed: Plan = {}
+        self.agreed: Json = {}
 
     # The work of a subclass.
 
     @abstractmethod
-    def plan(self) -> Plan:
+    def plan(self) -> Json:
         """Return everything that the result follows from, as plain data; compared when a pass is resumed."""
 
-    def complete_plan(self, plan: Plan) -> Plan:
+    def complete_plan(self, plan: Json) -> Json:
         """Return the plan with "examples", "shard_examples" and "shard_count", when a pass begins."""
         return plan
 
@@ -127,7 +127,7 @@ class ShardedPass(ABC):
         """
 
     @abstractmethod
-    def has_same_examples(self, shard: int, receipt: Mapping[str, Any]) -> bool:
+    def has_same_examples(self, shard: int, receipt: Json) -> bool:
         """Return whether the dataset still has the examples that a finished shard was made from."""
 
     @abstractmethod
@@ -140,7 +140,7 @@ class ShardedPass(ABC):
         """
 
     @abstractmethod
-    def finalize(self, receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, receipts: list[Json]) -> Json:
         """Write the remaining files and return the manifest."""
 
     # The pass.
@@ -151,7 +151,7 @@ class ShardedPass(ABC):
         Raises:
             DataError: if the folder holds something else, the dataset has changed, or the disk is full.
         """
-        plan: Plan = json.loads(json.dumps(self.plan()))  # as it is read from a file
+        plan: Json = json.loads(json.dumps(self.plan()))  # as it is read from a file
         found = self._find(plan)
         finished = found is not None and "shards" in found
         self.agreed = found or self.complete_plan(plan)
@@ -230,7 +230,7 @@ class ShardedPass(ABC):
 
     # The folder.
 
-    def _find(self, plan: Plan) -> Plan | None:
+    def _find(self, plan: Json) -> Json | None:
         """Return the manifest of a finished pass, the plan of an unfinished pass, or None if the folder is new."""
         for name, what in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
             if (self.folder / name).is_file():
@@ -241,7 +241,7 @@ class ShardedPass(ABC):
             raise DataError(f"{self.folder} holds other files than {self.noun}. Give a new or an empty folder.")
         return None
 
-    def _check_same_plan(self, found: Plan, plan: Plan, what: str) -> None:
+    def _check_same_plan(self, found: Json, plan: Json, what: str) -> None:
         differing = differences({name: found.get(name) for name in plan}, plan)
         if "shards" in found:  # then the versions of the libraries that made it do not matter
             differing = [line for line in differing if not line.startswith("versions")]
@@ -273,8 +273,8 @@ class ShardedPass(ABC):
                 f"in another order. {advice}"
             )
 
-    def _manifest_entry(self, shard: int) -> dict[str, Any]:
-        entry: dict[str, Any] = self.agreed["shards"][shard]
+    def _manifest_entry(self, shard: int) -> Json:
+        entry: Json = self.agreed["shards"][shard]
         shards.check_files(self.folder, [entry])
         return entry
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from hf_distill.errors import DataError
 
+Json = dict[str, Any]  # plain data, as it stands in a manifest
 CARD = "README.md"
 STATE, INFO = "state.json", "dataset_info.json"  # read by datasets.load_from_disk
 PARTIAL = ".partial"
@@ -74,7 +75,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """Return the JSON object in a file.
 
     Raises:
@@ -143,7 +144,7 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> Json:
     """Return what a manifest records about a file: its name, size and checksum."""
     return {"file": path.name, "bytes": path.stat().st_size, "blake2b": file_digest(path)}
 
@@ -173,7 +174,7 @@ def check_files(folder: Path, entries: Sequence[Mapping[str, Any]], *, checksums
             raise DataError(f"{path} was changed: its checksum differs from the manifest's. {_AGAIN}")
 
 
-def finished_receipt(folder: Path, shard: int) -> dict[str, Any] | None:
+def finished_receipt(folder: Path, shard: int) -> Json | None:
     """Return the receipt of a shard, or None if the shard is not finished or was damaged since."""
     try:
         receipt = read_json(folder / receipt_name(shard))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.language import decoder_inputs, decoder_rule
-from hf_distill.teachers import shards
+from hf_distill.teachers import fingerprints, shards
 from hf_distill.teachers.base import Collator, Teacher
 from hf_distill.teachers.cache import files, keys, measure
 from hf_distill.teachers.cache.card import card_of
@@ -48,7 +48,8 @@ from hf_distill.teachers.cache.source import (
 )
 from hf_distill.teachers.cache.stores import Dense, NoPredictions, Store, TopK, TopKFromServer, store_from
 from hf_distill.teachers.model import tokenizer_in
-from hf_distill.teachers.passes import Advance, Plan, ShardedPass, free_bytes
+from hf_distill.teachers.passes import Advance, ShardedPass, free_bytes
+from hf_distill.teachers.shards import Json
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class CachePass(ShardedPass):
 
     # The plan.
 
-    def plan(self) -> Plan:
+    def plan(self) -> Json:
         """Return what the manifest says about the cache, except for sizes and shards.
 
         Raises:
@@ -249,7 +250,7 @@ class CachePass(ShardedPass):
             "format": files.FORMAT,
             "format_version": files.FORMAT_VERSION,
             "teacher": source.runner.describe(),
-            "processor": keys.describe_processor(source.processing_class),
+            "processor": fingerprints.describe_processor(source.processing_class),
             "task": {"kind": str(source.task), **source.task.settings()},
             "store": store.describe(),
             "inputs": {
@@ -265,15 +266,15 @@ class CachePass(ShardedPass):
             },
             "activations": None if source.wanted is None else describe_activations(source.wanted, outputs.activations),
             "augmentation": augmentation_of(source.collator),
-            "preprocessing": keys.describe_collator(source.collator),
+            "preprocessing": fingerprints.describe_collator(source.collator),
             "padding": {"batch_size": self.batch_size, "side": _padding_side(batch, source.main)},
             "examples": len(source),
             "first_example": keys.keys_fingerprint(found[:1]),
             "requested_shard_examples": self.options.shard_examples,
-            "versions": keys.library_versions(),
+            "versions": fingerprints.library_versions(),
         }
 
-    def complete_plan(self, plan: Plan) -> Plan:
+    def complete_plan(self, plan: Json) -> Json:
         """Announce the size, and return the plan with what is measured."""
         assert self._first is not None  # plan() was called
         (batch, outputs), device = self._first, self.state.device
@@ -343,7 +344,7 @@ class CachePass(ShardedPass):
     def check_dataset(self, finished: bool) -> None:
         self._first = None  # its memory is free again
 
-    def has_same_examples(self, shard: int, receipt: Mapping[str, Any]) -> bool:
+    def has_same_examples(self, shard: int, receipt: Json) -> bool:
         written = _read_keys(self.folder / receipt["file"])
         now = np.concatenate([self._keys(batch) for batch in self._batches([shard])])
         return np.array_equal(written, now)
@@ -423,7 +424,7 @@ class CachePass(ShardedPass):
 
     # The finished cache.
 
-    def finalize(self, receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, receipts: list[Json]) -> Json:
         """Write index, dataset files and card; return the manifest."""
         found = self._write_index(receipts)
         content = keys.keys_fingerprint(found)

@@ -24,6 +24,7 @@ from hf_distill.teachers.cache.hidden import CachedActivations, Objectives
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, content_keys, read_by_teacher
 from hf_distill.teachers.cache.stores import Store, store_from
 from hf_distill.teachers.passes import kept_examples, readable_bytes
+from hf_distill.teachers.shards import Json
 
 
 def is_cache(path: str | os.PathLike[str]) -> bool:
@@ -274,7 +275,7 @@ class TeacherCache:
         self.__init__(state["path"], verify=False)  # type: ignore[misc]  # the files were checked before
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Json:
     if (folder / files.MANIFEST).is_file():
         manifest = shards.read_json(folder / files.MANIFEST)
         if (manifest.get("format"), manifest.get("format_version")) != (files.FORMAT, files.FORMAT_VERSION):

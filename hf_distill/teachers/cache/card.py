@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hf_distill.teachers.cache.hidden import stored_activations
 from hf_distill.teachers.passes import readable_bytes
+from hf_distill.teachers.shards import Json
 
 _CARD = """---
 tags:
@@ -44,7 +43,7 @@ and the other columns hold these rows one after the other.
 """
 
 
-def card_of(manifest: dict[str, Any]) -> str:
+def card_of(manifest: Json) -> str:
     """Return the card in Markdown."""
     store = ", ".join(f"{name} {value}" if name != "name" else value for name, value in manifest["store"].items())
     padding = manifest["padding"]
@@ -66,7 +65,7 @@ def card_of(manifest: dict[str, Any]) -> str:
     )
 
 
-def _more_rows(manifest: dict[str, Any]) -> str:
+def _more_rows(manifest: Json) -> str:
     """Return the rows of the table that not every cache has."""
     rows = []
     temperature, activations = manifest["predictions"]["temperature"], manifest["activations"]

@@ -28,6 +28,7 @@ from hf_distill.signals import (
 )
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.cache.files import DTYPES, Dtype, to_disk
+from hf_distill.teachers.shards import Json
 
 _KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
 _POOLED = {
@@ -212,7 +213,7 @@ def field_names(wanted: WantedActivations) -> list[str]:
 
 def describe_activations(
     wanted: WantedActivations, first: Mapping[StoredActivation, tuple[Tensor, np.ndarray]]
-) -> dict[str, Any]:
+) -> Json:
     """Return the manifest's part on activations.
 
     Args:
@@ -230,7 +231,7 @@ def describe_activations(
     }
 
 
-def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -> dict[str, Any]:
+def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -> Json:
     try:
         blocks = capture.blocks(side, stack)
     except SettingError:
@@ -238,12 +239,12 @@ def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -
     return {name: vars(blocks)[name] for name in ("path", "length", "width", "heads", "of_decoder")}
 
 
-def stored_activations(description: Mapping[str, Any] | None) -> list[StoredActivation]:
+def stored_activations(description: Json | None) -> list[StoredActivation]:
     """Return the activations of a manifest's part on activations."""
     return [] if description is None else [StoredActivation(**kept) for kept in description["kept"]]
 
 
-def by_axis(description: Mapping[str, Any] | None) -> dict[str, list[StoredActivation]]:
+def by_axis(description: Json | None) -> dict[str, list[StoredActivation]]:
     """Return the stored activations for each of the axes that they run along."""
     found: dict[str, list[StoredActivation]] = {}
     for kept in stored_activations(description):
@@ -280,7 +281,7 @@ class CachedActivations:
         start_token: as `ActivationCapture.start_token`.
     """
 
-    def __init__(self, description: Mapping[str, Any] | None, *, start_token: int | None = None) -> None:
+    def __init__(self, description: Json | None, *, start_token: int | None = None) -> None:
         self._description = description
         self.start_token = start_token
         self.kept = stored_activations(description)

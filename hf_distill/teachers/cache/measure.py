@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from hf_distill.teachers.cache.keys import MASK
 from hf_distill.teachers.cache.source import Source, TeacherOutputs
 from hf_distill.teachers.cache.stores import Dense, store_from
 from hf_distill.teachers.passes import readable_bytes
+from hf_distill.teachers.shards import Json
 
 _BYTES_PER_EXAMPLE = 16 + 4 + 24  # key, number of positions, entry in the index
 _BYTES_PER_COUNT = 4  # the number of positions along each axis of activations
@@ -105,7 +105,7 @@ class Size:
             )
 
 
-def measure_size(source: Source, plan: Mapping[str, Any], *, batch_size: int) -> Size:
+def measure_size(source: Source, plan: Json, *, batch_size: int) -> Size:
     """Return the size of a cache, from a sample of examples over the whole dataset, without querying the teacher."""
     count = len(source)
     indices = np.linspace(0, count - 1, min(_SAMPLE, count)).astype(int).tolist()
@@ -161,7 +161,7 @@ def _rows_of(outputs: TeacherOutputs, example: int) -> Tensor | None:
     return rows[end - int(counts[example]) : end].float()
 
 
-def padding_warning(change: float | None, plan: Mapping[str, Any]) -> str | None:
+def padding_warning(change: float | None, plan: Json) -> str | None:
     """Return what to log about `change_by_padding`, or None if rounding explains it."""
     exact = plan["teacher"]["dtype"] in ("float32", "float64")
     if change is None or change <= (_LARGE_PADDING if exact else _LARGE_PADDING_HALF):
@@ -174,7 +174,7 @@ def padding_warning(change: float | None, plan: Mapping[str, Any]) -> str | None
     )
 
 
-def rounding_errors(outputs: TeacherOutputs, plan: Mapping[str, Any]) -> dict[str, float]:
+def rounding_errors(outputs: TeacherOutputs, plan: Json) -> dict[str, float]:
     """Return the `rounding_error` of everything that is kept in half precision, measured on the first batch."""
     found: dict[str, float] = {}
     store, activations = store_from(plan["store"]), plan["activations"]
@@ -202,7 +202,7 @@ def rounding_error(rows: Tensor, dtype: str) -> float:
     return float((error / spread).sqrt()) if spread > 0 else 0.0
 
 
-def rounding_warning(errors: Mapping[str, float], plan: Mapping[str, Any]) -> str | None:
+def rounding_warning(errors: Mapping[str, float], plan: Json) -> str | None:
     """Return what to log about `rounding_errors`, or None if they are small."""
     if not errors or max(errors.values()) <= _LARGE_ROUNDING:
         return None

@@ -22,6 +22,7 @@ from hf_distill.signals import ActivationKey, Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, batch_size
 from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
+from hf_distill.teachers import fingerprints
 from hf_distill.teachers.base import Collator, Teacher, TeacherSetup
 from hf_distill.teachers.cache import keys, layout
 from hf_distill.teachers.cache.hidden import StoredActivation, WantedActivations, field_names
@@ -30,6 +31,7 @@ from hf_distill.teachers.load import as_dtype, kind_of_checkpoint, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_in
 from hf_distill.teachers.passes import differences
 from hf_distill.teachers.quantised import QuantisedTeacher
+from hf_distill.teachers.shards import Json
 
 _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 _RANDOM = (
@@ -54,7 +56,7 @@ def check_not_random(collator: Collator) -> None:
         )
 
 
-def augmentation_of(collator: Any) -> dict[str, Any] | None:
+def augmentation_of(collator: Any) -> Json | None:
     """Return which fixed versions of examples a collator gives the teacher; None if it reads them unchanged."""
     views = getattr(collator, "views", None)
     if views is None or getattr(collator, "student_only", None) is not False:
@@ -64,7 +66,7 @@ def augmentation_of(collator: Any) -> dict[str, Any] | None:
     return {"views": views, "seed": collator.seed, "augmentations": names}
 
 
-def check_same_versions(collator: Collator, there: dict[str, Any] | None) -> None:
+def check_same_versions(collator: Collator, there: Json | None) -> None:
     """Raise SettingError if the collator gives the teacher examples that the cache was not built from.
 
     Args:
@@ -169,15 +171,14 @@ class TeacherRunner:
         self.teacher(self.task, batch, Needs(logits=True))
         return None if self.teacher.agreement is None else str(self.teacher.agreement)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """Return who the teacher is, for the manifest."""
-        found = keys.describe_teacher(self.teacher)
+        found = fingerprints.describe_teacher(self.teacher)
         if self.model is not None:
             return found
-        config = keys.describe_config(getattr(unwrapped(self.learner), "config", None))
-        configs = [keys.describe_config(getattr(unwrapped(model), "config", None)) for model in self.teacher.models()]
-        if configs and config["problem_type"] is None:
-            config["problem_type"] = configs[0]["problem_type"]
+        config, *others = (fingerprints.describe_config(model) for model in (self.learner, *self.teacher.models()))
+        if others and config["problem_type"] is None:
+            config["problem_type"] = others[0]["problem_type"]
         return {**found, "config": config}
 
 

@@ -19,6 +19,7 @@ from hf_distill.functional.rows import BLOCKED, in_full_precision
 from hf_distill.functional.sparse import BLOCK, draw_columns, merge_repeats
 from hf_distill.signals import SparseRows
 from hf_distill.teachers.cache.files import DTYPES, Dtype, check_dtype, from_disk, to_disk
+from hf_distill.teachers.shards import Json
 
 _BITS = 53  # of a float64
 _SEEDS = 1 << 64
@@ -55,7 +56,7 @@ class Store(ABC):
     name: ClassVar[str]
     is_sparse: ClassVar[bool] = True
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """Return name and settings, for the manifest."""
         return {"name": self.name, **vars(self)}
 
@@ -483,7 +484,7 @@ STORES: dict[str, Callable[..., Store]] = {
 }
 
 
-def store_from(description: Mapping[str, Any]) -> Store:
+def store_from(description: Json) -> Store:
     """Return the store that a manifest names.
 
     Raises:

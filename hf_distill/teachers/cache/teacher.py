@@ -24,9 +24,10 @@ from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache.cache import TeacherCache
 from hf_distill.teachers.cache.files import POSITIONS
 from hf_distill.teachers.cache.hidden import CachedActivations
-from hf_distill.teachers.cache.keys import CACHED_PREFIX, describe_processor, read_by_teacher, weights_fingerprint
+from hf_distill.teachers.cache.keys import CACHED_PREFIX, read_by_teacher
 from hf_distill.teachers.cache.source import check_not_random, check_same_versions
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
+from hf_distill.teachers.fingerprints import describe_processor, weights_fingerprint
 from hf_distill.teachers.passes import differences
 from hf_distill.vocabulary import HeadAlignment
 

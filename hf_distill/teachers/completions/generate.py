@@ -28,12 +28,12 @@ from hf_distill.models.generation import (
     sound_padding_is_read,
     try_settings,
 )
-from hf_distill.teachers import shards
-from hf_distill.teachers.cache import keys
+from hf_distill.teachers import fingerprints, shards
 from hf_distill.teachers.completions.prompts import DEFAULT, Prompts
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_of
-from hf_distill.teachers.passes import Advance, Plan, ShardedPass
+from hf_distill.teachers.passes import Advance, ShardedPass
+from hf_distill.teachers.shards import Json
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,8 @@ def generate_completions(
     plan = {
         "format": "hf-distill completions",
         "version": 3,
-        "teacher": keys.describe_model(model),
-        "processor": keys.describe_processor(processor),
+        "teacher": fingerprints.describe_model(model),
+        "processor": fingerprints.describe_processor(processor),
         "generation": {k: value for k, value in settings.to_diff_dict().items() if k != "transformers_version"},
         "column": prompts.column,
         "seed": seed if settings.do_sample else None,
@@ -184,7 +184,7 @@ class CompletionsPass(ShardedPass):
         prompts: Prompts,
         settings: GenerationConfig,
         folder: Path,
-        plan: Plan,
+        plan: Json,
         *,
         seed: int,
         progress: bool,
@@ -198,7 +198,7 @@ class CompletionsPass(ShardedPass):
         self._digests: dict[int, str] = {}  # first prompt of a shard → digest of its prompts
         self._reads_padding: bool | None = None  # None until it is tried
 
-    def plan(self) -> Plan:
+    def plan(self) -> Json:
         return self._plan
 
     def check_dataset(self, finished: bool) -> None:
@@ -235,7 +235,7 @@ class CompletionsPass(ShardedPass):
         if self.prompts.window is not None and not finished:
             try_settings(self.model, self._inputs([self.prompts[0]]), self.settings)
 
-    def has_same_examples(self, shard: int, receipt: Mapping[str, Any]) -> bool:
+    def has_same_examples(self, shard: int, receipt: Json) -> bool:
         return receipt["prompts"] == self._digests[self.indices(shard).start]
 
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
@@ -246,7 +246,7 @@ class CompletionsPass(ShardedPass):
             columns = {name: pa.array([row[name] for row in rows], type=_TYPES[name]) for name in rows[0]}
             self.write_shard(shard, columns, rows=len(rows), prompts=_digest_of(prompts))
 
-    def finalize(self, receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    def finalize(self, receipts: list[Json]) -> Json:
         """Write dataset files and card; return the manifest."""
         content = hashlib.blake2b("".join(one["blake2b"] for one in receipts).encode(), digest_size=8).hexdigest()
         shards.write_dataset_files(self.folder, [one["file"] for one in receipts], fingerprint=content)

@@ -20,9 +20,9 @@ from hf_distill.teachers import (
     Specialists,
     TeacherCache,
     TopK,
+    fingerprints,
     quantise_dynamically,
 )
-from hf_distill.teachers.cache import keys as fingerprints
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.asking import NAME as SERVED

@@ -15,10 +15,9 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 
 from hf_distill import DataError, Distiller, HiddenMatch, SettingError, TeacherError
 from hf_distill.augment import Augmentation, AugmentingCollator
-from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers import CachedTeacher, Dense, TeacherCache, fingerprints
 from hf_distill.teachers.cache import build as building
 from hf_distill.teachers.cache import files
-from hf_distill.teachers.cache import keys as fingerprints
 from tests.heads import HEADS
 from tests.teachers.cache.built import build, made
 from tests.tiny_tokenizers import tokenizer
