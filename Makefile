@@ -14,7 +14,7 @@ IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
 OLD_CPU_TESTS = tests/laws tests/functional tests/students/test_matrix.py tests/trainer/test_alpha_zero.py \
 	tests/trainer/test_resume.py tests/trainer/test_accumulation.py tests/trainer/test_without_logits_small_chunks.py \
-	tests/trainer/test_without_logits_trials.py tests/teachers/cached/test_laws.py
+	tests/trainer/test_without_logits_trials.py tests/teachers/cache/test_laws.py
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-old-cpu test-slow lint format clean

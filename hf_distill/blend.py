@@ -152,7 +152,7 @@ class Blend:
         """Whether an objective compares position with position; of the logits the task knows."""
         return any(self.objectives[name].needs_same_inputs for name in self.ever_active())
 
-    def refuse_without_teacher(self) -> None:
+    def check_has_teacher(self) -> None:
         """Raise SettingError where some term asks for a teacher."""
         asked, alpha = [name for name in self.ever_active() if self.objectives[name].needs_teacher], self.alpha
         if not asked:

@@ -175,7 +175,7 @@ class Distiller(_ChecksKeywords):
     def _check_changed_blend(self, student: nn.Module) -> None:
         self.logits_match.divergence_for(self.task)
         if self.teacher is None:
-            self.blending.refuse_without_teacher()
+            self.blending.check_has_teacher()
             return
         if LOGITS in self.blending.ever_active() and not self.compares_heads:
             if self.teacher.changes_in_training:  # binding it again would restart it
@@ -202,7 +202,7 @@ class Distiller(_ChecksKeywords):
         if self.teacher is not None:
             self._bind_teacher(self.teacher, student, task)
         else:
-            self.blending.refuse_without_teacher()
+            self.blending.check_has_teacher()
         theirs = None if self.teacher is None else self.teacher.capture
         setup = ObjectiveSetup(capture, theirs, task, unwrapped(student), self._seed)
         for name in active:
@@ -426,7 +426,7 @@ class Distiller(_ChecksKeywords):
 
     def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
         """Return the student's own mean loss, and its outputs."""
-        refuse_head_for_a_teacher(self._student)
+        check_trainable_head(self._student)
         batch = self.with_task_labels(inputs)
         if not self.task.has_probabilities(batch):
             outputs = student(**inputs)
@@ -590,7 +590,7 @@ class Distiller(_ChecksKeywords):
         return f"Distiller(teacher={self.teacher!r}, terms=[{', '.join(terms)}])"
 
 
-def refuse_head_for_a_teacher(student: Any) -> None:
+def check_trainable_head(student: Any) -> None:
     """Refuse labels for a class that has one head for labels and one for a teacher, and no loss (DeiT, LeViT).
 
     Raises:

@@ -28,7 +28,7 @@ from hf_distill.functional.fused.inputs import (
 )
 from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.models.output_head import OutputHead, Trial
-from hf_distill.objectives.logits import refuse_other_keep, refuse_other_rows
+from hf_distill.objectives.logits import check_keep, check_same_rows
 from hf_distill.signals import DeferredLogits, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
@@ -207,7 +207,7 @@ class FusedForward:
         wants_target = teacher is not None and PROPERTIES[name].wants_target
         targets = task.targets(batch) if step.uses_labels or wants_target else None
         selected = rows_of(ours.hidden, task, batch, whose="student")
-        refuse_other_rows(selected, selected, task, batch, columns=False)
+        check_same_rows(selected, selected, task, batch, columns=False)
         rows, weights = self._rows(selected, targets)
         shared = None if teacher is None else teacher.alignment.student
         found = fused_linear_distillation(
@@ -247,7 +247,7 @@ class FusedForward:
         """
         kept = self._task.keep(self._batch)
         assert kept is not None  # every task over a vocabulary says so
-        refuse_other_keep(kept, selected, self._task)
+        check_keep(kept, selected, self._task)
         if targets is None or self.teacher is None:
             looked_at = kept if targets is None else targets != IGNORED
             return looked_at.nonzero().squeeze(-1), None
@@ -260,7 +260,7 @@ class FusedForward:
 
         def of_rows(x: Tensor, *, columns: bool = True) -> Tensor:
             selected = rows_of(x, task, batch, whose="teacher", columns=columns)
-            refuse_other_rows(selected, selected, task, batch, columns=False)
+            check_same_rows(selected, selected, task, batch, columns=False)
             return selected.index_select(0, rows)
 
         if teacher.deferred is not None:
@@ -268,7 +268,7 @@ class FusedForward:
         if teacher.sparse is None:
             return TeacherLogits(of_rows(teacher.predictions()))
         sparse = teacher.sparse
-        self._blending.logits_match.refuse_for_sparse(task, sparse, temperature)
+        self._blending.logits_match.check_sparse(task, sparse, temperature)
         # Softened already, and log-probabilities are logits: times T, as they will be divided by it.
         return TeacherSparse(
             of_rows(sparse.ids),

@@ -52,7 +52,7 @@ class LayerMap:
             for link in links
         )
         object.__setattr__(self, "links", tuple(sorted(resolved)))
-        _refuse_repeats(self.links)
+        _check_no_repeats(self.links)
 
     @classmethod
     def even(cls, student_layers: int, teacher_layers: int) -> LayerMap:
@@ -266,7 +266,7 @@ def _checked_weight(link: Link) -> float:
     return float(weight)
 
 
-def _refuse_repeats(links: tuple[Link, ...]) -> None:
+def _check_no_repeats(links: tuple[Link, ...]) -> None:
     seen: set[tuple[int, int]] = set()
     for link in links:
         if (link.student, link.teacher) in seen:

@@ -73,7 +73,7 @@ class AugmentingCollator:
         self.student_only = student_only
         self.seed = seed
         self.views = views
-        self._refuse_views()
+        self._check_views()
         # In shared memory: worker processes that live for several epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         moving = [name_of(augmentation) for augmentation in augmentations if augmentation.moves_positions]
@@ -111,7 +111,7 @@ class AugmentingCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
         examples = [_as_dict(feature) for feature in features]
         if not self.student_only:
-            self._refuse_teacher_columns(examples)
+            self._check_no_teacher_columns(examples)
         numbers = [example.pop(self.view_column, None) for example in examples]
         key = (self.seed, int(self._epoch), examples)
         if self.views is None:
@@ -124,7 +124,7 @@ class AugmentingCollator:
         if self.student_only:
             with generators_kept():  # so that a collator that draws (masked LM) draws alike for both
                 clean = dict(self.collator(examples))
-            self._refuse_other_tokens(examples, clean)
+            self._check_same_tokens(examples, clean)
         batch = self.collator(shown)
         with seeded("batch", *key):
             batch = after_collation(self.augmentations, batch)
@@ -139,7 +139,7 @@ class AugmentingCollator:
             (shown,) = before_collation(self.augmentations, [dict(example)])
         return shown
 
-    def _refuse_views(self) -> None:
+    def _check_views(self) -> None:
         if self.views is None:
             return
         if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 1:
@@ -151,7 +151,7 @@ class AugmentingCollator:
                 "epoch. Use augmentations of examples, or leave views out."
             )
 
-    def _refuse_teacher_columns(self, examples: list[dict[str, Any]]) -> None:
+    def _check_no_teacher_columns(self, examples: list[dict[str, Any]]) -> None:
         own = sorted({name for example in examples for name in example if name.startswith(TEACHER_PREFIX)})
         if own:
             raise DataError(
@@ -159,7 +159,7 @@ class AugmentingCollator:
                 "another example than the student. Pass student_only=True if that is meant, or leave those columns out."
             )
 
-    def _refuse_other_tokens(self, examples: list[dict[str, Any]], clean: Mapping[str, Any]) -> None:
+    def _check_same_tokens(self, examples: list[dict[str, Any]], clean: Mapping[str, Any]) -> None:
         if self.sentence_rows_only and ("start_positions" in clean or _has_labels_of_tokens(examples, clean)):
             raise DataError(OTHER_TOKENS)
 

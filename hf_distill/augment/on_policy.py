@@ -16,7 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from hf_distill.errors import DataError, SettingError
-from hf_distill.models.generation import answered, continued, drawn_from, end_tokens, generation_settings, prompt_of
+from hf_distill.models.generation import (
+    drawn_from,
+    end_tokens,
+    generate_causal,
+    generate_seq2seq,
+    generation_settings,
+    prompt_of,
+)
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
@@ -222,10 +229,10 @@ class OnPolicy:
             return self._continued(batch, student)
 
     def _continued(self, batch: Mapping[str, Any], student: Any) -> dict[str, Tensor]:
-        _refuse_other_columns(batch, _REPLACED)
+        _check_columns(batch, _REPLACED)
         device = batch["input_ids"].device
         prompts = prompts_of(batch)
-        written = continued(student, prompts, self._settings(student))
+        written = generate_causal(student, prompts, self._settings(student))
         whole = [torch.tensor(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
         labels = [torch.tensor([IGNORED] * len(p) + text) for p, text in zip(prompts, written, strict=True)]
         masks = [torch.ones_like(ids) for ids in whole]
@@ -236,9 +243,9 @@ class OnPolicy:
         }
 
     def _answered(self, batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
-        _refuse_other_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
+        _check_columns(batch, (*_REPLACED, "decoder_input_ids", "decoder_attention_mask"))
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-        written = answered(student, inputs, self._settings(student))
+        written = generate_seq2seq(student, inputs, self._settings(student))
         labels = pad_sequence([torch.tensor(text) for text in written], batch_first=True, padding_value=IGNORED)
         return {**inputs, "labels": labels.to(batch["input_ids"].device)}
 
@@ -269,7 +276,7 @@ def _alone(student: Any) -> Any:
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 
-def _refuse_other_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _check_columns(batch: Mapping[str, Any], known: tuple[str, ...]) -> None:
     packed = "position_ids" in batch or "shift_labels" in batch
     others = sorted(name for name, value in batch.items() if name not in known and value is not None)
     if not others and batch.get("input_ids") is not None:

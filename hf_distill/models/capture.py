@@ -482,7 +482,7 @@ class _StackCapture:
         read = self._attention.get(self._running)
         if read is None or id(module) not in self._listened:
             return
-        _refuse_hidden_masks(module, mask, settings)
+        _check_masks(module, mask, settings)
         causal = settings.get("is_causal")
         scaling = settings.get("scaling")
         self._seen[read] = AttentionRecord(
@@ -509,7 +509,7 @@ class _StackCapture:
             if read.what in (HIDDEN, LAST_HIDDEN):
                 self._seen[read] = self._as_positions(read)
         if torch.is_grad_enabled() and self._whose == "student":
-            self._refuse_cut_graphs()
+            self._check_graphs()
 
     def _as_positions(self, read: ActivationKey) -> Tensor:
         """A hidden state as `[b t d]`."""
@@ -548,7 +548,7 @@ class _StackCapture:
             f"{where}: the module is there and was not called (WavLM hands its weights to a function). Use HiddenMatch."
         )
 
-    def _refuse_cut_graphs(self) -> None:
+    def _check_graphs(self) -> None:
         trained = any(p.requires_grad for p in self._blocks.owner.parameters())
         for read in self._reads:
             value = self._seen[read]
@@ -572,7 +572,7 @@ class _StackCapture:
         return layerdrop_of(self._blocks.holder) > 0 and not self._ran.issuperset(range(last + 1))
 
 
-def _refuse_hidden_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
+def _check_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
     """Attention whose mask is not to be seen here: pairs would be compared that never attend to each other."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
     positions = settings.get("position_ids")

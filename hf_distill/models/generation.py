@@ -93,7 +93,7 @@ _found: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()  # w
 _Writing = Callable[[Any, GenerationConfig], AbstractContextManager[None]]
 
 
-def refuse_unlike_alone(
+def check_same_as_alone(
     model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, writing: _Writing
 ) -> None:
     """Refuse prompts in a batch where a model does not write as it does alone. (In 16 bits a small change is rounding.)
@@ -321,9 +321,9 @@ def generation_settings(
     given |= sampling if do_sample else dict.fromkeys(sampling)
     given |= {"num_beams": 1} if own and do_sample else {}  # as transformers does
     merged = {**settings.to_dict(), **given, **others}
-    _refuse_settings(model, merged, others, sampling_temperature)
+    _check_settings(model, merged, others, sampling_temperature)
     if own:
-        _refuse_whispers_settings(model, merged, others)
+        _check_whisper_settings(model, merged, others)
     set_generation(settings, {**given, **others}, own=own)
     if settings.pad_token_id is None:
         ends = end_tokens(settings)
@@ -333,7 +333,7 @@ def generation_settings(
     return settings
 
 
-def _refuse_settings(
+def _check_settings(
     model: Any, merged: Mapping[str, Any], others: Mapping[str, Any], sampling_temperature: float
 ) -> None:
     new, temperature = merged["max_new_tokens"], merged["temperature"] if merged["do_sample"] else sampling_temperature
@@ -372,7 +372,7 @@ def _refuse_settings(
         )
 
 
-def _refuse_whispers_settings(model: Any, merged: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+def _check_whisper_settings(model: Any, merged: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     name = type(unwrapped(model)).__name__
     parameters = inspect.signature(type(unwrapped(model)).generate).parameters
     general = {"generation_config", "synced_gpus", *vars(GenerationConfig()), *_WHISPERS_OWN}
@@ -406,7 +406,7 @@ def end_tokens(settings: GenerationConfig) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def continued(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[Tokens]:
+def generate_causal(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[Tokens]:
     """What a causal model writes after each prompt, its end token included where it came to one.
 
     Args:
@@ -423,7 +423,7 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     limits = Limits.of(model, settings.max_new_tokens)
     for reason in filter(None, map(limits.obstacle, prompts)):
         raise DataError(f"there is {reason}. Leave such prompts out, or cut them.")
-    refuse_unlike_alone(model, prompts, settings, _writing)
+    check_same_as_alone(model, prompts, settings, _writing)
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.tensor([[settings.pad_token_id] * (width - len(one)) + list(one) for one in prompts], device=device)
@@ -433,7 +433,7 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     return [until_end(row, end_tokens(settings)) for row in written[:, width:].tolist()]
 
 
-def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
+def generate_seq2seq(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
     Whisper's labels begin with its tokens for language (set or detected), task and timestamps. They do not contain the
@@ -443,7 +443,7 @@ def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) 
         DataError: an empty source, or one too long for the model.
         SettingError: transformers' `generate` refuses the settings.
     """
-    _refuse_sources(model, inputs)
+    _check_sources(model, inputs)
     if window_of(model) is not None:
         return _windows_written(model, inputs, settings)
     with _writing(model, settings):
@@ -514,7 +514,7 @@ def until_end(tokens: Sequence[int], ends: set[int]) -> Tokens:
     return list(tokens)
 
 
-def _refuse_sources(model: Any, inputs: Mapping[str, Any]) -> None:
+def _check_sources(model: Any, inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         return

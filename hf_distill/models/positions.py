@@ -51,7 +51,7 @@ class PositionRule:
             return None
         return (ids == 0).cumsum(-1)
 
-    def refuse_packed(self, batch: Batch, what: str) -> None:
+    def check_not_packed(self, batch: Batch, what: str) -> None:
         """Raise DataError where a row may hold several examples, for what needs one a row."""
         if self.segments(batch) is not None:
             raise DataError(

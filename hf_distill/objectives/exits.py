@@ -141,7 +141,7 @@ class ExitMatch(Objective):
         if self.alpha < 1:
             task.require_labels(batch)
         if task.axis == "example":
-            self._positions.refuse_packed(batch, "ExitMatch")
+            self._positions.check_not_packed(batch, "ExitMatch")
         return task.count(batch)
 
     def __call__(

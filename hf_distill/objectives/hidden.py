@@ -181,7 +181,7 @@ class HiddenMatch(LayerObjective):
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.pooling is None:
             return self._positions.count(batch)
-        self._positions.refuse_packed(batch, f"pooling={self.pooling!r}")
+        self._positions.check_not_packed(batch, f"pooling={self.pooling!r}")
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:

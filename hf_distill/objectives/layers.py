@@ -81,8 +81,8 @@ class LayerObjective(Objective):
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
-        _refuse_layerdrop(self, ours)
-        _refuse_split_heads(self, ours, theirs)
+        _check_no_layerdrop(self, ours)
+        _check_whole_heads(self, ours, theirs)
         self._positions = PositionRule(setup.model, setup.task, of_decoder=ours.of_decoder)
         self.needs = Needs(activations=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(
@@ -135,7 +135,7 @@ def where(what: str, link: Link, whose: str) -> str:
     return f"{what} of {'the embeddings' if layer == EMBEDDINGS else f'block {layer}'}"
 
 
-def _refuse_layerdrop(objective: LayerObjective, student: Blocks) -> None:
+def _check_no_layerdrop(objective: LayerObjective, student: Blocks) -> None:
     """A block that is left out at random computes no attention; what went past it is its hidden state."""
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
@@ -148,7 +148,7 @@ def _refuse_layerdrop(objective: LayerObjective, student: Blocks) -> None:
         )
 
 
-def _refuse_split_heads(objective: LayerObjective, student: Blocks, teacher: Blocks) -> None:
+def _check_whole_heads(objective: LayerObjective, student: Blocks, teacher: Blocks) -> None:
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
     for blocks, whose in ((student, "student"), (teacher, "teacher")):

@@ -136,7 +136,7 @@ def _train(
                 objectives=one.stage.make_objectives(),
                 **one.keywords,
             )
-            _refuse_sharded(trainer, plan)
+            _check_not_sharded(trainer, plan)
         if result is None:
             student_of = trained[-1].folder if trained and trained[-1].how == FINISHED_BEFORE else None
             result = _run(trainer, one, stage_is, student_of, resume=resume)
@@ -203,7 +203,7 @@ def _check_distillers(stages: Sequence[_Planned], model: Any, teacher_of: Callab
             raise type(error)(f"stage {one.stage.name!r}: {error}") from error
 
 
-def _refuse_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
+def _check_not_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
     kind = trainer.accelerator.distributed_type
     if len(plan) > 1 and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise SettingError(

@@ -90,7 +90,7 @@ def check_config(student: PreTrainedModel, config: Any) -> None:
                 f"modules: {', '.join(last)}."
             )
     for name in getattr(config, "modules_to_save", None) or ():
-        _refuse_quantised(student, name)
+        _check_not_quantised(student, name)
 
 
 def _check_task_type(student: PreTrainedModel, config: Any) -> None:
@@ -107,7 +107,7 @@ def _check_task_type(student: PreTrainedModel, config: Any) -> None:
         )
 
 
-def _refuse_quantised(student: nn.Module, ending: str) -> None:
+def _check_not_quantised(student: nn.Module, ending: str) -> None:
     for name, module in student.named_modules():
         if name == ending or name.endswith(f".{ending}"):
             held = [p for p in module.parameters() if not p.is_floating_point()]

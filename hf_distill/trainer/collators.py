@@ -239,7 +239,7 @@ class TeacherInputsCollator:
         Raises:
             DataError: some examples have other columns, or nothing in one; or what cannot be read or padded.
         """
-        _refuse_unlike(features)
+        _check_same_columns(features)
         columns = {name: [feature[name] for feature in features] for name in features[0]}
         raw = {name: columns.pop(name) for name in RAW if name in columns}
         made = self._processed(raw) if raw else {}
@@ -258,7 +258,7 @@ class TeacherInputsCollator:
             if "teacher_prompt" in raw:
                 return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
             made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
-            _refuse_empty(made, raw["teacher_text"])
+            _check_not_empty(made, raw["teacher_text"])
         elif "teacher_audio" in raw:
             audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
             made = audio(raw["teacher_audio"])
@@ -282,7 +282,7 @@ class TeacherInputsCollator:
             ) from error
 
 
-def _refuse_unlike(features: list[dict[str, Any]]) -> None:
+def _check_same_columns(features: list[dict[str, Any]]) -> None:
     names = set(features[0])
     for feature in features:
         if set(feature) != names:
@@ -295,7 +295,7 @@ def _refuse_unlike(features: list[dict[str, Any]]) -> None:
             raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
 
 
-def _refuse_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
+def _check_not_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
     """A text of which the tokenizer makes no token: the teacher has nothing to answer."""
     mask = made.get("attention_mask")
     if mask is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import find_labels
 
-from hf_distill.data.columns import is_own_collator, refuse_unprocessed, require_label_column, why_not_collated
+from hf_distill.data.columns import check_processed, is_own_collator, require_label_column, why_not_collated
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError
 from hf_distill.tasks import Task
@@ -169,7 +169,7 @@ def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Map
         if data is None:
             continue
         drops = args is None or args.remove_unused_columns
-        refuse_unprocessed(data, model, whose=whose, collator=collator, drops_columns=drops)
+        check_processed(data, model, whose=whose, collator=collator, drops_columns=drops)
         if whose == TRAINED_ON and collator is None and _needs_label_column(trainer, data, model, args):
             config = getattr(unwrapped(model), "config", None)
             require_label_column(data, trainer.distiller.task, config, whose=whose)

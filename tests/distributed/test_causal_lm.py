@@ -1,6 +1,6 @@
 """Two gloo processes write, continue and compare what one does: completions, OnPolicy, UniversalLogitMatch.
 
-What each of them is in one process: `tests/teachers/test_completions.py`, `tests/views/test_on_policy.py` and
+What each of them is in one process: `tests/teachers/test_completions.py`, `tests/augment/test_on_policy.py` and
 `tests/objectives/test_universal_logit.py`.
 """
 

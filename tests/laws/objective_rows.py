@@ -188,7 +188,7 @@ def _quick() -> set[Case]:
     """Of the first variants each with every task, and with one head of it in turn; of the others where some positions
     are masked.
 
-    Architectures, of which blocks and attention are read, are walked in tests/inside.
+    Architectures, of which blocks and attention are read, are walked in tests/models.
     """
     chosen = {case for case in INSIDE if case.head == MASKED_AND_NOT[0]}
     for turn, objective in enumerate(OBJECTIVES):

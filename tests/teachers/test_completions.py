@@ -14,10 +14,10 @@ from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
 from hf_distill.models.generation import set_generation
 from hf_distill.teachers.passes import ShardedPass
+from tests.augment.test_on_policy import greedy
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
-from tests.views.test_on_policy import greedy
 
 LLAMA = HEADS["llama_causal_lm"]
 ANSWERED = datasets.Dataset.from_list(LLAMA.examples(7))  # prompts of unequal length, then gold labels

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
 from hf_distill.models.stacks import empty_like
-from hf_distill.students.narrow.dataflow import Wiring
+from hf_distill.students.narrow.dataflow import Dataflow
 
 NAMES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
@@ -188,13 +188,13 @@ def all_sizes(teacher: PreTrainedModel, kinds: set[str]) -> dict[str, Sizes]:
     return sizes
 
 
-def layout_of(teacher: PreTrainedModel, kinds: set[str], wiring: Wiring) -> Layout:
+def layout_of(teacher: PreTrainedModel, kinds: set[str], dataflow: Dataflow) -> Layout:
     """Try every size that is to change, on the meta device."""
     sizes = all_sizes(teacher, kinds)
     open_sizes = {s: v for one in sizes.values() for s, v in one.values.items() if s.value(teacher.config) is None}
     layout = Layout(sizes, changed(teacher.config, open_sizes))
     if kinds & {"hidden", "heads"} and {"hidden", "heads"} <= sizes.keys():
-        _find_heads(teacher, layout, wiring)
+        _find_heads(teacher, layout, dataflow)
     if "hidden" in kinds or ("heads" in kinds and layout.head_setting is None):
         _find_hidden(teacher, layout)
     for kind in sorted(kinds & {"intermediate", "vocabulary"}):
@@ -231,7 +231,7 @@ def _check_doubled(teacher: PreTrainedModel, found: Mapping[Place, int], names: 
             )
 
 
-def _find_heads(teacher: PreTrainedModel, layout: Layout, wiring: Wiring) -> None:
+def _find_heads(teacher: PreTrainedModel, layout: Layout, dataflow: Dataflow) -> None:
     """Axes of heads where the config can say a head's size; else those that have one number a head."""
     heads, hidden, groups = layout.sizes["heads"], layout.sizes["hidden"], layout.sizes.get("groups")
     holder = heads.settings[0].holder
@@ -244,7 +244,7 @@ def _find_heads(teacher: PreTrainedModel, layout: Layout, wiring: Wiring) -> Non
         except AttributeError:  # a config that works it out and cannot be told
             continue
         found = grown(teacher, config, twice)
-        readers = {(name, wiring.input_axis[name]) for name in wiring.reading}
+        readers = {(name, dataflow.input_axis[name]) for name in dataflow.reading}
         if found and readers and readers <= found.keys() and grown(teacher, config, {setting: 2 * size}):
             _check_doubled(teacher, found, str(heads.settings[0]))
             layout.config, layout.head_setting, layout.head_size, layout.heads = config, setting, size, found

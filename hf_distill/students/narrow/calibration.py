@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_distill.errors import DataError
-from hf_distill.students.narrow.dataflow import Wiring, watch
+from hf_distill.students.narrow.dataflow import Dataflow, watch
 from hf_distill.students.narrow.importance import attended, on_device, scores_of
 from hf_distill.students.narrow.units import Group
 
@@ -116,7 +116,7 @@ class Calibration:
         with torch.no_grad():
             return model(**self._first)
 
-    def wiring(self) -> Wiring:
+    def dataflow(self) -> Dataflow:
         """What works with what in the teacher."""
         return watch(self.teacher, lambda: self.first(self.teacher))
 

@@ -33,7 +33,7 @@ class Source:
 
 
 @dataclass
-class Wiring:
+class Dataflow:
     """What one forward showed.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.wiring = Wiring()
+        self.dataflow = Dataflow()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -103,7 +103,7 @@ class _Watch(TorchFunctionMode):
 
     def _source(self, tensor: Tensor) -> Source | None:
         if id(tensor) in self.names:
-            self.wiring.seen.add(self.names[id(tensor)])
+            self.dataflow.seen.add(self.names[id(tensor)])
             return Source(frozenset({self.names[id(tensor)]}), constant=True)
         return getattr(tensor, "_came_from", None)
 
@@ -119,8 +119,8 @@ class _Watch(TorchFunctionMode):
         source = self._sum(tensors)
         if source is None:
             return None
-        self.wiring.join(source.names)
-        self.wiring.asking |= source.names
+        self.dataflow.join(source.names)
+        self.dataflow.asking |= source.names
         return Source(source.names, attended=True)
 
     def _read(self, func: Callable[..., Any], args: Any, given: dict[str, Any]) -> Source:
@@ -128,14 +128,14 @@ class _Watch(TorchFunctionMode):
         name = self.names[id(weight)]
         before = self._source(tensor)
         if before is not None:
-            self.wiring.feeding.setdefault(name, set()).update(before.names)
+            self.dataflow.feeding.setdefault(name, set()).update(before.names)
             if before.attended:
-                self.wiring.reading.add(name)
-                self.wiring.join({name, *before.names})
-        self.wiring.input_axis[name] = _INPUT_AXIS[func]
-        self.wiring.seen.add(name)
+                self.dataflow.reading.add(name)
+                self.dataflow.join({name, *before.names})
+        self.dataflow.input_axis[name] = _INPUT_AXIS[func]
+        self.dataflow.seen.add(name)
         if self._is_weight(bias):
-            self.wiring.owner[self.names[id(bias)]] = name
+            self.dataflow.owner[self.names[id(bias)]] = name
         return Source(frozenset({name}))
 
 
@@ -154,10 +154,10 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(one)
 
 
-def watch(model: nn.Module, forward: Callable[[], Any]) -> Wiring:
+def watch(model: nn.Module, forward: Callable[[], Any]) -> Dataflow:
     """The wiring of a model, from one forward without gradient."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with torch.no_grad(), _Watch(names) as seen:
         forward()
-    seen.wiring.matrices |= {name for name, one in model.named_parameters() if sum(n > 1 for n in one.shape) > 1}
-    return seen.wiring
+    seen.dataflow.matrices |= {name for name, one in model.named_parameters() if sum(n > 1 for n in one.shape) > 1}
+    return seen.dataflow

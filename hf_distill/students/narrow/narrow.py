@@ -13,7 +13,7 @@ from hf_distill.students.checks import check_teacher, without_ties
 from hf_distill.students.narrow.axes import Layout, all_sizes, along, changed, layout_of
 from hf_distill.students.narrow.build import built, thinner
 from hf_distill.students.narrow.calibration import Calibration, Components
-from hf_distill.students.narrow.dataflow import Wiring
+from hf_distill.students.narrow.dataflow import Dataflow
 from hf_distill.students.narrow.importance import check_importance, keep_best
 from hf_distill.students.narrow.projection import Projected, check_projection, projected
 from hf_distill.students.narrow.stream import Stream, find_stream
@@ -138,7 +138,7 @@ def _narrow(
         with Calibration(teacher, data or ()) as calibration:
             layout, cuts, values, projection = _chosen(calibration, wanted, importance, project)
     else:
-        layout = layout_of(teacher, {"vocabulary"}, Wiring())
+        layout = layout_of(teacher, {"vocabulary"}, Dataflow())
     chosen = bool(cuts)
     if vocabulary is not None:
         layout, token_cut = _tokens(teacher, layout, vocabulary)
@@ -181,15 +181,15 @@ def _chosen(
 ) -> tuple[Layout, list[Cut], dict[str, int], Projected | None]:
     teacher, kinds = calibration.teacher, set(wanted) - {"groups"}
     all_sizes(teacher, kinds)  # before anything is computed
-    wiring = calibration.wiring()
-    layout = layout_of(teacher, kinds, wiring)
+    dataflow = calibration.dataflow()
+    layout = layout_of(teacher, kinds, dataflow)
     values = _fitting(teacher, layout, wanted)
-    groups = find_groups(layout, wiring, kinds)
+    groups = find_groups(layout, dataflow, kinds)
     rotation = None
     if project:
         (channels,) = (group for group in groups if group.kind == "hidden")
         groups.remove(channels)
-        rotation = Rotation(calibration, layout, find_stream(teacher, channels, wiring), values["hidden"])
+        rotation = Rotation(calibration, layout, find_stream(teacher, channels, dataflow), values["hidden"])
     for group in groups:
         if group.parts > 1 and values["hidden"] % group.parts:
             raise SettingError(
@@ -261,7 +261,7 @@ def _key_value_heads(layout: Layout, wanted: dict[str, int]) -> int:
 
 
 def _tokens(teacher: PreTrainedModel, layout: Layout, vocabulary: TrimmedVocabulary) -> tuple[Layout, Cut]:
-    tokens = layout_of(teacher, {"vocabulary"}, Wiring())
+    tokens = layout_of(teacher, {"vocabulary"}, Dataflow())
     layout.sizes.update(tokens.sizes)
     layout.vocabulary = tokens.vocabulary
     return layout, vocabulary.cut(layout)

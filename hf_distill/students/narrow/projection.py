@@ -22,7 +22,7 @@ from hf_distill.errors import TeacherError
 from hf_distill.students.narrow.stream import Stream
 from hf_distill.students.narrow.units import difference, outputs_of, shake, shaken
 
-_TOLERANCE = 1e-3  # as in symmetry.py
+_TOLERANCE = 1e-3  # as in dataflow.py
 Forward = Callable[[Any], Any]
 
 

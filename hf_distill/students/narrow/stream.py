@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.narrow.dataflow import Wiring
+from hf_distill.students.narrow.dataflow import Dataflow
 from hf_distill.students.narrow.units import Axis, Group
 
 _REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # of a module that is no norm
@@ -47,7 +47,7 @@ class Stream:
         return {name: tables[id(parameters[name])] for name in self.readers if id(parameters[name]) in tables}
 
 
-def find_stream(teacher: Any, channels: Group, wiring: Wiring) -> Stream:
+def find_stream(teacher: Any, channels: Group, dataflow: Dataflow) -> Stream:
     """Every tensor of the hidden states by what it does; TeacherError where they cannot be rotated."""
     parameters = dict(teacher.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(list(teacher.named_parameters()))}
@@ -55,9 +55,9 @@ def find_stream(teacher: Any, channels: Group, wiring: Wiring) -> Stream:
     for axis in channels.axes:
         if axis.name not in parameters or axis.convolved or axis.outer != 1:
             _refuse(teacher, f"{axis.name} works on the hidden states in a way that is not known")
-        _place(teacher, stream, axis, first[id(parameters[axis.name])], wiring)
+        _place(teacher, stream, axis, first[id(parameters[axis.name])], dataflow)
     for name in stream.readers:
-        before = sorted(wiring.feeding.get(first[id(parameters[name])], set()) & stream.norms.keys())
+        before = sorted(dataflow.feeding.get(first[id(parameters[name])], set()) & stream.norms.keys())
         if len(before) > 1:
             _refuse(
                 teacher,
@@ -69,19 +69,19 @@ def find_stream(teacher: Any, channels: Group, wiring: Wiring) -> Stream:
     return stream
 
 
-def _place(teacher: Any, stream: Stream, axis: Axis, first: str, wiring: Wiring) -> None:
+def _place(teacher: Any, stream: Stream, axis: Axis, first: str, dataflow: Dataflow) -> None:
     """Enter one axis. `first`: under which of its names the tensor was watched."""
     name, dim = axis.name, axis.dim
     module = teacher.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Embedding):
         stream.embeddings[name] = dim
-    elif first in wiring.owner:  # the bias of a matrix
+    elif first in dataflow.owner:  # the bias of a matrix
         stream.writers[name] = dim
     elif getattr(module, name.rpartition(".")[2]).dim() == 1:
         stream.norms[name] = _added_to_weight(teacher, name, module, stream.width)
-    elif first not in wiring.input_axis:
+    elif first not in dataflow.input_axis:
         _refuse(teacher, f"no matrix multiplication with {name} was seen")
-    elif wiring.input_axis[first] == dim:
+    elif dataflow.input_axis[first] == dim:
         stream.readers[name] = dim
     else:
         stream.writers[name] = dim

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_distill.errors import TeacherError
 from hf_distill.students.narrow.axes import Layout, Place
-from hf_distill.students.narrow.dataflow import Wiring
+from hf_distill.students.narrow.dataflow import Dataflow
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,26 @@ class Group:
     parts: int = 1
 
 
-def find_groups(layout: Layout, wiring: Wiring, kinds: set[str]) -> list[Group]:
+def find_groups(layout: Layout, dataflow: Dataflow, kinds: set[str]) -> list[Group]:
     """All units of the kinds asked for, grouped as they are cut."""
     found: list[Group] = []
     inner: set[Place] = set()
-    _check_seen(layout, wiring)
+    _check_seen(layout, dataflow)
     if kinds & {"heads", "hidden"} and "heads" in layout.sizes:
-        heads = _head_groups(layout, wiring)
+        heads = _head_groups(layout, dataflow)
         inner = {(axis.name, axis.dim) for group in heads for axis in group.axes}
         found += heads if "heads" in kinds else []
     if "intermediate" in kinds:
-        found += _neuron_groups(layout, wiring)
+        found += _neuron_groups(layout, dataflow)
     if "hidden" in kinds:
-        found.append(_channels(layout, wiring, inner))
+        found.append(_channels(layout, dataflow, inner))
     return found
 
 
-def _check_seen(layout: Layout, wiring: Wiring) -> None:
+def _check_seen(layout: Layout, dataflow: Dataflow) -> None:
     """What no forward showed cannot be told apart: its channels may be channels of the hidden states, or of heads."""
     places = {**layout.hidden, **layout.heads, **layout.groups, **layout.intermediate}
-    unseen = sorted({name for name, _ in places if name in wiring.matrices} - wiring.seen)
+    unseen = sorted({name for name, _ in places if name in dataflow.matrices} - dataflow.seen)
     if unseen:
         raise TeacherError(
             f"narrow: the first batch of data does not reach {', '.join(unseen[:4])} of the teacher, so what lies in "
@@ -80,16 +80,16 @@ def _check_seen(layout: Layout, wiring: Wiring) -> None:
         )
 
 
-def _head_groups(layout: Layout, wiring: Wiring) -> list[Group]:
+def _head_groups(layout: Layout, dataflow: Dataflow) -> list[Group]:
     heads, size = layout.sizes["heads"].value, layout.head_size or 1
     kv = layout.sizes["groups"].value if "groups" in layout.sizes and layout.groups else heads
     places = dict(layout.heads)
     if layout.head_setting is None:
-        places |= {place: layout.hidden.get(place, heads * size) for place in _inner_axes(wiring)}
-    read = {wiring.root(name) for name in wiring.reading}
+        places |= {place: layout.hidden.get(place, heads * size) for place in _inner_axes(dataflow)}
+    read = {dataflow.root(name) for name in dataflow.reading}
     groups: dict[str, Group] = {}
     for (name, dim), length in {**places, **layout.groups}.items():
-        root = wiring.root(wiring.owner.get(name, name))
+        root = dataflow.root(dataflow.owner.get(name, name))
         if root not in read:
             if layout.head_setting is None and (name, dim) not in layout.heads:
                 continue
@@ -104,29 +104,29 @@ def _head_groups(layout: Layout, wiring: Wiring) -> list[Group]:
         axis = Axis(name, dim, outer=length // (units * unit), size=unit, shared=shared)
         group = groups.setdefault(root, Group("heads", "", heads, shares=heads // kv))
         group.axes.append(axis)
-        if name in wiring.reading and wiring.input_axis.get(name) == dim:
+        if name in dataflow.reading and dataflow.input_axis.get(name) == dim:
             group.readers.append(axis)
             group.name = ", ".join(filter(None, (group.name, name.rpartition(".")[0])))
     return list(groups.values())
 
 
-def _inner_axes(wiring: Wiring) -> list[Place]:
+def _inner_axes(dataflow: Dataflow) -> list[Place]:
     """Outputs of what asks and inputs of what reads, for weights with an input and an output."""
-    asking = [(name, 1 - wiring.input_axis[name]) for name in sorted(wiring.asking) if name in wiring.input_axis]
-    biases = [(bias, 0) for bias, weight in wiring.owner.items() if weight in wiring.asking]
-    return asking + biases + [(name, wiring.input_axis[name]) for name in sorted(wiring.reading)]
+    asking = [(name, 1 - dataflow.input_axis[name]) for name in sorted(dataflow.asking) if name in dataflow.input_axis]
+    biases = [(bias, 0) for bias, weight in dataflow.owner.items() if weight in dataflow.asking]
+    return asking + biases + [(name, dataflow.input_axis[name]) for name in sorted(dataflow.reading)]
 
 
-def _neuron_groups(layout: Layout, wiring: Wiring) -> list[Group]:
+def _neuron_groups(layout: Layout, dataflow: Dataflow) -> list[Group]:
     places = layout.intermediate
-    readers = [(name, dim) for name, dim in places if wiring.input_axis.get(name) == dim and name in wiring.feeding]
+    readers = [(name, dim) for name, dim in places if dataflow.input_axis.get(name) == dim and name in dataflow.feeding]
     for name, _ in readers:
-        wiring.join([name, *(source for source in wiring.feeding[name] if _has(source, places))])
+        dataflow.join([name, *(source for source in dataflow.feeding[name] if _has(source, places))])
     groups: dict[str, Group] = {
-        wiring.root(name): Group("intermediate", "", places[name, dim]) for name, dim in readers
+        dataflow.root(name): Group("intermediate", "", places[name, dim]) for name, dim in readers
     }
     for (name, dim), length in places.items():
-        group = groups.get(wiring.root(wiring.owner.get(name, name)))
+        group = groups.get(dataflow.root(dataflow.owner.get(name, name)))
         if group is None:
             raise TeacherError(
                 f"narrow: {name} has an axis of neurons, and in a forward on the first batch no matrix that reads them "
@@ -145,7 +145,7 @@ def _has(name: str, places: Mapping[Place, int]) -> bool:
     return any(name == other for other, _ in places)
 
 
-def _channels(layout: Layout, wiring: Wiring, inner: set[Place]) -> Group:
+def _channels(layout: Layout, dataflow: Dataflow, inner: set[Place]) -> Group:
     units = layout.sizes["hidden"].value
     group = Group("hidden", "hidden states", units)
     for (name, dim), length in layout.hidden.items():
@@ -157,7 +157,7 @@ def _channels(layout: Layout, wiring: Wiring, inner: set[Place]) -> Group:
             continue
         axis = Axis(name, dim, outer=length // units)
         group.axes.append(axis)
-        if wiring.input_axis.get(name) == dim and name in wiring.feeding:
+        if dataflow.input_axis.get(name) == dim and name in dataflow.feeding:
             group.readers.append(axis)
     return group
 

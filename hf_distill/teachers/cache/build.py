@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from hf_distill._compat import processes
-from hf_distill.data.columns import columns_of, is_own_collator, refuse_unprocessed
+from hf_distill.data.columns import check_processed, columns_of, is_own_collator
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks import Batch, Task
@@ -156,7 +156,7 @@ def prepare_pass(
     examples = all_versions(dataset, collator)
     labels = _label_reader(runner, dataset, collator)
     if not any(name.startswith(TEACHER_PREFIX) for name in columns_of(dataset) or ()):
-        refuse_unprocessed(dataset, runner.learner, whose="the dataset", collator=setup.data_collator)
+        check_processed(dataset, runner.learner, whose="the dataset", collator=setup.data_collator)
     source = Source(runner, examples, collator, setup.processing_class, wanted, options.predictions, labels)
     return CachePass(source, folder, state, store=store, batch_size=batch_size, progress=progress, options=options)
 

@@ -19,11 +19,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from hf_distill._compat import processes
 from hf_distill.errors import DataError, SettingError
 from hf_distill.models.generation import (
-    answered,
-    continued,
     drawn_from,
     end_tokens,
     evaluating,
+    generate_causal,
+    generate_seq2seq,
     generation_settings,
     sound_padding_is_read,
     try_settings,
@@ -306,8 +306,8 @@ class CompletionsPass(ShardedPass):
     def _generate(self, prompts: list[Any], shard: int, start: int) -> list[list[int]]:
         with drawn_from(self._device, self.seed, shard, start):
             if not self.prompts.answers:
-                return continued(self.model, prompts, self.settings)
-            return answered(self.model, self._inputs(prompts), self.settings)
+                return generate_causal(self.model, prompts, self.settings)
+            return generate_seq2seq(self.model, self._inputs(prompts), self.settings)
 
     def _inputs(self, prompts: list[Any]) -> dict[str, torch.Tensor]:
         batch = self.prompts.batch(prompts, padding=self.settings.pad_token_id, device=self._device)

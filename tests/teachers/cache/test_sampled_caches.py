@@ -181,7 +181,7 @@ def test_what_it_cannot_teach(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="Hybrid keeps tokens of a vocabulary, and token_classification has none"):
         made(tmp_path / "b", "bert_tokens", store=Hybrid())
     stored = Distiller(student, cached, alpha=1.0)
-    with pytest.raises(SettingError, match="this teacher tells only"):
+    with pytest.raises(SettingError, match="this teacher gives only"):
         stored.teacher_signals(stored.prepare(batch)).predictions()
 
 

@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, 
 
 from hf_distill import DataError, SettingError, TeacherError, generate_completions
 from hf_distill.cli.main import main
-from hf_distill.models.generation import answered, continued, generation_settings, set_generation
+from hf_distill.models.generation import generate_causal, generate_seq2seq, generation_settings, set_generation
 from hf_distill.teachers.completions.generate import CompletionsPass
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -127,9 +127,11 @@ def test_sources_and_answers_of_an_encoder_decoder(tmp_path) -> None:
     assert len(generate_completions(model, of(input_ids=[[5] * 16]), tmp_path / "1", max_new_tokens=16)) == 1
     asked = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
     with pytest.raises(DataError, match="a source of 17 tokens, padding included, more than the 16 positions"):
-        answered(model, {"input_ids": torch.full((1, 17), 5)}, asked)
+        generate_seq2seq(model, {"input_ids": torch.full((1, 17), 5)}, asked)
     with pytest.raises(DataError, match="an empty source"):
-        answered(model, {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.eye(2, 3).long() * 0}, asked)
+        generate_seq2seq(
+            model, {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.eye(2, 3).long() * 0}, asked
+        )
 
 
 def test_padding_in_a_dataset_is_no_part_of_a_source(tmp_path) -> None:
@@ -156,7 +158,7 @@ def test_no_end_of_positions_is_no_limit() -> None:
     model = XLNetLMHeadModel(XLNetConfig(**sizes))
     assert model.config.max_position_embeddings == -1
     settings = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
-    assert len(continued(model, [[5, 6, 7]], settings)[0]) in (1, 2)
+    assert len(generate_causal(model, [[5, 6, 7]], settings)[0]) in (1, 2)
 
 
 @pytest.mark.parametrize(

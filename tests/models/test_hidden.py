@@ -7,7 +7,7 @@ import torch
 
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import ActivationKey
-from tests.inside.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
+from tests.models.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
 from tests.students.models import LAYERS
 
 # A norm stands behind the last block, and transformers shows what comes out of that in its place.

@@ -9,8 +9,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from tests.distributed.launch import two_processes
-from tests.stages.tiny_stages import student
-from tests.stages.two_processes import CASES, both
+from tests.runs.tiny_stages import student
+from tests.runs.two_processes import CASES, both
 from tests.trainer.tiny import assert_same_bits, update_difference, weights
 
 

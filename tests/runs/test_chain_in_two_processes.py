@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.chain.two_processes import CASES, FOLDERS, chained
 from tests.distributed.launch import two_processes
+from tests.runs.chain_two_processes import CASES, FOLDERS, chained
 from tests.trainer.tiny import assert_same_bits, update_difference
 
 
@@ -17,7 +17,7 @@ from tests.trainer.tiny import assert_same_bits, update_difference
 def two(tmp_path_factory) -> list[Any]:
     """What each of two processes found and did."""
     folder = tmp_path_factory.mktemp("two") / "chains"
-    printed = two_processes(Path(__file__).with_name("two_processes.py"), str(folder))
+    printed = two_processes(Path(__file__).with_name("chain_two_processes.py"), str(folder))
     assert [out.count("Kept in ") for out in printed] == [len(CASES), 0]  # process 0 alone prints
     return [torch.load(f"{folder}-process-{rank}.pt") for rank in (0, 1)]
 

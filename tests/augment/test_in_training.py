@@ -11,11 +11,11 @@ from torch import Tensor
 from hf_distill import HiddenMatch
 from hf_distill.augment import Augmentation, AugmentingCollator, Noise, SpecAugment, WordReplacement
 from hf_distill.errors import SettingError
+from tests.augment.making import NoPredictions, masked_lm, whole_words
 from tests.heads import HEADS
 from tests.trainer.steps import dropout_of
 from tests.trainer.test_resume import RUN
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, softened_kl, weights
-from tests.views.making import NoPredictions, masked_lm, whole_words
 
 WORDS = 23
 

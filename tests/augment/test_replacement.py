@@ -12,7 +12,7 @@ import torch
 from hf_distill.augment import WordReplacement
 from hf_distill.augment.words import Blank, LikelyWords, Neighbours, Words
 from hf_distill.errors import DataError, SettingError
-from tests.views.making import masked_lm, whole_words, word_pieces
+from tests.augment.making import masked_lm, whole_words, word_pieces
 
 WORDS = 23
 

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_distill.runs import chain_record as record
-from tests.chain.tiny_chain import run
+from tests.runs.tiny_chain import run
 
 
 def kill() -> None:

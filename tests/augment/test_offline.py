@@ -8,8 +8,8 @@ import torch
 
 from hf_distill.augment import Augmentation, Noise, WordReplacement, augment_dataset
 from hf_distill.errors import SettingError
+from tests.augment.making import Counting, Draws, masked_lm, whole_words
 from tests.trainer.tiny import examples
-from tests.views.making import Counting, Draws, masked_lm, whole_words
 
 WORDS = 23
 

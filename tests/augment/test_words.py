@@ -6,8 +6,8 @@ import pytest
 
 from hf_distill.augment.words import Words
 from hf_distill.errors import SettingError
+from tests.augment.making import byte_level, sentence_piece, whole_words, word_pieces
 from tests.tiny_tokenizers import bpe_tokenizer
-from tests.views.making import byte_level, sentence_piece, whole_words, word_pieces
 
 
 def said(tokenizer, text: str) -> tuple[list[int], list[list[int]]]:

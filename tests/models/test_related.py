@@ -10,7 +10,7 @@ import transformers as hf
 
 from hf_distill import SettingError
 from hf_distill.signals import RELATED, ActivationKey
-from tests.inside.reading import ALL, model_of, read, reads
+from tests.models.reading import ALL, model_of, read, reads
 
 # For each architecture: the norm before the projections, if any, and their paths in a block.
 PATHS: dict[str, tuple[str | None, tuple[str, ...]]] = {

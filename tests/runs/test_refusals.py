@@ -13,7 +13,7 @@ import hf_distill.runs.stages as module
 from hf_distill import AttentionMatch, HiddenMatch, SettingError, TeacherError
 from hf_distill.presets import Stage
 from hf_distill.runs import train_in_stages
-from tests.stages.tiny_stages import arguments, run, stages, student, teacher
+from tests.runs.tiny_stages import arguments, run, stages, student, teacher
 from tests.trainer.tiny import assert_same_bits, examples, padded, weights
 
 ALPHA = {"alpha": 1.0}

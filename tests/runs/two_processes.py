@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from tests.stages.tiny_stages import run, stages, student, teacher
+from tests.runs.tiny_stages import run, stages, student, teacher
 from tests.trainer.tiny import PLAIN_STEP, examples, weights
 
 FIELDS = TrainingArguments.__dataclass_fields__

@@ -17,7 +17,7 @@ from hf_distill.presets import Preset, Stage
 from hf_distill.students import inherit
 from hf_distill.students.adapt import adapt
 from tests.heads import HEADS
-from tests.stages.tiny_stages import run, stages, student, teacher
+from tests.runs.tiny_stages import run, stages, student, teacher
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import assert_moved, assert_same_bits, weights
 

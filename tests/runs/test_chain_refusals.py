@@ -13,7 +13,7 @@ from hf_distill import HiddenMatch, SettingError
 from hf_distill.presets import Stage
 from hf_distill.runs import Chain, Link
 from hf_distill.students.adapt import adapt
-from tests.chain.tiny_chain import links, run, student
+from tests.runs.tiny_chain import links, run, student
 from tests.trainer.tiny import bert, examples
 
 MODEL = bert()

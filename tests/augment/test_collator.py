@@ -16,8 +16,8 @@ from hf_distill.augment import Augmentation, AugmentingCollator, Noise, WordRepl
 from hf_distill.augment.augmentation import digest, seeded
 from hf_distill.errors import DataError, SettingError
 from hf_distill.trainer.collators import TeacherInputsCollator
+from tests.augment.making import Draws, NoPredictions, whole_words
 from tests.trainer.tiny import examples, padded
-from tests.views.making import Draws, NoPredictions, whole_words
 
 WORDS = 23
 

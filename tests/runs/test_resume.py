@@ -13,9 +13,9 @@ import hf_distill.runs.chain as module
 from hf_distill import SettingError
 from hf_distill.runs import Chain, Link
 from hf_distill.runs import chain_record as record
-from tests.chain.killed import MOMENTS
-from tests.chain.tiny_chain import links, run, student
 from tests.distributed.launch import alone
+from tests.runs.killed import MOMENTS
+from tests.runs.tiny_chain import links, run, student
 from tests.trainer.tiny import assert_same_bits, bert
 
 

@@ -16,7 +16,7 @@ from hf_distill.presets import Stage
 from hf_distill.runs import Chain, ChainResult, Link, LinkResult
 from hf_distill.students import inherit
 from hf_distill.teachers import Ensemble
-from tests.chain.tiny_chain import accuracy, links, run, student, teacher
+from tests.runs.tiny_chain import accuracy, links, run, student, teacher
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, padded, softened_kl, weights
 
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_distill.runs import Chain, Link
-from tests.chain.tiny_chain import run
+from tests.runs.tiny_chain import run
 from tests.trainer.tiny import PLAIN_STEP, bert, examples
 
 CASES = ("whole", "interrupted")
