@@ -131,7 +131,7 @@ def train(folder: Any, student: Any, view: Any, *, steps: int = 1, **changed: An
 
 
 def test_a_step_is_the_mean_over_the_tokens_that_were_written(tmp_path) -> None:
-    """Some micro-batches are generate_causal, some are not; the denominator is that of what both models were shown."""
+    """Some micro-batches are continued, some are not; the denominator is that of what both models were shown."""
     student, teacher, view = LLAMA.make(1), LLAMA.make(2), OnPolicy(student_share=0.5, max_new_tokens=7)
     assert {view.continues(0, place) for place in range(4)} == {True, False}
     found = []
