@@ -108,6 +108,7 @@ class ShardedPass(ABC):
         self.state = state
         self.progress = progress
         self.agreed: Json = {}
+        self._finished: set[int] = set()  # the shards of this process that an earlier run finished
 
     # The work of a subclass.
 
@@ -195,7 +196,7 @@ class ShardedPass(ABC):
 
     def _run_shards(self) -> None:
         mine = self._mine()
-        todo = [shard for shard in mine if shards.finished_receipt(self.folder, shard) is None]
+        todo = [shard for shard in mine if shard not in self._finished]
         total = sum(len(self.indices(shard)) for shard in mine)
         missing = sum(len(self.indices(shard)) for shard in todo)
         shown = self.progress and self.state.is_main_process and bool(todo)
@@ -254,12 +255,18 @@ class ShardedPass(ABC):
 
     def _check_finished_shards(self, finished: bool) -> None:
         """Check that the finished shards are whole and the dataset has not changed; all processes raise together."""
-        for name in (shards.INFO, shards.STATE) if finished else ():
-            shards.read_json(self.folder / name)
+        entries = self.agreed.get("shards", [])
+        if finished:  # every process checks every file, so that all raise together
+            for name in (shards.INFO, shards.STATE):
+                shards.read_json(self.folder / name)
+            shards.check_files(self.folder, entries)
         changed = []
         for shard in self._mine():
-            receipt = self._manifest_entry(shard) if finished else shards.finished_receipt(self.folder, shard)
-            if receipt is not None and not self.has_same_examples(shard, receipt):
+            receipt = entries[shard] if finished else shards.finished_receipt(self.folder, shard)
+            if receipt is None:
+                continue
+            self._finished.add(shard)
+            if not self.has_same_examples(shard, receipt):
                 changed.append(shard)
                 break
         if self.state.num_processes > 1:
@@ -272,11 +279,6 @@ class ShardedPass(ABC):
                 f"examples {indices[0]} to {indices[-1]} of the dataset are not those that {self.folder} holds, or are "
                 f"in another order. {advice}"
             )
-
-    def _manifest_entry(self, shard: int) -> Json:
-        entry: Json = self.agreed["shards"][shard]
-        shards.check_files(self.folder, [entry])
-        return entry
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ class TopKFromServer(Store):
     The tail of a row that the teacher was not queried for (no label counted there) is NaN.
 
     Args:
-        k: columns of each row at most; further ones are added to the tail, the least likely first.
+        k: columns of each row at most; less likely ones are added to the tail.
         temperature: of the probabilities.
         dtype: of the log-probabilities, "float16" or "float32".
 

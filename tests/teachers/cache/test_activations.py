@@ -1,4 +1,4 @@
-"""Caches of a teacher's inside: L11 for objectives on it, what is kept, how large it is, and what is refused."""
+"""Activations in a cache: objectives train as with the live teacher; what is kept, its size, and refusals."""
 
 from __future__ import annotations
 
