@@ -414,7 +414,7 @@ class _StackCapture:
         return [self._blocks.modules[layer] for layer in layers]
 
     def _attach_related(self, read: ActivationKey, hooks: contextlib.ExitStack) -> None:
-        """Attach hooks for queries, keys or values; to every block if they share weights, and the running one counts."""
+        """Attach hooks for queries, keys or values, on every block if they share weights."""
         blocks = self._blocks.modules if self._blocks.shared else self._modules({read.layer: read})
         for block in blocks:
             source = sources_of(block, read.what, whose=self._whose, layer=read.layer)
