@@ -1,9 +1,9 @@
-"""A report as text: the terminal's table, the same table in Markdown, and report.md around it."""
+"""Tables for the terminal and for Markdown, and a report as such."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -16,17 +16,48 @@ UNKNOWN = "-"
 _NARROW = {"parameters": "params", "p50 ms": "p50\nms", "p95 ms": "p95\nms", "speed-up": "speed"}
 
 
+def markdown_rows(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[str]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        headings: the heading of each column.
+        rows: the cells of each row.
+        left: the headings of columns that are aligned to the left; the others are aligned to the right.
+    """
+    lines = [headings, [":--" if heading in left else "--:" for heading in headings], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def rich_table(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[str], gap: int = 2
+) -> Table:
+    """Return a table for the terminal.
+
+    Args:
+        title: the line above it.
+        headings: the heading of each column; without headings the columns are aligned to the left.
+        rows: the cells of each row.
+        left: the headings of columns that are aligned to the left; the others are aligned to the right.
+        gap: spaces between columns.
+    """
+    table = Table(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False)
+    table.show_header = bool(headings)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _with_spread(mean: float | None, spread: float | None) -> str:
-    if mean is None:
-        return UNKNOWN
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+    return _number("{:.3f}", mean) + ("" if mean is None or spread is None else f" ± {spread:.3f}")
 
 
 def _number(pattern: str, value: float | None) -> str:
     return UNKNOWN if value is None else pattern.format(value)
 
 
-# Heading -> the text of one result's cell.
+# Heading -> the text of a result's cell.
 _COLUMNS: dict[str, Callable[[ModelResult], str]] = {
     "model": lambda r: r.name,
     "accuracy": lambda r: _with_spread(r.accuracy_share_mean, r.accuracy_share_spread),
@@ -44,9 +75,9 @@ def _rows(report: Report) -> list[list[str]]:
 
 
 def terminal_table(report: Report) -> RenderableType:
-    """The comparison for a terminal, to be printed by rich: a line a model, or where that is too wide a line a number.
+    """Return the comparison for a terminal: a line for each model, or for each number if that is too wide.
 
-    A line a model fits 80 columns if no model's name is longer than 23 letters.
+    A line for each model fits 80 columns if no model's name is longer than 23 letters.
     """
     return _TerminalTable(report)
 
@@ -56,51 +87,31 @@ class _TerminalTable:
         self._report = report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = self._of_models()
-        wide = Measurement.get(console, options.update(width=10_000), table).maximum
-        yield table if wide <= options.max_width else self._of_numbers()
-
-    def _of_models(self) -> Table:
-        table = self._table()
-        for heading in _COLUMNS:
-            left = heading in ("model", "accuracy", "agreement")  # some of whose numbers have a spread after them
-            narrow = _NARROW.get(heading, heading)
-            table.add_column(narrow, justify="left" if left else "right", no_wrap=True)
-        for row in _rows(self._report):
-            table.add_row(*row)
-        return table
-
-    def _of_numbers(self) -> Table:
-        table = self._table(show_header=False)
-        table.add_column()
-        table.add_column()
-        for name, *cells in _rows(self._report):
-            table.add_row(name)
-            for heading, cell in zip(list(_COLUMNS)[1:], cells, strict=True):
-                table.add_row(f"  {heading}", cell)
-        return table
-
-    def _table(self, *, show_header: bool = True) -> Table:
-        return Table(
-            title=self._report.title,
-            title_justify="left",
-            box=None,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-            show_header=show_header,
-        )
+        title, headings, rows = self._report.title, list(_COLUMNS), _rows(self._report)
+        left = ("model", "accuracy", "agreement")  # some numbers in the last two have a spread after them
+        table = rich_table(title, [_NARROW.get(name, name) for name in headings], rows, left=left, gap=1)
+        if Measurement.get(console, options.update(width=10_000), table).maximum > options.max_width:
+            lines: list[list[str]] = []
+            for name, *cells in rows:
+                lines += [[name], *([f"  {heading}", cell] for heading, cell in zip(headings[1:], cells, strict=True))]
+            table = rich_table(title, [], lines, left=(), gap=1)
+        yield table
 
 
 def markdown_table(report: Report) -> str:
-    """The comparison as a Markdown table, one line a model."""
-    marks = [":--" if heading == "model" else "--:" for heading in _COLUMNS]
-    lines = [list(_COLUMNS), marks, *_rows(report)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    """Return the comparison as a Markdown table: a row for each model, students before the teacher."""
+    return markdown_rows(list(_COLUMNS), _rows(report), left=("model",))
 
 
 def report_markdown(report: Report) -> str:
-    """The whole of report.md: the table, its notes, the missing numbers, settings and machine."""
-    parts = [f"# {report.title}\n", markdown_table(report), _reading_help(report)]
+    """Return the whole report.md: the table, its notes, the missing numbers, settings and machine."""
+    runs = max((len(result.accuracy_share_runs) for result in report.results), default=0)
+    explanation = (
+        f"Accuracy and agreement with the teacher are shares of the test examples: the mean ± the sample standard "
+        f"deviation over seeds (up to {runs}). MB is 10^6 bytes of weights as stored. Latency is one forward call at "
+        "batch size 1; the speed-up is the teacher's p50 divided by the model's.\n"
+    )
+    parts = [f"# {report.title}\n", markdown_table(report), explanation]
     if report.notes:
         parts.append("".join(f"- {note}\n" for note in report.notes))
     reasons = "".join(
@@ -116,19 +127,9 @@ def report_markdown(report: Report) -> str:
     return "\n".join(parts)
 
 
-def _reading_help(report: Report) -> str:
-    runs = max((len(result.accuracy_share_runs) for result in report.results), default=0)
-    return (
-        f"Accuracy and agreement with the teacher are shares of the test examples: the mean ± the "
-        f"sample standard deviation over seeds (up to {runs}). MB is 10^6 bytes of weights as "
-        "stored. Latency is one forward call at batch size 1; the speed-up is the teacher's p50 "
-        "divided by the model's.\n"
-    )
-
-
-def _two_columns(heading: str, values: dict[str, object]) -> str:
-    lines = [f"| {heading} | value |\n| :-- | :-- |\n"]
-    for name, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        lines.append(f"| `{name}` | {text} |\n")
-    return "".join(lines)
+def _two_columns(heading: str, values: Mapping[str, object]) -> str:
+    rows = [
+        [f"`{name}`", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+        for name, value in values.items()
+    ]
+    return markdown_rows([heading, "value"], rows, left=(heading, "value"))

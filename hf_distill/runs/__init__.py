@@ -1,4 +1,4 @@
-"""Several trainings, one after another, as one call that can be resumed: stages of one student, chains of students."""
+"""Several trainings in one call that can be resumed: stages of one student, or chains of students."""
 
 from hf_distill.runs.chain import Chain, Link
 from hf_distill.runs.results import ChainResult, LinkResult, StageResult, StagesResult

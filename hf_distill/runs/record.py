@@ -1,55 +1,78 @@
-"""The record of a run, as JSON: the settings that each stage or link was begun with, and its result."""
+"""The record of a run, as JSON: the settings that each stage or link began with, and its result."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from transformers import TrainingArguments
 
 from hf_distill._utils import write_text_whole
 from hf_distill.errors import SettingError
+from hf_distill.objectives import Objective
 from hf_distill.presets import Stage
 from hf_distill.schedules import PROGRESS
-from hf_distill.trainer.settings import DECIDING, plain, without_address
+from hf_distill.trainer.settings import deciding_arguments, plain, without_address
 
 BEGUN, FINISHED = "begun.json", "finished.json"
+
+Part = Literal["stage", "link"]
 
 
 def write(folder: str, name: str, content: Mapping[str, Any]) -> None:
     """Write `BEGUN` or `FINISHED`, whole or not at all."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     write_text_whole(Path(folder, name), json.dumps(content, indent=2))
 
 
 def read(folder: str, name: str) -> Any:
-    """Return what was written; None if there is no such file."""
+    """Return what was written, or None if there is no such file."""
     path = Path(folder, name)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def stage_settings(stage: Stage, args: Any) -> dict[str, Any]:
-    """Return what decides the result of a stage: its objectives with their weights, and its arguments."""
+def folder_of(output_dir: str, number: int, name: str) -> str:
+    """Return `<output_dir>/1-<name>`, the folder of a stage or link; they are counted from 1."""
+    return os.path.join(output_dir, f"{number}-{name}")
+
+
+def stage_settings(stage: Stage, args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings that determine the result of a stage: its objectives, their weights, and its arguments."""
     objectives = [f"{_weight(one)} × {one.name}: {without_address(repr(one))}" for one in stage.make_objectives()]
-    names = dict.fromkeys([*DECIDING, *stage.arguments])
-    arguments = {name: plain(getattr(args, name)) for name in names if hasattr(args, name)}
-    return {"name": stage.name, "objectives": objectives, "arguments": arguments}
+    own = {name: plain(getattr(args, name)) for name in stage.arguments}
+    return {"name": stage.name, "objectives": objectives, "arguments": {**deciding_arguments(args), **own}}
 
 
-def _weight(objective: Any) -> str:
+def _weight(objective: Objective) -> str:
     values = [objective.weight(progress) for progress in PROGRESS]
     return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{value:g}" for value in values)
 
 
-def check_folders(output_dir: str, folders: Sequence[str], parts: str, *, resume: bool) -> None:
-    """Raise if `output_dir` holds parts of another run, or parts of this one that it was not asked to resume.
+def check_names(part: Part, names: Sequence[str]) -> None:
+    """Check that each name can be the name of a folder, and that no name occurs twice.
+
+    Raises:
+        SettingError: otherwise.
+    """
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise SettingError(f"{part} {name!r}: it names a folder. Use letters, digits, '_', '-' and '.' only.")
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise SettingError(f"two {part}s are called {repeated[0]!r}; the {part}s are {', '.join(names)}. Rename one.")
+
+
+def check_folders(output_dir: str, folders: Sequence[str], part: Part, *, resume: bool) -> None:
+    """Check that `output_dir` holds no other run, and that this run is resumed if it holds some of it.
 
     Args:
         output_dir: the folder of the run.
-        folders: those of its parts, in order.
-        parts: "stages" or "links", for the message.
-        resume: whether parts that were begun may go on.
+        folders: the folders of its stages or links, in order.
+        part: which of the two, for the message.
+        resume: whether the run may continue.
 
     Raises:
         SettingError: names the folders that are there.
@@ -57,14 +80,14 @@ def check_folders(output_dir: str, folders: Sequence[str], parts: str, *, resume
     there = sorted(os.path.join(output_dir, path.parent.name) for path in Path(output_dir).glob(f"*/{BEGUN}"))
     if there and not resume:
         raise SettingError(
-            f"{output_dir} holds {parts} of an earlier call: {_names(there)}. Pass resume_from_checkpoint=True to go "
-            "on with them, or another output_dir."
+            f"{output_dir} holds {part}s of an earlier call: {_names(there)}. Pass resume_from_checkpoint=True to "
+            "continue it, or another output_dir."
         )
-    strangers = [folder for folder in there if folder not in folders]
-    if strangers:
+    others = [folder for folder in there if folder not in folders]
+    if others:
         raise SettingError(
-            f"{output_dir} holds {_names(strangers)}, and the {parts} now are {_names(folders)}. Give the {parts} that "
-            "were begun, in their order, or another output_dir."
+            f"{output_dir} holds {_names(others)}, and the {part}s now are {_names(folders)}. Pass the same {part}s in "
+            "the same order, or another output_dir."
         )
 
 
@@ -73,15 +96,15 @@ def _names(folders: Sequence[str]) -> str:
 
 
 def check_unchanged(folder: str, part: str, now: Mapping[str, Any]) -> None:
-    """Raise if what was begun in `folder` had other settings.
+    """Check that the settings of a stage or link are those that it began with, if it has begun.
 
     Args:
-        folder: of the stage or link.
-        part: how the message calls it: "stage 'logits'".
-        now: the settings to compare; a dictionary among them is compared name by name.
+        folder: the folder of the stage or link.
+        part: its name in the message: "stage 'logits'".
+        now: its settings; a dictionary among them is compared key by key.
 
     Raises:
-        SettingError: says what each setting was, and what it is.
+        SettingError: gives the old and the new value of each changed setting.
     """
     before = read(folder, BEGUN)
     if before is None:
@@ -94,8 +117,8 @@ def check_unchanged(folder: str, part: str, now: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise SettingError(
-            f"{part} is not the one that was begun in {folder}: {'; '.join(changed)}. Give it as it was, or another "
-            "output_dir."
+            f"{part} has other settings than when it began in {folder}: {'; '.join(changed)}. Restore them, or pass "
+            "another output_dir."
         )
 
 

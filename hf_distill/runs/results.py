@@ -1,4 +1,4 @@
-"""The results of a run, stage by stage or link by link, with their tables: plain text, Markdown, terminal and JSON."""
+"""The results of a run, stage by stage or link by link, with their tables."""
 
 from __future__ import annotations
 
@@ -6,49 +6,52 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from transformers.trainer_utils import TrainOutput
 
+from hf_distill.compare.table import UNKNOWN, markdown_rows, rich_table
 from hf_distill.teachers import Ensemble
+from hf_distill.trainer.mixin import DistillationMixin
 
-FINISHED_BEFORE = "finished before"
-UNKNOWN = "-"
-INTERRUPTED = "its training was interrupted, and the time before that is not known"
+How = Literal["trained", "resumed", "finished before"]
+
+INTERRUPTED = "the training was interrupted, and the time before the interruption is not known"
 NO_EVALUATION = "there was no eval_dataset"
+_LEFT = ("student", "teacher")
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage.
+    """The result of a stage.
 
     Attributes:
-        name: as given.
-        folder: with its student (in `student`), its checkpoints and its card.
-        output: what `Trainer.train` returned.
-        log_history: what it logged.
-        how: "trained", "resumed" (from a checkpoint of its own) or "finished before".
+        name: the name of the stage.
+        folder: holds the student (in `student`), the checkpoints and the card.
+        output: the return value of `Trainer.train`.
+        log_history: the entries that it logged.
+        how: whether the stage was trained in this call, resumed from a checkpoint, or finished before.
     """
 
     name: str
     folder: str
     output: TrainOutput
     log_history: list[dict[str, Any]] = field(repr=False)
-    how: str = "trained"
+    how: How = "trained"
 
 
 @dataclass(frozen=True)
 class StagesResult:
-    """All stages.
+    """The results of all stages.
 
     Attributes:
-        stages: in order.
-        folder: with the last stage's student.
-        trainer: the last stage's, which holds the student: to evaluate or push with.
+        stages: the results in order.
+        folder: holds the student of the last stage.
+        trainer: the trainer of the last stage, with the student, to evaluate or push it; None in examples.
 
     >>> output = TrainOutput(12, 0.5, {})
-    >>> print(StagesResult((StageResult("intermediate", "out/1-intermediate", output, []),), "out"))
+    >>> print(StagesResult((StageResult("intermediate", "out/1-intermediate", output, []),), "out", None))
     stage           steps    loss  folder
     intermediate       12  0.5000  out/1-intermediate  (trained)
     student: out
@@ -56,7 +59,7 @@ class StagesResult:
 
     stages: tuple[StageResult, ...]
     folder: str
-    trainer: Any = field(default=None, repr=False, compare=False)
+    trainer: DistillationMixin | None = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         width = max(len("stage"), *(len(stage.name) for stage in self.stages))
@@ -69,18 +72,18 @@ class StagesResult:
 
 @dataclass(frozen=True)
 class LinkResult:
-    """One link.
+    """The result of a link of a chain.
 
     Attributes:
-        name: as given.
-        teacher: who taught it.
-        folder: with the student.
-        parameters: of the student.
-        metrics: what `Trainer.evaluate` found, of the student that is saved.
-        seconds: of training alone; None: see `not_measured`.
-        how: "trained", "resumed" or "finished before".
-        kind: of its head.
-        not_measured: what is not known, and why.
+        name: the name of the link.
+        teacher: the name of its teacher.
+        folder: holds the student.
+        parameters: the number of parameters of the student.
+        metrics: the return value of `Trainer.evaluate` for the saved student.
+        seconds: the duration of the training, or None if `not_measured` has a reason.
+        how: whether the link was trained in this call, resumed, or finished before.
+        kind: the kind of head, a name in `TASKS`.
+        not_measured: the reason for each value that is not known.
     """
 
     name: str
@@ -89,22 +92,22 @@ class LinkResult:
     parameters: int
     metrics: dict[str, Any] = field(default_factory=dict, repr=False)
     seconds: float | None = None
-    how: str = "trained"
+    how: How = "trained"
     kind: str = ""
     not_measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ChainResult:
-    """All links.
+    """The results of all links of a chain.
 
     Attributes:
-        links: in order.
-        folder: with the student that is kept.
-        metric: what they were compared by; None: they were not.
-        greater_is_better: what is best of it.
-        best: the name of the best link; None where they were not compared.
-        kept: the name of the one in `folder`.
+        links: the results in order.
+        folder: holds the kept student.
+        metric: the metric that compares the students, or None if they were not compared.
+        greater_is_better: whether more of the metric is better.
+        best: the name of the best link, or None if they were not compared.
+        kept: the name of the link whose student is in `folder`.
 
     >>> links = [LinkResult("half", "teacher", "out/1-half", 4000, {"eval_accuracy": 0.9}, 12.0)]
     >>> links += [LinkResult("quarter", "half", "out/2-quarter", 1000, {"eval_accuracy": 0.8}, 7.5)]
@@ -125,69 +128,69 @@ class ChainResult:
     kept: str
 
     def link(self, name: str) -> LinkResult:
-        return next(one for one in self.links if one.name == name)
+        """Return the result of the link with this name."""
+        return next(link for link in self.links if link.name == name)
 
-    def ensemble(self, *, mean: str = "probabilities", weights: Any = None) -> Ensemble:
-        """All students as one teacher, read from their folders when it is put to use. Arguments: `Ensemble`'s.
+    def ensemble(
+        self, *, mean: Literal["probabilities", "logits"] = "probabilities", weights: Sequence[float] | None = None
+    ) -> Ensemble:
+        """Return all students as one teacher, which loads them from their folders when it is used.
 
         Born-again ensembles: Furlanello et al. 2018, section 3.1.
+
+        Args:
+            mean: as in `Ensemble`.
+            weights: as in `Ensemble`.
         """
-        return Ensemble([one.folder for one in self.links], mean=mean, weights=weights)
+        return Ensemble([link.folder for link in self.links], mean=mean, weights=weights)
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table(title="chain", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for heading, left in self._headings():
-            table.add_column(heading, justify="left" if left else "right")
-        for row in self._rows():
-            table.add_row(*row)
-        return table
+        """Return the table for a terminal."""
+        return rich_table("chain", self._headings(), self._rows(), left=_LEFT)
 
     def sentence(self) -> str:
-        """Which is best, and which is kept."""
+        """Return which student is best and which is kept, in words."""
         kept = f"Kept in {self.folder}: {self.kept}"
         if self.best is None:
             return f"{kept} (the last; the students were not compared: {NO_EVALUATION})."
-        why = ""
+        reason = ""
         if self.best != self.kept:
             larger = self.link(self.best).parameters > self.links[-1].parameters
-            why = f" ({self.best} is larger than the last student)" if larger else " (keep='last')"
-        return f"Best by {self.metric}: {self.best}. {kept}{why}."
+            reason = f" ({self.best} is larger than the last student)" if larger else " (keep='last')"
+        return f"Best by {self.metric}: {self.best}. {kept}{reason}."
 
     def markdown(self) -> str:
-        """A table, which is best, and what was not measured."""
-        headings = self._headings()
-        lines = [[name for name, _ in headings], [":--" if left else "--:" for _, left in headings], *self._rows()]
-        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        """Return the table, the sentence, and what was not measured."""
         missing = "".join(
-            f"- {one.name}, `{name}`: {why}.\n" for one in self.links for name, why in one.not_measured.items()
+            f"- {link.name}, `{name}`: {reason}.\n" for link in self.links for name, reason in link.not_measured.items()
         )
-        return table + f"\n{self.sentence()}\n" + (f"\nNot measured:\n\n{missing}" if missing else "")
+        table = markdown_rows(self._headings(), self._rows(), left=_LEFT)
+        return f"{table}\n{self.sentence()}\n" + (f"\nNot measured:\n\n{missing}" if missing else "")
 
     def to_json(self) -> str:
+        """Return the results as JSON text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
         return self.markdown().rstrip()
 
-    def _headings(self) -> list[tuple[str, bool]]:
-        middle = [] if self.metric is None else [(self.metric, False)]
-        return [("student", True), ("teacher", True), ("parameters", False), *middle, ("seconds", False)]
+    def _headings(self) -> list[str]:
+        return ["student", "teacher", "parameters", *([] if self.metric is None else [self.metric]), "seconds"]
 
     def _rows(self) -> list[list[str]]:
         rows = []
-        for one in self.links:
-            seconds = UNKNOWN if one.seconds is None else f"{one.seconds:.1f}"
-            middle = [] if self.metric is None else [f"{one.metrics[f'eval_{self.metric}']:.4f}"]
-            rows.append([one.name, one.teacher, f"{one.parameters:,}", *middle, seconds])
+        for link in self.links:
+            seconds = UNKNOWN if link.seconds is None else f"{link.seconds:.1f}"
+            metric = [] if self.metric is None else [f"{link.metrics[f'eval_{self.metric}']:.4f}"]
+            rows.append([link.name, link.teacher, f"{link.parameters:,}", *metric, seconds])
         return rows
 
 
 def best_of(links: Sequence[LinkResult], metric: str, *, greater_is_better: bool) -> LinkResult:
-    """The first of the best; what is no number is worst."""
+    """Return the best link, the first of several equal ones; NaN is worst."""
 
-    def value(one: LinkResult) -> float:
-        found = float(one.metrics[f"eval_{metric}"])
+    def value(link: LinkResult) -> float:
+        found = float(link.metrics[f"eval_{metric}"])
         signed = found if greater_is_better else -found
         return -math.inf if math.isnan(signed) else signed
 

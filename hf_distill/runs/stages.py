@@ -1,45 +1,61 @@
-"""train_in_stages: the stages one after another on the same student. How one stage trains is the trainer's business."""
+"""train_in_stages: several trainings of the same student, one after another."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_distill._compat import forget_preparation
-from hf_distill._utils import random_state_kept
+from hf_distill._utils import random_state_kept, write_whole
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
-from hf_distill.errors import HfDistillError, SettingError
+from hf_distill.errors import HfDistillError, SettingError, did_you_mean
 from hf_distill.presets import Preset, Stage
 from hf_distill.runs import record
-from hf_distill.runs.results import FINISHED_BEFORE, StageResult, StagesResult
-from hf_distill.runs.stage import check_keywords, checked_stages, stage_arguments
+from hf_distill.runs.results import StageResult, StagesResult
 from hf_distill.tasks import make_task
-from hf_distill.teachers import as_teacher
+from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.trainer.arguments import blend_of, setting
 from hf_distill.trainer.interruptions import last_whole_checkpoint
 from hf_distill.trainer.mixin import DistillationMixin, DistillationTrainer
 from hf_distill.trainer.publishing import CARD
 
-# In a folder of its own: Trainer takes folders beside an adapter, checkpoints say, for more adapters.
-_STUDENT = "student"
+STUDENT = "student"
+"""The folder of a stage's student, alone in it: `Trainer` takes folders next to an adapter for more adapters."""
+
+# Keywords and arguments that do not belong to a stage, and where they belong.
+_OTHER_KEYWORDS = {
+    "model_init": "pass model=: all stages train the same student",
+    "objectives": "give each Stage its objectives",
+    "distiller": "give each Stage its objectives and arguments",
+    "optimizers": "each stage makes its own; pass optimizer_cls_and_kwargs=",
+}
+_OTHER_ARGUMENTS = {
+    "output_dir": "each stage has a folder in the run's",
+    "teacher_dtype": "the teacher is loaded once; set it in args",
+    "push_to_hub": "the last stage's student is pushed; set it in args",
+    "resume_from_checkpoint": "pass it to train_in_stages",
+}
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """One stage, its arguments, and the trainer's keywords."""
+class PlannedStage:
+    """A stage with the arguments and keywords of its trainer."""
 
     stage: Stage
-    args: Any
+    args: TrainingArguments
     keywords: dict[str, Any]
 
     @property
@@ -51,36 +67,45 @@ class _Planned:
         alpha = blend_of(self.args)["alpha"]
         return setting(self.args, "evaluate_with_teacher") or uses_teacher(alpha, self.stage.make_objectives())
 
+    def make_teacher(self, teacher: Any, model: nn.Module, tokenizer: Any = None) -> Teacher:
+        """Return the `Teacher` that the trainer of this stage would make."""
+        return as_teacher(
+            teacher,
+            str(make_task(model, self.keywords.get("task"))),
+            processing_class=self.keywords.get("teacher_processing_class") or tokenizer,
+            dtype=setting(self.args, "teacher_dtype"),
+            label_matching=setting(self.args, "label_matching"),
+        )
+
 
 def train_in_stages(
     stages: Preset | Iterable[Stage],
     *,
-    model: Any,
+    model: nn.Module,
     teacher_model: Any = None,
-    args: Any,
+    args: TrainingArguments,
     trainer_class: type[DistillationMixin] = DistillationTrainer,
     resume_from_checkpoint: bool = False,
     **keywords: Any,
 ) -> StagesResult:
     """Train the same student in several stages, each with its own objectives, arguments, optimizer and folder.
 
-    `<output_dir>/1-<name>`, `2-<name>`, ... hold the checkpoints of each stage and its student (in `student`),
-    `output_dir` that of the last. A summary is printed. In one process or several (DDP), which all see the folders.
+    `<output_dir>/1-<name>`, `2-<name>`, ... hold the checkpoints of each stage and its student (in `student`), and
+    `output_dir` holds the last student. Prints a summary. Works in one process or several (DDP) that share the folders.
 
     Args:
         stages: a Preset, or stages in order.
-        model: the student, a model; it is trained in place.
-        teacher_model: as the trainer's; a folder or Hub id is loaded once.
-        args: `DistillationArguments` of all stages; a stage's own are put over them.
-        trainer_class: with `DistillationMixin`.
-        resume_from_checkpoint: True: stages that are finished are left out; the one that was interrupted goes on from
-            its last checkpoint, or its start. Give `model` as it was at first. Nothing there: from the beginning.
-        keywords: the trainer's (`train_dataset`, `data_collator`, ...). Callbacks are shared by the stages.
+        model: the student. It is trained in place.
+        teacher_model: as in the trainer; a folder or Hub id is loaded once.
+        args: the `DistillationArguments` of all stages; the arguments of a stage override them.
+        trainer_class: the class of the trainers, with `DistillationMixin`.
+        resume_from_checkpoint: if True, skip finished stages and continue the interrupted stage from its last
+            checkpoint, or its start. `model` must be the initial student again. Without a record it trains all stages.
+        keywords: keywords of the trainer (`train_dataset`, `data_collator`, ...). All stages share the callbacks.
 
     Raises:
-        SettingError: before anything is trained, for any of the stages; with resume also where a stage that was begun
-            has changed.
-        TeacherError: a teacher that cannot teach this student in one of the stages.
+        SettingError: before any training, if a stage is not valid, or has changed since it began.
+        TeacherError: if the teacher cannot teach this student in one of the stages.
 
     >>> import tempfile
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
@@ -91,146 +116,209 @@ def train_in_stages(
     ...     tempfile.mkdtemp(), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
     ... )
     >>> result = train_in_stages(
-    ...     [Stage("inside", [HiddenMatch()], {"alpha": None}), Stage("logits", arguments={"alpha": 1.0})],
+    ...     [Stage("hidden", [HiddenMatch()], {"alpha": None}), Stage("logits", arguments={"alpha": 1.0})],
     ...     model=Bert(config), teacher_model=Bert(config), args=args,
     ...     train_dataset=[{"input_ids": [1, 2], "labels": 0}, {"input_ids": [3, 4], "labels": 1}],
     ... )
     {'train_runtime': ...}
     {'train_runtime': ...}
     stage     steps    loss  folder
-    inside        1  ...
+    hidden        1  ...
     logits        1  ...
     student: ...
     """
-    listed = checked_stages(stages)
-    _check_call(model, trainer_class, resume_from_checkpoint)
-    check_keywords(listed, keywords, trainer_class)
-    plan = [
-        _Planned(stage, own, {**keywords, **stage.keywords})
-        for stage, own in zip(listed, stage_arguments(listed, args), strict=True)
-    ]
-    trained, trainer = _train(plan, model, teacher_model, trainer_class, resume_from_checkpoint, str(args.output_dir))
-    if trainer.is_world_process_zero():
-        print(StagesResult(tuple(trained), str(args.output_dir), trainer))
-    return StagesResult(tuple(trained), str(args.output_dir), trainer)
-
-
-def _train(
-    plan: Sequence[_Planned], model: Any, teacher_model: Any, trainer_class: Any, resume: bool, output_dir: str
-) -> tuple[list[StageResult], Any]:
-    """What became of each stage, and the last one's trainer."""
-    settings = [record.stage_settings(one.stage, one.args) for one in plan]
-    record.check_folders(output_dir, [one.folder for one in plan], "stages", resume=resume)
-    for one, now in zip(plan, settings, strict=True):
-        record.check_unchanged(one.folder, f"stage {one.stage.name!r}", now)
-    results = [_finished_before(one) for one in plan]
-    # The last trainer is made even where nothing is left to train: it holds the student, to evaluate or push.
-    made = [one for one, result in zip(plan, results, strict=True) if result is None or one is plan[-1]]
-    teacher_of = _teachers(teacher_model, model, made)
-    _check_distillers(made, model, teacher_of)
-    trained: list[StageResult] = []
-    trainer: Any = None
-    for one, result, own in zip(plan, results, settings, strict=True):
-        if result is None or one is plan[-1]:
-            trainer = trainer_class(
-                model=model,
-                teacher_model=teacher_of(one),
-                args=one.args,
-                objectives=one.stage.make_objectives(),
-                **one.keywords,
-            )
-            _check_not_sharded(trainer, plan)
-        if result is None:
-            student_of = trained[-1].folder if trained and trained[-1].how == FINISHED_BEFORE else None
-            result = _run(trainer, one, own, student_of, resume=resume)
-            _keep(trainer, one, result, final=output_dir if one is plan[-1] else None)
-        trained.append(result)
-    if trained[-1].how == FINISHED_BEFORE:
-        _load_student(trainer, trained[-1].folder)
-    return trained, trainer
-
-
-def _check_call(model: Any, trainer_class: Any, resume: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise SettingError(
-            f"train_in_stages: model is a {type(model).__name__}. Give the student itself, a model: every stage goes "
-            "on with it."
-        )
+        raise SettingError(f"train_in_stages: model is a {type(model).__name__}. Pass the student itself, a model.")
+    check_call("train_in_stages", trainer_class, resume_from_checkpoint)
+    plan = plan_stages(stages, args, keywords, trainer_class)
+    result = _train(plan, model, teacher_model, trainer_class, str(args.output_dir), resume=resume_from_checkpoint)
+    assert result.trainer is not None
+    if result.trainer.is_world_process_zero():
+        print(result)
+    return result
+
+
+def check_call(caller: str, trainer_class: type[DistillationMixin], resume: bool) -> None:
+    """Check the arguments that `train_in_stages` and `Chain.run` share.
+
+    Raises:
+        SettingError: if one of them is not valid.
+    """
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, DistillationMixin)):
         raise SettingError(
-            f"train_in_stages: trainer_class={trainer_class!r}. Give DistillationTrainer, Seq2SeqDistillationTrainer, "
-            "or a class of your own with DistillationMixin before its Trainer."
+            f"{caller}: trainer_class={trainer_class!r} is not a class with DistillationMixin. Pass "
+            "DistillationTrainer, Seq2SeqDistillationTrainer, or your own."
         )
     if not isinstance(resume, bool):
         raise SettingError(
-            f"train_in_stages: resume_from_checkpoint={resume!r}. True or False: which stage, and which checkpoint of "
-            "it, is found in output_dir."
+            f"{caller}: resume_from_checkpoint={resume!r}. Pass True or False: the checkpoint is found in output_dir."
         )
 
 
-def _teachers(teacher_model: Any, model: Any, stages: Sequence[_Planned]) -> Callable[[_Planned], Any]:
-    """The teacher of each stage; read once, with its tokenizer, where it is a folder or Hub id that a stage asks."""
+def plan_stages(
+    stages: Preset | Iterable[Stage], args: TrainingArguments, keywords: Mapping[str, Any], trainer_class: type
+) -> list[PlannedStage]:
+    """Return the stages with the arguments and keywords of the run, overridden by their own.
+
+    Raises:
+        SettingError: if there are no stages, or a name, argument or keyword is not valid.
+    """
+    given = stages.stages if isinstance(stages, Preset) else tuple(stages)
+    if not given or not all(isinstance(stage, Stage) for stage in given):
+        raise SettingError(
+            "train_in_stages: pass a Preset, or one or more Stage(name, objectives, arguments) in order."
+        )
+    record.check_names("stage", [stage.name for stage in given])
+    fields = {field.name for field in dataclasses.fields(args) if field.init}
+    known = _keywords_of(trainer_class)
+    _check_known("train_in_stages", "keyword", keywords, known, _OTHER_KEYWORDS)
+    plan = []
+    for number, stage in enumerate(given, 1):
+        caller = f"stage {stage.name!r}"
+        _check_known(caller, "argument", stage.arguments, fields, _OTHER_ARGUMENTS)
+        _check_known(caller, "keyword", stage.keywords, known, _OTHER_KEYWORDS)
+        own = {"output_dir": record.folder_of(str(args.output_dir), number, stage.name), **stage.arguments}
+        if args.push_to_hub and number < len(given):
+            own["push_to_hub"] = False
+        elif args.push_to_hub and args.hub_model_id is None:
+            own["hub_model_id"] = Path(str(args.output_dir)).absolute().name
+        try:
+            plan.append(PlannedStage(stage, dataclasses.replace(args, **own), {**keywords, **stage.keywords}))
+        except ValueError as error:
+            raise SettingError(f"{caller}: {error}") from error
+    return plan
+
+
+def _keywords_of(trainer_class: type) -> set[str]:
+    constructors = [vars(cls)["__init__"] for cls in trainer_class.__mro__[:-1] if "__init__" in vars(cls)]
+    names = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    return names - {"self", "model", "args", "teacher_model"}
+
+
+def _check_known(caller: str, what: str, given: Iterable[str], known: set[str], elsewhere: Mapping[str, str]) -> None:
+    for name in given:
+        if name in elsewhere:
+            raise SettingError(f"{caller}: {name}= does not belong here: {elsewhere[name]}.")
+        if name not in known:
+            hint = did_you_mean(name, known) or f" It must be one of: {', '.join(sorted(known))}."
+            raise SettingError(f"{caller}: there is no {what} {name!r}.{hint}")
+
+
+def check_begun(plan: Sequence[PlannedStage], output_dir: str, *, resume: bool) -> list[dict[str, Any]]:
+    """Check that the stages in `output_dir` are those of the plan, and return the settings of each stage.
+
+    Raises:
+        SettingError: if other stages began there, or a stage began with other settings.
+    """
+    record.check_folders(output_dir, [one.folder for one in plan], "stage", resume=resume)
+    settings = [record.stage_settings(one.stage, one.args) for one in plan]
+    for one, now in zip(plan, settings, strict=True):
+        record.check_unchanged(one.folder, f"stage {one.stage.name!r}", now)
+    return settings
+
+
+def _train(
+    plan: Sequence[PlannedStage],
+    model: nn.Module,
+    teacher_model: Any,
+    trainer_class: type[DistillationMixin],
+    output_dir: str,
+    *,
+    resume: bool,
+) -> StagesResult:
+    settings = check_begun(plan, output_dir, resume=resume)
+    earlier = [_finished_before(one) for one in plan]
+    # The last trainer is made even if nothing is left to train: it holds the student, to evaluate or push it.
+    left = [one for one, result in zip(plan, earlier, strict=True) if result is None or one is plan[-1]]
+    teacher_of = _teachers(teacher_model, model, left)
+    _check_distillers(left, model, teacher_of)
+    results: list[StageResult] = []
+    trainer: DistillationMixin | None = None
+    for one, result, own in zip(plan, earlier, settings, strict=True):
+        if result is None or one is plan[-1]:
+            objectives = one.stage.make_objectives()
+            trainer = trainer_class(
+                model=model, teacher_model=teacher_of(one), args=one.args, objectives=objectives, **one.keywords
+            )
+            _check_not_sharded(trainer, plan)
+        if result is None:
+            assert trainer is not None
+            unloaded = results[-1].folder if results and results[-1].how == "finished before" else None
+            result = _run(trainer, one, own, unloaded, resume=resume)
+            _save(trainer, one, result, final=output_dir if one is plan[-1] else None)
+        results.append(result)
+    assert trainer is not None
+    if results[-1].how == "finished before":
+        _load_student(trainer, results[-1].folder)
+    return StagesResult(tuple(results), output_dir, trainer)
+
+
+def _teachers(teacher_model: Any, model: nn.Module, stages: Sequence[PlannedStage]) -> Callable[[PlannedStage], Any]:
+    """Return a function that gives the teacher of a stage. A folder or Hub id is loaded once, with its tokenizer."""
     if not isinstance(teacher_model, (str, os.PathLike)) or not any(one.needs_teacher for one in stages):
         return lambda one: teacher_model
     kind = str(make_task(model, stages[0].keywords.get("task")))
     with random_state_kept():
         loaded = load_teacher(teacher_model, kind, dtype=setting(stages[0].args, "teacher_dtype"))
         tokenizer = find_tokenizer(teacher_model)
-    return lambda one: _as_teacher(loaded, model, one, tokenizer)
+    return lambda one: one.make_teacher(loaded, model, tokenizer)
 
 
-def _as_teacher(teacher: Any, model: Any, one: _Planned, tokenizer: Any = None) -> Any:
-    """As the trainer makes one of what it is given."""
-    return as_teacher(
-        teacher,
-        str(make_task(model, one.keywords.get("task"))),
-        processing_class=one.keywords.get("teacher_processing_class") or tokenizer,
-        dtype=setting(one.args, "teacher_dtype"),
-        label_matching=setting(one.args, "label_matching"),
-    )
-
-
-def _check_distillers(stages: Sequence[_Planned], model: Any, teacher_of: Callable[[_Planned], Any]) -> None:
-    """What a later stage cannot do is said before the first one trains."""
+def _check_distillers(
+    stages: Sequence[PlannedStage], model: nn.Module, teacher_of: Callable[[PlannedStage], Any]
+) -> None:
+    """Make the distiller of each stage, so that a later stage fails before the first one trains."""
     for one in stages:
-        task, processor = (one.keywords.get(name) for name in ("task", "processing_class"))
-        objectives, teacher = one.stage.make_objectives(), teacher_of(one)
-        if compares_nothing(blend_of(one.args)["alpha"], objectives) and not one.needs_teacher:
-            continue  # any class trains so
+        blend, objectives, teacher = blend_of(one.args), one.stage.make_objectives(), teacher_of(one)
+        if compares_nothing(blend["alpha"], objectives) and not one.needs_teacher:
+            continue  # then any class of student can be trained
+        task, processing_class = (one.keywords.get(name) for name in ("task", "processing_class"))
         try:
-            asked = _as_teacher(teacher, model, one) if teacher is not None and one.needs_teacher else None
+            teacher = one.make_teacher(teacher, model) if teacher is not None and one.needs_teacher else None
             Distiller(
-                model, asked, task=task, processing_class=processor, objectives=objectives, seed=0, **blend_of(one.args)
+                model, teacher, task=task, processing_class=processing_class, objectives=objectives, seed=0, **blend
             )
         except HfDistillError as error:
             raise type(error)(f"stage {one.stage.name!r}: {error}") from error
 
 
-def _check_not_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
+def _check_not_sharded(trainer: DistillationMixin, plan: Sequence[PlannedStage]) -> None:
     kind = trainer.accelerator.distributed_type
     if len(plan) > 1 and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise SettingError(
-            f"train_in_stages with {kind.value}: a student that is sharded cannot be handed from stage to stage. Use "
-            "data parallelism (DDP), or one program a stage: a DistillationTrainer that starts from the saved student."
+            f"train_in_stages with {kind.value}: a sharded student cannot be passed to the next stage. Use DDP, or a "
+            "program for each stage: a DistillationTrainer that starts from the saved student."
         )
 
 
-def _finished_before(one: _Planned) -> StageResult | None:
+def _finished_before(one: PlannedStage) -> StageResult | None:
     found = record.read(one.folder, record.FINISHED)
     if found is None:
         return None
     history = found.pop("log_history")
-    return StageResult(one.stage.name, one.folder, TrainOutput(**found), history, FINISHED_BEFORE)
+    return StageResult(one.stage.name, one.folder, TrainOutput(**found), history, "finished before")
 
 
-def _run(trainer: Any, one: _Planned, settings: dict[str, Any], student_of: str | None, *, resume: bool) -> StageResult:
-    """Train one stage, from where it is. `student_of`: the folder of a student that the model does not hold yet."""
+def _run(
+    trainer: DistillationMixin, one: PlannedStage, settings: dict[str, Any], unloaded: str | None, *, resume: bool
+) -> StageResult:
+    """Train a stage from its last checkpoint, or from its start.
+
+    Args:
+        trainer: the trainer of the stage.
+        one: the stage.
+        settings: its settings, for the record.
+        unloaded: the folder of the previous stage if the model does not hold its student yet.
+        resume: whether to look for a checkpoint.
+    """
     checkpoint = None
-    if resume and not one.args.save_only_model:  # without the optimizer's state, only its start is exact
+    if (
+        resume and not one.args.save_only_model
+    ):  # without the optimizer's state, only a start from the beginning is exact
         checkpoint = last_whole_checkpoint(one.folder)
-    if checkpoint is None and student_of is not None:
-        _load_student(trainer, student_of)
-    trainer.accelerator.wait_for_everyone()  # all have read what was there
+    if checkpoint is None and unloaded is not None:
+        _load_student(trainer, unloaded)
+    trainer.accelerator.wait_for_everyone()  # before the record changes, all processes must have read it
     if trainer.args.should_save:
         record.write(one.folder, record.BEGUN, settings)
     output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -238,29 +326,33 @@ def _run(trainer: Any, one: _Planned, settings: dict[str, Any], student_of: str 
     return StageResult(one.stage.name, one.folder, output, list(trainer.state.log_history), how)
 
 
-def _load_student(trainer: Any, folder: str) -> None:
-    """The weights alone: what objectives learned in another stage stays there."""
+def _load_student(trainer: DistillationMixin, folder: str) -> None:
+    """Load the weights only: parameters that objectives learned belong to their stage."""
     with random_state_kept():
-        trainer._load_student(os.path.join(folder, _STUDENT))
+        trainer._load_student(os.path.join(folder, STUDENT))
 
 
-def _keep(trainer: Any, one: _Planned, result: StageResult, *, final: str | None) -> None:
-    """Save the student, with a card, and then say that the stage is finished."""
-    trainer.save_model(os.path.join(one.folder, _STUDENT), _internal_call=True)  # the flag: and do not push
+def _save(trainer: DistillationMixin, one: PlannedStage, result: StageResult, *, final: str | None) -> None:
+    """Save the student with a card, and then record the stage as finished.
+
+    Args:
+        trainer: the trainer of the stage.
+        one: the stage.
+        result: its result.
+        final: the folder of the run after its last stage, else None.
+    """
+    trainer.save_model(os.path.join(one.folder, STUDENT), _internal_call=True)  # the flag prevents a push
     trainer.create_model_card(model_name=None if final is None else Path(final).absolute().name)
     if final is not None:
         trainer.save_model(final, _internal_call=True)
         card = Path(one.folder, CARD)
         if trainer.is_world_process_zero() and card.is_file():
-            beside = Path(final, f".{CARD}.partial")
-            shutil.copyfile(card, beside)
-            os.replace(beside, Path(final, CARD))
-    # Mixed precision wraps the forward; the next stage wraps it for itself.
+            write_whole(Path(final, CARD), lambda beside: shutil.copyfile(card, beside))
+    # Mixed precision wraps the forward, and the next stage wraps it again.
     forget_preparation(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        output = result.output
-        record.write(one.folder, record.FINISHED, {**output._asdict(), "log_history": result.log_history})
+        record.write(one.folder, record.FINISHED, {**result.output._asdict(), "log_history": result.log_history})
     trainer.accelerator.wait_for_everyone()
     if final is not None and trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -1,7 +1,7 @@
-"""A program, not a test: a chain in each of several processes, at once and interrupted; what each did is written.
+"""A program, not a test: a chain in several processes, uninterrupted and interrupted; each process records its work.
 
-Started by `test_two_processes` with FOLDER. In fp64 and by plain SGD, so that only real differences from one process
-are seen.
+Started by `test_chain_in_two_processes` with FOLDER. In fp64 and with plain SGD, so that only real differences from
+one process show.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chains: who teaches whom, what each link begins as, the report, what is kept, generations and their ensemble."""
+"""Chains: the teacher and the start of each link, the report, the kept student, generations and their ensemble."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_metrics_are_those_of_the_saved_students(whole) -> None:
         assert one.seconds > 0 and one.not_measured == {} and one.how == "trained"
 
 
-def test_the_student_before_is_the_teacher(tmp_path) -> None:
+def test_the_previous_student_is_the_teacher(tmp_path) -> None:
     """One step on one batch: the logged divergence is from the student before, not from the teacher of the run."""
     two = [Link("assistant", lambda: student(2)), Link("student", lambda: student(1))]
     data = examples(4)
@@ -78,7 +78,7 @@ def test_the_student_before_is_the_teacher(tmp_path) -> None:
     assert abs(float(softened_kl(ours, far, 3.0).mean()) - float(expected)) > 1e-2
 
 
-def test_a_student_can_begin_as_a_part_of_its_teacher(tmp_path) -> None:
+def test_a_student_can_start_as_a_part_of_its_teacher(tmp_path) -> None:
     """Progressive distillation, without a learning rate: what it began as is what is saved."""
     settings = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no"}
     listed = [
@@ -158,7 +158,7 @@ def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, size
     assert [Path(one).parts[-3:] for one in copies] == [(f"{'abc'.index(kept) + 1}-{kept}", "1-training", "student")]
 
 
-def test_less_is_better_of_a_loss() -> None:
+def test_less_of_a_loss_is_better() -> None:
     from hf_distill.runs.results import best_of
 
     listed = [of("a", 1, 0.9, "loss"), of("b", 1, 0.2, "loss"), of("c", 1, float("nan"), "loss")]
@@ -166,24 +166,24 @@ def test_less_is_better_of_a_loss() -> None:
     assert best_of(listed, "loss", greater_is_better=True).name == "a"
 
 
-def test_the_kept_student_is_in_the_output_folder_and_nothing_of_its_training(whole) -> None:
+def test_the_output_folder_holds_the_kept_student_without_its_training_state(whole) -> None:
     folder, result = whole["folder"], whole["result"]
     assert_same_bits(weights(saved(folder)), weights(saved(result.link(result.kept).folder)))
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     assert names == ["config.json", "model.safetensors", "report.json", "report.md"]
 
 
-def test_without_validation_the_last_is_kept_and_it_is_said(tmp_path) -> None:
+def test_without_validation_the_last_student_is_kept(tmp_path) -> None:
     chain = Chain(links()[:2], keep="last")
     settings = {"max_steps": 1, "metric_for_best_model": None}
     result = run(tmp_path, chain, settings=settings, eval_dataset=None, compute_metrics=None)
     assert (result.best, result.kept, result.metric) == (None, "half", None)
     assert "half (the last; the students were not compared: there was no eval_dataset)" in result.sentence()
     assert "- half, `metrics`: there was no eval_dataset." in result.markdown()
-    assert [name for name, _ in result._headings()] == ["student", "teacher", "parameters", "seconds"]
+    assert result._headings() == ["student", "teacher", "parameters", "seconds"]
 
 
-def test_the_loss_compares_where_no_metric_is_named(tmp_path) -> None:
+def test_the_loss_is_the_default_metric(tmp_path) -> None:
     settings = {"max_steps": 1, "metric_for_best_model": None}
     result = run(tmp_path, Chain(links()[1:]), settings=settings, compute_metrics=None)
     losses = {one.name: one.metrics["eval_loss"] for one in result.links}
@@ -193,7 +193,7 @@ def test_the_loss_compares_where_no_metric_is_named(tmp_path) -> None:
 # Generations.
 
 
-def test_generations_are_born_anew_and_speak_together(tmp_path) -> None:
+def test_generations_have_their_own_weights_and_form_an_ensemble(tmp_path) -> None:
     chain = Chain.generations(lambda: student(1), 3, arguments={"alpha": 0.7})
     assert [link.arguments for link in chain.links] == [{"alpha": 0.7}] * 3
     settings = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no"}
@@ -209,7 +209,7 @@ def test_generations_are_born_anew_and_speak_together(tmp_path) -> None:
     torch.testing.assert_close((distiller.teacher_signals(batch).predictions() / 2).softmax(-1), mean)
 
 
-def test_making_a_student_leaves_the_callers_random_numbers_alone(tmp_path) -> None:
+def test_making_a_student_does_not_change_the_random_state(tmp_path) -> None:
     link = Link("one", lambda: student(1))
     torch.manual_seed(3)
     expected = torch.rand(())
@@ -220,15 +220,17 @@ def test_making_a_student_leaves_the_callers_random_numbers_alone(tmp_path) -> N
     assert_moved(weights(made[0]), weights(made[2]))
 
 
-def test_the_result_shows_what_was_not_measured() -> None:
-    why = {"seconds": "its training was interrupted, and the time before that is not known"}
+def test_the_result_gives_the_reason_for_missing_values() -> None:
+    why = {"seconds": "the training was interrupted, and the time before the interruption is not known"}
     one = LinkResult("a", "t", "out/1-a", 5, {"eval_loss": 0.5}, None, "resumed", "classification", why)
     text = str(ChainResult((one,), "out", "loss", False, "a", "a"))
     assert "| a | t | 5 | 0.5000 | - |" in text
-    assert text.endswith("- a, `seconds`: its training was interrupted, and the time before that is not known.")
+    assert text.endswith(
+        "- a, `seconds`: the training was interrupted, and the time before the interruption is not known."
+    )
 
 
-def test_accuracy_of_the_tests_is_what_it_says() -> None:
+def test_the_accuracy_of_these_tests_is_correct() -> None:
     import numpy as np
     from transformers import EvalPrediction
 

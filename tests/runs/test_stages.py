@@ -1,4 +1,4 @@
-"""Stages: folders, results, what each trains, and the run that was interrupted anywhere."""
+"""Stages: folders, results, the training of each stage, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.trainer.tiny import assert_moved, assert_same_bits, weights
 
 
 class Killed(RuntimeError):
-    """As if the machine had gone."""
+    """Simulates a machine that fails."""
 
 
 class KillAt(TrainerCallback):
@@ -65,7 +65,7 @@ def test_each_stage_has_its_own_objectives_arguments_and_optimizer(whole) -> Non
     logged = [[entry for entry in stage.log_history if "loss" in entry] for stage in (inside, logits)]
     assert {name for entry in logged[0] for name in entry if name.startswith("loss/")} == {"loss/hidden"}
     assert {name for entry in logged[1] for name in entry if name.startswith("loss/")} == {"loss/logits"}
-    # Linear decay from the stage's own rate, begun anew in each.
+    # Linear decay from the stage's own rate, in each stage.
     assert [[round(entry["learning_rate"], 6) for entry in one] for one in logged] == [
         [0.01, 0.006667, 0.003333],
         [0.02, 0.013333, 0.006667],
@@ -73,7 +73,7 @@ def test_each_stage_has_its_own_objectives_arguments_and_optimizer(whole) -> Non
     assert [entry["step"] for entry in logged[1]] == [1, 2, 3]
 
 
-def test_the_first_stage_leaves_the_head_alone_and_the_second_goes_on_from_its_student(whole) -> None:
+def test_the_first_stage_does_not_change_the_head_and_the_second_starts_from_its_student(whole) -> None:
     after = weights(BertForSequenceClassification.from_pretrained(whole["folder"] / "1-inside" / "student"))
     start, end = whole["start"], weights(whole["model"])
     head = [name for name in start if name.startswith(("classifier", "bert.pooler"))]
@@ -103,8 +103,8 @@ def test_resumed_is_uninterrupted(whole, tmp_path, stage: str, step: int) -> Non
 
 
 @pytest.mark.parametrize("settings", [{"save_strategy": "no"}, {"save_only_model": True}])
-def test_interrupted_without_a_checkpoint_that_can_be_resumed(whole, tmp_path, settings: dict[str, Any]) -> None:
-    """The stage begins anew, from the student of the one before."""
+def test_interruption_without_a_usable_checkpoint(whole, tmp_path, settings: dict[str, Any]) -> None:
+    """The stage starts again from the previous student."""
 
     class KillInSecond(KillAt):
         def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
@@ -118,7 +118,7 @@ def test_interrupted_without_a_checkpoint_that_can_be_resumed(whole, tmp_path, s
     assert_same_bits(weights(model), weights(whole["model"]))
 
 
-def test_between_the_stages_and_when_all_is_done(whole, tmp_path, monkeypatch) -> None:
+def test_resuming_between_stages_and_after_the_last(whole, tmp_path, monkeypatch) -> None:
     one = run(tmp_path, student(), stages()[:1])
     assert [stage.name for stage in one.stages] == ["inside"]
     model = student(seed=7)
@@ -136,7 +136,7 @@ def test_between_the_stages_and_when_all_is_done(whole, tmp_path, monkeypatch) -
     assert done.trainer.model is again
 
 
-def test_a_checkpoint_that_was_not_written_to_the_end_is_not_used(whole, tmp_path) -> None:
+def test_an_incomplete_checkpoint_is_not_used(whole, tmp_path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, student(), callbacks=[KillAt("2-logits", 2)])
     (tmp_path / "out" / "2-logits" / "checkpoint-2" / "trainer_state.json").write_text('{"global_st')
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_was_not_written_to_the_end_is_not_used(whole, tmp_pat
     assert_same_bits(weights(model), weights(whole["model"]))
 
 
-def test_resume_where_nothing_was_begun_starts(whole, tmp_path) -> None:
+def test_resuming_without_a_record_starts_from_the_beginning(whole, tmp_path) -> None:
     model = student()
     result = run(tmp_path, model, resume_from_checkpoint=True)
     assert [one.how for one in result.stages] == ["trained", "trained"]
@@ -173,7 +173,7 @@ def test_a_teacher_in_a_folder_is_loaded_once(whole, tmp_path, monkeypatch) -> N
     assert_same_bits(weights(model), weights(whole["model"]))
 
 
-def test_a_stage_has_keywords_of_its_own(tmp_path) -> None:
+def test_a_stage_has_its_own_keywords(tmp_path) -> None:
     seen: dict[str, set[int]] = {}
 
     def collate(name: str) -> Any:
@@ -191,7 +191,7 @@ def test_a_stage_has_keywords_of_its_own(tmp_path) -> None:
     assert seen == {"one": {4}, "two": {4}}
 
 
-def test_two_runs_share_nothing_that_is_learned() -> None:
+def test_two_runs_share_no_learned_parameters() -> None:
     match = HiddenMatch("even")
     stage = Stage("inside", (match,))
     first, second = stage.make_objectives()[0], stage.make_objectives()[0]
@@ -200,8 +200,8 @@ def test_two_runs_share_nothing_that_is_learned() -> None:
     assert made.make_objectives()[0] is not made.make_objectives()[0]
 
 
-def test_the_best_student_of_a_stage_is_the_one_that_goes_on(tmp_path) -> None:
-    """By a metric that is highest after the first step."""
+def test_the_next_stage_starts_from_the_best_student(tmp_path) -> None:
+    """The metric is highest after the first step."""
     marks = iter([0.9, 0.1, 0.2])
     from tests.trainer.tiny import examples
 
@@ -215,15 +215,15 @@ def test_the_best_student_of_a_stage_is_the_one_that_goes_on(tmp_path) -> None:
     assert_same_bits(weights(model), best)
 
 
-def test_mixed_precision_holds_in_every_stage(tmp_path) -> None:
-    """Accelerate takes a model that it has prepared before as it is: the second stage would run in fp32."""
+def test_every_stage_uses_mixed_precision(tmp_path) -> None:
+    """Accelerate does not prepare a model twice, so the second stage would run in fp32."""
     model, kinds = student(), []
     model.bert.pooler.dense.register_forward_hook(lambda _, __, output: kinds.append(output.dtype))
     run(tmp_path, model, settings={"max_steps": 1, "bf16": True, "save_strategy": "no"})
     assert kinds == [torch.bfloat16] * 2
 
 
-def test_what_is_written_says_what_was_run(whole) -> None:
+def test_the_record_of_a_stage(whole) -> None:
     begun = json.loads((whole["folder"] / "1-inside" / "begun.json").read_text())
     assert begun["name"] == "inside" and begun["arguments"]["alpha"] is None
     assert begun["objectives"] == [
@@ -233,13 +233,13 @@ def test_what_is_written_says_what_was_run(whole) -> None:
     assert ended["global_step"] == 3
 
 
-def test_a_preset_is_run_as_it_is(tmp_path) -> None:
+def test_a_preset_can_be_run(tmp_path) -> None:
     preset = Preset("mine", "nobody", tuple(stages(max_steps=1)))
     result = run(tmp_path, student(), preset, settings={"max_steps": 1})
     assert [one.output.global_step for one in result.stages] == [1, 1]
 
 
-def test_the_student_carries_no_projection_and_no_gradient(whole) -> None:
+def test_the_student_has_no_projection_and_no_gradient(whole) -> None:
     assert [name for name in weights(whole["model"]) if "matri" in name or "learned" in name] == []
     assert not list((whole["folder"]).glob("*/distill_state*"))
     assert (whole["folder"] / "1-inside" / "checkpoint-3" / "distill_state.safetensors").is_file()
@@ -258,8 +258,8 @@ def _vit(seed: int) -> Any:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("kind", ["adapted", "vit"])
-def test_a_student_that_is_saved_otherwise_goes_on_too(tmp_path, kind: str) -> None:
-    """An adapter alone in the folder; or tensors under other names than they are held by."""
+def test_adapters_and_renamed_tensors_are_resumed(tmp_path, kind: str) -> None:
+    """A folder that holds only an adapter, or tensors under other names than the model's."""
     made, given = _adapted, {}
     listed = stages()
     if kind == "vit":
@@ -278,8 +278,8 @@ def test_a_student_that_is_saved_otherwise_goes_on_too(tmp_path, kind: str) -> N
     assert_moved(weights(whole), weights(first))
 
 
-def test_the_teachers_unknown_tokenizer_is_warned_of_once(tmp_path, caplog) -> None:
-    """And not at each stage; of a student that was built from the teacher not at all."""
+def test_the_unknown_tokenizer_of_a_teacher_gives_one_warning(tmp_path, caplog) -> None:
+    """One for all stages, and none for a student that was built from the teacher."""
     with caplog.at_level(logging.WARNING, "hf_distill.teachers.model"):
         run(tmp_path / "first", student(), processing_class=tokenizer(23))
         assert sum("was not compared" in record.getMessage() for record in caplog.records) == 1

@@ -1,4 +1,4 @@
-"""A chain that was interrupted anywhere, also by a signal that nothing can catch, ends as one that was not."""
+"""A chain that is interrupted anywhere, even by SIGKILL, and resumed equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import hf_distill.runs.chain as module
 from hf_distill import SettingError
 from hf_distill.runs import Chain, Link, record
 from tests.distributed.launch import alone
-from tests.runs.killed import MOMENTS
+from tests.runs.killed_chain import MOMENTS
 from tests.runs.tiny_chain import links, run, student
 from tests.trainer.tiny import assert_same_bits, bert
 
 
 class Killed(RuntimeError):
-    """As if the machine had gone."""
+    """Simulates a machine that fails."""
 
 
 class KillAt(TrainerCallback):
@@ -71,16 +71,16 @@ def _kept_metrics(one: Any) -> dict[str, float]:
 )
 def test_killed_and_resumed(whole, tmp_path, moments: list[str]) -> None:
     """One chain, killed at each of these moments on its way (SIGKILL), in a process that does nothing else."""
-    printed = alone(Path(__file__).with_name("killed.py"), str(tmp_path), *moments)
-    said = dict(line.split(": ", 1) for line in printed.splitlines() if line.split(": ")[0] in {*MOMENTS, "never"})
-    assert said == {**dict.fromkeys(moments, "killed"), "never": "0"}
+    printed = alone(Path(__file__).with_name("killed_chain.py"), str(tmp_path), *moments)
+    endings = dict(line.split(": ", 1) for line in printed.splitlines() if line.split(": ")[0] in {*MOMENTS, "never"})
+    assert endings == {**dict.fromkeys(moments, "killed"), "never": "0"}
     assert_same_students(tmp_path / "out", whole["folder"])
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "report.md").read_text().splitlines()]
     expected = {one.name: f"{one.metrics['eval_accuracy']:.4f}" for one in whole["result"].links}
     assert {row[0]: row[3] for row in rows if len(row) == 5 and row[0] in expected} == expected
 
 
-def test_what_is_finished_is_not_trained_again_and_links_may_be_added(whole, tmp_path, monkeypatch) -> None:
+def test_finished_links_are_not_trained_again_and_links_may_be_added(whole, tmp_path, monkeypatch) -> None:
     first = run(tmp_path, Chain(links()[:2]))
     more = run(tmp_path, Chain(links()), resume_from_checkpoint=True)
     assert [one.how for one in more.links] == ["finished before", "finished before", "trained"]
@@ -91,7 +91,7 @@ def test_what_is_finished_is_not_trained_again_and_links_may_be_added(whole, tmp
     assert [one.metrics for one in again.links] == [one.metrics for one in more.links]
 
 
-def test_a_chain_that_was_moved_goes_on(tmp_path) -> None:
+def test_a_moved_chain_can_be_resumed(tmp_path) -> None:
     run(tmp_path / "a", Chain(links()[:1], keep="last"))
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "out").rename(tmp_path / "b" / "out")
@@ -107,14 +107,17 @@ def test_a_chain_that_was_moved_goes_on(tmp_path) -> None:
             [Link("helper", lambda: student(2)), *links()[1:]],
             "holds 1-assistant, and the links now are 1-helper",
         ),
-        ([Link("assistant", lambda: student(2), {"alpha": 0.9})], "link 'assistant': stage 'training' is not the one"),
+        (
+            [Link("assistant", lambda: student(2), {"alpha": 0.9})],
+            "link 'assistant': stage 'training' has other settings",
+        ),
         (
             [Link("assistant", lambda: student(3))],
-            "link 'assistant': it is not the one that was begun in .*: parameters was",
+            "link 'assistant': it has other settings than when it began in .*: parameters was",
         ),
     ],
 )
-def test_a_link_that_was_begun_must_be_what_it_was(tmp_path, changed: list[Link], message: str) -> None:
+def test_a_changed_link_is_not_resumed(tmp_path, changed: list[Link], message: str) -> None:
     with pytest.raises(Killed):
         run(tmp_path, Chain(links()[:1]), callbacks=[KillAt("1-assistant", 1)])
     with pytest.raises(SettingError, match=message):
@@ -122,7 +125,7 @@ def test_a_link_that_was_begun_must_be_what_it_was(tmp_path, changed: list[Link]
     assert record.read(str(tmp_path / "out" / "1-assistant"), record.FINISHED) is None
 
 
-def test_another_teacher_is_refused_also_where_the_link_is_finished(tmp_path) -> None:
+def test_another_teacher_is_an_error_even_if_the_link_is_finished(tmp_path) -> None:
     teacher = bert(seed=1, num_hidden_layers=3)
     teacher.save_pretrained(tmp_path / "large")
     run(tmp_path, Chain(links()[:1]), settings={"max_steps": 1}, teacher_model=str(tmp_path / "large"))

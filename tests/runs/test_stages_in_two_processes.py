@@ -1,4 +1,4 @@
-"""Stages on two gloo processes are those of one, with a stage that leaves the head without use."""
+"""Stages in two gloo processes equal those in one, also if a stage does not use the head."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from tests.distributed.launch import two_processes
+from tests.runs.stages_two_processes import CASES, both
 from tests.runs.tiny_stages import student
-from tests.runs.two_processes import CASES, both
 from tests.trainer.tiny import assert_same_bits, update_difference, weights
 
 
@@ -18,8 +18,8 @@ from tests.trainer.tiny import assert_same_bits, update_difference, weights
 def two(tmp_path_factory) -> Path:
     """The folder that two processes filled."""
     folder = tmp_path_factory.mktemp("two")
-    printed = two_processes(Path(__file__).with_name("two_processes.py"), str(folder))
-    # Process 0 alone prints, once a call.
+    printed = two_processes(Path(__file__).with_name("stages_two_processes.py"), str(folder))
+    # Only process 0 prints, once for each call.
     assert [out.count("student: ") for out in printed] == [len(CASES) + 1, 0]
     return folder
 

@@ -1,7 +1,7 @@
 """A program, not a test: the stages in each of several processes, plain and with gradient checkpointing, and resumed.
 
-`torchrun --nproc-per-node 2 two_processes.py FOLDER` (started by `test_two_processes`). In fp64 and by plain SGD, so
-that only real differences from one process are seen.
+`torchrun --nproc-per-node 2 stages_two_processes.py FOLDER` (started by
+`test_stages_in_two_processes`). In fp64 and with plain SGD, so that only real differences from one process show.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CASES: dict[str, dict[str, Any]] = {"plain": {}, "checkpointing": {CHECKPOINTING
 
 
 def both(folder: Path, name: str, *, examples_a_process: int) -> dict[str, Any]:
-    """The weights after both stages, and the losses that were logged."""
+    """Return the weights after both stages, and the logged losses."""
     model = _without_dropout(student().double())  # two processes draw other numbers than one
     settings = {**PLAIN_STEP, "learning_rate": 0.1, "per_device_train_batch_size": examples_a_process, **CASES[name]}
     given = {"settings": settings, "teacher_model": teacher().double(), "train_dataset": examples(16)}
     listed = stages()
-    if name == "plain":  # begun anew between the stages
+    if name == "plain":  # interrupted between the stages
         run(folder / name, model, listed[:1], **given)
         model = _without_dropout(student(seed=7).double())
         given["resume_from_checkpoint"] = True

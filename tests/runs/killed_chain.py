@@ -1,6 +1,6 @@
-"""Runs a chain in a child process again and again, each time killed at another moment; the last time to its end.
+"""Runs a chain in child processes, each killed at another moment, and the last one to its end.
 
-`python killed.py FOLDER MOMENT ...`: a child for each moment, all forked from this process, which imports torch once.
+`python killed_chain.py FOLDER MOMENT ...`: a child for each moment, forked from this process, which has imported torch.
 """
 
 from __future__ import annotations
