@@ -1,4 +1,4 @@
-"""A second process that does jobs while this one does others; its progress bars are shown by this one."""
+"""A second process that runs jobs at the same time, with its progress bars and its errors shown by the first."""
 
 from __future__ import annotations
 
@@ -7,154 +7,148 @@ import os
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from hf_distill.cli.progress import Stages, quiet_libraries
 
 Job = Callable[..., Any]
-"""A function at the top level of a module. It is called with its arguments, and with `stages` by name."""
+"""A function at the top level of a module, called with its arguments and the keyword `stages`."""
 
 
 def cores() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_memory_mb() -> float | None:
-    """The most memory that this process held; None on a system that does not tell."""
+def peak_memory_mb(*, stages: Stages | None = None) -> float | None:
+    """Return the peak memory of this process, or None on Windows. Can be a `Job`."""
     if sys.platform == "win32":
         return None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts bytes, Linux KiB.
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # macOS counts bytes, Linux KiB
 
 
 class Jobs:
-    """Jobs that wait until this process, or the second one, is free to do them. Who does a job changes no result.
+    """Jobs that run in this process or in the second one, whichever is free. The results do not depend on which.
 
     Args:
-        second: whether there is a second process. It starts at once, and ends with the `with` block.
+        second: whether there is a second process. It starts at once and ends with the `with` block.
 
     Attributes:
-        second_peak_mb: the most memory that the second process held, known after `finish`; None where it is not.
+        second_peak_mb: the peak memory of the second process, known after `finish`.
     """
 
     def __init__(self, *, second: bool) -> None:
         self.second_peak_mb: float | None = None
-        self._waiting: SimpleQueue[tuple[Any, Job, tuple[Any, ...]] | None] = SimpleQueue()
+        self._waiting: deque[tuple[Any, Job, tuple[Any, ...]]] = deque()
         self._results: dict[Any, Any] = {}
-        self._second = _SecondProcess() if second else None
-        self._thread = ThreadPoolExecutor(1)
-        self._driven: Future[None] | None = None
+        self._running: list[Any] = []  # the name of the job in the second process, if it runs one
+        self._bars: list[tuple[AbstractContextManager[Any], Callable[[], None]]] = []
+        self._stages: Stages | None = None
+        self._receiving = False
+        self._process = None
+        if second:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, other = context.Pipe()
+            self._process = context.Process(target=_serve, args=(other,), daemon=True)
+            with _interrupts_blocked():  # Ctrl-C reaches all processes of a terminal, and only this one handles it
+                self._process.start()
+            other.close()
 
     def __enter__(self) -> Jobs:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._second is not None:
-            self._second.end()
-        self._waiting.put(None)
-        self._thread.shutdown()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._pipe.close()
 
     def add(self, name: Any, job: Job, *arguments: Any) -> None:
-        """Let a job wait; `name` is the key of its result."""
-        self._waiting.put((name, job, arguments))
+        """Add a job.
+
+        Args:
+            name: the key of its result.
+            job: the function.
+            arguments: its positional arguments.
+        """
+        self._waiting.append((name, job, arguments))
 
     def begin(self, stages: Stages) -> None:
-        """Let the second process take jobs from now on."""
-        if self._second is not None:
-            self._driven = self._thread.submit(self._drive, self._second, stages)
+        """Let the second process run jobs from now on, with its bars in `stages`."""
+        self._stages = stages
+        self.check()
 
     def check(self) -> None:
-        """Raise the error of the second process, if it has ended by one. Call it often."""
-        if self._driven is not None and self._driven.done():
-            self._driven.result()
+        """Show the progress of the second process, give it the next job, and raise its error. Call this often."""
+        if self._process is None or self._stages is None or self._receiving:  # a bar that moves calls it again
+            return
+        while self._running and self._pipe.poll():
+            self._receive(self._stages)
+        if not self._running and self._waiting:
+            self._send(*self._waiting.popleft())
 
     def finish(self, stages: Stages) -> dict[Any, Any]:
-        """Do the jobs that still wait, wait for the second process, and return every job's result by its name."""
-        while (given := self._next()) is not None:
-            name, job, arguments = given
+        """Run the remaining jobs, wait for the second process, and return the results of all jobs by name."""
+        while self._waiting:
+            name, job, arguments = self._waiting.popleft()
             self._results[name] = job(*arguments, stages=stages)
-        if self._driven is not None:
-            self._waiting.put(None)
-            self._driven.result()
+            self.check()
+        self._wait(stages)
+        if self._process is not None:
+            self._send("peak memory", peak_memory_mb, ())
+            self._wait(stages)
+            self.second_peak_mb = self._results.pop("peak memory")
         return self._results
 
-    def _next(self) -> tuple[Any, Job, tuple[Any, ...]] | None:
-        self.check()
+    def _send(self, name: Any, job: Job, arguments: tuple[Any, ...]) -> None:
+        self._running = [name]
+        self._pipe.send((job, arguments))
+
+    def _wait(self, stages: Stages) -> None:
+        while self._running:
+            self._receive(stages)
+
+    def _receive(self, stages: Stages) -> None:
+        """Handle a message of the second process: a movement of a bar, a result, or an error."""
         try:
-            return self._waiting.get_nowait()
-        except Empty:
-            return None
-
-    def _drive(self, second: _SecondProcess, stages: Stages) -> None:
-        """In a thread: hand jobs to the second process, one after the other."""
-        while (given := self._waiting.get()) is not None:
-            name, job, arguments = given
-            self._results[name] = second.do(job, arguments, stages)
-        self.second_peak_mb = second.do(_peak, (), stages)
-
-
-class _SecondProcess:
-    """The process, and this end of the pipe to it."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
-        with _interrupts_blocked():  # Ctrl-C reaches every process of a terminal; this one answers it
-            self._process.start()
-        other.close()
-
-    def do(self, job: Job, arguments: tuple[Any, ...], stages: Stages) -> Any:
-        """Return the result of the job, which is done over there; its errors are raised here."""
-        try:
-            self._pipe.send((job, arguments))
-            return self._result(stages)
+            message, *values = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
+            assert self._process is not None
             self._process.join(timeout=5)
             raise RuntimeError(
-                f"the second process has ended with exit code {self._process.exitcode}; -9 mostly means that memory "
-                "was short. Run with --processes 1."
+                f"the second process has ended with exit code {self._process.exitcode}; -9 mostly means too little "
+                "memory. Run with --processes 1."
             ) from error
+        self._receiving = True
+        try:
+            self._handle(message, values, stages)
+        finally:
+            self._receiving = False
 
-    def _result(self, stages: Stages) -> Any:
-        """Show the job's bars until it sends its result."""
-        bars: list[tuple[Any, Callable[[], None]]] = []
-        while True:
-            message, *values = self._pipe.recv()
-            if message == "begin":
-                name, total = values
-                bar = stages.stage(name, total=total)
-                bars.append((bar, bar.__enter__()))
-            elif message == "step":
-                bars[-1][1]()
-            elif message == "end":
-                bars.pop()[0].__exit__(None, None, None)
-            elif message == "error":
-                error, text = values
-                raise error from RuntimeError(f"in the second process:\n{text}")
-            else:
-                return values[0]
-
-    def end(self) -> None:
-        """End it, whatever it is doing."""
-        self._process.terminate()
-        self._process.join()
-        self._pipe.close()
+    def _handle(self, message: str, values: list[Any], stages: Stages) -> None:
+        if message == "begin":
+            bar = stages.stage(values[0], total=values[1])
+            self._bars.append((bar, bar.__enter__()))
+        elif message == "step":
+            self._bars[-1][1]()
+        elif message == "end":
+            self._bars.pop()[0].__exit__(None, None, None)
+        elif message == "error":
+            raise values[0] from RuntimeError(f"in the second process:\n{values[1]}")
+        else:
+            self._results[self._running.pop()] = values[0]
 
 
 class _RemoteStages(Stages):
-    """The other process's bars, for a job in this one."""
+    """Bars that the first process shows."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -167,13 +161,13 @@ class _RemoteStages(Stages):
 
 
 def _serve(pipe: Connection) -> None:
-    """In the second process: do jobs until the other end closes."""
+    """Run jobs in the second process until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)
     stages = _RemoteStages(pipe)
-    with quiet_libraries(), ThreadPoolExecutor(1) as thread:
+    with quiet_libraries(), ThreadPoolExecutor(1) as thread:  # the thread's future holds any error
         while True:
             try:
                 job, arguments = pipe.recv()
@@ -187,13 +181,9 @@ def _serve(pipe: Connection) -> None:
                 pipe.send(("error", error, "".join(traceback.format_exception(error))))
 
 
-def _peak(*, stages: Stages) -> float | None:
-    return peak_memory_mb()
-
-
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process that is started in here does not get SIGINT, where the system has masks of signals."""
+    """Block SIGINT for processes that start in this context, if the system has signal masks."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

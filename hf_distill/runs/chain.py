@@ -401,7 +401,8 @@ def _train(one: _PlannedLink, teacher: _Teacher, trainer_class: type[Distillatio
             "the student has adapters, and only the last link's may: its folder, from which the next link reads its "
             "teacher, holds only the adapters. Merge them, and continue in another chain."
         )
-    settings = {"teacher": teacher.name, "parameters": parameter_count(model)}
+    parameters = parameter_count(model)
+    settings = {"teacher": teacher.name, "parameters": parameters}
     record.check_unchanged(one.folder, "it", settings)
     _wait(one.args)
     if one.args.process_index == 0:
@@ -415,14 +416,14 @@ def _train(one: _PlannedLink, teacher: _Teacher, trainer_class: type[Distillatio
         resume_from_checkpoint=resume,
         **one.keywords,
     )
-    result = _measured(one, trained, **settings)
+    result = _measured(one, trained, teacher.name, parameters)
     if one.args.process_index == 0:
         record.write(one.folder, record.FINISHED, dataclasses.asdict(result))
     _wait(one.args)
     return result
 
 
-def _measured(one: _PlannedLink, trained: StagesResult, *, teacher: str, parameters: int) -> LinkResult:
+def _measured(one: _PlannedLink, trained: StagesResult, teacher: str, parameters: int) -> LinkResult:
     """Evaluate the saved student of a link."""
     trainer, missing, metrics, seconds = trained.trainer, {}, {}, None
     assert trainer is not None

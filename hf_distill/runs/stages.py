@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_distill._compat import forget_preparation
-from hf_distill._utils import random_state_kept, write_whole
+from hf_distill._utils import random_state_kept, write_text_whole
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
 from hf_distill.errors import HfDistillError, SettingError, did_you_mean
 from hf_distill.presets import Preset, Stage
 from hf_distill.runs import record
-from hf_distill.runs.results import StageResult, StagesResult
+from hf_distill.runs.results import How, StageResult, StagesResult
 from hf_distill.tasks import make_task
 from hf_distill.teachers import Teacher, as_teacher
 from hf_distill.teachers.load import find_tokenizer, load_teacher
@@ -322,7 +321,7 @@ def _run(
     if trainer.args.should_save:
         record.write(one.folder, record.BEGUN, settings)
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    how = "trained" if checkpoint is None else "resumed"
+    how: How = "trained" if checkpoint is None else "resumed"
     return StageResult(one.stage.name, one.folder, output, list(trainer.state.log_history), how)
 
 
@@ -347,7 +346,7 @@ def _save(trainer: DistillationMixin, one: PlannedStage, result: StageResult, *,
         trainer.save_model(final, _internal_call=True)
         card = Path(one.folder, CARD)
         if trainer.is_world_process_zero() and card.is_file():
-            write_whole(Path(final, CARD), lambda beside: shutil.copyfile(card, beside))
+            write_text_whole(Path(final, CARD), card.read_text(encoding="utf-8"))
     # Mixed precision wraps the forward, and the next stage wraps it again.
     forget_preparation(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
     trainer.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Jobs in two processes: results, bars, errors and interruptions come to the one that the user sees."""
+"""Jobs in two processes: the first one gets the results, bars, errors and interruptions of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.distributed.launch import ROOT, SERVER
 
 @pytest.fixture(autouse=True)
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second process is forked from one that has imported torch. (`spawn` is tried below, and slow.)"""
+    """Fork the second process from one that has imported torch. (A slow test below uses `spawn`.)"""
     monkeypatch.setattr(second_process.multiprocessing, "get_context", lambda kind: SERVER)
 
 
@@ -44,7 +44,7 @@ def dying(*, stages: Stages) -> None:
 
 
 def interrupted(*, stages: Stages) -> str:
-    """What Ctrl-C does to every process of a terminal."""
+    """Do what Ctrl-C does to every process of a terminal."""
     os.kill(os.getpid(), signal.SIGINT)
     return "goes on"
 
@@ -61,7 +61,7 @@ def run(jobs: Jobs, screen: Any = None) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_every_job_is_done_once_and_shows_its_bar(second: bool) -> None:
+def test_every_job_runs_once_and_shows_its_bar(second: bool) -> None:
     screen = io.StringIO()
     with Jobs(second=second) as jobs:
         for number in range(6):
@@ -75,19 +75,40 @@ def test_every_job_is_done_once_and_shows_its_bar(second: bool) -> None:
     assert all(f"squaring {number}" in shown for number in range(6)) and shown.count("2/2") == 6
 
 
-def test_an_error_over_there_is_raised_here_with_where_it_was() -> None:
+def many_steps(*, stages: Stages) -> None:
+    with stages.stage("many steps", total=1500) as advance:
+        for _ in range(1500):
+            advance()
+
+
+def test_progress_that_waits_to_be_shown() -> None:
+    """More steps than the depth of Python's stack: a bar that moves checks the second process again."""
+    screen = io.StringIO()
+    with Jobs(second=True) as jobs:
+        jobs.add("many", many_steps)
+        with show_stages(Console(file=screen, width=80)) as stages:
+            stages.at_each_step = jobs.check
+            jobs.begin(stages)
+            while not jobs._pipe.poll():
+                time.sleep(0.01)
+            time.sleep(0.5)
+            assert jobs.finish(stages) == {"many": None}
+    assert "1500/1500" in screen.getvalue()
+
+
+def test_an_error_of_the_second_process_is_raised_with_its_traceback() -> None:
     with Jobs(second=True) as jobs:
         jobs.add("bad", failing, DataError("no such text"))
         with pytest.raises(DataError, match="no such text") as raised, show_stages(Console(quiet=True)) as stages:
             stages.at_each_step = jobs.check
             jobs.begin(stages)
-            for _ in range(200):  # this process does not go on for long
+            for _ in range(200):  # this process soon stops
                 squared(3, stages=stages)
     assert "in the second process:" in str(raised.value.__cause__) and "def failing" not in str(raised.value)
     assert "in failing\n    raise error" in str(raised.value.__cause__)
 
 
-def test_a_process_that_was_killed_is_said_to_be() -> None:
+def test_a_killed_process_gives_an_error_with_its_exit_code() -> None:
     with Jobs(second=True) as jobs:
         jobs.begin(Stages(None))  # type: ignore[arg-type]  # no bar is shown
         jobs.add("dying", dying)
@@ -97,7 +118,7 @@ def test_a_process_that_was_killed_is_said_to_be() -> None:
                 time.sleep(0.01)
 
 
-def test_an_interrupt_is_for_the_first_process() -> None:
+def test_only_the_first_process_handles_interrupts() -> None:
     with Jobs(second=True) as jobs:
         jobs.begin(Stages(None))  # type: ignore[arg-type]  # no bar is shown
         jobs.add("job", interrupted)
@@ -107,13 +128,13 @@ def test_an_interrupt_is_for_the_first_process() -> None:
         assert jobs.finish(Stages(None)) == {"job": "goes on"}  # type: ignore[arg-type]  # the same
 
 
-def test_leaving_ends_the_second_process_whatever_it_does() -> None:
+def test_leaving_the_context_ends_the_second_process() -> None:
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Jobs(second=True) as jobs:
         jobs.add("long", sleeping)
         jobs.begin(Stages(None))  # type: ignore[arg-type]  # no bar is shown
-        assert jobs._second is not None
-        process = jobs._second._process
+        process = jobs._process
+        assert process is not None
         time.sleep(0.2)
         raise KeyboardInterrupt
     assert not process.is_alive() and time.monotonic() - begin < 100
