@@ -1,1 +1,1 @@
-"""The command line: `hf-distill`. Owns no logic of distillation; it only calls the library."""
+"""The command line, `hf-distill`, which only calls the library."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hf_distill.cli.dataset import add_dataset_arguments, load_dataset, resumable
+from hf_distill.cli.dataset import HelpFormatter, add_dataset_arguments, load_dataset, resumable
 from hf_distill.errors import SettingError
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _add_build(kinds: argparse._SubParsersAction[Any]) -> None:
-    build = kinds.add_parser(
-        "build",
-        help="run the teacher on every example",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    build = kinds.add_parser("build", help="run the teacher on every example", formatter_class=HelpFormatter)
     build.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of the model")
     add_dataset_arguments(build)
     build.add_argument("folder", type=Path, metavar="CACHE", help="the folder to fill")
@@ -70,7 +66,7 @@ def _add_build(kinds: argparse._SubParsersAction[Any]) -> None:
         "--hidden",
         type=int,
         nargs="+",
-        default=[],
+        default=argparse.SUPPRESS,
         metavar="BLOCK",
         help="also store the hidden states of these blocks, counted from 0, for objectives that match them; "
         "-1 is the embeddings",
@@ -172,7 +168,7 @@ def _build_cache(arguments: argparse.Namespace, console: Console) -> TeacherCach
     from hf_distill.teachers import BuildOptions, KeepActivations, TeacherCache
     from hf_distill.teachers.load import find_tokenizer
 
-    hidden = [("hidden", block) for block in arguments.hidden]
+    hidden = [("hidden", block) for block in vars(arguments).get("hidden", ())]
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
         return TeacherCache.build(
@@ -210,7 +206,7 @@ def _tokenized(data: Dataset, tokenizer: Any, arguments: argparse.Namespace) -> 
         raise SettingError(f"--text-column: there is no column {', '.join(missing)}. The dataset has {columns}.")
     if tokenizer is None:
         raise SettingError(
-            f"--text-column: there is no tokenizer in {arguments.teacher!r}. Save it there, or give a tokenized dataset."
+            f"--text-column: there is no tokenizer in {arguments.teacher!r}. Save it there, or tokenize the dataset."
         )
     return data.map(
         lambda rows: tokenizer(*(rows[name] for name in wanted), truncation=True, max_length=arguments.max_length),

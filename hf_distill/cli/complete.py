@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_distill.cli.dataset import add_dataset_arguments, load_dataset, resumable
+from hf_distill.cli.dataset import HelpFormatter, add_dataset_arguments, load_dataset, resumable
 
 
 def add_command(commands: argparse._SubParsersAction[Any]) -> None:
@@ -19,7 +19,7 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
         description="Writes a folder with a teacher's answers to every prompt of a dataset: an ordinary dataset, for "
         "sequence-level distillation. To continue an interrupted run, give the same command again. For several "
         "processes: accelerate launch -m hf_distill.cli.main complete ...",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("teacher", metavar="TEACHER", help="folder or Hub id of a model that generates text")
     add_dataset_arguments(parser)

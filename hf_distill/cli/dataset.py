@@ -1,4 +1,4 @@
-"""The dataset that a command names: a file, a folder, or a Hub id; and interruptions of a folder's build."""
+"""What the commands share: the dataset that they name, help with defaults, and interruptions of a build."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _KINDS = ", ".join(_READERS)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""The `hf-distill` command: finds the subcommand, prints errors as one line. No work of its own.
+"""The `hf-distill` command: calls a subcommand and prints errors in a line.
 
-Help, `--version` and mistyped commands must not wait for torch: this file and what it imports at the top are light,
-and a subcommand imports what it works with when it runs.
+Help, `--version` and mistyped commands must not wait for torch. So this file imports only light modules at the top, and
+a subcommand imports the rest when it runs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 from hf_distill import __version__
 from hf_distill.cli import cache, complete
+from hf_distill.cli.dataset import EXIT_INTERRUPTED, HelpFormatter
 from hf_distill.errors import HfDistillError
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 DEFAULT_OUTPUT = "hf-distill-quickstart"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and name the word that may have been meant."""
+    """A parser whose errors are one line, with the nearest known word."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
@@ -44,7 +44,7 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """All options of a parser and of its subcommands."""
+    """Yield all options of a parser and its subcommands."""
     for action in parser._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
@@ -53,7 +53,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command's parser; a subcommand sets `run`, which takes the parsed arguments."""
+    """Return the parser of the command. A subcommand sets `run`, a function of the parsed arguments."""
     parser = _Parser(
         prog="hf-distill",
         description="Distil a large fine-tuned model into a small one. "
@@ -67,27 +67,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_quickstart(commands: Any) -> None:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def _add_quickstart(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
         "quickstart",
         help="distil a small model on this machine's own text: offline, in minutes",
-        description="Reads the documentation strings of the Python standard library, trains a "
-        "teacher to tell which package a paragraph is about, then the same small student without "
-        "and with that teacher. Prints a table; leaves the students, a report, a plot and a model "
-        "card. Downloads nothing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Reads the documentation strings of the Python standard library, trains a teacher that predicts "
+        "the package of a paragraph, then the same small student without and with that teacher. Prints a table; leaves "
+        "the students, a report, a plot and a model card. Downloads nothing.",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, default=Path(DEFAULT_OUTPUT), help="where the results go")
     parser.add_argument("--seed", type=_seed, default=0, help="the first seed; the others follow it")
     parser.add_argument(
-        "--processes", type=int, choices=(1, 2), help="models that are trained at a time; 2 where there are two cores"
+        "--processes", type=int, choices=(1, 2), help="models that are trained at a time; default: 2 on several cores"
     )
     parser.add_argument("--fast", action="store_true", help="a shorter run with fewer seeds and weaker models")
     parser.set_defaults(run=_run_quickstart)
 
 
 def _seed(text: str) -> int:
-    """A seed that numpy takes too, with room for the seeds after it."""
+    """Return a seed that is also valid for NumPy, as are the seeds after it."""
     value = int(text)
     if not 0 <= value < 2**32 - 10:
         raise argparse.ArgumentTypeError(f"{value} is not between 0 and 2**32 - 11")
@@ -101,7 +100,7 @@ def _run_quickstart(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, 2 for what the user can mend, 130 when stopped."""
+    """Run the command and return its exit code: 0, 2 for an error of the user, or 130 for an interruption."""
     parsed = make_parser().parse_args(arguments)
     try:
         parsed.run(parsed)

@@ -1,24 +1,23 @@
-"""One progress bar a stage, in the terminal; and other libraries' own bars and logs kept quiet."""
+"""A progress bar for each stage, and no bars or logs of other libraries."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import datasets
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class Stages:
-    """A list of bars that grows by one a stage; a finished stage's bar stays.
+    """The bars of all stages, also of finished ones.
 
     Attributes:
-        at_each_step: called whenever a bar moves; what it raises ends the stage.
+        at_each_step: a function that is called whenever a bar moves; its error ends the stage.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -27,7 +26,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str, *, total: int) -> Iterator[Callable[[], None]]:
-        """A bar of `total` steps; call what this yields after each of them."""
+        """Show a bar of `total` steps, and yield a function that advances it by a step."""
         task = self._progress.add_task(name, total=total)
 
         def advance() -> None:
@@ -37,44 +36,36 @@ class Stages:
         yield advance
         self._progress.update(task, completed=total)
 
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        self._progress.console.print(text, highlight=False)
-
 
 @contextmanager
 def show_stages(console: Console) -> Iterator[Stages]:
-    """Bars on this console until the block ends."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    """Show bars on this console inside the context."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         yield Stages(progress)
 
 
 class StepBar(TrainerCallback):
-    """Moves a bar by one at each optimizer step of a Trainer."""
+    """Advances a bar at each optimizer step of a Trainer."""
 
     def __init__(self, advance: Callable[[], None]) -> None:
         self._advance = advance
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._advance()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the logs, warnings and bars of transformers and datasets, which come back after."""
-    verbosity = transformers.utils.logging.get_verbosity()
-    of_datasets = datasets.logging.get_verbosity()
-    bars = datasets.are_progress_bars_disabled()
+    """Silence the logs, warnings and bars of transformers and datasets inside the context."""
+    verbosity, bars_disabled = transformers.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets_verbosity = datasets.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also logs the errors that it raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,6 +73,6 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()
-        datasets.logging.set_verbosity(of_datasets)
-        if not bars:
+        datasets.logging.set_verbosity(datasets_verbosity)
+        if not bars_disabled:
             datasets.enable_progress_bars()

@@ -1,7 +1,6 @@
 """Paragraphs of the standard library's documentation strings, labelled with their package.
 
-Reads source files with `ast` and imports none of them. Covers reading, cleaning and splitting; what
-becomes of the paragraphs (tokens, batches) is `quickstart_data.py`'s business.
+The source files are parsed and not imported.
 """
 
 import ast
@@ -27,7 +26,7 @@ _TRAIN_BELOW, _VALIDATION_BELOW = 0.75, 0.85
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph of a documentation string, and the index of the package it comes from."""
+    """A paragraph of a documentation string, with the index of its package."""
 
     text: str
     label: int
@@ -35,7 +34,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three disjoint lists of paragraphs, and the package names that their labels index."""
+    """Three disjoint lists of paragraphs, and the names of the packages in the order of the labels."""
 
     packages: tuple[str, ...]
     train: tuple[Paragraph, ...]
@@ -44,13 +43,18 @@ class Corpus:
 
 
 def read_stdlib_corpus(*, root: Path | None = None, packages: int = 16, min_words: int = 6) -> Corpus:
-    """Read the documentation of the `packages` largest packages under `root`.
+    """Return the documentation of the largest packages.
 
-    A paragraph is kept once; one that two packages share has no single label and is left out. The
-    split depends on the paragraph's words alone, so the test paragraphs are the same in every run
-    and for every seed.
+    A paragraph occurs once, and not at all if two packages share it. Its split depends only on its words, so the test
+    paragraphs are the same in every run and for every seed.
 
-    Raises `DataError` where there are too few packages, as on a Python without its sources.
+    Args:
+        root: the folder of the packages, or None for the standard library.
+        packages: the number of packages.
+        min_words: the minimum number of words of a paragraph.
+
+    Raises:
+        DataError: if there are too few packages, as in a Python without source files.
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     owners: dict[str, set[str]] = {}
@@ -65,8 +69,8 @@ def read_stdlib_corpus(*, root: Path | None = None, packages: int = 16, min_word
     sizes = Counter(labelled.values())
     if len(sizes) < packages:
         raise DataError(
-            f"{folder}: documentation of {len(sizes)} packages found, {packages} are needed. "
-            "Run with a Python whose standard library comes with its source files."
+            f"{folder}: documentation of {len(sizes)} packages found, {packages} are needed. Use a Python whose "
+            "standard library has source files."
         )
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:packages]
     names = tuple(sorted(largest))
@@ -80,7 +84,7 @@ def read_stdlib_corpus(*, root: Path | None = None, packages: int = 16, min_word
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, and the collector takes as long to look at them as all else here."""
+    """Disable the garbage collector, which would double the time: syntax trees hold no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -91,7 +95,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def split_of(words: str) -> str:
-    """The split of a paragraph, from a hash of its words.
+    """Return the split of a paragraph, from a hash of its words.
 
     >>> split_of("return the number of items")
     'train'
@@ -104,7 +108,7 @@ def split_of(words: str) -> str:
 
 
 def _words(text: str) -> str:
-    """What makes two paragraphs the same: the words in lower case, without marks or spacing."""
+    """Return the words in lower case, without punctuation, to compare paragraphs."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -121,16 +125,13 @@ def _paragraphs(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the documentation strings of one file; nothing where it does not parse.
-
-    The standard library ships a few files with deliberate errors, for its own tests.
-    """
+    """Yield the documentation strings of a file, or none if it has a syntax error, as some test files have."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
     nodes: deque[ast.AST] = deque([tree])
-    while nodes:  # in the order of `ast.walk`, which would look into every expression too, at twice the time
+    while nodes:  # in the order of `ast.walk`, which would also visit all expressions, in twice the time
         node = nodes.popleft()
         nodes.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS))
         if isinstance(node, _DOCUMENTED):

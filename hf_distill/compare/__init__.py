@@ -1,7 +1,4 @@
-"""Was it worth it: quality, size, speed and agreement of students beside their teacher; the report.
-
-Measures models that are already trained. Trains nothing and knows no Trainer.
-"""
+"""Comparing trained students with their teacher: quality, size, speed, agreement, and a report."""
 
 from hf_distill.compare.latency import Latency, measure_latency
 from hf_distill.compare.machine import Machine, parameter_count, size_mb, this_machine

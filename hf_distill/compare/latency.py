@@ -1,4 +1,4 @@
-"""Milliseconds a forward call takes, with the models' calls interleaved. No energy."""
+"""The latency of forward calls, with the calls of all models interleaved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from hf_distill.errors import SettingError
 
 MIN_CALLS = 50
-"""Fewer calls than this make a 95th percentile of two or three of them."""
+"""With fewer calls the 95th percentile would depend on two or three of them."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Percentiles over single calls, and what they were measured with."""
+    """Percentiles of single forward calls, and how they were measured."""
 
     latency_ms_p50: float
     latency_ms_p95: float
@@ -36,25 +36,27 @@ def measure_latency(
     warmup_calls: int = 20,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Latency]:
-    """Time `calls` forward calls of each model, in evaluation mode and without gradient.
+    """Return the latency of each model in evaluation mode, without gradients.
 
-    Every model sees the same batches, in turn: whatever else the machine does in the meantime falls
-    on all of them. The first model of a turn changes, so none always runs with a cold cache. Models
-    keep the mode (training, evaluation) that they came with.
+    All models get each batch in turn, so that other work of the machine affects all of them, and the first model of a
+    turn changes, so that none always runs with a cold cache. Models keep their mode (training or evaluation).
 
     Args:
-        models: name to model; each batch must already be on their device.
-        batches: inputs without labels, used in turn; all of one batch size.
-        calls: timed calls a model, at least 50.
-        warmup_calls: untimed calls a model before those.
-        clock: nanoseconds, monotonic.
+        models: the models by name.
+        batches: inputs without labels, on the models' device and of the same size; they are used in turn.
+        calls: timed calls for each model, at least 50.
+        warmup_calls: untimed calls for each model before.
+        clock: a monotonic clock in nanoseconds.
 
     Raises:
-        SettingError: fewer than 50 calls, no batch, or batches of different sizes.
+        SettingError: if there are fewer than 50 calls, no batches, or batches of different sizes.
     """
-    batch_size = _common_batch_size(batches)
+    sizes = {next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in batches}
+    if len(sizes) != 1:
+        raise SettingError(f"batches of sizes {sorted(sizes)}: latency needs one or more batches of the same size.")
+    (batch_size,) = sizes
     if calls < MIN_CALLS:
-        raise SettingError(f"calls={calls}: at least {MIN_CALLS} are needed for a 95th percentile.")
+        raise SettingError(f"calls={calls}: a 95th percentile needs at least {MIN_CALLS}.")
     names = list(models)
     nanoseconds: dict[str, list[int]] = {name: [] for name in names}
     modes = {name: model.training for name, model in models.items()}
@@ -72,7 +74,7 @@ def measure_latency(
     finally:
         for name, model in models.items():
             model.train(modes[name])
-    return {name: _summarise(taken, batch_size) for name, taken in nanoseconds.items()}
+    return {name: _summary(times, batch_size) for name, times in nanoseconds.items()}
 
 
 def _time_call(model: nn.Module, batch: Mapping[str, Any], clock: Callable[[], int]) -> int:
@@ -84,24 +86,11 @@ def _time_call(model: nn.Module, batch: Mapping[str, Any], clock: Callable[[], i
 
 
 def _finish_queued_work(batch: Mapping[str, Any]) -> None:
-    """An accelerator works behind the clock's back: wait for it."""
+    """Wait for an accelerator, which works asynchronously."""
     if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in batch.values()):
         torch.accelerator.synchronize()
 
 
-def _summarise(nanoseconds: list[int], batch_size: int) -> Latency:
-    p50, p95 = np.percentile(np.asarray(nanoseconds) / 1e6, [50, 95])
-    return Latency(
-        latency_ms_p50=float(p50),
-        latency_ms_p95=float(p95),
-        calls=len(nanoseconds),
-        batch_size=batch_size,
-        threads=torch.get_num_threads(),
-    )
-
-
-def _common_batch_size(batches: Sequence[Mapping[str, Any]]) -> int:
-    sizes = {next(value.shape[0] for value in batch.values() if isinstance(value, Tensor)) for batch in batches}
-    if len(sizes) != 1:
-        raise SettingError(f"batches of sizes {sorted(sizes)}: latency needs one or more batches of one size.")
-    return int(sizes.pop())
+def _summary(nanoseconds: list[int], batch_size: int) -> Latency:
+    p50, p95 = np.percentile(np.asarray(nanoseconds) / 1e6, [50, 95]).tolist()
+    return Latency(p50, p95, len(nanoseconds), batch_size, torch.get_num_threads())

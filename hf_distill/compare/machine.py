@@ -1,20 +1,19 @@
-"""What the numbers were measured on: cores, threads, versions. No name, user or path."""
+"""The facts of a machine, without names, users or paths; and the size of a model."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine facts of a report."""
+    """The facts of a machine that matter to measurements."""
 
     cpu_cores: int | None
     torch_threads: int
@@ -26,7 +25,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The facts of the machine that runs this."""
+    """Return the facts of this machine."""
     return Machine(
         cpu_cores=os.cpu_count(),
         torch_threads=torch.get_num_threads(),
@@ -39,7 +38,7 @@ def this_machine() -> Machine:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The number of parameters, each counted once however many names it has.
+    """Return the number of parameters, counting shared ones once.
 
     >>> parameter_count(nn.Linear(3, 2))
     8
@@ -48,21 +47,17 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def size_mb(model: nn.Module) -> float:
-    """Megabytes (10^6 bytes) of what a checkpoint holds: parameters and persistent buffers.
+    """Return the size of a checkpoint in megabytes (10^6 bytes): parameters and persistent buffers, without the header.
 
-    Tied tensors count once. The few bytes of names in the file's header are left out.
+    Tied tensors count once.
 
     >>> size_mb(nn.Linear(1000, 250, bias=False))
     1.0
     """
-    return sum(tensor.numel() * tensor.element_size() for tensor in _stored(model)) / 1e6
-
-
-def _stored(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield buffer
+    buffers = {
+        id(buffer): buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *buffers.values())) / 1e6

@@ -1,4 +1,4 @@
-"""Accuracy against latency, as a picture: a point a model, error bars over seeds, names and numbers in a legend."""
+"""A plot of accuracy against latency: a point for each model, error bars over seeds, and a legend with the numbers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from hf_distill._utils import write_whole
 from hf_distill.compare.report import ModelResult, Report
 from hf_distill.errors import DataError, require
 
-# Okabe and Ito's colours, told apart by most colour-blind readers.
+# Okabe and Ito's colours, which most colour-blind readers can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 
 
 def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw the report's models into an image file; the suffix says its format.
+    """Plot the models of a report. No backend, style or current figure of matplotlib changes.
 
-    A model without accuracy or latency is left out, and the picture says so. Draws on a canvas of
-    its own: no backend, style or current figure of matplotlib changes.
+    A model without accuracy or latency is left out, and named in the legend.
 
-    Raises `MissingExtraError` without matplotlib, `DataError` when no model has both numbers.
+    Args:
+        report: the report.
+        path: the image file; its suffix determines the format.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        DataError: if no model has both numbers.
     """
     backend = require("matplotlib.backends.backend_agg", extra="report")
     figures = require("matplotlib.figure", extra="report")
-    shown = [r for r in report.results if _is_complete(r)]
+    shown = [r for r in report.results if r.accuracy_share_mean is not None and r.latency_ms_p50 is not None]
     if not shown:
         raise DataError("no result has both an accuracy and a latency: there is nothing to plot.")
     figure = figures.Figure(figsize=(7, 4.8), dpi=144, layout="constrained")
@@ -44,17 +49,15 @@ def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) 
     absent = [r.name for r in report.results if r not in shown]
     if absent:
         axes.plot([], [], linestyle="none", label="not measured: " + ", ".join(absent))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")  # names at points would collide
+    figure.legend(
+        loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+    )  # names next to the points would overlap
     target = Path(path)
     write_whole(target, lambda beside: figure.savefig(beside, format=target.suffix.lstrip(".")))
 
 
-def _is_complete(result: ModelResult) -> bool:
-    return result.accuracy_share_mean is not None and result.latency_ms_p50 is not None
-
-
 def _accuracies(shown: Sequence[ModelResult]) -> tuple[float, float]:
-    """The part of the axis from 0 to 1 where the models are, error bars included."""
+    """Return the ends of the axis, between 0 and 1, so that it holds all models with their error bars."""
     ends = [
         mean + sign * (r.accuracy_share_spread or 0.0)
         for r in shown
@@ -78,7 +81,7 @@ def _draw_point(axes: Any, result: ModelResult, place: int) -> None:
         yerr=spread,
         fmt=_MARKERS[place % len(_MARKERS)],
         color=colour,
-        fillstyle="none",  # models of one size and one accuracy lie over each other
+        fillstyle="none",  # markers of equal models overlap
         capsize=4,
         label=f"{result.name}: {accuracy}",
     )

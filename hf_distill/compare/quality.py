@@ -1,4 +1,4 @@
-"""Accuracy, agreement, and the spread over seeds. Plain numbers in, plain numbers out."""
+"""Accuracy, agreement, and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_distill.errors import DataError, SettingError
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over runs, and the sample standard deviation (None for a single run)."""
+    """A mean over runs, and the sample standard deviation, which is None for a single run."""
 
     mean: float
     spread: float | None
@@ -23,7 +23,7 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation (divisor n - 1) of one number a seed.
+    """Return the mean and the sample standard deviation (divisor n - 1) of a number for each seed.
 
     >>> spread_of([0.25, 0.75]).mean, round(spread_of([0.25, 0.75]).spread, 4)
     (0.5, 0.3536)
@@ -31,23 +31,21 @@ def spread_of(values: Sequence[float]) -> Spread:
     Spread(mean=0.5, spread=None, runs=1)
     """
     if not values:
-        raise DataError("no value: a mean needs at least one run.")
+        raise DataError("spread_of: a mean needs at least one run.")
     spread = statistics.stdev(values) if len(values) > 1 else None
     return Spread(mean=statistics.fmean(values), spread=spread, runs=len(values))
 
 
 def share_equal(predicted: Sequence[str], reference: Sequence[str]) -> float:
-    """The share of examples where two lists of labels say the same.
-
-    Against the true labels that is the accuracy; against the teacher's, the agreement with it.
+    """Return the share of examples with equal labels: the accuracy for true labels, the agreement for a teacher's.
 
     >>> share_equal(["cat", "dog", "cat", "cow"], ["cat", "dog", "dog", "cow"])
     0.75
     """
     if len(predicted) != len(reference) or not reference:
         raise DataError(
-            f"{len(predicted)} predictions against {len(reference)} references: two lists of the "
-            "same length, at least 1, are needed."
+            f"{len(predicted)} predictions and {len(reference)} references: give two lists of the same length, at "
+            "least 1."
         )
     return sum(a == b for a, b in zip(predicted, reference, strict=True)) / len(reference)
 
@@ -55,12 +53,17 @@ def share_equal(predicted: Sequence[str], reference: Sequence[str]) -> float:
 def predicted_labels(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, label_column: str = "labels"
 ) -> list[str]:
-    """Label names in the order of the batches, in evaluation mode and without gradient.
+    """Return the name of the predicted label of each example.
 
-    Names rather than indices, so that a student and a teacher that order their labels differently
-    can be compared. The model keeps the mode that it came with.
+    Names can be compared even if student and teacher order their labels differently. The model keeps its mode.
 
-    Raises `SettingError` when the head gives something other than one row of logits an example.
+    Args:
+        model: a sequence classifier.
+        batches: inputs on the model's device.
+        label_column: a column that is not passed to the model.
+
+    Raises:
+        SettingError: if the head does not give a row of logits for each example.
     """
     names: list[str] = []
     mode = model.training
@@ -73,8 +76,8 @@ def predicted_labels(
                 logits = model(**inputs).logits
                 if logits.dim() != 2:
                     raise SettingError(
-                        f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}: "
-                        "labels are read from one row an example, [b v]."
+                        f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}, and labels are read from "
+                        "a row for each example, [b v]."
                     )
                 names += [id2label[index] for index in logits.argmax(-1).tolist()]
     finally:

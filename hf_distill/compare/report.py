@@ -1,7 +1,7 @@
-"""The report of a comparison: its fields, to JSON text and back. Writes no file, draws no table.
+"""The report of a comparison, and its JSON text.
 
-Every number carries its unit in its name; a share is between 0 and 1. A number not measured
-is None, and `not_measured` says why.
+Every number has its unit in its name; a share is between 0 and 1. A number that was not measured is None, and
+`not_measured` has the reason.
 """
 
 from __future__ import annotations
@@ -18,51 +18,46 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One row of the comparison: a model, or the same model trained with several seeds.
+    """The results of a model, or of the same model trained with several seeds.
 
-    Size and latency are those of one of the runs; accuracy and agreement are over all of them.
+    Size and latency are those of one of the runs; accuracy and agreement are over all runs. Spreads are sample standard
+    deviations. `speed_up_times` is the teacher's `latency_ms_p50` divided by the model's, and `agreement_share_mean`
+    the share of test examples with the teacher's prediction.
     """
 
     name: str
     accuracy_share_mean: float | None
     accuracy_share_spread: float | None
-    """The sample standard deviation over `accuracy_share_runs`."""
     accuracy_share_runs: tuple[float, ...]
     parameters: int | None
     size_mb: float | None
     latency_ms_p50: float | None
     latency_ms_p95: float | None
     speed_up_times: float | None
-    """The teacher's `latency_ms_p50` divided by this model's."""
     agreement_share_mean: float | None
-    """The share of test examples on which it predicts what the teacher predicts."""
     agreement_share_spread: float | None
-    not_measured: dict[str, str] = field(default_factory=dict)
-    """Field name to the reason why it is None."""
+    not_measured: dict[str, str] = field(default_factory=dict)  # the reason for each field that is None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "accuracy_share_runs", tuple(self.accuracy_share_runs))
         missing = {name for name, value in vars(self).items() if value is None}
         if missing != set(self.not_measured):
             raise SettingError(
-                f"{self.name}: {sorted(missing)} are None, but not_measured gives reasons for "
-                f"{sorted(self.not_measured)}. Every None needs its reason, and nothing else one."
+                f"{self.name}: {sorted(missing)} are None, and not_measured gives reasons for "
+                f"{sorted(self.not_measured)}. These must be the same."
             )
 
 
 @dataclass(frozen=True)
 class Report:
-    """A whole comparison: students before their teacher."""
+    """A comparison of models, students before their teacher."""
 
     title: str
     results: tuple[ModelResult, ...]
     machine: Machine
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What was compared and how: plain JSON values, units in the names."""
-    cost: dict[str, float] = field(default_factory=dict)
-    """What making it took: `seconds_total`, `peak_memory_mb`; a name that is absent is unknown."""
-    notes: tuple[str, ...] = ()
-    """Sentences for the reader: what was held out, what falls short."""
+    settings: dict[str, Any] = field(default_factory=dict)  # JSON values with their units in the names
+    cost: dict[str, float] = field(default_factory=dict)  # `seconds_total`, `peak_memory_mb`, if known
+    notes: tuple[str, ...] = ()  # sentences for the reader
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -70,29 +65,33 @@ class Report:
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def result(self, name: str) -> ModelResult:
-        """The row of that name; `SettingError` lists the names when there is none."""
+        """Return the result with this name.
+
+        Raises:
+            SettingError: if there is none.
+        """
         for result in self.results:
             if result.name == name:
                 return result
-        raise SettingError(f"no result {name!r}; there are {[r.name for r in self.results]}.")
+        raise SettingError(f"no result {name!r}; there are {[result.name for result in self.results]}.")
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `to_json` wrote.
+        """Return the report that `to_json` wrote.
 
-        Raises `DataError` for text that is no report, or one of another schema version.
+        Raises:
+            DataError: if the text is not a report, or has another schema version.
         """
         try:
             raw = json.loads(text)
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise DataError(
-                    f"report schema version {version}; this release reads {SCHEMA_VERSION}. "
-                    "Use the release of hf-distill that wrote the report."
+                    f"report schema version {version}; this release reads {SCHEMA_VERSION}. Use the release that wrote it."
                 )
             raw["machine"] = Machine(**raw["machine"])
             raw["results"] = tuple(ModelResult(**result) for result in raw["results"])

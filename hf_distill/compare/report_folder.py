@@ -1,4 +1,4 @@
-"""A report's place on disk: report.json and report.md, written whole, and read back."""
+"""The files of a report: report.json and report.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
 
 
 def read_report(folder: str | os.PathLike[str]) -> Report:
-    """The report in `folder`; `DataError` when there is none or it is not one."""
+    """Return the report in `folder`.
+
+    Raises:
+        DataError: if there is none, or the file is not a report.
+    """
     path = Path(folder, JSON_NAME)
     if not path.is_file():
         raise DataError(f"no {JSON_NAME} in {folder}. Give the folder that a comparison wrote.")

@@ -1,4 +1,4 @@
-"""The dataset that a command names: files, folders and ids, and what is said where there is none."""
+"""The dataset that a command names: files, folders and ids, and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
+from hf_distill.cli.dataset import add_dataset_arguments, load_dataset
 from hf_distill.cli.main import main
 from hf_distill.errors import DataError, SettingError
 from hf_distill.teachers.cache.build import CachePass
@@ -30,7 +30,7 @@ def cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path) -> str:
-    """The rows as a file of the kind that the name ends with."""
+    """Write the rows as a file of the kind of its suffix, and return its name."""
     path.parent.mkdir(exist_ok=True)
     if path.suffix in (".csv", ".tsv"):
         with path.open("w", newline="") as file:
@@ -47,7 +47,7 @@ def write(path: Path) -> str:
 def named(*arguments: str) -> Any:
     parser = argparse.ArgumentParser()
     add_dataset_arguments(parser)
-    return dataset_of(parser.parse_args(arguments))
+    return load_dataset(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.tsv", "a.json", "a.jsonl", "a.parquet"])
@@ -75,13 +75,13 @@ def test_folders_of_files_and_of_save_to_disk(tmp_path: Path) -> None:
         ("train.csv", None, DataError, "dataset '.*train.csv': there is no such file or folder.$"),
         ("./data", None, DataError, "there is no such file or folder.$"),
         ("a/b/c", None, DataError, "dataset 'a/b/c': there is no such file or folder.$"),
-        ("a.xlsx", "x", SettingError, r"a file of this kind is not read. Allowed: .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.xlsx", "x", SettingError, r"the suffix is unknown. Allowed: .csv, .tsv, .json, .jsonl, .parquet"),
         ("empty.csv", "", DataError, "cannot be read as csv: No columns to parse from file"),
         ("bad.json", "{", DataError, "bad.json' cannot be read as json: "),
         ("some-org/nope", None, DataError, "'some-org/nope', split 'train': there is no such file or folder, and as a"),
     ],
 )
-def test_what_is_no_dataset(
+def test_invalid_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, error: Any, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +91,7 @@ def test_what_is_no_dataset(
         named(name)
 
 
-def test_a_file_beside_it_may_have_been_meant(tmp_path: Path) -> None:
+def test_the_error_suggests_a_file_with_a_similar_name(tmp_path: Path) -> None:
     write(tmp_path / "train.csv")
     with pytest.raises(DataError, match=r"no such file or folder. Did you mean '.*/train.csv'\?"):
         named(str(tmp_path / "trian.csv"))
@@ -100,7 +100,7 @@ def test_a_file_beside_it_may_have_been_meant(tmp_path: Path) -> None:
         named(str(tmp_path / "folder"))
 
 
-def test_ctrl_c_in_a_cache_build_says_what_is_kept(
+def test_ctrl_c_in_a_cache_build_shows_how_much_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     bert(seed=1, vocab_size=40).save_pretrained(tmp_path / "teacher")
@@ -116,7 +116,7 @@ def test_ctrl_c_in_a_cache_build_says_what_is_kept(
     assert "TeacherCache(6 examples" in capsys.readouterr().out
 
 
-def test_ctrl_c_in_complete_says_what_is_kept(
+def test_ctrl_c_in_complete_shows_how_much_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     HEADS["llama_causal_lm"].make(2).save_pretrained(tmp_path / "teacher")
@@ -126,25 +126,25 @@ def test_ctrl_c_in_complete_says_what_is_kept(
     command += ["--max-new-tokens", "1", "--batch-size", "512"]
     write_shard = ShardedPass.write_shard
     monkeypatch.setattr(ShardedPass, "write_shard", _interrupted(write_shard, at=2))
-    said = stopped(command, capsys)
+    message = stopped(command, capsys)
     kept = sum(json.loads(receipt.read_text())["rows"] for receipt in (tmp_path / "made").glob("shard-*.json"))
-    assert 0 < kept < 520 and said.startswith("Stopped. ") and f"{kept} " in said and "are kept in" in said
+    assert 0 < kept < 520 and message.startswith("Stopped. ") and f"{kept} " in message and "are kept in" in message
     monkeypatch.setattr(ShardedPass, "write_shard", write_shard)
     assert main(command) == 0
     assert "520 answers in" in capsys.readouterr().out
 
 
 def stopped(command: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The beginning of the last message of a command that is interrupted."""
+    """Return the beginning of the last message of an interrupted command."""
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert stop.value.code == 130
-    said = " ".join(capsys.readouterr().out.split())
-    return re.search("Stopped.*", said)[0][:80]
+    printed = " ".join(capsys.readouterr().out.split())
+    return re.search("Stopped.*", printed)[0][:80]
 
 
 def _interrupted(method: Any, *, at: int) -> Any:
-    """Ctrl-C at the call of this number."""
+    """Return the method with a Ctrl-C at its call of this number."""
     calls = []
 
     def called(*arguments: Any, **named: Any) -> Any:

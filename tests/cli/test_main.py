@@ -1,4 +1,4 @@
-"""The command: help, version, errors as one line; and one tiny quickstart from end to end."""
+"""The command: help, version, errors in a line; and a whole tiny quickstart."""
 
 import io
 import re
@@ -50,7 +50,7 @@ def test_version(capsys):
     assert re.fullmatch(r"hf-distill (\d+\.\d+\.\S+|unknown \(.+\))\n", capsys.readouterr().out)
 
 
-def test_an_error_of_ours_is_one_line_and_code_2(tmp_path, capsys):
+def test_an_error_is_one_line_with_exit_code_2(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["quickstart", "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_an_error_of_ours_is_one_line_and_code_2(tmp_path, capsys):
     assert "thesis.tex" in error and "--output-dir" in error
 
 
-def test_stopping_is_no_traceback(monkeypatch, capsys):
+def test_an_interruption_prints_no_traceback(monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -67,7 +67,7 @@ def test_stopping_is_no_traceback(monkeypatch, capsys):
     assert "nothing was left behind" in capsys.readouterr().err
 
 
-def test_a_library_without_documentation_leaves_nothing(tmp_path, library):
+def test_a_library_without_documentation_leaves_no_files(tmp_path, library):
     with pytest.raises(DataError, match="packages found"):
         quickstart.run_quickstart(tmp_path / "out", seed=0, settings=FAST, console=Console(quiet=True), root=library)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Help, versions and typing errors do not wait for torch, and `import hf_distill` is lazy and whole."""
+"""Help, versions and typing errors do not import torch, and `import hf_distill` is lazy and complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate", "peft")
 
 
 def in_a_fresh_process(program: str) -> str:
-    """What the program prints, followed by the heavy modules that it imported."""
+    """Return the output of the program, followed by the heavy modules that it imported."""
     program += f"\nimport sys\nprint('heavy:', *[name for name in {HEAVY} if name in sys.modules])"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -38,7 +38,7 @@ def in_a_fresh_process(program: str) -> str:
         *("complete --help", "cache build a b c --task nope"),
     ],
 )
-def test_nothing_heavy_is_imported_to_answer(arguments: str) -> None:
+def test_help_and_typing_errors_import_nothing_heavy(arguments: str) -> None:
     program = f"from hf_distill.cli.main import main\ntry: main({arguments.split()!r})\nexcept SystemExit: pass"
     assert in_a_fresh_process(program).splitlines()[-1] == "heavy:"
 
@@ -48,14 +48,14 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert in_a_fresh_process(light).splitlines()[-1] == "heavy:"
 
 
-def test_import_star_takes_every_public_name() -> None:
+def test_import_star_imports_every_public_name() -> None:
     names: dict[str, Any] = {}
     exec("from hf_distill import *", names)
     assert set(hf_distill.__all__) <= set(names)
 
 
-def test_the_three_lists_of_public_names_are_one() -> None:
-    """What a type checker sees, what `import *` takes and what is imported at run time."""
+def test_the_three_lists_of_public_names_agree() -> None:
+    """The names for type checkers, those of `import *`, and those imported at run time."""
     tree = ast.parse(Path(hf_distill.__file__).read_text(encoding="utf-8"))
     (typed,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in typed.body for alias in node.names}
@@ -64,7 +64,7 @@ def test_the_three_lists_of_public_names_are_one() -> None:
 
 
 @pytest.mark.parametrize("name", hf_distill.__all__)
-def test_a_public_name_is_that_of_its_module(name: str) -> None:
+def test_a_public_name_belongs_to_its_module(name: str) -> None:
     value = getattr(hf_distill, name)
     assert value is getattr(sys.modules[hf_distill._MODULE_OF[name]], name)
     assert pickle.loads(pickle.dumps(value)) is value
@@ -105,7 +105,7 @@ def test_the_choices_of_the_options_are_those_of_the_library() -> None:
         (["zzz"], "'zzz' is not a choice. Allowed: quickstart, cache, complete."),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_code_2(
+def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -115,7 +115,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(
     assert message in error
 
 
-def test_an_error_of_the_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_error_of_the_operating_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file").write_text("no folder")
     assert main(["quickstart", "--output-dir", str(tmp_path / "file" / "below")]) == 2
     error = capsys.readouterr().err

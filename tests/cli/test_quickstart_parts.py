@@ -1,4 +1,4 @@
-"""The quickstart's parts: tokenizer, models, hidden labels, the results folder, honest sentences."""
+"""The parts of the quickstart: tokenizer, models, hidden labels, the results folder, the sentence on the gain."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_paragraphs_are_cut_and_start_with_cls(tokenizer):
     assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
 
 
-def test_a_seed_decides_the_weights_and_disturbs_no_other_draw(tokenizer):
+def test_a_seed_determines_the_weights_and_keeps_the_random_state(tokenizer):
     size = {"layers": 1, "width": 16}
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -95,11 +95,11 @@ def test_batches_keep_the_order_and_hold_no_label(tokenizer):
     assert first[first != tokenizer.pad_token_id].tolist() == dataset[16]["input_ids"]
 
 
-def test_no_gain_is_said():
+def test_the_sentence_says_if_there_was_no_gain():
     assert "NOT more than the spread" in gain_sentence([0.5, 0.6, 0.5], [0.5, 0.61, 0.52])
     assert "NOT more" in gain_sentence([0.5, 0.51], [0.4, 0.41])
     assert "NOT" not in gain_sentence([0.50, 0.51, 0.52], [0.70, 0.71, 0.70])
-    assert "one seed has no spread" in gain_sentence([0.5], [0.7])
+    assert "one seed has no spread to compare with" in gain_sentence([0.5], [0.7])
 
 
 def fill(folder, text="new"):
@@ -133,27 +133,27 @@ def test_a_failed_run_keeps_the_earlier_results(tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_anothers_folder_is_refused_and_untouched(tmp_path):
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SettingError, match=r"the quickstart did not make \(thesis.tex\)"):
         fill(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_added_to_our_folder_is_not_ours(tmp_path):
+def test_a_file_that_was_added_to_a_results_folder(tmp_path):
     fill(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SettingError, match=r"notes\.txt"):
         fill(tmp_path)
 
 
-def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path):
+def test_the_next_run_removes_the_files_of_a_killed_run(tmp_path):
     (tmp_path / ".unfinished-abc").mkdir()
     fill(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {MARK, "a.txt", "models"}
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+def test_a_file_instead_of_the_folder(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(SettingError, match=r"is a file\. Give a folder"):
         fill(tmp_path / "out")

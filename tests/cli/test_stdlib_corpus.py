@@ -76,5 +76,5 @@ def test_the_largest_packages_are_taken(library):
 
 
 def test_too_few_packages_is_an_error_that_says_what_to_do(library):
-    with pytest.raises(DataError, match=r"6 packages found, 16 are needed\. Run with a Python whose"):
+    with pytest.raises(DataError, match=r"6 packages found, 16 are needed\. Use a Python whose"):
         read_stdlib_corpus(root=library)

@@ -1,4 +1,4 @@
-"""`hf-distill cache`: built of a folder and a dataset on the disk, shown, and what is refused."""
+"""`hf-distill cache`: building from a folder and a dataset on disk, showing, and errors."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def run(*arguments: str) -> int:
     return main(["cache", *arguments])
 
 
-def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_cache_is_built_and_shown_and_trains(
+    tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture
+) -> None:
     folder = str(tmp_path / "cache")
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text", "--batch-size", "3")
     assert run(*build) == 0
     printed = capsys.readouterr()
-    said = " ".join(printed.out.split())
-    assert "takes about 216 B in all: 4 examples with 10 bytes of predictions each" in said
-    assert "4/4" in printed.err and " examples/s" in printed.err and "TeacherCache(4 examples, dense," in said
+    printed_text = " ".join(printed.out.split())
+    assert "takes about 216 B in all: 4 examples with 10 bytes of predictions each" in printed_text
+    assert "4/4" in printed.err and " examples/s" in printed.err and "TeacherCache(4 examples, dense," in printed_text
     assert run("show", folder) == 0
     shown = capsys.readouterr().out
-    assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
+    assert "all checksums match" in shown and "head: classification, 3 columns" in shown
     words = tokenizer()
     data = datasets.load_from_disk(texts).map(lambda one: words(one["text"]), desc=None)
     trainer = make(
@@ -65,8 +67,8 @@ def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: p
     folder = str(tmp_path / "cache")
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text")
     assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--activation-dtype", "bfloat16") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "with 0 bytes of predictions each, and activations of 64 bytes at each of 2.5 tokens" in said
+    printed_text = " ".join(capsys.readouterr().out.split())
+    assert "with 0 bytes of predictions each, and activations of 64 bytes at each of 2.5 tokens" in printed_text
     assert run("show", folder) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "activations: hidden of the embeddings, hidden of block 0, bfloat16" in shown
@@ -78,10 +80,10 @@ def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: p
     ("changed", "message"),
     [
         (("--text-column", "words"), "--text-column: there is no column words. The dataset has text, label"),
-        ((), "the dataset has the columns text, label, none of which a model reads (input_ids,"),
+        ((), "the dataset has the columns text, label, and no model input (input_ids,"),
     ],
 )
-def test_refused(
+def test_datasets_without_model_inputs(
     tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture, changed: tuple[str, ...], message: str
 ) -> None:
     assert run("build", teacher, texts, str(tmp_path / "cache"), "--task", "classification", *changed) == 2
@@ -89,7 +91,7 @@ def test_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_is_no_dataset_or_no_cache(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture) -> None:
+def test_folders_that_are_not_a_dataset_or_a_cache(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     assert run("build", teacher, empty, str(tmp_path / "cache"), "--task", "classification") == 2
@@ -125,10 +127,13 @@ def test_the_store_of_the_options(arguments: str, store: object) -> None:
     [
         (
             "--samples 8",
-            "--samples with --store dense: that store has no such option. It is for --store sampled, hybrid",
+            "--samples is not an option of --store dense. It is one of --store sampled, hybrid",
         ),
-        ("--store top_k --proposal-power 0.5", "--proposal-power with --store top_k: .* for --store sampled"),
-        ("--store sampled --temperature 1 2", "--temperature 1 2: draws hold for one temperature"),
+        (
+            "--store top_k --proposal-power 0.5",
+            "--proposal-power is not an option of --store top_k. .* --store sampled",
+        ),
+        ("--store sampled --temperature 1 2", "--temperature 1 2: with --store sampled give one temperature"),
     ],
 )
 def test_options_of_another_store(arguments: str, message: str) -> None:
