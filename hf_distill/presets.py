@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.layer_map import LayerMap
@@ -78,7 +78,7 @@ class Preset:
             names = ", ".join(stage.name for stage in self.stages)
             raise SettingError(
                 f"{self.name} has {len(self.stages)} stages ({names}), each with its own {what}. Run them with "
-                f"train_in_stages({self.name}(), model=..., teacher_model=..., args=...), or take one: "
+                f"train_in_stages({self.name}(), model=..., teacher_model=..., args=...), or take a stage: "
                 f"{self.name}().stages[0].make_objectives()."
             )
         return self.stages[0]
@@ -87,16 +87,17 @@ class Preset:
         lines = [f"{self.name}: {self.paper}"]
         for stage in self.stages:
             lines.append(f"  {stage.name}: {', '.join(f'{k}={v}' for k, v in stage.arguments.items())}")
-            lines += [f"    {_weighed(one)}" for one in stage.make_objectives()]
-        return "\n".join([*lines, *(f"  differs: {sentence}" for sentence in self.differences)])
+            for objective in stage.make_objectives():
+                weight = objective.weight(0.0)
+                lines.append("    " + ("" if weight == 1 else f"{weight:.4g} × ") + repr(objective))
+        return "\n".join([*lines, *(f"  difference: {sentence}" for sentence in self.differences)])
 
 
-def _weighed(objective: Objective) -> str:
-    weight = objective.weight(0.0)
-    return f"{objective!r}" if weight == 1 else f"{weight:.4g} × {objective!r}"
+_PADDING = "Means do not include padding."
 
 
-_PADDING = "Padding is left out of every mean."
+def _one_stage(name: str, paper: str, objectives: Factory, arguments: Mapping[str, Any], *differences: str) -> Preset:
+    return Preset(name, paper, (Stage(name, objectives, arguments),), differences)
 
 
 def distilbert(*, temperature: float = 2.0) -> Preset:
@@ -108,22 +109,15 @@ def distilbert(*, temperature: float = 2.0) -> Preset:
     Args:
         temperature: temperature of the logits.
     """
-    return Preset(
+    return _one_stage(
         "distilbert",
         "Sanh et al. 2019, DistilBERT, sections 2 and 3",
-        (
-            Stage(
-                "distilbert",
-                lambda: [CosineEmbedding(weight=1 / 7)],
-                {"alpha": 5 / 7, "temperature": temperature},
-            ),
-        ),
-        (
-            "The loss is 1/7 of theirs (5, 2 and 1 became 5/7, 2/7 and 1/7), so that alpha is the teacher's share; "
-            "Adam does not see it, gradient clipping does: their max_grad_norm of 5 is 5/7 here.",
-            "Of a masked LM, logits are compared where a token was masked; in their code, wherever is no padding.",
-            "Where the widths differ a projection is learned; the paper has equal widths.",
-        ),
+        lambda: [CosineEmbedding(weight=1 / 7)],
+        {"alpha": 5 / 7, "temperature": temperature},
+        "The loss is 1/7 of the paper's (5/7, 2/7 and 1/7 instead of 5, 2 and 1), so alpha is the teacher's share. "
+        "This does not affect Adam, but it affects gradient clipping: the paper's max_grad_norm of 5 is 5/7 here.",
+        "A masked LM compares logits at masked tokens; the paper's code compares them at all tokens but padding.",
+        "If the widths differ, a projection is learned; the paper has equal widths.",
     )
 
 
@@ -164,13 +158,14 @@ def tinybert(
             Stage("prediction", (), {**second, **(prediction or {})}),
         ),
         (
-            "The prediction stage is a KL divergence: their soft cross-entropy less the teacher's entropy. The "
-            "gradient is the same, and 0 means agreement.",
+            "The prediction stage is a KL divergence, which is the paper's soft cross-entropy minus the teacher's "
+            "entropy. The gradient is the same, and 0 means agreement.",
             _PADDING,
-            "Regression learns the teacher's value; their code learns the label.",
-            "General distillation is not in it: run the intermediate stage on a corpus first, with a teacher that is "
-            "not fine-tuned. Augmented data come from hf_distill.augment.",
-            "Hidden states and embeddings have a matrix each, as in the paper; their code shares one, with a bias.",
+            "Regression learns the teacher's value; the paper's code learns the label.",
+            "General distillation is not included: run the intermediate stage on a corpus first, with a teacher that "
+            "is not fine-tuned. For augmented data see hf_distill.augment.",
+            "Hidden states and embeddings have their own matrices, as in the paper; the paper's code shares one, "
+            "with a bias.",
         ),
     )
 
@@ -179,7 +174,7 @@ def pkd(
     student_layers: int,
     teacher_layers: int,
     *,
-    variant: str = "skip",
+    variant: Literal["skip", "last"] = "skip",
     beta: float = 100.0,
     alpha: float = 0.5,
     temperature: float = 10.0,
@@ -188,54 +183,47 @@ def pkd(
 ) -> Preset:
     """Return PKD's preset: labels, logits, and the direction of [CLS] in every layer but the last.
 
-    Sun et al. 2019, sections 3.1 (logits) and 3.2 (equations 7 and 8). They search beta in 10 to 1000, alpha in 0.2 to
-    0.7, and T in 5 to 20.
+    Sun et al. 2019, sections 3.1 (logits) and 3.2 (equations 7 and 8). The paper searches beta from 10 to 1000, alpha
+    from 0.2 to 0.7, and T from 5 to 20.
 
     Args:
-        variant: "skip" (teacher layers k, 2k, ... counted from 1) or "last" (its last ones but the very last).
-        beta: weight as in their code, for a mean over layers and width.
+        student_layers: number of layers of the student.
+        teacher_layers: number of layers of the teacher.
+        variant: "skip" (teacher layers k, 2k, ... counted from 1) or "last" (the last layers without the last one).
+        beta: weight as in the paper's code, for a mean over layers and width.
+        alpha: weight of the logits' term.
+        temperature: temperature of the logits.
         width: width of both models, to undo that mean.
         projection: as in `HiddenMatch`; the paper has equal widths.
 
     Raises:
         SettingError: for an unknown variant, a student of one layer, or a beta or width that is not allowed.
     """
-    if variant not in ("skip", "last"):
-        hint = did_you_mean(variant, ("skip", "last"))
-        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{hint}")
-    whole = getattr(LayerMap, variant)(student_layers, teacher_layers)
+    maps = {"skip": LayerMap.skip, "last": LayerMap.last}
+    if variant not in maps:
+        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{did_you_mean(variant, maps)}")
+    whole = maps[variant](student_layers, teacher_layers)
     if student_layers == 1 or not beta >= 0 or not width >= 1:
         raise SettingError(
-            f"pkd: {student_layers} student layers, beta={beta!r}, width={width!r}. It takes at least 2 layers (the "
-            "last is left to the logits), a beta of at least 0, and a width of at least 1."
+            f"pkd: {student_layers} student layers, beta={beta!r}, width={width!r}. Needs at least 2 layers (the last "
+            "is not matched), a beta of at least 0, and a width of at least 1."
         )
     layers = LayerMap(student_layers, teacher_layers, whole.links[:-1])
     weight = beta / ((student_layers - 1) * width)
-    return Preset(
+
+    def patience() -> list[Objective]:
+        keywords = {"pooling": "first", "projection": projection, "weight": weight, "name": "patience"}
+        return [HiddenMatch(layers, distance="normalized_squared", **keywords)]
+
+    return _one_stage(
         "pkd",
         f"Sun et al. 2019, PKD-{variant.title()}, sections 3.1 and 3.2",
-        (
-            Stage(
-                "pkd",
-                lambda: [
-                    HiddenMatch(
-                        layers,
-                        distance="normalized_squared",
-                        pooling="first",
-                        projection=projection,
-                        weight=weight,
-                        name="patience",
-                    )
-                ],
-                {"alpha": alpha, "temperature": temperature},
-            ),
-        ),
-        (
-            f"Their code takes beta={beta:g} times a mean over {student_layers - 1} layers and {width} numbers; "
-            f"equation 7 of the paper, and this, sum over them, so the weight here is {weight:.4g}.",
-            "The logits' term is a KL divergence times T²; the paper has a cross-entropy without T², and their code "
-            "divides by the number of classes too, so that their alpha is less than it says.",
-        ),
+        patience,
+        {"alpha": alpha, "temperature": temperature},
+        f"The paper's code multiplies beta={beta:g} with a mean over {student_layers - 1} layers and {width} numbers. "
+        f"Equation 7 of the paper, and this preset, sum over them, so the weight here is {weight:.4g}.",
+        "The logits' term is a KL divergence times T². The paper has a cross-entropy without T², and its code also "
+        "divides by the number of classes, so that its alpha has less effect.",
     )
 
 
@@ -250,20 +238,16 @@ def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: 
         relation_heads: number of relation heads; None means the attention heads, as in the paper.
     """
     layers = ((student_layer, teacher_layer),)
-    return Preset(
+    return _one_stage(
         "minilm",
         "Wang et al. 2020, MiniLM, sections 3.1 and 3.2",
-        (
-            Stage(
-                "minilm",
-                lambda: [
-                    AttentionMatch(layers, distance="probabilities"),
-                    RelationMatch(layers, relations=("values",), relation_heads=relation_heads),
-                ],
-                {"alpha": None},
-            ),
-        ),
-        (_PADDING, "A teacher assistant (section 3.3) is a second run, with the assistant as teacher."),
+        lambda: [
+            AttentionMatch(layers, distance="probabilities"),
+            RelationMatch(layers, relations=("values",), relation_heads=relation_heads),
+        ],
+        {"alpha": None},
+        _PADDING,
+        "A teacher assistant (section 3.3) is a second run, with the assistant as teacher.",
     )
 
 
@@ -278,17 +262,12 @@ def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer
         relation_heads: 48 for a base-size teacher, 64 for a large one; must divide both widths.
         student_layer: counted from 0.
     """
-    return Preset(
+    return _one_stage(
         "minilmv2",
         "Wang et al. 2021, MiniLMv2, sections 3.1 and 3.2",
-        (
-            Stage(
-                "minilmv2",
-                lambda: [RelationMatch(((student_layer, teacher_layer),), relation_heads=relation_heads)],
-                {"alpha": None},
-            ),
-        ),
-        (_PADDING,),
+        lambda: [RelationMatch(((student_layer, teacher_layer),), relation_heads=relation_heads)],
+        {"alpha": None},
+        _PADDING,
     )
 
 
@@ -302,29 +281,17 @@ def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: f
         cosine_weight: λ of equation 1.
     """
     layers = tuple((-1, layer) for layer in teacher_layers)
-    return Preset(
+    settings = {"cosine_weight": cosine_weight}
+    return _one_stage(
         "distilhubert",
         "Chang et al. 2022, DistilHuBERT, section 2.2",
-        (
-            Stage(
-                "distilhubert",
-                lambda: [
-                    HiddenMatch(
-                        layers,
-                        distance="l1_cosine",
-                        distance_kwargs={"cosine_weight": cosine_weight},
-                        projection="linear",
-                        name="heads",
-                    )
-                ],
-                {"alpha": None},
-            ),
-        ),
-        (
-            "A prediction head is one matrix; in their code, two layers with biases and a GELU between them.",
-            "The student, the teacher's convolutions and first two layers, is made beside it (students.inherit).",
-            _PADDING,
-        ),
+        lambda: [
+            HiddenMatch(layers, distance="l1_cosine", distance_kwargs=settings, projection="linear", name="heads")
+        ],
+        {"alpha": None},
+        "A prediction head is a matrix; in the paper's code it is two layers with biases and a GELU between them.",
+        "The student, the teacher's convolutions and first two layers, is not made here: use students.inherit.",
+        _PADDING,
     )
 
 

@@ -1,6 +1,6 @@
-"""Presets: each paper's loss, written out anew from the formula, on tiny models; and what a preset refuses.
+"""Presets: the loss of each paper, computed from its formula on tiny models; and invalid settings.
 
-The models read outputs of transformers (`output_hidden_states`, `output_attentions`), not of this library's hooks.
+The expected values use outputs of transformers (`output_hidden_states`, `output_attentions`), not this library's hooks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def scores(model: Any, layer: int) -> torch.Tensor:
     return q @ k.transpose(-1, -2) / math.sqrt(8)
 
 
-def test_distilbert_is_a_seventh_of_theirs() -> None:
+def test_distilbert_is_a_seventh_of_the_papers_loss() -> None:
     """5 · T² KL at T = 2, 2 · labels, 1 · (1 − cosine), over 7; the hidden states of every real position."""
     student, teacher = models()
     ours, theirs = shown(student), shown(teacher)
@@ -66,7 +66,7 @@ def test_distilbert_is_a_seventh_of_theirs() -> None:
     assert found(distilbert(), student, teacher)[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_tinybert_first_inside_then_predictions() -> None:
+def test_tinybert_matches_hidden_states_and_then_predictions() -> None:
     """Equations 7 to 9 of layers 1 ← 2 and 2 ← 4 (counted from 1), with one matrix for all hidden states."""
     student, teacher = models(hidden_size=16)
     wide = bert(seed=1, num_hidden_layers=4, hidden_size=24, num_attention_heads=2, attn_implementation="eager")
@@ -112,7 +112,7 @@ def attention_distance(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("variant", "teacher_layer"), [("skip", 2), ("last", 3)])
-def test_pkd_is_their_code(variant: str, teacher_layer: int) -> None:
+def test_pkd_equals_the_papers_code(variant: str, teacher_layer: int) -> None:
     """Layer 1 of 2 ← 2 (skip) or 3 (last) of 4, counted from 1: `mse_loss` of unit [CLS] vectors times beta."""
     student, teacher = models()
     ours, theirs = shown(student), shown(teacher)
@@ -131,7 +131,7 @@ def test_pkd_of_base_size_matches_the_layers_that_the_paper_lists() -> None:
     assert [link.student + 1 for link in pkd(6, 12).objectives[0].layers.links] == [1, 2, 3, 4, 5]
 
 
-def test_minilm_attends_and_relates_as_the_teacher() -> None:
+def test_minilm_matches_attention_and_value_relations() -> None:
     """KL of the last layers' attention, and of softmax(v·v/√d) by attention head, summed."""
     student, teacher = models()
     ours, theirs = shown(student), shown(teacher)
@@ -164,7 +164,7 @@ def relation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return row_kl(*made)
 
 
-def test_minilmv2_relates_queries_keys_and_values_of_one_layer() -> None:
+def test_minilmv2_matches_relations_of_queries_keys_and_values_of_a_layer() -> None:
     """Four relation heads of widths 4 and 6, of the third layer of a teacher of another width."""
     student, _ = models()
     wide = bert(seed=1, num_hidden_layers=4, hidden_size=24, num_attention_heads=3, attn_implementation="eager")
@@ -207,7 +207,7 @@ def test_distilhubert_predicts_three_layers_from_the_last_of_a_bare_speech_encod
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_says_what_it_is(name: str, tmp_path) -> None:
+def test_every_preset_describes_itself(name: str, tmp_path) -> None:
     preset = MADE[name]()
     assert preset.name == name and "section" in preset.paper and preset.differences
     assert all(sentence.endswith(".") for sentence in preset.differences)
@@ -218,7 +218,7 @@ def test_every_preset_says_what_it_is(name: str, tmp_path) -> None:
         assert all(one is not other for one, other in zip(first, second, strict=True))
 
 
-def test_several_stages_are_no_one_set_of_objectives() -> None:
+def test_a_preset_of_several_stages_has_no_single_list_of_objectives() -> None:
     for what in ("objectives", "arguments"):
         with pytest.raises(
             SettingError, match=rf"tinybert has 2 stages \(intermediate, prediction\), .* own {what}\. Run"
@@ -228,7 +228,7 @@ def test_several_stages_are_no_one_set_of_objectives() -> None:
         _ = tinybert().objectives
 
 
-def test_tinyberts_arguments_can_be_ones_own() -> None:
+def test_tinyberts_arguments_can_be_overridden() -> None:
     stages = tinybert(intermediate={"num_train_epochs": 1}, prediction={"learning_rate": 1.0}, temperature=2.0).stages
     assert stages[0].arguments["num_train_epochs"] == 1 and stages[0].arguments["learning_rate"] == 5e-5
     assert stages[1].arguments == {"alpha": 1.0, "temperature": 2.0, "num_train_epochs": 3, "learning_rate": 1.0}
@@ -244,6 +244,6 @@ def test_tinyberts_arguments_can_be_ones_own() -> None:
         ((12, 6), {}, "12 student layers cannot be taken from 6"),
     ],
 )
-def test_pkd_refuses(given: tuple[int, int], named: dict[str, Any], message: str) -> None:
+def test_invalid_settings_of_pkd(given: tuple[int, int], named: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         pkd(*given, **named)

@@ -91,7 +91,7 @@ class Report:
             version = raw["schema_version"]
             if version != SCHEMA_VERSION:
                 raise DataError(
-                    f"report schema version {version}; this release reads {SCHEMA_VERSION}. Use the release that wrote it."
+                    f"report schema version {version}; this release reads {SCHEMA_VERSION}. Use the other release."
                 )
             raw["machine"] = Machine(**raw["machine"])
             raw["results"] = tuple(ModelResult(**result) for result in raw["results"])
