@@ -426,7 +426,6 @@ def _train(one: _PlannedLink, teacher: _Teacher, trainer_class: type[Distillatio
 def _measured(one: _PlannedLink, trained: StagesResult, teacher: str, parameters: int) -> LinkResult:
     """Evaluate the saved student of a link."""
     trainer, missing, metrics, seconds = trained.trainer, {}, {}, None
-    assert trainer is not None
     if trainer.eval_dataset is None:
         missing["metrics"] = NO_EVALUATION
     else:

@@ -48,10 +48,10 @@ class StagesResult:
     Attributes:
         stages: the results in order.
         folder: holds the student of the last stage.
-        trainer: the trainer of the last stage, with the student, to evaluate or push it; None in examples.
+        trainer: the trainer of the last stage, with the student, to evaluate or push it.
 
     >>> output = TrainOutput(12, 0.5, {})
-    >>> print(StagesResult((StageResult("intermediate", "out/1-intermediate", output, []),), "out", None))
+    >>> print(StagesResult((StageResult("intermediate", "out/1-intermediate", output, []),), "out", trainer=None))
     stage           steps    loss  folder
     intermediate       12  0.5000  out/1-intermediate  (trained)
     student: out
@@ -59,7 +59,7 @@ class StagesResult:
 
     stages: tuple[StageResult, ...]
     folder: str
-    trainer: DistillationMixin | None = field(repr=False, compare=False)
+    trainer: DistillationMixin = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         width = max(len("stage"), *(len(stage.name) for stage in self.stages))

@@ -131,7 +131,6 @@ def train_in_stages(
     check_call("train_in_stages", trainer_class, resume_from_checkpoint)
     plan = plan_stages(stages, args, keywords, trainer_class)
     result = _train(plan, model, teacher_model, trainer_class, str(args.output_dir), resume=resume_from_checkpoint)
-    assert result.trainer is not None
     if result.trainer.is_world_process_zero():
         print(result)
     return result
