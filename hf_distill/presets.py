@@ -212,8 +212,11 @@ def pkd(
     weight = beta / ((student_layers - 1) * width)
 
     def patience() -> list[Objective]:
-        keywords = {"pooling": "first", "projection": projection, "weight": weight, "name": "patience"}
-        return [HiddenMatch(layers, distance="normalized_squared", **keywords)]
+        distance = "normalized_squared"
+        match = HiddenMatch(
+            layers, distance=distance, pooling="first", projection=projection, weight=weight, name="patience"
+        )
+        return [match]
 
     return _one_stage(
         "pkd",

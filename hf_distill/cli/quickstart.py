@@ -195,12 +195,12 @@ def _train(material: Material, jobs: Jobs, *, seed: int, stages: Stages) -> Resu
     """Train all models. A second process starts with the students that need no teacher."""
     seeds = range(seed, seed + material.settings.runs)
     for name, job in ((ALONE, train_alone), (ALL_LABELS, train_on_all_labels)):
-        for one in seeds:
-            jobs.add((name, one), job, material, one)
+        for run_seed in seeds:
+            jobs.add((name, run_seed), job, material, run_seed)
     jobs.begin(stages)
     teacher = train_teacher(material, seed, stages=stages)
-    for one in seeds[1:]:
-        jobs.add((DISTILLED, one), train_distilled, material, teacher.weights, one)
+    for run_seed in seeds[1:]:
+        jobs.add((DISTILLED, run_seed), train_distilled, material, teacher.weights, run_seed)
     first = _distill_with_card(material, teacher, seed, stages)
     return {**jobs.finish(stages), (DISTILLED, seed): first, (TEACHER, seed): teacher}
 

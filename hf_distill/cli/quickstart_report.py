@@ -55,7 +55,7 @@ def make_report(
             name,
             truth=truth,
             teacher=teacher,
-            runs=[trained[name, one].predictions for one in seeds if (name, one) in trained],
+            runs=[trained[name, run_seed].predictions for run_seed in seeds if (name, run_seed) in trained],
             model=models[name],
             latency=latencies[name],
             speed_up=latencies[TEACHER].latency_ms_p50 / latencies[name].latency_ms_p50,

@@ -1,4 +1,4 @@
-"""The model card: its YAML metadata, its text from the template, and writing it beside what the user wrote."""
+"""The model card: its YAML metadata, its text, and writing it without losing the metadata of the old card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+import yaml  # type: ignore[import-untyped]  # its stubs are a separate package
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -126,7 +126,7 @@ def render_card(facts: CardData) -> str:
 
 
 def _papers(facts: CardData) -> list[str]:
-    """Return the citation keys of what the run used."""
+    """Return the citation keys of the methods that the run used."""
     keys: list[str | None] = [DISTILLATION] if facts.teachers else []
     if facts.teachers and facts.divergence in DIVERGENCES:
         keys.append(DIVERGENCES[facts.divergence].paper)

@@ -1,4 +1,4 @@
-"""The facts of a run as plain data, without local paths, for its model card. Imports no model code and asks no Hub."""
+"""The facts of a run as plain data, without local paths, for its model card. Imports no other part but errors."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def evaluations_from_log(
 ) -> tuple[EvaluationFacts, ...]:
     """Return for each dataset the evaluation that describes the saved weights best, from a Trainer's log.
 
-    That is the last evaluation after training, else that at `best_step`, else the last one.
+    That is the last evaluation after training, else that at `best_step`, else the last evaluation.
 
     Args:
         log_history: `state.log_history`.

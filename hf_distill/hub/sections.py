@@ -128,22 +128,22 @@ def models(facts: CardData) -> str:
     everyone = (student, *teachers)
     heads = ["Teacher"] if len(teachers) == 1 else [f"Teacher {i}" for i in range(1, len(teachers) + 1)]
     names = [link(facts.repo_id) if facts.repo_id else escape(facts.name)]
-    names += [link(one.hub_id) if one.hub_id else escape(one.description or _LOCAL) for one in teachers]
+    names += [link(model.hub_id) if model.hub_id else escape(model.description or _LOCAL) for model in teachers]
     frozen = student.trainable_parameters != student.parameters
     shows_labels = facts.task in COUNTS_LABELS
     # transformers treats the outputs of a sequence classifier by its problem type: softmax, sigmoid or values.
     shows_type = facts.task in ("classification", "regression")
     rows = [
         ("Name", names),
-        ("Class", [_code(one.class_name) for one in everyone]),
-        ("Parameters", [_count(one.parameters) for one in everyone]),
+        ("Class", [_code(model.class_name) for model in everyone]),
+        ("Parameters", [_count(model.parameters) for model in everyone]),
         ("Student / teacher", ["", *(_ratio(student, teacher) for teacher in teachers)]),
         ("Trained parameters", [_count(student.trainable_parameters if frozen else None), *("" for _ in teachers)]),
-        ("Layers", [_count(one.layers) for one in everyone]),
-        ("Width", [_count(one.width) for one in everyone]),
-        ("Labels", [_count(one.labels if shows_labels else None) for one in everyone]),
-        ("Problem type", [_code(one.problem_type if shows_type else None) for one in everyone]),
-        ("Number format", [_code(one.dtype) for one in everyone]),
+        ("Layers", [_count(model.layers) for model in everyone]),
+        ("Width", [_count(model.width) for model in everyone]),
+        ("Labels", [_count(model.labels if shows_labels else None) for model in everyone]),
+        ("Problem type", [_code(model.problem_type if shows_type else None) for model in everyone]),
+        ("Number format", [_code(model.dtype) for model in everyone]),
     ]
     return table(["", "Student", *heads], [[name, *cells] for name, cells in rows if any(cells)])
 
@@ -164,17 +164,17 @@ def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
 
 def loss(facts: CardData) -> str:
     """Return the loss in symbols, its numbers, and the divergence in one line."""
-    described = [one for one in facts.objectives if one.description is not None]
+    described = [term for term in facts.objectives if term.description is not None]
     if not facts.teachers and not described:
         return "The student's own loss on the labels, without a teacher."
     lines = ["```text", f"loss = {_formula(facts)}", *_numbers(facts), "```"]
     if facts.objectives:
-        names = (code(one.name) + _MEANING.get(one.name, "") for one in facts.objectives)
+        names = (code(term.name) + _MEANING.get(term.name, "") for term in facts.objectives)
         lines += ["", f"Objectives: {', '.join(names)}."]
     if facts.ensemble:
         lines += ["", f"The teachers' predictions are combined: {escape(facts.ensemble)}."]
     if described:
-        lines += ["", *(f"- {code(one.name)}: {code(one.description)}" for one in described)]
+        lines += ["", *(f"- {code(term.name)}: {code(term.description)}" for term in described)]
     if facts.divergence is None:
         return "\n".join(lines)
     known = DIVERGENCES.get(facts.divergence)
@@ -197,16 +197,16 @@ def _formula(facts: CardData) -> str:
     softened = {0: "", 1: "T * ", 2: "T² * "}.get(power, f"T^{power} * ") + divergence
     blends = facts.alpha is not None and _compares_logits(facts)
     terms = ["(1 - alpha) * labels", f"alpha * {softened}"] if blends else []
-    for one in facts.objectives:
-        if blends and one.name in ("labels", "logits"):
+    for term in facts.objectives:
+        if blends and term.name in ("labels", "logits"):
             continue
-        term = softened if one.name == "logits" else plain(one.name)
-        terms.append(term if one.weight is None else f"{one.weight:g} * {term}")
+        symbol = softened if term.name == "logits" else plain(term.name)
+        terms.append(symbol if term.weight is None else f"{term.weight:g} * {symbol}")
     return " + ".join(terms) or softened
 
 
 def _compares_logits(facts: CardData) -> bool:
-    return any(one.name == "logits" for one in facts.objectives)
+    return any(term.name == "logits" for term in facts.objectives)
 
 
 def _numbers(facts: CardData) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Chain: students that are trained one after another, each by the one before it."""
+"""Chain: several students, each trained by the previous student."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Link:
         )
 
     def make_model(self, teacher: Any, *, teacher_kind: str | None, seed: int) -> nn.Module:
-        """Return the student. Its random weights depend on the seed only, so that a resumed chain makes the same one.
+        """Return the student. Its random weights depend only on the seed, so a resumed chain makes the same student.
 
         Args:
             teacher: a model or a folder, for a function that makes the student from its teacher.
@@ -109,7 +109,7 @@ def _takes_teacher(make: Callable[..., nn.Module]) -> bool:
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(make).parameters.values()
-    return any(one.kind in kinds and one.default is inspect.Parameter.empty for one in parameters)
+    return any(parameter.kind in kinds and parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
 def _loaded(teacher: Any, kind: str | None) -> nn.Module:
@@ -125,15 +125,15 @@ def _loaded(teacher: Any, kind: str | None) -> nn.Module:
 
 
 class Chain:
-    """Students that are each trained by the one before: teacher assistants, progressive distillation, generations.
+    """Students, each trained by the previous student: teacher assistants, progressive distillation, generations.
 
     Teacher assistants: Mirzadeh et al. 2020, Improved Knowledge Distillation via Teacher Assistant, section 3.
 
     Args:
         links: the links in order.
-        keep: the student to put into the output folder. "best" is the one with the best validation among those that are
-            no larger than the last, since the chain is meant to give a small student; the report says if a larger one
-            was better. "last" is the last one.
+        keep: the student to put into the output folder. "best" is the student with the best validation among those that
+            are no larger than the last, since the chain is meant to give a small student; the report says if a larger
+            student was better. "last" is the last student.
 
     Raises:
         SettingError: if there are no links, two share a name or a model, or `keep` is unknown.
@@ -177,7 +177,7 @@ class Chain:
         objectives: Factory | Sequence[Objective] = (),
         keep: Keep = "best",
     ) -> Chain:
-        """Return a chain of the same architecture, each trained by the one before; `result.ensemble()` has them all.
+        """Return a chain of students of the same architecture; `result.ensemble()` has them all.
 
         Furlanello et al. 2018, Born-Again Neural Networks, section 3.
 
@@ -214,7 +214,7 @@ class Chain:
         """Train the links in order. `<output_dir>/1-<name>`, `2-<name>`, ... hold a student each.
 
         Each link reads its teacher from the folder before, so that an interrupted chain gives the same students as an
-        uninterrupted one. `output_dir` gets the kept student, `report.md` and `report.json`.
+        uninterrupted chain. `output_dir` gets the kept student, `report.md` and `report.json`.
 
         Args:
             teacher_model: the teacher of the first link, as in the trainer.
@@ -239,14 +239,14 @@ class Chain:
         plan = self._plan(args, keywords, trainer_class, resume=resume_from_checkpoint)
         metric, greater = self._metric(args, keywords.get("eval_dataset"))
         results: list[LinkResult] = []
-        earlier = [_finished_before(one) for one in plan]
+        earlier = [_finished_before(planned) for planned in plan]
         _wait(args)  # before the record changes, all processes must have read it
-        for one, result in zip(plan, earlier, strict=True):
-            with _named(one.link):
+        for planned, result in zip(plan, earlier, strict=True):
+            with _named(planned.link):
                 teacher = _Teacher.after(results, teacher_model)
-                record.check_unchanged(one.folder, "it", {"teacher": teacher.name})
+                record.check_unchanged(planned.folder, "it", {"teacher": teacher.name})
                 if result is None:
-                    result = _train(one, teacher, trainer_class, resume=resume_from_checkpoint)
+                    result = _train(planned, teacher, trainer_class, resume=resume_from_checkpoint)
                 if metric is not None and f"eval_{metric}" not in result.metrics:
                     raise SettingError(
                         f"metric_for_best_model={metric!r}: the evaluation gave {', '.join(sorted(result.metrics))}. "
@@ -305,7 +305,7 @@ class Chain:
         folder = os.path.dirname(plan[0].folder)
         chain = ChainResult(tuple(results), folder, metric, greater, best, kept.name)
         if plan[0].args.process_index == 0:
-            source = next(one for one in plan if one.link.name == kept.name)
+            source = next(planned for planned in plan if planned.link.name == kept.name)
             copied(os.path.join(source.stages[-1].folder, STUDENT), folder)
             write_text_whole(Path(folder, REPORT_JSON), chain.to_json())
             write_text_whole(Path(folder, REPORT), f"# chain\n\n{chain.markdown()}")
@@ -387,43 +387,45 @@ def _keywords_of(link: Link, keywords: Mapping[str, Any], *, is_first: bool) -> 
     return given
 
 
-def _finished_before(one: _PlannedLink) -> LinkResult | None:
+def _finished_before(planned: _PlannedLink) -> LinkResult | None:
     """Return the recorded result, with the folder where it is now: it may have been moved."""
-    found = record.read(one.folder, record.FINISHED)
-    return None if found is None else LinkResult(**{**found, "folder": one.folder, "how": "finished before"})
+    found = record.read(planned.folder, record.FINISHED)
+    return None if found is None else LinkResult(**{**found, "folder": planned.folder, "how": "finished before"})
 
 
-def _train(one: _PlannedLink, teacher: _Teacher, trainer_class: type[DistillationMixin], *, resume: bool) -> LinkResult:
-    seed = one.args.seed + one.number
-    model = one.link.make_model(teacher.source, teacher_kind=teacher.kind, seed=seed)
-    if hasattr(model, "peft_config") and not one.is_last:
+def _train(
+    planned: _PlannedLink, teacher: _Teacher, trainer_class: type[DistillationMixin], *, resume: bool
+) -> LinkResult:
+    seed = planned.args.seed + planned.number
+    model = planned.link.make_model(teacher.source, teacher_kind=teacher.kind, seed=seed)
+    if hasattr(model, "peft_config") and not planned.is_last:
         raise SettingError(
             "the student has adapters, and only the last link's may: its folder, from which the next link reads its "
             "teacher, holds only the adapters. Merge them, and continue in another chain."
         )
     parameters = parameter_count(model)
     settings = {"teacher": teacher.name, "parameters": parameters}
-    record.check_unchanged(one.folder, "it", settings)
-    _wait(one.args)
-    if one.args.process_index == 0:
-        record.write(one.folder, record.BEGUN, settings)
+    record.check_unchanged(planned.folder, "it", settings)
+    _wait(planned.args)
+    if planned.args.process_index == 0:
+        record.write(planned.folder, record.BEGUN, settings)
     trained = train_in_stages(
-        one.link.make_stages(),
+        planned.link.make_stages(),
         model=model,
         teacher_model=teacher.source,
-        args=one.args,
+        args=planned.args,
         trainer_class=trainer_class,
         resume_from_checkpoint=resume,
-        **one.keywords,
+        **planned.keywords,
     )
-    result = _measured(one, trained, teacher.name, parameters)
-    if one.args.process_index == 0:
-        record.write(one.folder, record.FINISHED, dataclasses.asdict(result))
-    _wait(one.args)
+    result = _measured(planned, trained, teacher.name, parameters)
+    if planned.args.process_index == 0:
+        record.write(planned.folder, record.FINISHED, dataclasses.asdict(result))
+    _wait(planned.args)
     return result
 
 
-def _measured(one: _PlannedLink, trained: StagesResult, teacher: str, parameters: int) -> LinkResult:
+def _measured(planned: _PlannedLink, trained: StagesResult, teacher: str, parameters: int) -> LinkResult:
     """Evaluate the saved student of a link."""
     trainer, missing, metrics, seconds = trained.trainer, {}, {}, None
     if trainer.eval_dataset is None:
@@ -436,9 +438,9 @@ def _measured(one: _PlannedLink, trained: StagesResult, teacher: str, parameters
     else:
         missing["seconds"] = INTERRUPTED
     return LinkResult(
-        name=one.link.name,
+        name=planned.link.name,
         teacher=teacher,
-        folder=one.folder,
+        folder=planned.folder,
         parameters=parameters,
         metrics=metrics,
         seconds=seconds,

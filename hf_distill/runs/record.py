@@ -41,7 +41,10 @@ def folder_of(output_dir: str, number: int, name: str) -> str:
 
 def stage_settings(stage: Stage, args: TrainingArguments) -> dict[str, Any]:
     """Return the settings that determine the result of a stage: its objectives, their weights, and its arguments."""
-    objectives = [f"{_weight(one)} × {one.name}: {without_address(repr(one))}" for one in stage.make_objectives()]
+    objectives = [
+        f"{_weight(objective)} × {objective.name}: {without_address(repr(objective))}"
+        for objective in stage.make_objectives()
+    ]
     own = {name: plain(getattr(args, name)) for name in stage.arguments}
     return {"name": stage.name, "objectives": objectives, "arguments": {**deciding_arguments(args), **own}}
 

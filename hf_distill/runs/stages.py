@@ -208,10 +208,10 @@ def check_begun(plan: Sequence[PlannedStage], output_dir: str, *, resume: bool) 
     Raises:
         SettingError: if other stages began there, or a stage began with other settings.
     """
-    record.check_folders(output_dir, [one.folder for one in plan], "stage", resume=resume)
-    settings = [record.stage_settings(one.stage, one.args) for one in plan]
-    for one, now in zip(plan, settings, strict=True):
-        record.check_unchanged(one.folder, f"stage {one.stage.name!r}", now)
+    record.check_folders(output_dir, [planned.folder for planned in plan], "stage", resume=resume)
+    settings = [record.stage_settings(planned.stage, planned.args) for planned in plan]
+    for planned, now in zip(plan, settings, strict=True):
+        record.check_unchanged(planned.folder, f"stage {planned.stage.name!r}", now)
     return settings
 
 
@@ -225,25 +225,29 @@ def _train(
     resume: bool,
 ) -> StagesResult:
     settings = check_begun(plan, output_dir, resume=resume)
-    earlier = [_finished_before(one) for one in plan]
+    earlier = [_finished_before(planned) for planned in plan]
     # The last trainer is made even if nothing is left to train: it holds the student, to evaluate or push it.
-    left = [one for one, result in zip(plan, earlier, strict=True) if result is None or one is plan[-1]]
+    left = [planned for planned, result in zip(plan, earlier, strict=True) if result is None or planned is plan[-1]]
     teacher_of = _teachers(teacher_model, model, left)
     _check_distillers(left, model, teacher_of)
     results: list[StageResult] = []
     trainer: DistillationMixin | None = None
-    for one, result, own in zip(plan, earlier, settings, strict=True):
-        if result is None or one is plan[-1]:
-            objectives = one.stage.make_objectives()
+    for planned, result, own in zip(plan, earlier, settings, strict=True):
+        if result is None or planned is plan[-1]:
+            objectives = planned.stage.make_objectives()
             trainer = trainer_class(
-                model=model, teacher_model=teacher_of(one), args=one.args, objectives=objectives, **one.keywords
+                model=model,
+                teacher_model=teacher_of(planned),
+                args=planned.args,
+                objectives=objectives,
+                **planned.keywords,
             )
             _check_not_sharded(trainer, plan)
         if result is None:
             assert trainer is not None
             unloaded = results[-1].folder if results and results[-1].how == "finished before" else None
-            result = _run(trainer, one, own, unloaded, resume=resume)
-            _save(trainer, one, result, final=output_dir if one is plan[-1] else None)
+            result = _run(trainer, planned, own, unloaded, resume=resume)
+            _save(trainer, planned, result, final=output_dir if planned is plan[-1] else None)
         results.append(result)
     assert trainer is not None
     if results[-1].how == "finished before":
@@ -253,31 +257,31 @@ def _train(
 
 def _teachers(teacher_model: Any, model: nn.Module, stages: Sequence[PlannedStage]) -> Callable[[PlannedStage], Any]:
     """Return a function that gives the teacher of a stage. A folder or Hub id is loaded once, with its tokenizer."""
-    if not isinstance(teacher_model, (str, os.PathLike)) or not any(one.needs_teacher for one in stages):
-        return lambda one: teacher_model
+    if not isinstance(teacher_model, (str, os.PathLike)) or not any(planned.needs_teacher for planned in stages):
+        return lambda planned: teacher_model
     kind = str(make_task(model, stages[0].keywords.get("task")))
     with random_state_kept():
         loaded = load_teacher(teacher_model, kind, dtype=setting(stages[0].args, "teacher_dtype"))
         tokenizer = find_tokenizer(teacher_model)
-    return lambda one: one.make_teacher(loaded, model, tokenizer)
+    return lambda planned: planned.make_teacher(loaded, model, tokenizer)
 
 
 def _check_distillers(
     stages: Sequence[PlannedStage], model: nn.Module, teacher_of: Callable[[PlannedStage], Any]
 ) -> None:
     """Make the distiller of each stage, so that a later stage fails before the first one trains."""
-    for one in stages:
-        blend, objectives, teacher = blend_of(one.args), one.stage.make_objectives(), teacher_of(one)
-        if compares_nothing(blend["alpha"], objectives) and not one.needs_teacher:
+    for planned in stages:
+        blend, objectives, teacher = blend_of(planned.args), planned.stage.make_objectives(), teacher_of(planned)
+        if compares_nothing(blend["alpha"], objectives) and not planned.needs_teacher:
             continue  # then any class of student can be trained
-        task, processing_class = (one.keywords.get(name) for name in ("task", "processing_class"))
+        task, processing_class = (planned.keywords.get(name) for name in ("task", "processing_class"))
         try:
-            teacher = one.make_teacher(teacher, model) if teacher is not None and one.needs_teacher else None
+            teacher = planned.make_teacher(teacher, model) if teacher is not None and planned.needs_teacher else None
             Distiller(
                 model, teacher, task=task, processing_class=processing_class, objectives=objectives, seed=0, **blend
             )
         except HfDistillError as error:
-            raise type(error)(f"stage {one.stage.name!r}: {error}") from error
+            raise type(error)(f"stage {planned.stage.name!r}: {error}") from error
 
 
 def _check_not_sharded(trainer: DistillationMixin, plan: Sequence[PlannedStage]) -> None:
@@ -289,39 +293,39 @@ def _check_not_sharded(trainer: DistillationMixin, plan: Sequence[PlannedStage])
         )
 
 
-def _finished_before(one: PlannedStage) -> StageResult | None:
-    found = record.read(one.folder, record.FINISHED)
+def _finished_before(planned: PlannedStage) -> StageResult | None:
+    found = record.read(planned.folder, record.FINISHED)
     if found is None:
         return None
     history = found.pop("log_history")
-    return StageResult(one.stage.name, one.folder, TrainOutput(**found), history, "finished before")
+    return StageResult(planned.stage.name, planned.folder, TrainOutput(**found), history, "finished before")
 
 
 def _run(
-    trainer: DistillationMixin, one: PlannedStage, settings: dict[str, Any], unloaded: str | None, *, resume: bool
+    trainer: DistillationMixin, planned: PlannedStage, settings: dict[str, Any], unloaded: str | None, *, resume: bool
 ) -> StageResult:
     """Train a stage from its last checkpoint, or from its start.
 
     Args:
         trainer: the trainer of the stage.
-        one: the stage.
+        planned: the stage.
         settings: its settings, for the record.
         unloaded: the folder of the previous stage if the model does not hold its student yet.
         resume: whether to look for a checkpoint.
     """
     checkpoint = None
     if (
-        resume and not one.args.save_only_model
+        resume and not planned.args.save_only_model
     ):  # without the optimizer's state, only a start from the beginning is exact
-        checkpoint = last_whole_checkpoint(one.folder)
+        checkpoint = last_whole_checkpoint(planned.folder)
     if checkpoint is None and unloaded is not None:
         _load_student(trainer, unloaded)
     trainer.accelerator.wait_for_everyone()  # before the record changes, all processes must have read it
     if trainer.args.should_save:
-        record.write(one.folder, record.BEGUN, settings)
+        record.write(planned.folder, record.BEGUN, settings)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     how: How = "trained" if checkpoint is None else "resumed"
-    return StageResult(one.stage.name, one.folder, output, list(trainer.state.log_history), how)
+    return StageResult(planned.stage.name, planned.folder, output, list(trainer.state.log_history), how)
 
 
 def _load_student(trainer: DistillationMixin, folder: str) -> None:
@@ -330,27 +334,27 @@ def _load_student(trainer: DistillationMixin, folder: str) -> None:
         trainer._load_student(os.path.join(folder, STUDENT))
 
 
-def _save(trainer: DistillationMixin, one: PlannedStage, result: StageResult, *, final: str | None) -> None:
+def _save(trainer: DistillationMixin, planned: PlannedStage, result: StageResult, *, final: str | None) -> None:
     """Save the student with a card, and then record the stage as finished.
 
     Args:
         trainer: the trainer of the stage.
-        one: the stage.
+        planned: the stage.
         result: its result.
         final: the folder of the run after its last stage, else None.
     """
-    trainer.save_model(os.path.join(one.folder, STUDENT), _internal_call=True)  # the flag prevents a push
+    trainer.save_model(os.path.join(planned.folder, STUDENT), _internal_call=True)  # the flag prevents a push
     trainer.create_model_card(model_name=None if final is None else Path(final).absolute().name)
     if final is not None:
         trainer.save_model(final, _internal_call=True)
-        card = Path(one.folder, CARD)
+        card = Path(planned.folder, CARD)
         if trainer.is_world_process_zero() and card.is_file():
             write_text_whole(Path(final, CARD), card.read_text(encoding="utf-8"))
     # Mixed precision wraps the forward, and the next stage wraps it again.
     forget_preparation(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        record.write(one.folder, record.FINISHED, {**result.output._asdict(), "log_history": result.log_history})
+        record.write(planned.folder, record.FINISHED, {**result.output._asdict(), "log_history": result.log_history})
     trainer.accelerator.wait_for_everyone()
     if final is not None and trainer.args.push_to_hub:
         trainer.push_to_hub()
