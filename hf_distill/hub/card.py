@@ -11,27 +11,18 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a separate package
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_distill._utils import write_text_whole
 from hf_distill.hub import sections
 from hf_distill.hub.facts import HIDDEN_PATH, CardData, DatasetFacts, without_paths
 from hf_distill.hub.papers import BIBTEX, DISTILLATION, DIVERGENCES, OBJECTIVES, TEACHERS
-from hf_distill.hub.usage import program, use_of
+from hf_distill.hub.usage import TEMPLATES, program, use_of
 
 logger = logging.getLogger(__name__)
 
 TAGS = ("hf-distill", "knowledge-distillation", "distillation", "generated_from_trainer")
 _NOT_A_METRIC = ("loss", "divergence")
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    autoescape=False,  # the output is Markdown: every text goes through `escape` or `plain`
-)
-_TEMPLATES.filters["md"] = sections.escape
+TEMPLATES.filters["md"] = sections.escape
 
 
 def metadata(facts: CardData) -> ModelCardData:
@@ -108,7 +99,7 @@ def render_card(facts: CardData) -> str:
     >>> "pipeline_tag: text-classification" in card, "Not measured" in card
     (True, True)
     """
-    text = _TEMPLATES.get_template("card.md.jinja").render(
+    text = TEMPLATES.get_template("card.md.jinja").render(
         facts=facts,
         metadata=metadata(facts).to_yaml(),
         summary=sections.summary(facts),
