@@ -59,20 +59,12 @@ _MEANING = {
     "labels": " (the model's own loss on the labels)",
     "logits": " (the divergence from the teacher's output)",
 }
-_SETTINGS = {
-    "epochs": "epochs",
+# Titles of settings that are not their names with spaces.
+_TITLES = {
     "steps": "optimizer steps",
-    "learning_rate": "learning rate",
-    "learning_rate_schedule": "learning rate schedule",
-    "optimizer": "optimizer",
-    "weight_decay": "weight decay",
     "max_grad_norm": "gradient norm clipped at",
     "batch_size": "batch size per process",
     "accumulation": "gradient accumulation steps",
-    "processes": "processes",
-    "precision": "precision",
-    "seed": "seed",
-    "label_smoothing": "label smoothing",
     "train_loss": "mean training loss",
 }
 
@@ -264,7 +256,9 @@ def settings(facts: CardData) -> str:
     """Return a table of the known training settings."""
     training = facts.training
     rows = [
-        [title, number(value)] for name, title in _SETTINGS.items() if (value := getattr(training, name)) is not None
+        [_TITLES.get(name, name.replace("_", " ")), number(value)]
+        for name, value in vars(training).items()
+        if value is not None and name not in ("warmup", "extra")
     ]
     if training.warmup is not None:
         unit = "warm-up, share of the run" if training.warmup < 1 else "warm-up steps"

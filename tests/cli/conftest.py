@@ -7,7 +7,7 @@ TOPICS = ["socket", "colour", "fraction", "mailbox", "thread", "archive"]
 
 @pytest.fixture
 def library(tmp_path):
-    """Six packages with sixty paragraphs each, and what the reader must leave out."""
+    """Return a library of six packages with sixty paragraphs each, and with files that the reader must skip."""
     root = tmp_path / "library"
     for topic in TOPICS:
         package = root / topic

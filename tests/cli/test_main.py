@@ -116,7 +116,7 @@ def check_report(report):
     assert not alone.not_measured and not distilled.not_measured and not all_labels.not_measured
     assert report.settings["seeds"] == [3, 4] and report.settings["fast"] is True
     assert report.cost["seconds_total"] > 0
-    assert teacher.accuracy_share_mean > 0.5  # the topic's name stands in every paragraph
+    assert teacher.accuracy_share_mean > 0.5  # the topic's name is in every paragraph
 
 
 def check_students(out):

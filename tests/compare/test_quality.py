@@ -40,7 +40,7 @@ def test_prediction_keeps_the_mode_and_makes_no_gradient():
     assert model.modes == [(False, True)] and model.training
 
 
-def test_a_head_with_a_row_a_token_is_refused():
+def test_a_head_with_a_row_for_each_token_is_refused():
     with pytest.raises(SettingError, match=r"logits of shape \(2, 3, 2\)"):
         predicted_labels(Echo({0: "a", 1: "b"}), [{"x": torch.zeros(2, 3, 2)}])
 

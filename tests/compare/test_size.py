@@ -28,7 +28,7 @@ def test_half_precision_is_half_the_size():
     assert size_mb(nn.Linear(100, 100, bias=False).bfloat16()) == 0.02
 
 
-def test_it_is_what_a_checkpoint_holds(tmp_path):
+def test_the_size_equals_that_of_a_checkpoint(tmp_path):
     save_model(Tied(), str(tmp_path / "model.safetensors"))
     written = (tmp_path / "model.safetensors").stat().st_size / 1e6
     assert 0 <= written - size_mb(Tied()) < 0.001  # the header's names

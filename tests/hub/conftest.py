@@ -24,14 +24,14 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def run_with_hub(hub: FakeHub, tmp_path: Path) -> Callable[..., str]:
-    """Run Python text in a new process whose Hub is the fake one; returns what it printed."""
+    """Run Python text in a new process whose Hub is the fake one, and return its output."""
     return partial(run_against, hub, tmp_path)
 
 
 def run_against(hub: FakeHub, folder: Path, program: str, *, token: str = TOKEN) -> str:
-    """Run Python text in `folder`, in a process of its own, with `hub` as its Hub.
+    """Run Python text in `folder`, in a new process with `hub` as its Hub.
 
-    Of its own, because huggingface_hub reads its endpoint when it is imported.
+    A new process, because huggingface_hub reads its endpoint when it is imported.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     environment = {

@@ -1,8 +1,7 @@
-"""A Hub on this machine: enough of its HTTP API to create, upload, commit, list and download.
+"""A Hub on this machine, with enough of its HTTP API to create, upload, commit, list and download.
 
-It follows what huggingface_hub sends (regular files in the commit, large ones over LFS) and refuses
-what the real one refuses: a wrong token, card metadata that is no YAML mapping, a file never sent.
-It has no xet, no pull requests, no datasets, no pages longer than one.
+It accepts regular files in commits and large files over LFS, and like the real Hub it rejects a wrong token, invalid
+card metadata, and a file that was not uploaded. It has no xet, no pull requests, no datasets and no paging.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-from tests.hub.card_rules import card_errors
-
 TOKEN = "hf_fake"
 USER = "tiny-user"
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".model")
@@ -27,7 +24,7 @@ LARGE = (".safetensors", ".bin", ".pt", ".pth", ".model")
 
 @dataclass
 class Repo:
-    """One model repository: branches of snapshots, and every commit."""
+    """A model repository: branches, snapshots and commits."""
 
     private: bool = False
     branches: dict[str, str] = field(default_factory=dict)
@@ -52,7 +49,7 @@ class Repo:
 
 
 class FakeHub:
-    """The server, its repositories and the requests it saw. Use it as a context manager."""
+    """The server, its repositories and its requests. Use it as a context manager."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -73,8 +70,34 @@ class FakeHub:
         self._server.server_close()
 
 
+def card_errors(data: object) -> list[str]:
+    """Return the errors that the real Hub finds in the metadata of a card."""
+    if not isinstance(data, dict):
+        return ["metadata must be a mapping"]
+    errors = [
+        f'"{key}" must be a string' for key in ("library_name", "pipeline_tag", "license")
+        if key in data and not isinstance(data[key], str)
+    ]  # fmt: skip
+    for key in ("tags", "datasets", "metrics", "language"):
+        value = data.get(key, [])
+        if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+            errors.append(f'"{key}" must be a string or a list of strings')
+    for model in data.get("model-index", []):
+        if not model.get("name"):
+            errors.append('"model-index[0].name" is required')
+        for result in model.get("results", []):
+            for part, needed in (("task", ["type"]), ("dataset", ["type", "name"])):
+                errors += [
+                    f'"model-index results {part}.{key}" is required'
+                    for key in needed
+                    if not result.get(part, {}).get(key)
+                ]
+            errors += ["a metric needs type and value" for m in result["metrics"] if len(m) < 2]
+    return errors
+
+
 class Refused(Exception):
-    """An answer that is an error: status, the Hub's error code, a message."""
+    """An error response: status, the Hub's error code, a message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -82,7 +105,7 @@ class Refused(Exception):
 
 
 class Answers:
-    """What the Hub does for each route; one object a request."""
+    """The handlers of the routes; each request has its own object."""
 
     def __init__(self, hub: FakeHub) -> None:
         self.hub = hub
@@ -96,12 +119,12 @@ class Answers:
         return {"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}}
 
     def create(self, body: bytes) -> dict:
-        asked = json.loads(body)
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        request = json.loads(body)
+        name = f"{request.get('organization') or USER}/{request['name']}"
         url = f"{self.hub.url}/{name}"
         if name in self.hub.repos:
             raise Refused(409, "", json.dumps({"error": "exists", "url": url}))
-        repo = self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
+        repo = self.hub.repos[name] = Repo(private=request.get("visibility") == "private")
         repo.commit("main", "initial commit", {}, ())
         return {"url": url, "name": name}
 
@@ -125,19 +148,19 @@ class Answers:
 
     def preupload(self, body: bytes, name: str, revision: str) -> dict:
         files = []
-        for asked in json.loads(body)["files"]:
-            mode = "lfs" if asked["path"].endswith(LARGE) else "regular"
-            files.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False})
+        for request in json.loads(body)["files"]:
+            mode = "lfs" if request["path"].endswith(LARGE) else "regular"
+            files.append({"path": request["path"], "uploadMode": mode, "shouldIgnore": False})
         self.repo(name)
         return {"files": files}
 
     def lfs_batch(self, body: bytes, name: str) -> dict:
         objects = []
-        for asked in json.loads(body)["objects"]:
-            item = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.hub.large:
+        for request in json.loads(body)["objects"]:
+            item = {"oid": request["oid"], "size": request["size"]}
+            if request["oid"] not in self.hub.large:
                 item["actions"] = {
-                    "upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"},
+                    "upload": {"href": f"{self.hub.url}/lfs/{request['oid']}"},
                     "verify": {"href": f"{self.hub.url}/lfs-verify"},
                 }
             objects.append(item)
@@ -145,13 +168,13 @@ class Answers:
 
     def lfs_put(self, body: bytes, oid: str) -> dict:
         if hashlib.sha256(body).hexdigest() != oid:
-            raise Refused(422, "", "the content is not what was announced")
+            raise Refused(422, "", "the content differs from its checksum")
         self.hub.large[oid] = body
         return {}
 
     def lfs_verify(self, body: bytes) -> dict:
-        asked = json.loads(body)
-        if len(self.hub.large.get(asked["oid"], b"")) != asked["size"]:
+        request = json.loads(body)
+        if len(self.hub.large.get(request["oid"], b"")) != request["size"]:
             raise Refused(404, "", "not there")
         return {}
 
@@ -176,7 +199,7 @@ class Answers:
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"])
             else:
-                raise Refused(400, "", f"this Hub knows no {entry['key']}")
+                raise Refused(400, "", f"this Hub does not know {entry['key']}")
         sha = repo.commit(revision, message, files, tuple(sorted(added)))
         return {
             "success": True,
@@ -222,7 +245,7 @@ FILE = re.compile(rf"/{_NAME}/resolve/([^/]+)/(.+)")
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        """One connection a request: HTTP/1.0, so nothing stays open."""
+        """Closes the connection after each request (HTTP/1.0)."""
 
         def log_message(self, *parts: object) -> None:
             pass

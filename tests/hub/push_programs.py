@@ -1,4 +1,4 @@
-"""What the push tests run in a process of their own: train two steps, push, leave files behind.
+"""The programs of the push tests: train two steps, push, and leave files for the tests.
 
 The working folder is the test's. Each push has a name: its output folder and its repository. What
 `save_pretrained` of the same student and processor writes is left under `as-saved/<name>`.
@@ -80,7 +80,7 @@ def by_hand() -> None:
 
 
 def leave_card(name: str) -> None:
-    """A README.md as a user may have begun it."""
+    """Write a README.md like that of a user."""
     Path(name).mkdir(exist_ok=True)
     Path(name, "README.md").write_text("---\nlicense: mit\ntags:\n- theirs\n---\n\n# Mine\n")
 
@@ -128,9 +128,9 @@ def logits_of(model: torch.nn.Module, words: Any = None) -> torch.Tensor:
 
 
 def use(user: str, names: Sequence[str]) -> None:
-    """Print as JSON what the program on each card printed, and the logits of the pushed student.
+    """Print the output of the program on each card, and the logits of the pushed student, as JSON.
 
-    Each program is run as it stands, with names of its own alone.
+    Each program is run unchanged, in its own namespace.
     """
     model = tf.AutoModelForSequenceClassification.from_pretrained(f"{user}/trained")
     words = tf.AutoTokenizer.from_pretrained(f"{user}/trained")

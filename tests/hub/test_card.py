@@ -25,7 +25,7 @@ from hf_distill.hub.papers import BIBTEX, OBJECTIVES, TEACHERS
 from hf_distill.hub.papers import DIVERGENCES as SHOWN
 from hf_distill.hub.usage import program
 from hf_distill.tasks import TASKS
-from tests.hub.card_rules import card_errors
+from tests.hub.fake_hub import card_errors
 from tests.hub.sample_facts import GLUE, STUDENT, TEACHER, VALIDATION, sample_facts
 
 KINDS = {

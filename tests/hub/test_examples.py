@@ -1,4 +1,4 @@
-"""The example cards in `model_cards/` are what their recorded facts render to."""
+"""The example cards in `model_cards/` equal the rendering of their recorded facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts: the JSON round trip, names that may be shown, and what is read from a Trainer's log."""
+"""Facts: the JSON round trip, names that may be shown, and evaluations in a Trainer's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fake Hub answers huggingface_hub's own client: what it takes in comes back, byte for byte."""
+"""The fake Hub works with the client of huggingface_hub and returns the uploaded bytes."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def test_files_come_back(hub: FakeHub, run_with_hub) -> None:
     assert repo.commits[-1] == ("main", "both", ("README.md", "sub/weights.bin"))
 
 
-def test_what_the_hub_refuses(run_with_hub) -> None:
+def test_the_hub_rejects_invalid_requests(run_with_hub) -> None:
     assert len(run_with_hub(REFUSED).splitlines()) == 4

@@ -1,4 +1,4 @@
-"""The program on each card runs as it stands, in the folder that holds student and card."""
+"""The program on each card runs unchanged in the folder that holds student and card."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_text(task: str, here) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_embeddings_are_pooled_as_in_training(pooling: str, side: str, here) -> None:
-    """What the card's program makes of two texts is what was compared with the teacher."""
+    """The card's program gives the embeddings that were compared with the teacher's."""
     model, words = TEXT["embedding"]().eval(), tokenizer()
-    words.init_kwargs["padding_side"] = words.padding_side = side  # the former is what is saved
+    words.init_kwargs["padding_side"] = words.padding_side = side  # the former is saved
     model.save_pretrained(here)
     words.save_pretrained(here)
     facts = replace(facts_of("embedding", model, words), pooling=pooling)

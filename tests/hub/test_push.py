@@ -72,7 +72,7 @@ def test_only_the_student_its_processor_and_the_card_are_pushed(pushed: Place) -
     pushed.assert_no_local_path("trained")
 
 
-def test_the_pushed_student_is_the_trained_one(pushed: Place, used: dict[str, Any]) -> None:
+def test_the_pushed_student_is_the_trained_student(pushed: Place, used: dict[str, Any]) -> None:
     pushed.assert_weights_are_the_students("trained")
     torch.testing.assert_close(torch.tensor(used["logits"]), torch.load(pushed.folder / "logits.pt"))
 
@@ -106,7 +106,7 @@ def test_the_cards_program_runs_against_the_hub(used: dict[str, Any]) -> None:
     assert "score" in used["cards"]["trained"]
 
 
-def test_nothing_is_invented_before_training(pushed: Place) -> None:
+def test_a_push_before_training_invents_nothing(pushed: Place) -> None:
     assert set(pushed.repo("untrained").files()) == pushed.saved("untrained")
     assert "Not measured: there was no evaluation." in pushed.card("untrained").text
     pushed.assert_no_local_path("untrained")

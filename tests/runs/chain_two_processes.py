@@ -59,7 +59,7 @@ def links() -> list[Link]:
 
 
 def chained(folder: Path, case: str, *, examples_a_process: int) -> dict[str, Any]:
-    """The students, what their metrics are and which links were trained."""
+    """Return the students, their metrics and the trained links."""
     watch = Watch("2-half" if case == "interrupted" else None)
     settings = {**PLAIN_STEP, "learning_rate": 0.1, "per_device_train_batch_size": examples_a_process}
     given: dict[str, Any] = {

@@ -32,7 +32,7 @@ class KillAtStep(TrainerCallback):
 
 
 def when_written(name: str, link: str, *, before: bool) -> Callable[[], None]:
-    """Killed just before, or just after, a file of a link stands in its place."""
+    """Return a function that kills the process just before or after a file of a link is written."""
 
     def prepare() -> None:
         replace = os.replace

@@ -79,7 +79,7 @@ def test_the_previous_student_is_the_teacher(tmp_path) -> None:
 
 
 def test_a_student_can_start_as_a_part_of_its_teacher(tmp_path) -> None:
-    """Progressive distillation, without a learning rate: what it began as is what is saved."""
+    """Progressive distillation with a learning rate of 0: the saved student is the initial student."""
     settings = {"max_steps": 1, "learning_rate": 0.0, "save_strategy": "no"}
     listed = [
         Link("two", lambda teacher: inherit(teacher, layers=[0, 2])),
@@ -112,7 +112,7 @@ def test_a_link_may_have_stages_and_objectives(tmp_path) -> None:
     assert {"loss/hidden", "loss/logits", "loss/labels"} <= set(logged(1, "1-training"))
 
 
-# The report, and what is kept.
+# The report, and the kept student.
 
 
 def test_the_report_is_in_the_folder_and_printed(tmp_path, capsys) -> None:
@@ -144,7 +144,7 @@ def of(name: str, parameters: int, value: float, metric: str = "accuracy") -> Li
         ("last", [0.7, 0.9, 0.8], [10, 10, 10], "b", "c", "Best by accuracy: b. Kept in out: c (keep='last')."),
     ],
 )  # fmt: skip
-def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, sizes, best, kept, words) -> None:
+def test_the_best_and_the_kept_student(tmp_path, monkeypatch, keep, values, sizes, best, kept, words) -> None:
     import hf_distill.runs.chain as module
 
     results = iter([of(*one) for one in zip("abc", sizes, values, strict=True)])

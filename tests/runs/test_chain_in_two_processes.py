@@ -1,4 +1,4 @@
-"""A chain on two gloo processes is that of one: each link trained once, resumed, and written by one process alone."""
+"""A chain in two gloo processes equals that in one; each link is trained once, and only one process writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.trainer.tiny import assert_same_bits, update_difference
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[Any]:
-    """What each of two processes found and did."""
+    """Return the records of both processes."""
     folder = tmp_path_factory.mktemp("two") / "chains"
     printed = two_processes(Path(__file__).with_name("chain_two_processes.py"), str(folder))
-    assert [out.count("Kept in ") for out in printed] == [len(CASES), 0]  # process 0 alone prints
+    assert [out.count("Kept in ") for out in printed] == [len(CASES), 0]  # only process 0 prints
     return [torch.load(f"{folder}-process-{rank}.pt") for rank in (0, 1)]
 
 
@@ -28,7 +28,7 @@ def one(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_make_the_students_of_one(two, one, case: str) -> None:
+def test_two_processes_make_the_same_students_as_one_process(two, one, case: str) -> None:
     first, second = (process["found"][case] for process in two)
     for name in FOLDERS:
         assert_same_bits(first["students"][name], second["students"][name])
@@ -40,7 +40,7 @@ def test_two_processes_make_the_students_of_one(two, one, case: str) -> None:
         assert found["kept"] == one["kept"]
 
 
-def test_each_link_is_trained_once_and_resumed_where_it_was(two, one) -> None:
+def test_each_link_is_trained_once_and_resumed_from_its_checkpoint(two, one) -> None:
     once = ["1-assistant from 0", "2-half from 0", "3-student from 0"]
     resumed = ["1-assistant from 0", "2-half from 0", "2-half from 2", "3-student from 0"]
     assert one["trained"] == once
@@ -50,8 +50,8 @@ def test_each_link_is_trained_once_and_resumed_where_it_was(two, one) -> None:
         assert process["found"]["interrupted"]["how"] == ["finished before", "resumed", "trained"]
 
 
-def test_the_main_process_alone_writes(two) -> None:
-    """The other one makes the folders in which `Trainer` keeps its random state, and nothing else."""
+def test_only_the_main_process_writes(two) -> None:
+    """The other process makes only the folders in which `Trainer` keeps its random state."""
     of_main, of_other = (set(process["written"]) for process in two)
     assert of_other <= {f"os.mkdir checkpoint-{step}" for step in (1, 2, 3)}
     assert {"os.rename begun.json", "os.rename finished.json"} <= of_main

@@ -126,10 +126,10 @@ def test_a_stage_that_has_not_begun_may_change(tmp_path) -> None:
 
 def test_another_tokenizer_is_an_error_as_in_the_trainer(tmp_path, monkeypatch) -> None:
     """The tokenizer is looked for where the teacher is named: that name need not be a folder."""
-    asked = []
+    names = []
 
     def other_tokenizer(name: str) -> Any:
-        asked.append(name)
+        names.append(name)
         return words(first="b")
 
     teacher().save_pretrained(tmp_path / "teacher")
@@ -141,7 +141,7 @@ def test_another_tokenizer_is_an_error_as_in_the_trainer(tmp_path, monkeypatch) 
     assert_raises(
         tmp_path, "stage 'inside': student and teacher have different tokenizers", stages(), TeacherError, **mine
     )
-    assert asked == ["org/teacher"]
+    assert names == ["org/teacher"]
 
 
 def words(first: str) -> Any:

@@ -25,7 +25,7 @@ def two(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_what_one_does(two, tmp_path, name: str) -> None:
+def test_two_processes_train_the_same_student_as_one_process(two, tmp_path, name: str) -> None:
     found, expected = torch.load(two / "found.pt"), both(tmp_path, name, examples_a_process=4)
     assert found["processes"] == 2
     assert update_difference(found[name]["weights"], expected["weights"], weights(student().double())) < 1e-6
