@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
 from hf_distill.hub.usage import POOLED
-from hf_distill.students.adapt import adapt
 from hf_distill.tasks import Embedding
 from hf_distill.teachers import BaseModelTeacher, Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.hub.sample_facts import sample_facts
+from tests.lora import with_lora
 from tests.trainer.tiny import bert, make
 
 
@@ -78,7 +78,7 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
 )
 def test_what_a_teacher_is_that_is_no_model_of_its_own(tmp_path, teacher: Any, said: list[str]) -> None:
     made = teacher()
-    student = adapt(bert(), targets=["query"]) if isinstance(made, BaseModelTeacher) else bert()
+    student = with_lora(bert(), "query") if isinstance(made, BaseModelTeacher) else bert()
     make(tmp_path, student, made).create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     for words in said:

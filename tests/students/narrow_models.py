@@ -17,8 +17,8 @@ HIDDEN, NEURONS, TOKENS, N_HEADS = 16, 32, 40, 4
 FREE = ("Llama", "Qwen2", "Qwen3", "T5", "AST", "ViT", "Dinov2", "Beit")
 # Why hidden and heads, or the neurons, cannot be cut there.
 REFUSED = {
-    "Marian": {"hidden": r"embed_positions.weight is not saved with MarianMTModel but worked out from the config"},
-    "WavLM": {"hidden": r"gru_rel_pos_const has an axis of heads, and .* no attention that uses it was seen"},
+    "Marian": {"hidden": r"embed_positions.weight is not saved with MarianMTModel but computed from the config"},
+    "WavLM": {"hidden": r"gru_rel_pos_const has an axis of heads, but .* no attention that uses it"},
     "Longformer": {"hidden": r"the first batch of data does not reach .*key_global.weight"},
     "Dinov2": {"intermediate": r"config.intermediate_size: .* has no tensor that grows with it"},
 }

@@ -108,27 +108,27 @@ def test_the_teacher_stays() -> None:
 
 WORDS = {"processing_class": tokenizer(), "teacher_processing_class": tokenizer()}
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config says nothing about the head. Pass teacher="),
+    "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config does not define the head. Pass teacher="),
     "no counterpart": (hf.ViTConfig(**_VIT), {}, r"no class of ViTConfig has the head of BertForMaskedLM"),
-    "a name": ("distilbert", {}, r"the student is a str. Give a config or a PreTrainedModel"),
-    "one tokenizer": (hf.BertConfig(**_BERT), {"processing_class": tokenizer()}, r"give both processing_class"),
-    "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"no embeddings to copy"),
+    "a name": ("distilbert", {}, r"the student is a str. Pass a config or a PreTrainedModel"),
+    "one tokenizer": (hf.BertConfig(**_BERT), {"processing_class": tokenizer()}, r"=, teacher_.* go together"),
+    "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"and teacher= go together"),
     "other kind": (
         hf.BertConfig(**_BERT), {**WORDS, "processing_class": bpe_tokenizer([])},
-        r"cut words in different ways: the student's is BPE, the teacher's WordLevel",
+        r"mark words differently \(student: BPE; teacher: WordLevel\)",
     ),
     "nothing shared": (
-        hf.BertConfig(**_BERT), {**WORDS, "processing_class": tokenizer({"x": 0})}, r"have no token in common",
+        hf.BertConfig(**_BERT), {**WORDS, "processing_class": tokenizer({"x": 0})}, r"share no token",
     ),
     "too few rows": (
-        hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, and its embeddings have 30 .* to 40 or"
+        hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, but its embeddings have 30 .* at least 40"
     ),
-    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16.*say reduce="),
+    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16.*pass reduce="),
     "wider": (
-        hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* cannot be made wider"
+        hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* Use the same width"
     ),
     "reduce": (hf.BertConfig(**_BERT), {"reduce": "pca"}, r"reduce='pca': allowed are 'svd' and None"),
-    "no tokens": (hf.ViTModel(hf.ViTConfig(**_VIT)), WORDS, r"the student \(ViTModel\) reads no tokens"),
+    "no tokens": (hf.ViTModel(hf.ViTConfig(**_VIT)), WORDS, r"the student \(ViTModel\) has no token embeddings"),
 }  # fmt: skip
 
 

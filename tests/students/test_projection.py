@@ -146,21 +146,21 @@ def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("BertForMaskedLM", "LayerNorm.weight is of a LayerNorm: .* subtracts the mean"),
-        ("GPT2LMHeadModel", "ln_1.weight is of a LayerNorm: .* subtracts the mean"),
-        ("ViTForImageClassification", "no matrix multiplication with vit.embeddings.cls_token was seen"),
-        ("BartForConditionalGeneration", "of a LayerNorm: .* subtracts the mean"),
-        ("Gemma2", r"reads what .*post_attention_layernorm.weight, .* gave, so there are norms .* \(post-norm\)"),
+        ("BertForMaskedLM", "LayerNorm.weight belongs to a LayerNorm: .* subtracts the mean"),
+        ("GPT2LMHeadModel", "ln_1.weight belongs to a LayerNorm: .* subtracts the mean"),
+        ("ViTForImageClassification", "no matrix multiplication with vit.embeddings.cls_token was traced"),
+        ("BartForConditionalGeneration", "belongs to a LayerNorm: .* subtracts the mean"),
+        ("Gemma2", r"reads the output of .*post_attention_layernorm.weight, .* \(post-norm\)"),
         (
             "T5EncoderModel",
-            "no matrix reads what encoder.final_layer_norm.weight gives, .* gives its hidden states out",
+            "no matrix reads the output of encoder.final_layer_norm.weight, so the model returns it",
         ),
     ],
 )
 def test_models_that_cannot_be_rotated(name: str, why: str) -> None:
     teacher = make(name).float()
     sizes = {} if name in ("Gemma2", "ViTForImageClassification", "T5EncoderModel") else {"heads": 3}
-    with pytest.raises(TeacherError, match=rf"width='projection' rotates .*{why}.*Say width='importance'"):
+    with pytest.raises(TeacherError, match=rf"width='projection' cannot rotate .*{why}.*Use width='importance'"):
         narrow(teacher, hidden=12, **sizes, data=[tiny_of(name).batch()], width="projection")
 
 
@@ -170,7 +170,7 @@ def test_what_the_structure_does_not_show_is_tried() -> None:
     gate = torch.ones(16)
     gate[3] = 2
     teacher.model.layers[0].mlp.register_forward_hook(_Gate(gate))
-    with pytest.raises(TeacherError, match=r"it changes the logits .* works on single channels .*width='importance'"):
+    with pytest.raises(TeacherError, match=r"changes the logits .* uses single channels.*width='importance'"):
         narrow(teacher, hidden=12, data=[MODELS["LlamaForCausalLM"].batch()], width="projection")
 
 
@@ -186,9 +186,9 @@ def test_wrong_arguments() -> None:
     teacher, data = teacher_of("LlamaForCausalLM"), [{"input_ids": torch.tensor([[3]])}]
     with pytest.raises(SettingError, match=r"width='pca': allowed are importance and projection"):
         narrow(teacher, hidden=8, data=data, width="pca")
-    with pytest.raises(SettingError, match=r"width='projection' says how hidden= is made smaller. Give hidden="):
+    with pytest.raises(SettingError, match=r"width='projection' goes with hidden="):
         narrow(teacher, heads=2, data=data, width="projection")
-    with pytest.raises(DataError, match=r"data= showed 5 hidden states, and 8 directions are to be found"):
+    with pytest.raises(DataError, match=r"data= has 5 positions for 8 directions"):
         narrow(teacher, hidden=8, data=data, width="projection")
 
 

@@ -143,16 +143,16 @@ def test_further_ids_can_be_kept() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((object(), ["a"]), SettingError, "object is no fast tokenizer"),
+        ((object(), ["a"]), SettingError, "object is not a fast tokenizer"),
         ((tokenizer(), "w1 w2"), SettingError, "texts= is one string"),
-        ((tokenizer(), []), DataError, "texts= gave no text"),
-        ((tokenizer(), ["w1", 3]), DataError, "texts= gave a int"),
+        ((tokenizer(), []), DataError, "texts= is empty"),
+        ((tokenizer(), ["w1", 3]), DataError, "texts= contains a int"),
     ],
 )
 def test_refusals(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trim_vocabulary(*arguments)
-    with pytest.raises(SettingError, match=r"keep= names ids that the tokenizer has not: \[99\]"):
+    with pytest.raises(SettingError, match=r"keep= has ids that are not in the tokenizer: \[99\]"):
         trim_vocabulary(tokenizer(), ["w1"], keep=[99])
 
 
@@ -225,9 +225,9 @@ def test_ids_in_the_configs_are_renumbered() -> None:
 
 def test_a_tokenizer_of_another_model() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
-    with pytest.raises(TeacherError, match=r"ids up to 50, and the teacher has 40 tokens \(config.vocab_size\)"):
+    with pytest.raises(TeacherError, match=r"ids up to 50, but the teacher has 40 tokens \(config.vocab_size\)"):
         narrow(teacher, vocabulary=trim_vocabulary(tokenizer(60), ["w50"]))
-    with pytest.raises(SettingError, match=r"vocabulary= is a list. Give students.trim_vocabulary"):
+    with pytest.raises(SettingError, match=r"vocabulary= is a list. Pass students.trim_vocabulary"):
         narrow(teacher, vocabulary=[1, 2])  # type: ignore[arg-type]  # the mistake under test
 
 

@@ -31,7 +31,7 @@ from tests.students.narrow_models import (
     sizes_for,
     teacher_of,
 )
-from tests.students.test_matrix import outputs
+from tests.students.test_inherit_architectures import outputs
 
 NAMES = list(MODELS)
 CUTTABLE = [name for name in NAMES if refused(name, "hidden") is None]
