@@ -67,7 +67,7 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
 
 
 def compiler_error() -> type[Exception]:
-    """Return why `torch.compile` cannot compile (no Triton, an old GPU), or None; imports slowly, so call it late."""
+    """Return the error of `torch.compile` if it cannot compile (no Triton, an old GPU); its import is slow."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
