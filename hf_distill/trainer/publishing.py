@@ -19,6 +19,7 @@ from hf_distill.hub import write_card as write_model_card
 from hf_distill.hub.facts import (
     CardData,
     ModelFacts,
+    ObjectiveFacts,
     ScheduleFacts,
     dataset_facts,
     evaluations_from_log,
@@ -166,17 +167,16 @@ def _card_data(
         student=model_facts(student),
         repo_id=trainer.hub_model_id,
         teachers=teacher_facts(trainer) if has_teacher else (),
-        joined=trainer.distiller.teacher.describe() if isinstance(trainer.distiller.teacher, Ensemble) else None,
+        ensemble=trainer.distiller.teacher.describe() if isinstance(trainer.distiller.teacher, Ensemble) else None,
         base_model=base or (origin if looks_like_hub_id(origin) else None),
-        processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
+        processing_class=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
         pooling=getattr(task, "pooling", None),
         divergence=divergence if compares else None,
         divergence_kwargs=match.divergence_kwargs if compares else {},
         temperature=_schedule(trainer, "temperature", match.temperature) if compares and properties.softens else None,
         temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
         alpha=None if blending.alpha is None else _schedule(trainer, "alpha", blending.alpha),
-        objectives=_objective_weights(trainer, asked),
-        objective_settings={name: blending.described(name) for name in asked if name != "logits"},
+        objectives=_objective_facts(trainer, asked),
         datasets=trained_on,
         evaluations=evaluations_from_log(trainer.state.log_history, evaluated, best_step=best),
         weights_step=best or trainer.state.global_step or None,
@@ -200,11 +200,17 @@ def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> Sche
     return ScheduleFacts(start=start, end=end, schedule=kind if trainer._blend_is_ours else "of the user's own")
 
 
-def _objective_weights(trainer: DistillationMixin, asked: list[str]) -> dict[str, float | None]:
-    """Return the weights at the start of training; alpha determines those of labels and logits."""
-    names = ["labels"] if trainer.distiller.uses_labels else []
-    own = {name: trainer.distiller.blending.weight(name, 0.0) for name in asked if name != "logits"}
-    return {**dict.fromkeys([*names, *asked]), **own}
+def _objective_facts(trainer: DistillationMixin, asked: list[str]) -> tuple[ObjectiveFacts, ...]:
+    """Return the terms with their weights at the start of training; alpha determines those of labels and logits."""
+    blending = trainer.distiller.blending
+    facts = [ObjectiveFacts("labels")] if trainer.distiller.uses_labels else []
+    for name in asked:
+        if name == "logits":
+            facts.append(ObjectiveFacts(name))
+        else:
+            kind = type(blending.objectives[name]).__name__
+            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), kind, blending.described(name)))
+    return tuple(facts)
 
 
 def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
@@ -212,7 +218,7 @@ def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
     teacher, found = trainer.distiller.teacher, []
     for member in [] if teacher is None else teacher.members():
         if not isinstance(member, QuantisedTeacher) and type(member) is not ModelTeacher:
-            found.append(ModelFacts(class_name=type(member).__name__, described=member.describe()))
+            found.append(ModelFacts(class_name=type(member).__name__, description=member.describe()))
             continue
         assert isinstance(member, ModelTeacher)
         model = trainer.accelerator.unwrap_model(member.model)
