@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,7 +15,7 @@ from hf_distill.errors import HfDistillError, SettingError, require
 from hf_distill.tasks import Task, make_task
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 # PEFT's task_type for the Auto class that loads a head. Other heads have none.
 _TASK_TYPES = {
@@ -29,6 +26,7 @@ _TASK_TYPES = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModel": "FEATURE_EXTRACTION",
 }
+_OF_PEFT = {"lora_A", "lora_B", "default", "base_layer", "modules_to_save", "original_module"}
 _SET_BY_PEFT = {"classifier", "score", "qa_outputs"}  # what a task_type adds to modules_to_save, present or not
 
 
@@ -83,20 +81,20 @@ def check_adapters(student: PeftModel, *, allow_frozen_head: bool = False) -> Ad
     """
     student = _peft_model(student, "check_adapters")
     base: Any = student.get_base_model()
-    config = student.active_peft_config
+    config, task = student.active_peft_config, _task_of(base)
     adapted = tuple(getattr(student.base_model, "targeted_module_names", ()))
-    heads = _head_modules(base)
-    frozen = [name for name in heads if not _is_trained(base.get_submodule(name))]
-    task = _task_of(base)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    problem = _unknown_names(base, config) or _missing_layer(config, adapted) or _task_type_problem(base, task, config)
+    heads = _head_modules(base)
+    frozen = [name for name in heads if not any(p.requires_grad for p in base.get_submodule(name).parameters())]
+    # Language models and embeddings mostly come with a trained head.
+    is_new = task is None or not (task.over_vocabulary or task.auto_classes == ("AutoModel",))
+    problem = _unknown_name(base, config) or _missing_layer(config, adapted) or _wrong_task_type(base, task, config)
     if all(".modules_to_save." in name for name in trained):
         problem = "no adapter is trained. Set inference_mode=False in its config, or load it with is_trainable=True"
-    elif not problem and frozen and not allow_frozen_head and not _has_pretrained_head(task):
-        names = ", ".join(repr(name) for name in heads)
+    elif not problem and frozen and is_new and not allow_frozen_head:
         problem = (
             f"the head ({', '.join(frozen)}) is frozen, and would stay random if it is new. Use modules_to_save="
-            f"[{names}] in the PEFT config, or pass allow_frozen_head=True if it is already trained"
+            f"{heads} in the PEFT config, or pass allow_frozen_head=True if it is already trained"
         )
     if problem:
         raise SettingError(f"check_adapters: {type(base).__name__} with {config.peft_type.value}: {problem}.")
@@ -125,71 +123,46 @@ def _task_of(base: PreTrainedModel) -> Task | None:
         return None
 
 
-def _has_pretrained_head(task: Task | None) -> bool:
-    """Whether such a head mostly comes with the model: language models and embeddings."""
-    return task is not None and (task.over_vocabulary or task.auto_classes == ("AutoModel",))
-
-
 def _head_modules(base: PreTrainedModel) -> list[str]:
     """Return the modules beside the encoder or decoder: children with parameters and without a list of blocks."""
-    if base.base_model is base:
-        return []
-    others = {name: child for name, child in base.named_children() if name != base.base_model_prefix}
-    return [
-        name
-        for name, child in others.items()
-        if any(True for _ in child.parameters()) and not any(isinstance(m, nn.ModuleList) for m in child.modules())
-    ]
+    found = []
+    for name, child in [] if base.base_model is base else base.named_children():
+        has_blocks = any(isinstance(module, nn.ModuleList) for module in child.modules())
+        if name != base.base_model_prefix and not has_blocks and list(child.parameters()):
+            found.append(name)
+    return found
 
 
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _unknown_names(base: nn.Module, config: Any) -> str | None:
-    """Names in the config that match no module: PEFT accepts them as long as one name matches."""
-    names = {name for name, _ in base.named_modules()}
-    listed = {"target_modules": vars(config).get("target_modules"), "modules_to_save": _saved_modules(config)}
-    for setting, given in listed.items():
-        wanted = () if given is None or isinstance(given, str) else given
-        missing = sorted(one for one in wanted if not any(f".{name}".endswith(f".{one}") for name in names))
-        if missing:
-            return f"{setting} names {', '.join(missing)}, which the model does not have. {_last_names(names)}"
+def _unknown_name(base: nn.Module, config: PeftConfig) -> str | None:
+    """A name in the config that matches no module: PEFT accepts it as long as another one matches."""
+    names = [f".{name}" for name, _ in base.named_modules()]
+    settings = vars(config)
+    saved = set(settings.get("modules_to_save") or ()) - (_SET_BY_PEFT if config.task_type else set())
+    targets = settings.get("target_modules") or ()
+    for setting, wanted in (("target_modules", targets), ("modules_to_save", saved)):
+        missing = () if isinstance(wanted, str) else (n for n in wanted if not any(m.endswith(f".{n}") for m in names))
+        for name in sorted(missing):
+            known = sorted({last for name in names if (last := name.rpartition(".")[2]).isidentifier()} - _OF_PEFT)
+            return f"{setting} names {name}, which the model does not have. Its modules: {', '.join(known)}"
     return None
 
 
-def _saved_modules(config: Any) -> Iterable[str]:
-    saved = set(vars(config).get("modules_to_save") or ())
-    return saved if config.task_type is None else saved - _SET_BY_PEFT
-
-
-def _last_names(names: Iterable[str]) -> str:
-    hidden = {"lora_A", "lora_B", "default", "base_layer", "modules_to_save", "original_module"}
-    last = {name.rpartition(".")[2] for name in names} - hidden
-    return f"Its modules: {', '.join(sorted(name for name in last if name and not name.isdigit()))}"
-
-
-def _missing_layer(config: Any, adapted: tuple[str, ...]) -> str | None:
-    wanted = vars(config).get("layers_to_transform")
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted or ())
+def _missing_layer(config: PeftConfig, adapted: tuple[str, ...]) -> str | None:
+    wanted = vars(config).get("layers_to_transform") or []
     present = {int(number) for name in adapted for number in re.findall(r"\.(\d+)\.", name)}
-    missing = [layer for layer in wanted if layer not in present]
-    if not missing:
-        return None
-    layers = ", ".join(map(str, sorted(present)))
-    return f"layers_to_transform={wanted}: layer {missing[0]} has no adapter. Layers with adapters: {layers}"
+    for layer in [wanted] if isinstance(wanted, int) else wanted:
+        if layer not in present:
+            layers = ", ".join(map(str, sorted(present)))
+            return f"layers_to_transform={wanted}: layer {layer} has no adapter. Layers with adapters: {layers}"
+    return None
 
 
-def _task_type_problem(base: PreTrainedModel, task: Task | None, config: Any) -> str | None:
+def _wrong_task_type(base: PreTrainedModel, task: Task | None, config: PeftConfig) -> str | None:
     """PEFT takes the forward, and the modules that are trained whole, from the task_type."""
-    given = getattr(config.task_type, "value", config.task_type)
-    if given is None:
-        return None
-    reads_text = task is not None and base.main_input_name == "input_ids"
-    fitting = [_TASK_TYPES[name] for name in task.auto_classes if name in _TASK_TYPES] if task and reads_text else []
-    if given in fitting:
-        return None
-    return f"task_type={given!r} does not fit. Use {' or '.join(map(repr, [*fitting, None]))}"
+    classes = task.auto_classes if task is not None and base.main_input_name == "input_ids" else ()
+    fitting = [*(_TASK_TYPES[name] for name in classes if name in _TASK_TYPES), None]
+    given = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+    return None if given in fitting else f"task_type={given!r} does not fit. Use {' or '.join(map(repr, fitting))}"
 
 
 def save_merged(student: PeftModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -200,7 +173,7 @@ def save_merged(student: PeftModel, folder: str | os.PathLike[str]) -> PreTraine
 
     Args:
         student: the trained `PeftModel`.
-        folder: where to save. Files that exist are replaced, each in one step.
+        folder: where to save.
 
     Returns:
         The plain model.
@@ -213,14 +186,7 @@ def save_merged(student: PeftModel, folder: str | os.PathLike[str]) -> PreTraine
         method = student.active_peft_config.peft_type.value
         raise SettingError(f"save_merged: {method} changes the input, not the weights. Save the adapter alone.")
     if getattr(student.get_base_model(), "is_quantized", False):
-        raise SettingError(
-            "save_merged: the base is quantised, and merging would round the adapter away. Save the adapter, load the "
-            "base in full precision, and merge there: peft.PeftModel.from_pretrained(base, folder)."
-        )
+        raise SettingError("save_merged: the base is quantised. Merge the saved adapter into a base in full precision.")
     merged: PreTrainedModel = copy.deepcopy(student).merge_and_unload(safe_merge=True)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".merged-") as beside:
-        merged.save_pretrained(beside)
-        for file in sorted(Path(beside).iterdir()):
-            os.replace(file, Path(folder, file.name))
+    merged.save_pretrained(folder)
     return merged

@@ -48,9 +48,7 @@ def check_config(config: PreTrainedConfig, call: str) -> None:
         raise TeacherError(f"{call}: {name} does not allow this student: {' '.join(str(error).split())}") from error
     changed = sorted(key for key in saved if loaded.get(key) != saved[key])
     if changed:
-        raise TeacherError(
-            f"{call}: the student's {name} has other values after it is saved and loaded: {', '.join(changed)}."
-        )
+        raise TeacherError(f"{call}: the student's {name} does not survive saving: {', '.join(changed)} would change.")
 
 
 def empty_student(
@@ -70,9 +68,7 @@ def empty_student(
     try:
         student: PreTrainedModel = empty_like(teacher, config, "cpu")
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
-        raise TeacherError(
-            f"{call}: {type(teacher).__name__} cannot be built with the student's config: {error}"
-        ) from error
+        raise TeacherError(f"{call}: {type(teacher).__name__} cannot be built with this config: {error}") from error
     _drop_absent_modules(student, teacher)
     _untie(student, {name for name in untied if name in student.all_tied_weights_keys}.union(_untied(student, teacher)))
     return student
@@ -141,8 +137,8 @@ def check_weight_tying(student: nn.Module, theirs: Mapping[str, Tensor], call: s
         for other in others:
             if _differ(theirs[first], theirs[other]):
                 raise TeacherError(
-                    f"{call}: {first} and {other} are tied by the config but differ in the teacher. Call "
-                    "teacher.tie_weights(), or set teacher.config.tie_word_embeddings=False to keep both."
+                    f"{call}: {first} and {other} are tied by the config but differ in the teacher. To keep both, set "
+                    "teacher.config.tie_word_embeddings=False; otherwise call teacher.tie_weights()."
                 )
 
 

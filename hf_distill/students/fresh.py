@@ -112,8 +112,7 @@ def _class_with_the_same_head(
             result: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
             return result
     raise TeacherError(
-        f"fresh: no class of {config_class.__name__} has the head of {teacher_class.__name__} (searched "
-        f"{', '.join(mappings) or 'all Auto classes'}). Pass a model instead of a config."
+        f"fresh: no class of {config_class.__name__} has the head of {teacher_class.__name__}. Pass a model instead."
     )
 
 
@@ -124,9 +123,7 @@ def _embeddings(model: PreTrainedModel, whose: str) -> Tensor:
             return weight
     except (NotImplementedError, AttributeError):
         pass
-    raise TeacherError(
-        f"fresh: the {whose} ({type(model).__name__}) has no token embeddings. Leave out the tokenizers."
-    )
+    raise TeacherError(f"fresh: the {whose} ({type(model).__name__}) has no token embeddings: leave out tokenizers.")
 
 
 def _copy_rows(
@@ -140,8 +137,7 @@ def _copy_rows(
     one, two = _word_marks(processing_class), _word_marks(teacher_processing_class)
     if one != two:
         raise SettingError(
-            f"fresh: the tokenizers mark words differently (student: {one}; teacher: {two}), so equal text is not the "
-            "same token. Use tokenizers of one kind, or leave them out."
+            f"fresh: the tokenizers mark words differently (student: {one}; teacher: {two}). Leave them out."
         )
     words, known = processing_class.get_vocab(), teacher_processing_class.get_vocab()
     pairs = sorted((index, known[token]) for token, index in words.items() if token in known)
@@ -150,16 +146,14 @@ def _copy_rows(
     for whose, table, last in (("student", ours, max(words.values())), ("teacher", theirs, max(known.values()))):
         if last >= len(table):
             raise SettingError(
-                f"fresh: the {whose}'s tokenizer has ids up to {last}, but its embeddings have {len(table)} rows. "
-                f"Set {whose}.config.vocab_size to at least {last + 1}, or pass the matching tokenizer."
+                f"fresh: the {whose}'s tokenizer has ids up to {last}, but its embeddings have {len(table)} rows. Set "
+                f"its config.vocab_size to at least {last + 1}, or pass the matching tokenizer."
             )
     rows = theirs.detach()[[index for _, index in pairs]]
     width = ours.shape[1]
     if rows.shape[1] < width or (rows.shape[1] > width and reduce is None):
-        raise SettingError(
-            f"fresh: the student's embeddings are {width} wide, the teacher's {rows.shape[1]}. Use the same width, "
-            f"leave out the tokenizers{', or pass reduce=' + repr('svd') if rows.shape[1] > width else ''}."
-        )
+        hint = "Pass reduce='svd'" if rows.shape[1] > width else "Use the same width, or leave out tokenizers"
+        raise SettingError(f"fresh: the student's embeddings are {width} wide, the teacher's {rows.shape[1]}. {hint}.")
     with torch.no_grad():
         ours[[index for index, _ in pairs]] = (rows if rows.shape[1] == width else _reduced(rows, width)).to(ours)
     return len(pairs), len(words) - len(pairs)

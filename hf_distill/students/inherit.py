@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -98,10 +97,7 @@ def _layer_maps(teacher: PreTrainedModel, given: dict[str, Layers], path: str | 
     else:
         found = find_stacks(teacher)
         if not found:
-            raise TeacherError(
-                f"inherit: no layer stack found in {type(teacher).__name__}: no usual setting of "
-                f"{type(teacher.config).__name__} (num_hidden_layers, ...) lengthens a list. {candidates(teacher)}"
-            )
+            raise TeacherError(f"inherit: no layer stack found in {type(teacher).__name__}. {candidates(teacher)}")
         stacks = {name: _stack_for(name, found) for name in given}
     return {stack: _layer_map(name, given[name], stack.length) for name, stack in stacks.items()}
 
@@ -114,9 +110,7 @@ def _stack_for(argument: str, stacks: list[Stack]) -> Stack:
     if argument == "layers" and [stack.side for stack in stacks] == ["encoder", "decoder"]:
         hint = "Use encoder_layers= and/or decoder_layers="
     listed = ", ".join(f"{stack.name!r} ({stack.length} layers)" for stack in stacks)
-    raise SettingError(
-        f"inherit: {argument}= fits {len(fitting)} of the teacher's layer stacks, which are {listed}. {hint}."
-    )
+    raise SettingError(f"inherit: {argument}= fits {len(fitting)} of the teacher's layer stacks ({listed}). {hint}.")
 
 
 def _layer_map(argument: str, value: Layers, length: int) -> LayerMap:
@@ -195,33 +189,13 @@ def _fill(
     )
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor lies.
-
-    Attributes:
-        stack: the stack that holds it, or None if it lies outside of the stacks that are cut.
-        path: the path of the module list.
-        layer: the layer, or -1 outside of the stacks.
-        rest: the tensor's name within the layer.
-    """
-
-    stack: Stack | None
-    path: str
-    layer: int
-    rest: str
-
-    def at(self, layer: int) -> str:
-        """Return the name of the same tensor in another layer, or its own name outside of the stacks."""
-        return self.rest if self.stack is None else f"{self.path}.{layer}.{self.rest}"
-
-    def serves_all_layers(self, model: nn.Module) -> bool:
-        """Whether only layer 0 holds this table, and hands its values to the next layers (T5, WavLM)."""
-        if self.stack is None or self.stack.length == 1:
-            return False
-        names = all_parameters(model)
-        holders = [layer for layer in range(self.stack.length) if self.at(layer) in names]
-        return holders == [0] and isinstance(model.get_submodule(self.at(0).rpartition(".")[0]), nn.Embedding)
+def _serves_all_layers(model: nn.Module, stack: Stack | None, pattern: str) -> bool:
+    """Whether only layer 0 holds this table, and hands its values to the next layers (T5, WavLM)."""
+    if stack is None or stack.length == 1:
+        return False
+    names = all_parameters(model)
+    holders = [layer for layer in range(stack.length) if pattern.format(layer) in names]
+    return holders == [0] and isinstance(model.get_submodule(pattern.format(0).rpartition(".")[0]), nn.Embedding)
 
 
 class _TensorCopier:
@@ -241,34 +215,36 @@ class _TensorCopier:
     def copy(self) -> None:
         """Copy all tensors. Raises TeacherError if a tensor of either model has no counterpart in the other."""
         theirs = all_parameters(self.teacher)
-        outside = {name: tensor for name, tensor in theirs.items() if self._place(name).stack is None}
+        outside = {name: tensor for name, tensor in theirs.items() if self._locate(name)[0] is None}
         check_weight_tying(self.student, outside, "inherit")
         missing = []
         for name, parameter in self.student.named_parameters():
-            place = self._place(name)
-            source = place.at(self._source_layer(place))
-            if source not in theirs and place.serves_all_layers(self.teacher):
-                source = place.at(0)
+            source = self._source(name)
             if source not in theirs:
-                missing.append(name)
-                continue
-            if self._place(source).layer != self._source_layer(place):
+                stack, _, pattern = self._locate(name)
+                if not _serves_all_layers(self.teacher, stack, pattern):
+                    missing.append(name)
+                    continue
+                source = pattern.format(0)
                 self.carried.append(name)
             parameter.data = self._values(name, parameter, source, theirs[source].detach())
             self.copied[name] = source
         self._check_counterparts("the teacher has no tensors for", missing + self._copy_buffers(), "student")
         self._check_counterparts("the student has no place for", self._leave_the_rest(), "teacher")
 
-    def _place(self, name: str) -> _Place:
+    def _locate(self, name: str) -> tuple[Stack | None, int, str]:
+        """Return the stack that holds a tensor, its layer, and its name as a pattern of the layer."""
         for stack in self.kept:
             for path in stack.paths:
                 if name.startswith(f"{path}."):
                     layer, _, rest = name[len(path) + 1 :].partition(".")
-                    return _Place(stack, path, int(layer), rest)
-        return _Place(None, "", -1, name)
+                    return stack, int(layer), f"{path}.{{}}.{rest}"
+        return None, -1, name
 
-    def _source_layer(self, place: _Place) -> int:
-        return -1 if place.stack is None else self.kept[place.stack][place.layer]
+    def _source(self, name: str) -> str:
+        """Return the name in the teacher of a tensor of the student."""
+        stack, layer, pattern = self._locate(name)
+        return name if stack is None else pattern.format(self.kept[stack][layer])
 
     def _values(self, name: str, parameter: Tensor, source: str, values: Tensor) -> Tensor:
         """Return the teacher's values, cut to the kept layers if there is one value for each layer."""
@@ -280,8 +256,8 @@ class _TensorCopier:
                     self.recut.append(name)
                     return values[[*range(before), *(layer + before for layer in layers)]]
         raise TeacherError(
-            f"inherit: {name} of the student has shape {tuple(parameter.shape)}, but {source} of the teacher has "
-            f"{tuple(values.shape)}. The teacher does not fit its config: was one of its modules replaced?"
+            f"inherit: {name} has shape {tuple(parameter.shape)}, but {source} of the teacher has "
+            f"{tuple(values.shape)}. Was one of its modules replaced?"
         )
 
     def _copy_buffers(self) -> list[str]:
@@ -290,8 +266,7 @@ class _TensorCopier:
         saved = self.student.state_dict().keys()
         missing = []
         for name, buffer in self.student.named_buffers():
-            place = self._place(name)
-            source = place.at(self._source_layer(place))
+            source = self._source(name)
             values = theirs.get(source)
             if values is not None and values.shape == buffer.shape:
                 buffer.data = values.detach().clone()
@@ -308,18 +283,16 @@ class _TensorCopier:
         lost: list[str] = []
         for name, tensor in tensors.items():
             if name not in used and id(tensor) not in used_tensors:
-                place = self._place(name)
-                is_left = place.stack is not None and place.layer not in self.kept[place.stack]
+                stack, layer, _ = self._locate(name)
+                is_left = stack is not None and layer not in self.kept[stack]
                 (self.left if is_left else lost).append(name)
         return lost
 
     def _check_counterparts(self, problem: str, names: list[str], whose: str) -> None:
         if names:
             more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            raise TeacherError(
-                f"inherit: {problem} {', '.join(names[:6])}{more} of the {whose}. Its layers are not all built in the "
-                "same way, or the teacher was changed after it was built from its config."
-            )
+            shown = ", ".join(names[:6])
+            raise TeacherError(f"inherit: {problem} {shown}{more} of the {whose}. Was the teacher changed by hand?")
 
 
 def _check_layers(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tuple[int, ...]) -> None:
@@ -335,8 +308,8 @@ def _check_layers(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tu
                 elif kept[layer] == 0:
                     advice = "Layer 0 of this architecture differs from the others: it can only be student layer 0"
                 raise TeacherError(
-                    f"inherit: teacher layer {kept[layer]} cannot become student layer {layer} of {stack.name}: the "
-                    f"student's {difference}. {advice}."
+                    f"inherit: teacher layer {kept[layer]} of {stack.name} cannot become student layer {layer}: "
+                    f"the student's {difference}. {advice}."
                 )
 
 
@@ -349,17 +322,15 @@ def _check_other_lists(student: nn.Module, teacher: nn.Module, kept: KeptLayers)
         pairs = zip(student.get_submodule(path).children(), teacher.get_submodule(path).children(), strict=False)
         differences = [_difference(ours, theirs, set()) for ours, theirs in pairs]
         if module_lists(teacher).get(path) != length or any(differences):
-            raise TeacherError(
-                f"inherit: cutting {', '.join(cut)} changes {path} of the model too "
-                f"({next(filter(None, differences), 'its length')}): they share a setting of the config."
-            )
+            what = next(filter(None, differences), "its length")
+            raise TeacherError(f"inherit: cutting {', '.join(cut)} changes {path} too ({what}): they share a setting.")
 
 
 def _tables_for_all_layers(teacher: nn.Module, stack: Stack, path: str) -> set[str]:
     """Return the paths, within a layer, of tables that only layer 0 holds, for all layers."""
     modules = teacher.get_submodule(f"{path}.0").named_modules()
     tables = [name for name, module in modules if isinstance(module, nn.Embedding)]
-    return {name for name in tables if _Place(stack, path, 0, f"{name}.weight").serves_all_layers(teacher)}
+    return {name for name in tables if _serves_all_layers(teacher, stack, f"{path}.{{}}.{name}.weight")}
 
 
 def _difference(student: nn.Module, teacher: nn.Module, shared: set[str]) -> str | None:

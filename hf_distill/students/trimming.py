@@ -85,10 +85,9 @@ def trim_vocabulary(
     if unknown:
         raise SettingError(f"trim_vocabulary: keep= has ids that are not in the tokenizer: {unknown[:5]}.")
     parts = json.loads(backend.to_str())
-    if parts["model"].get("type") not in _KINDS:
-        raise SettingError(
-            f"trim_vocabulary: a {parts['model'].get('type')} tokenizer. Supported are {', '.join(_KINDS)}."
-        )
+    kind = parts["model"].get("type")
+    if kind not in _KINDS:
+        raise SettingError(f"trim_vocabulary: the tokenizer is a {kind}. Supported are {', '.join(_KINDS)}.")
     used, sample = _used_ids(processing_class, texts)
     always = {*keep, *processing_class.all_special_ids, *(added["id"] for added in parts.get("added_tokens") or [])}
     kept = tuple(sorted(_with_needed(parts, used | always)))
@@ -135,8 +134,7 @@ def _check_encoding(processing_class: PreTrainedTokenizerBase, trimmed: TrimmedV
     for text, old, new in zip(sample, before, after, strict=True):
         if [new_ids[index] for index in old] != new:
             raise TeacherError(
-                f"trim_vocabulary: the trimmed {name} encodes {text[:60]!r} differently, so this kind of tokenizer "
-                "cannot be trimmed."
+                f"trim_vocabulary: this {name} cannot be trimmed: it would encode {text[:60]!r} differently."
             )
     words = trimmed.tokenizer.get_vocab()
     if any(words.get(token) != new_ids[old] for token, old in processing_class.get_vocab().items() if old in new_ids):
@@ -300,7 +298,5 @@ def _renumbered(value: Any, new_ids: NewIds, where: str) -> Any:
     if value is None or value < 0:  # -1 stands for "none" in some configs
         return value
     if value not in new_ids:
-        raise TeacherError(
-            f"narrow: {where} is {value}, and that token is not kept. Keep it: trim_vocabulary(..., keep=[{value}])."
-        )
+        raise TeacherError(f"narrow: {where}={value} is not kept. Pass it to trim_vocabulary(..., keep=[{value}]).")
     return new_ids[value]

@@ -1,4 +1,4 @@
-"""`fresh`: which class is built, which rows of embeddings are whose, and what is refused."""
+"""`fresh`: which class is built, which embeddings are copied, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.students.models import MODELS, reported
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
-# The teacher → the config of another architecture → the class by hand.
+# The teacher, the config of another architecture, and the expected class.
 COUNTERPARTS: list[tuple[str, Any, str]] = [
     ("BertForSequenceClassification", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForSequenceClassification"),
     ("BertForMaskedLM", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForMaskedLM"),
@@ -47,8 +47,8 @@ def test_labels_come_from_the_teacher() -> None:
     assert fresh(own, teacher=teacher).config.id2label == {0: "a", 1: "b"}
 
 
-def test_embeddings_go_by_token_and_not_by_id() -> None:
-    """The student's tokenizer has the words in another order, and two that the teacher has not."""
+def test_embeddings_are_matched_by_token_not_by_id() -> None:
+    """The student's tokenizer has the words in another order, and two words that the teacher's does not have."""
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
     words = {"w0": 0, "new": 1, "w7": 2, "w3": 3, "other": 4, "w39": 5}
     before = fresh_weights(hf.DistilBertConfig(**_DISTILBERT), teacher)
@@ -67,14 +67,14 @@ def test_embeddings_go_by_token_and_not_by_id() -> None:
 
 
 def fresh_weights(config: Any, teacher: Any) -> torch.Tensor:
-    """The embeddings as the seed starts them."""
+    """Return the embeddings that the seed gives."""
     torch.manual_seed(5)
     weight: torch.Tensor = fresh(config, teacher=teacher).get_input_embeddings().weight
     return weight.detach().clone()
 
 
-def test_narrower_embeddings_keep_the_products_of_rows() -> None:
-    """Rows of the teacher that lie in 8 of 16 directions: all their products stay. Else: the best there is in 8.
+def test_reduced_embeddings_preserve_inner_products() -> None:
+    """Rows within 8 of 16 directions keep all their inner products. Others get the best approximation of rank 8.
 
     The best approximation of rank 8 leaves the sum of the squares of the other singular values (Eckart and Young).
     """
@@ -96,7 +96,7 @@ def gram(model: Any) -> torch.Tensor:
     return rows @ rows.T
 
 
-def test_the_teacher_stays() -> None:
+def test_the_teacher_does_not_change() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1).train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = hf.BertForMaskedLM(hf.BertConfig(**_BERT)).train()
@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "too few rows": (
         hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, but its embeddings have 30 .* at least 40"
     ),
-    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16.*pass reduce="),
+    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16. Pass reduce="),
     "wider": (
         hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* Use the same width"
     ),
@@ -140,7 +140,7 @@ def test_refusals(case: str) -> None:
         fresh(student, **{"teacher": teacher, **arguments})
 
 
-def test_nothing_is_written_when_it_is_refused() -> None:
+def test_an_error_leaves_the_student_unchanged() -> None:
     student = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_LLAMA, "hidden_size": 8}))
     before = student.get_input_embeddings().weight.detach().clone()
     with pytest.raises(SettingError):

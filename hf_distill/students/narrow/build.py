@@ -12,7 +12,7 @@ from hf_distill.errors import TeacherError
 from hf_distill.students.building import check_config, check_weight_tying, copy_generation_config, empty_student
 from hf_distill.students.narrow.importance import Importance
 from hf_distill.students.narrow.layout import Kind, Layout, Setting, changed, followers
-from hf_distill.students.narrow.projection import Projected
+from hf_distill.students.narrow.projection import Projection
 from hf_distill.students.narrow.units import Cut, cut
 from hf_distill.students.report import NarrowReport, SizeReport, count_parameters
 from hf_distill.students.trimming import TrimmedVocabulary, renumber
@@ -25,7 +25,7 @@ def build_student(
     values: Mapping[Kind, int],
     vocabulary: TrimmedVocabulary | None,
     importance: Importance | None,
-    projected: Projected | None,
+    projection: Projection | None,
 ) -> tuple[PreTrainedModel, NarrowReport]:
     """Return the student and the report on it.
 
@@ -36,7 +36,7 @@ def build_student(
         values: the new sizes.
         vocabulary: the tokens to keep, or None for all.
         importance: how the units were chosen, for the report.
-        projected: the residual stream in a narrower basis, or None if channels are kept or not cut.
+        projection: projects the residual stream; None if channels are kept or not cut.
 
     Raises:
         TeacherError: if a tensor has no place in the student, or the student would not survive saving.
@@ -45,13 +45,13 @@ def build_student(
     config, sizes = _new_config(layout, values)
     notes = [] if vocabulary is None else renumber(config, vocabulary.new_ids, "config")
     check_config(config, "narrow")
-    student = empty_student(teacher, config, "narrow", projected.untied if projected else ())
-    new = projected.tensors if projected else {}
+    student = empty_student(teacher, config, "narrow", projection.untied if projection else ())
+    new = projection.tensors() if projection else {}
     tensors = _tensors(teacher) | new
     check_weight_tying(student, tensors, "narrow")
     done = new | cut(tensors, cuts)
     copied = _fill(student, teacher, done)
-    notes += projected.notes(student) if projected else _other_scales(student, teacher)
+    notes += projection.notes(student) if projection else _other_scales(student, teacher)
     notes += _generation_notes(student, teacher, cuts, vocabulary)
     student.eval()
     names = dict(student.named_parameters()).keys() | student.state_dict().keys()
@@ -62,7 +62,7 @@ def build_student(
         cut=tuple(name for name in done if name in names),
         copied=tuple(copied),
         importance=importance,
-        projected=projected.share if projected else None,
+        projected=projection.share() if projection else None,
         student_parameters=count_parameters(student),
         teacher_parameters=count_parameters(teacher),
         notes=tuple(notes),
@@ -78,8 +78,7 @@ def _check_saved(teacher: PreTrainedModel, cuts: list[Cut]) -> None:
             is_lost = axis.name not in saved or any(re.search(pattern, axis.name) for pattern in ignored)
             if is_lost and len(kept) < group.units:
                 raise TeacherError(
-                    f"narrow: {axis.name} is not saved with {type(teacher).__name__} but computed from the config, so "
-                    f"{group.kind}= cannot be cut."
+                    f"narrow: {axis.name} is computed from the config, not saved: {group.kind}= cannot be cut."
                 )
 
 
@@ -118,8 +117,7 @@ def _fill(student: nn.Module, teacher: nn.Module, done: Mapping[str, Tensor]) ->
     missing = missing or sorted(teacher.state_dict().keys() - saved)
     if missing:
         raise TeacherError(
-            f"narrow: the teacher does not fill the student: {', '.join(missing[:4])}. Its tensors do not follow its "
-            "config, or it was changed after it was built from its config."
+            f"narrow: the teacher does not fill the student: {', '.join(missing[:4])}. Was it changed by hand?"
         )
     return copied
 

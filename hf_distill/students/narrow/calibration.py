@@ -109,10 +109,8 @@ class Calibration:
         columns = [str(name) for name in given.keys()]  # noqa: SIM118  # a BatchEncoding iterates over encodings
         read = {name: given[name] for name in columns if name in self._columns}
         if not any(isinstance(value, Tensor) for value in read.values()):
-            raise DataError(
-                f"narrow: a batch of data= has the columns {', '.join(columns) or '(none)'}, but "
-                f"{type(self.teacher).__name__} reads {', '.join(sorted(self._columns)[:8])}, ..."
-            )
+            names = ", ".join(sorted(self._columns))
+            raise DataError(f"narrow: data= has the columns {', '.join(columns)}; the teacher reads {names}.")
         device = self.teacher.device
         return {key: value.to(device) if isinstance(value, Tensor) else copy.copy(value) for key, value in read.items()}
 

@@ -90,10 +90,7 @@ class UnitScores:
         with torch.enable_grad(), self._hooked(see):
             loss = getattr(forward(batch), "loss", None)
         if loss is None:
-            raise DataError(
-                "narrow: importance='gradient' needs a loss, but the teacher returned none for the columns "
-                f"{', '.join(map(str, batch))}. Pass batches with labels, or importance='activation'."
-            )
+            raise DataError("narrow: importance='gradient' needs a loss. Pass data= with labels, or use 'activation'.")
         gradients = torch.autograd.grad(loss * examples, list(gates.values()), allow_unused=True)
         for name, gradient in zip(gates, gradients, strict=True):
             units = self._readers[name][1]

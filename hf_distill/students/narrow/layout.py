@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
 from hf_distill.models.stacks import REFUSALS, empty_like
+from hf_distill.models.stacks import DepthSetting as Setting
 from hf_distill.students.narrow.dataflow import Dataflow
 
 Kind = Literal["hidden", "heads", "key_value_heads", "intermediate", "vocabulary"]
@@ -42,31 +43,10 @@ _FOLLOWERS: dict[Kind, tuple[str, ...]] = {
 _HEAD_SIZES = ("head_dim", "d_kv", "attention_head_size")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A size in a config.
-
-    Attributes:
-        holder: the names of the configs within configs that lead to it.
-        name: its own name.
-    """
-
-    holder: tuple[str, ...]
-    name: str
-
-    def __str__(self) -> str:
-        return ".".join(("config", *self.holder, self.name))
-
-    def of(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Return the config that holds the setting."""
-        for name in self.holder:
-            config = getattr(config, name)
-        return config
-
-    def value(self, config: PreTrainedConfig) -> int | None:
-        """Return the value, or None if the model derives it from other settings (GPT-2's n_inner)."""
-        value = getattr(self.of(config), self.name, None)
-        return value if type(value) is int else None
+def value_of(setting: Setting, config: PreTrainedConfig) -> int | None:
+    """Return a size, or None if the model derives it from other settings (GPT-2's n_inner)."""
+    value = getattr(setting.of(config), setting.name, None)
+    return value if type(value) is int else None
 
 
 @dataclass
@@ -104,22 +84,14 @@ class Layout:
         config: the teacher's config, with derived sizes set.
         head_size: width of a head, or None if no experiment needed it.
         head_setting: the setting that holds the width of a head, or None if it is always hidden / heads.
-        hidden: the length of each axis of channels.
-        heads: the length of each axis of heads.
-        key_value_heads: the length of each axis of key-value heads, where several heads share one.
-        intermediate: the length of each axis of neurons.
-        vocabulary: the length of each axis of tokens.
+        axes: for each kind of size, the length of each axis that follows it. Key-value heads only if heads share them.
     """
 
     sizes: dict[Kind, Sizes]
     config: PreTrainedConfig
     head_size: int | None = None
     head_setting: Setting | None = None
-    hidden: Lengths = field(default_factory=dict)
-    heads: Lengths = field(default_factory=dict)
-    key_value_heads: Lengths = field(default_factory=dict)
-    intermediate: Lengths = field(default_factory=dict)
-    vocabulary: Lengths = field(default_factory=dict)
+    axes: dict[Kind, Lengths] = field(default_factory=lambda: {kind: {} for kind in NAMES})
 
 
 def find_layout(teacher: PreTrainedModel, kinds: set[Kind], flow: Dataflow) -> Layout:
@@ -129,16 +101,14 @@ def find_layout(teacher: PreTrainedModel, kinds: set[Kind], flow: Dataflow) -> L
         TeacherError: if the config has no such size, or a tensor does not follow it in a known way.
     """
     sizes = find_sizes(teacher, kinds)
-    derived = {s: v for one in sizes.values() for s, v in one.values.items() if s.value(teacher.config) is None}
+    derived = {s: v for one in sizes.values() for s, v in one.values.items() if value_of(s, teacher.config) is None}
     layout = Layout(sizes, changed(teacher.config, derived))
     if kinds & {"hidden", "heads"} and {"hidden", "heads"} <= sizes.keys():
         _find_heads(teacher, layout, flow)
     if "hidden" in kinds or ("heads" in kinds and layout.head_setting is None):
         _find_hidden(teacher, layout)
-    if "intermediate" in kinds:
-        layout.intermediate = _doubled(teacher, layout.config, sizes["intermediate"])
-    if "vocabulary" in kinds:
-        layout.vocabulary = _doubled(teacher, layout.config, sizes["vocabulary"])
+    for kind in kinds - {"hidden", "heads"}:
+        layout.axes[kind] = _doubled(teacher, layout.config, sizes[kind])
     return layout
 
 
@@ -156,12 +126,12 @@ def _sizes_of(teacher: PreTrainedModel, kind: Kind) -> Sizes | None:
     for setting, raw in _settings(teacher.config):
         if setting.name in NAMES[kind]:
             is_derived = raw is None and kind == "intermediate"
-            value = _derived_intermediate(teacher, setting) if is_derived else setting.value(teacher.config)
+            value = _derived_intermediate(teacher, setting) if is_derived else value_of(setting, teacher.config)
             if value is not None:
                 found[setting] = value
     if len({setting.holder for setting in found}) > 1:
         raise TeacherError(
-            f"narrow: {type(teacher).__name__} contains several models ({', '.join(map(str, found))}). Narrow each one."
+            f"narrow: the teacher contains several models ({', '.join(map(str, found))}). Narrow each one."
         )
     return Sizes(kind, found) if found else None
 
@@ -186,7 +156,11 @@ def _derived_intermediate(teacher: PreTrainedModel, setting: Setting) -> int:
 def followers(kind: Kind, setting: Setting, config: PreTrainedConfig) -> list[Setting]:
     """Return the settings that must stay equal to this one."""
     others = [Setting(setting.holder, name) for name in _FOLLOWERS.get(kind, ())]
-    return [one for one in others if one.value(config) is not None and one.value(config) == setting.value(config)]
+    return [
+        one
+        for one in others
+        if value_of(one, config) is not None and value_of(one, config) == value_of(setting, config)
+    ]
 
 
 def changed(config: PreTrainedConfig, values: Mapping[Setting, int]) -> PreTrainedConfig:
@@ -243,8 +217,7 @@ def _check_doubled(teacher: PreTrainedModel, found: Lengths, names: str) -> None
     for (name, axis), growth in found.items():
         if name not in lengths or lengths[name][axis] != growth:
             raise TeacherError(
-                f"narrow: axis {axis} of {name} does not double with {names}: several parts are fused in it, or the "
-                "teacher was changed after it was built."
+                f"narrow: axis {axis} of {name} does not double with {names}: several parts are fused in it."
             )
 
 
@@ -254,7 +227,7 @@ def _find_heads(teacher: PreTrainedModel, layout: Layout, flow: Dataflow) -> Non
     twice = _twice(layout.config, heads)
     for name in _HEAD_SIZES:
         setting = Setting(heads.first.holder, heads.first.of(layout.config).attribute_map.get(name, name))
-        size = setting.value(layout.config) or hidden.value // heads.value
+        size = value_of(setting, layout.config) or hidden.value // heads.value
         try:
             config = changed(layout.config, {setting: size})
         except AttributeError:  # a config that derives it
@@ -263,15 +236,16 @@ def _find_heads(teacher: PreTrainedModel, layout: Layout, flow: Dataflow) -> Non
         readers = {(name, flow.input_axis[name]) for name in flow.attention_readers}
         if found and readers and readers <= found.keys() and _grown(teacher, config, {setting: 2 * size}):
             _check_doubled(teacher, found, str(heads.first))
-            layout.config, layout.head_setting, layout.head_size, layout.heads = config, setting, size, found
+            layout.config, layout.head_setting, layout.head_size = config, setting, size
+            layout.axes["heads"] = found
             if shared is not None:
                 both = _grown(teacher, config, twice | _twice(config, shared)) or {}
-                layout.key_value_heads = {place: growth for place, growth in both.items() if place not in found}
-                _check_doubled(teacher, layout.key_value_heads, str(shared.first))
+                layout.axes["key_value_heads"] = {place: growth for place, growth in both.items() if place not in found}
+                _check_doubled(teacher, layout.axes["key_value_heads"], str(shared.first))
             return
     layout.head_size = hidden.value // heads.value
     single = _grown(teacher, layout.config, twice) or {}
-    layout.heads = {place: growth for place, growth in single.items() if growth == heads.value}
+    layout.axes["heads"] = {place: growth for place, growth in single.items() if growth == heads.value}
 
 
 def _find_hidden(teacher: PreTrainedModel, layout: Layout) -> None:
@@ -284,5 +258,5 @@ def _find_hidden(teacher: PreTrainedModel, layout: Layout) -> None:
     found = _grown(teacher, layout.config, values)
     if not found:
         raise TeacherError(f"narrow: {type(teacher).__name__} cannot be built with {hidden.first} doubled.")
-    layout.hidden = {place: growth for place, growth in found.items() if place not in layout.heads}
-    _check_doubled(teacher, layout.hidden, str(hidden.first))
+    layout.axes["hidden"] = {place: growth for place, growth in found.items() if place not in layout.axes["heads"]}
+    _check_doubled(teacher, layout.axes["hidden"], str(hidden.first))

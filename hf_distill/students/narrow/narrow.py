@@ -15,7 +15,7 @@ from hf_distill.students.narrow.calibration import Calibration
 from hf_distill.students.narrow.dataflow import Dataflow
 from hf_distill.students.narrow.importance import Batch, Importance, keep_best
 from hf_distill.students.narrow.layout import Kind, Layout, find_layout, find_sizes
-from hf_distill.students.narrow.projection import Projected, Projection
+from hf_distill.students.narrow.projection import Projection
 from hf_distill.students.narrow.residual_stream import find_residual_stream
 from hf_distill.students.narrow.units import Cut, check_permutations, find_groups, token_group
 from hf_distill.students.report import with_report
@@ -81,17 +81,17 @@ def narrow(
     _check_arguments(wanted, vocabulary, data, importance, width)
     cuts: list[Cut] = []
     values: dict[Kind, int] = {}
-    projected = None
+    projection = None
     if wanted:
         with Calibration(teacher, data or ()) as calibration:
-            layout, cuts, values, projected = _choose(calibration, wanted, importance, width)
+            layout, cuts, values, projection = _choose(calibration, wanted, importance, width)
     else:
         layout = find_layout(teacher, {"vocabulary"}, Dataflow())
     chosen_by = importance if cuts else None
     if vocabulary is not None:
         cuts.append(_tokens(teacher, layout, vocabulary))
         values["vocabulary"] = len(vocabulary.kept)
-    student, report = build_student(teacher, layout, cuts, values, vocabulary, chosen_by, projected)
+    student, report = build_student(teacher, layout, cuts, values, vocabulary, chosen_by, projection)
     if vocabulary is None:
         read_the_same_ids(student, teacher)
     else:
@@ -130,8 +130,8 @@ def _check_arguments(
 
 def _choose(
     calibration: Calibration, wanted: dict[Kind, int], importance: Importance, width: Width
-) -> tuple[Layout, list[Cut], dict[Kind, int], Projected | None]:
-    """Return the layout, the units to keep, the new sizes, and the projected residual stream if there is one."""
+) -> tuple[Layout, list[Cut], dict[Kind, int], Projection | None]:
+    """Return the layout, the units to keep, the new sizes, and the projection if there is one."""
     teacher = calibration.teacher
     kinds = wanted.keys() - {"key_value_heads"}
     find_sizes(teacher, kinds)  # before anything is computed
@@ -148,10 +148,7 @@ def _choose(
         layout.config = projection.config
     for group in groups:
         if values[group.kind] % group.parts:
-            raise SettingError(
-                f"narrow: hidden={values['hidden']} must be a multiple of {group.parts}: a convolution of "
-                f"{type(teacher).__name__} has so many groups."
-            )
+            raise SettingError(f"narrow: hidden= must be a multiple of {group.parts}, the groups of a convolution.")
     if groups:
         check_permutations(teacher, groups, calibration.first)
     scores = calibration.scores(groups, importance, projection.components if projection else None)
@@ -160,25 +157,25 @@ def _choose(
         (group, keep_best(score, group, values[group.kind], shared))
         for group, score in zip(groups, scores, strict=True)
     ]
-    return layout, cuts, values, projection.result() if projection else None
+    return layout, cuts, values, projection
 
 
 def _fitting_sizes(teacher: PreTrainedModel, layout: Layout, wanted: dict[Kind, int]) -> dict[Kind, int]:
     """Return the student's sizes. Raises SettingError if they are too large or do not fit together."""
-    if "key_value_heads" in wanted and not layout.key_value_heads:
+    if "key_value_heads" in wanted and not layout.axes["key_value_heads"]:
         raise SettingError(f"narrow: {type(teacher).__name__} has no key-value heads that several heads share.")
     for kind, value in wanted.items():
         for setting, largest in layout.sizes[kind].values.items():
             if value > largest:
                 raise SettingError(f"narrow: {kind}={value}: the teacher has {largest} ({setting}).")
     if {"hidden", "heads"} & wanted.keys() and "heads" in layout.sizes and layout.head_setting is None:
-        _check_head_size(teacher, layout, wanted)
-    if "heads" in wanted and layout.key_value_heads:
+        _check_head_size(layout, wanted)
+    if "heads" in wanted and layout.axes["key_value_heads"]:
         return {**wanted, "key_value_heads": _key_value_heads(layout, wanted)}
     return wanted
 
 
-def _check_head_size(teacher: PreTrainedModel, layout: Layout, wanted: dict[Kind, int]) -> None:
+def _check_head_size(layout: Layout, wanted: dict[Kind, int]) -> None:
     size = layout.head_size or 1
     hidden = wanted.get("hidden", layout.sizes["hidden"].value)
     heads = wanted.get("heads", layout.sizes["heads"].value)
@@ -189,10 +186,7 @@ def _check_head_size(teacher: PreTrainedModel, layout: Layout, wanted: dict[Kind
         hint = f"hidden={max(hidden // size, 1) * size}"
     elif "hidden" not in wanted:
         hint = f"hidden={heads * size}"
-    raise SettingError(
-        f"narrow: hidden={hidden} with heads={heads}: a head of {type(teacher.config).__name__} keeps its size of "
-        f"{size}, so hidden must be {size} × heads. Try {hint}."
-    )
+    raise SettingError(f"narrow: hidden={hidden} with heads={heads}: a head has the fixed size of {size}. Try {hint}.")
 
 
 def _key_value_heads(layout: Layout, wanted: dict[Kind, int]) -> int:
@@ -220,7 +214,7 @@ def _tokens(teacher: PreTrainedModel, layout: Layout, vocabulary: TrimmedVocabul
     units = tokens.sizes["vocabulary"].value
     if vocabulary.kept[-1] >= units:
         raise TeacherError(
-            f"narrow: the tokenizer of vocabulary= has ids up to {vocabulary.kept[-1]}, but the teacher has {units} "
-            f"tokens ({tokens.sizes['vocabulary'].first}). Is it the teacher's tokenizer?"
+            f"narrow: vocabulary= has ids up to {vocabulary.kept[-1]}, but the teacher has {units} tokens. Is it the "
+            "teacher's tokenizer?"
         )
-    return token_group(tokens.vocabulary, units), torch.tensor(vocabulary.kept)
+    return token_group(tokens.axes["vocabulary"], units), torch.tensor(vocabulary.kept)

@@ -11,7 +11,6 @@ back: then the eps of the norms keeps its meaning.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,43 +28,20 @@ from hf_distill.students.narrow.units import TOLERANCE, difference, float_output
 Forward = Callable[[nn.Module], Any]
 
 
-@dataclass(frozen=True)
-class Projected:
-    """A teacher in a narrower basis.
-
-    Attributes:
-        tensors: the tensors of the residual stream in the new basis.
-        share: the share of the hidden states that the basis holds.
-        untied: for each head that was tied to an embedding, the name of that.
-    """
-
-    tensors: dict[str, Tensor]
-    share: float
-    untied: dict[str, str]
-
-    def notes(self, student: nn.Module) -> list[str]:
-        """Return a note for each head that is no longer tied."""
-        return [
-            f"{head} is no longer tied to {table}, since it now contains the weights of the norm before it: the "
-            f"student has {student.get_parameter(head).numel():,} parameters more."
-            for head, table in self.untied.items()
-        ]
-
-
 class Projection:
-    """A projection of one teacher: checked before the data is read, then fitted by `components`.
+    """A projection of one teacher: verified before the data is read, then determined by its `components`.
 
     Attributes:
         components: reads the data, see `Calibration.scores`.
-        config: the teacher's config, untied where the head gets its own weights.
+        config: the teacher's config, untied if the head gets its own weights.
+        untied: for each head that was tied to an embedding, the name of that.
     """
 
     def __init__(self, calibration: Calibration, layout: Layout, stream: ResidualStream, width: int) -> None:
         self.teacher, self.stream, self.width = calibration.teacher, stream, width
         if layout.head_setting is None:
             raise TeacherError(
-                f"narrow: width='projection': {type(self.teacher.config).__name__} derives the size of a head from "
-                "hidden=, so the width cannot change alone. Use width='importance'."
+                "narrow: width='projection': the config derives a head's size from hidden=. Use width='importance'."
             )
         self.untied = stream.tied(self.teacher)
         self.config = untied_config(layout.config) if self.untied else layout.config
@@ -76,11 +52,22 @@ class Projection:
         )
         self.components = Components(self.teacher, stream.norms, stream.width)
 
-    def result(self) -> Projected:
-        """Return the teacher's tensors in the basis of the components."""
-        basis, share = self.components.leading(self.width)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the teacher's tensors of the residual stream in the basis of the components."""
         tensors = {name: parameter.detach() for name, parameter in all_parameters(self.teacher).items()}
-        return Projected(project(tensors, self.stream, basis, self.factors), share, self.untied)
+        return project(tensors, self.stream, self.components.leading(self.width)[0], self.factors)
+
+    def share(self) -> float:
+        """Return the share of the hidden states that the basis holds."""
+        return self.components.leading(self.width)[1]
+
+    def notes(self, student: nn.Module) -> list[str]:
+        """Return a note for each head that is no longer tied."""
+        return [
+            f"{head} is no longer tied to {table}, since it now contains the weights of the norm before it: the "
+            f"student has {student.get_parameter(head).numel():,} parameters more."
+            for head, table in self.untied.items()
+        ]
 
 
 def project(
@@ -153,9 +140,8 @@ def _checked_factors(
     for name, error in errors.items():
         if not error < TOLERANCE:
             raise TeacherError(
-                f"narrow: width='projection' changes the {name} of {type(teacher).__name__} although the kept "
-                f"directions hold everything (relative difference {error:.1g}): a module uses single channels. Use "
-                "width='importance'."
+                f"narrow: width='projection' changes the {name} (relative difference {error:.1g}): the teacher uses "
+                "single channels somewhere. Use width='importance'."
             )
     return factors
 

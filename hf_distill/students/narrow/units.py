@@ -87,12 +87,11 @@ def find_groups(layout: Layout, flow: Dataflow, kinds: set[Kind]) -> list[UnitGr
     Raises:
         TeacherError: if the traced forward does not show which units belong together.
     """
-    places = {**layout.hidden, **layout.heads, **layout.key_value_heads, **layout.intermediate}
-    unused = sorted({name for name, _ in places if name in flow.matrices} - flow.used)
+    names = {name for kind, axes in layout.axes.items() if kind != "vocabulary" for name, _ in axes}
+    unused = sorted((names & flow.matrices) - flow.used)
     if unused:
         raise TeacherError(
-            f"narrow: the first batch of data does not reach {', '.join(unused[:4])} of the teacher. Pass batches that "
-            "use the whole model."
+            f"narrow: the first batch of data does not use {', '.join(unused[:4])}. Pass another one first."
         )
     found: list[UnitGroup] = []
     inner: set[Place] = set()
@@ -109,19 +108,19 @@ def find_groups(layout: Layout, flow: Dataflow, kinds: set[Kind]) -> list[UnitGr
 
 def _head_groups(layout: Layout, flow: Dataflow) -> list[UnitGroup]:
     heads, size = layout.sizes["heads"].value, layout.head_size or 1
-    key_value_heads = layout.sizes["key_value_heads"].value if layout.key_value_heads else heads
-    places = dict(layout.heads)
+    key_value_heads = layout.sizes["key_value_heads"].value if layout.axes["key_value_heads"] else heads
+    places = dict(layout.axes["heads"])
     if layout.head_setting is None:
-        places |= {place: layout.hidden.get(place, heads * size) for place in _attention_axes(flow)}
+        places |= {place: layout.axes["hidden"].get(place, heads * size) for place in _attention_axes(flow)}
     read = {flow.root(name) for name in flow.attention_readers}
     groups: dict[str, UnitGroup] = {}
-    for (name, dim), length in {**places, **layout.key_value_heads}.items():
+    for (name, dim), length in {**places, **layout.axes["key_value_heads"]}.items():
         root = flow.root(flow.weight_of.get(name, name))
         if root not in read:
-            if layout.head_setting is None and (name, dim) not in layout.heads:
+            if layout.head_setting is None and (name, dim) not in layout.axes["heads"]:
                 continue
             raise _not_traced(name, "heads", "attention that uses it")
-        shared = (name, dim) in layout.key_value_heads
+        shared = (name, dim) in layout.axes["key_value_heads"]
         units = key_value_heads if shared else heads
         unit = size if length % (units * size) == 0 else 1
         axis = Axis(name, dim, blocks=length // (units * unit), size=unit, shared=shared)
@@ -138,7 +137,7 @@ def _attention_axes(flow: Dataflow) -> list[Place]:
 
 
 def _neuron_groups(layout: Layout, flow: Dataflow) -> list[UnitGroup]:
-    places = layout.intermediate
+    places = layout.axes["intermediate"]
     names = {name for name, _ in places}
     readers = [(name, dim) for name, dim in places if flow.reads(name, dim)]
     for name, _ in readers:
@@ -161,7 +160,7 @@ def _not_traced(name: str, units: str, reader: str) -> TeacherError:
 
 def _channels(layout: Layout, flow: Dataflow, inner: set[Place]) -> UnitGroup:
     group = UnitGroup("hidden", "", layout.sizes["hidden"].value)
-    for (name, dim), length in layout.hidden.items():
+    for (name, dim), length in layout.axes["hidden"].items():
         if (name, dim) in inner:
             continue
         if length < group.units:
@@ -244,9 +243,8 @@ def check_permutations(teacher: nn.Module, groups: list[UnitGroup], forward: Cal
                     errors.append(difference(after[name], expected[..., order.to(expected.device)]))
             if not min(errors) < TOLERANCE:
                 raise TeacherError(
-                    f"narrow: the {kind} units of {type(teacher).__name__} cannot be cut: permuting them changes its "
-                    f"{name} (relative difference {min(errors):.1g}). They are fused in an unknown layout, or their "
-                    "position matters."
+                    f"narrow: {kind}= cannot be cut in {type(teacher).__name__}: permuting its units changes {name} "
+                    f"(relative difference {min(errors):.1g}). an unknown layout, or the order matters."
                 )
 
 
