@@ -53,7 +53,7 @@ def gradients(store: Any, student: Tensor, teacher: Tensor) -> list[Tensor]:
 def _gradient(store: Any, student: Tensor, teacher: Tensor) -> Tensor:
     keys = np.stack([np.arange(len(teacher)), np.zeros(len(teacher))], 1).astype(np.uint64)
     kept = store.encode(teacher, keys, np.ones(len(teacher), dtype=np.int64))
-    told = store.sparse_rows({name: store.tensor(name, values) for name, values in kept.items()}, 1.0)
+    told = store.sparse_rows({name: store.decode(name, values) for name, values in kept.items()}, 1.0)
     rows = student.clone().requires_grad_()
     if told.weights is None:
         loss = forward_kl(student_outcomes(rows, told.ids), teacher_outcomes(told.log_probabilities, told.log_tail))

@@ -94,7 +94,7 @@ def loss_of(way: Any, given: World, seed: int) -> Loss:
     store = dataclasses.replace(way, seed=seed) if hasattr(way, "seed") else way
     keys = np.stack([np.arange(len(rows)), np.zeros(len(rows))], 1).astype(np.uint64)
     encoded = store.encode(rows, keys, np.ones(len(rows), dtype=np.int64))
-    told = store.sparse_rows({name: store.tensor(name, values) for name, values in encoded.items()}, 1.0)
+    told = store.sparse_rows({name: store.decode(name, values) for name, values in encoded.items()}, 1.0)
     ids, log_p, tail, weights = told.ids, told.log_probabilities, told.log_tail, told.weights
     if weights is None:
         return lambda q, at: forward_kl(student_outcomes(q, ids[at]), teacher_outcomes(log_p[at], tail[at]))

@@ -23,7 +23,7 @@ from hf_distill.teachers.base import StudentBatch
 
 LABELS = "labels"
 LOGITS = "logits"
-# What people call the settings; only proposed in messages.
+# Other names that people use for the settings; only proposed in messages.
 SETTING_ALIASES: dict[str, str] = {
     **dict.fromkeys(("t", "temp", "tau", "kd_temperature", "distillation_temperature"), "temperature"),
     **dict.fromkeys(("kd_alpha", "alpha_kd", "kd_weight", "kd_ratio", "distillation_weight", "lambda_kd"), "alpha"),
@@ -38,16 +38,16 @@ class Step:
 
     Attributes:
         denominators: term → scalar, the number of rows over all micro-batches and processes.
-        weights: term → its weight in this step; terms that weigh 0 are left out.
+        weights: term → its weight in this step; terms of weight 0 are left out.
         scale: the factor that undoes the averaging over processes and Accelerate's division by its accumulation steps:
             the denominators already are those of the whole step.
-        active: the objectives that weigh something.
-        uses_labels: whether the labels' term weighs something.
-        progress: how much of the training is done, 0 → 1, for schedules.
-        temperature: that softens the predictions.
-        student_needs: what must be computed of the student.
-        teacher_needs: what must be computed of the teacher.
-        micro_batches: how many there are in this process.
+        active: the objectives whose weight is not 0.
+        uses_labels: whether the weight of the labels' term is not 0.
+        progress: the fraction of the training that is done, 0 → 1, for schedules.
+        temperature: the temperature that softens the predictions.
+        student_needs: what the student must compute.
+        teacher_needs: what the teacher must compute.
+        micro_batches: the number of micro-batches in this process.
         is_whole: whether there is one micro-batch, in one process.
         finite_check: sees the loss of each micro-batch.
     """
@@ -83,7 +83,7 @@ class DistillerOutput:
 
 @dataclass(frozen=True)
 class FusedTerms:
-    """Terms that were made within the student's forward, without whole logits.
+    """Terms that were computed within the student's forward, without whole logits.
 
     Attributes:
         loss: their weighted sum, scalar with a graph.
@@ -95,20 +95,20 @@ class FusedTerms:
 
 
 class Blend:
-    """`(1 - alpha) * labels + alpha * logits + Σ weight * objective`; with alpha None, the objectives alone.
+    """`(1 - alpha) * labels + alpha * logits + Σ weight * objective`; if alpha is None, only the objectives.
 
     Args:
-        objectives: one, several, or name → objective. Their own weights are beside alpha, and not normalised.
+        objectives: one, several, or a dictionary name → objective. Their weights are not normalised with alpha.
 
     Raises:
-        SettingError: two terms of one name, or what is no objective.
+        SettingError: if two terms share a name, or something is not an objective.
     """
 
     def __init__(self, objectives: Objectives = None) -> None:
         self.alpha: Schedule | None = None
         self.logits_match = LogitsMatch()
-        self.labels_alone = False  # whether alpha is 0 throughout, and no objective ever weighs anything
-        # Copies: what one learns of a run stays with the run, though several are made with the same object.
+        self.labels_alone = False  # whether only the labels' term ever has a weight
+        # Copies, because an objective learns from one run and the user may pass the same object to several.
         self._others = {name: copy.copy(one) for name, one in _named(objectives).items()}
         self.objectives: dict[str, Objective] = dict(self._others)
 
@@ -120,7 +120,7 @@ class Blend:
         divergence: str | Divergence | None,
         divergence_kwargs: Mapping[str, Any] | None,
     ) -> None:
-        """Choose alpha and what becomes of the logits; the other objectives stay."""
+        """Set alpha and the objective on the logits; the other objectives stay."""
         softening = checked_schedule("temperature", temperature)
         schedule = None if alpha is None else checked_schedule("alpha", alpha)
         match = LogitsMatch(divergence, divergence_kwargs=divergence_kwargs, temperature=softening)
@@ -135,25 +135,25 @@ class Blend:
         return 0.0 if self.alpha is None else 1 - self.alpha(progress)
 
     def weight(self, name: str, progress: float) -> float:
-        """Of an objective's term."""
+        """Return the weight of an objective's term."""
         if name == LOGITS:
             return 0.0 if self.alpha is None else self.alpha(progress)
         return self.objectives[name].weight(progress)
 
     def active(self, progress: float) -> list[str]:
-        """The objectives that weigh something now."""
+        """Return the objectives whose weight is not 0 at this progress."""
         return [name for name in self.objectives if self.weight(name, progress) > 0]
 
     def ever_active(self) -> list[str]:
-        """The objectives that weigh something at some moment."""
+        """Return the objectives whose weight is not 0 at some point of the training."""
         return [name for name in self.objectives if any(self.weight(name, p) > 0 for p in PROGRESS)]
 
     def compares_positions(self) -> bool:
-        """Whether an objective compares position with position; of the logits the task knows."""
+        """Return whether an objective compares the models position by position (for the logits, the task says)."""
         return any(self.objectives[name].needs_same_inputs for name in self.ever_active())
 
-    def refuse_without_teacher(self) -> None:
-        """Raise SettingError where some term asks for a teacher."""
+    def check_has_teacher(self) -> None:
+        """Raise SettingError if a term needs a teacher."""
         asked, alpha = [name for name in self.ever_active() if self.objectives[name].needs_teacher], self.alpha
         if not asked:
             return
@@ -173,7 +173,7 @@ class Blend:
 
         Raises:
             DataError: if a label is needed and missing, or is one that the head cannot take.
-            SettingError: if every term weighs 0.
+            SettingError: if every term has weight 0.
         """
         alpha = None if self.alpha is None else self.alpha(progress)
         weights = {LABELS: 0.0 if alpha is None else 1 - alpha, LOGITS: alpha or 0.0}
@@ -229,7 +229,7 @@ class Blend:
             task: reads rows and labels.
             batch: the micro-batch.
             signals: returns those of student and teacher; called if a term needs them.
-            labels_mean: the model's mean loss on the labels, or None if the labels' term is fused or weighs 0.
+            labels_mean: the model's mean loss on the labels, or None if the labels' term is fused or has weight 0.
             only: the name of the one objective to compare, or None for all.
             fused: terms that are already computed.
         """
@@ -265,7 +265,7 @@ class Blend:
         return StudentBatch(shown, task, batch, step.temperature, step.progress, step.uses_labels, step.scale, loss_of)
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
-        """What must be computed of the student and of the teacher."""
+        """Return what the student and the teacher must compute."""
         return self._needs_of(self.active(progress), self.logits_match.temperature(progress))
 
     def _needs_of(self, active: Iterable[str], temperature: float) -> tuple[Needs, Needs]:
@@ -275,28 +275,28 @@ class Blend:
         return student, replace(teacher, temperature=temperature)
 
     def scheduled_values(self) -> dict[str, Schedule]:
-        """Return whatever may follow a schedule, by the name it is logged under."""
+        """Return the values of all settings that may follow a schedule, by the name they are logged under."""
         moving = {} if self.alpha is None else {"alpha": self.alpha}
         weights = {f"weight/{name}": one.weight for name, one in self._others.items()}
         return {**moving, "temperature": self.logits_match.temperature, **weights}
 
     def described(self, name: str) -> str:
-        """An objective in words, with its weight where that moves."""
+        """Return a description of an objective, with its weight if that follows a schedule."""
         start, end = self.weight(name, 0.0), self.weight(name, 1.0)
         return repr(self.objectives[name]) + ("" if start == end else f", weight {start:g} → {end:g}")
 
     def learned(self) -> nn.ModuleDict:
-        """What the objectives learn, by term."""
+        """Return the parameters that the objectives learn, by term."""
         return nn.ModuleDict({name: o.learned for name, o in self.objectives.items() if o.learned is not None})
 
 
 def compares_nothing(alpha: Schedule | None, objectives: Objectives) -> bool:
-    """Whether such a blend is the labels' term alone: alpha 0 throughout, and no objectives."""
+    """Return whether the blend is only the labels' term: alpha is always 0, and there are no objectives."""
     return alpha is not None and not _named(objectives) and not any(alpha(p) > 0 for p in PROGRESS)
 
 
 def uses_teacher(alpha: Schedule | None, objectives: Objectives) -> bool:
-    """Whether a teacher is asked at some moment."""
+    """Return whether the blend needs a teacher at any point of the training."""
     others = _named(objectives).values()
     return any(other.needs_teacher for other in others) or (alpha is not None and any(alpha(p) > 0 for p in PROGRESS))
 
@@ -330,7 +330,7 @@ _ADDED = {name: one.__name__ for name, one in OBJECTIVES.items() if name != LOGI
 
 
 def _check_objective(one: Any) -> None:
-    """Raise SettingError for what is not an objective, with what was probably meant."""
+    """Raise SettingError if it is not an objective, with what was probably meant."""
     if isinstance(one, LogitsMatch):
         raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")
     if hasattr(one, "stages"):  # a Preset, which this module does not know

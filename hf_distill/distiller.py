@@ -1,4 +1,4 @@
-"""Distiller: a student, a teacher, and the loss between them; `Trainer` and hand-written loops call it once a step."""
+"""Distiller: the loss between a student and a teacher, for `Trainer` and for hand-written loops."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ class Distiller(_ChecksKeywords):
         task: a name in `TASKS` or a Task; None means the task of the student's class.
         processing_class: the student's tokenizer or processor, to compare with the teacher's.
         objectives: one or more of `hf_distill.objectives`, beside the logits.
-        seed: of what the objectives learn (projections); None means torch's own.
+        seed: for what the objectives learn (projections); None means torch's generator.
         compare_predictions: whether the teacher's predictions must be comparable even if no term compares them (an
             evaluation may).
         fused_loss: whether to compute the terms without whole logits, which the outputs then lack: True always, False
             never, None if the vocabulary is large and nothing needs them. See `FusedLoss`.
-        label_names: what the student's forward calls its labels; None means the task's names.
+        label_names: the names of the labels in the student's forward; None means the task's names.
 
     Attributes:
         task: reads predictions, rows and labels of a batch.
         teacher: the teacher, or None.
-        learned: what the objectives learn.
-        has_other_label_names: whether the student's forward calls its labels by other names than the task.
+        learned: the parameters that the objectives learn.
+        has_other_label_names: whether the student's forward has other names for its labels than the task.
 
     Raises:
         SettingError: if a setting is not allowed, or does not go with student, teacher or task. Nothing is changed.
@@ -128,7 +128,7 @@ class Distiller(_ChecksKeywords):
         self.blending = Blend(objectives)
         self.learned = Learned()
         self._fused_loss = FusedLoss(fused_loss)
-        self._used_parameters: set[int] = set()  # in a step whose labels and logits weigh nothing, under DDP
+        self._used_parameters: set[int] = set()  # in a step without labels and logits, under DDP
         self._bound: nn.Module | None = None
         self.compares_heads = False  # whether the teacher's head has been aligned with the student's
         self.set_blend(temperature=temperature, alpha=alpha, divergence=divergence, divergence_kwargs=divergence_kwargs)
@@ -151,10 +151,10 @@ class Distiller(_ChecksKeywords):
         """Change alpha, the temperature and the divergence, also while a training runs.
 
         Args:
-            temperature: as of the class.
-            alpha: as of the class.
-            divergence: as of the class.
-            divergence_kwargs: as of the class.
+            temperature: as for the class.
+            alpha: as for the class.
+            divergence: as for the class.
+            divergence_kwargs: as for the class.
 
         Raises:
             SettingError: if a value is not allowed, or does not go with the task or the teacher; nothing is changed.
@@ -175,7 +175,7 @@ class Distiller(_ChecksKeywords):
     def _check_changed_blend(self, student: nn.Module) -> None:
         self.logits_match.divergence_for(self.task)
         if self.teacher is None:
-            self.blending.refuse_without_teacher()
+            self.blending.check_has_teacher()
             return
         if LOGITS in self.blending.ever_active() and not self.compares_heads:
             if self.teacher.changes_in_training:  # binding it again would restart it
@@ -187,7 +187,7 @@ class Distiller(_ChecksKeywords):
         self._check_teacher()
 
     def bind(self, student: nn.Module) -> None:
-        """Learn where this student keeps its predictions, and check that the teacher can teach it.
+        """Find this student's predictions, and check that the teacher can teach it.
 
         Args:
             student: the model to train, before Accelerate or DDP wrap it.
@@ -202,7 +202,7 @@ class Distiller(_ChecksKeywords):
         if self.teacher is not None:
             self._bind_teacher(self.teacher, student, task)
         else:
-            self.blending.refuse_without_teacher()
+            self.blending.check_has_teacher()
         theirs = None if self.teacher is None else self.teacher.capture
         setup = ObjectiveSetup(capture, theirs, task, unwrapped(student), self._seed)
         for name in active:
@@ -218,7 +218,7 @@ class Distiller(_ChecksKeywords):
             )
         self.task = task
         self._student, self._capture = unwrapped(student), capture
-        self._whole_student = student  # with what PEFT puts around it: prompt tuning's vectors are outside of the base
+        self._whole_student = student  # with PEFT's wrapper: prompt tuning's vectors are outside the base
         self._found_trainable = self._wrote_config = False
         self._fused_loss.bind(student, task)
         self._learns = bool(self.learned)
@@ -261,29 +261,29 @@ class Distiller(_ChecksKeywords):
         return self._student is unwrapped(student)
 
     def to(self, accelerator: Accelerator) -> None:
-        """Move the teacher, and what is learned beside the student, to where the batches are."""
+        """Move the teacher and the learned parameters of the objectives to the device of the batches."""
         if self.teacher is not None:
             self.teacher.to(accelerator)
         self.learned.to(accelerator)
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """The objectives by the name of their term, the logits' first."""
+        """Return the objectives by the name of their term, that of the logits first."""
         return self.blending.objectives
 
     @property
     def logits_match(self) -> LogitsMatch:
-        """The objective of the logits' term."""
+        """Return the objective of the logits' term."""
         return self.blending.logits_match
 
     @property
     def uses_labels(self) -> bool:
-        """Whether any moment of the training uses labels."""
+        """Return whether the labels' term has a weight at any point of the training."""
         return self.blending.uses_labels()
 
     @property
     def compares_nothing(self) -> bool:
-        """Whether the loss is the labels' term alone, at every moment of the training."""
+        """Return whether the loss is always only the labels' term."""
         return self.blending.labels_alone
 
     # An optimizer step.
@@ -302,16 +302,16 @@ class Distiller(_ChecksKeywords):
         Call it once a step, on every process, before the first forward.
 
         Args:
-            micro_batches: all of this process's.
+            micro_batches: all micro-batches of this process.
             accelerator: None means one process, and no accumulation in Accelerate.
-            progress: how much of the training is done, 0 → 1, for schedules.
+            progress: the fraction of the training that is done, 0 → 1, for schedules.
             same_batch: how many processes see the same batch (tensor parallelism).
             finite_check: "loss" to check each loss; "gradient" if `step.finite_check.look_at_gradient` will be called
                 with the gradient's norm; "off" to check nothing.
 
         Raises:
             DataError: if a label is needed and missing, or is one that the head cannot take.
-            SettingError: if the student has no trainable parameter, or every term weighs 0.
+            SettingError: if the student has no trainable parameter, or every term has weight 0.
         """
         if self._label_aliases:
             micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
@@ -340,7 +340,7 @@ class Distiller(_ChecksKeywords):
         )
 
     def _check_trainable(self) -> None:
-        """Look once, before the first step that is to train something."""
+        """Check once, before the first step, that the student has trainable parameters."""
         parameters = chain(self._whole_student.parameters(), self.learned.parameters())
         self._found_trainable = any(parameter.requires_grad for parameter in parameters)
         if not self._found_trainable:
@@ -351,7 +351,7 @@ class Distiller(_ChecksKeywords):
             )
 
     def _write_config(self, batch: Batch) -> None:
-        """Write what the student is trained as into its config, once, when the training begins: it is saved with it."""
+        """Write the task's settings into the student's config once, when training begins, to be saved with it."""
         self._wrote_config = True
         config = getattr(self._student, "config", None)
         if config is None:
@@ -376,10 +376,10 @@ class Distiller(_ChecksKeywords):
         """Run student and teacher on a micro-batch, and return its part of the optimizer step's loss.
 
         Args:
-            student: the model as the loop calls it (wrapped, if it is).
+            student: the model as the loop calls it (wrapped or not).
             batch: the student's inputs, labels, and `teacher_*` columns.
             step: from `begin_step`; None means that this batch is a whole step of one process.
-            forward: calls the student with labels, if its own loss is not what the labels' term shall be. It is called
+            forward: calls the student with labels, to replace the student's own loss as the labels' term. It is called
                 with the model, its inputs and whether outputs are wanted, and returns the mean loss over this
                 micro-batch, and the outputs or None.
             keep_logits: whether the outputs must have logits.
@@ -416,7 +416,7 @@ class Distiller(_ChecksKeywords):
         with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
             if step.uses_labels:
                 forward = forward or self._labelled_forward
-                # Where nothing is compared the forward is that of `Trainer`, bit for bit.
+                # Without a comparison the forward is that of `Trainer`, bit for bit.
                 inputs = self.forward_inputs(batch) if step.active else self.student_inputs(batch)
                 mean, outputs = forward(student, inputs, wants_outputs)
         if outputs is None and (wants_outputs or not step.uses_labels):
@@ -426,7 +426,7 @@ class Distiller(_ChecksKeywords):
 
     def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
         """Return the student's own mean loss, and its outputs."""
-        refuse_head_for_a_teacher(self._student)
+        check_trainable_head(self._student)
         batch = self.with_task_labels(inputs)
         if not self.task.has_probabilities(batch):
             outputs = student(**inputs)
@@ -452,7 +452,7 @@ class Distiller(_ChecksKeywords):
         labels_mean: Tensor | None,
         fused: FusedForward | None,
     ) -> DistillerOutput:
-        """Return the loss, from what the student's forward gave."""
+        """Return the loss from the results of the student's forward."""
 
         def signals() -> tuple[Signals, Signals]:
             if fused is not None and fused.teacher is not None:
@@ -486,7 +486,7 @@ class Distiller(_ChecksKeywords):
         return DistillerOutput(loss, terms, outputs)
 
     def reduce_gradients(self, student: nn.Module, accelerator: Accelerator | None = None) -> None:
-        """Average the gradients of what the objectives learn over processes, as DDP does with the student's.
+        """Average the gradients of the objectives' learned parameters over processes, as DDP does for the student's.
 
         Call it after the last backward of an optimizer step, before clipping.
 
@@ -501,7 +501,7 @@ class Distiller(_ChecksKeywords):
             forget_gradients_but(self._whole_student.parameters(), used)
 
     def end_step(self, student: nn.Module) -> None:
-        """Let the teacher follow the student, and clear the gradients of what the objectives learn.
+        """Update a teacher that follows the student, and clear the gradients of the objectives' learned parameters.
 
         Call it after the optimizer's step.
         """
@@ -509,7 +509,7 @@ class Distiller(_ChecksKeywords):
             self.teacher.on_step(student)
         self.learned.zero_grad()
 
-    # What student and teacher are given, and what they give.
+    # Inputs and signals of student and teacher.
 
     def with_task_labels(self, batch: Batch) -> Batch:
         """Return the batch with its labels also under the names that the task reads."""
@@ -525,11 +525,11 @@ class Distiller(_ChecksKeywords):
         return self.task.has_labels(batch) and all(isinstance(labels, Tensor) for labels in found)
 
     def prepare(self, batch: Batch) -> dict[str, Any]:
-        """Return the batch with the decoder inputs that both models read, made by the student's rule."""
+        """Return the batch with the decoder inputs that both models read, made from the labels as the student does."""
         return self.task.prepare(dict(batch), self._student)
 
     def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return what the student is called with: no columns of the teacher's, and labels only if asked for.
+        """Return the student's inputs: without the teacher's columns, and with labels only if requested.
 
         Features and labels are copies, so that a student that writes into them changes neither the batch nor what the
         teacher reads.
@@ -546,12 +546,12 @@ class Distiller(_ChecksKeywords):
         return own_copies(inputs, self.task.label_names)
 
     def forward_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return `student_inputs` for a forward without cache: with one, packed sequences would see each other."""
+        """Return `student_inputs` without a KV cache, in which packed sequences would see each other."""
         inputs = self.student_inputs(batch, labels=labels)
         return {"use_cache": False, **inputs} if "use_cache" in self._student_names else inputs
 
     def capture(self, progress: float = 0.0) -> AbstractContextManager[Activations]:
-        """Return a context for one forward of the student, which captures what the objectives need of it."""
+        """Return a context for one forward of the student that captures the activations that the objectives need."""
         return self._capture.capture(self.blending.needs(progress)[0].activations)
 
     def student_signals(
@@ -560,10 +560,10 @@ class Distiller(_ChecksKeywords):
         """Return the student's signals.
 
         Args:
-            outputs: of its forward.
+            outputs: the outputs of its forward.
             batch: the prepared batch.
             needs: None means its predictions.
-            activations: of the same forward, if there are any.
+            activations: those captured in the same forward, if any.
         """
         alignment, logits = HeadAlignment() if self.teacher is None else self.teacher.alignment, None
         if needs is None or needs.logits:
@@ -580,7 +580,7 @@ class Distiller(_ChecksKeywords):
         """
         if needs is not None and not (needs.logits or needs.activations):  # the active objectives need no teacher
             return Signals(None)
-        assert self.teacher is not None  # `bind` checked that no term needs a teacher that is not there
+        assert self.teacher is not None  # `bind` checked that a term that needs a teacher has one
         needs = needs or Needs(logits=True, temperature=self.logits_match.temperature(1.0))
         return self.teacher(self.task, batch, needs)
 
@@ -590,11 +590,11 @@ class Distiller(_ChecksKeywords):
         return f"Distiller(teacher={self.teacher!r}, terms=[{', '.join(terms)}])"
 
 
-def refuse_head_for_a_teacher(student: Any) -> None:
-    """Refuse labels for a class that has one head for labels and one for a teacher, and no loss (DeiT, LeViT).
+def check_trainable_head(student: Any) -> None:
+    """Raise if labels are used with a class that has separate heads for labels and teacher, and no loss (DeiT, LeViT).
 
     Raises:
-        SettingError: it is such a class.
+        SettingError: if the student is of such a class.
     """
     name = type(student).__name__
     if not name.endswith("WithTeacher"):
@@ -612,11 +612,11 @@ def _task_settings(config: Any) -> dict[str, Any]:
 
 
 def _warn_if_smaller(teacher: Teacher | None, student: nn.Module) -> None:
-    """Log a warning if a frozen teacher has fewer weights than its student: the two may have been exchanged."""
+    """Log a warning if a frozen teacher has fewer weights than its student: they may have been swapped."""
     models = []
     for member in [] if teacher is None else teacher.members():
         if type(member) is not ModelTeacher or getattr(member.model, "is_quantized", False):
-            return  # packed weights, a cache and the student itself cannot be counted
+            return  # packed weights, caches and the student itself are not counted
         models.append(member.model)
     adapters = ("lora_", "modules_to_save")
     sizes = [

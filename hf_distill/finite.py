@@ -23,20 +23,20 @@ from hf_distill.tasks.base import MAIN_INPUTS, batch_size, first_tensor
 _ADVICE = "Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
 CheckAt = Literal["loss", "gradient", "off"]
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-# What a forward may raise on a single example that it was not written for. The search then goes without it.
+# Errors of a forward that does not support a single example; the search then skips this part.
 _FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is needed to look for the cause of a loss that is not finite.
+    """The facts of a micro-batch that are needed to find the cause of a loss that is not finite.
 
     Attributes:
-        batch: the batch, as the models were given it.
+        batch: the batch that the models got.
         loss: scalar, detached.
         terms: each term before its weight, detached.
         student: the student without wrappers.
-        inputs: returns what the student was called with.
+        inputs: returns the student's inputs.
         teacher: runs the teacher on a batch once more; None if the loss does not need it.
     """
 
@@ -50,16 +50,16 @@ class MicroBatch:
 
 
 class FiniteCheck:
-    """Looks at the losses of one optimizer step, and raises before the step if one is not finite.
+    """Checks the losses of one optimizer step, and raises before the step if one is not finite.
 
-    In one process on a CPU it looks at each loss when it is computed, and elsewhere once a step, with the last
+    In one process on a CPU it checks each loss when it is computed. Elsewhere it checks once a step, at the last
     micro-batch: one synchronisation, and over several processes one small reduction, so that all of them raise.
 
     Under mixed precision with fp16 the gradient scaler skips steps that overflow, so only a fault of the teacher, of an
     input or of a label is raised there.
 
     Args:
-        micro_batches: of the step, in this process.
+        micro_batches: the number of micro-batches of the step in this process.
         accelerator: None means one process.
         at: "loss"; "gradient" if the caller will call `look_at_gradient` with the norm of the step's gradient; "off" to
             check nothing.
@@ -93,12 +93,12 @@ class FiniteCheck:
         """Check the norm of the step's gradient, which is the same in all processes, and with it the losses.
 
         Raises:
-            HfDistillError: as `add`.
+            HfDistillError: as for `add`.
         """
         seen, self._seen = self._seen, []
         if self._at != "gradient" or norm is None:
             return
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients (FSDP2)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # for sharded gradients (FSDP2)
         if isinstance(norm, Tensor) and not self._several:
             losses = [one.loss.to(norm.device, torch.float32) for one in seen]
             finite = bool(torch.stack([norm.detach().float(), *losses]).isfinite().all())
@@ -115,7 +115,7 @@ class FiniteCheck:
             self._raise(self._seen, norm=None, refuses_students=has_gradient)
 
     def _raise(self, seen: list[MicroBatch], *, norm: float | None, refuses_students: bool) -> None:
-        """Raise what the first process with a cause found; all processes call this."""
+        """Raise the error of the first process that found a cause; all processes call this."""
         scaled = self._accelerator is not None and (
             self._accelerator.scaler is not None or self._accelerator.mixed_precision == "fp16"
         )
@@ -130,11 +130,11 @@ class FiniteCheck:
             raise _gradient_error(norm)
 
     def _cause(self, seen: list[MicroBatch], *, refuses_students: bool) -> HfDistillError | None:
-        """The fault of the first micro-batch of this process whose loss is not finite, where there is one."""
+        """Return the cause in the first micro-batch of this process whose loss is not finite, or None."""
         accelerator, found = self._accelerator, None
         sharded = accelerator is not None and accelerator.distributed_type in _SHARDED
         for position, one in enumerate(seen):
-            # A sharded teacher's forward is one of all processes, whichever of them has the fault.
+            # All processes must run the forward of a sharded teacher together, whichever of them has the fault.
             signals = one.teacher(one.batch) if sharded and one.teacher is not None else None
             if found is not None or bool(one.loss.isfinite()):
                 continue
@@ -152,7 +152,7 @@ def _what(one: MicroBatch, place: str) -> str:
 
 
 def _fault_of_data(one: MicroBatch, place: str) -> HfDistillError | None:
-    """An input or a label that is not finite, or labels that the head's loss cannot take."""
+    """Return the error if an input or a label is not finite, or the head's loss cannot take the labels."""
     examples = batch_size(one.batch)
     for name in (*MAIN_INPUTS, *one.task.label_names):
         value = one.batch.get(name)
@@ -214,12 +214,12 @@ def _fault_of_rows(task: Task, batch: Batch, predictions: Tensor, place: str) ->
 
 
 def _is_wrong(x: Tensor) -> Tensor:
-    """NaN and +inf; -inf is a blocked column."""
+    """Return whether values are NaN or +inf; -inf marks a blocked column."""
     return torch.isnan(x) | (x == torch.inf)
 
 
 def _fault_of_student(one: MicroBatch, place: str, *, can_run: bool) -> HfDistillError:
-    """A student whose weights are not finite, or the example on which its outputs or its loss are not."""
+    """Return the error if the student's weights are not finite, or its outputs or loss on some example."""
     named = list(one.student.named_parameters())
     broken = [name for name, value in named if not bool(_local(value).isfinite().all())]
     if broken:
@@ -263,7 +263,7 @@ def _example_alone(one: MicroBatch) -> str | None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and without batch norm's statistics of one example."""
+    """Inside this context, run without dropout, and without batch norm statistics of a single example."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -274,7 +274,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _gradient_error(norm: float) -> HfDistillError:
-    return TrainingError(  # of which weight is not known: clipping by such a norm has made all of them NaN
+    return TrainingError(  # the weight is unknown: clipping by such a norm has made all gradients NaN
         f"the norm of the gradient is {norm}, and every term of the loss is finite. No step was made. Causes: overflow "
         "in half precision (train with bf16=True rather than in float16, or in float32), or a square root, a division "
         "or a norm at 0 in a loss or an objective of your own; torch.autograd.set_detect_anomaly(True) names the "
@@ -283,5 +283,5 @@ def _gradient_error(norm: float) -> HfDistillError:
 
 
 def _local(value: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
+    """Return this process's part of a sharded tensor."""
     return value.to_local() if isinstance(value, DTensor) else value

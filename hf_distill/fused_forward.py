@@ -28,7 +28,7 @@ from hf_distill.functional.fused.inputs import (
 )
 from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.models.output_head import OutputHead, Trial
-from hf_distill.objectives.logits import refuse_other_keep, refuse_other_rows
+from hf_distill.objectives.logits import check_keep, check_same_rows
 from hf_distill.signals import DeferredLogits, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from hf_distill.distiller import Distiller
 
 logger = logging.getLogger(__name__)
-LARGE = 16_384  # columns; below it whole logits are no burden
+LARGE = 16_384  # columns; below it whole logits are cheap
 LABEL_NAMES = ("labels", "shift_labels")
 
 
 class FusedLoss:
-    """Decides whether the logits of this student need not be computed whole, and says why not.
+    """Decides whether the terms of this student can be computed without whole logits, or says why not.
 
     Args:
         setting: True means never to compute them whole, False always, and None to fuse where the vocabulary is large
@@ -59,10 +59,10 @@ class FusedLoss:
         self.setting = setting
         self._tried: str | None = None
         self._tried_with: bool | None = None  # whether with labels; None before the trial
-        self.is_possible = False  # whether it is worth asking `forward`
+        self.is_possible = False  # whether `forward` may fuse
 
     def bind(self, student: nn.Module, task: Task) -> None:
-        """Start again with this student."""
+        """Forget the last student, and start with this one."""
         self.head = OutputHead(student)
         large = task.over_vocabulary and self.head.columns >= LARGE
         self.is_possible = large if self.setting is None else self.setting
@@ -78,14 +78,14 @@ class FusedLoss:
         smoothing: float,
         fuse_labels: bool,
     ) -> FusedForward | None:
-        """Return what computes the terms of this micro-batch within the student's forward, or None for whole logits.
+        """Return a `FusedForward` for this micro-batch, or None if the logits are computed whole.
 
         Args:
-            distiller: gives teacher, task and terms.
+            distiller: has the teacher, task and terms.
             student: the model as the loop calls it.
             batch: the prepared micro-batch.
             step: the optimizer step.
-            smoothing: of the labels.
+            smoothing: label smoothing of the labels' term.
             fuse_labels: whether the labels' term is the head's own loss.
 
         Raises:
@@ -134,7 +134,7 @@ class FusedLoss:
     def _try_out(
         self, student: nn.Module, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool
     ) -> str | None:
-        """Once: whether the student's own forward makes the same logits and loss; or why it cannot be taken over."""
+        """Try once whether the fused forward gives the student's own logits and loss; return the reason if not."""
         inputs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
         labelled = {name: batch[name] for name in LABEL_NAMES if with_labels and batch.get(name) is not None}
         found = self.head.trial(inputs, labelled, wrapped=student)
@@ -151,9 +151,9 @@ class FusedLoss:
 
 
 def _plain_loss(trial: Trial, task: Task) -> Tensor:
-    """Mean cross-entropy of the tried positions, in the precision of the model's own loss.
+    """Return the mean cross-entropy of the positions tried, in the precision of the model's own loss.
 
-    Many heads sum their loss in bf16, where sixteen positions are up to a percent away from their mean in fp32.
+    Many heads sum their loss in bf16, where the mean of sixteen positions is up to a percent off.
     """
     targets = task.targets(trial.labels)
     if targets is None or trial.loss is None:
@@ -168,12 +168,12 @@ class FusedForward:
 
     Args:
         head: the student's output head.
-        blending: gives the divergence.
+        blending: has the divergence.
         task: selects rows and targets.
         batch: the prepared micro-batch.
         step: the optimizer step.
         teacher: the teacher's signals, or None for the labels alone.
-        smoothing: of the labels.
+        smoothing: label smoothing of the labels' term.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class FusedForward:
         return self._head.taken_over(self._compute)
 
     def tie(self, outputs: Any) -> None:
-        """Let the backward pass through the output too: DDP with a static graph and FSDP hang their hooks on it."""
+        """Let the backward pass through the output too: DDP with a static graph and FSDP have their hooks on it."""
         assert self.terms is not None  # the trial saw the head called
         self.terms = replace(self.terms, loss=tied(self.terms.loss, [outputs["logits"]]))
 
@@ -207,7 +207,7 @@ class FusedForward:
         wants_target = teacher is not None and PROPERTIES[name].wants_target
         targets = task.targets(batch) if step.uses_labels or wants_target else None
         selected = rows_of(ours.hidden, task, batch, whose="student")
-        refuse_other_rows(selected, selected, task, batch, columns=False)
+        check_same_rows(selected, selected, task, batch, columns=False)
         rows, weights = self._rows(selected, targets)
         shared = None if teacher is None else teacher.alignment.student
         found = fused_linear_distillation(
@@ -235,19 +235,19 @@ class FusedForward:
         return found.loss
 
     def _factor(self, term: str, weight: float) -> Tensor | float:
-        """Return what a total is multiplied by: its weight, over the step's denominator."""
+        """Return the factor of a total: its weight over the step's denominator."""
         if weight == 0:
             return 0.0
         return weight * self._step.scale / self._step.denominators[term].clamp(min=1)
 
     def _rows(self, selected: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`[m]` which of the n rows are looked at, and the weight of each in the divergence; None: 1.
+        """Return the indices `[m]` of the rows that any term needs, and their weights in the divergence (None: all 1).
 
-        A label may count where no comparison does (causal, left padding: the first token, predicted from nothing).
+        A row may count for the labels only: the first token of a left-padded causal sequence is predicted from nothing.
         """
         kept = self._task.keep(self._batch)
-        assert kept is not None  # every task over a vocabulary says so
-        refuse_other_keep(kept, selected, self._task)
+        assert kept is not None  # every task over a vocabulary sets it
+        check_keep(kept, selected, self._task)
         if targets is None or self.teacher is None:
             looked_at = kept if targets is None else targets != IGNORED
             return looked_at.nonzero().squeeze(-1), None
@@ -260,7 +260,7 @@ class FusedForward:
 
         def of_rows(x: Tensor, *, columns: bool = True) -> Tensor:
             selected = rows_of(x, task, batch, whose="teacher", columns=columns)
-            refuse_other_rows(selected, selected, task, batch, columns=False)
+            check_same_rows(selected, selected, task, batch, columns=False)
             return selected.index_select(0, rows)
 
         if teacher.deferred is not None:
@@ -268,8 +268,8 @@ class FusedForward:
         if teacher.sparse is None:
             return TeacherLogits(of_rows(teacher.predictions()))
         sparse = teacher.sparse
-        self._blending.logits_match.refuse_for_sparse(task, sparse, temperature)
-        # Softened already, and log-probabilities are logits: times T, as they will be divided by it.
+        self._blending.logits_match.check_sparse(task, sparse, temperature)
+        # Log-probabilities are logits that are softened already: multiply by T, since they will be divided by it.
         return TeacherSparse(
             of_rows(sparse.ids),
             of_rows(sparse.log_probabilities) * temperature,

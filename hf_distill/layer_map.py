@@ -1,6 +1,6 @@
-"""Which student layer goes with which teacher layer: one definition, to start a student and to supervise it. No models.
+"""LayerMap: which student layer goes with which teacher layer, to start a student and to supervise it.
 
-Layers are counted from 0, and are the blocks alone: the embeddings are no layer. The map that starts a student and the
+Layers are the blocks, counted from 0; the embeddings are not a layer. The map that starts a student and the
 map that supervises it may differ (Distil-Whisper starts from the teacher's first and last layer, and matches others).
 """
 
@@ -15,7 +15,7 @@ from hf_distill.errors import SettingError, did_you_mean
 
 
 class Link(NamedTuple):
-    """Student layer, teacher layer, and how much this link weighs."""
+    """A student layer, a teacher layer, and the weight of this link."""
 
     student: int
     teacher: int
@@ -27,7 +27,7 @@ class LayerMap:
     """Links between the layers of a student and those of a teacher.
 
     A student layer may have several links (many teacher layers to one), or none (it is then not supervised).
-    `inherit` needs exactly one for each student layer: `sources()` gives them, or says what is wrong.
+    `inherit` needs exactly one for each student layer: `sources()` returns them, or raises.
 
     >>> print(LayerMap.even(6, 24))
     6 of 24 layers: 0←0 1←5 2←9 3←14 4←18 5←23
@@ -52,11 +52,11 @@ class LayerMap:
             for link in links
         )
         object.__setattr__(self, "links", tuple(sorted(resolved)))
-        _refuse_repeats(self.links)
+        _check_no_repeats(self.links)
 
     @classmethod
     def even(cls, student_layers: int, teacher_layers: int) -> LayerMap:
-        """Evenly spaced, the first and the last included.
+        """Return evenly spaced layers, including the first and the last.
 
         Student layer i of m goes with teacher layer i·(n-1)/(m-1), rounded to the nearest; exactly between two, to
         the higher. One student layer goes with the first: it reads the embeddings, as it did in the teacher.
@@ -71,19 +71,19 @@ class LayerMap:
 
     @classmethod
     def first(cls, student_layers: int, teacher_layers: int) -> LayerMap:
-        """The teacher's first layers: 3 of 12 are 0, 1, 2."""
+        """Return the teacher's first layers: 3 of 12 are 0, 1, 2."""
         _check_sizes("first", student_layers, teacher_layers)
         return cls.of(range(student_layers), teacher_layers)
 
     @classmethod
     def last(cls, student_layers: int, teacher_layers: int) -> LayerMap:
-        """The teacher's last layers: 3 of 12 are 9, 10, 11."""
+        """Return the teacher's last layers: 3 of 12 are 9, 10, 11."""
         _check_sizes("last", student_layers, teacher_layers)
         return cls.of(range(teacher_layers - student_layers, teacher_layers), teacher_layers)
 
     @classmethod
     def first_last(cls, student_layers: int, teacher_layers: int) -> LayerMap:
-        """Half from the teacher's beginning, half from its end; of an odd number, one more from the beginning.
+        """Return half from the teacher's beginning (one more of an odd number) and half from its end.
 
         >>> LayerMap.first_last(2, 32).sources(), LayerMap.first_last(3, 12).sources()
         ((0, 31), (0, 1, 11))
@@ -95,9 +95,9 @@ class LayerMap:
 
     @classmethod
     def skip(cls, student_layers: int, teacher_layers: int, *, every: int | None = None) -> LayerMap:
-        """The last layer of every k: student layer i goes with teacher layer (i+1)·k - 1 (TinyBERT, PKD-skip).
+        """Return the last layer of every k: student layer i goes with teacher layer (i+1)·k - 1 (TinyBERT, PKD-skip).
 
-        `every` is k; without it, as large as fits: teacher_layers // student_layers.
+        `every` is k; the default is the largest that fits, teacher_layers // student_layers.
 
         >>> LayerMap.skip(4, 12).sources(), LayerMap.skip(4, 12, every=2).sources()
         ((2, 5, 8, 11), (1, 3, 5, 7))
@@ -114,9 +114,10 @@ class LayerMap:
 
     @classmethod
     def of(cls, layers: Iterable[int], teacher_layers: int) -> LayerMap:
-        """The teacher layer of each student layer, in order; negative ones count from the end.
+        """Return the map of these teacher layers to the student's in order; negative ones count from the end.
 
-        A teacher layer named twice is refused: it is mostly a slip (of 4 layers, 3 and -1 are one). `pairs` allows it.
+        A teacher layer named twice raises, since it is mostly a slip (of 4 layers, 3 and -1 are the same). `pairs`
+        allows it.
 
         >>> LayerMap.of([0, -2, -1], 12).sources()
         (0, 10, 11)
@@ -139,7 +140,7 @@ class LayerMap:
     def pairs(
         cls, links: Sequence[tuple[int, int] | tuple[int, int, float]], student_layers: int, teacher_layers: int
     ) -> LayerMap:
-        """Links as (student, teacher) or (student, teacher, weight); negative layers count from the end.
+        """Return the map with these links: (student, teacher) or (student, teacher, weight), negative from the end.
 
         >>> LayerMap.pairs([(0, 5), (1, 10, 0.5), (1, -1, 0.5)], 2, 12).of_student(1)
         (Link(student=1, teacher=10, weight=0.5), Link(student=1, teacher=11, weight=0.5))
@@ -153,12 +154,12 @@ class LayerMap:
         return cls(student_layers, teacher_layers, tuple(Link(*link) for link in links))
 
     def of_student(self, layer: int) -> tuple[Link, ...]:
-        """The links of one student layer; empty: it has none."""
+        """Return the links of one student layer, possibly none."""
         layer = _resolved("student", layer, self.student_layers)
         return tuple(link for link in self.links if link.student == layer)
 
     def sources(self) -> tuple[int, ...]:
-        """The one teacher layer of each student layer, in order. Raises SettingError where there is none or several."""
+        """Return the teacher layer of each student layer, in order; raise SettingError if one has none or several."""
         for layer in range(self.student_layers):
             found = [link.teacher for link in self.of_student(layer)]
             if len(found) != 1:
@@ -169,7 +170,7 @@ class LayerMap:
         return tuple(link.teacher for link in self.links)
 
     def table(self) -> str:
-        """One row a student layer.
+        """Return a table with a row for each student layer.
 
         >>> print(LayerMap.pairs([(0, 1), (1, 2, 0.5), (1, 3, 0.5)], 3, 4).table())
         student  teacher
@@ -191,10 +192,10 @@ NAMED = ("even", "first", "last", "first_last", "skip")
 
 
 def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> LayerMap:
-    """The map that is meant: by the name of a constructor, as pairs, or whole.
+    """Return the map that is given as the name of a constructor, as pairs, or as a `LayerMap`.
 
     Raises:
-        SettingError: no such name, a map of other models, a layer out of range, no pair at all.
+        SettingError: for an unknown name, a map of other models, a layer out of range, or no pairs.
 
     >>> print(resolved_map([(-1, -1)], 2, 12))
     2 of 12 layers: 1←11
@@ -245,7 +246,7 @@ def _check_sizes(constructor: str, student_layers: int, teacher_layers: int) -> 
 
 
 def _resolved(whose: str, layer: int, count: int) -> int:
-    """A layer's index from the front. Raises SettingError when there is no such layer."""
+    """Return a layer's index from the front; raise SettingError if there is no such layer."""
     if not _is_index(layer):
         raise SettingError(f"{whose} layer {layer!r}: give a whole number.")
     if not -count <= layer < count:
@@ -266,7 +267,7 @@ def _checked_weight(link: Link) -> float:
     return float(weight)
 
 
-def _refuse_repeats(links: tuple[Link, ...]) -> None:
+def _check_no_repeats(links: tuple[Link, ...]) -> None:
     seen: set[tuple[int, int]] = set()
     for link in links:
         if (link.student, link.teacher) in seen:

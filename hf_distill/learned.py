@@ -1,4 +1,4 @@
-"""What objectives learn beside the student: kept alike on all processes, saved beside a checkpoint, never exported."""
+"""Learned: the parameters that objectives learn beside the student; saved beside a checkpoint, never exported."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ STATE_FILE = "distill_state.safetensors"
 
 
 class Learned:
-    """The projections of all objectives as one module, which is no part of the student.
+    """The learned parameters of all objectives as one module, which is not part of the student.
 
-    In a loop of your own: give `parameters()` to the optimizer with the student's, call `synchronize(accelerator)`
-    after the last backward of an optimizer step, and clip both together.
+    A hand-written loop gives `parameters()` to the optimizer with the student's, calls `synchronize(accelerator)`
+    after the last backward of an optimizer step, and clips both together.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class Learned:
         return any(True for _ in self.module.parameters())
 
     def to(self, accelerator: Accelerator) -> None:
-        """On the accelerator's device; all processes start from process 0's values.
+        """Move to the accelerator's device, and start all processes from the values of process 0.
 
         Raises:
-            SettingError: DeepSpeed and FSDP own the optimizer's parameters, and these are none of theirs.
+            SettingError: with DeepSpeed or FSDP, which manage the optimizer's parameters and do not know these.
         """
         if not self:
             return
@@ -67,13 +67,13 @@ class Learned:
         """Give the optimizer a group of these parameters, if it does not hold them.
 
         Args:
-            optimizer: of the student.
-            learning_rate: of the group; None means the optimizer's own.
-            weight_decay: of the group.
+            optimizer: the student's optimizer.
+            learning_rate: learning rate of the group; None means the optimizer's own.
+            weight_decay: weight decay of the group.
             has_scheduler: whether there is a scheduler already, which could not follow a new group.
 
         Raises:
-            SettingError: if there is.
+            SettingError: if there is one.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [parameter for parameter in self.parameters() if id(parameter) not in held]
@@ -90,26 +90,26 @@ class Learned:
 
     @torch.no_grad()
     def synchronize(self, accelerator: Accelerator | None) -> None:
-        """Average the gradients over processes, as DDP does with the student's. Once an optimizer step."""
+        """Average the gradients over processes, as DDP does for the student's; call it once an optimizer step."""
         if accelerator is None or accelerator.num_processes == 1:
             return
         for parameter in self.parameters():
-            if parameter.grad is not None:  # None where the objective weighs nothing now, on every process alike
+            if parameter.grad is not None:  # None in every process if the objective has weight 0 now
                 parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="mean"))
 
     def zero_grad(self) -> None:
         self.module.zero_grad()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write them into a checkpoint's folder, whole or not at all."""
+        """Write the parameters into a checkpoint's folder, whole or not at all."""
         if self:
             save_state(self.module.state_dict(), folder, STATE_FILE)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Read them back.
+        """Read the parameters from a checkpoint's folder.
 
         Raises:
-            SettingError: they are not there, or are of other objectives.
+            SettingError: if they are missing, or belong to other objectives.
         """
         if not self:
             if Path(folder, STATE_FILE).is_file():
@@ -129,7 +129,7 @@ class Learned:
 
 
 def save_state(state: Mapping[str, Tensor], folder: str | os.PathLike[str], name: str) -> None:
-    """Tensors into a file of a checkpoint, whole or not at all."""
+    """Write tensors into a file of a checkpoint, whole or not at all."""
     target = Path(folder, name)
     beside = target.with_name(f".{name}.partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, beside)
@@ -137,10 +137,10 @@ def save_state(state: Mapping[str, Tensor], folder: str | os.PathLike[str], name
 
 
 def load_state(folder: str | os.PathLike[str], name: str, *, what: str) -> dict[str, Tensor]:
-    """The tensors of such a file.
+    """Read the tensors of such a file.
 
     Raises:
-        SettingError: it is not there, or is damaged.
+        SettingError: if it is missing or damaged.
     """
     source = Path(folder, name)
     if not source.is_file():

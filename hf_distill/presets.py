@@ -1,4 +1,4 @@
-"""Stage and Preset: what one training agrees about, and the trainings of a paper. The papers are in `papers.py`."""
+"""Stage and Preset: the objectives and arguments of one training, and of all trainings of a paper."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Factory = Callable[[], Sequence[Objective]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: what is agreed about, and what its arguments are.
+    """The objectives and arguments of one training.
 
     Args:
-        name: of its folder.
-        objectives: a function that makes them, or some that are copied for each run, so that two runs share nothing
-            that is learned.
-        arguments: fields of `DistillationArguments`, over those of the run.
-        keywords: keywords of the trainer (`train_dataset`, ...), over those of the run.
+        name: name of its folder.
+        objectives: a function that makes them, or objectives, which are copied for each run so that two runs share no
+            learned parameters.
+        arguments: fields of `DistillationArguments` that override those of the run.
+        keywords: keywords of the trainer (`train_dataset`, ...) that override those of the run.
 
     >>> Stage("logits", arguments={"alpha": 1.0}).make_objectives()
     []
@@ -37,21 +37,21 @@ class Stage:
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def make_objectives(self) -> list[Objective]:
-        """New ones, each time."""
+        """Return new objectives on each call."""
         return list(self.objectives() if callable(self.objectives) else copy.deepcopy(tuple(self.objectives)))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a paper trains with. A preset of one stage goes into one trainer, one of several into `train_in_stages`.
+    """The trainings of a paper. A preset of one stage is for a trainer, one of several for `train_in_stages`.
 
     Args:
-        paper: with its section.
-        stages: in order.
-        differences: from the paper and from its code, a sentence each.
+        paper: the paper and its section.
+        stages: the stages in order.
+        differences: how it differs from the paper and its code, a sentence each.
 
     Raises:
-        SettingError: `objectives` or `arguments` of a preset with several stages.
+        SettingError: if `objectives` or `arguments` is read of a preset with several stages.
 
     >>> preset = Preset("plain", "Hinton et al. 2015, section 2", (Stage("plain", arguments={"alpha": 0.9}),))
     >>> preset.arguments, preset.objectives
@@ -65,12 +65,12 @@ class Preset:
 
     @property
     def objectives(self) -> list[Objective]:
-        """For a trainer's `objectives=`; new ones, each time."""
+        """Return new objectives, for a trainer's `objectives=`."""
         return self._only_stage("objectives").make_objectives()
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `DistillationArguments`."""
+        """Return the arguments, for `DistillationArguments`."""
         return dict(self._only_stage("arguments").arguments)
 
     def _only_stage(self, what: str) -> Stage:
@@ -100,13 +100,13 @@ _PADDING = "Padding is left out of every mean."
 
 
 def distilbert(*, temperature: float = 2.0) -> Preset:
-    """Logits, labels and the direction of the last hidden state: 5/7, 2/7 and 1/7.
+    """Return DistilBERT's preset: logits, labels and the direction of the last hidden state, weighted 5/7, 2/7 and 1/7.
 
     Sanh et al. 2019, section 2 (the loss) and 3 (the training), and their code, whose weights are 5 (logits, T = 2), 2
     (masked LM) and 1 (cosine).
 
     Args:
-        temperature: of the logits.
+        temperature: temperature of the logits.
     """
     return Preset(
         "distilbert",
@@ -135,15 +135,16 @@ def tinybert(
     intermediate: Mapping[str, Any] | None = None,
     prediction: Mapping[str, Any] | None = None,
 ) -> Preset:
-    """First attention scores, hidden states and embeddings, without labels; then the teacher's predictions.
+    """Return TinyBERT's preset: attention scores, hidden states and embeddings without labels, then predictions.
 
     Jiao et al. 2020, section 3.1 (equations 7 to 10) and 4.2 (20 epochs at 5e-5, then 3 epochs at 3e-5).
 
     Args:
-        layers: of attention and hidden states, as in `LayerObjective`.
+        layers: layers whose attention and hidden states are matched, as in `LayerObjective`.
         heads: as in `AttentionMatch`.
-        temperature: of the second stage.
-        intermediate, prediction: arguments of the two stages, over the paper's (`num_train_epochs`, `learning_rate`).
+        temperature: temperature of the second stage.
+        intermediate: arguments of the first stage that override the paper's (`num_train_epochs`, `learning_rate`).
+        prediction: the same for the second stage.
     """
     first = {"alpha": None, "num_train_epochs": 20, "learning_rate": 5e-5, **(intermediate or {})}
     second = {"alpha": 1.0, "temperature": temperature, "num_train_epochs": 3, "learning_rate": 3e-5}
@@ -185,19 +186,19 @@ def pkd(
     width: int = 768,
     projection: str = "none",
 ) -> Preset:
-    """Labels, logits, and the direction of [CLS] in every layer but the last.
+    """Return PKD's preset: labels, logits, and the direction of [CLS] in every layer but the last.
 
     Sun et al. 2019, sections 3.1 (logits) and 3.2 (equations 7 and 8). They search beta in 10 to 1000, alpha in 0.2 to
     0.7, and T in 5 to 20.
 
     Args:
         variant: "skip" (teacher layers k, 2k, ... counted from 1) or "last" (its last ones but the very last).
-        beta: as in their code, of a mean over layers and width.
-        width: of both models, to undo that mean.
-        projection: as in `HiddenMatch`; the paper's widths agree.
+        beta: weight as in their code, for a mean over layers and width.
+        width: width of both models, to undo that mean.
+        projection: as in `HiddenMatch`; the paper has equal widths.
 
     Raises:
-        SettingError: another variant, a student of one layer, a beta or width that cannot be.
+        SettingError: for an unknown variant, a student of one layer, or a beta or width that is not allowed.
     """
     if variant not in ("skip", "last"):
         hint = did_you_mean(variant, ("skip", "last"))
@@ -239,13 +240,14 @@ def pkd(
 
 
 def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: int | None = None) -> Preset:
-    """How positions attend, and how their values relate, in the last layer.
+    """Return MiniLM's preset: attention, and relations of the values, in the last layer.
 
-    Wang et al. 2020, sections 3.1 (attention) and 3.2 (values). Both models need as many attention heads.
+    Wang et al. 2020, sections 3.1 (attention) and 3.2 (values). Both models need the same number of attention heads.
 
     Args:
-        student_layer, teacher_layer: counted from 0; the last of both in the paper.
-        relation_heads: None: the attention heads, as in the paper.
+        student_layer: counted from 0; the paper's is the last.
+        teacher_layer: counted from 0; the paper's is the last.
+        relation_heads: number of relation heads; None means the attention heads, as in the paper.
     """
     layers = ((student_layer, teacher_layer),)
     return Preset(
@@ -266,9 +268,9 @@ def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: 
 
 
 def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer: int = -1) -> Preset:
-    """How positions relate by their queries, their keys and their values, in one layer.
+    """Return MiniLMv2's preset: relations of the queries, the keys and the values in one layer.
 
-    Wang et al. 2021, section 3.1 (relations) and 3.2 (which layer of a large teacher). No constraint on heads.
+    Wang et al. 2021, section 3.1 (relations) and 3.2 (which layer of a large teacher). The numbers of heads may differ.
 
     Args:
         teacher_layer: counted from 0: the last of a base-size teacher; 20 of BERT-large, 18 of RoBERTa-large (21 and 19
@@ -291,9 +293,9 @@ def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer
 
 
 def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: float = 1.0) -> Preset:
-    """The student's last layer predicts three of the teacher's, through a matrix each.
+    """Return DistilHuBERT's preset: the student's last layer predicts three of the teacher's, each through a matrix.
 
-    Chang et al. 2022, section 2.2 (equation 1). The matrices are left behind after training, as the paper's heads are.
+    Chang et al. 2022, section 2.2 (equation 1). The matrices are discarded after training, as the paper's heads are.
 
     Args:
         teacher_layers: counted from 0: the paper's 4, 8 and 12 counted from 1.

@@ -1,4 +1,4 @@
-"""Schedules: a number that changes with training progress 0 → 1. Not learning-rate schedulers."""
+"""Schedules of temperature, alpha and weights: numbers as functions of training progress 0 → 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Schedule = Callable[[float], float]
 
 
 def constant(start: float, end: float | None = None) -> Schedule:
-    """The same number throughout; an `end` that differs contradicts it.
+    """Return a constant schedule; raise if `end` differs from `start`.
 
     >>> constant(2.0)(0.7)
     2.0
@@ -22,7 +22,7 @@ def constant(start: float, end: float | None = None) -> Schedule:
 
 
 def linear(start: float, end: float) -> Schedule:
-    """A straight line from `start` to `end`.
+    """Return a straight line from `start` to `end`.
 
     >>> linear(4.0, 1.0)(0.5)
     2.5
@@ -31,7 +31,7 @@ def linear(start: float, end: float) -> Schedule:
 
 
 def cosine(start: float, end: float) -> Schedule:
-    """Half a cosine wave from `start` to `end`: flat at both ends.
+    """Return half a cosine wave from `start` to `end`, flat at both ends.
 
     >>> round(cosine(1.0, 0.0)(0.5), 6)
     0.5
@@ -44,7 +44,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "cosine": cosine,
 }
-# What other libraries call them; only proposed in messages.
+# Names in other libraries; only proposed in messages.
 _ALSO_CALLED = {
     **dict.fromkeys(("linear_decay", "linear_warmup", "lerp"), "linear"),
     **dict.fromkeys(("cos", "cosine_annealing", "cosine_decay"), "cosine"),
@@ -53,7 +53,7 @@ _ALSO_CALLED = {
 
 
 def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Schedule:
-    """The named schedule from `start` to `end`; `knob` is the setting's name, for messages."""
+    """Return the named schedule from `start` to `end`; `knob` is the name of the setting, for messages."""
     if kind not in SCHEDULES:
         hint = did_you_mean(kind, SCHEDULES, _ALSO_CALLED)
         raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.{hint}")
@@ -75,10 +75,10 @@ PROGRESS = tuple(step / 200 for step in range(201))  # where a schedule's values
 
 
 def checked_schedule(knob: str, value: float | Schedule) -> Schedule:
-    """A number or a schedule as a schedule, every value of which is allowed.
+    """Return a number or a schedule as a schedule whose values are all allowed.
 
     Raises:
-        SettingError: alpha outside [0, 1], or temperature not above 0.
+        SettingError: if alpha leaves [0, 1], or a temperature is not above 0.
     """
     if callable(value):
         schedule = value

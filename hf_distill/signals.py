@@ -1,4 +1,4 @@
-"""LossSum: what an objective found in a micro-batch, and the count it is over. It is not averaged yet."""
+"""What passes between models and objectives: signals, what must be computed, and sums over rows with their counts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hf_distill.vocabulary import HeadAlignment
 
 @dataclass(frozen=True)
 class LossSum:
-    """A total, or the micro-batch mean of a head that only gives that, and how many rows it is over.
+    """A total over the rows of a micro-batch and their number; not averaged yet.
 
     Attributes:
-        value: scalar with the student's graph: the total, or the mean where `is_mean`.
-        count: scalar, the rows of this micro-batch that count.
-        is_mean: the value already is divided by `count`.
+        value: scalar with the student's graph: the total, or the micro-batch's mean if `is_mean`.
+        count: scalar, the number of rows that count.
+        is_mean: whether `value` is divided by `count` already, as the own loss of a head is.
     """
 
     value: Tensor
@@ -28,10 +28,10 @@ class LossSum:
     is_mean: bool = False
 
     def over(self, denominator: Tensor) -> Tensor:
-        """This micro-batch's part of the mean over the whole optimizer step.
+        """Return this micro-batch's share of the mean over the whole optimizer step.
 
-        A mean is multiplied by count / denominator, which is exactly 1.0 when this micro-batch is the whole step.
-        No row at all gives 0, with a graph.
+        A mean is multiplied by count / denominator, which is exactly 1.0 if this micro-batch is the whole step. Without
+        any row the share is 0, with a graph.
 
         >>> mean = LossSum(torch.tensor(3.0), torch.tensor(2), is_mean=True)
         >>> mean.over(torch.tensor(8)).item()
@@ -47,18 +47,18 @@ class LossSum:
 HIDDEN, LAST_HIDDEN = "hidden", "last_hidden"
 ATTENTION = "attention"
 RELATED = ("queries", "keys", "values")
-EMBEDDINGS = -1  # as a layer: what the first block is given
+EMBEDDINGS = -1  # as a layer: the input of the first block
 
 
 class ActivationKey(NamedTuple):
-    """One thing inside a model.
+    """Names one activation of a model.
 
     Attributes:
-        what: "hidden" (what a block puts out, `[b t d]`), "last_hidden" (what the head reads, after any last norm),
+        what: "hidden" (the output of a block, `[b t d]`), "last_hidden" (the input of the head, after any last norm),
             "attention" (an `AttentionRecord`), "queries", "keys" or "values" (all heads side by side, `[b t d]`).
-        layer: the block, from 0; -1 with "hidden": what the first block is given.
-        side: "encoder" or "decoder" of an encoder-decoder; None: its decoder, or the only stack.
-        stack: the path of the list of blocks, where the user names it.
+        layer: the block, from 0; -1 with "hidden" is the input of the first block.
+        side: "encoder" or "decoder" of an encoder-decoder; None is its decoder, or the only stack.
+        stack: the path of the list of blocks, if the user names it.
     """
 
     what: str
@@ -69,16 +69,16 @@ class ActivationKey(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseRows:
-    """What a teacher lists of each row, and how likely everything else is together; or, with weights, a sample of it.
+    """The most likely columns of each row and the probability of all others; or, with weights, a sample of the columns.
 
     Attributes:
-        ids: `[... k]` of the compared columns, each at most once a row; -1 where a row lists fewer than k.
-        log_probabilities: `[... k]` at `temperature`; -inf where nothing is listed. With weights only their weighted
-            sum of a row matters, so a store may give each column the row's mean; finite everywhere.
-        log_tail: `[...]` log of the probability of all others; -inf where a row lists them all, and with weights.
-        temperature: that the logits were divided by. Another one would need the tail's own shape, which is not here.
-        weights: `[... k]`, 0 where nothing is listed. The target is then Σ_k w_k δ(id_k): its expectation over the
-            draws is the teacher's distribution, so what is linear in the teacher's probabilities is unbiased.
+        ids: `[... k]` of the compared columns, each at most once a row; -1 if a row has fewer than k.
+        log_probabilities: `[... k]` at `temperature`; -inf where there is no column. With weights only their weighted
+            sum over a row matters, so a store may give each column the row's mean; finite everywhere.
+        log_tail: `[...]` log of the probability of all other columns; -inf if there are none, and with weights.
+        temperature: that the logits were divided by. Another one would need the shape of the tail, which is unknown.
+        weights: `[... k]`, 0 where there is no column. The target is then Σ_k w_k δ(id_k): its expectation over the
+            draws is the teacher's distribution, so whatever is linear in the teacher's probabilities is unbiased.
     """
 
     ids: Tensor
@@ -90,16 +90,17 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class DeferredLogits:
-    """Predictions that are not made yet: an output head, and what it is given.
+    """Logits that are not computed yet: an output head, and its input.
 
     logits = softcap · tanh(x / softcap), x = logit_scale · (hidden · weightᵀ + bias).
 
     Attributes:
-        hidden: `[b t d]`.
+        hidden: `[b t d]`, the input of the head.
         weight: `[v d]`.
         bias: `[v]`, or None.
-        logit_scale, softcap: what the model does to the logits after its head; softcap None: nothing.
-        dtype: of the product, as the model would make it (that of autocast, or its own).
+        logit_scale: that the model multiplies the output of its head with.
+        softcap: of the logits, or None for none.
+        dtype: of the product, as the model would compute it (that of autocast, or its own).
     """
 
     hidden: Tensor
@@ -112,15 +113,15 @@ class DeferredLogits:
 
 @dataclass(frozen=True)
 class Signals:
-    """What one model shows of one batch.
+    """What one model computes for one batch.
 
     Attributes:
         logits: predictions as the task reads them, leading axes first: `[b v]`, `[b t v]`, or `[b 2 t]` for spans;
-            values rather than logits for regression and embeddings. None where no objective needs them.
-        columns: which columns of the heads these are.
-        inside: what was read of the model's inside.
-        sparse: predictions in place of logits, leading axes as theirs, of a teacher that does not tell all columns.
-        unmade: what the logits would be made of, in their place, where `Needs.deferred` said that this will do.
+            values rather than logits for regression and embeddings. None if no objective needs them.
+        alignment: which columns of the heads are compared.
+        activations: the captured activations.
+        sparse: in place of logits, with the same leading axes, from a teacher that does not give all columns.
+        deferred: in place of logits, if `Needs.deferred` allows it.
     """
 
     logits: Tensor | None
@@ -130,29 +131,34 @@ class Signals:
     deferred: DeferredLogits | None = None
 
     def predictions(self) -> Tensor:
-        """The logits, where there must be some."""
+        """Return the logits.
+
+        Raises:
+            SettingError: if there are none.
+        """
         if self.logits is None and self.sparse is not None:
             raise SettingError(
-                "this teacher tells only its likeliest columns, and what asks needs all of them (an ensemble, or an "
-                "objective of your own). Use a teacher that tells its logits."
+                "this teacher gives only its most likely columns, and an ensemble or an objective of your own needs "
+                "all of them. Use a teacher that gives its logits."
             )
         if self.logits is None:
-            raise SettingError("predictions were not asked for: alpha=None compares none.")
+            raise SettingError("no predictions were computed: alpha=None compares none.")
         return self.logits
 
     def values_to_check(self) -> Tensor:
-        """What may be no number: of a teacher that lists some columns, what it lists of them."""
+        """Return the values to check for NaN and inf: the logits, or the log-probabilities if sparse."""
         return self.predictions() if self.sparse is None else self.sparse.log_probabilities
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be computed of one model for an objective.
+    """What must be computed of one model.
 
     Attributes:
-        logits: its predictions. reads: of its inside.
+        logits: whether its predictions are needed.
+        activations: what to capture.
         temperature: that the predictions will be softened with; a teacher of several models averages at it.
-        unmade: instead of logits, what they are made of will do (a teacher may give the logits all the same).
+        deferred: whether a `DeferredLogits` may stand for the logits.
     """
 
     logits: bool = False
@@ -161,7 +167,7 @@ class Needs:
     deferred: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        """Both: logits where one of them needs them made."""
+        """Return what either needs; logits must be whole if one of them needs them whole."""
         softened = self if self.logits else other
         deferred = all(one.deferred for one in (self, other) if one.logits) and (self.deferred or other.deferred)
         return Needs(self.logits or other.logits, self.activations | other.activations, softened.temperature, deferred)

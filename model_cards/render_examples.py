@@ -1,4 +1,4 @@
-"""Render the example cards from the facts of runs that took place. Trains only with `--record`.
+"""Render the example cards from recorded facts of real runs.
 
 python model_cards/render_examples.py            # facts -> Markdown
 python model_cards/render_examples.py --check    # fails if a card is stale
@@ -21,12 +21,12 @@ RECORDED = HERE / "quickstart-student.facts.json"
 
 
 def render(facts_file: Path) -> str:
-    """The card of recorded facts."""
+    """Return the card of recorded facts."""
     return render_card(CardData.from_json(facts_file.read_text(encoding="utf-8")))
 
 
 def stale(folder: Path = HERE) -> list[str]:
-    """The cards that are not what their facts render to."""
+    """Return the names of the cards that differ from what their facts render to."""
     found = []
     for facts_file in sorted(folder.glob("*.facts.json")):
         card = _card_of(facts_file)
@@ -46,15 +46,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def record() -> None:
-    """Run the quickstart and keep the facts of the student that it keeps."""
-    from hf_distill import DistillationMixin
+    """Run the quickstart and keep the facts of the distilled student."""
     from hf_distill.cli.main import main as command
+    from hf_distill.trainer import publishing
 
     def keep(facts: CardData, output_dir: str) -> None:
         _write(RECORDED, facts.to_json())
         write_card(facts, output_dir)
 
-    DistillationMixin.card_renderer = keep
+    publishing.write_model_card = keep  # type: ignore[assignment]  # for this run only
     with tempfile.TemporaryDirectory() as folder:
         code = command(["quickstart", "--output-dir", os.path.join(folder, "quickstart")])
     if code != 0:

@@ -113,7 +113,7 @@ _TASKS = (
     *("span", "token_classification"),
 )
 _TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_INSIDE_DTYPES = ("float16", "bfloat16", "float32")
+_ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 _INPUTS = ("input_ids", "input_values", "input_features", "pixel_values")
 
 
@@ -154,10 +154,10 @@ def _add_build(kinds: Any) -> None:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="BLOCK",
-        help="keep the hidden states of these blocks, counted from 0, for objectives on the inside; -1: the embeddings",
+        help="keep the hidden states of these blocks, counted from 0, for such objectives; -1: the embeddings",
     )
     build.add_argument(
-        "--inside-dtype", choices=_INSIDE_DTYPES, default="float16", help="of hidden states, on the disk"
+        "--activation-dtype", choices=_ACTIVATION_DTYPES, default="float16", help="of hidden states, on the disk"
     )
     build.add_argument(
         "--no-predictions", action="store_true", help="with --hidden: keep hidden states alone (to train at alpha=None)"
@@ -179,9 +179,10 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
     from hf_distill.cli.progress import quiet_libraries
-    from hf_distill.teachers import TeacherCache
+    from hf_distill.teachers import BuildOptions, KeepActivations, TeacherCache
     from hf_distill.teachers.load import find_tokenizer
 
+    hidden: list[int] = vars(arguments).get("hidden", [])
     with quiet_libraries():
         tokenizer = find_tokenizer(arguments.teacher)
         data = _tokenized(dataset_of(arguments), tokenizer, arguments)
@@ -190,15 +191,17 @@ def _built(arguments: argparse.Namespace, console: Console) -> TeacherCache:
             data,
             arguments.folder,
             task=arguments.task,
-            dtype=arguments.teacher_dtype,
             processing_class=tokenizer,
             batch_size=arguments.batch_size,
             store=None if arguments.no_predictions else store_of(arguments),
-            predictions=not arguments.no_predictions,
-            reads=[("hidden", block) for block in getattr(arguments, "hidden", ())],
-            inside_dtype=arguments.inside_dtype,
-            num_workers=arguments.workers,
-            say=lambda text: console.print(text, highlight=False),
+            objectives=KeepActivations(*(("hidden", block) for block in hidden)) if hidden else None,
+            options=BuildOptions(
+                predictions=not arguments.no_predictions,
+                activation_dtype=arguments.activation_dtype,
+                teacher_dtype=arguments.teacher_dtype,
+                num_workers=arguments.workers,
+                announce=lambda text: console.print(text, highlight=False),
+            ),
         )
 
 
@@ -206,12 +209,13 @@ def _show(arguments: argparse.Namespace) -> None:
     from hf_distill.teachers import TeacherCache
 
     cache, console = TeacherCache(arguments.folder), Console()
-    manifest, inside = cache.manifest, cache.inside.kept
-    beside = [f"inside: {', '.join(map(str, inside))}, {manifest['inside']['dtype']}"] if inside else []
-    if manifest.get("views"):
-        beside.append(f"versions of each example: {manifest['views']['views']}")
-    if cache.bound_to is not None:
-        beside.append(f"predictions are for temperature {cache.bound_to:g} alone")
+    manifest, kept, more = cache.manifest, cache.activations.kept, []
+    if kept:
+        more.append(f"activations: {', '.join(map(str, kept))}, {manifest['activations']['dtype']}")
+    if manifest["augmentation"] is not None:
+        more.append(f"versions of each example: {manifest['augmentation']['views']}")
+    if cache.temperature is not None:
+        more.append(f"predictions are for temperature {cache.temperature:g} only")
     for line in (
         f"{cache!r}, every checksum is right",
         f"teacher: {manifest['teacher']['class']}, weights {manifest['teacher']['weights']}",
@@ -219,7 +223,7 @@ def _show(arguments: argparse.Namespace) -> None:
         f"kept of each row: {', '.join(f'{name} {value}' for name, value in manifest['store'].items())}",
         f"keyed by: {', '.join(manifest['inputs']['columns'])}",
         f"rows of predictions: {manifest['positions']:,}",
-        *beside,
+        *more,
         f"files: {len(manifest['shards'])} shards, built with "
         + ", ".join(f"{name} {number}" for name, number in manifest["versions"].items()),
     ):

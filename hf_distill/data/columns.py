@@ -49,7 +49,7 @@ def label_column(columns: Iterable[str] | None) -> str | None:
     return next((name for name in LABEL_COLUMNS if name in there), None)
 
 
-def refuse_unprocessed(data: Any, model: Any, *, whose: str, collator: Any = None, drops_columns: bool = True) -> None:
+def check_processed(data: Any, model: Any, *, whose: str, collator: Any = None, drops_columns: bool = True) -> None:
     """Raise `DataError` where no column of a dataset is an input of the model: text that was not tokenized, as a rule.
 
     Args:

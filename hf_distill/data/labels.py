@@ -102,7 +102,7 @@ class LabelReader:
         columns = columns_of(data)
         self._column = label_column(columns)
         if not task.reads_label_column:
-            self._refuse_gaps(data, task, columns)
+            self._check_no_gaps(data, task, columns)
             return
         if named and not task.on_values:
             self._match_names(data, label_matching)
@@ -119,7 +119,7 @@ class LabelReader:
                 raise
             self._leave_out = self.changes = True
             self.remarks = [f"The labels of {whose} weigh nothing and are left out, as they cannot be read: {error}"]
-        self._refuse_unclear_rows()
+        self._check_clear_rows()
 
     # Reading, label by label.
 
@@ -410,7 +410,7 @@ class LabelReader:
             f"classes, 0 to {self._count - 1} (example {row} has {label}). {do}."
         )
 
-    def _refuse_unclear_rows(self) -> None:
+    def _check_clear_rows(self) -> None:
         """Of rows that add up to 1 the student's config must say whether they are probabilities."""
         if not self._adds_up or self._problem is not None or self._evaluates:  # few rows may add up by chance
             return
@@ -443,7 +443,7 @@ class LabelReader:
             return 'They teach nothing; task=TokenClassification(rows="attended") distils them.'
         return "They are distilled; the labels' term leaves them out."
 
-    def _refuse_gaps(self, data: Any, task: Task, columns: list[str] | None) -> None:
+    def _check_no_gaps(self, data: Any, task: Task, columns: list[str] | None) -> None:
         """Of heads whose labels are token ids or positions: text, and rows without labels."""
         if not self._needed or columns is None or self._own_collator:
             return

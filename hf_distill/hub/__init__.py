@@ -1,4 +1,4 @@
-"""What a distilled student takes to the Hub: its model card. Uploads nothing itself."""
+"""The model card of a distilled student, from the facts of its run. Uploading is the trainer's."""
 
 from hf_distill.hub.card import render_card, write_card
 

@@ -1,4 +1,4 @@
-"""The card's YAML: what the Hub searches and shows beside the text. Writes no body."""
+"""The model card: its YAML metadata, its text from the template, and writing it beside what the user wrote."""
 
 from __future__ import annotations
 
@@ -13,25 +13,34 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a package of their 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_distill._utils import write_text_whole
 from hf_distill.hub import sections
 from hf_distill.hub.facts import HIDDEN_PATH, CardData, DatasetFacts, without_paths
-from hf_distill.hub.papers import DIVERGENCES, HINTON, OBJECTIVES, TEACHERS, Paper
-from hf_distill.hub.sections import escape
+from hf_distill.hub.papers import BIBTEX, DISTILLATION, DIVERGENCES, OBJECTIVES, TEACHERS
 from hf_distill.hub.usage import program, use_of
+
+logger = logging.getLogger(__name__)
 
 TAGS = ("hf-distill", "knowledge-distillation", "distillation", "generated_from_trainer")
 _NOT_A_METRIC = ("loss", "divergence")
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,  # the output is Markdown: every text goes through `escape` or `plain`
+)
+_TEMPLATES.filters["md"] = sections.escape
 
 
 def metadata(facts: CardData) -> ModelCardData:
-    """The card's metadata; a key without a known value is left out."""
-    results = _results(facts)
-    relation = "adapter" if facts.student.adapter else "finetune"
-    use = use_of(facts)
+    """Return the card's metadata, without keys whose value is not known."""
+    results, use, adapter = _results(facts), use_of(facts), facts.student.adapter
     data = ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
-        library_name="peft" if facts.student.adapter else "transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=use.tag if use else None,
         base_model=facts.base_model,
         tags=_tags(facts),
@@ -40,10 +49,10 @@ def metadata(facts: CardData) -> ModelCardData:
         model_name=facts.name if results else None,
         eval_results=results or None,
     )
-    # A small student with its teacher's name for an origin is no fine-tuned teacher.
+    # A smaller student that was made from its teacher is not a fine-tuned teacher.
     shrunk = any(facts.base_model == teacher.hub_id for teacher in facts.teachers)
-    if facts.base_model and (facts.student.adapter or not shrunk):
-        data["base_model_relation"] = relation
+    if facts.base_model and (adapter or not shrunk):
+        data["base_model_relation"] = "adapter" if adapter else "finetune"
     return data
 
 
@@ -60,7 +69,7 @@ def _unique(items: Iterable[str | None]) -> list[str]:
 
 
 def _metrics(facts: CardData) -> Iterator[tuple[str, float, DatasetFacts | None]]:
-    """The task metrics of the weights that are saved, with the dataset of each."""
+    """Yield each metric of the saved weights: its name, its value, and its dataset."""
     for evaluation in facts.evaluations:
         steps = (evaluation.step, facts.weights_step)
         if evaluation.subject == "student" and (None in steps or steps[0] == steps[1]):
@@ -70,7 +79,7 @@ def _metrics(facts: CardData) -> Iterator[tuple[str, float, DatasetFacts | None]
 
 
 def _results(facts: CardData) -> list[EvalResult]:
-    """The model index: only of metrics whose task and dataset are known, as the Hub asks."""
+    """Return the model index. The Hub accepts only metrics whose task and dataset are known."""
     use = use_of(facts)
     if use is None:
         return []
@@ -78,7 +87,7 @@ def _results(facts: CardData) -> list[EvalResult]:
         EvalResult(
             task_type=use.tag,
             task_name=use.title,
-            dataset_type=dataset.hub_id or _slug(dataset.name),
+            dataset_type=dataset.hub_id or re.sub(r"[^a-z0-9]+", "-", dataset.name.lower()).strip("-") or "unnamed",
             dataset_name=dataset.name,
             dataset_config=dataset.config,
             dataset_split=dataset.split,
@@ -91,25 +100,8 @@ def _results(facts: CardData) -> list[EvalResult]:
     ]
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"
-
-
-logger = logging.getLogger(__name__)
-
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    autoescape=False,  # the output is Markdown: every text goes through `escape` or `plain`
-)
-_TEMPLATES.filters["md"] = escape
-
-
 def render_card(facts: CardData) -> str:
-    """The whole README.md: YAML metadata, then Markdown. What is not in the facts is left out.
+    """Return the whole README.md: YAML metadata, then Markdown. Unknown facts are left out.
 
     >>> from hf_distill.hub.facts import ModelFacts
     >>> card = render_card(CardData(name="small", task="classification", student=ModelFacts()))
@@ -128,59 +120,50 @@ def render_card(facts: CardData) -> str:
         versions={k: v for k, v in facts.versions.items() if k != "peft" or facts.student.adapter},
         program=program(facts),
         no_program=sections.no_program(facts),
-        papers=_papers(facts),
+        papers=[BIBTEX[key] for key in _papers(facts)],
     )
     return str(ModelCard(text))
 
 
-def _papers(facts: CardData) -> list[Paper]:
-    known = DIVERGENCES.get(facts.divergence or "") if facts.teachers else None
-    matched = [OBJECTIVES.get(text.partition("(")[0]) for text in facts.objective_settings.values()]
-    teachers = [TEACHERS.get(teacher.class_name or "") for teacher in facts.teachers]
-    found = [HINTON if facts.teachers else None, None if known is None else known.paper, *teachers, *matched]
-    return list(dict.fromkeys(paper for paper in found if paper is not None))
+def _papers(facts: CardData) -> list[str]:
+    """Return the citation keys of what the run used."""
+    keys: list[str | None] = [DISTILLATION] if facts.teachers else []
+    if facts.teachers and facts.divergence in DIVERGENCES:
+        keys.append(DIVERGENCES[facts.divergence].paper)
+    keys += [TEACHERS.get(teacher.class_name or "") for teacher in facts.teachers]
+    keys += [OBJECTIVES.get(objective.class_name or "") for objective in facts.objectives]
+    return _unique(keys)
 
 
 def write_card(facts: CardData, output_dir: str | os.PathLike[str]) -> Path:
-    """Write `output_dir/README.md`, whole or not at all; returns its path.
+    """Write `output_dir/README.md`, whole or not at all, and return its path.
 
-    As in `Trainer.create_model_card` a README.md that is there is replaced. Its tags are kept, and
-    its license and language where the facts have none.
+    Like `Trainer.create_model_card` it replaces an existing README.md, but keeps its tags, and its license and
+    language if the facts have none.
     """
-    path = Path(output_dir) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = render_card(_keeping(facts, path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path = Path(output_dir, "README.md")
+    write_text_whole(path, render_card(_with_metadata_of(path, facts)))
     return path
 
 
-def _keeping(facts: CardData, path: Path) -> CardData:
-    """The facts, with what the user had written into the old card's metadata."""
+def _with_metadata_of(path: Path, facts: CardData) -> CardData:
+    """Return the facts with the metadata that the user wrote into the old card."""
     if not path.is_file():
         return facts
     try:
         old = ModelCard.load(path, ignore_metadata_errors=True).data
     except (ValueError, yaml.YAMLError) as error:
-        logger.warning("The metadata of the old README.md is lost: it cannot be read (%s).", error)
+        logger.warning("The metadata of the old README.md cannot be read and is lost (%s).", error)
         return facts
+    # PEFT writes its base model, which may be a local path, into a tag; `_tags` writes it again.
+    tags = [tag for tag in _texts(old.get("tags")) if not tag.startswith("base_model:") and without_paths(tag) == tag]
     return replace(
         facts,
-        tags=(*facts.tags, *filter(_is_the_users, _texts(old.get("tags")))),
+        tags=(*facts.tags, *tags),
         license=facts.license or next(iter(_texts(old.get("license"))), None),
         languages=facts.languages or tuple(_texts(old.get("language"))),
     )
 
 
 def _texts(value: object) -> list[str]:
-    items = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    return [item for item in items if isinstance(item, str)]
-
-
-def _is_the_users(tag: str) -> bool:
-    """PEFT writes its base model, which may be a local path, into a tag; ours says it anew."""
-    return not tag.startswith("base_model:") and without_paths(tag) == tag
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]

@@ -1,4 +1,4 @@
-"""Names that may be shown in public: a Hub id, and a text without local paths. Asks no Hub."""
+"""The facts of a run as plain data, without local paths, for its model card. Imports no model code and asks no Hub."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _WHOLE_PATH = re.compile(r"/(?=[A-Za-z_.])|~[A-Za-z_/]|\.\.?[/\\]|[A-Za-z]:[/\\]
 
 
 def is_path(text: str) -> bool:
-    """True for a text that is spelled as a path: absolute, from home, from a dot, or a drive."""
+    """Return whether a text is spelled as a path: absolute, from home, from a dot, or with a drive."""
     return text in ("~", ".", "..") or _WHOLE_PATH.match(text) is not None
 
 
 def has_hub_spelling(name: object) -> bool:
-    """True for `name` or `org/name` with the letters that the Hub allows."""
+    """Return whether a name is `name` or `org/name` with the letters that the Hub allows."""
     if not isinstance(name, str) or not name or name.startswith((".", "~")):
         return False
     try:
@@ -44,7 +44,7 @@ def has_hub_spelling(name: object) -> bool:
 
 
 def looks_like_hub_id(name: object) -> bool:
-    """True for a name in the Hub's spelling, when no file or folder here is so called.
+    """Return whether a name has the Hub's spelling and no file or folder here has that name.
 
     >>> looks_like_hub_id("google-bert/bert-base-uncased"), looks_like_hub_id("~/student")
     (True, False)
@@ -53,30 +53,29 @@ def looks_like_hub_id(name: object) -> bool:
 
 
 def without_paths(text: str) -> str:
-    """The text with each local path in it replaced.
+    """Return the text with each local path in it replaced.
 
     >>> without_paths("loss/labels from /home/me/run"), without_paths("see https://hf.co/a/b")
     ('loss/labels from (local path)', 'see https://hf.co/a/b')
     """
-    if is_path(text):
-        return HIDDEN_PATH
-    return _PATH.sub(HIDDEN_PATH, text)
+    return HIDDEN_PATH if is_path(text) else _PATH.sub(HIDDEN_PATH, text)
 
 
 def _clean(value: Any) -> Any:
-    """Plain JSON-like data without local paths; containers are copied, lists become tuples."""
-    if isinstance(value, str):
-        return without_paths(value)
-    if isinstance(value, Mapping):
-        return {_clean(str(key)): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_clean(item) for item in value)
+    """Return JSON-like data without local paths; containers are copied, and lists become tuples."""
+    match value:
+        case str():
+            return without_paths(value)
+        case Mapping():
+            return {_clean(str(key)): _clean(item) for key, item in value.items()}
+        case list() | tuple():
+            return tuple(map(_clean, value))
     return value
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """Takes local paths out of every text when an object is built."""
+    """Removes local paths from every text when an object is built."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -85,24 +84,20 @@ class _Facts:
 
 @dataclass(frozen=True)
 class ModelFacts(_Facts):
-    """One model. `hub_id` is None when it is a local model; a path given there becomes None."""
+    """The facts of a model; everything but `main_input` may be unknown."""
 
-    hub_id: str | None = None
+    hub_id: str | None = None  # None for a local model; a path becomes None
     class_name: str | None = None
     parameters: int | None = None
     trainable_parameters: int | None = None
     layers: int | None = None
     width: int | None = None
-    labels: int | None = None
-    """`config.num_labels`."""
-    dtype: str | None = None
+    labels: int | None = None  # `config.num_labels`
+    dtype: str | None = None  # "float32"
     main_input: str = "input_ids"
-    adapter: str | None = None
-    """The PEFT method ("LORA"), when what is saved is an adapter."""
-    described: str | None = None
-    """What it is, in words, when it is no model of its own (an average of the student)."""
-    problem_type: str | None = None
-    """`config.problem_type`, of a head that predicts labels; transformers sets it at the first labelled step."""
+    adapter: str | None = None  # the PEFT method ("LORA") if an adapter is saved
+    description: str | None = None  # in words, of a teacher that is not a model (an average of the student)
+    problem_type: str | None = None  # of a head with labels; transformers sets it at the first labelled step
 
     def __post_init__(self) -> None:
         if not looks_like_hub_id(self.hub_id):
@@ -112,25 +107,25 @@ class ModelFacts(_Facts):
 
 @dataclass(frozen=True)
 class DatasetFacts(_Facts):
-    """One dataset: the name to show; its Hub id only when it is known to be there."""
+    """The facts of a dataset."""
 
-    name: str | None = None
-    hub_id: str | None = None
+    name: str | None = None  # the name to show
+    hub_id: str | None = None  # None if it is not known to be on the Hub
     config: str | None = None
     split: str | None = None
 
     def __post_init__(self) -> None:
         hub_id = self.hub_id if looks_like_hub_id(self.hub_id) else None
-        object.__setattr__(self, "hub_id", hub_id)
         name = self.name or hub_id
         local = name is not None and (is_path(name) or (hub_id is None and os.path.exists(name)))
+        object.__setattr__(self, "hub_id", hub_id)
         object.__setattr__(self, "name", "a local dataset" if local else name)
         super().__post_init__()
 
 
 @dataclass(frozen=True)
 class ScheduleFacts(_Facts):
-    """A number that may move during training: from `start` to `end` along `schedule`."""
+    """A number that may change during training: from `start` to `end` along `schedule`."""
 
     start: float
     end: float | None = None
@@ -138,88 +133,76 @@ class ScheduleFacts(_Facts):
 
 
 @dataclass(frozen=True)
+class ObjectiveFacts(_Facts):
+    """The facts of a term of the loss; `labels` and `logits` have a name only, since alpha gives their weights."""
+
+    name: str
+    weight: float | None = None  # at the start of training
+    class_name: str | None = None
+    description: str | None = None  # the objective's settings in words
+
+
+@dataclass(frozen=True)
 class EvaluationFacts(_Facts):
-    """Metrics measured on one dataset. `step`: whose weights were measured; None if not known."""
+    """The metrics of a model on a dataset."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     dataset: DatasetFacts | None = None
-    step: int | None = None
-    subject: str = "student"
-    """Who was measured: "student", "teacher", "student alone" (the baseline), ..."""
-    not_measured: dict[str, str] = field(default_factory=dict)
-    """Metric name -> why it has no number."""
+    step: int | None = None  # the optimizer step whose weights were evaluated
+    subject: str = "student"  # "student", "teacher", "student alone" (the baseline), ...
+    not_measured: dict[str, str] = field(default_factory=dict)  # the reason for each metric without a number
 
 
 @dataclass(frozen=True)
 class TrainingFacts(_Facts):
-    """How the student was trained. `steps` are optimizer steps; `batch_size` is per process."""
+    """The settings of the training, and how long it was."""
 
     epochs: float | None = None
-    steps: int | None = None
+    steps: int | None = None  # optimizer steps
     learning_rate: float | None = None
     learning_rate_schedule: str | None = None
-    warmup: float | None = None
-    """Steps, or a share of the run when below 1."""
+    warmup: float | None = None  # steps, or a share of the run if below 1
     optimizer: str | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
-    batch_size: int | None = None
-    accumulation: int | None = None
+    batch_size: int | None = None  # examples per process and forward
+    accumulation: int | None = None  # micro-batches per optimizer step
     processes: int | None = None
-    precision: str | None = None
-    """ "bf16 mixed", "fp16 mixed"; None: the student's own dtype."""
+    precision: str | None = None  # "bf16 mixed", "fp16 mixed", or None for the student's own dtype
     seed: int | None = None
-    label_smoothing: float | None = None
-    """None when the labels are not smoothed."""
+    label_smoothing: float | None = None  # None without it
     train_loss: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    """More settings to show: name -> a JSON value."""
+    extra: dict[str, Any] = field(default_factory=dict)  # more settings to show, as JSON values
 
 
 @dataclass(frozen=True)
 class CardData(_Facts):
-    """All that the model card says. See each field; give only what is known.
+    """The content of a model card. Give only what is known.
 
     >>> facts = CardData(name="small", task="classification", student=ModelFacts(parameters=9))
     >>> CardData.from_json(facts.to_json()) == facts
     True
     """
 
-    name: str
-    """The title: the repository's last part, or the output folder's own name."""
-    task: str
-    """A kind in `hf_distill.tasks.TASKS`."""
+    name: str  # the title: the last part of the repository's name, or the output folder's name
+    task: str  # a kind in `hf_distill.tasks.TASKS`
     student: ModelFacts
-    repo_id: str | None = None
-    """The Hub repository the student is pushed to, `user/name`, once it is known."""
-    teachers: tuple[ModelFacts, ...] = ()
-    """Empty when no teacher ran (alpha = 0)."""
-    joined: str | None = None
-    """How several teachers speak as one."""
-    base_model: str | None = None
-    """The Hub id of what the student was fine-tuned from; a path becomes None."""
-    processor: str | None = None
-    """Class name of the processing class that is saved beside the student."""
-    pooling: str | None = None
-    """How the last hidden states became an embedding: "mean", "first" or "last"; None for other tasks."""
-    divergence: str | None = None
+    repo_id: str | None = None  # where the student is pushed to, `user/name`
+    teachers: tuple[ModelFacts, ...] = ()  # empty if no teacher ran (alpha = 0)
+    ensemble: str | None = None  # how the predictions of several teachers are combined
+    base_model: str | None = None  # the Hub id of the model that the student was made from; a path becomes None
+    processing_class: str | None = None  # the name of the class that is saved with the student
+    pooling: str | None = None  # "mean", "first" or "last" of an embedding's hidden states
+    divergence: str | None = None  # None if no predictions were compared
     divergence_kwargs: dict[str, Any] = field(default_factory=dict)
-    temperature: ScheduleFacts | None = None
-    """None where it has no effect: `not PROPERTIES[name].softens`."""
-    temperature_power: int = 2
-    """The power of the temperature before the divergence: `PROPERTIES[name].temperature_power`."""
+    temperature: ScheduleFacts | None = None  # None if it has no effect (`not PROPERTIES[name].softens`)
+    temperature_power: int = 2  # the power of T in front of the divergence
     alpha: ScheduleFacts | None = None
-    objectives: dict[str, float | None] = field(default_factory=dict)
-    """Name -> weight; None for `labels` and `logits`, whose weights alpha gives."""
-    objective_settings: dict[str, str] = field(default_factory=dict)
-    """Name -> how it was made, in words."""
-    datasets: tuple[DatasetFacts, ...] = ()
-    """What it was trained on."""
+    objectives: tuple[ObjectiveFacts, ...] = ()
+    datasets: tuple[DatasetFacts, ...] = ()  # of the training
     evaluations: tuple[EvaluationFacts, ...] = ()
-    weights_step: int | None = None
-    """The optimizer step whose weights are saved (the best one's, if that was loaded)."""
-    history: tuple[dict[str, float], ...] = ()
-    """One row an evaluation during training; see `history_from_log`."""
+    weights_step: int | None = None  # the step of the saved weights (the best one, if its weights were loaded)
+    history: tuple[dict[str, float], ...] = ()  # a row for each evaluation during training; see `history_from_log`
     training: TrainingFacts = field(default_factory=TrainingFacts)
     versions: dict[str, str] = field(default_factory=dict)
     languages: tuple[str, ...] = ()
@@ -236,76 +219,86 @@ class CardData(_Facts):
         super().__post_init__()
 
     def to_json(self) -> str:
-        """The facts as JSON text."""
+        """Return the facts as JSON text."""
         return json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CardData:
-        """The facts that `to_json` wrote; `SettingError` when the text is not that."""
+        """Return the facts that `to_json` wrote.
+
+        Raises:
+            SettingError: if the text does not come from `to_json`.
+        """
         try:
             raw = json.loads(text)
             raw["student"] = ModelFacts(**raw["student"])
-            raw["teachers"] = tuple(ModelFacts(**item) for item in raw.get("teachers", ()))
-            raw["datasets"] = tuple(DatasetFacts(**item) for item in raw.get("datasets", ()))
             raw["training"] = TrainingFacts(**raw.get("training", {}))
             for name in ("temperature", "alpha"):
                 raw[name] = ScheduleFacts(**raw[name]) if raw.get(name) else None
-            raw["evaluations"] = tuple(map(_evaluation, raw.get("evaluations", ())))
+            for evaluation in raw.get("evaluations", ()):
+                evaluation["dataset"] = DatasetFacts(**evaluation["dataset"]) if evaluation.get("dataset") else None
+            for name, kind in _LISTS.items():
+                raw[name] = tuple(kind(**item) for item in raw.get(name, ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError) as error:
-            raise SettingError(
-                f"card data: not what CardData.to_json writes ({error}). Write them again with it."
-            ) from error
+            raise SettingError(f"card data: the text was not written by CardData.to_json ({error}).") from error
 
 
-def _evaluation(raw: dict[str, Any]) -> EvaluationFacts:
-    dataset = raw.get("dataset")
-    return EvaluationFacts(**{**raw, "dataset": DatasetFacts(**dataset) if dataset else None})
-
-
+_LISTS: dict[str, type[_Facts]] = {
+    "teachers": ModelFacts,
+    "objectives": ObjectiveFacts,
+    "datasets": DatasetFacts,
+    "evaluations": EvaluationFacts,
+}
 _VERSIONED = ("hf-distill", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def model_facts(model: Any, *, hub_id: str | None = None) -> ModelFacts:
-    """Facts of a `PreTrainedModel` or `PeftModel`. `hub_id` is shown only if it is one."""
+    """Return the facts of a `PreTrainedModel` or `PeftModel`.
+
+    Args:
+        model: the model.
+        hub_id: where it comes from; shown only if it is a Hub id.
+    """
     adapter = getattr(model, "peft_config", None) if hasattr(model, "get_base_model") else None
     inner = model.get_base_model() if adapter else model
-    config = getattr(inner, "config", None)
-    # ZeRO-3 keeps the whole size in ds_numel.
+    # ZeRO-3 keeps the size of the whole parameter in ds_numel.
     sizes = [(getattr(p, "ds_numel", 0) or p.numel(), p.requires_grad) for p in model.parameters()]
-    dtype = getattr(inner, "dtype", None)
     method = next(iter(adapter.values())).peft_type if adapter else None
+
+    def configured(name: str) -> Any:
+        return getattr(getattr(inner, "config", None), name, None)
+
+    def count(name: str) -> int | None:
+        value = configured(name)
+        return value if isinstance(value, int) else None
+
     return ModelFacts(
         hub_id=hub_id,
         class_name=type(inner).__name__,
         parameters=sum(size for size, _ in sizes),
         trainable_parameters=sum(size for size, trained in sizes if trained),
-        layers=_whole(getattr(config, "num_hidden_layers", None)),
-        width=_whole(getattr(config, "hidden_size", None)),
-        labels=_whole(getattr(config, "num_labels", None)),
-        problem_type=getattr(config, "problem_type", None),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        layers=count("num_hidden_layers"),
+        width=count("hidden_size"),
+        labels=count("num_labels"),
+        problem_type=configured("problem_type"),
+        dtype=str(inner.dtype).removeprefix("torch.") if hasattr(inner, "dtype") else None,
         main_input=getattr(inner, "main_input_name", "input_ids"),
-        adapter=None if method is None else str(getattr(method, "value", method)),
+        adapter=_text(method),
     )
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
-
-
 def dataset_facts(dataset: Any, *, name: str | None = None) -> DatasetFacts | None:
-    """Facts of a `datasets.Dataset`; None for other datasets unless `name` is given."""
+    """Return the facts of a `datasets.Dataset`; None for other datasets, unless `name` is given."""
     info = getattr(dataset, "info", None)
-    hub_id = None
-    for source in getattr(info, "download_checksums", None) or ():
-        found = re.match(r"hf://datasets/([^@]+)@", str(source))
-        hub_id = hub_id or (found.group(1) if found else None)
+    sources = getattr(info, "download_checksums", None) or ()
+    on_hub = (re.match(r"hf://datasets/([^@]+)@", str(source)) for source in sources)
+    hub_id = next((found[1] for found in on_hub if found), None)
     shown = name or hub_id
     if shown is None:
         return None
-    config = getattr(info, "config_name", None) if hub_id else None
+    config = info.config_name if info is not None and hub_id else None
     split = getattr(dataset, "split", None)
     return DatasetFacts(shown, hub_id, config, None if split is None else str(split))
 
@@ -317,11 +310,15 @@ def evaluations_from_log(
     best_step: int | None = None,
     prefix: str = "eval_",
 ) -> tuple[EvaluationFacts, ...]:
-    """The evaluation of each dataset that describes the saved weights best, from a Trainer's log.
+    """Return for each dataset the evaluation that describes the saved weights best, from a Trainer's log.
 
-    That is the last one after training; else the one at `best_step`; else the last.
-    `datasets`: of the one eval dataset, or name -> facts where `eval_dataset` is a dict.
-    `best_step`: `state.best_global_step`, once `load_best_model_at_end` put those weights back.
+    That is the last evaluation after training, else that at `best_step`, else the last one.
+
+    Args:
+        log_history: `state.log_history`.
+        datasets: the facts of the eval dataset, or facts by name if `eval_dataset` is a dict.
+        best_step: `state.best_global_step`, if `load_best_model_at_end` restored these weights.
+        prefix: the prefix of the metrics.
     """
     log = list(log_history)
     ended = max((i for i, row in enumerate(log) if "train_runtime" in row), default=len(log))
@@ -329,7 +326,7 @@ def evaluations_from_log(
     starts = {f"{prefix}{name}_" if name else prefix: name for name in named}
     found = []
     for start, name in starts.items():
-        rows = [(i, row) for i, row in enumerate(log) if _owner(row, starts) == start]
+        rows = [(i, row) for i, row in enumerate(log) if _start_of(row, starts) == start]
         if not rows:
             continue
         at_best = [pair for pair in rows if best_step is not None and pair[1].get("step") == best_step]
@@ -341,13 +338,14 @@ def evaluations_from_log(
     return tuple(found)
 
 
-def _owner(row: Mapping[str, Any], starts: Iterable[str]) -> str | None:
-    """The longest of the starts that a key of the row has: `eval_a_b_` before `eval_a_`."""
+def _start_of(row: Mapping[str, Any], starts: Iterable[str]) -> str | None:
+    """Return the longest of the starts that a key of the row has: `eval_a_b_` before `eval_a_`."""
     fitting = [start for start in starts if any(key.startswith(start) for key in row)]
     return max(fitting, key=len, default=None)
 
 
 def _numbers(row: Mapping[str, Any], start: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the numbers among the metrics with this prefix, and the reason for each metric that has none."""
     metrics: dict[str, float] = {}
     missing: dict[str, str] = {}
     for key, value in row.items():
@@ -364,7 +362,7 @@ def _numbers(row: Mapping[str, Any], start: str) -> tuple[dict[str, float], dict
 
 
 def history_from_log(log_history: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
-    """One row an evaluation during training: epoch, step, the last logged losses, the metrics."""
+    """Return a row for each evaluation during training: epoch, step, the last logged losses, the metrics."""
     rows: list[dict[str, float]] = []
     losses: dict[str, float] = {}
     for entry in log_history:
@@ -385,12 +383,14 @@ def history_from_log(log_history: Iterable[Mapping[str, Any]]) -> tuple[dict[str
 
 
 def training_facts(args: Any, state: Any, *, optimizer: str | None = None) -> TrainingFacts:
-    """Facts from `TrainingArguments` and `TrainerState`: what ran, not what was asked for.
+    """Return the facts of the training that took place.
 
-    `optimizer`: its name where the user passed one; else `args.optim`.
+    Args:
+        args: the `TrainingArguments`.
+        state: the `TrainerState` at the end of the training.
+        optimizer: the name of an optimizer that the user passed; None means `args.optim`.
     """
     finished = [row["train_loss"] for row in state.log_history if "train_loss" in row]
-    precision = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     return TrainingFacts(
         epochs=state.epoch,
         steps=state.global_step,
@@ -403,19 +403,19 @@ def training_facts(args: Any, state: Any, *, optimizer: str | None = None) -> Tr
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=args.world_size,
-        precision=precision,
+        precision="bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None,
         seed=args.seed,
         label_smoothing=args.label_smoothing_factor or None,
         train_loss=finished[-1] if finished and math.isfinite(finished[-1]) else None,
     )
 
 
-def _text(value: Any) -> str | None:
+def _text(value: object) -> str | None:
     return None if value is None else str(getattr(value, "value", value))
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that are installed and matter to the run."""
+    """Return the versions of the installed libraries that matter to the run."""
     found = {}
     for name in _VERSIONED:
         try:
@@ -423,21 +423,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-__all__ = [
-    "CardData",
-    "DatasetFacts",
-    "EvaluationFacts",
-    "ModelFacts",
-    "ScheduleFacts",
-    "TrainingFacts",
-    "dataset_facts",
-    "evaluations_from_log",
-    "history_from_log",
-    "library_versions",
-    "looks_like_hub_id",
-    "model_facts",
-    "training_facts",
-    "without_paths",
-]

@@ -1,4 +1,4 @@
-"""Text of unknown origin made safe for Markdown, and numbers made readable. Knows no card."""
+"""The sections of the card, as Markdown in which text from users is escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINE_START = re.compile(r"^(\d*)([#+\-=.)])(?=\s|$)")
 
 
 def escape(text: object) -> str:
-    r"""The text as it is to be read, on one line, wherever it stands in Markdown or a table.
+    r"""Return the text on one line, with Markdown's special characters escaped.
 
     >>> print(escape("a|b\n<c> *d*"))
     a\|b \<c\> \*d\*
@@ -26,17 +26,17 @@ def escape(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """The text on one line without backticks: for a code span or a code block."""
+    """Return the text on one line without backticks, for a code span or a code block."""
     return " ".join(str(text).replace("`", "'").split())
 
 
 def code(text: object) -> str:
-    """A code span that is safe in a table: `text`."""
+    """Return a code span that is safe in a table: `text`."""
     return "`" + plain(text).replace("|", "\\|") + "`"
 
 
 def number(value: object) -> str:
-    """A number to read: 12,345; 0.9131; 5e-05.
+    """Return a number in readable form, and other values escaped.
 
     >>> number(12345), number(0.91314), number(5e-5), number(2.0)
     ('12,345', '0.9131', '5e-05', '2')
@@ -49,7 +49,7 @@ def number(value: object) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the cells are taken as they are, so escape them first."""
+    """Return a Markdown table. The cells must be escaped already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -78,14 +78,14 @@ _SETTINGS = {
 
 
 def link(hub_id: str) -> str:
-    """A Hub id as a link to its page."""
+    """Return a link to the page of a Hub id."""
     return f"[{escape(hub_id)}](https://huggingface.co/{hub_id})"
 
 
 def named(model: ModelFacts) -> str:
-    """A model in one phrase: its Hub id or "a local model", its class and its size."""
-    if model.described:
-        return escape(model.described)
+    """Return a model in one phrase: its Hub id or "a local model", its class and its size."""
+    if model.description:
+        return escape(model.description)
     known = [code(model.class_name)] if model.class_name else []
     if model.parameters is not None:
         known.append(f"{number(model.parameters)} parameters")
@@ -94,7 +94,7 @@ def named(model: ModelFacts) -> str:
 
 
 def summary(facts: CardData) -> str:
-    """What the model is, in two or three sentences."""
+    """Return a description of the model in two or three sentences."""
     student = code(facts.student.class_name) if facts.student.class_name else "A model"
     if facts.teachers:
         teachers = " and ".join(named(teacher) for teacher in facts.teachers)
@@ -108,38 +108,42 @@ def summary(facts: CardData) -> str:
     elif facts.student.adapter:
         text += f" It is a {escape(facts.student.adapter)} adapter of {_LOCAL}."
     elif facts.base_model:
-        # A config made from the Hub names its origin too, so whether weights were loaded is not known.
+        # A config without weights from the Hub names its origin too, so "made from" and not "fine-tuned from".
         text += f" It was made from {link(facts.base_model)}."
     if facts.pooling:
-        text += f" Its embedding of an input is {POOLED[facts.pooling]}; the model does not pool so by itself."
+        text += f" Its embedding of an input is {POOLED[facts.pooling]}; the model itself does not pool."
     return text
 
 
 def link_dataset(name: str, hub_id: str | None) -> str:
-    """A dataset's name, linked if it is on the Hub."""
+    """Return a dataset's name, linked if it is on the Hub."""
     if hub_id is None:
         return escape(name)
     return f"[{escape(name)}](https://huggingface.co/datasets/{hub_id})"
 
 
 def models(facts: CardData) -> str:
-    """The table of student and teachers; a row that nobody knows is left out."""
-    everyone = (facts.student, *facts.teachers)
-    several = len(facts.teachers) > 1
-    heads = [f"Teacher {i + 1}" if several else "Teacher" for i in range(len(facts.teachers))]
-    where = [link(facts.repo_id) if facts.repo_id else escape(facts.name)]
-    where += [link(one.hub_id) if one.hub_id else escape(one.described or _LOCAL) for one in facts.teachers]
+    """Return the table of student and teachers, without rows of which nothing is known."""
+    student, teachers = facts.student, facts.teachers
+    everyone = (student, *teachers)
+    heads = ["Teacher"] if len(teachers) == 1 else [f"Teacher {i}" for i in range(1, len(teachers) + 1)]
+    names = [link(facts.repo_id) if facts.repo_id else escape(facts.name)]
+    names += [link(one.hub_id) if one.hub_id else escape(one.description or _LOCAL) for one in teachers]
+    frozen = student.trainable_parameters != student.parameters
+    shows_labels = facts.task in COUNTS_LABELS
+    # transformers treats the outputs of a sequence classifier by its problem type: softmax, sigmoid or values.
+    shows_type = facts.task in ("classification", "regression")
     rows = [
-        ("Name", where),
-        ("Class", [code(m.class_name) if m.class_name else "" for m in everyone]),
-        ("Parameters", [_count(m.parameters) for m in everyone]),
-        ("Student / teacher", ["", *(_ratio(facts.student, t) for t in facts.teachers)]),
-        ("Trained parameters", [_trained(facts.student), *("" for _ in facts.teachers)]),
-        ("Layers", [_count(m.layers) for m in everyone]),
-        ("Width", [_count(m.width) for m in everyone]),
-        ("Labels", [_count(m.labels if facts.task in COUNTS_LABELS else None) for m in everyone]),
-        ("Problem type", [_problem_type(m, facts.task) for m in everyone]),
-        ("Number format", [code(m.dtype) if m.dtype else "" for m in everyone]),
+        ("Name", names),
+        ("Class", [_code(one.class_name) for one in everyone]),
+        ("Parameters", [_count(one.parameters) for one in everyone]),
+        ("Student / teacher", ["", *(_ratio(student, teacher) for teacher in teachers)]),
+        ("Trained parameters", [_count(student.trainable_parameters if frozen else None), *("" for _ in teachers)]),
+        ("Layers", [_count(one.layers) for one in everyone]),
+        ("Width", [_count(one.width) for one in everyone]),
+        ("Labels", [_count(one.labels if shows_labels else None) for one in everyone]),
+        ("Problem type", [_code(one.problem_type if shows_type else None) for one in everyone]),
+        ("Number format", [_code(one.dtype) for one in everyone]),
     ]
     return table(["", "Student", *heads], [[name, *cells] for name, cells in rows if any(cells)])
 
@@ -148,14 +152,8 @@ def _count(value: int | None) -> str:
     return "" if value is None else number(value)
 
 
-def _problem_type(model: ModelFacts, task: str) -> str:
-    """What transformers makes of a sequence classifier's outputs: softmax, sigmoid or values."""
-    return code(model.problem_type) if model.problem_type and task in ("classification", "regression") else ""
-
-
-def _trained(student: ModelFacts) -> str:
-    """Shown only when part of the student was frozen."""
-    return "" if student.trainable_parameters == student.parameters else _count(student.trainable_parameters)
+def _code(text: str | None) -> str:
+    return code(text) if text else ""
 
 
 def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
@@ -165,17 +163,18 @@ def _ratio(student: ModelFacts, teacher: ModelFacts) -> str:
 
 
 def loss(facts: CardData) -> str:
-    """The loss in symbols, its numbers, and the divergence in one line."""
-    if not facts.teachers and not facts.objective_settings:
-        return "The student's own loss on the labels: no teacher took part."
+    """Return the loss in symbols, its numbers, and the divergence in one line."""
+    described = [one for one in facts.objectives if one.description is not None]
+    if not facts.teachers and not described:
+        return "The student's own loss on the labels, without a teacher."
     lines = ["```text", f"loss = {_formula(facts)}", *_numbers(facts), "```"]
     if facts.objectives:
-        names = (code(name) + _MEANING.get(name, "") for name in facts.objectives)
+        names = (code(one.name) + _MEANING.get(one.name, "") for one in facts.objectives)
         lines += ["", f"Objectives: {', '.join(names)}."]
-    if facts.joined:
-        lines += ["", f"The teachers speak as one: {escape(facts.joined)}."]
-    if facts.objective_settings:
-        lines += ["", *(f"- {code(name)}: {code(text)}" for name, text in facts.objective_settings.items())]
+    if facts.ensemble:
+        lines += ["", f"The teachers' predictions are combined: {escape(facts.ensemble)}."]
+    if described:
+        lines += ["", *(f"- {code(one.name)}: {code(one.description)}" for one in described)]
     if facts.divergence is None:
         return "\n".join(lines)
     known = DIVERGENCES.get(facts.divergence)
@@ -185,8 +184,8 @@ def loss(facts: CardData) -> str:
         if re.search(r"\b[pq]\b", known.formula):
             text += ", with p the teacher's distribution and q the student's"
     if facts.divergence_kwargs:
-        given = (f"{key}={plain(value)}" for key, value in facts.divergence_kwargs.items())
-        text += f", set with {code(', '.join(given))}"
+        settings = (f"{key}={plain(value)}" for key, value in facts.divergence_kwargs.items())
+        text += f", with {code(', '.join(settings))}"
     if facts.temperature is not None:
         text += ", both at temperature T"
     return "\n".join([*lines, "", text + "."])
@@ -196,18 +195,22 @@ def _formula(facts: CardData) -> str:
     divergence = plain(facts.divergence or "divergence")
     power = facts.temperature_power if facts.temperature else 0
     softened = {0: "", 1: "T * ", 2: "T² * "}.get(power, f"T^{power} * ") + divergence
-    blends = facts.alpha is not None and "logits" in facts.objectives
+    blends = facts.alpha is not None and _compares_logits(facts)
     terms = ["(1 - alpha) * labels", f"alpha * {softened}"] if blends else []
-    for name, weight in facts.objectives.items():
-        if blends and name in ("labels", "logits"):
+    for one in facts.objectives:
+        if blends and one.name in ("labels", "logits"):
             continue
-        term = softened if name == "logits" else plain(name)
-        terms.append(term if weight is None else f"{weight:g} * {term}")
+        term = softened if one.name == "logits" else plain(one.name)
+        terms.append(term if one.weight is None else f"{one.weight:g} * {term}")
     return " + ".join(terms) or softened
 
 
+def _compares_logits(facts: CardData) -> bool:
+    return any(one.name == "logits" for one in facts.objectives)
+
+
 def _numbers(facts: CardData) -> Iterable[str]:
-    alpha = facts.alpha if "logits" in facts.objectives else None  # without them labels weigh 1
+    alpha = facts.alpha if _compares_logits(facts) else None  # otherwise the labels' weight is 1
     for symbol, schedule in (("alpha", alpha), ("T", facts.temperature)):
         if schedule is not None:
             yield f"{symbol} = {_scheduled(schedule)}"
@@ -220,15 +223,15 @@ def _scheduled(schedule: ScheduleFacts) -> str:
 
 
 def results(facts: CardData) -> str:
-    """One table a dataset; a column for each model that was measured there."""
-    groups: dict[str, list[EvaluationFacts]] = {}
+    """Return a table for each dataset, with a column for each model that was evaluated on it."""
+    by_dataset: dict[str, list[EvaluationFacts]] = {}
     for evaluation in facts.evaluations:
-        groups.setdefault(_place(evaluation), []).append(evaluation)
-    blocks = [_results_on(place, group, facts) for place, group in groups.items()]
-    return "\n\n".join(blocks) or "Not measured: the run evaluated nothing."
+        by_dataset.setdefault(_dataset_of(evaluation), []).append(evaluation)
+    tables = [_results_on(dataset, group, facts) for dataset, group in by_dataset.items()]
+    return "\n\n".join(tables) or "Not measured: there was no evaluation."
 
 
-def _place(evaluation: EvaluationFacts) -> str:
+def _dataset_of(evaluation: EvaluationFacts) -> str:
     dataset = evaluation.dataset
     if dataset is None or not dataset.name:
         return "the evaluation set"
@@ -237,17 +240,17 @@ def _place(evaluation: EvaluationFacts) -> str:
     return name + config + (f", {escape(dataset.split)} split" if dataset.split else "")
 
 
-def _results_on(place: str, group: list[EvaluationFacts], facts: CardData) -> str:
+def _results_on(dataset: str, group: list[EvaluationFacts], facts: CardData) -> str:
     names = dict.fromkeys(n for e in group for n in (*e.metrics, *e.not_measured))
     rows = [[code(name), *(_measured(e, name) for e in group)] for name in names]
     head = ["Metric", *(escape(e.subject) for e in group)]
     notes = [
-        f"\n\nThe {escape(e.subject)} was measured at step {number(e.step)}; the saved weights are "
+        f"\n\nThe {escape(e.subject)} was evaluated at step {number(e.step)}; the saved weights are "
         f"those of step {number(facts.weights_step)}."
         for e in group
         if e.subject == "student" and None not in (e.step, facts.weights_step) and e.step != facts.weights_step
     ]
-    return f"On {place}:\n\n" + table(head, rows) + "".join(notes)
+    return f"On {dataset}:\n\n" + table(head, rows) + "".join(notes)
 
 
 def _measured(evaluation: EvaluationFacts, name: str) -> str:
@@ -258,7 +261,7 @@ def _measured(evaluation: EvaluationFacts, name: str) -> str:
 
 
 def settings(facts: CardData) -> str:
-    """The training settings that are known, as a table."""
+    """Return a table of the known training settings."""
     training = facts.training
     rows = [
         [title, number(value)] for name, title in _SETTINGS.items() if (value := getattr(training, name)) is not None
@@ -271,7 +274,7 @@ def settings(facts: CardData) -> str:
 
 
 def history(facts: CardData) -> str:
-    """The table of evaluations during training; empty when there were none."""
+    """Return a table of the evaluations during training, or an empty text if there were none."""
     if not facts.history:
         return ""
     names = list(dict.fromkeys(name for row in facts.history for name in row))
@@ -280,7 +283,7 @@ def history(facts: CardData) -> str:
 
 
 def no_program(facts: CardData) -> str:
-    """Why no program is shown."""
+    """Return the reason why the card shows no program."""
     if facts.student.adapter and facts.base_model is None:
         return "The adapter needs its base model, which is not known to be on the Hub."
     return f"Load it with its class, {code(facts.student.class_name or 'see config.json')}."

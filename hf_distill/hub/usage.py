@@ -1,4 +1,4 @@
-"""How to load and call a student: Auto class, pipeline tag, a program. Runs nothing itself."""
+"""How to load and call a student: its Auto class, its pipeline tag, and a program."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from hf_distill.hub.facts import CardData
 
 
 class Use(NamedTuple):
-    """One kind of student: its Hub tag, its Auto class and how to call it."""
+    """How a kind of student is used.
+
+    Attributes:
+        tag: the pipeline tag of the Hub.
+        title: the tag in words.
+        auto: the Auto class that loads it.
+        processor: a part of the names of processing classes that make this program's inputs.
+        program: Python code, with {model} for where to load from and {auto} for the Auto class.
+    """
 
     tag: str
     title: str
     auto: str
     processor: str
-    """The part of a processing class's name that says it can feed this program."""
     program: str
-    """Python with {model} for the place to load from and {auto} for the Auto class."""
 
 
 COUNTS_LABELS = ("classification", "regression", "token_classification")
@@ -122,41 +128,24 @@ _LOAD_ADAPTER = """base = {auto}.from_pretrained("{base}"{labels})
 model = PeftModel.from_pretrained(base, "{model}")"""
 
 _TEXT_CLASSES = Use(
-    "text-classification",
-    "Text Classification",
-    "AutoModelForSequenceClassification",
-    "Token",
-    _PIPELINE,
+    *("text-classification", "Text Classification", "AutoModelForSequenceClassification", "Token", _PIPELINE)
 )
+_TOKEN_CLASSES = "AutoModelForTokenClassification"
 _TEXT = {
     "classification": _TEXT_CLASSES,
     "regression": _TEXT_CLASSES,
     "multiple_choice": Use("multiple-choice", "Multiple Choice", "AutoModelForMultipleChoice", "Token", _CHOICE),
-    "token_classification": Use(
-        "token-classification",
-        "Token Classification",
-        "AutoModelForTokenClassification",
-        "Token",
-        _PIPELINE,
-    ),
+    "token_classification": Use("token-classification", "Token Classification", _TOKEN_CLASSES, "Token", _PIPELINE),
     "span": Use("question-answering", "Question Answering", "AutoModelForQuestionAnswering", "Token", _SPAN),
     "masked_lm": Use("fill-mask", "Masked Language Modeling", "AutoModelForMaskedLM", "Token", _FILL),
     "causal_lm": Use("text-generation", "Causal Language Modeling", "AutoModelForCausalLM", "Token", _GENERATE),
     "seq2seq": Use(
-        "text2text-generation",
-        "Sequence-to-sequence Language Modeling",
-        "AutoModelForSeq2SeqLM",
-        "Token",
-        _SEQ2SEQ,
+        *("text2text-generation", "Sequence-to-sequence Language Modeling", "AutoModelForSeq2SeqLM", "Token", _SEQ2SEQ)
     ),
     "embedding": Use("feature-extraction", "Feature Extraction", "AutoModel", "Token", _FORWARD),
 }
 _AUDIO_CLASSES = Use(
-    "audio-classification",
-    "Audio Classification",
-    "AutoModelForAudioClassification",
-    "FeatureExtractor",
-    _AUDIO,
+    *("audio-classification", "Audio Classification", "AutoModelForAudioClassification", "FeatureExtractor", _AUDIO)
 )
 _SPEECH = ("automatic-speech-recognition", "Automatic Speech Recognition")
 _SOUND = {
@@ -167,32 +156,23 @@ _SOUND = {
     "embedding": Use("feature-extraction", "Feature Extraction", "AutoModel", "", _LOAD_ONLY),
 }
 _IMAGE_CLASSES = Use(
-    "image-classification",
-    "Image Classification",
-    "AutoModelForImageClassification",
-    "ImageProcessor",
-    _IMAGE,
+    *("image-classification", "Image Classification", "AutoModelForImageClassification", "ImageProcessor", _IMAGE)
 )
 _PICTURE = {
     "classification": _IMAGE_CLASSES,
     "regression": _IMAGE_CLASSES,
     "embedding": Use("image-feature-extraction", "Image Feature Extraction", "AutoModel", "", _LOAD_ONLY),
 }
-_BY_INPUT = {
-    "input_ids": _TEXT,
-    "input_values": _SOUND,
-    "input_features": _SOUND,
-    "pixel_values": _PICTURE,
-}
+_BY_INPUT = {"input_ids": _TEXT, "input_values": _SOUND, "input_features": _SOUND, "pixel_values": _PICTURE}
 
 
 def use_of(facts: CardData) -> Use | None:
-    """How the student is used; None for a task or an input that is not in the lists above."""
+    """Return how to use the student, or None for a task or an input that the tables above do not hold."""
     return _BY_INPUT.get(facts.student.main_input, {}).get(facts.task)
 
 
 def program(facts: CardData) -> str | None:
-    """A Python program that loads the student and calls it; None where none would run.
+    """Return a Python program that loads the student and calls it, or None if none would run.
 
     Without a Hub repository it loads from ".", the folder that holds the card.
     """
@@ -200,18 +180,17 @@ def program(facts: CardData) -> str | None:
     if use is None or (facts.student.adapter and facts.base_model is None):
         return None
     words = {"tag": use.tag, "auto": use.auto, "model": facts.repo_id or "."}
-    feeds = facts.processor is not None and any(part in facts.processor for part in (use.processor, "Processor"))
-    pools = use is _TEXT["embedding"] and facts.pooling is not None
     words["pooled"] = _POOLING.get(facts.pooling or "", "")
+    name = facts.processing_class
+    has_inputs = name is not None and (use.processor in name or "Processor" in name)
+    pools = use is _TEXT["embedding"] and facts.pooling is not None
     if facts.student.adapter is None:
         load = _LOAD.format(**words)
-        text = _EMBED if pools and feeds else use.program if feeds else _LOAD_ONLY
+        text = _LOAD_ONLY if not has_inputs else _EMBED if pools else use.program
         return text.format(**words, load=load)
-    count = facts.student.labels
-    counted = facts.task in COUNTS_LABELS and count
-    labels = f", num_labels={count}" if counted else ""
-    load = _LOAD_ADAPTER.format(**words, base=facts.base_model, labels=labels)
-    explicit = _LOAD_ONLY
-    if use in _TEXT.values() and feeds:
-        explicit = _EMBED if pools else _FORWARD
-    return "from peft import PeftModel\n" + explicit.format(**words, load=load)
+    count = facts.student.labels if facts.task in COUNTS_LABELS else None
+    load = _LOAD_ADAPTER.format(**words, base=facts.base_model, labels=f", num_labels={count}" if count else "")
+    text = _LOAD_ONLY  # a pipeline does not load the adapter's base
+    if use in _TEXT.values() and has_inputs:
+        text = _EMBED if pools else _FORWARD
+    return "from peft import PeftModel\n" + text.format(**words, load=load)

@@ -1,1 +1,1 @@
-"""What lies between a model's inputs and its predictions: its blocks, and reading what they compute. No losses here."""
+"""Reading models: their blocks, the activations that these compute, real positions, output heads and generation."""

@@ -1,4 +1,4 @@
-"""Which axis of a block's output holds its features, and how many: found from shapes alone. Reads no values.
+"""The blocks of a model, and the axis of a block's output that holds its features, found from shapes alone.
 
 A transformer's blocks compute on `[b t d]`. Convolutional image models compute on `[b c h w]` (ConvNeXt, ResNet), some
 image models on `[b h w c]` (SAM), the convolutions of speech models on `[b c t]`; each stage may have its own width.
@@ -26,7 +26,7 @@ from hf_distill.tasks.infer import main_input_of, unwrapped
 
 _IMAGE, _SOUND = "pixel_values", "input_values"
 _EXAMPLES, _DEFAULT_SIZE, _SAMPLES = 2, 224, 16_000
-Place = tuple[str, int]  # as `ActivationKey` has them: what, layer
+Place = tuple[str, int]  # what and layer, as in `ActivationKey`
 Shapes = dict[Place, tuple[int, ...]]
 
 
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module) -> Mapping[Place, Features]:
-    """Where the features of each block are; empty for text, for transformers of sound, and where it cannot be told.
+    """Return the features of each block; empty for text, for speech transformers, and if they cannot be found.
 
     Args:
         model: the whole model.
@@ -63,16 +63,16 @@ def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Modu
 
 
 def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str) -> Tensor:
-    """A hidden state as `[b t d]`: the features last, all positions on one axis, row by row.
+    """Return a hidden state as `[b t d]`: features last, all positions on one axis, row by row.
 
     Args:
-        x: what a block computed.
-        features: where its features are, if that was found before.
-        config: the model's, which may tell where that was not found.
-        what: whose hidden state it is, for the message.
+        x: the output of a block.
+        features: the axis of its features, if that is known.
+        config: the model's config, to find the axis by its width otherwise.
+        what: the name of the hidden state, for the message.
 
     Raises:
-        SettingError: the axis of the features is not known.
+        SettingError: if the axis of the features is not known.
     """
     if features is None or x.dim() <= features.axis or x.shape[features.axis] != features.width:
         if x.dim() == 3:
@@ -93,7 +93,7 @@ def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str
 
 
 def widths_in(config: Any) -> set[int]:
-    """What a config calls the width of its blocks, or the widths of its stages."""
+    """Return the width of the blocks, or the widths of the stages, from a config."""
     found: set[int] = set()
     for name in ("hidden_size", "hidden_sizes", "embed_dim", "embed_dims"):
         value = getattr(config, name, None)
@@ -113,13 +113,13 @@ def _features(shape: tuple[int, ...], other: tuple[int, ...] | None, widths: set
 
 
 def _by_width(shape: tuple[int, ...], widths: set[int]) -> Features | None:
-    """The one axis that is as long as a width in the config; None: there is none, or several."""
+    """Return the axis whose length is a width in the config; None if there is none or several."""
     fitting = [axis for axis in range(1, len(shape)) if shape[axis] in widths]
     return Features(fitting[0], shape[fitting[0]]) if len(fitting) == 1 else None
 
 
 def _sizes(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[tuple[int, ...], ...]:
-    """Two shapes of the model's input that differ in all but examples and channels; none where nothing is in doubt."""
+    """Return two input shapes that differ except in examples and channels; none if the axis is certain."""
     main = main_input_of(model)
     if main == _IMAGE:
         (height, width), channels = _image_size(model), _channels(model)
@@ -130,7 +130,7 @@ def _sizes(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[tuple[int, .
 
 
 def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, size: tuple[int, ...]) -> Shapes:
-    """What each block puts out, as far as the forward came on an input of this size."""
+    """Return the shape of each block's output, as far as the forward got on an input of this size."""
     shapes: Shapes = {}
 
     def note(place: Place, value: Any) -> None:
@@ -161,14 +161,14 @@ def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, si
 
 
 def passed_on(output: Any) -> Any:
-    """The hidden state in what a block returns: the first tensor (PVT v2 returns a tuple in a tuple)."""
+    """Return the hidden state in a block's output: the first tensor (PVT v2 returns a tuple in a tuple)."""
     while not isinstance(output, Tensor) and output is not None:
         output = output[0]
     return output
 
 
 def ended_in(output: Any) -> Any:
-    """The last hidden state in what a base model returns; None where its output names none."""
+    """Return the last hidden state in a base model's output; None if it names none."""
     return output.get("last_hidden_state") if isinstance(output, Mapping) else passed_on(output)
 
 
@@ -193,7 +193,7 @@ def _channels(model: nn.Module) -> int:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """The config, and those within it that may describe the images."""
+    """Return the config, and the nested ones that may describe images."""
     config = getattr(model, "config", None)
     yield config
     for name in ("vision_config", "backbone_config"):
@@ -201,7 +201,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 SIDES = ("encoder", "decoder")
-_TIME_FIRST = ("xlnet", "fsmt")  # with as many examples as positions a mask would fit the wrong way round, unnoticed
+_TIME_FIRST = ("xlnet", "fsmt")  # a square mask would silently fit the wrong way round
 # Their blocks compute on a multiple of an attention window or a chunk: the input is padded at its end inside the model,
 # and what the model returns is cut again. `tests/models/test_padded_inside.py` compares each with padding outside.
 _PADS_INSIDE = ("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x", "reformer")
@@ -213,16 +213,16 @@ class Blocks:
 
     Attributes:
         path: where the list is in the model.
-        modules: one an entry; where layers share their weights (ALBERT) a module stands here several times, or the
-            modules of the groups do not say which call is which layer: then `shared` is True and calls are counted.
+        modules: one for each layer. If layers share weights (ALBERT) and a call does not tell its layer, `shared` is
+            True and calls are counted.
         owner: the model whose output is the last hidden state: the nearest `PreTrainedModel` around the list.
         holder: the module that holds the list, and runs the blocks.
-        width: of the stream between blocks; None where no config says so.
-        heads: attention heads; None where no config says so.
-        of_decoder: it reads decoder inputs: the decoder of an encoder-decoder.
-        split_heads: tensor parallelism has shared out the attention heads over processes.
-        features: where that is in doubt (images, convolutions), the axis and the number of a block's features.
-        pads_inside: the model pads its input at the end, and cuts what it returns to the length of the input again.
+        width: width of the residual stream; None if no config has it.
+        heads: number of attention heads; None if no config has it.
+        of_decoder: whether it is the decoder of an encoder-decoder.
+        split_heads: whether tensor parallelism splits the attention heads over processes.
+        features: the axis and number of a block's features, if that is not obvious (images, convolutions).
+        pads_inside: whether the model pads its input at the end, and cuts its output to the old length again.
     """
 
     path: str
@@ -239,21 +239,21 @@ class Blocks:
     holder: nn.Module = field(default_factory=nn.Identity)
 
     def width_of(self, layer: int, what: str = HIDDEN) -> int | None:
-        """How wide a block's hidden state is, or the last one; None where neither a forward nor the config shows it."""
+        """Return the width of a block's hidden state, or of the last one; None if it cannot be found."""
         found = self.features.get((what, 0 if what == LAST_HIDDEN else layer))
         return self.width if found is None else found.width
 
 
 def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack: str | None = None) -> Blocks:
-    """The blocks of one side of a model.
+    """Return the blocks of one side of a model.
 
     Args:
         whose: "student" or "teacher", for messages.
-        side: of an encoder-decoder; None is its decoder.
-        stack: the path of the list, where it is not found.
+        side: "encoder" or "decoder" of an encoder-decoder; None is its decoder.
+        stack: the path of the list of blocks, if it is not found automatically.
 
     Raises:
-        SettingError: no such side, no such list, or no list found; the message names the lists there are.
+        SettingError: if there is no such side or list, or none is found; the message names the lists.
     """
     model = unwrapped(model)
     if side is not None and side not in SIDES:

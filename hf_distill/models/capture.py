@@ -1,4 +1,4 @@
-"""What one block's self-attention compared, and the scores that follow. The attention itself is computed elsewhere."""
+"""Capturing activations in a forward: hidden states, and the queries, keys and values of self-attention."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELAT
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """Queries and keys as the attention function was given them (after rotary positions), and what it adds.
+    """The inputs of an attention function: queries and keys (after rotary positions), mask and bias.
 
     Attributes:
         queries: `[b h t d]`.
         keys: `[b g s d]`, g groups of heads (g = h without grouped keys).
-        scaling: of the product.
+        scaling: factor of the product.
         bias: `[b|1 h t s]` added to it (T5), or None.
-        softcap: of the scores, or None.
-        mask: what the attention function was given: additive, bool, or None.
-        causal: no key behind its query.
-        window: how many keys back a query sees, where the mask does not say so; None: all.
+        softcap: soft cap of the scores, or None.
+        mask: the mask that the attention function got: additive, bool, or None.
+        causal: whether a query sees only keys up to its own position.
+        window: how many keys back a query sees, if the mask does not say; None means all.
     """
 
     queries: Tensor
@@ -43,13 +43,13 @@ class AttentionRecord:
     window: int | None = None
 
     def scores(self, keep: Tensor | None = None) -> Tensor:
-        """`[b h t s]`: before mask and softmax, in full precision.
+        """Return the scores `[b h t s]` before mask and softmax, in full precision.
 
         Args:
-            keep: `[b t]` bool, the positions that count; what lies elsewhere is not read. None: all.
+            keep: `[b t]` bool, the valid positions; others are not read. None means all.
         """
         queries, keys = in_full_precision(self.queries), in_full_precision(self.keys)
-        if keep is not None:  # filled first: 0 · NaN is NaN, in the gradient too
+        if keep is not None:  # fill first, because 0 · NaN is NaN, in the gradient too
             elsewhere = ~keep[:, None, :, None]
             queries, keys = queries.masked_fill(elsewhere, 0.0), keys.masked_fill(elsewhere, 0.0)
         if keys.shape[1] != queries.shape[1]:
@@ -60,12 +60,12 @@ class AttentionRecord:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if self.mask is not None and self.mask.dim() == 4 and self.mask.dtype != torch.bool:
-            added = self.mask[..., : keys.shape[-2]]  # BEiT hands its bias over in the mask
+            added = self.mask[..., : keys.shape[-2]]  # BEiT passes its bias in the mask
             scores = scores + added.masked_fill(added <= _hidden(added), 0.0)
         return scores
 
     def allowed(self) -> Tensor:
-        """`[1|b 1|h t s]` bool: which keys a query may attend to, as far as the mask says."""
+        """Return `[1|b 1|h t s]` bool: the keys that a query may attend to according to the mask."""
         t, s = self.queries.shape[2], self.keys.shape[2]
         device = self.queries.device
         if self.mask is not None and self.mask.dim() == 4:
@@ -76,17 +76,17 @@ class AttentionRecord:
             allowed = allowed.tril(s - t)
         if self.window is not None:
             allowed = allowed.triu(s - t - self.window + 1)
-        if self.mask is not None and self.mask.dim() == 2:  # flash attention is told of padding alone
+        if self.mask is not None and self.mask.dim() == 2:  # flash attention gets padding only
             return allowed[None, None] & self.mask[:, None, None, :s].bool()
         return allowed[None, None]
 
 
 def _hidden(mask: Tensor) -> float:
-    """What an additive mask says of a key that may not be attended to: this or less."""
+    """Return the value at or below which an additive mask hides a key."""
     return torch.finfo(mask.dtype).min / 2
 
 
-# What architectures call the three projections, and one that makes all three side by side.
+# Names of the three projections, and of one that computes all three side by side.
 _NAMES = {
     "queries": ("query", "q_proj", "q_lin", "q", "query_proj", "q_linear", "linear_q", "wq"),
     "keys": ("key", "k_proj", "k_lin", "k", "key_proj", "k_linear", "linear_k", "wk"),
@@ -97,22 +97,22 @@ _FUSED = ("c_attn", "Wqkv", "qkv", "qkv_proj")
 _TIME_FIRST = ("LongformerSelfAttention", "LEDEncoderSelfAttention")
 # Heads or partitions lie interleaved there, not queries, keys and values side by side.
 _INTERLEAVED = ("CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention")
-# Attention to another sequence is no relation within this one.
+# Cross-attention is not a relation within this sequence.
 _CROSS = ("crossattention", "encoder_attn", "EncDecAttention", "cross_attn", "multihead_attn")
 
 
 class Source(NamedTuple):
-    """A module, and what is meant of its output (given its input, too)."""
+    """A module, and a function that takes the activation from its output and input."""
 
     module: nn.Module
     part: Callable[[Tensor, Tensor], Tensor]
 
 
 def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source:
-    """The module whose output holds the queries, keys or values of a block's self-attention.
+    """Return the module whose output holds the queries, keys or values of a block's self-attention.
 
     Raises:
-        SettingError: it has none that is known by name, or several.
+        SettingError: if none is known by name, or several are.
     """
     own = {name: m for name, m in block.named_modules() if not any(part in _CROSS for part in name.split("."))}
     found = [name for name in own if name.rpartition(".")[2] in _NAMES[what]]
@@ -134,7 +134,7 @@ def _interleaves(block: nn.Module, path: str) -> bool:
 
 
 def _class_around(block: nn.Module, path: str) -> str:
-    """The class of the module that holds the one at this path."""
+    """Return the class of the parent of the module at this path."""
     return type(block.get_submodule(path.rpartition(".")[0])).__name__
 
 
@@ -159,7 +159,7 @@ def _third(index: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def is_cross_attention(path: str) -> bool:
-    """Whether a module's path inside a block is of attention to another sequence."""
+    """Return whether a module's path inside a block belongs to cross-attention."""
     return any(part in _CROSS for part in path.split("."))
 
 
@@ -167,7 +167,7 @@ RandomState = list[tuple[torch.device, Tensor]]  # a device, and the state of it
 
 
 def layerdrop_of(holder: nn.Module) -> float:
-    """The share of blocks that the module which holds them leaves out in training.
+    """Return the share of blocks that LayerDrop skips in training.
 
     >>> layerdrop_of(nn.Linear(1, 1))
     0.0
@@ -176,7 +176,7 @@ def layerdrop_of(holder: nn.Module) -> float:
 
 
 def random_state(*values: Any) -> RandomState:
-    """The state of the generators that draw for these tensors: the CPU's, and their device's."""
+    """Return the state of the random generators of the CPU and of the device of these tensors."""
     devices = {x.device for x in values if isinstance(x, Tensor)} | {torch.device("cpu")}
     return [(device, _state_of(device)) for device in devices]
 
@@ -184,13 +184,13 @@ def random_state(*values: Any) -> RandomState:
 def input_of_stack(
     holder: nn.Module, blocks: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], before: RandomState
 ) -> Tensor:
-    """What the first block would have been given.
+    """Return the input that the first block would have got.
 
     Args:
-        holder: the module that holds the blocks and runs them.
+        holder: the module that holds and runs the blocks.
         blocks: the list of blocks in it.
-        args: what the holder was called with.
-        keywords: what it was called with by name.
+        args: the positional arguments of the holder's call.
+        keywords: the keyword arguments of the call.
         before: the random state in which its forward began.
     """
     now = [(device, _state_of(device)) for device, _ in before]
@@ -218,14 +218,14 @@ class _EndError(Exception):
 
 
 class _End(nn.Module):
-    """In the place of the first block: no hook and no checkpointing of its own."""
+    """Stands for the first block, without hooks and checkpointing, and ends the forward."""
 
     def forward(self, *args: Any, **keywords: Any) -> None:
         raise _EndError(args[0] if args else keywords["hidden_states"])
 
 
 def _settings(holder: nn.Module) -> Iterator[tuple[Any, str, float]]:
-    """Where the rate stands that this module reads: object, name, value."""
+    """Yield the settings that hold LayerDrop's rate for this module: object, name, value."""
     config = getattr(holder, "config", None)
     for place, name in ((holder, "layerdrop"), (config, "layerdrop"), (config, "speech_encoder_layerdrop")):
         rate = getattr(place, name, None)
@@ -235,7 +235,7 @@ def _settings(holder: nn.Module) -> Iterator[tuple[Any, str, float]]:
 
 @contextlib.contextmanager
 def _without_layerdrop(holder: nn.Module) -> Iterator[None]:
-    """No block is left out, and the running means of batch norms stay as they are."""
+    """Inside this context no block is skipped, and the running statistics of batch norms do not change."""
     norms = [module for module in holder.modules() if isinstance(module, _BatchNorm)]
     changed = [(place, name, rate, 0.0) for place, name, rate in _settings(holder)]
     changed += [(norm, "track_running_stats", norm.track_running_stats, False) for norm in norms]
@@ -272,14 +272,14 @@ def _cloned(value: Any) -> Any:
 
 
 def start_token_of(config: Any) -> int | None:
-    """What a config calls `bos_token_id`, of the model that writes text."""
+    """Return the `bos_token_id` in the config of the text decoder."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "bos_token_id", None)
     return found if isinstance(found, int) else None
 
 
 class ActivationCapture:
-    """The inside of one model.
+    """Captures activations of one model.
 
     Args:
         model: plain or PEFT, before it is wrapped for several processes.
@@ -301,11 +301,11 @@ class ActivationCapture:
 
     @property
     def start_token(self) -> int | None:
-        """What its config calls `bos_token_id`."""
+        """Return the `bos_token_id` of its config."""
         return start_token_of(getattr(self._model, "config", None))
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
-        """The blocks of a side. Raises SettingError where they cannot be told; the message lists what there is."""
+        """Return the blocks of a side; raise SettingError if they are not found, listing the candidates."""
         if (side, stack) not in self._found:
             self._found[side, stack] = find_blocks(self._model, whose=self.whose, side=side, stack=stack)
         return self._found[side, stack]
@@ -414,7 +414,7 @@ class _StackCapture:
         return [self._blocks.modules[layer] for layer in layers]
 
     def _attach_related(self, read: ActivationKey, hooks: contextlib.ExitStack) -> None:
-        """In a model of shared layers every block is heard, and the one that runs tells which layer it is."""
+        """Attach hooks for queries, keys or values, on every block if they share weights."""
         blocks = self._blocks.modules if self._blocks.shared else self._modules({read.layer: read})
         for block in blocks:
             source = sources_of(block, read.what, whose=self._whose, layer=read.layer)
@@ -478,11 +478,11 @@ class _StackCapture:
         self._length = last.shape[1] if isinstance(last, Tensor) else None
 
     def on_attention(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
-        """A call of an attention function, whoever's it is."""
+        """Handle a call of an attention function of any module."""
         read = self._attention.get(self._running)
         if read is None or id(module) not in self._listened:
             return
-        _refuse_hidden_masks(module, mask, settings)
+        _check_masks(module, mask, settings)
         causal = settings.get("is_causal")
         scaling = settings.get("scaling")
         self._seen[read] = AttentionRecord(
@@ -509,10 +509,10 @@ class _StackCapture:
             if read.what in (HIDDEN, LAST_HIDDEN):
                 self._seen[read] = self._as_positions(read)
         if torch.is_grad_enabled() and self._whose == "student":
-            self._refuse_cut_graphs()
+            self._check_graphs()
 
     def _as_positions(self, read: ActivationKey) -> Tensor:
-        """A hidden state as `[b t d]`."""
+        """Return a hidden state as `[b t d]`."""
         layer = 0 if read.what == LAST_HIDDEN else read.layer
         features, config = self._blocks.features.get((read.what, layer)), getattr(self._blocks.owner, "config", None)
         return as_positions(self._seen[read], features, config, what=self._named(read))
@@ -548,7 +548,7 @@ class _StackCapture:
             f"{where}: the module is there and was not called (WavLM hands its weights to a function). Use HiddenMatch."
         )
 
-    def _refuse_cut_graphs(self) -> None:
+    def _check_graphs(self) -> None:
         trained = any(p.requires_grad for p in self._blocks.owner.parameters())
         for read in self._reads:
             value = self._seen[read]
@@ -567,13 +567,13 @@ class _StackCapture:
             )
 
     def _left_out_below(self, read: ActivationKey) -> bool:
-        """Whether layerdrop left out some block that this was to depend on."""
+        """Return whether LayerDrop skipped a block that this activation depends on."""
         last = self._blocks.length - 1 if read.what == LAST_HIDDEN else read.layer
         return layerdrop_of(self._blocks.holder) > 0 and not self._ran.issuperset(range(last + 1))
 
 
-def _refuse_hidden_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
-    """Attention whose mask is not to be seen here: pairs would be compared that never attend to each other."""
+def _check_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
+    """Raise if the mask of the attention cannot be observed: pairs that never attend would be compared."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
     positions = settings.get("position_ids")
     packed = name.startswith("flash") and positions is not None and bool((positions.diff(dim=-1) < 0).any())

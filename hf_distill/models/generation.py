@@ -1,4 +1,4 @@
-"""What a model that writes can be asked: how long, and which ids. What is done where it is too much, others decide."""
+"""Limits and settings of generation, and the shared functions that generate."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can be asked to continue, or to answer.
+    """The prompts that a model can continue: how long, and with which ids.
 
     Args:
-        asked: of one prompt, in words.
+        asked: description of one prompt.
         model: the name of its class.
-        positions: how many it knows, ids: how many it embeds; None: nothing is known.
-        new: tokens that are to be written behind the prompt.
+        positions: its number of positions, or None if not known.
+        ids: its number of embeddings, or None if not known.
+        new: number of tokens to generate after the prompt.
 
     >>> print(Limits("prompt", "Tiny", positions=4, ids=9, new=2).obstacle([1, 2, 3]))
     a prompt of 3 tokens and max_new_tokens=2 are more than the 4 positions that Tiny knows
@@ -65,7 +66,7 @@ class Limits:
 
 
 def positions(model: Any, side: str) -> int | None:
-    """How many positions the encoder or the decoder knows; None where its config does not say, or there is no end."""
+    """Return the number of positions of the encoder or decoder; None if it is unlimited or not in the config."""
     config = unwrapped(model).config
     if config.is_encoder_decoder:
         config = getattr(config, side, None) or config
@@ -78,7 +79,7 @@ def positions(model: Any, side: str) -> int | None:
 
 
 def _embedded(model: Any) -> int | None:
-    """How many ids it can read; None where that is not known."""
+    """Return the number of ids that it embeds; None if not known."""
     try:
         return getattr(unwrapped(model).get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:  # transformers found none
@@ -93,18 +94,18 @@ _found: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()  # w
 _Writing = Callable[[Any, GenerationConfig], AbstractContextManager[None]]
 
 
-def refuse_unlike_alone(
+def check_same_as_alone(
     model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig, writing: _Writing
 ) -> None:
-    """Refuse prompts in a batch where a model does not write as it does alone. (In 16 bits a small change is rounding.)
+    """Raise if a model generates something else for prompts in a batch than alone (except for rounding in 16 bits).
 
     Args:
         prompts: not empty.
-        settings: those they are to be continued by.
-        writing: the context in which a model writes by some settings alone.
+        settings: the settings to generate with.
+        writing: returns a context in which only given settings apply.
 
     Raises:
-        DataError: what the model writes to a prompt changes with the others, or with the padding before it.
+        DataError: if the generated text of a prompt depends on the others, or on the padding before it.
     """
     together = len(prompts) * max(settings.num_beams or 1, settings.num_return_sequences or 1) > 1
     if not together and not several_processes():  # of several all try: a sharded model's forward waits for every one
@@ -127,13 +128,13 @@ def refuse_unlike_alone(
 
 
 def sound_padding_is_read(model: Any, sound: Tensor, column: str, start: int) -> bool:
-    """Whether masked silence behind a recording changes the model's first prediction.
+    """Return whether masked silence after a recording changes the model's first prediction.
 
     Args:
         model: an encoder-decoder in evaluation mode.
         sound: `[time ...]`, on the model's device.
-        column: the forward's name for it.
-        start: the token that the decoder starts from.
+        column: its name in the forward.
+        start: the start token of the decoder.
     """
     if "attention_mask" not in forward_names(model):
         return True
@@ -174,7 +175,7 @@ def _tried(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationCon
 def _asked(
     model: Any, prompt: list[int], trial: GenerationConfig, *, rows: int = 1, padding: int = 0
 ) -> list[tuple[Tensor, int]]:
-    """The logits of each step of the last row `[v]`, and the token written there."""
+    """Return the logits `[v]` of each step of the last row, and the generated token."""
     device = next(model.parameters()).device
     ids = torch.tensor([[trial.pad_token_id] * padding + prompt] * rows, device=device)
     mask = torch.tensor([[0] * padding + [1] * len(prompt)] * rows, device=device)
@@ -194,7 +195,7 @@ def _same(some: list[tuple[Tensor, int]], others: list[tuple[Tensor, int]], mode
 
 
 def _rounds(model: Any) -> bool:
-    """Whether it computes in less than 32 bits, in its own type or because Accelerate has wrapped its forward."""
+    """Return whether it computes in less than 32 bits, by its dtype or because Accelerate wrapped its forward."""
     return model.dtype not in (torch.float32, torch.float64) or hasattr(model, "_original_forward")
 
 
@@ -217,7 +218,7 @@ _REFUSED = {
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards each module is in the mode that it was in."""
+    """Inside this context the model is in evaluation mode; each module gets its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -229,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawn_from(device: torch.device, *key: int | str) -> Iterator[None]:
-    """Inside, what is drawn on the CPU and on this device follows from the key; afterwards all is as it was."""
+    """Inside this context, random numbers of the CPU and the device follow from the key; then states are restored."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
@@ -321,9 +322,9 @@ def generation_settings(
     given |= sampling if do_sample else dict.fromkeys(sampling)
     given |= {"num_beams": 1} if own and do_sample else {}  # as transformers does
     merged = {**settings.to_dict(), **given, **others}
-    _refuse_settings(model, merged, others, sampling_temperature)
+    _check_settings(model, merged, others, sampling_temperature)
     if own:
-        _refuse_whispers_settings(model, merged, others)
+        _check_whisper_settings(model, merged, others)
     set_generation(settings, {**given, **others}, own=own)
     if settings.pad_token_id is None:
         ends = end_tokens(settings)
@@ -333,7 +334,7 @@ def generation_settings(
     return settings
 
 
-def _refuse_settings(
+def _check_settings(
     model: Any, merged: Mapping[str, Any], others: Mapping[str, Any], sampling_temperature: float
 ) -> None:
     new, temperature = merged["max_new_tokens"], merged["temperature"] if merged["do_sample"] else sampling_temperature
@@ -372,7 +373,7 @@ def _refuse_settings(
         )
 
 
-def _refuse_whispers_settings(model: Any, merged: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+def _check_whisper_settings(model: Any, merged: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     name = type(unwrapped(model)).__name__
     parameters = inspect.signature(type(unwrapped(model)).generate).parameters
     general = {"generation_config", "synced_gpus", *vars(GenerationConfig()), *_WHISPERS_OWN}
@@ -406,7 +407,7 @@ def end_tokens(settings: GenerationConfig) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def continued(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[Tokens]:
+def generate_causal(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationConfig) -> list[Tokens]:
     """What a causal model writes after each prompt, its end token included where it came to one.
 
     Args:
@@ -423,7 +424,7 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     limits = Limits.of(model, settings.max_new_tokens)
     for reason in filter(None, map(limits.obstacle, prompts)):
         raise DataError(f"there is {reason}. Leave such prompts out, or cut them.")
-    refuse_unlike_alone(model, prompts, settings, _writing)
+    check_same_as_alone(model, prompts, settings, _writing)
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.tensor([[settings.pad_token_id] * (width - len(one)) + list(one) for one in prompts], device=device)
@@ -433,7 +434,7 @@ def continued(model: Any, prompts: Sequence[Sequence[int]], settings: Generation
     return [until_end(row, end_tokens(settings)) for row in written[:, width:].tolist()]
 
 
-def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
+def generate_seq2seq(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) -> list[Tokens]:
     """What an encoder-decoder writes to a batch of inputs, as labels: without the token that its decoder starts from.
 
     Whisper's labels begin with its tokens for language (set or detected), task and timestamps. They do not contain the
@@ -443,7 +444,7 @@ def answered(model: Any, inputs: Mapping[str, Any], settings: GenerationConfig) 
         DataError: an empty source, or one too long for the model.
         SettingError: transformers' `generate` refuses the settings.
     """
-    _refuse_sources(model, inputs)
+    _check_sources(model, inputs)
     if window_of(model) is not None:
         return _windows_written(model, inputs, settings)
     with _writing(model, settings):
@@ -514,7 +515,7 @@ def until_end(tokens: Sequence[int], ends: set[int]) -> Tokens:
     return list(tokens)
 
 
-def _refuse_sources(model: Any, inputs: Mapping[str, Any]) -> None:
+def _check_sources(model: Any, inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         return

@@ -1,8 +1,8 @@
-"""A model's output head taken over for one forward, so that its logits are never made. No losses here.
+"""OutputHead: replacing a model's output head for one forward, so that its logits are never computed.
 
-What the model does to the logits after the head (a scale, a soft cap, a bias) is read from its config, and then tried:
-one batch through the model, some positions of an example, against the formula, as they are and so large that a cap that
-no name told would show. What does not agree is not taken over.
+What the model does to the logits after the head (a scale, a soft cap, a bias) is read from its config and then
+verified: some positions of one example are run through the model and compared with the formula, also enlarged so that
+an unknown soft cap would show. A head that does not agree is not replaced.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from hf_distill.signals import DeferredLogits
 from hf_distill.tasks.base import output_named
 from hf_distill.tasks.infer import unwrapped
 
-POSITIONS = 16  # tried of one example
+POSITIONS = 16  # positions tried, of one example
 LARGE = 1e3  # of the enlarged logits; caps are 15 to 50
 LARGEST_HIDDEN = 3e4  # within fp16
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; 16 bits: 1e-2
 
 
 class OutputHead:
-    """The last product of a model, hidden rows times the weight of a vocabulary.
+    """The last product of a model: hidden states times the weight of a vocabulary.
 
     Attributes:
-        refusal: why its work cannot be taken over, or None.
+        refusal: why the head cannot be replaced, or None.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1))
@@ -52,20 +52,20 @@ class OutputHead:
 
     @property
     def columns(self) -> int:
-        """How many there are; 0 where there is no such head."""
+        """Return the number of columns; 0 without such a head."""
         return int(getattr(self._module, "out_features", 0))
 
     def is_sharded(self) -> bool:
-        """Whether the weight is in pieces now, between forwards (FSDP2, tensor parallelism, ZeRO-3)."""
+        """Return whether the weight is sharded between forwards (FSDP2, tensor parallelism, ZeRO-3)."""
         weight = self._module.weight
         return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
 
     @contextlib.contextmanager
     def taken_over(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
-        """Around a forward: where the head would make logits, `work` is called and its scalar stands in for them.
+        """Inside this context, a forward calls `work` in place of the head and uses its scalar for the logits.
 
-        The scalar carries the graph: what waits for gradients from the model's outputs (DDP, FSDP) sees them come. It
-        runs within the head's own hooks and within autocast, and the logits of the output are one number, repeated.
+        The scalar carries the graph, so that DDP and FSDP, which wait for gradients of the outputs, work. It is
+        computed within the head's hooks and autocast, and the logits of the output are this number, repeated.
         """
         self._work = work
         self._module.forward = self._forward  # the same function each time: a compiled model is compiled once
@@ -77,7 +77,7 @@ class OutputHead:
 
     @contextlib.contextmanager
     def listened(self, heard: list[DeferredLogits]) -> Iterator[None]:
-        """Around a forward without gradient: what the head was given is appended, and no logits are made."""
+        """Inside this context, a forward without gradient appends the head's input to a list and computes no logits."""
 
         def listen(given: DeferredLogits) -> Tensor:
             heard.append(given)
@@ -103,9 +103,9 @@ class OutputHead:
 
     @torch.compiler.disable
     def _forward(self, hidden: Tensor) -> Tensor:
-        assert self._work is not None  # `taken_over` put it there
+        assert self._work is not None  # set by `taken_over`
         scalar = self._work(self._unmade(hidden))
-        # Not a view: models write into their logits.
+        # Not a view, because models write into their logits.
         return scalar.to(hidden.dtype).expand(*[1] * (hidden.dim() - 1), self.columns).clone()
 
     def _unmade(self, hidden: Tensor) -> DeferredLogits:
@@ -123,13 +123,13 @@ class OutputHead:
     def trial(
         self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor], *, wrapped: nn.Module | None = None
     ) -> Trial | str:
-        """A batch through the model as it is, some positions' logits of one example; or why its head cannot be taken.
+        """Run a batch through the model, and return some logits of one example, or why the head cannot be replaced.
 
-        Nothing of it depends on what the labels are: on several processes all try at the same step.
+        This does not depend on the labels, so that several processes all try at the same step.
 
         Args:
-            inputs: what the model is called with, without labels.
-            labelled: labels `[b t]` that the model takes, by name; others are made up in their place.
+            inputs: the inputs of the model, without labels.
+            labelled: labels `[b t]` that the model takes, by name; made-up ones replace them.
             wrapped: the model as a loop calls it.
         """
         # Under FSDP 1 weights are whole only within the wrapper's forward; elsewhere it would only add to the work.
@@ -155,7 +155,7 @@ class OutputHead:
         return Trial(found.said, known, found.outputs.get("loss") if known else None)
 
     def _asked(self, model: nn.Module, inputs: Mapping[str, Any], *, by: float = 1.0) -> _Asked | str:
-        """One forward with some positions alone, their hidden states enlarged; or what does not agree."""
+        """Run one forward on some positions with enlarged hidden states; return it, or the disagreement."""
         heard: list[tuple[Tensor, Tensor]] = []
 
         def some(hidden: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A model's outputs, its logits in full precision, and the largest number its head made, at least 1."""
+    """A model's outputs, its logits in full precision, and the largest value of its head, at least 1."""
 
     outputs: Any
     said: Tensor
@@ -189,42 +189,42 @@ class _Asked:
 
 
 class Trial:
-    """What a model said of some positions of one example.
+    """A model's outputs at some positions of one example.
 
     Attributes:
         logits: `[1 t v]`.
         labels: `[1 t]` each, by name.
-        loss: the model's own, of these labels; None without.
+        loss: the model's own loss on these labels; None without labels.
     """
 
     def __init__(self, logits: Tensor, labels: Mapping[str, Tensor], loss: Tensor | None) -> None:
         self.logits, self.labels, self.loss = logits, labels, loss
 
     def loss_is(self, value: Tensor) -> bool:
-        """Whether the model's own loss is this one, to its rounding; of no label at all nothing is known."""
+        """Return whether the model's own loss equals this one up to rounding, or is unknown (no labels)."""
         return self.loss is None or bool(self.loss.isnan()) or _close(self.loss, value.float(), self.loss.dtype)
 
 
 def logits_of(deferred: DeferredLogits) -> Tensor:
-    """`[b t v]`, made after all."""
+    """Return the deferred logits `[b t v]`."""
     x = nn.functional.linear(deferred.hidden, deferred.weight, deferred.bias) * deferred.logit_scale
     return x if deferred.softcap is None else torch.tanh(x / deferred.softcap) * deferred.softcap
 
 
 def _adds_positions(model: nn.Module) -> bool:
-    """Prefix tuning adds to what attention sees, the other prompts of PEFT to what is read."""
+    """Return whether PEFT adds positions to the input (all its prompts except prefix tuning)."""
     adapter: Any = getattr(getattr(model, "_orig_mod", model), "active_peft_config", None)
     return bool(getattr(adapter, "is_prompt_learning", False)) and adapter.peft_type != "PREFIX_TUNING"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """FSDP2 makes a class of its own of that of each module that it shards."""
+    """Return whether a module is linear; FSDP2 replaces the class of each module that it shards."""
     kind = type(module)
     return kind is nn.Linear or (issubclass(kind, FSDPModule) and kind.__bases__ == (FSDPModule, nn.Linear))
 
 
 def _after_the_head(config: Any) -> tuple[float, float | None]:
-    """The factor on the logits, and their soft cap, as transformers' configs name them."""
+    """Return the factor on the logits and their soft cap, from a config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0
     for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):

@@ -1,9 +1,9 @@
-"""Whether a model keeps sequences apart that are packed into one row: found by experiment, once, before the first step.
+"""PackingCheck: tests before the first step whether a model separates sequences that are packed into one row.
 
-transformers separates packed sequences by their `position_ids` where a model's mask is made of them. Some models make
-it without (OPT, BLOOM), recurrent ones (Mamba) know no mask, an attention mask that is given stands in its place, and
-flash attention looks at batches of one row alone: each sequence then sees those before it, in silence. Masks of four
-axes say themselves who sees whom, and are not looked at.
+transformers separates packed sequences by their `position_ids` if a model builds its mask from them. Some models do not
+(OPT, BLOOM), recurrent ones (Mamba) have no mask, an explicit attention mask replaces it, and flash attention handles
+only batches of one row: each sequence then silently sees those before it. Masks of four axes define everything
+themselves and are not checked.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _PADDED = (
 
 
 class _Layout(NamedTuple):
-    """How sequences are packed, as far as a model may take it differently.
+    """The features of packing that decide whether a model separates sequences.
 
     Attributes:
-        several_rows: in a batch.
-        masked: there is an attention mask `[b t]`.
-        padded: it hides something.
-        numbered: it gives each sequence a number from 1.
+        several_rows: whether a batch has several rows.
+        masked: whether there is an attention mask `[b t]`.
+        padded: whether the mask hides positions.
+        numbered: whether the mask numbers the sequences from 1.
     """
 
     several_rows: bool = False
@@ -63,10 +63,10 @@ class _Layout(NamedTuple):
 
 
 class PackingCheck:
-    """Tries student and teacher once, when the first batch comes that may be packed; then looks at batches if need be.
+    """Tests student and teacher once, at the first batch that may be packed; later batches are checked only if needed.
 
     Args:
-        student: without what wraps it.
+        student: the model without wrappers.
     """
 
     def __init__(self, student: Any) -> None:
@@ -75,15 +75,15 @@ class PackingCheck:
         self._tried: dict[tuple[str, _Layout], str] = {}  # → the model in words, if it leaks; "": it does not
 
     def __call__(self, batches: Sequence[Batch], task: Task, teacher: Any, needs: Needs) -> None:
-        """Refuse packed sequences, where one of the models does not keep them apart.
+        """Raise if sequences are packed and one of the models does not separate them.
 
         Args:
             batches: of an optimizer step.
-            teacher: a Teacher, None: there is none.
-            needs: what it is asked for.
+            teacher: a Teacher, or None.
+            needs: what the teacher must compute.
 
         Raises:
-            DataError: what one of two packed sequences makes of its tokens changes with the other's.
+            DataError: if the outputs for a packed sequence depend on another one.
         """
         batches = [batch for batch in batches if batch.get("input_ids") is not None]
         free = [one for one in batches if may_be_packed(one) or _has_boundaries(one)]
@@ -101,7 +101,7 @@ class PackingCheck:
                 raise DataError(why)
 
     def _refusal(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
-        """Why sequences in this layout are refused, and what to do; empty: they are not."""
+        """Return why sequences in this layout are not allowed and what to do; empty if they are."""
 
         def leaking(layout: _Layout) -> str:
             return self._leaking(layout, batch, task, teacher, needs)
@@ -119,7 +119,7 @@ class PackingCheck:
         )
 
     def _leaking(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
-        """Of student and teacher those that leak, in words; each is tried once, when it is first asked."""
+        """Return the names of the models that leak; each is tested once, when first needed."""
         device = next(self.student.parameters()).device
         uncached = {"use_cache": False} if "use_cache" in forward_names(self.student) else {}
 
@@ -142,30 +142,30 @@ class PackingCheck:
         return " and the ".join(filter(None, (self._tried[whose, layout] for whose, _, _ in asked)))
 
     def _agreed(self, found: Tensor, teacher: Any) -> Tensor:
-        """What any process found, where all must run a model if one does."""
+        """Return the findings of all processes combined, since all must run a model if one does."""
         if several_processes() and any(map(_is_sharded, (self.student, *_models_of(teacher)))):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
 
 
 def packs_several(batch: Batch) -> bool:
-    """Whether a row holds several sequences, as far as a batch without a mask shows it."""
+    """Return whether a row holds several sequences, judged from a batch without a mask."""
     return (may_be_packed(batch) or _has_boundaries(batch)) and _holds_several(batch)
 
 
 def may_be_packed(batch: Batch) -> bool:
-    """Whether rows may hold several sequences: they are numbered, and no mask says otherwise."""
+    """Return whether rows may hold several sequences: positions are numbered, and no mask excludes it."""
     ids = batch.get("position_ids")
     return isinstance(ids, Tensor) and ids.dim() == 2 and batch.get("attention_mask") is None
 
 
 def _has_boundaries(batch: Batch) -> bool:
-    """Whether flash attention or a recurrent model is told where sequences begin, and no mask says otherwise."""
+    """Return whether the batch has boundaries of sequences (for flash attention or recurrent models), and no mask."""
     return batch.get("attention_mask") is None and any(batch.get(name) is not None for name in _TELL)
 
 
 def _holds_several(batch: Batch) -> bool:
-    """Whether some row does, of a batch without a mask."""
+    """Return whether a row of a batch without a mask holds several sequences."""
     if may_be_packed(batch):
         return bool((batch["position_ids"].diff(dim=-1) != 1).any())
     ends = next((batch[name] for name in _BOUNDARIES if batch.get(name) is not None), None)
@@ -173,7 +173,7 @@ def _holds_several(batch: Batch) -> bool:
 
 
 def _has_a_mask(batch: Batch) -> bool:
-    """Whether rows are numbered although there is a mask, one that cannot say who sees whom."""
+    """Return whether positions are numbered and there is a mask without pairs of positions."""
     ids, mask = batch.get("position_ids"), batch.get("attention_mask")
     if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == mask.dim() == 2):
         return False
@@ -181,7 +181,7 @@ def _has_a_mask(batch: Batch) -> bool:
 
 
 def _found(batch: Batch) -> Tensor:
-    """`[4]` int: whether a row is packed, and then what `_Layout` asks, but for `masked`, which it is."""
+    """Return `[4]` int: whether a row is packed, and the fields of `_Layout` except `masked`."""
     mask = batch["attention_mask"]
     several = torch.tensor(len(batch["input_ids"]) > 1, device=mask.device)
     how = torch.stack((several, torch.ones_like(several), (mask == 0).any(), (mask > 1).any()))
@@ -190,7 +190,7 @@ def _found(batch: Batch) -> Tensor:
 
 
 def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
-    """Scalar bool: whether the numbers `[b t]` of attended positions go back, or their first one comes twice on end."""
+    """Return whether the position numbers `[b t]` decrease somewhere, or start twice, a scalar bool."""
     order = (~attended).int().argsort(dim=-1, stable=True)  # the attended ones in front, as they follow each other
     numbers = positions.gather(1, order)
     before, now = numbers[:, :-1], numbers[:, 1:]
@@ -200,17 +200,17 @@ def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
 
 
 def _models_of(teacher: Any) -> list[nn.Module]:
-    """Return the models that the teacher runs; the student itself is tried anyway."""
+    """Return the models that the teacher runs, without the student."""
     return [] if teacher is None else teacher.models()
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Then its forward waits for that of every process."""
+    """Return whether a model is sharded, so that every process must run its forward."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def _leaks(ask: Callable[[Batch], Mapping[str, Any]], batch: Batch, layout: _Layout, device: torch.device) -> bool:
-    """The first of two sequences is changed: does the second notice?"""
+    """Return whether changing the first of two sequences changes the outputs for the second."""
     answers = []
     for tokens in ((1, 2), (2, 3)):
         tried = _two_sequences(batch, tokens, layout, device)
@@ -219,7 +219,7 @@ def _leaks(ask: Callable[[Batch], Mapping[str, Any]], batch: Batch, layout: _Lay
 
 
 def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device: torch.device) -> dict[str, Any]:
-    """Two sequences in a row, told apart by whatever this batch tells them apart by."""
+    """Return a row of two sequences, separated in the same way as in this batch."""
     lengths = (*_LENGTHS, 1) if layout.padded else _LENGTHS
     rows = 2 if layout.several_rows else 1
     ids, mask = batch.get("position_ids"), batch.get("attention_mask")
@@ -244,7 +244,7 @@ def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device
 
 
 def _of_second(outputs: Mapping[str, Any], *, width: int) -> Iterator[Tensor]:
-    """What a model says at each position of the second sequence `[b t *]`."""
+    """Return a model's outputs `[b t *]` at the positions of the second sequence."""
     for name in outputs:
         value = outputs[name]
         if name != "loss" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == width:

@@ -1,9 +1,9 @@
-"""Whether a model reads padding: looked at once, with the first batches.
+"""PaddingCheck: tests once, with the first batches, whether a model reads padding.
 
 Two kinds of models do, in `Trainer` as well. The classification heads of decoders find the last token by
-`config.pad_token_id`, which may not be the token that the batch is padded with. And models with absolute positions
-count them from the padding on, if it is on the left. The first is set right where the tokenizer is known, as `Trainer`
-does when training starts; of the rest a warning is logged, and the student trains as it would in `Trainer`.
+`config.pad_token_id`, which may differ from the token that pads the batch. And models with absolute positions count
+them from left padding on. The first is corrected if the tokenizer is known, as `Trainer` does when training starts;
+otherwise a warning is logged, and the student trains as it would in `Trainer`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 
 logger = logging.getLogger(__name__)
 _FINDS_LAST_TOKEN = re.compile(r"input_ids\s*!=\s*self\.config\S*\.pad_token_id")
-_TRIED_WITH = {"input_ids", "attention_mask", "token_type_ids"}  # models that read more are not tried
+_TRIED_WITH = {"input_ids", "attention_mask", "token_type_ids"}  # models with other inputs are not tested
 _LONGEST, _PADDING = 8, 4  # tokens of the trial
 _EXACT, _ROUNDED = (
     0.01,
@@ -36,11 +36,11 @@ _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class PaddingCheck:
-    """Looks at the first batches.
+    """Tests student and teacher with the first batches.
 
     Args:
         student: the model, without what wraps it.
-        tokenizer: of the student; None where it is not known.
+        tokenizer: the student's tokenizer, or None if it is not known.
     """
 
     def __init__(self, student: Any, tokenizer: Any) -> None:
@@ -49,12 +49,12 @@ class PaddingCheck:
         self.done = False
 
     def __call__(self, batches: Sequence[Batch], teacher: Any = None, accelerator: Any = None) -> None:
-        """Does nothing after the first call, so that no later step waits for the device.
+        """Test the models; calls after the first one do nothing, so that no later step waits for the device.
 
         Args:
-            batches: of an optimizer step, or one of an evaluation.
-            teacher: a Teacher; it is looked at where it is one model. None: there is none.
-            accelerator: None where there is one process.
+            batches: those of an optimizer step, or one of an evaluation.
+            teacher: a Teacher, tested if it is a single model; or None.
+            accelerator: None means one process.
         """
         if self.done:
             return
@@ -76,7 +76,7 @@ class PaddingCheck:
             )
 
     def _align(self, batches: Sequence[Batch]) -> None:
-        """The student's padding token, if its head finds the last token by it."""
+        """Set the student's padding token, if its head finds the last token by it."""
         config = self._student.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         before, known = config.pad_token_id, getattr(self._tokenizer, "pad_token_id", None)
@@ -100,7 +100,7 @@ class PaddingCheck:
 
 @torch.no_grad()
 def _sees_padding(model: Any, batches: Sequence[Batch]) -> bool:
-    """Whether a model says something else of a few tokens of these batches when padding stands before them."""
+    """Return whether padding before a few tokens of these batches changes a model's outputs for them."""
     batch = next((one for one in batches if _can_be_tried(model, one)), None)
     if batch is None:
         return False
@@ -137,13 +137,13 @@ def _can_be_tried(model: Any, batch: Batch) -> bool:
 
 
 def _read_by_teacher(batch: Batch) -> Batch:
-    """Its own columns, where the batch has them."""
+    """Return the teacher's columns, if the batch has them."""
     own = {name.removeprefix(TEACHER_PREFIX): batch[name] for name in batch if name.startswith(TEACHER_PREFIX)}
     return own if "input_ids" in own else batch
 
 
 def finds_last_token(model: Any) -> bool:
-    """Whether a head finds the last token of a text by the padding token of its config, as those of decoders do."""
+    """Return whether a head finds the last token of a text by the padding token of its config, as decoders' do."""
     try:
         return _FINDS_LAST_TOKEN.search(inspect.getsource(type(model).forward)) is not None
     except (OSError, TypeError):  # no source
@@ -151,7 +151,7 @@ def finds_last_token(model: Any) -> bool:
 
 
 def _padded_with(batches: Sequence[Batch], expected: int) -> int | None:
-    """Another id than the expected one at a padded position; None: there is none."""
+    """Return the id at padded positions if it is not the expected one, else None."""
     for batch in batches:
         ids, mask = batch.get("input_ids"), batch.get("attention_mask")
         if isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape:
@@ -169,7 +169,7 @@ def _is_padded_left(batch: Batch) -> bool:
 
 
 def _predictions(outputs: Any, *, width: int, count: int) -> Tensor | None:
-    """The first output that is no loss, without the padded positions."""
+    """Return the first output that is not a loss, without the padded positions."""
     for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
         if name != "loss" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
             along = value[:, count:] if value.shape[1] == width else value

@@ -1,7 +1,7 @@
-"""Which positions of hidden states are real: tokens that are attended, frames that hold sound, every patch.
+"""PositionRule: which positions of hidden states are real (attended tokens, frames with sound, all patches).
 
-Known from the batch alone, as a task's rows are. Where no mask can say so (images, Whisper's 30 seconds) each example
-has the same number of positions, and every one counts.
+They follow from the batch alone, like a task's rows. Without a mask (images, Whisper's 30 seconds) each example has the
+same number of positions, and all are real.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PositionRule:
     """The positions of one side of a student.
 
     Args:
-        model: the student, for its rule from samples to frames.
+        model: the student, whose rule converts samples to frames.
         of_decoder: as `Blocks` has it.
     """
 
@@ -35,7 +35,7 @@ class PositionRule:
         self._frame_lengths = rule or getattr(model, "_get_subsampling_output_length", None)
 
     def keep(self, batch: Batch) -> Tensor | None:
-        """`[b t]` bool; None: every position of every example."""
+        """Return the real positions `[b t]` bool; None means every position of every example."""
         if self._of_decoder:
             return self._of_decoder_inputs(batch)
         if batch.get("input_ids") is not None or batch.get("inputs_embeds") is not None:
@@ -45,14 +45,14 @@ class PositionRule:
         return None
 
     def segments(self, batch: Batch) -> Tensor | None:
-        """`[b t]`: which sequence a position is of, where several are packed into a row; None: a row is one."""
+        """Return the sequence of each position `[b t]` if several are packed into a row, else None."""
         ids = batch.get("position_ids")
         if self._of_decoder or ids is None or ids.dim() != 2 or batch.get(_MASK) is not None:
             return None
         return (ids == 0).cumsum(-1)
 
-    def refuse_packed(self, batch: Batch, what: str) -> None:
-        """Raise DataError where a row may hold several examples, for what needs one a row."""
+    def check_not_packed(self, batch: Batch, what: str) -> None:
+        """Raise DataError if a row may hold several examples, for objectives that need one a row."""
         if self.segments(batch) is not None:
             raise DataError(
                 f"{what} needs an example a row, but this batch has position_ids and no attention_mask: several may be "
@@ -60,12 +60,12 @@ class PositionRule:
             )
 
     def count(self, batch: Batch) -> Tensor:
-        """Scalar: how many positions count, or, where every one does, how many examples there are."""
+        """Return the number of real positions, a scalar; without a mask, the number of examples."""
         keep = self.keep(batch)
         return torch.tensor(batch_size(batch)) if keep is None else keep.sum()
 
     def count_examples(self, batch: Batch) -> Tensor:
-        """Scalar: how many examples have a position that counts."""
+        """Return the number of examples with a real position, a scalar."""
         keep = self.keep(batch)
         return torch.tensor(batch_size(batch)) if keep is None else keep.any(-1).sum()
 
@@ -99,14 +99,14 @@ def _of_tokens(batch: Batch) -> Tensor:
 
 
 def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, examples: int, whose: str, what: str) -> None:
-    """Raise DataError where a model shows other positions than the batch has.
+    """Raise DataError if the positions of a model's activations differ from the batch's.
 
     Args:
-        keep: `[b t]`, which positions count; None: all, of each example.
-        shape: of what the model shows, up to its positions.
-        examples: how many the batch has.
+        keep: `[b t]`, the valid positions; None means all of each example.
+        shape: shape of the activation, up to its positions.
+        examples: number of examples in the batch.
         whose: "student" or "teacher", for the message.
-        what: what the model shows, for the message.
+        what: name of the activation, for the message.
     """
     if keep is None and (shape[0] != examples or len(shape) != 2):
         raise DataError(

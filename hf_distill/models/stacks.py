@@ -1,4 +1,4 @@
-"""Rewriting a config for another number of layers: the count, and what it says of each layer. It builds nothing."""
+"""Rewriting a config for another number of layers: the number, and the lists with an entry for each layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.initialization import meta_device_safe_creation_ops, no_init_w
 
 from hf_distill.errors import SettingError, TeacherError
 
-# What configs call the number of blocks. For a stack that the user names, every whole number is tried.
+# Names of the number of blocks in configs. For a stack that the user names, every whole number is tried.
 DEPTH_NAMES = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "num_blocks",
     "encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers",
@@ -26,7 +26,7 @@ DEPTH_NAMES = (
 
 @dataclass(frozen=True)
 class DepthSetting:
-    """A number in a config: `holder` are the names of the configs inside configs that lead to it."""
+    """A number in a config; `holder` is the path of nested configs that leads to it."""
 
     holder: tuple[str, ...]
     name: str
@@ -35,23 +35,23 @@ class DepthSetting:
         return ".".join(("config", *self.holder, self.name))
 
     def of(self, config: PreTrainedConfig) -> Any:
-        """The config that holds the setting."""
+        """Return the config that holds the setting."""
         for name in self.holder:
             config = getattr(config, name)
         return config
 
     def value(self, config: PreTrainedConfig) -> int:
-        """What it is now."""
+        """Return the current value."""
         return int(getattr(self.of(config), self.name))
 
 
 def usual_depths(config: PreTrainedConfig) -> list[DepthSetting]:
-    """The settings with a usual name, each once: an alias is left out."""
+    """Return the settings with a usual name, without aliases."""
     return [setting for setting in _whole_numbers(config) if setting.name in DEPTH_NAMES]
 
 
 def any_depths(config: PreTrainedConfig, length: int) -> list[DepthSetting]:
-    """Every whole number that equals `length`, those with a usual name first."""
+    """Return every whole number that equals `length`, those with a usual name first."""
     found = [setting for setting in _whole_numbers(config) if setting.value(config) == length]
     return sorted(found, key=lambda setting: setting.name not in DEPTH_NAMES)
 
@@ -65,7 +65,7 @@ def _whole_numbers(config: PreTrainedConfig, holder: tuple[str, ...] = ()) -> It
 
 
 def with_layers(config: PreTrainedConfig, setting: DepthSetting, chosen: Sequence[int]) -> PreTrainedConfig:
-    """A copy of `config` for the layers `chosen` (which may repeat), with its lists of one entry a layer to match."""
+    """Return a copy of `config` for the layers `chosen` (which may repeat), with its lists cut to match."""
     new = copy.deepcopy(config)
     holder = setting.of(new)
     old = setting.value(config)
@@ -92,9 +92,9 @@ def _speaks_of_layers(name: str, setting: DepthSetting) -> bool:
 
 
 def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
-    """A vision backbone's config names what comes in and what each layer puts out, and which of them are handed out.
+    """Rewrite the names of stages, and the chosen outputs, in a vision backbone's config.
 
-    Those of layers that are left behind are handed out no more; when none is left, the last layer's is.
+    Outputs of removed layers are dropped; if none is left, the last layer's output is chosen.
     """
     names = vars(config).get("stage_names")
     if (
@@ -114,17 +114,17 @@ NOTE = "The layers share their weights: the student is faster than the teacher, 
 
 
 def shares_layers(teacher: PreTrainedModel) -> bool:
-    """True for ALBERT's way: `num_hidden_groups` sets of weights, used `num_hidden_layers` times in all."""
+    """Return whether layers share weights as in ALBERT: `num_hidden_groups` sets for `num_hidden_layers` layers."""
     return isinstance(getattr(teacher.config, "num_hidden_groups", None), int)
 
 
 def depth_of(config: PreTrainedConfig) -> DepthSetting:
-    """Where the number of layers stands."""
+    """Return the setting that holds the number of layers."""
     return DepthSetting((), config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
 
 
 def check_groups(config: PreTrainedConfig, kept: tuple[int, ...]) -> None:
-    """Raise TeacherError where a kept layer would use another group's weights than it did in the teacher.
+    """Raise TeacherError if a kept layer would use the weights of another group than in the teacher.
 
     Layer i of n uses group int(i / (n / groups)), so with several groups not every choice of layers can be written.
     """
@@ -155,7 +155,7 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Stack:
-    """The blocks of a model. XLM keeps a block's parts in several lists, so there may be several `paths`."""
+    """The blocks of a model. XLM has the parts of a block in several lists, so there may be several `paths`."""
 
     paths: tuple[str, ...]
     length: int
@@ -168,12 +168,12 @@ class Stack:
 
     @property
     def side(self) -> str | None:
-        """`encoder` or `decoder`, when the path says so first."""
+        """`encoder` or `decoder`, whichever the path names first."""
         return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
 
 
 def empty_like(teacher: PreTrainedModel, config: PreTrainedConfig, device: str) -> Any:
-    """A model of the teacher's class without values: its parameters hold nothing of use. No random number is drawn."""
+    """Return a model of the teacher's class with uninitialized parameters, without drawing random numbers."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.device(device),
@@ -186,7 +186,7 @@ def empty_like(teacher: PreTrainedModel, config: PreTrainedConfig, device: str) 
 
 
 def find_stacks(teacher: PreTrainedModel) -> list[Stack]:
-    """Every stack that a setting with a usual name controls, in the order of the model."""
+    """Return the stacks that are controlled by a setting with a usual name, in the order of the model."""
     lists = module_lists(teacher)
     found: dict[tuple[str, ...], Stack] = {}
     for setting in usual_depths(teacher.config):
@@ -198,7 +198,7 @@ def find_stacks(teacher: PreTrainedModel) -> list[Stack]:
 
 
 def named_stack(teacher: PreTrainedModel, path: str) -> Stack:
-    """The stack that the user names, and the setting that controls it, whatever the setting is called."""
+    """Return the stack that the user names, and the setting that controls it, whatever its name."""
     lists = module_lists(teacher)
     if path not in lists:
         raise SettingError(
@@ -215,7 +215,7 @@ def named_stack(teacher: PreTrainedModel, path: str) -> Stack:
 
 
 def candidates(teacher: nn.Module) -> str:
-    """What could be a stack, for messages."""
+    """Return the paths that could be a stack, for messages."""
     lists = module_lists(teacher)
     if not lists:
         return "The model has no ModuleList at all."
@@ -229,7 +229,7 @@ def _class_inside(teacher: nn.Module, path: str) -> str:
 
 
 def module_lists(model: nn.Module) -> dict[str, int]:
-    """Path → length of the lists that are not empty and lie in no other list."""
+    """Return path → length of the non-empty module lists that are not in another list."""
     found: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
@@ -238,7 +238,7 @@ def module_lists(model: nn.Module) -> dict[str, int]:
 
 
 def _controlled(teacher: PreTrainedModel, setting: DepthSetting, lists: dict[str, int]) -> Stack | None:
-    """The lists that are one longer when the setting is one higher."""
+    """Return the lists that are one longer when the setting is one higher."""
     layers = setting.value(teacher.config)
     of_that_length = [path for path, length in lists.items() if length == layers]
     if not of_that_length:
@@ -253,7 +253,7 @@ def _controlled(teacher: PreTrainedModel, setting: DepthSetting, lists: dict[str
 
 
 def blocks(model: nn.Module, stack: Stack) -> Iterator[tuple[int, list[nn.Module]]]:
-    """Index, and the modules of that layer."""
+    """Yield the index and the modules of each layer."""
     lists = [list(model.get_submodule(path).children()) for path in stack.paths]
     for index, parts in enumerate(zip(*lists, strict=True)):
         yield index, list(parts)

@@ -1,4 +1,4 @@
-"""What student and teacher should agree about, and what the labels say. Sums and counts, never means."""
+"""The objectives: where student and teacher should agree, and the labels. They return sums and counts, never means."""
 
 from hf_distill.objectives.attention import AttentionMatch
 from hf_distill.objectives.base import Objective, ObjectiveSetup

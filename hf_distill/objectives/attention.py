@@ -1,4 +1,4 @@
-"""Agreement of self-attention: scores before the softmax, or the probabilities after it."""
+"""AttentionMatch: agreement of self-attention, as scores before the softmax or probabilities after it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Heads = str | Sequence[int] | Sequence[Sequence[int]]
 
 
 class AttentionMatch(LayerObjective):
-    """Student and teacher look at the same places: a distance of self-attention maps, head with head.
+    """A distance between the self-attention maps of student and teacher, head by head.
 
-    What is compared is computed here, from the queries and keys that the attention of a matched layer is given: so it
-    does not matter which implementation (SDPA, flash, eager) the models were loaded with, and none is changed. The
-    price: for each matched layer the scores `[b h t t]` of both models are computed a second time and held until the
-    backward; layers that are not matched cost nothing. Attention dropout is not in them. Queries and keys at padding,
-    and keys that the model's mask hides (the future, what is beyond a sliding window), are left out.
+    The maps are computed from the queries and keys of each matched layer, so any attention implementation (SDPA, flash,
+    eager) works and none is changed. In return, the scores `[b h t t]` of both models are computed a second time for
+    each matched layer and held until the backward; other layers cost nothing. Attention dropout is not applied to them.
+    Queries and keys at padding, and keys that the model's mask hides (the future, positions beyond a sliding window),
+    are left out.
 
     TinyBERT (Jiao et al. 2020, section 3.1, equation 7: "scores", all layers by `LayerMap.skip`) and MiniLM (Wang et
     al. 2020, section 3.1: "probabilities", the last layer).
@@ -36,8 +36,8 @@ class AttentionMatch(LayerObjective):
     Args:
         layers: see `LayerObjective`.
         distance: "scores" (mean squared difference) or "probabilities" (KL from the teacher).
-        heads: for unequal numbers of heads, what each student head learns from: teacher heads, lists of them (their
-            scores are averaged), or "grouped" (neighbours averaged, where the numbers divide).
+        heads: for unequal numbers of heads, the teacher head of each student head, or a list of them (their scores are
+            averaged), or "grouped" (neighbours are averaged, if the numbers divide).
 
     Raises:
         SettingError: numbers of heads that differ without `heads`; attention that cannot be listened to (DeBERTa,
@@ -78,7 +78,7 @@ class AttentionMatch(LayerObjective):
             self._head_map(student.heads, teacher.heads)
 
     def _head_map(self, ours: int, theirs: int) -> Sequence[Any] | None:
-        """The teacher's heads of each student head; None: the same ones."""
+        """Return the teacher's heads for each student head, or None if they are the same."""
         if self.heads is None:
             if ours == theirs:
                 return None
@@ -121,5 +121,5 @@ class AttentionMatch(LayerObjective):
 
 
 def _shared_by_heads(allowed: Tensor) -> Tensor:
-    """`[b 1 t s]`: masks are the same for all heads; where one is not, what every head may see."""
+    """Return a mask `[b 1 t s]` that all heads share; if they differ, the positions that every head may see."""
     return allowed if allowed.shape[1] == 1 else allowed.all(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Objective: the base class of everything that student and teacher should agree about."""
+"""Objective: the base class of every term of the loss but the labels'."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hf_distill.tasks.base import IGNORED
 
 @dataclass(frozen=True)
 class ObjectiveSetup:
-    """What an objective is told of the models before the first step.
+    """What an objective learns about the models before the first step.
 
     Attributes:
-        student: reads the student's activations.
-        teacher: reads the teacher's activations, or None if the teacher shows none.
+        student: captures the student's activations.
+        teacher: captures the teacher's activations, or None if the teacher has none to capture.
         task: the student's task.
         model: the student, without wrappers.
-        seed: of what the objective learns.
+        seed: for the initial values of learned parameters.
     """
 
     student: ActivationCapture
@@ -36,23 +36,23 @@ class ObjectiveSetup:
 
 
 class Objective(ABC):
-    """One thing that student and teacher should agree about: a sum over rows, and how many rows there are.
+    """A term of the loss that compares student and teacher: a sum over rows, and the number of rows.
 
     The count depends on the batch alone, so that the denominator of the whole optimizer step is known before the first
-    forward. An objective of your own needs `__call__` and `count`.
+    forward. A subclass needs `__call__` and `count`.
 
     Attributes:
-        name: of its term, in logs and cards.
-        weight: of its term in the loss, a schedule. (The weight of the logits' term is alpha.)
-        needs: what must be computed of the student; known after `bind`.
-        teacher_needs: what must be computed of the teacher; known after `bind`.
-        needs_teacher: whether it compares with a teacher; if not, it runs without one.
+        name: the name of its term, in logs and cards.
+        weight: the weight of its term in the loss, a schedule. (The weight of the logits' term is alpha.)
+        needs: what the student must compute; known after `bind`.
+        teacher_needs: what the teacher must compute; known after `bind`.
+        needs_teacher: whether it needs a teacher.
         needs_same_inputs: whether it compares position with position, so that both models must read the same input.
         couples_examples: whether an example's share depends on the others of its micro-batch. Then accumulation and
             several processes compare within micro-batches, and the results are weighted by their examples.
         pools: "first", "last" or "mean" if only this vector of each example's hidden states is compared.
-        learned: what is trained with the student and is no part of it, or None.
-        paper: where the objective comes from, for the model card.
+        learned: the parameters trained with the student that are not part of it, or None.
+        paper: the source of the objective, for the model card.
     """
 
     name: str = "objective"
@@ -67,28 +67,28 @@ class Objective(ABC):
     paper: ClassVar[str | None] = None
 
     def bind(self, setup: ObjectiveSetup) -> None:
-        """Find the blocks that it reads, and check that the models can be compared.
+        """Find the blocks to capture, and check that the models can be compared.
 
         Raises:
-            SettingError: if this student or teacher cannot be compared so.
+            SettingError: if this student and teacher cannot be compared.
         """
 
     @abstractmethod
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        """Return the sum over the rows of this micro-batch that count."""
+        """Return the sum over the valid rows of this micro-batch."""
 
     @abstractmethod
     def count(self, task: Task, batch: Batch) -> Tensor:
-        """Return how many rows of this micro-batch count, a scalar, from the batch alone."""
+        """Return the number of valid rows of this micro-batch, a scalar, computed from the batch alone."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 def cross_entropy_of_probabilities(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Scalar: the mean cross-entropy `[b v], [b v]` over the rows that have a label; 0 where none has (-100).
+    """Return the mean cross-entropy of `[b v], [b v]` over the rows with a label, a scalar; 0 if no row has one (-100).
 
     >>> halves = torch.tensor([[0.5, 0.5], [-100.0, -100.0]])
     >>> cross_entropy_of_probabilities(torch.zeros(2, 2), halves).item()

@@ -1,6 +1,6 @@
-"""Deeper teaches shallower: exits from chosen blocks learn from the student's own last prediction, and from labels.
+"""ExitMatch: early exits learn from the student's own final prediction, and from labels.
 
-No teacher takes part. Heads for classes alone: one a sequence, an image or a sound, or one a token.
+It uses no teacher. The student's head must classify: one row for each sequence, image, recording or token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
 
 
 class ExitHead(nn.Module):
-    """What an exit says of a hidden state: `[n d]` → features of the last block's width `[n w]`, logits `[n v]`."""
+    """The head of an exit: hidden states `[n d]` → features of the last block's width `[n w]`, and logits `[n v]`."""
 
     def __init__(self, width: int, last: int, columns: int) -> None:
         super().__init__()
@@ -39,29 +39,29 @@ class ExitHead(nn.Module):
 
 
 class ExitMatch(Objective):
-    """Exits of some blocks learn from the student's last prediction and from the labels: be your own teacher.
+    """Early exits learn from the student's final prediction and from the labels.
 
     Zhang et al. 2019 (Be Your Own Teacher, section 3): the sum over exits of
     `(1 - alpha) · labels + alpha · T² · KL(last ‖ exit) + feature_weight · ‖features of the exit − last features‖²`.
-    The last prediction and features are the teacher and get no gradient from here; the last head learns from the
-    labels' term of the blend (alpha=0 there, and no `teacher_model`, is the paper's method). Each exit has a head of
-    its own: a linear bottleneck to the last block's width, whose output is its features, tanh, a linear classifier.
+    The final prediction and features act as the teacher and get no gradient from this term; the final head learns from
+    the labels' term of the blend (alpha=0 there without a `teacher_model` is the paper's method). Each exit has its own
+    head: a linear bottleneck to the last block's width (its output is the features), tanh, and a linear classifier.
 
-    The heads are trained with the student and are no part of it: they are in `distiller.learned`, beside each
-    checkpoint, and not in what is exported. `distiller.learned.save(folder)` keeps them; `predictions` is what they
-    say.
+    The heads are trained with the student but are not part of it: they are in `distiller.learned` and saved beside each
+    checkpoint, and are not exported. `distiller.learned.save(folder)` keeps them; `predictions` returns their outputs.
 
     Args:
-        layers: blocks of the student, from 0; negative ones count from the end. Not the last one.
-        alpha: weight of the last prediction in an exit's loss, in [0, 1]; 1 - alpha is that of the labels.
-        temperature: above 0; softens the KL alone. These two, and 0.03 for the features, are those of the paper's code.
-        feature_weight: of the features; 0: they are left alone.
-        pooling: "mean", "first" or "last" of the positions that are real, where an example has one row.
-        weight: of the term in the loss, beside alpha.
+        layers: blocks of the student, from 0 (negative numbers count from the end), except the last.
+        alpha: weight of the final prediction in an exit's loss, in [0, 1]; the labels have 1 - alpha.
+        temperature: above 0, for the KL term only. The defaults of alpha, temperature and feature_weight are those of
+            the paper's code.
+        feature_weight: weight of the features' term; 0 leaves it out.
+        pooling: "mean", "first" or "last" of the valid positions, for a head with one row for each example.
+        weight: weight of the term in the loss.
         side, name, student_stack: as `HiddenMatch`.
 
     Raises:
-        SettingError: another kind of head; no such block, or the last one; a setting that cannot be.
+        SettingError: for another kind of head, an unknown or the last block, or a setting that is not allowed.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
@@ -141,16 +141,16 @@ class ExitMatch(Objective):
         if self.alpha < 1:
             task.require_labels(batch)
         if task.axis == "example":
-            self._positions.refuse_packed(batch, "ExitMatch")
+            self._positions.check_not_packed(batch, "ExitMatch")
         return task.count(batch)
 
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
         logits = student.predictions()
-        with torch.autocast(logits.device.type, enabled=False):  # of a loop around it: products would be halves
+        with torch.autocast(logits.device.type, enabled=False):  # autocast would multiply in half precision
             last = _kept(task, rows_of(in_full_precision(logits.detach()), task, batch, whose="student"), batch)
-            # With a graph to the last head, though not a gradient, so that DDP does not wait for one.
+            # The graph reaches the last head with a zero gradient, so that DDP does not wait for one.
             total = logits.flatten()[:0].sum().to(last.dtype)
             aim = self._rows(student, self._last, task, batch).detach() if self.feature_weight else None
             for layer, (features, said) in self._said(student, task, batch).items():
@@ -169,7 +169,7 @@ class ExitMatch(Objective):
 
     @torch.no_grad()
     def predictions(self, student: Signals, task: Task, batch: Batch) -> dict[int, Tensor]:
-        """Block → `[m v]`: what its exit says of each row that counts.
+        """Return the logits `[m v]` of each exit for the valid rows, by block.
 
         Args:
             student: from `Distiller.student_signals`, with the activations of its exits.
@@ -177,7 +177,7 @@ class ExitMatch(Objective):
         return {layer: said for layer, (_, said) in self._said(student, task, batch).items()}
 
     def _said(self, student: Signals, task: Task, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
-        """Of each exit, features `[m d]` and rows of logits as the task reads them."""
+        """Return the features `[m d]` and the task's rows of logits of each exit."""
         found = {}
         for layer, head in self._heads.items():
             features, logits = head(self._rows(student, layer, task, batch))
@@ -188,7 +188,7 @@ class ExitMatch(Objective):
         return found
 
     def _rows(self, student: Signals, layer: int, task: Task, batch: Batch) -> Tensor:
-        """`[m d]` hidden states: of each row that counts, or pooled."""
+        """Return the hidden states `[m d]` of the valid rows, or pooled ones."""
         x = in_full_precision(student.activations[self._read(layer)])
         if task.axis == "input":
             return _kept(task, rows_of(x, task, batch, whose="student"), batch)
@@ -201,7 +201,7 @@ class ExitMatch(Objective):
         return ActivationKey(HIDDEN, layer, self.side, self.stack)
 
     def __repr__(self) -> str:
-        """As it was made, for logs and cards."""
+        """Return the call that makes it, for logs and cards."""
         features = f", feature_weight={self.feature_weight:g}" if self.feature_weight else ""
         return (
             f"ExitMatch(exits {', '.join(map(str, self._heads or self.exits))}, alpha={self.alpha:g}, "
@@ -215,7 +215,7 @@ def _kept(task: Task, rows: Tensor, batch: Batch) -> Tensor:
 
 
 def _of_labels(said: Tensor, task: Task, batch: Batch) -> Tensor:
-    """Scalar: the cross-entropy summed over the rows that have a label; of several labels at once, Bernoulli."""
+    """Return the cross-entropy summed over the labelled rows, a scalar; for multi-label heads the binary one."""
     target = task.targets(batch)
     if target is None:
         wanted = batch["labels"].flatten().to(said.dtype)

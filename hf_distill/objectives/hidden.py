@@ -1,4 +1,4 @@
-"""Learned linear projections from the student's width to the teacher's. Trained with the student, no part of it."""
+"""HiddenMatch and CosineEmbedding, and the learned projections from the student's width to the teacher's."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ PROJECTIONS = ("auto", "linear", "shared", "none")
 
 
 class Projections(nn.Module):
-    """`[n d_student]` → `[n d_teacher]`, one matrix a key, or one for all; none where the widths agree.
+    """Learned projections `[n d_student]` → `[n d_teacher]`, one for each key or one for all.
 
-    FitNets (Romero et al. 2015, section 2.2) regress with a layer of their own a pair; the code of
-    TinyBERT (Jiao et al. 2020) shares one. No bias.
+    FitNets (Romero et al. 2015, section 2.2) learn one for each pair of layers; the code of TinyBERT (Jiao et al. 2020)
+    shares one. They have no bias, and are trained with the student without being part of it.
 
     Args:
-        widths: key → the student's and the teacher's width there; None where it is not known.
-        kind: "auto" (where widths differ, one a key), "linear" (always, one a key), "shared" (one for all keys, where
+        widths: the widths of student and teacher for each key; None if a width is not known.
+        kind: "auto" (one for each key whose widths differ), "linear" (one for each key), "shared" (one for all keys, if
             widths differ), "none".
-        seed: of the starting values; the random generators are left alone.
+        seed: for the initial values; the global random generators are not used.
 
     Raises:
-        SettingError: widths that differ with "none", or from key to key with "shared", or that are not known.
+        SettingError: if widths differ with "none", differ between keys with "shared", or are not known.
     """
 
     def __init__(self, widths: Mapping[str, tuple[int | None, int | None]], *, kind: str, seed: int) -> None:
@@ -80,7 +80,7 @@ def _check_widths(ours: int | None, theirs: int | None, kind: str) -> None:
 
 
 def _one_for_all(widths: Mapping[str, tuple[int | None, int | None]]) -> dict[str, tuple[int | None, int | None]]:
-    """The one pair of widths, under the name of the matrix that all keys share."""
+    """Return the single pair of widths, under the name of the shared matrix."""
     pairs = sorted(set(widths.values()), key=str)
     if len(pairs) > 1:
         raise SettingError(
@@ -95,28 +95,28 @@ POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 
 class HiddenMatch(LayerObjective):
-    """A distance of the student's hidden states to the teacher's, at every position that is no padding.
+    """A distance between the hidden states of student and teacher, at every position except padding.
 
-    Layer k is what block k puts out: transformers' `hidden_states[k + 1]`, except that models with a norm behind their
-    last block (GPT-2, Llama, T5, Whisper) show the last one there after that norm, and this is before it. Only the
-    layers that are matched are kept. The loss is the sum over pairs of layers of weight · mean over positions. In the
-    feature maps of convolutional image models every pixel is a position and the channels are its features.
+    Layer k is the output of block k. This is transformers' `hidden_states[k + 1]`, except that models with a norm after
+    their last block (GPT-2, Llama, T5, Whisper) report the last one after that norm; here it is taken before. Only the
+    matched layers are kept. The loss is the sum over pairs of layers of weight · mean over positions. In the feature
+    maps of convolutional image models every pixel is a position and the channels are its features.
 
     FitNets (Romero et al. 2015, section 2.2), PKD (Sun et al. 2019, section 3: `distance="normalized_squared",
     pooling="first"`), TinyBERT (Jiao et al. 2020, section 3.1, equations 8 and 9), DistilHuBERT (Chang et al. 2022).
-    The papers average over padding too; here it is left out.
+    The papers average over padding too; here padding is left out.
 
     Args:
-        layers: see `LayerObjective`; None with `embeddings=True`: the embeddings alone.
+        layers: see `LayerObjective`; None, with `embeddings=True`, matches only the embeddings.
         distance: a name in `hf_distill.functional.features.DISTANCES`.
         distance_kwargs: keyword arguments of the distance.
-        projection: "auto" (learned, one a pair, where the widths differ), "linear" (always), "shared" (one for all
-            pairs), "none".
-        pooling: "first" ([CLS]) or "last" to compare one position of each example; None means all that count.
-        embeddings: also match what the first blocks are given.
+        projection: "auto" (a learned one for each pair whose widths differ), "linear" (for each pair), "shared" (one
+            for all pairs), "none".
+        pooling: "first" ([CLS]) or "last" to compare one position of each example; None compares all valid ones.
+        embeddings: whether to match the inputs of the first blocks too.
 
     Raises:
-        SettingError: no such distance, setting or layer; widths that differ without a projection.
+        SettingError: for an unknown distance, setting or layer, or widths that differ without a projection.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
@@ -181,7 +181,7 @@ class HiddenMatch(LayerObjective):
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.pooling is None:
             return self._positions.count(batch)
-        self._positions.refuse_packed(batch, f"pooling={self.pooling!r}")
+        self._positions.check_not_packed(batch, f"pooling={self.pooling!r}")
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
@@ -205,13 +205,13 @@ class HiddenMatch(LayerObjective):
 
 
 class CosineEmbedding(HiddenMatch):
-    """1 − cosine of the last hidden states, what the head reads, at every position that is no padding.
+    """1 − cosine of the last hidden states (the input of the head), at every position except padding.
 
     DistilBERT (Sanh et al. 2019, section 2: the cosine embedding loss, "to align the directions of the student and
     teacher hidden states vectors"). Their code takes the mean over attended positions as well.
 
     Args:
-        projection: as in `HiddenMatch`; "none" where widths agree, as in the paper.
+        projection: as in `HiddenMatch`; the paper has equal widths and "none".
     """
 
     default_name = "cosine"
@@ -244,7 +244,7 @@ class CosineEmbedding(HiddenMatch):
 
 
 def of_dtype_and_place(module: Projections, model: Any) -> Projections:
-    """In fp32 (fp64 for a student in fp64), where the student is."""
+    """Put a module on the student's device, in fp32 (fp64 if the student is in fp64)."""
     one = next(model.parameters())
     return module.to(device=one.device, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32)
 
@@ -266,5 +266,5 @@ def _checked_distance(name: str, settings: Mapping[str, Any]) -> Distance:
         takes = f"takes {', '.join(knobs)}" if knobs else "takes no settings"
         hint = did_you_mean(unknown[0], knobs)
         raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
-    function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # a value that cannot be fails now
+    function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # raises now if a value is not allowed
     return function

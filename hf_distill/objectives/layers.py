@@ -1,4 +1,4 @@
-"""What the objectives on a model's inside share: which layers, which positions, their weight. No losses here."""
+"""LayerObjective: the base class of objectives that compare the blocks of the models, layer by layer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
 
 class LayerObjective(Objective):
-    """An objective on what blocks compute. A subclass says what it reads of a block and compares it.
+    """An objective that compares what blocks compute; a subclass says which activations, and how.
 
-    Its term is a mean over positions (of the whole optimizer step), except beside the labels or logits of a CTC head
-    whose own loss is a sum over utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio
-    does not change with the batch. The trainer works on a copy; it is `trainer.distiller.objectives[name]`.
+    Its term is a mean over positions (of the whole optimizer step), except with a CTC head whose own loss is a sum
+    over utterances (`ctc_loss_reduction="sum"`): there all terms are sums, so that their ratio does not depend on the
+    batch size. The trainer works on a copy; it is `trainer.distiller.objectives[name]`.
 
     Args:
         layers: "even", "first", "last", "first_last" or "skip" (a `LayerMap` of all student blocks), a `LayerMap`, or
             pairs (student, teacher) or (student, teacher, weight); negative ones count from the end.
-        weight: of the term in the loss, a number of at least 0 or a schedule.
-        side: "encoder" or "decoder" of an encoder-decoder; None: its decoder.
-        name: of the term; None: the class's own.
-        student_stack, teacher_stack: the path of the list of blocks, where it is not found.
+        weight: weight of the term in the loss, a number of at least 0 or a schedule.
+        side: "encoder" or "decoder" of an encoder-decoder; None means its decoder.
+        name: name of the term; None means that of the class.
+        student_stack: path of the student's list of blocks, if it is not found automatically.
+        teacher_stack: the same for the teacher.
     """
 
     default_name = "inside"
@@ -65,10 +66,11 @@ class LayerObjective(Objective):
         self.learned: nn.Module | None = None
 
     def bind(self, setup: ObjectiveSetup) -> None:
-        """Find the blocks of both, pair them, and refuse what cannot be compared.
+        """Find and pair the blocks of both models, and check that they can be compared.
 
         Raises:
-            SettingError, TeacherError: see the messages.
+            SettingError: if this student cannot be compared in this way.
+            TeacherError: if this teacher cannot.
         """
         if setup.teacher is None:
             raise TeacherError(
@@ -81,8 +83,8 @@ class LayerObjective(Objective):
             self.layer_map = resolved_map(self.layers, ours.length, theirs.length)
         except SettingError as error:
             raise SettingError(f"{type(self).__name__}: layers: {error}") from error
-        _refuse_layerdrop(self, ours)
-        _refuse_split_heads(self, ours, theirs)
+        _check_no_layerdrop(self, ours)
+        _check_whole_heads(self, ours, theirs)
         self._positions = PositionRule(setup.model, setup.task, of_decoder=ours.of_decoder)
         self.needs = Needs(activations=frozenset(self._read(what, link.student, 0) for what, link in self._wanted()))
         self.teacher_needs = Needs(
@@ -91,7 +93,7 @@ class LayerObjective(Objective):
         self.check(ours, theirs, setup)
 
     def check(self, student: Blocks, teacher: Blocks, setup: ObjectiveSetup) -> None:
-        """Refuse blocks that cannot be compared, and make what is learned."""
+        """Check that the blocks can be compared, and make the learned parameters."""
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         return self._positions.count(batch)
@@ -102,17 +104,17 @@ class LayerObjective(Objective):
         kept = ValidPositions(self._positions.keep(batch), self._positions.segments(batch), batch_size(batch))
         first = next(iter(student.activations.values()))
         device = (first.queries if isinstance(first, AttentionRecord) else first).device
-        with torch.autocast(device.type, enabled=False):  # of a loop around it: products would be in half precision
+        with torch.autocast(device.type, enabled=False):  # autocast would multiply in half precision
             parts = [link.weight * self.of_link(student, teacher, link, kept) for link in self._links()]
         total = torch.stack(parts).sum()
         return LossSum(total, self.count(task, batch).to(total.device))
 
     @abstractmethod
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
-        """Scalar: one pair of blocks, summed over the positions that count."""
+        """Return the term of one pair of blocks, summed over the valid positions, a scalar."""
 
     def _links(self) -> tuple[Link, ...]:
-        assert self.layer_map is not None  # `fit` comes first
+        assert self.layer_map is not None  # `bind` comes first
         return self.layer_map.links
 
     def _wanted(self) -> list[tuple[str, Link]]:
@@ -122,7 +124,7 @@ class LayerObjective(Objective):
         return ActivationKey(what, layer, self.side, self.stacks[whose])
 
     def __repr__(self) -> str:
-        """As it was made, for logs and cards."""
+        """Return the call that makes it, for logs and cards."""
         knobs = [f"{knob}={getattr(self, knob)!r}" for knob in self.shown if getattr(self, knob) not in (None, {})]
         layers = repr(self.layers) if self.layer_map is None else str(self.layer_map)
         inner = ", ".join([f"layers {layers}", *knobs])
@@ -130,13 +132,13 @@ class LayerObjective(Objective):
 
 
 def where(what: str, link: Link, whose: str) -> str:
-    """For messages."""
+    """Return the words that name a pair of layers in messages."""
     layer = link.student if whose == "student" else link.teacher
     return f"{what} of {'the embeddings' if layer == EMBEDDINGS else f'block {layer}'}"
 
 
-def _refuse_layerdrop(objective: LayerObjective, student: Blocks) -> None:
-    """A block that is left out at random computes no attention; what went past it is its hidden state."""
+def _check_no_layerdrop(objective: LayerObjective, student: Blocks) -> None:
+    """Raise if LayerDrop may skip a block whose attention is compared; a skipped block has no attention."""
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
     rate = layerdrop_of(student.holder)
@@ -148,7 +150,7 @@ def _refuse_layerdrop(objective: LayerObjective, student: Blocks) -> None:
         )
 
 
-def _refuse_split_heads(objective: LayerObjective, student: Blocks, teacher: Blocks) -> None:
+def _check_whole_heads(objective: LayerObjective, student: Blocks, teacher: Blocks) -> None:
     if set(objective.reads) <= {HIDDEN, LAST_HIDDEN}:
         return
     for blocks, whose in ((student, "student"), (teacher, "teacher")):
@@ -160,7 +162,7 @@ def _refuse_split_heads(objective: LayerObjective, student: Blocks, teacher: Blo
 
 
 def checked_weight(what: str, weight: float | Schedule) -> Schedule:
-    """A weight as a schedule. Raises SettingError for one below 0."""
+    """Return a weight as a schedule; raise SettingError if it is below 0."""
     if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
         raise SettingError(f"{what}: weight={weight!r}. Give a number of at least 0, or a function of progress 0 → 1.")
     schedule = weight if callable(weight) else constant(float(weight))
@@ -171,7 +173,7 @@ def checked_weight(what: str, weight: float | Schedule) -> Schedule:
 
 
 class ValidPositions:
-    """The positions that count, as a mask and as indices, each found once (on an accelerator that waits for it)."""
+    """The valid positions of a batch, as a mask and as indices; each is computed once, as it waits for the device."""
 
     def __init__(self, mask: Tensor | None, segments: Tensor | None, examples: int) -> None:
         self.mask = mask
@@ -181,18 +183,18 @@ class ValidPositions:
     def check(
         self, ours: tuple[int, ...], theirs: tuple[int, ...], what: str, link: Link, *, paired: bool = True
     ) -> None:
-        """Raise DataError where the models show other positions than the batch has, or than each other.
+        """Raise DataError if the positions of the activations differ from the batch's, or between the models.
 
         Args:
-            ours: the shape of what the student shows, up to its positions.
-            theirs: the teacher's.
-            what: what they show, for the message.
+            ours: the shape of the student's activation, up to its positions.
+            theirs: that of the teacher's.
+            what: the name of the activation, for the message.
             link: the pair of blocks.
-            paired: whether position is compared with position.
+            paired: whether positions are compared one with one.
         """
         for shape, whose in ((ours, "student"), (theirs, "teacher")):
             check_positions(self.mask, shape, examples=self.examples, whose=whose, what=where(what, link, whose))
-        if paired and tuple(ours) != tuple(theirs):  # no mask: images, or sound of one length
+        if paired and tuple(ours) != tuple(theirs):  # no mask: images, or recordings of equal length
             raise DataError(
                 f"{where(what, link, 'student')} of the student are at {ours[1]} positions, "
                 f"{where(what, link, 'teacher')} of the teacher at {theirs[1]}, and each position is compared with the "
@@ -211,15 +213,15 @@ class ValidPositions:
         return self.mask.any(-1).nonzero().squeeze(-1)
 
     def share(self, positions: int) -> float:
-        """What a position is worth: where all count, an example counts as one (see `PositionRule.count`)."""
+        """Return the weight of a position (see `PositionRule.count`): without a mask each example counts as one."""
         return 1.0 if self.mask is not None else 1 / positions
 
     def vectors(self, x: Tensor) -> Tensor:
-        """`[b t d]` → `[n d]` of the positions that count."""
+        """Return the vectors `[n d]` at the valid positions of `[b t d]`."""
         return x.flatten(0, 1) if self.mask is None else x.flatten(0, 1).index_select(0, self._positions)
 
     def pooled(self, x: Tensor, how: str) -> Tensor:
-        """`[b t d]` → `[m d]`: of each example with a position that counts their mean, the first or the last."""
+        """Return the mean, first or last vector `[m d]` of the valid positions of each example in `[b t d]`."""
         x = in_full_precision(x)
         if self.mask is None:
             return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]

@@ -1,4 +1,4 @@
-"""Agreement of predictions: a divergence of softened logits (or of values) on every row that counts."""
+"""LogitsMatch: a divergence between softened logits (or values) on every valid row."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from hf_distill.tasks.base import rows_of
 
 @dataclass(frozen=True)
 class RowValues:
-    """The divergence of every row that counts.
+    """The divergence on every valid row.
 
     Attributes:
         values: `[m]`, temperature factor included.
-        kept: `[m]` index of each into the task's n rows, or None: all of them.
-        student: `[m v]` the student's rows.
-        teacher: `[m v]` the teacher's; of one that lists some columns, `[m k+1]`, the last for all others; of one that
-            samples, logs of the weights, and nothing for the others.
-        ids: `[m k]` the listed columns; None: all, in order.
+        kept: `[m]`, the index of each among the task's n rows; None if they are all of them.
+        student: `[m v]`, the student's rows.
+        teacher: `[m v]`, the teacher's rows. A sparse teacher has `[m k+1]`, the last column for all others; one that
+            samples has the logs of the weights and no such column.
+        ids: `[m k]`, the columns of a sparse teacher; None if all columns are there in order.
     """
 
     values: Tensor
@@ -59,16 +59,16 @@ class LogitsMatch(Objective):
     """T^p · divergence(student / T, teacher / T), summed over the rows that count.
 
     p is the divergence's own power (2 for the KL family), so that the gradient does not shrink as T grows
-    (Hinton et al. 2015, section 2). Rows of values are compared as they are.
+    (Hinton et al. 2015, section 2). Values (regression, embeddings) are not divided by a temperature.
 
     Args:
-        divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None: forward_kl on logits,
-            mean_squared_error on values.
+        divergence: a name in `DIVERGENCES`, or a function `[n v], [n v] -> [n]`; None means forward_kl for
+            logits and mean_squared_error for values.
         divergence_kwargs: keyword arguments of the divergence.
         temperature: a schedule.
 
     Raises:
-        SettingError: no such divergence, or no such setting of it.
+        SettingError: if there is no such divergence, or it has no such setting.
     """
 
     name = "logits"
@@ -118,7 +118,7 @@ class LogitsMatch(Objective):
         rows = self.per_row(student, teacher, task, batch, progress=progress)
         count = torch.tensor(rows.values.shape[0], device=rows.values.device)
         if type(task).count is not Task.count:
-            refuse_other_count(rows.values, task, batch)
+            check_row_count(rows.values, task, batch)
         # sum() of no row is 0 with a graph, so backward works (law L2).
         return LossSum(rows.values.sum(), count)
 
@@ -135,7 +135,7 @@ class LogitsMatch(Objective):
         function, properties = self.divergence_for(task)
         q = rows_of(student.predictions(), task, batch, whose="student")
         p = rows_of(teacher.predictions(), task, batch, whose="teacher")
-        refuse_other_rows(q, p, task, batch)
+        check_same_rows(q, p, task, batch)
         kept = kept_of(q, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
@@ -157,13 +157,13 @@ class LogitsMatch(Objective):
         """Over the columns that the teacher lists, and one outcome for all others; or over its weighted samples."""
         function, properties = self.divergence_for(task)
         t = self.temperature(progress)
-        self.refuse_for_sparse(task, teacher, t)
+        self.check_sparse(task, teacher, t)
         told = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
         q = rows_of(student.predictions(), task, batch, whose="student")
         listed = [
             rows_of(x, task, batch, whose="teacher", columns=x is not teacher.log_tail) for x in told if x is not None
         ]
-        refuse_other_rows(q, listed[0], task, batch, columns=False)
+        check_same_rows(q, listed[0], task, batch, columns=False)
         kept = kept_of(q, task, batch)
         if kept is not None:
             q, *listed = (x.index_select(0, kept) for x in (q, *listed))
@@ -177,7 +177,7 @@ class LogitsMatch(Objective):
             values = function(student_outcomes(rows, ids), p, **self.divergence_kwargs)
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
-    def refuse_for_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
+    def check_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
         """Raise SettingError for a divergence or a temperature that what this teacher lists does not do for."""
         name, theirs = self.name_for(task), teacher.temperature
         if teacher.weights is not None and name not in SAMPLE_DIVERGENCES:
@@ -260,7 +260,7 @@ class LogitsMatch(Objective):
 
 
 def divergence_name(divergence: str | Divergence) -> str:
-    """A divergence's name in `DIVERGENCES`, or `own:` and the name of a function of the user's."""
+    """Return a divergence's name in `DIVERGENCES`, or `own:` and the name of the user's function."""
     if isinstance(divergence, str):
         return divergence
     function = getattr(divergence, "func", divergence)
@@ -268,8 +268,8 @@ def divergence_name(divergence: str | Divergence) -> str:
     return known[0] if known else f"own:{getattr(function, '__name__', type(function).__name__)}"
 
 
-def refuse_other_count(values: Tensor, task: Task, batch: Batch) -> None:
-    """Raise SettingError if a task's own `count` is not the number of rows that it selects and keeps.
+def check_row_count(values: Tensor, task: Task, batch: Batch) -> None:
+    """Raise SettingError if a task's `count` is not the number of rows that it selects and keeps.
 
     The default count follows from `rows` and `keep`, and comparing it would only synchronise.
     """
@@ -282,7 +282,7 @@ def refuse_other_count(values: Tensor, task: Task, batch: Batch) -> None:
         )
 
 
-def refuse_other_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
+def check_same_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
     """Rows are paired by position; with another number of them, row i would be compared with another position."""
     rows = task.rows(batch)
     same = student.shape == teacher.shape if columns else student.shape[0] == teacher.shape[0]
@@ -301,11 +301,11 @@ def kept_of(rows: Tensor, task: Task, batch: Batch) -> Tensor | None:
     keep = task.keep(batch)
     if keep is None:
         return None
-    refuse_other_keep(keep, rows, task)
+    check_keep(keep, rows, task)
     return keep.nonzero().squeeze(-1)
 
 
-def refuse_other_keep(keep: Tensor, rows: Tensor, task: Task) -> None:
+def check_keep(keep: Tensor, rows: Tensor, task: Task) -> None:
     """Raise SettingError where a task's own `keep` is not as long as the rows that it selects."""
     if keep.shape != rows.shape[:1]:
         raise SettingError(

@@ -64,7 +64,7 @@ class SimilarityMatch(LayerObjective):
         self.pooling = self.pools = pooling
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        self._positions.refuse_packed(batch, "SimilarityMatch")
+        self._positions.check_not_packed(batch, "SimilarityMatch")
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:

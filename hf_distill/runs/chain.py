@@ -22,18 +22,22 @@ from hf_distill.compare.machine import parameter_count
 from hf_distill.errors import HfDistillError, SettingError, did_you_mean
 from hf_distill.objectives import Objective
 from hf_distill.presets import Factory, Preset, Stage
-from hf_distill.runs import chain_record as record
-from hf_distill.runs.chain_record import INTERRUPTED, NO_EVALUATION, ChainResult, LinkResult, best_of
+from hf_distill.runs import record
+from hf_distill.runs.results import (
+    FINISHED_BEFORE,
+    INTERRUPTED,
+    NO_EVALUATION,
+    ChainResult,
+    LinkResult,
+    StagesResult,
+    best_of,
+)
 from hf_distill.runs.stage import check_keywords, checked_stages, stage_arguments
-from hf_distill.runs.stage_record import StagesResult, check_what_was_begun, described
 from hf_distill.runs.stages import train_in_stages
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.teachers import Ensemble
 from hf_distill.teachers.load import load_teacher
 from hf_distill.trainer.mixin import DistillationMixin, DistillationTrainer
 from hf_distill.trainer.publishing import copied
-
-TEACHERS = ("previous", "all")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,9 @@ class Link:
         objectives: as a `Stage` takes them.
         stages: a Preset or stages, in place of one training with `objectives`.
         keywords: keywords of the trainer, over those of the run.
-        teacher: "previous": the student before, for the first link the teacher of the run. "all": an `Ensemble` of the
-            teacher of the run and every student before (Son et al. 2021, Densely Guided Knowledge Distillation, section
-            3.2; there each is a term of its own, and some are dropped at random).
 
     Raises:
-        SettingError: a name that is no folder's, objectives beside stages, no such teacher.
+        SettingError: a name that is no folder's, objectives beside stages.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
@@ -67,7 +68,6 @@ class Link:
     objectives: Factory | Sequence[Objective] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
     stages: Preset | Sequence[Stage] = ()
-    teacher: str = "previous"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -79,11 +79,6 @@ class Link:
             )
         if self.stages and self.objectives:
             raise SettingError(f"link {self.name!r}: objectives beside stages. Give each Stage its objectives.")
-        if self.teacher not in TEACHERS:
-            hint = did_you_mean(self.teacher, TEACHERS)
-            raise SettingError(
-                f"link {self.name!r}: teacher={self.teacher!r}: allowed are {', '.join(TEACHERS)}.{hint}"
-            )
 
     def make_stages(self) -> tuple[Stage, ...]:
         """Its trainings, with the link's arguments and keywords under their own."""
@@ -166,7 +161,7 @@ def planned(
     """Raises SettingError: a link that cannot be, or is not the one that was begun."""
     _check_call(args, trainer_class, resume)
     folders = [os.path.join(args.output_dir, f"{number}-{link.name}") for number, link in enumerate(links, 1)]
-    record.check_what_was_begun(str(args.output_dir), folders, resume=resume)
+    record.check_folders(str(args.output_dir), folders, "links", resume=resume)
     plan = []
     for number, (link, folder) in enumerate(zip(links, folders, strict=True), 1):
         with named(link):
@@ -175,8 +170,10 @@ def planned(
             of_stages = stage_arguments(stages, own)
             given = _keywords_of(link, keywords, is_first=number == 1)
             check_keywords(stages, given, trainer_class)
-            what = [described(stage, one) for stage, one in zip(stages, of_stages, strict=True)]
-            check_what_was_begun(what, [str(one.output_dir) for one in of_stages], folder, resume=True)
+            record.check_folders(folder, [str(one.output_dir) for one in of_stages], "stages", resume=True)
+            for stage, one in zip(stages, of_stages, strict=True):
+                settings = record.stage_settings(stage, one)
+                record.check_unchanged(str(one.output_dir), f"stage {stage.name!r}", settings)
             last = str(of_stages[-1].output_dir)
             plan.append(Planned(link, number, number == len(links), stages, own, given, last))
     return plan
@@ -357,12 +354,12 @@ class Chain:
         plan = planned(self.links, args, keywords, trainer_class, resume=resume_from_checkpoint)
         metric, greater = validation_of(args, keywords.get("eval_dataset"), keep=self.keep)
         results: list[LinkResult] = []
-        found = [record.finished(one.folder) for one in plan]
+        found = [_finished_before(one) for one in plan]
         _wait(args)  # all processes have read what was there
         for one, result in zip(plan, found, strict=True):
             with named(one.link):
                 teachers = _Teachers(teacher_model, results)
-                record.check_link(one.folder, teachers.name(one))
+                record.check_unchanged(one.folder, "it", {"teacher": teachers.name})
                 if result is None:
                     result = _train(one, teachers, trainer_class, resume=resume_from_checkpoint)
                 if metric is not None and f"eval_{metric}" not in result.metrics:
@@ -402,21 +399,27 @@ class _Teachers:
     first: Any
     students: list[LinkResult]
 
-    def of(self, one: Planned) -> Any:
-        folders = [student.folder for student in self.students]
-        if not folders:
-            return self.first
-        return Ensemble([self.first, *folders]) if one.link.teacher == "all" else folders[-1]
+    @property
+    def last(self) -> Any:
+        """The teacher of the next link: the student before, in its folder; for the first link that of the run."""
+        return self.students[-1].folder if self.students else self.first
 
-    def name(self, one: Planned) -> str:
+    @property
+    def name(self) -> str:
+        if self.students:
+            return self.students[-1].name
         first = self.first
-        shown = Path(first).name if isinstance(first, (str, os.PathLike)) else type(first).__name__
-        names = [shown, *(student.name for student in self.students)]
-        return " + ".join(names) if one.link.teacher == "all" else names[-1]
+        return Path(first).name if isinstance(first, (str, os.PathLike)) else type(first).__name__
 
     def model(self) -> tuple[Any, str | None]:
         """What a student may be made of, and its kind of head: the student before, or the teacher of the run."""
         return (self.students[-1].folder, self.students[-1].kind) if self.students else (self.first, None)
+
+
+def _finished_before(one: Planned) -> LinkResult | None:
+    """Its folder is where it is found now: it may have been moved."""
+    found = record.read(one.folder, record.FINISHED)
+    return None if found is None else LinkResult(**{**found, "folder": one.folder, "how": FINISHED_BEFORE})
 
 
 def _train(one: Planned, teachers: _Teachers, trainer_class: Any, *, resume: bool) -> LinkResult:
@@ -428,22 +431,23 @@ def _train(one: Planned, teachers: _Teachers, trainer_class: Any, *, resume: boo
             "that holds the adapters alone. Merge them and go on in a chain of their own, or train this student whole."
         )
     parameters = parameter_count(model)
-    record.check_link(one.folder, teachers.name(one), parameters)
+    settings = {"teacher": teachers.name, "parameters": parameters}
+    record.check_unchanged(one.folder, "it", settings)
     _wait(one.args)
     if one.args.process_index == 0:
-        record.begin(one.folder, one.link.name, teachers.name(one), parameters)
+        record.write(one.folder, record.BEGUN, settings)
     trained = train_in_stages(
         one.stages,
         model=model,
-        teacher_model=teachers.of(one),
+        teacher_model=teachers.last,
         args=one.args,
         trainer_class=trainer_class,
         resume_from_checkpoint=resume,
         **one.keywords,
     )
-    result = _measured(one, trained, teachers.name(one), parameters)
+    result = _measured(one, trained, teachers.name, parameters)
     if one.args.process_index == 0:
-        record.finish(result)
+        record.write(one.folder, record.FINISHED, dataclasses.asdict(result))
     _wait(one.args)
     return result
 

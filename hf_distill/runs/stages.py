@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 
 from hf_distill._compat import forget_preparation
 from hf_distill._utils import random_state_kept
@@ -18,9 +19,9 @@ from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
 from hf_distill.errors import HfDistillError, SettingError
 from hf_distill.presets import Preset, Stage
-from hf_distill.runs import stage_record as record
+from hf_distill.runs import record
+from hf_distill.runs.results import FINISHED_BEFORE, StageResult, StagesResult
 from hf_distill.runs.stage import check_keywords, checked_stages, stage_arguments
-from hf_distill.runs.stage_record import FINISHED_BEFORE, StageResult, StagesResult
 from hf_distill.tasks import make_task
 from hf_distill.teachers import as_teacher
 from hf_distill.teachers.load import find_tokenizer, load_teacher
@@ -118,16 +119,18 @@ def _train(
     plan: Sequence[_Planned], model: Any, teacher_model: Any, trainer_class: Any, resume: bool, output_dir: str
 ) -> tuple[list[StageResult], Any]:
     """What became of each stage, and the last one's trainer."""
-    what = [record.described(one.stage, one.args) for one in plan]
-    record.check_what_was_begun(what, [one.folder for one in plan], output_dir, resume=resume)
-    results = [record.finished(one.stage, one.folder) for one in plan]
+    settings = [record.stage_settings(one.stage, one.args) for one in plan]
+    record.check_folders(output_dir, [one.folder for one in plan], "stages", resume=resume)
+    for one, now in zip(plan, settings, strict=True):
+        record.check_unchanged(one.folder, f"stage {one.stage.name!r}", now)
+    results = [_finished_before(one) for one in plan]
     # The last trainer is made even where nothing is left to train: it holds the student, to evaluate or push.
     made = [one for one, result in zip(plan, results, strict=True) if result is None or one is plan[-1]]
     teacher_of = _teachers(teacher_model, model, made)
     _check_distillers(made, model, teacher_of)
     trained: list[StageResult] = []
     trainer: Any = None
-    for one, result, stage_is in zip(plan, results, what, strict=True):
+    for one, result, own in zip(plan, results, settings, strict=True):
         if result is None or one is plan[-1]:
             trainer = trainer_class(
                 model=model,
@@ -136,10 +139,10 @@ def _train(
                 objectives=one.stage.make_objectives(),
                 **one.keywords,
             )
-            _refuse_sharded(trainer, plan)
+            _check_not_sharded(trainer, plan)
         if result is None:
             student_of = trained[-1].folder if trained and trained[-1].how == FINISHED_BEFORE else None
-            result = _run(trainer, one, stage_is, student_of, resume=resume)
+            result = _run(trainer, one, own, student_of, resume=resume)
             _keep(trainer, one, result, final=output_dir if one is plan[-1] else None)
         trained.append(result)
     if trained[-1].how == FINISHED_BEFORE:
@@ -203,7 +206,7 @@ def _check_distillers(stages: Sequence[_Planned], model: Any, teacher_of: Callab
             raise type(error)(f"stage {one.stage.name!r}: {error}") from error
 
 
-def _refuse_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
+def _check_not_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
     kind = trainer.accelerator.distributed_type
     if len(plan) > 1 and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise SettingError(
@@ -212,7 +215,15 @@ def _refuse_sharded(trainer: Any, plan: Sequence[_Planned]) -> None:
         )
 
 
-def _run(trainer: Any, one: _Planned, stage_is: dict[str, Any], student_of: str | None, *, resume: bool) -> StageResult:
+def _finished_before(one: _Planned) -> StageResult | None:
+    found = record.read(one.folder, record.FINISHED)
+    if found is None:
+        return None
+    history = found.pop("log_history")
+    return StageResult(one.stage.name, one.folder, TrainOutput(**found), history, FINISHED_BEFORE)
+
+
+def _run(trainer: Any, one: _Planned, settings: dict[str, Any], student_of: str | None, *, resume: bool) -> StageResult:
     """Train one stage, from where it is. `student_of`: the folder of a student that the model does not hold yet."""
     checkpoint = None
     if resume and not one.args.save_only_model:  # without the optimizer's state, only its start is exact
@@ -221,7 +232,7 @@ def _run(trainer: Any, one: _Planned, stage_is: dict[str, Any], student_of: str 
         _load_student(trainer, student_of)
     trainer.accelerator.wait_for_everyone()  # all have read what was there
     if trainer.args.should_save:
-        record.write(one.folder, record.BEGUN, stage_is)
+        record.write(one.folder, record.BEGUN, settings)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     how = "trained" if checkpoint is None else "resumed"
     return StageResult(one.stage.name, one.folder, output, list(trainer.state.log_history), how)
@@ -248,7 +259,8 @@ def _keep(trainer: Any, one: _Planned, result: StageResult, *, final: str | None
     forget_preparation(trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        record.write(one.folder, record.FINISHED, record.outcome(result))
+        output = result.output
+        record.write(one.folder, record.FINISHED, {**output._asdict(), "log_history": result.log_history})
     trainer.accelerator.wait_for_everyone()
     if final is not None and trainer.args.push_to_hub:
         trainer.push_to_hub()

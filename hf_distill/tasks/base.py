@@ -1,4 +1,4 @@
-"""What a task knows: where the predictions are, which rows count, what is labelled. No losses here.
+"""Task: all that is known of a kind of head. Where predictions are, which rows count, what is labelled; no losses.
 
 Axes: b batch, t time, v columns, n rows; r rows an example, the same number for each, so n = b · r.
 """
@@ -28,17 +28,18 @@ MAIN_INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "i
 
 
 class Task:
-    """One family of heads. A subclass says where its rows are; what follows from that stands here.
+    """One kind of head. A subclass says where its rows are; the rest follows from that.
 
     Attributes:
         kind: the name in `TASKS`.
-        matched_by: what the columns of student and teacher are paired by: label names, vocabulary,
-            positions in the input, or the mere width.
-        on_values: rows are values (regression, embeddings) rather than logits.
-        needs_same_inputs: rows are positions of the input, so both models must read the same one.
+        matched_by: how the columns of student and teacher are aligned: by label names, vocabulary, positions in the
+            input, or width alone.
+        on_values: whether rows are values (regression, embeddings) rather than logits.
+        needs_same_inputs: whether rows are positions of the input, so that both models must read the same one.
         label_names: the columns that hold the labels.
-        sums_over_examples: the head's own loss is a sum over examples, not a mean (CTC "sum").
-        over_vocabulary: rows are predicted tokens, made by an output head from hidden states of the same positions,
+        sums_over_examples: whether the head's own loss is a sum over examples, not a mean (CTC "sum").
+        over_vocabulary: whether rows are predicted tokens, computed by an output head from hidden states of the same
+            positions,
             and the head's own loss is the cross-entropy of `targets`.
         axis: what the rows of an example run along; None if that is not known, and then nothing can be cached.
         has_classes: whether a row is a distribution over few classes.
@@ -51,8 +52,8 @@ class Task:
         auto_classes: the Auto classes of transformers that load such a head.
         padding_collator: the collator that pads the labels too, for messages.
         shifts_labels: whether the head predicts the next position's label.
-        inferred: the library made it, from the student's class or by name; then a teacher's class must be of its kind.
-            An object of the user's says itself where predictions are, in whatever class of model.
+        inferred: whether the library made it, from the student's class or by name; then a teacher's class must be of
+            its kind. A Task of the user's own may read any class of model.
     """
 
     kind: ClassVar[str]
@@ -78,7 +79,7 @@ class Task:
 
     @classmethod
     def from_model(cls, model: Any) -> Task:
-        """The task of this student, with what must be known of it."""
+        """Return the task of this student."""
         return cls()
 
     def __str__(self) -> str:
@@ -113,49 +114,49 @@ class Task:
         """Return what `raw_output` would return, from what `read` returned."""
         return predictions
 
-    # What a subclass says of its rows.
+    # The rows, which a subclass describes.
 
     def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
-        """The predictions in a model's output, leading axes first, with the shared columns last."""
+        """Return the predictions in a model's output, leading axes first, the compared columns last."""
         return pick(output_named("logits", outputs), columns, teacher=teacher)
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
-        """`[b t *]` → `[n *]`: the rows that are predictions. Touches leading axes only."""
+        """Return the rows that are predictions, `[b t *]` → `[n *]`. Only leading axes may change."""
         return x
 
     def keep(self, batch: Batch) -> Tensor | None:
-        """`[n]` bool: which rows count, from the batch alone; None: all of them."""
+        """Return which rows count, `[n]` bool, from the batch alone; None means all."""
         return None
 
     def rows(self, batch: Batch) -> int:
-        """n, from the batch alone."""
+        """Return n, the number of rows, from the batch alone."""
         return batch_size(batch)
 
     def rows_are_distributions(self, batch: Batch) -> bool:
-        """Whether a softmax over its columns makes a distribution of each row, as the model's output has it."""
+        """Return whether a softmax over the columns of a model's output gives a distribution for each row."""
         return not self.on_values
 
     def label_count(self, batch: Batch) -> Tensor:
-        """Scalar: over how many labels the head's own loss is a mean."""
+        """Return the number of labels that the head's own loss is a mean over, a scalar."""
         return (batch["labels"] != IGNORED).sum()
 
     def targets(self, batch: Batch) -> Tensor | None:
-        """`[n]` the label of each row, -100 where unknown; None: no such thing here."""
+        """Return the label of each row `[n]`, -100 if unknown; None if rows have no labels."""
         return None
 
     def learn_from(self, teacher_config: Any) -> None:
-        """What a teacher's config tells of the task that the student's does not."""
+        """Take what the teacher's config says of the task and the student's does not."""
         if self.matched_by == "labels" and getattr(teacher_config, "id2label", None):
             names = label_ids(teacher_config)
             self._label_names = None if has_default_names(names) else names
 
     def learn_names(self, names: Sequence[str] | None) -> None:
-        """What the dataset calls the labels, in the order of the head's classes; a teacher's names come first."""
+        """Take the dataset's names of the labels, in the order of the classes; a teacher's names take precedence."""
         if names is not None and self._label_names is None:
             self._label_names = {name: number for number, name in enumerate(names)}
 
     def write_to(self, config: Any, batch: Batch) -> None:
-        """Write into the student's config what it is trained as, where the config does not say it yet.
+        """Write into the student's config what it is trained as, if the config does not say it yet.
 
         Args:
             config: the student's.
@@ -165,22 +166,26 @@ class Task:
             name_labels(config, self._label_names or {})
 
     def check_labels(self, batch: Batch) -> None:
-        """Raise `DataError` for labels that this head cannot take (called once an optimizer step)."""
+        """Check the labels of a batch, once an optimizer step.
+
+        Raises:
+            DataError: if this head cannot take them.
+        """
 
     def has_probabilities(self, batch: Batch) -> bool:
-        """Whether the labels are a probability for each class, which no head of transformers has a loss for."""
+        """Return whether the labels are a probability for each class, for which no head of transformers has a loss."""
         return False
 
     def label_fault(self, batch: Batch) -> str | None:
-        """Why the head's own loss of these labels cannot be finite; None if the labels are not the cause."""
+        """Return why the head's own loss of these labels cannot be finite; None if the labels are not the cause."""
         return None
 
     def counted(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar counts of labelled examples, to be logged as their sum since the last log."""
+        """Return scalar counts of labelled examples by name; their sums since the last log are logged."""
         return {}
 
     def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> tuple[Tensor, ...] | None:
-        """The outputs of a student that predicts `x`, as `read` reads it; None if they cannot be told from it.
+        """Return the outputs of a student that predicts `x`; None if they cannot be derived from it.
 
         Args:
             x: predictions over the shared columns.
@@ -189,17 +194,17 @@ class Task:
         return (columns.as_student(x, width),)
 
     def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
-        """The batch with what both models must be given alike (decoder inputs)."""
+        """Return the batch with the inputs that both models must share (decoder inputs)."""
         return batch
 
     def can_compare(self, batch: Batch) -> bool:
-        """Whether a batch without labels shows where the rows are (it need not, for a decoder)."""
+        """Return whether a batch without labels shows where the rows are (for a decoder it may not)."""
         return True
 
-    # What follows.
+    # What follows from these.
 
     def count(self, batch: Batch) -> Tensor:
-        """Scalar: how many rows count."""
+        """Return the number of rows that count, a scalar."""
         keep = self.keep(batch)
         if keep is None:
             return torch.tensor(self.rows(batch), device=first_tensor(batch).device)
@@ -209,7 +214,11 @@ class Task:
         return all(batch.get(name) is not None for name in self.label_names)
 
     def require_labels(self, columns: Any) -> None:
-        """Raise `DataError` where these columns hold no labels."""
+        """Check that these columns hold labels.
+
+        Raises:
+            DataError: if they do not.
+        """
         if self.has_labels(columns):
             return
         raise DataError(
@@ -221,13 +230,13 @@ class Task:
         return {name: value for name, value in batch.items() if name not in self.label_names}
 
     def kept_rows(self, batch: Batch) -> Tensor | None:
-        """Indices `[m]` into the n rows of those that count; None: all of them."""
+        """Return the indices `[m]` of the rows that count; None means all."""
         keep = self.keep(batch)
         return None if keep is None else keep.nonzero().squeeze(-1)
 
 
 class PositionTask(Task):
-    """A row a position `[b t v]`; a subclass says by `keep` which positions count."""
+    """One row for each position `[b t v]`; `keep` of a subclass says which positions count."""
 
     def select(self, x: Tensor, batch: Batch) -> Tensor:
         return x.flatten(0, 1)
@@ -239,9 +248,9 @@ class PositionTask(Task):
 
 
 def name_labels(config: Any, names: Mapping[str, int]) -> None:
-    """Give the classes of a config names, where they have none: these, or those of its other table.
+    """Give the classes of a config names if they have none: these, or those of its other table.
 
-    LABEL_0, LABEL_1, … in another order are no names: the columns of such a teacher were paired by them.
+    LABEL_0, LABEL_1, … in another order count as names, because heads were aligned by them.
 
     >>> from transformers import BertConfig
     >>> config = BertConfig(num_labels=2)
@@ -261,7 +270,7 @@ def name_labels(config: Any, names: Mapping[str, int]) -> None:
 
 
 def labels_of_rows(batch: Batch) -> Tensor | None:
-    """`[n]` the labels, where each row has one; None without labels."""
+    """Return the labels `[n]` of a task with one label a row; None without labels."""
     return None if batch.get("labels") is None else batch["labels"].flatten()
 
 
@@ -273,7 +282,7 @@ def pick(x: Tensor, columns: HeadAlignment, *, teacher: bool) -> Tensor:
 
 
 def require_axes(x: Tensor, axes: tuple[str, ...], *, what: str, teacher: bool, hint: str = "") -> None:
-    """Raise SettingError where a model's output has other axes than the task reads.
+    """Check that a model's output has the axes that the task reads.
 
     Args:
         x: the output.
@@ -291,7 +300,7 @@ def require_axes(x: Tensor, axes: tuple[str, ...], *, what: str, teacher: bool, 
 
 
 def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, columns: bool = True) -> Tensor:
-    """The rows that a task selects from predictions: `[n v]`, or `[n]` of numbers that have no columns.
+    """Return the rows that a task selects from predictions: `[n v]`, or `[n]` for numbers without columns.
 
     Args:
         predictions: what `task.read` returned, or numbers with the same leading axes.
@@ -301,8 +310,7 @@ def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, column
         columns: whether a row has columns.
 
     Raises:
-        SettingError: the selected rows have other axes. The last axis would be taken for the columns, and each row's
-            divergence would be an array.
+        SettingError: if the selected rows have other axes: the last one would be taken for the columns.
     """
     rows = task.select(predictions, batch)
     if rows.dim() == 1 + columns:
@@ -320,14 +328,14 @@ def rows_of(predictions: Tensor, task: Task, batch: Batch, *, whose: str, column
 
 
 class MissingOutputError(DataError):
-    """A model's output does not hold what a task reads. Whoever knows the model names it: see `reading_outputs_of`."""
+    """A model's output lacks what a task reads. `reading_outputs_of` adds the model's class to the message."""
 
 
 def output_named(name: str, outputs: Any) -> Tensor:
-    """A model's output by name.
+    """Return a model's output by name.
 
     Raises:
-        MissingOutputError: it is not there; the message says which of the possible causes it is.
+        MissingOutputError: if it is not there; the message names the likely cause.
     """
     found = outputs.get(name) if isinstance(outputs, Mapping) else None
     if found is not None:
@@ -350,10 +358,10 @@ def output_named(name: str, outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def reading_outputs_of(model: Any, whose: str) -> Iterator[None]:
-    """Around a task's `read`: an output that is missing is reported with the model's class.
+    """Report an output that a task's `read` does not find together with the model's class.
 
     Raises:
-        DataError: the output does not hold what the task reads.
+        DataError: if the output lacks what the task reads.
     """
     try:
         yield
@@ -362,7 +370,7 @@ def reading_outputs_of(model: Any, whose: str) -> Iterator[None]:
 
 
 def first_tensor(batch: Batch) -> Tensor:
-    """A tensor with an entry an example: the main input where its name is known, else any."""
+    """Return a tensor with one entry an example: the main input if its name is known, else any."""
     for name in (*MAIN_INPUTS, *batch):
         value = batch.get(name)
         if isinstance(value, Tensor) and value.dim() > 0 and not name.startswith(TEACHER_PREFIX):
@@ -371,12 +379,13 @@ def first_tensor(batch: Batch) -> Tensor:
 
 
 def own_copies(inputs: Batch, labels: Sequence[str] = ()) -> dict[str, Any]:
-    """The inputs of one model, which may write into them, so that what it writes reaches nobody else.
+    """Return the inputs of one model, with copies of whatever it may write into.
 
-    Copied are features (Whisper's SpecAugment writes into them) and labels (some heads for question answering do).
-    Token ids are passed on as they are, and so are masks.
+    Features are copied (Whisper's SpecAugment writes into them) and labels (some heads for question answering do).
+    Token ids and masks are not.
 
     Args:
+        inputs: of the model.
         labels: the names of the labels.
     """
 

@@ -151,11 +151,11 @@ class Classification(Task):
 
     def check_labels(self, batch: Batch) -> None:
         if self.is_multi_label(batch):
-            refuse_ignored(batch["labels"], "several labels at once")
+            check_no_ignored(batch["labels"], "several labels at once")
         elif self.has_probabilities(batch):
-            self._refuse_no_probabilities(batch["labels"])
+            self._check_probabilities(batch["labels"])
 
-    def _refuse_no_probabilities(self, labels: Tensor) -> None:
+    def _check_probabilities(self, labels: Tensor) -> None:
         labelled = labels[labels[:, 0] != IGNORED]
         if bool(((labelled.sum(1) - 1).abs() > 1e-3).any()):
             raise TeacherError(
@@ -208,7 +208,7 @@ class TokenClassification(PositionTask):
         return labels_of_rows(batch)
 
 
-def refuse_ignored(labels: Tensor, head: str) -> None:
+def check_no_ignored(labels: Tensor, head: str) -> None:
     """-100 means nothing to a head whose loss is not a cross-entropy: it would be learnt as a value."""
     unlabelled = (labels == IGNORED).flatten(1).any(-1) if labels.dim() > 1 else labels == IGNORED
     if bool(unlabelled.any()):

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
-from hf_distill.tasks.classification import refuse_ignored
+from hf_distill.tasks.classification import check_no_ignored
 from hf_distill.vocabulary import HeadAlignment
 
 POOLING = ("mean", "first", "last")
@@ -37,7 +37,7 @@ class Regression(Task):
         return torch.tensor(batch["labels"].shape[0], device=batch["labels"].device)
 
     def check_labels(self, batch: Batch) -> None:
-        refuse_ignored(batch["labels"], "regression")
+        check_no_ignored(batch["labels"], "regression")
 
     def write_to(self, config: Any, batch: Batch) -> None:
         """Names, and that it predicts values: without that a pipeline takes a sigmoid of a single one."""

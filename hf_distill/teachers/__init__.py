@@ -1,7 +1,16 @@
 """Who speaks: anything that turns a batch into signals without gradient."""
 
 from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
-from hf_distill.teachers.cache import CachedTeacher, Dense, Hybrid, Sampled, TeacherCache, TopK
+from hf_distill.teachers.cache import (
+    BuildOptions,
+    CachedTeacher,
+    Dense,
+    Hybrid,
+    KeepActivations,
+    Sampled,
+    TeacherCache,
+    TopK,
+)
 from hf_distill.teachers.ensemble import Ensemble
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.make import as_teacher
@@ -21,10 +30,12 @@ from hf_distill.teachers.temporal import TemporalEnsemble
 
 __all__ = [
     "BaseModelTeacher",
+    "BuildOptions",
     "CachedTeacher",
     "Dense",
     "Ensemble",
     "Hybrid",
+    "KeepActivations",
     "ModelTeacher",
     "MovingAverage",
     "Peer",

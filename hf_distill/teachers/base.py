@@ -83,6 +83,7 @@ class Teacher(ABC):
         capture: reads hidden states and attentions of the teacher, or None if it can show none.
         is_sparse: whether it gives the most likely columns of each row only.
         reads_labels: whether its predictions depend on the labels.
+        recorded: for a cached teacher, what the cache records about the teacher it was built from; else None.
         paper: where the method comes from, for the model card.
 
     >>> import torch
@@ -102,6 +103,7 @@ class Teacher(ABC):
     capture: ActivationCapture | None = None
     is_sparse: bool = False
     reads_labels: bool = False
+    recorded: Mapping[str, Any] | None = None
     paper: ClassVar[str | None] = None
 
     @abstractmethod

@@ -72,7 +72,7 @@ def load_teacher(
             transformers would fill at random teaches noise.
     """
     path = os.fspath(path)
-    _refuse_missing(path)
+    _check_exists(path)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise TeacherError(
             f"teacher_model={path!r} holds a PEFT adapter, and what head its base is to get is not known here. Load "
@@ -108,7 +108,7 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
         TeacherError: there is no such folder, or its config cannot be read.
     """
     path = os.fspath(path)
-    _refuse_missing(path)
+    _check_exists(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -117,7 +117,7 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
     return next((kind for kind in (kind_of_class(name, config) for name in named) if kind is not None), None)
 
 
-def _refuse_missing(path: str) -> None:
+def _check_exists(path: str) -> None:
     if not os.path.isdir(path) and _looks_local(path):
         raise TeacherError(
             f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "

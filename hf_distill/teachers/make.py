@@ -12,7 +12,7 @@ from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.cache import CachedTeacher, TeacherCache, is_cache
 from hf_distill.teachers.load import as_dtype, find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher
-from hf_distill.teachers.quantised import quantised_teacher, refuse_quantization
+from hf_distill.teachers.quantised import check_quantization, quantised_teacher
 from hf_distill.vocabulary import LabelMatching
 
 
@@ -45,7 +45,7 @@ def as_teacher(
             "its teachers. Pass the one of this teacher."
         )
     from_path = isinstance(teacher_model, (str, os.PathLike)) and not is_cache(teacher_model)
-    refuse_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
+    check_quantization(teacher_model, from_path=from_path, quantization=quantization, device_map=device_map)
     if quantization is not None:
         return quantised_teacher(
             teacher_model,

@@ -38,7 +38,7 @@ _WARNED_OF: WeakSet[Any] = WeakSet()  # teachers whose tokenizer is not known
 Tokenizers = tuple[Any, Any]  # the student's and the teacher's, None where not known
 
 
-def refuse_shared_weights(student: nn.Module, teacher: nn.Module) -> None:
+def check_separate_weights(student: nn.Module, teacher: nn.Module) -> None:
     if student is teacher:
         raise TeacherError(
             "student and teacher are the same object, so there is nothing to learn and freezing the one freezes the "
@@ -60,7 +60,7 @@ def _of_one_base(student: nn.Module) -> str:
     return "The student has adapters: for its own base as teacher pass teacher_model=BaseModelTeacher(). "
 
 
-def refuse_other_head(teacher: nn.Module, task: Task) -> None:
+def check_same_head(teacher: nn.Module, task: Task) -> None:
     """Raise TeacherError for a class of another kind of head; a Task of the user's may read any class."""
     kind = _kind_or_none(teacher)  # None: not a class of transformers; its outputs will tell
     if task.inferred and kind is not None and TASKS[kind] is not type(task):
@@ -290,9 +290,9 @@ class ModelTeacher(Teacher):
             TeacherError: the same object, shared weights, another kind of head, labels or vocabulary that do not match.
         """
         student, teacher, task = unwrapped(setup.student), unwrapped(self.model), setup.task
-        refuse_shared_weights(student, teacher)
+        check_separate_weights(student, teacher)
         if setup.compares_predictions:
-            refuse_other_head(teacher, task)
+            check_same_head(teacher, task)
         ours, theirs = tokenizer_in(setup.processing_class), self.tokenizer
         if theirs is None and reads_ids_of(student, teacher):
             theirs = ours

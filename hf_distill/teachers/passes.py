@@ -1,125 +1,316 @@
-"""A pass over a dataset that writes shard after shard: killed at any moment, the same call goes on to the same bytes.
+"""One pass of a teacher over a dataset, shard by shard: plan, run, finalize. It can be killed at any moment.
 
-The teacher cache and completions are made so. Files are bare Arrow and JSON, written beside and renamed: nothing is
-unpickled, and a file that has its name is whole.
+The cache of a teacher and the completions of a teacher are made by such passes.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, ClassVar
 
-import datasets
 import pyarrow as pa
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_distill.errors import DataError
+from hf_distill.teachers import shards
+from hf_distill.teachers.shards import Json
 
-CARD = "README.md"
-STATE, INFO = "state.json", "dataset_info.json"  # what datasets.load_from_disk reads
-PARTIAL = ".partial"
-RECEIPTS = "shard-*.json"
-_DIFFERENCES = 4  # that a message lists
-
-_open: Any = open  # tests put a quota here
+Advance = Callable[[int, int], None]
+_SHOWN = 4  # differing settings that a message lists
 
 
-class DiskFull(OSError):
-    """No space is left for a file, which therefore was not written."""
+class PassProgress:
+    """A progress bar that counts the finished examples of this process, and the speed.
 
-
-def shard_name(number: int) -> str:
-    """Return the name of a shard's file."""
-    return f"shard-{number:05d}.arrow"
-
-
-def receipt_name(number: int) -> str:
-    """Return the name of the file beside a shard that says that it is whole, until all shards are."""
-    return f"shard-{number:05d}.json"
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when all of it is on the disk; until then there is none of that name.
-
-    Raises:
-        DiskFull: if no space is left.
+    Args:
+        total: examples of this process.
+        finished: how many of them an earlier run finished.
+        unit: what the speed counts, in the plural.
+        shown: whether to show a bar, on stderr.
+        process: this process and the number of processes.
     """
-    beside = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
-    try:
-        with _open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        if beside.exists():  # it failed
-            beside.unlink()
+
+    def __init__(self, *, total: int, finished: int, unit: str, shown: bool, process: tuple[int, int] = (0, 1)) -> None:
+        part = "" if process[1] == 1 else f" of process {process[0] + 1} of {process[1]}"
+        self._progress = Progress(
+            TextColumn(f"examples{part}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._progress.add_task("", total=total, completed=finished, speed="")
+        self._units = 0
+        self._unit = unit
+
+    def __enter__(self) -> PassProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def advance(self, examples: int, units: int) -> None:
+        """Count a finished batch.
+
+        Args:
+            examples: how many examples it has.
+            units: what the speed counts, such as tokens.
+        """
+        self._units += units
+        elapsed = self._progress.tasks[0].elapsed or 0.0
+        speed = f"{self._units / elapsed:,.0f} {self._unit}/s" if elapsed > 0 else ""
+        self._progress.update(self._task, advance=examples, speed=speed)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    with written_beside(path) as file:
-        file.write(text.encode() + b"\n")
+class ShardedPass(ABC):
+    """Fills a folder with shards. The bytes depend neither on interruptions nor on the number of processes.
 
+    A shard is `plan["shard_examples"]` consecutive examples. A finished shard has a receipt beside it until the whole
+    pass is finished; then a manifest takes the place of plan and receipts.
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    Args:
+        folder: the folder to fill.
+        state: tells this process from the others.
+        progress: whether the main process shows a progress bar.
 
-    Raises:
-        DataError: if it is not there, or is no JSON object.
+    Attributes:
+        noun: what the folder of a finished pass holds, for messages.
+        unfinished: what that of an unfinished pass holds.
+        manifest_name: the file that marks the pass as finished.
+        plan_name: the file that marks it as begun.
+        kept: says how much is on the disk, with `{kept}` and `{total}`.
+        other_examples: what to do if a finished folder was made from other examples.
+        unit: what the speed counts.
+        agreed: the plan that all processes follow.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(content, dict):
-        raise damaged(path, "it holds no JSON object")
-    return content
+
+    noun: ClassVar[str]
+    unfinished: ClassVar[str]
+    manifest_name: ClassVar[str]
+    plan_name: ClassVar[str]
+    kept: ClassVar[str] = "{kept:,} of {total:,} examples are kept"
+    other_examples: ClassVar[str] = "Choose another folder, or delete this one."
+    unit: str = "examples"
+
+    def __init__(self, folder: Path, state: PartialState | Accelerator, *, progress: bool = True) -> None:
+        self.folder = folder
+        self.state = state
+        self.progress = progress
+        self.agreed: Json = {}
+        self._finished: set[int] = set()  # the shards of this process that an earlier run finished
+
+    # The work of a subclass.
+
+    @abstractmethod
+    def plan(self) -> Json:
+        """Return everything that the result follows from, as plain data; compared when a pass is resumed."""
+
+    def complete_plan(self, plan: Json) -> Json:
+        """Return the plan with "examples", "shard_examples" and "shard_count", when a pass begins."""
+        return plan
+
+    def check_dataset(self, finished: bool) -> None:  # noqa: B027  # nothing to check by default
+        """Check the examples of this process before anything is written.
+
+        Args:
+            finished: whether an earlier run finished the whole pass.
+        """
+
+    @abstractmethod
+    def has_same_examples(self, shard: int, receipt: Json) -> bool:
+        """Return whether the dataset still has the examples that a finished shard was made from."""
+
+    @abstractmethod
+    def write_shards(self, numbers: list[int], advance: Advance) -> None:
+        """Make these shards and call `write_shard` for each.
+
+        Args:
+            numbers: the shards that are not finished.
+            advance: to be called after each batch, with its examples and units.
+        """
+
+    @abstractmethod
+    def finalize(self, receipts: list[Json]) -> Json:
+        """Write the remaining files and return the manifest."""
+
+    # The pass.
+
+    def run(self) -> bool:
+        """Make what is missing. Returns whether anything was.
+
+        Raises:
+            DataError: if the folder holds something else, the dataset has changed, or the disk is full.
+        """
+        plan: Json = json.loads(json.dumps(self.plan()))  # as it is read from a file
+        found = self._find(plan)
+        finished = found is not None and "shards" in found
+        self.agreed = found or self.complete_plan(plan)
+        self.check_dataset(finished)
+        self._check_finished_shards(finished)
+        self.state.wait_for_everyone()  # until every process has looked, none writes
+        if finished:
+            if self.state.is_main_process:
+                self._tidy()  # an earlier run may have been killed right before
+        else:
+            self._run_unfinished()
+        self.state.wait_for_everyone()
+        return not finished
+
+    def _run_unfinished(self) -> None:
+        try:
+            if self.state.is_main_process:
+                self._begin()
+            self.state.wait_for_everyone()
+            self.agreed = shards.read_json(
+                self.folder / self.plan_name
+            )  # the main process's, as a resumed pass reads it
+            self._run_shards()
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                receipts = [
+                    shards.read_json(self.folder / shards.receipt_name(shard))
+                    for shard in range(self.agreed["shard_count"])
+                ]
+                manifest = self.finalize(receipts)
+                shards.write_json(self.folder / self.manifest_name, manifest)
+                self._tidy()
+        except shards.DiskFull as error:
+            free = readable_bytes(free_bytes(self.folder))
+            raise DataError(
+                f"the disk is full ({error.strerror}; {free} free at {self.folder}). {self._kept()}. Free space and "
+                "make the same call again: it continues from there."
+            ) from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self._kept()}; the same call continues from there.") from None
+
+    def _run_shards(self) -> None:
+        mine = self._mine()
+        todo = [shard for shard in mine if shard not in self._finished]
+        total = sum(len(self.indices(shard)) for shard in mine)
+        missing = sum(len(self.indices(shard)) for shard in todo)
+        shown = self.progress and self.state.is_main_process and bool(todo)
+        process = (self.state.process_index, self.state.num_processes)
+        with PassProgress(total=total, finished=total - missing, unit=self.unit, shown=shown, process=process) as bar:
+            self.write_shards(todo, bar.advance)
+
+    def indices(self, shard: int) -> range:
+        """Return the examples of a shard."""
+        size = self.agreed["shard_examples"]
+        return range(shard * size, min((shard + 1) * size, self.agreed["examples"]))
+
+    def _mine(self) -> range:
+        return range(self.state.process_index, self.agreed["shard_count"], self.state.num_processes)
+
+    def my_indices(self) -> list[range]:
+        """Return the examples of each shard of this process."""
+        return [self.indices(shard) for shard in self._mine()]
+
+    def write_shard(self, shard: int, columns: Mapping[str, pa.Array], **facts: Any) -> None:
+        """Write a shard and its receipt.
+
+        Args:
+            shard: its number.
+            columns: name → Arrow column.
+            **facts: what the receipt records beside the file.
+        """
+        path = self.folder / shards.shard_name(shard)
+        shards.write_arrow(path, columns)
+        receipt = {**shards.file_entry(path), "examples": len(self.indices(shard)), **facts}
+        shards.write_json(self.folder / shards.receipt_name(shard), receipt)
+
+    # The folder.
+
+    def _find(self, plan: Json) -> Json | None:
+        """Return the manifest of a finished pass, the plan of an unfinished pass, or None if the folder is new."""
+        for name, what in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
+            if (self.folder / name).is_file():
+                found = shards.read_json(self.folder / name)
+                self._check_same_plan(found, plan, what)
+                return found
+        if self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir()))):
+            raise DataError(f"{self.folder} holds other files than {self.noun}. Give a new or an empty folder.")
+        return None
+
+    def _check_same_plan(self, found: Json, plan: Json, what: str) -> None:
+        differing = differences({name: found.get(name) for name in plan}, plan)
+        if "shards" in found:  # then the versions of the libraries that made it do not matter
+            differing = [line for line in differing if not line.startswith("versions")]
+        if differing:
+            raise DataError(
+                f"{self.folder} holds {what} of something else: {'; '.join(differing[:_SHOWN])}"
+                f"{'; and more' if len(differing) > _SHOWN else ''}. Choose another folder, delete this one, or repeat "
+                "the call that it was begun with."
+            )
+
+    def _check_finished_shards(self, finished: bool) -> None:
+        """Check that the finished shards are whole and the dataset has not changed; all processes raise together."""
+        entries = self.agreed.get("shards", [])
+        if finished:  # every process checks every file, so that all raise together
+            for name in (shards.INFO, shards.STATE):
+                shards.read_json(self.folder / name)
+            shards.check_files(self.folder, entries)
+        changed = []
+        for shard in self._mine():
+            receipt = entries[shard] if finished else shards.finished_receipt(self.folder, shard)
+            if receipt is None:
+                continue
+            self._finished.add(shard)
+            if not self.has_same_examples(shard, receipt):
+                changed.append(shard)
+                break
+        if self.state.num_processes > 1:
+            changed = gather_object(changed)
+        if changed:
+            indices = self.indices(min(changed))
+            begun = "Give the dataset that it was begun with, or choose another folder."
+            advice = self.other_examples if finished else begun
+            raise DataError(
+                f"examples {indices[0]} to {indices[-1]} of the dataset are not those that {self.folder} holds, or are "
+                f"in another order. {advice}"
+            )
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob(f"*{shards.PARTIAL}-*"):  # left by a run that was killed
+            partial.unlink()
+        if not (self.folder / self.plan_name).is_file():
+            shards.write_json(self.folder / self.plan_name, self.agreed)
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished pass needs."""
+        patterns = (shards.RECEIPTS, f"*{shards.PARTIAL}-*", self.plan_name)
+        for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+            path.unlink()
+
+    def _kept(self) -> str:
+        kept = kept_examples(self.folder)
+        return f"{self.kept.format(kept=kept, total=self.agreed['examples'])} in {self.folder}"
 
 
-def write_arrow(path: Path, columns: Mapping[str, pa.Array]) -> None:
-    """Write one record batch as an Arrow stream, uncompressed: the same columns, the same bytes."""
-    batch = pa.record_batch(list(columns.values()), names=list(columns))
-    with written_beside(path) as file, pa.ipc.new_stream(file, batch.schema) as out:
-        out.write_batch(batch)
+def kept_examples(folder: Path) -> int:
+    """Return how many examples an unfinished pass has on the disk."""
+    count = 0
+    for path in folder.glob(shards.RECEIPTS):
+        try:
+            count += shards.read_json(path)["examples"]
+        except DataError:  # the shard will be made again
+            continue
+    return count
 
 
-def read_arrow(path: Path) -> pa.RecordBatch:
-    """Return the record batch of a file, mapped into memory: nothing is read until it is looked at.
-
-    Raises:
-        DataError: if it is not there, is cut off, or is no such file.
-    """
-    try:
-        with pa.ipc.open_stream(pa.memory_map(str(path), "r")) as stream:
-            return stream.read_next_batch()
-    except (OSError, pa.ArrowInvalid, StopIteration) as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, reason: Any) -> DataError:
-    """Return the error for a file that cannot be read."""
-    return DataError(
-        f"{path} cannot be read ({reason}). Delete {path.parent} and make it again, or copy the folder again."
-    )
-
-
-def checksum(path: Path) -> str:
-    """Return the blake2b digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _is_foreign(path: Path) -> bool:
+    return shards.PARTIAL not in path.name and not path.name.startswith(".")
 
 
 def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
@@ -129,237 +320,29 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
     ['b.c: 2 there, 3 now']
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names: Iterable[str] = sorted({*before, *now})
         return [
             line
-            for name in sorted({*before, *now})
+            for name in names
             for line in differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
         ]
     return [] if before == now else [f"{prefix}: {before} there, {now} now"]
 
 
-class ShardFolder:
-    """The folder that a pass fills: shards, a receipt for each until all are whole, a plan before and a manifest after.
+def free_bytes(folder: Path) -> int:
+    """Return the free space on the disk of a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
-    Args:
-        path: of the folder.
-        finished: what it holds in the end, for messages: "a cache".
-        unfinished: what it holds until then: "an unfinished cache".
-        manifest: the name of the file that says that everything is whole.
-        plan: the name of the file that says what was begun.
+
+def readable_bytes(count: float) -> str:
     """
-
-    def __init__(self, path: Path, *, finished: str, unfinished: str, manifest: str, plan: str) -> None:
-        self.path = path
-        self._finished, self._unfinished = finished, unfinished
-        self._manifest, self._plan = path / manifest, path / plan
-
-    def manifest(self) -> dict[str, Any] | None:
-        """Return the manifest, or None if the folder is not finished."""
-        return read_json(self._manifest) if self._manifest.is_file() else None
-
-    def plan(self) -> dict[str, Any] | None:
-        """Return the plan of an unfinished pass, or None if there is none."""
-        return read_json(self._plan) if self._plan.is_file() else None
-
-    def check_foreign(self) -> None:
-        """Check that a folder without manifest and plan is free.
-
-        Raises:
-            DataError: if it holds anything else.
-        """
-        if self._manifest.is_file() or self._plan.is_file() or not self.path.exists():
-            return
-        if not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir())):
-            what = self._finished.removeprefix("a ")
-            raise DataError(f"{self.path} holds something that is no {what}. Give a new or an empty folder.")
-
-    def check_same(
-        self, there: Mapping[str, Any], now: Mapping[str, Any], *, finished: bool, ignored: tuple[str, ...] = ()
-    ) -> None:
-        """Check that the folder was begun with what is asked for now.
-
-        Args:
-            there: plan or manifest of the folder.
-            now: what is asked for.
-            finished: whether `there` is the manifest.
-            ignored: beginnings of differences that do not matter.
-
-        Raises:
-            DataError: if it was begun with something else.
-        """
-        found = differences({name: there.get(name) for name in now}, now)
-        found = [line for line in found if not line.startswith(ignored)] if ignored else list(found)
-        if found:
-            raise DataError(
-                f"{self.path} holds {self._finished if finished else self._unfinished} of something else: "
-                f"{'; '.join(found[:_DIFFERENCES])}{'; and more' if len(found) > _DIFFERENCES else ''}. Choose another "
-                "folder, delete this one, or call it with what it was begun with."
-            )
-
-    def begin(self, plan: Mapping[str, Any]) -> None:
-        """Make the folder, remove what a killed pass left half-written, and write the plan if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for beside in self.path.glob(f"*{PARTIAL}-*"):
-            beside.unlink()
-        if not self._plan.is_file():
-            write_json(self._plan, plan)
-
-    def write_shard(self, number: int, columns: Mapping[str, pa.Array], **facts: Any) -> None:
-        """Write a shard, and its receipt with these facts.
-
-        Raises:
-            DiskFull: if no space is left; the shards so far stay.
-        """
-        path = self.path / shard_name(number)
-        write_arrow(path, columns)
-        size = {"bytes": path.stat().st_size, "blake2b": checksum(path)}
-        write_json(self.path / receipt_name(number), {"file": path.name, **facts, **size})
-
-    def receipt(self, number: int) -> dict[str, Any] | None:
-        """Return the receipt of a shard that is whole, else None."""
-        path = self.path / receipt_name(number)
-        if not path.is_file():
-            return None
-        try:
-            found = read_json(path)
-        except DataError:  # the shard is written again, to the same bytes
-            return None
-        return found if self.is_whole(found) else None
-
-    def is_whole(self, receipt: Mapping[str, Any]) -> bool:
-        """Return whether a shard is what its receipt says."""
-        return self._fault(receipt) is None
-
-    def check_whole(self, receipt: Mapping[str, Any]) -> None:
-        """Check that a shard is what its receipt says.
-
-        Raises:
-            DataError: if it is missing, cut off or changed.
-        """
-        fault = self._fault(receipt)
-        if fault is not None:
-            raise damaged(self.path / receipt["file"], fault)
-
-    def _fault(self, receipt: Mapping[str, Any]) -> str | None:
-        path = self.path / receipt["file"]
-        if not path.is_file():
-            return "it is not there"
-        whole = path.stat().st_size == receipt["bytes"] and checksum(path) == receipt["blake2b"]
-        return None if whole else "it is cut off, or not what was written there"
-
-    def written(self, fact: str) -> int:
-        """Return the sum of a fact over the shards that are on the disk."""
-        return sum(read_json(path)[fact] for path in sorted(self.path.glob(RECEIPTS)))
-
-    def finish(
-        self, manifest: Mapping[str, Any], receipts: Sequence[Mapping[str, Any]], *, fingerprint: str, card: str
-    ) -> None:
-        """Write what `datasets.load_from_disk` reads, the card and the manifest; then receipts and plan go.
-
-        Raises:
-            DiskFull: if no space is left; the shards stay.
-        """
-        schema = read_arrow(self.path / receipts[0]["file"]).schema
-        features = datasets.Features.from_arrow_schema(schema)
-        write_json(self.path / INFO, {"features": features.to_dict(), "description": "", "citation": ""})
-        state: dict[str, Any] = {"_data_files": [{"filename": one["file"]} for one in receipts]}
-        state |= {"_fingerprint": fingerprint, "_split": "train", "_output_all_columns": False}
-        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
-        write_json(self.path / STATE, state)
-        with written_beside(self.path / CARD) as file:
-            file.write(card.encode())
-        write_json(self._manifest, manifest)
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Remove what only an unfinished pass needs."""
-        for path in [*self.path.glob(RECEIPTS), *self.path.glob(f"*{PARTIAL}-*"), self._plan]:
-            path.unlink(missing_ok=True)
-
-
-def _is_foreign(path: Path) -> bool:
-    return PARTIAL not in path.name and not path.name.startswith(".")
-
-
-class ResumablePass(ABC):
-    """One process's part of a pass. Every process takes every n-th shard.
-
-    A subclass says what is planned, what a shard was made from, how shards are made, and what stands at the end.
-
-    Args:
-        folder: to fill.
-        state: the processes, as Accelerate finds them.
+    >>> readable_bytes(1_530_000_000), readable_bytes(12)
+    ('1.5 GB', '12 B')
     """
-
-    def __init__(self, folder: ShardFolder, state: Any) -> None:
-        self.folder = folder
-        self.state = state
-        self.plan: dict[str, Any] = {}
-
-    def run(self) -> bool:
-        """Make what is missing, and return whether anything was.
-
-        Raises:
-            DataError: if the folder holds something else, the dataset is another one than when the folder was begun,
-                or the disk is full (what is finished stays).
-        """
-        folder, state = self.folder, self.state
-        folder.check_foreign()
-        manifest = folder.manifest()
-        if manifest is not None:
-            self.check_finished(manifest)
-            if state.is_main_process:
-                folder.tidy()  # if it was killed right before
-            return False
-        begun = folder.plan()
-        plan = self.begun_plan(begun) if begun is not None else self.new_plan()
-        state.wait_for_everyone()  # nobody has written yet what others look for
-        try:
-            if state.is_main_process:
-                folder.begin(plan)
-            state.wait_for_everyone()
-            self.plan = folder.plan() or {}  # as a resumed pass reads it
-            mine = range(state.process_index, self.plan["shard_count"], state.num_processes)
-            done = [number for number in mine if self.is_done(number)]
-            self.make([number for number in mine if number not in done], done=done)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                self.finalize([read_json(folder.path / receipt_name(n)) for n in range(self.plan["shard_count"])])
-            state.wait_for_everyone()
-        except DiskFull as error:
-            kept = self.kept() if self.plan else "Nothing is kept yet"
-            raise DataError(
-                f"the disk is full ({error.strerror}) at {folder.path}. {kept}. Free space and make the same call "
-                "again: it goes on from there."
-            ) from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.kept()}; the same call goes on from there.") from None
-        return True
-
-    @abstractmethod
-    def check_finished(self, manifest: dict[str, Any]) -> None:
-        """Check that a finished folder is what is asked for."""
-
-    @abstractmethod
-    def begun_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Check that the plan of an unfinished folder is what is asked for, and return it."""
-
-    @abstractmethod
-    def new_plan(self) -> dict[str, Any]:
-        """Return everything that the result follows from, and `shard_count`. Nothing is written yet."""
-
-    @abstractmethod
-    def is_done(self, shard: int) -> bool:
-        """Return whether an earlier pass finished this shard; raise DataError if it did from other examples."""
-
-    @abstractmethod
-    def make(self, shards: list[int], *, done: list[int]) -> None:
-        """Write these shards. Those in `done` are there already."""
-
-    @abstractmethod
-    def finalize(self, receipts: list[dict[str, Any]]) -> None:
-        """Write what stands beside the shards, and the manifest, in the main process."""
-
-    @abstractmethod
-    def kept(self) -> str:
-        """Return how much of the pass is on the disk, in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

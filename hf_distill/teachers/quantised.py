@@ -271,7 +271,7 @@ def as_setting(quantization: Any) -> str | dict[str, Any] | None:
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 
-def refuse_quantization(teacher_model: Any, *, from_path: bool, quantization: Any, device_map: Any) -> None:
+def check_quantization(teacher_model: Any, *, from_path: bool, quantization: Any, device_map: Any) -> None:
     """Raise SettingError where the teacher is there already, and so is held as it is held."""
     if from_path:
         if quantization == INT8_DYNAMIC and device_map is not None:

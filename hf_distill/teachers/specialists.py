@@ -21,7 +21,7 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.make import as_teacher
-from hf_distill.teachers.model import ModelTeacher, refuse_other_head
+from hf_distill.teachers.model import ModelTeacher, check_same_head
 from hf_distill.vocabulary import HeadAlignment, label_ids
 
 DUSTBIN = "dustbin"
@@ -263,7 +263,7 @@ class Specialists(Teacher):
             self._specialists = [_as_model_teacher(model, str(task), classes) for classes, model in self._given]
             self._generalist = as_teacher(self._given_generalist, str(task))
         for specialist in self._specialists:  # before the generalist: what the task learns of configs is of the last
-            refuse_other_head(unwrapped(specialist.model), task)
+            check_same_head(unwrapped(specialist.model), task)
             specialist.bind(replace(setup, compares_predictions=False))
         self._generalist.bind(setup)
         self.alignment = HeadAlignment(student=self._generalist.alignment.student)

@@ -1,1 +1,1 @@
-"""What the trainer is made of, one idea a file; the public class stands in `hf_distill.trainer.mixin`."""
+"""The parts of the trainer, one idea a file; the public classes are in `hf_distill.trainer.mixin`."""

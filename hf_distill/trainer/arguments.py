@@ -1,4 +1,4 @@
-"""DistillationArguments: what `TrainingArguments` lacks, and nothing else."""
+"""DistillationArguments: the settings that distillation adds to `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # 
 
 @dataclass
 class DistillationArgumentsMixin:
-    """The settings of a distillation, for a dataclass derived from any training arguments; validated when it is built.
+    """The settings of a distillation, to mix into any dataclass of training arguments; they are validated on creation.
 
-    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` gives TRL's `SFTTrainer` both.
+    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` makes arguments for TRL's `SFTTrainer`.
     """
 
     temperature: float = field(
@@ -110,20 +110,20 @@ class DistillationArgumentsMixin:
         metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
     )
 
-    if not TYPE_CHECKING:  # type checkers and editors read the signature of __init__
+    if not TYPE_CHECKING:  # type checkers and editors need to see the signature of __init__
 
         def __new__(cls, *positional: Any, **keywords: Any) -> Any:
-            """Raises TypeError for a keyword that is no field, with the nearest one."""
+            """Raise TypeError for an unknown keyword, naming the closest field."""
             check_keywords(cls.__init__, keywords, called=cls.__name__, also=SETTING_ALIASES, elsewhere=_OF_THE_TRAINER)
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        args: Any = self  # and so a TrainingArguments
+        args: Any = self  # always mixed into a TrainingArguments
         metric = args.metric_for_best_model
         if args.greater_is_better is None and metric is not None and metric.endswith("divergence"):
-            args.greater_is_better = False  # transformers takes all that does not end in "loss" for a score
+            args.greater_is_better = False  # transformers maximizes every metric not named "...loss"
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
-        for name in _NUMBERS:  # a hyperparameter search casts what it chose to the type that was there
+        for name in _NUMBERS:  # a hyperparameter search casts its choice to the type of the old value
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool):
                 setattr(self, name, float(value))
@@ -134,7 +134,7 @@ class DistillationArgumentsMixin:
         if self.label_matching not in LABEL_MATCHING:
             allowed, hint = " and ".join(LABEL_MATCHING), did_you_mean(self.label_matching, LABEL_MATCHING)
             raise SettingError(f"label_matching={self.label_matching!r}: allowed are {allowed}.{hint}")
-        if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it is JSON
+        if isinstance(as_dtype(self.teacher_dtype), torch.dtype):  # by name, so that it can be written as JSON
             self.teacher_dtype = str(as_dtype(self.teacher_dtype)).removeprefix("torch.")
         self.teacher_quantization = as_setting(self.teacher_quantization)
         blend = blend_of(self)
@@ -146,7 +146,7 @@ class DistillationArgumentsMixin:
         LogitsMatch(blend["divergence"], divergence_kwargs=blend["divergence_kwargs"], temperature=temperature)
 
     def to_json_string(self) -> str:
-        """As `TrainingArguments`'; a divergence that is a function stands there by its name."""
+        """Return the arguments as JSON; a divergence that is a function is written as its name."""
         args: Any = self
         named = None if self.divergence is None else divergence_name(self.divergence)
         return json.dumps({**args.to_dict(), "divergence": named}, indent=2)
@@ -156,10 +156,10 @@ class DistillationArgumentsMixin:
 class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
     """`TrainingArguments` and the settings of a distillation.
 
-    Args: see each field's help; `HfArgumentParser` makes command-line options of them.
+    Each field's help describes it; `HfArgumentParser` turns the fields into command-line options.
 
     Raises:
-        SettingError: a value that cannot be, when it is built.
+        SettingError: if a value is not allowed; raised on creation.
 
     >>> DistillationArguments(output_dir="out", temperature=4.0, report_to="none").alpha
     0.5
@@ -176,17 +176,17 @@ class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingAr
 
 
 def setting(args: Any, name: str) -> Any:
-    """A setting of a distillation; its default where `args` is a plain `TrainingArguments`."""
+    """Return a setting of the distillation, or its default if `args` is a plain `TrainingArguments`."""
     return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
 
 
 @contextlib.contextmanager
 def picklable(args: Any) -> Iterator[None]:
-    """Around a place that pickles `args`: a divergence that cannot be pickled (a lambda) stands there by its name."""
+    """Inside this context `args` can be pickled: a divergence that cannot be (a lambda) is replaced by its name."""
     given = setting(args, "divergence")
     try:
         pickle.dumps(given)
-    except (pickle.PicklingError, AttributeError, TypeError):  # what pickle raises for local functions
+    except (pickle.PicklingError, AttributeError, TypeError):  # raised by pickle for local functions
         args.divergence = divergence_name(given)
     try:
         yield
@@ -196,10 +196,10 @@ def picklable(args: Any) -> Iterator[None]:
 
 
 def blend_of(args: Any) -> Mapping[str, Any]:
-    """Keyword arguments of `Distiller.set_blend`, from any training arguments.
+    """Return the keyword arguments of `Distiller.set_blend`, read from any training arguments.
 
     Raises:
-        SettingError: a schedule that cannot be.
+        SettingError: if a schedule is not valid.
     """
     blend = {knob: _schedule_of(args, knob) for knob in ("temperature", "alpha")}
     names = ("divergence", "divergence_kwargs")

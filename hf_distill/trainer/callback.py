@@ -1,7 +1,7 @@
-"""The one callback of a distilling trainer, and the running means of the loss's terms.
+"""The callback of a distilling trainer, and the running means of the terms of its loss.
 
-The callback is registered while a training runs, and at no other time: so `trainer.callback_handler.callbacks` holds
-what it holds in a `Trainer`, and a script may replace that list.
+The callback is registered only while a training runs. Outside of one, `trainer.callback_handler.callbacks` is the same
+list as in a `Trainer`, and a script may replace it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TrainingCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Call `data_collator.set_epoch(epoch)`, if it has one, so that random augmentation can be resumed."""
-        # state.epoch is a share of the epoch, and no count for streams: it is trusted where a run begins only.
+        # state.epoch is a fraction, and meaningless for streams, so it is read only when a run begins.
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
         set_epoch = getattr(self._trainer.data_collator, "set_epoch", None)
         if set_epoch is not None:
@@ -66,11 +66,11 @@ def registered_callback(trainer: DistillationMixin) -> Iterator[None]:
 class RunningTerms:
     """The mean of each term over the optimizer steps since the last log, and counts of examples since then.
 
-    As `Trainer`'s own `loss`: micro-batches of a step are summed, steps and processes averaged.
+    Like `Trainer`'s `loss`, it sums the micro-batches of a step and averages over steps and processes.
 
     Args:
-        filters: leave out a micro-batch whose loss is not finite, as `Trainer` does for `loss`
-            (`logging_nan_inf_filter`): the mean of the steps before stands in for it.
+        filters: whether to replace a micro-batch whose loss is not finite by the mean of the steps before, as `Trainer`
+            does for `loss` (`logging_nan_inf_filter`).
     """
 
     def __init__(self, *, filters: bool = False) -> None:
@@ -101,7 +101,7 @@ class RunningTerms:
             self._counts[name] = self._counts.get(name, torch.zeros_like(count)) + count
 
     def read(self, accelerator: Accelerator, *, same_batch: int = 1) -> dict[str, float]:
-        """`loss/<term>` → mean and name → count, over all processes; then begin again.
+        """Return `loss/<term>` → mean and name → count, over all processes, and reset both.
 
         Args:
             same_batch: how many processes see the same batch (tensor parallelism).
@@ -120,7 +120,7 @@ class RunningTerms:
 
 
 def scheduled_values(trainer: DistillationMixin) -> dict[str, float]:
-    """Numbers that follow a schedule, or were changed during the training, as the last optimizer step used them."""
+    """Return the values that the last optimizer step used, of settings with a schedule or changed during training."""
     progress = 0.0 if trainer._step is None else trainer._step.progress
     schedules = trainer.distiller.blending.scheduled_values()
     moving = {n: s for n, s in schedules.items() if s(0.0) != s(1.0) or n in trainer._blend_at_start}
@@ -128,7 +128,7 @@ def scheduled_values(trainer: DistillationMixin) -> dict[str, float]:
 
 
 def warn_if_lost(trainer: DistillationMixin, logs: dict[str, float]) -> None:
-    """Warn once, in a training that is exactly `Trainer`'s and so goes on."""
+    """Warn once that the gradient was not finite, in a training with labels only, which goes on as with `Trainer`."""
     norm = logs.get("grad_norm")
     if not trainer._is_plain or trainer._warned_of_loss or norm is None or math.isfinite(norm):
         return

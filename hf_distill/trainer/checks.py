@@ -1,4 +1,4 @@
-"""Settings that a distilling trainer refuses, each with the way out."""
+"""Checks of a trainer's settings; each error says what to do instead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"
 
 
 def check_one_gpu_a_process(args: Any, model: Any) -> None:
-    """Refuse one process with several GPUs, unless one model lies over all of them."""
+    """Raise if one process has several GPUs, unless one model is spread over all of them."""
     if args is None or args.n_gpu <= 1 or getattr(model, "hf_device_map", None):
         return
     raise SettingError(
@@ -33,7 +33,7 @@ def check_one_gpu_a_process(args: Any, model: Any) -> None:
 
 
 def check_no_sequence_parallelism(trainer: DistillationMixin) -> None:
-    """Refuse parallelism that puts the rows of a sequence on different processes."""
+    """Raise if the positions of a sequence are split over processes."""
     if trainer.get_cp_size() > 1 or trainer.get_sp_size() > 1:
         raise SettingError(
             "context or sequence parallelism: the rows of a sequence are then on different processes, which is not "
@@ -42,7 +42,7 @@ def check_no_sequence_parallelism(trainer: DistillationMixin) -> None:
 
 
 def check_no_teacher_values(columns: Iterable[str]) -> None:
-    """Refuse a dataset with a teacher's predictions if there is no teacher that would read them."""
+    """Raise if a dataset holds a teacher's predictions and no teacher would read them."""
     values = sorted(columns_with_values(columns))
     if values:
         raise SettingError(
@@ -53,7 +53,7 @@ def check_no_teacher_values(columns: Iterable[str]) -> None:
 def check_given_distiller(
     distiller: Distiller, student: nn.Module, *, objectives: Objectives, has_model_init: bool
 ) -> None:
-    """Check a distiller that the user made; it is bound to a student that `model_init` made."""
+    """Check a distiller that the user made, and bind it to the student if `model_init` made that."""
     if objectives is not None:
         raise SettingError("objectives= and distiller= together: give the objectives to the Distiller.")
     if distiller.is_bound_to(student):
@@ -67,7 +67,7 @@ def check_given_distiller(
 
 
 def check_augmentation(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
-    """Refuse an augmentation that would show student and teacher what must not be compared."""
+    """Raise if an augmentation would give student and teacher inputs whose outputs must not be compared."""
     if has_teacher_columns and getattr(collator, "student_only", None) is False:
         raise SettingError(
             "the dataset has columns of the teacher's own (teacher_text, ...), which the augmentation does not change: "

@@ -1,6 +1,6 @@
-"""A collator that turns the masks of chat templates and of TRL into labels, for causal language models.
+"""Collators around the user's own: one turns masks of answers into labels, one adds the teacher's inputs.
 
-`assistant_masks` and `completion_mask` hold a 1 for each token of an answer and a 0 for each other token.
+`assistant_masks` (chat templates) and `completion_mask` (TRL) hold a 1 for each token of an answer, else a 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ANSWER_MASKS = ("assistant_masks", "completion_mask")
 
 
 class AnswerMaskCollator:
-    """The user's collator; labels are -100 wherever a mask of the examples is 0.
+    """Wraps the user's collator and sets labels to -100 wherever a mask of the examples is 0.
 
-    Where the collator makes no labels they are made of `input_ids`. Examples without masks are left as they are.
+    If the collator makes no labels, `input_ids` become the labels. Examples without masks are not changed.
 
     Args:
         collator: makes batches.
@@ -39,13 +39,13 @@ class AnswerMaskCollator:
         self._reads_masks = reads_masks
 
     def __getattr__(self, name: str) -> Any:
-        """Every other attribute (`tokenizer`, say) is that of the user's collator."""
-        if name == "collator":  # not there yet: being unpickled
+        """Return any other attribute (such as `tokenizer`) of the user's collator."""
+        if name == "collator":  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.collator, name)
 
     def for_evaluation(self) -> AnswerMaskCollator:
-        """The same for evaluation, where the user's collator may have one without augmentation."""
+        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
         clean = getattr(self.collator, "for_evaluation", None)
         return self if clean is None else AnswerMaskCollator(clean(), reads_masks=self._reads_masks)
 
@@ -68,7 +68,7 @@ class AnswerMaskCollator:
 
 
 def _mask_of(feature: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The ids `[t]` of an example, and whether each token is of an answer `[t]`: under every mask that it has."""
+    """Return the ids `[t]` of an example, and whether every mask of it marks each token as an answer `[t]`."""
     ids = torch.as_tensor(feature["input_ids"])
     keep = torch.ones(ids.shape, dtype=torch.bool)
     for name in names:
@@ -84,12 +84,12 @@ def _mask_of(feature: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, 
 
 
 def _aligned(input_ids: Tensor, attention_mask: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`[b t]` bool: the masks of the examples where their tokens lie in the batch.
+    """Return the masks of the examples, `[b t]` bool, at the positions of their tokens in the batch.
 
     Raises:
-        DataError: the batch does not hold the examples' tokens, one example a row or all in one row.
+        DataError: if the batch does not hold the examples' tokens, one example a row or all in one row.
     """
-    if len(input_ids) == 1 and len(examples) > 1:  # without padding: one after the other
+    if len(input_ids) == 1 and len(examples) > 1:  # packed without padding
         ids, keep = (torch.cat(parts) for parts in zip(*examples, strict=True))
         examples = [(ids, keep)]
     if len(input_ids) == len(examples):
@@ -107,7 +107,7 @@ def _aligned(input_ids: Tensor, attention_mask: Any, examples: Sequence[tuple[Te
 
 
 def _placed(row: Tensor, attended: Tensor | None, ids: Tensor, keep: Tensor) -> Tensor | None:
-    """`[t]`: an example's mask in its row, padded or truncated on either side; None: its tokens are not there."""
+    """Return an example's mask at its place in a padded or truncated row `[t]`; None if its tokens are not there."""
     length, width = len(ids), len(row)
     made = torch.zeros(width, dtype=torch.bool)
     if length >= width:
@@ -126,7 +126,7 @@ def _placed(row: Tensor, attended: Tensor | None, ids: Tensor, keep: Tensor) -> 
 
 def _set_labels(batch: Any, answers: Tensor) -> None:
     shifted = batch.get("shift_labels")
-    if shifted is not None:  # the label of a token stands at the token before
+    if shifted is not None:  # the label of a token is at the position before it
         following = torch.cat((answers[:, 1:], torch.zeros_like(answers[:, :1])), 1)
         batch["shift_labels"] = shifted.masked_fill(~following, IGNORED)
     labels = batch.get("labels")
@@ -135,17 +135,17 @@ def _set_labels(batch: Any, answers: Tensor) -> None:
 
 
 def with_answers_marked(tokenizer: Any, texts: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The teacher's inputs, and its labels `[b t]`: -100 but for the tokens of a text that reach beyond its prompt.
+    """Return the teacher's inputs and labels `[b t]`: -100 except for the tokens of a text that follow its prompt.
 
-    A token that the tokenizer adds behind the text (the end of it) belongs to the answer, one that it adds before does
-    not.
+    A token that the tokenizer adds after the text (such as the end of sequence) belongs to the answer; one that it adds
+    before the text does not.
 
     Args:
-        tokenizer: a fast one, which knows where in a text its tokens are.
-        prompts: what each text begins with.
+        tokenizer: a fast one, because it must return the offsets of its tokens.
+        prompts: the beginning of each text, which is not an answer.
 
     Raises:
-        DataError: a text that does not begin with its prompt, or a tokenizer that does not know where its tokens are.
+        DataError: if a text does not begin with its prompt, or the tokenizer returns no offsets.
     """
     for text, prompt in zip(texts, prompts, strict=True):
         if not text.startswith(prompt):
@@ -159,17 +159,17 @@ def with_answers_marked(tokenizer: Any, texts: Sequence[str], prompts: Sequence[
             "teacher_input_ids and teacher_labels."
         )
     made = dict(tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt", return_offsets_mapping=True))
-    ends = made.pop("offset_mapping")[..., 1]  # 0 of what the tokenizer adds
+    ends = made.pop("offset_mapping")[..., 1]  # 0 for tokens that the tokenizer adds
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     answers = ((ends > lengths[:, None]).cumsum(-1) > 0) & made["attention_mask"].bool()
     return {**made, "labels": made["input_ids"].masked_fill(~answers, IGNORED)}
 
 
 def padded_as(mask: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Labels as long as the inputs of the same example, `[b t]`: -100 where the mask shows padding.
+    """Return labels `[b t]` padded with -100 in the same places as the inputs of each example.
 
     Raises:
-        DataError: a label too many or too few.
+        DataError: if an example has more or fewer labels than tokens.
 
     >>> padded_as(torch.tensor([[1, 1], [0, 1]]), [[-100, 7], [8]]).tolist()
     [[-100, 7], [-100, 8]]
@@ -186,15 +186,15 @@ RAW = tuple(f"{TEACHER_PREFIX}{name}" for name in RAW_INPUTS)
 
 
 class TeacherInputsCollator:
-    """The user's collator for the student's columns; the teacher's are made beside it.
+    """Wraps the user's collator, which collates the student's columns, and collates the teacher's columns itself.
 
-    `teacher_text` (and `teacher_text_pair`; or `teacher_prompt`, what it begins with and is no answer),
+    `teacher_text` (with `teacher_text_pair`, or with `teacher_prompt`, the beginning that is not an answer),
     `teacher_audio` (whatever `hf_distill.data.audio.read_recording` reads) and `teacher_image` go through the teacher's
     processing class; ready `teacher_input_ids`, `teacher_labels` and the like are padded by it. The student never sees
     either.
 
     Args:
-        collator: for everything else.
+        collator: collates all other columns.
         processor: the teacher's tokenizer, feature extractor, image processor or processor.
     """
 
@@ -206,13 +206,13 @@ class TeacherInputsCollator:
         self._audio = AudioFeatures(extractor, "teacher_audio") if reads_audio else None
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
-        if name in ("collator", "processor"):  # not there yet: being unpickled
+        """Return any other attribute (such as `tokenizer`) of the user's collator."""
+        if name in ("collator", "processor"):  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.collator, name)
 
     def for_evaluation(self) -> TeacherInputsCollator:
-        """Around the collator that the user's own names for evaluation, where it augments."""
+        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
         clean = getattr(self.collator, "for_evaluation", None)
         if clean is None:
             return self
@@ -229,17 +229,17 @@ class TeacherInputsCollator:
         if theirs and theirs[0]:
             made = self.teacher_batch(theirs)
             for name in [name for name in batch if name.startswith(TEACHER_PREFIX)]:
-                del batch[name]  # the clean example of an augmentation: the dataset's own columns win
+                del batch[name]  # written by an augmentation; the dataset's own columns take precedence
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
         return batch
 
     def teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Inputs from `teacher_*` columns, without the prefix.
+        """Return the teacher's inputs from the `teacher_*` columns, without the prefix.
 
         Raises:
-            DataError: some examples have other columns, or nothing in one; or what cannot be read or padded.
+            DataError: if examples differ in their columns, a value is missing, or a value cannot be read or padded.
         """
-        _refuse_unlike(features)
+        _check_same_columns(features)
         columns = {name: [feature[name] for feature in features] for name in features[0]}
         raw = {name: columns.pop(name) for name in RAW if name in columns}
         made = self._processed(raw) if raw else {}
@@ -258,7 +258,7 @@ class TeacherInputsCollator:
             if "teacher_prompt" in raw:
                 return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
             made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
-            _refuse_empty(made, raw["teacher_text"])
+            _check_not_empty(made, raw["teacher_text"])
         elif "teacher_audio" in raw:
             audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
             made = audio(raw["teacher_audio"])
@@ -282,7 +282,7 @@ class TeacherInputsCollator:
             ) from error
 
 
-def _refuse_unlike(features: list[dict[str, Any]]) -> None:
+def _check_same_columns(features: list[dict[str, Any]]) -> None:
     names = set(features[0])
     for feature in features:
         if set(feature) != names:
@@ -295,8 +295,8 @@ def _refuse_unlike(features: list[dict[str, Any]]) -> None:
             raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
 
 
-def _refuse_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
-    """A text of which the tokenizer makes no token: the teacher has nothing to answer."""
+def _check_not_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Raise if the tokenizer makes no token of a text, so that the teacher would have no input."""
     mask = made.get("attention_mask")
     if mask is None:
         return
@@ -310,11 +310,11 @@ def _refuse_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
 
 
 def _images(cells: Sequence[Any]) -> list[Any]:
-    """Images as a processor takes them: those of `datasets.Image(decode=False)` are opened, others left as they are."""
+    """Return images in a form that a processor takes; undecoded ones (`datasets.Image(decode=False)`) are opened."""
     found = list(cells)
     for number, cell in enumerate(cells):
         if isinstance(cell, Mapping) and (cell.get("bytes") or cell.get("path")):
-            from PIL import Image  # what an image processor needs anyway
+            from PIL import Image  # every image processor needs it anyway
 
             try:
                 found[number] = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
@@ -327,20 +327,20 @@ _NUMBERED = re.compile(rf"{TEACHER_PREFIX}(\d+)_(.+)")
 
 
 def teacher_inputs_collator(collator: Callable[..., Any], processor: Any) -> Any:
-    """For one processor of all teachers, or for a list with one for each."""
+    """Return the collator for one processor that all teachers share, or for a list with one for each teacher."""
     if isinstance(processor, (list, tuple)):
         return SeveralInputsCollator(collator, processor)
     return TeacherInputsCollator(collator, processor)
 
 
 class SeveralInputsCollator:
-    """The user's collator for the student's columns; those of each teacher are made beside it.
+    """Wraps the user's collator, which collates the student's columns; collates each teacher's itself.
 
-    `teacher_text` (audio, image) is read by every processor; `teacher_0_text` by the first alone, in its place. Where
-    the list has None, that teacher reads what the student reads, unless it has numbered columns, ready to be stacked.
+    `teacher_text` (audio, image) is read by every processor; `teacher_0_text` replaces it for the first one. If the
+    list has None for a teacher, that teacher reads the student's inputs, or its own numbered columns if they are there.
 
     Args:
-        collator: for everything else.
+        collator: collates all other columns.
         processors: of each teacher, in the order of the ensemble.
     """
 
@@ -350,13 +350,13 @@ class SeveralInputsCollator:
         self._each = [TeacherInputsCollator(collator, processor) for processor in self.processors]
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
-        if name in ("collator", "processors"):  # not there yet: being unpickled
+        """Return any other attribute (such as `tokenizer`) of the user's collator."""
+        if name in ("collator", "processors"):  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.collator, name)
 
     def for_evaluation(self) -> SeveralInputsCollator:
-        """Around the collator that the user's own names for evaluation, where it augments."""
+        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
         clean = getattr(self.collator, "for_evaluation", None)
         if clean is None:
             return self
@@ -375,7 +375,7 @@ class SeveralInputsCollator:
 
 
 def _of_teacher(feature: Mapping[str, Any], number: int, *, shares: bool) -> dict[str, Any]:
-    """The columns of one teacher as if it were the only one."""
+    """Return the columns of one teacher, named as if it were the only one."""
     own, shared = {}, {}
     for name, value in feature.items():
         found = _NUMBERED.fullmatch(name)

@@ -1,6 +1,6 @@
-"""What of a dataset reaches the models: the student's columns, as in `Trainer`, the teacher's own, labels and masks.
+"""Which columns of a dataset reach the models: the student's, as in `Trainer`, and the teacher's, labels and masks.
 
-Columns of other tools that would change the loss, and that nothing reads, are named in a warning.
+A warning names the columns of other tools that look like a teacher's and that nothing reads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import find_labels
 
-from hf_distill.data.columns import is_own_collator, refuse_unprocessed, require_label_column, why_not_collated
+from hf_distill.data.columns import check_processed, is_own_collator, require_label_column, why_not_collated
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError
 from hf_distill.tasks import Task
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TRAINED_ON, EVALUATED_ON = "the training data", "the evaluation data"
 _OF_ONE_TEACHER = re.compile(rf"{TEACHER_PREFIX}\d+_.+")
-# What other tools call a teacher's predictions, beside all that begins with teacher_.
+# Names that other tools give to a teacher's predictions, besides those that begin with teacher_.
 _VALUES = re.compile(r"(top_?k?_)?(logits|log_?probs|log_?probabilities|probs)|soft_(labels|targets)|prompt_logprobs")
 
 
 class ReadingCollator:
-    """The user's collator, given labels that are numbers; where it cannot pad, the error says so.
+    """Wraps the user's collator: labels are converted to numbers first, and an error of padding is explained.
 
     Args:
         collator: makes a batch of examples.
-        reader: of the labels of the dataset that the examples are of.
+        reader: reads the labels of the dataset.
         task: the student's.
     """
 
@@ -75,7 +75,7 @@ VALUES_AS_TEACHER = (
 
 
 def columns_with_values(columns: Iterable[str]) -> set[str]:
-    """Those that look like a teacher's predictions."""
+    """Return the columns that look like a teacher's predictions."""
     return {
         name
         for name in columns
@@ -84,14 +84,14 @@ def columns_with_values(columns: Iterable[str]) -> set[str]:
 
 
 def columns_of(data: Any) -> Iterable[str]:
-    """The columns of a dataset, of a list those of the first example: it is not drawn by being looked at."""
+    """Return the columns of a dataset (of a list, those of its first example) without drawing an example."""
     if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
         return data[0]
     return getattr(data, "column_names", None) or ()
 
 
 def _may_hold_masks(data: Any) -> bool:
-    """Whether examples have masks of answers, or their columns are not known."""
+    """Return whether examples have masks of answers, or may have them because their columns are not known."""
     columns = set(columns_of(data))
     return bool(columns & set(ANSWER_MASKS)) if columns else data is not None
 
@@ -108,7 +108,7 @@ def datasets_of(trainer: DistillationMixin) -> list[Any]:
 
 
 def known_columns(trainer: DistillationMixin) -> set[str]:
-    """The columns of all datasets, as far as they are known."""
+    """Return the columns of all datasets whose columns are known."""
     return {name for data in datasets_of(trainer) for name in columns_of(data)}
 
 
@@ -118,7 +118,7 @@ def has_teacher_columns(trainer: DistillationMixin) -> bool:
 
 
 def collate_answer_masks(trainer: DistillationMixin, *datasets: Any) -> None:
-    """Let the masks of answers that these datasets may hold become labels."""
+    """Wrap the collator so that masks of answers in these datasets become labels."""
     distiller = trainer.distiller
     if trainer._reads_answer_masks or trainer._base_chooses_columns or not any(map(_may_hold_masks, datasets)):
         return
@@ -131,7 +131,7 @@ def collate_answer_masks(trainer: DistillationMixin, *datasets: Any) -> None:
 
 
 def warn_of_unread_columns(trainer: DistillationMixin) -> None:
-    """Name, once, the columns that look as if they were read and are not."""
+    """Warn once of columns that look like a teacher's and that nothing reads."""
     columns, teacher = known_columns(trainer), trainer.distiller.teacher
     masks = sorted(columns & set(ANSWER_MASKS) - set(forward_names(trainer.model)))
     if masks and not trainer._reads_answer_masks and not trainer._base_chooses_columns:
@@ -142,18 +142,18 @@ def warn_of_unread_columns(trainer: DistillationMixin) -> None:
             f"The dataset has {' and '.join(masks)}, which is not read: {why}. To train on answers alone, give it "
             "labels that are -100 on all other tokens."
         )
-    if teacher is not None and teacher.inputs:  # one that names no inputs is given all that begins with teacher_
+    if teacher is not None and teacher.inputs:  # without them it gets every column that begins with teacher_
         values = sorted(columns_with_values(columns) - {*forward_names(trainer.model), *read_by(teacher)})
         if values:
             logger.warning(f"The dataset has {', '.join(values)}, which is not read. {VALUES_AS_TEACHER}")
 
 
 def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Mapping[str, Any]) -> None:
-    """Look at the datasets before the training: whether the student can read them, and what their labels are.
+    """Check before training that the student can read the datasets, and find out how their labels are written.
 
     Args:
         model: the student.
-        args: the training's arguments; None: transformers' defaults.
+        args: the training's arguments, or None for transformers' defaults.
         given: arguments of `Trainer`: train_dataset, eval_dataset (one, or several by name), data_collator (None:
             transformers chooses), compute_loss_func.
 
@@ -169,7 +169,7 @@ def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Map
         if data is None:
             continue
         drops = args is None or args.remove_unused_columns
-        refuse_unprocessed(data, model, whose=whose, collator=collator, drops_columns=drops)
+        check_processed(data, model, whose=whose, collator=collator, drops_columns=drops)
         if whose == TRAINED_ON and collator is None and _needs_label_column(trainer, data, model, args):
             config = getattr(unwrapped(model), "config", None)
             require_label_column(data, trainer.distiller.task, config, whose=whose)
@@ -179,7 +179,7 @@ def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Map
 
 
 def reads_labels(trainer: DistillationMixin) -> bool:
-    """Whether labels can be read as the student numbers them: its task is known, and calls them as it does.
+    """Return whether labels can be converted to the student's numbering: a known task with its usual label names.
 
     A base trainer may make data loaders before there is a distiller.
     """
@@ -188,13 +188,13 @@ def reads_labels(trainer: DistillationMixin) -> bool:
 
 
 def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args: Any) -> bool:
-    """Whether a training on this dataset is impossible without a column of the task's labels."""
+    """Return whether training on this dataset needs a column with the task's labels."""
     distiller = trainer.distiller
     task, alone = distiller.task, distiller.compares_nothing
     own = find_labels(type(unwrapped(model))) if args is None or args.label_names is None else args.label_names
     if not distiller.uses_labels or distiller.has_other_label_names:
         return False
-    if alone and not set(task.label_names) <= set(own):  # the student's own loss may need none
+    if alone and not set(task.label_names) <= set(own):  # a student's own loss may need no labels
         return False
     return not (task.shifts_labels and not alone and set(ANSWER_MASKS) & set(columns_of(data)))
 

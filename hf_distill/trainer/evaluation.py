@@ -1,7 +1,7 @@
 """Evaluation in several processes counts each example once, as in one process.
 
-Accelerate fills up the last batches with examples of the first. `Trainer` then cuts what it has gathered, but the loss
-of a batch is the mean over its fillers too; `Seq2SeqTrainer` cuts nothing.
+Accelerate fills up the last batches with copies of the first examples. `Trainer` removes them from the gathered
+predictions, but the loss of a batch is still the mean over its copies too; `Seq2SeqTrainer` removes nothing.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ logger = logging.getLogger(__name__)
 
 
 class EachOnce:
-    """Stands in for `Trainer.gather_function`: gathers what was found for the examples that are no fillers.
+    """Replaces `Trainer.gather_function`: gathers values of the real examples and leaves out the copies.
 
-    A process's share of the last batch may be all fillers; it is computed, as the other processes wait for its part of
-    each collective operation, and left out.
+    If a process has nothing but copies in the last batch, it still computes them, because the other processes wait for
+    it in every collective operation.
 
     Args:
-        counted: counts the examples, where Accelerate does not know how many there are.
-        whole_batches: each batch's loss counts as one of a whole batch, as with `Seq2SeqTrainer` in one process, rather
-            than once an example.
+        counted: counts the examples as they are read; None if Accelerate knows how many there are.
+        whole_batches: whether each batch's loss has the weight of a whole batch, as with `Seq2SeqTrainer` in one
+            process, rather than the weight of its examples.
     """
 
     def __init__(self, accelerator: Any, counted: Counted | None, *, whole_batches: bool) -> None:
         self._accelerator = accelerator
         self._whole_batches = whole_batches
         self._counted = counted
-        self._examples = 0  # in this process's part of the batch, fillers included
-        self._real: list[int] = []  # of each process, without fillers
-        self._computed = 0  # the examples whose values are gathered
+        self._examples = 0  # in this process's part of the batch, copies included
+        self._real: list[int] = []  # of each process, without copies
+        self._computed = 0  # the number of examples whose values are gathered
         self._loss_is_next = False
         self._warned = False
 
     def begin(self, batch: Any) -> None:
-        """Take the fillers out of this process's part of a batch, in place."""
+        """Remove the copies from this process's part of a batch, in place."""
         self._examples = self._computed = batch_size(batch)
         processes, real = self._accelerator.num_processes, self._real_examples()
         starts = range(0, processes * self._examples, self._examples)
@@ -79,7 +79,7 @@ class EachOnce:
             )
 
     def _real_examples(self) -> int | None:
-        """How many examples of this step, over all processes, are no fillers; None: all of them."""
+        """Return the number of real examples of this step over all processes, or None if all are real."""
         state = self._accelerator.gradient_state
         if not state.end_of_dataloader:
             return None
@@ -88,12 +88,12 @@ class EachOnce:
         return remainder if remainder > 0 else None
 
     def loss_is_next(self) -> None:
-        """The next tensor is the loss of the batch, once for each example of a whole batch."""
+        """Announce that the next gathered tensor is the loss of the batch, repeated for each example."""
         self._loss_is_next = True
 
     def __call__(self, found: Any) -> Any:
-        """Gather over the processes, without fillers; nested as `Accelerator.gather_for_metrics` takes it."""
-        if not self._real:  # a prediction step that does not call ours
+        """Gather a tensor, or a nested structure of tensors, over the processes without the copies."""
+        if not self._real:  # a subclass's prediction step did not call ours
             return self._accelerator.gather_for_metrics(found)
         if self._loss_is_next:
             self._loss_is_next = False
@@ -108,7 +108,7 @@ class EachOnce:
         return of_processes.repeat_interleave(torch.tensor(times, device=of_processes.device))
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Of a tensor with as many rows for each example."""
+        """Return the rows of the real examples, for a tensor with the same number of rows for each example."""
         if x.dim() == 0 or x.shape[0] == 0 or x.shape[0] % self._computed:
             return self._accelerator.gather(x)
         each = x.shape[0] // self._computed
@@ -142,7 +142,7 @@ class Counted(IterableDataset):
 def examples_counted(dataloader: Any) -> Iterator[Counted | None]:
     """Count the examples of a dataset that every process reads for itself (`dispatch_batches=False`).
 
-    Accelerate knows how many fill up its last batch only if one process reads it for all; None then.
+    Return None if one process reads for all, since Accelerate then knows the number of copies itself.
     """
     shard = getattr(dataloader, "dataset", None)
     if not isinstance(shard, IterableDatasetShard):
@@ -164,16 +164,16 @@ def examples_counted(dataloader: Any) -> Iterator[Counted | None]:
 
 
 SURE = 2.0  # standard errors
-# What a function that was written for the student's outputs may raise on the teacher's.
+# Errors that a function written for the student's outputs may raise on the teacher's.
 _METRIC_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
 
 
 class TeacherMetrics:
-    """Sums over the examples of an evaluation; one that fills up a batch is not counted.
+    """Compares student and teacher over the real examples of an evaluation.
 
-    `teacher_agreement`: share of the rows that count whose most likely class is the same (left out for values, which
-    have no class). `divergence`: mean over the rows that count, at the temperature that training ends with, its factor
-    included.
+    `teacher_agreement` is the share of valid rows for which both predict the same class (left out for values, which
+    have no class). `divergence` is the mean over the valid rows at the final temperature of the training, including
+    its factor.
 
     Args:
         gather: gathers values of examples over the processes.
@@ -185,7 +185,7 @@ class TeacherMetrics:
         self._sums = torch.zeros(7, dtype=torch.float64)
 
     def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
-        """Compare a batch, and return what the teacher predicts."""
+        """Compare the outputs for a batch, and return the teacher's predictions."""
         task, match = distiller.task, distiller.logits_match
         student, teacher = distiller.student_signals(outputs, batch), distiller.teacher_signals(batch)
         found = match.per_row(student, teacher, task, batch, progress=1.0)
@@ -203,7 +203,7 @@ class TeacherMetrics:
         return teacher
 
     def read(self, *, on_values: bool) -> dict[str, float]:
-        """The metrics; nothing where no row counted."""
+        """Return the metrics; empty if there was no valid row."""
         divergence, agreeing, rows = self._sums[:3].tolist()
         if rows == 0:
             return {}
@@ -213,7 +213,7 @@ class TeacherMetrics:
         return metrics
 
     def passed(self) -> str | None:
-        """A sentence, if the student is right about more labels than its teacher, by more than chance."""
+        """Return a sentence if the student is right more often than its teacher, by more than chance; else None."""
         labelled, teachers, by_student, by_teacher = self._sums[3:].tolist()
         if by_student - by_teacher <= SURE * math.sqrt(by_student + by_teacher):
             return None
@@ -226,7 +226,7 @@ class TeacherMetrics:
 
 
 def _right(distiller: Distiller, found: RowValues, teacher: Signals, batch: Batch, kept: Tensor) -> list[Tensor]:
-    """`[m]` whether a row has a label; whether the teacher names it; the student and not the teacher; the reverse."""
+    """Return four masks `[m]`: has a label; teacher right; only the student right; only the teacher right."""
     targets = None if distiller.task.on_values else distiller.task.targets(batch)
     ours, theirs = found.choices()
     if targets is None or (teacher.sparse is not None and teacher.sparse.weights is not None):
@@ -239,7 +239,7 @@ def _right(distiller: Distiller, found: RowValues, teacher: Signals, batch: Batc
 class TeacherPredictions:
     """Collects the teacher's predictions as `Trainer` collects the student's, for the user's `compute_metrics`.
 
-    It stands in the place of `compute_metrics` during an evaluation, and adds a `teacher_<metric>` to each metric.
+    It replaces `compute_metrics` during an evaluation, and adds `teacher_<metric>` beside each metric.
 
     Args:
         gather: gathers values of examples over the processes.
@@ -258,9 +258,9 @@ class TeacherPredictions:
         """Collect a batch.
 
         Args:
-            teacher: its predictions.
+            teacher: the teacher's predictions.
             outputs: the student's outputs.
-            found: loss, predictions and labels of the student, from `prediction_step`.
+            found: the student's loss, predictions and labels, from `prediction_step`.
         """
         if self.why_none is not None:
             return
@@ -273,7 +273,7 @@ class TeacherPredictions:
             self.why_none = f"the outputs of a head for {distiller.task} do not follow from what is compared"
             return
         if own is not None and own.numel() == parts[0].numel():
-            parts = (parts[0].reshape(own.shape),)  # a single value without an axis of its own
+            parts = (parts[0].reshape(own.shape),)  # a single value without an axis
         made: Any = parts if isinstance(found[1], tuple) else parts[0]
         made = self._accelerator.pad_across_processes(made, dim=1, pad_index=-100)
         if self._preprocess is not None:
@@ -290,8 +290,8 @@ class TeacherPredictions:
             self._found.to_cpu_and_numpy()
 
     def __call__(self, evaluated: EvalPrediction) -> dict[str, Any]:
-        """The student's metrics, and the teacher's."""
-        labels = _copied(evaluated.label_ids)  # many a function of metrics writes into them
+        """Return the student's metrics and the teacher's."""
+        labels = _copied(evaluated.label_ids)  # some metric functions write into them
         metrics = self._compute_metrics(evaluated)
         predictions = self._found.get_arrays()
         if self.why_none is not None or predictions is None:
@@ -315,7 +315,7 @@ def _copied(arrays: Any) -> Any:
 
 @contextlib.contextmanager
 def each_example_once(trainer: DistillationMixin, dataloader: Any) -> Iterator[None]:
-    """In several processes, gather without the examples that fill up the last batches."""
+    """Inside this context, gather without the copies that fill up the last batches of several processes."""
     accelerator = trainer.accelerator
     gathers = getattr(trainer.gather_function, "func", trainer.gather_function)  # Trainer binds a setting to it
     keeps_all = gathers == accelerator.gather  # Seq2SeqTrainer's choice
@@ -325,7 +325,7 @@ def each_example_once(trainer: DistillationMixin, dataloader: Any) -> Iterator[N
         yield
         return
     with examples_counted(dataloader) as counted:
-        # As in one process, where nothing is cut off of a dataset without a length either.
+        # As in one process, where nothing is removed from a dataset without a length either.
         whole_batches = keeps_all or (counted is not None and not has_length(counted))
         trainer.gather_function = EachOnce(accelerator, counted, whole_batches=whole_batches)
         try:
@@ -336,7 +336,7 @@ def each_example_once(trainer: DistillationMixin, dataloader: Any) -> Iterator[N
 
 @contextlib.contextmanager
 def teacher_evaluated(trainer: DistillationMixin, prefix: str, loss_only: bool) -> Iterator[TeacherMetrics]:
-    """Ask the teacher about each batch, and compute the user's metrics of its predictions too."""
+    """Inside this context, run the teacher on each batch too, and compute the user's metrics of its predictions."""
     gather = trainer.gather_function
     trainer._teacher_metrics = TeacherMetrics(
         gather if isinstance(gather, EachOnce) else trainer.accelerator.gather_for_metrics
@@ -363,7 +363,7 @@ def teacher_evaluated(trainer: DistillationMixin, prefix: str, loss_only: bool) 
 
 
 def check_evaluated(trainer: DistillationMixin, inputs: Any, *, compares: bool) -> None:
-    """Check packed and padded texts, as a training step does."""
+    """Check packed and padded texts of an evaluation, as a training step does."""
     student = unwrapped(trainer.model)
     if trainer._packing_check is None or trainer._packing_check.student is not student:
         trainer._packing_check = PackingCheck(student)

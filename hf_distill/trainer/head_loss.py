@@ -1,4 +1,4 @@
-"""The base trainer's own loss over a micro-batch, as a mean over that micro-batch, and the forward it makes."""
+"""The base trainer's own loss as a mean over one micro-batch, and the forwards that it makes."""
 
 from __future__ import annotations
 

@@ -149,4 +149,4 @@ def add_note(error: BaseException, message: str) -> None:
 
 def _words(fact: Any) -> str:
     size = "" if fact.parameters is None else f", {fact.parameters:,} parameters"
-    return f"{fact.hub_id or fact.described or fact.class_name}{size}"
+    return f"{fact.hub_id or fact.description or fact.class_name}{size}"

@@ -25,7 +25,7 @@ from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
 from hf_distill.data.labels import LabelReader
-from hf_distill.distiller import Distiller, refuse_head_for_a_teacher
+from hf_distill.distiller import Distiller, check_trainable_head
 from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
 from hf_distill.models.packing import PackingCheck
@@ -196,7 +196,7 @@ class DistillationMixin(_Trainer):
         self._settings_in_use = settings.settings_of(self.args)
         checks.check_on_policy(self)
         if self.distiller.uses_labels and not self._has_own_loss:
-            refuse_head_for_a_teacher(unwrapped(self.model))
+            check_trainable_head(unwrapped(self.model))
         self.distiller.to(self.accelerator)
         columns.collate_answer_masks(self, *columns.datasets_of(self))
         has_teacher_columns = columns.has_teacher_columns(self)

@@ -19,6 +19,7 @@ from hf_distill.hub import write_card as write_model_card
 from hf_distill.hub.facts import (
     CardData,
     ModelFacts,
+    ObjectiveFacts,
     ScheduleFacts,
     dataset_facts,
     evaluations_from_log,
@@ -37,7 +38,7 @@ from hf_distill.trainer.arguments import setting
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
-# What training needs and nobody who loads the student does.
+# Files that only training needs.
 _STATE_FILES = (
     "optimizer*",
     "scheduler*",
@@ -75,9 +76,9 @@ def copied(source: str, target: str) -> list[str]:
 
 
 def _forget_local_base(file: Path, named: str | None = None) -> None:
-    """PEFT writes where the base model lay; a path on this disk helps nobody elsewhere, so it goes.
+    """Remove the local path of the base model that PEFT writes into an adapter's config.
 
-    Before the file has its place: what another thread is pushing from there never holds the path.
+    This happens before the file is moved into place, so that an upload running in another thread never sees the path.
     """
     if (named or file.name) != "adapter_config.json":
         return
@@ -88,7 +89,7 @@ def _forget_local_base(file: Path, named: str | None = None) -> None:
 
 
 def _student_files(folder: str) -> list[str]:
-    """What `save_pretrained` of student and processor wrote: all but the state of the training.
+    """Return the files that `save_pretrained` of student and processor wrote, without the state of the training.
 
     Folders in a checkpoint are sharded optimizer states (`global_step5`, `optimizer_0`), except those of adapters
     and chat templates.
@@ -117,8 +118,8 @@ def write_card(
 ) -> None:
     """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
 
-    The arguments are `Trainer.create_model_card`'s. `tasks` is not asked for: the student's head tells;
-    `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
+    The arguments are `Trainer.create_model_card`'s. `tasks` is ignored, since the student's head determines it;
+    `dataset_tags` and `dataset` both name datasets, and a Hub name becomes a link.
     """
     if not trainer.is_world_process_zero():
         return
@@ -154,7 +155,7 @@ def _card_data(
     )
     if isinstance(trainer.eval_dataset, dict):
         evaluated: Any = {key: dataset_facts(value) for key, value in trainer.eval_dataset.items()}
-    else:  # as Trainer's card: one dataset that is named is what was evaluated on too
+    else:  # as in Trainer's card, a single named dataset also stands for the evaluation
         evaluated = dataset_facts(trainer.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
     training = training_facts(trainer.args, trainer.state)
     if trainer._on_policy is not None:
@@ -166,17 +167,16 @@ def _card_data(
         student=model_facts(student),
         repo_id=trainer.hub_model_id,
         teachers=teacher_facts(trainer) if has_teacher else (),
-        joined=trainer.distiller.teacher.describe() if isinstance(trainer.distiller.teacher, Ensemble) else None,
+        ensemble=trainer.distiller.teacher.describe() if isinstance(trainer.distiller.teacher, Ensemble) else None,
         base_model=base or (origin if looks_like_hub_id(origin) else None),
-        processor=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
+        processing_class=None if trainer.processing_class is None else type(trainer.processing_class).__name__,
         pooling=getattr(task, "pooling", None),
         divergence=divergence if compares else None,
         divergence_kwargs=match.divergence_kwargs if compares else {},
         temperature=_schedule(trainer, "temperature", match.temperature) if compares and properties.softens else None,
         temperature_power=PROPERTIES[divergence].temperature_power if divergence in PROPERTIES else 2,
         alpha=None if blending.alpha is None else _schedule(trainer, "alpha", blending.alpha),
-        objectives=_objective_weights(trainer, asked),
-        objective_settings={name: blending.described(name) for name in asked if name != "logits"},
+        objectives=_objective_facts(trainer, asked),
         datasets=trained_on,
         evaluations=evaluations_from_log(trainer.state.log_history, evaluated, best_step=best),
         weights_step=best or trainer.state.global_step or None,
@@ -190,7 +190,7 @@ def _card_data(
 
 
 def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> ScheduleFacts:
-    """As it ran, which the arguments do not tell where the user gave a distiller."""
+    """Return the schedule that was used, which is not in the arguments if the user gave a distiller."""
     start, end = schedule(0.0), schedule(1.0)
     if knob in trainer._blend_at_start:
         return ScheduleFacts(start=trainer._blend_at_start[knob], end=end, schedule="changed during the training")
@@ -200,24 +200,30 @@ def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> Sche
     return ScheduleFacts(start=start, end=end, schedule=kind if trainer._blend_is_ours else "of the user's own")
 
 
-def _objective_weights(trainer: DistillationMixin, asked: list[str]) -> dict[str, float | None]:
-    """At the start of the training; alpha gives those of labels and logits."""
-    names = ["labels"] if trainer.distiller.uses_labels else []
-    own = {name: trainer.distiller.blending.weight(name, 0.0) for name in asked if name != "logits"}
-    return {**dict.fromkeys([*names, *asked]), **own}
+def _objective_facts(trainer: DistillationMixin, asked: list[str]) -> tuple[ObjectiveFacts, ...]:
+    """Return the terms with their weights at the start of training; alpha determines those of labels and logits."""
+    blending = trainer.distiller.blending
+    facts = [ObjectiveFacts("labels")] if trainer.distiller.uses_labels else []
+    for name in asked:
+        if name == "logits":
+            facts.append(ObjectiveFacts(name))
+        else:
+            kind = type(blending.objectives[name]).__name__
+            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), kind, blending.described(name)))
+    return tuple(facts)
 
 
 def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
-    """Return the facts of each teacher of an ensemble; of a teacher that is no model, what it is in words."""
+    """Return the facts of each teacher of an ensemble; for a teacher that is not a model, its description."""
     teacher, found = trainer.distiller.teacher, []
     for member in [] if teacher is None else teacher.members():
         if not isinstance(member, QuantisedTeacher) and type(member) is not ModelTeacher:
-            found.append(ModelFacts(class_name=type(member).__name__, described=member.describe()))
+            found.append(ModelFacts(class_name=type(member).__name__, description=member.describe()))
             continue
         assert isinstance(member, ModelTeacher)
         model = trainer.accelerator.unwrap_model(member.model)
         origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-        if isinstance(member, QuantisedTeacher):  # packed weights cannot be counted
+        if isinstance(member, QuantisedTeacher):  # the parameters of packed weights cannot be counted
             hub_id = origin if looks_like_hub_id(origin) else None
             found.append(ModelFacts(hub_id=hub_id, class_name=type(unwrapped(model)).__name__))
         else:
@@ -236,17 +242,17 @@ def push(
 ) -> Any:
     """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
 
-    The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
-    local paths), logs, and whatever else lies in the output folder.
+    The arguments are `Trainer.push_to_hub`'s. Unlike `Trainer`, this does not upload training arguments (they
+    hold local paths), logs, or other files in the output folder.
     """
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
     token = token if token is not None else trainer.args.hub_token
     if trainer.hub_model_id is None:
         trainer.init_hf_repo(token=token, private=private)
-    # Saved beside and moved in: only so is it known which files are the student's.
+    # Saved into a separate folder first, to know which files are the student's.
     staged = os.path.join(trainer.args.output_dir, "_push")
     try:
-        trainer.save_model(staged, _internal_call=True)  # the flag: and do not push again
+        trainer.save_model(staged, _internal_call=True)  # the flag prevents another push
         if not trainer.is_world_process_zero():
             return None
         files = moved(staged, trainer.args.output_dir)
@@ -269,8 +275,7 @@ def push(
 
 
 def push_from_checkpoint(trainer: DistillationMixin, checkpoint_folder: str) -> None:
-    """A push during training, by `hub_strategy`; whole checkpoints (optimizer included) go only where it asks
-    for them."""
+    """Push during training by `hub_strategy`, which says whether whole checkpoints (optimizer included) go too."""
     if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
         return
     busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
@@ -301,7 +306,7 @@ def push_from_checkpoint(trainer: DistillationMixin, checkpoint_folder: str) -> 
     if busy:
         trainer.push_in_progress.jobs.extend(jobs)
     else:
-        trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its hint is too narrow: it iterates
+        trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its type hint is too narrow
 
 
 def _upload(

@@ -1,6 +1,6 @@
-"""Hyperparameter search over the settings of a distillation: a space to begin with, and names that exist.
+"""Hyperparameter search over the settings of a distillation: a default space, and a check of the names in it.
 
-How the settings of a trial are followed stands in `settings.py`.
+`settings.py` applies the settings of a trial.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hf_distill.trainer.arguments import DistillationArguments
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
-_SOME_TEMPERATURE = 1.2345  # none that a cache is likely to be bound to
+_SOME_TEMPERATURE = 1.2345  # a value that no cache is likely to be tied to
 
 
 class _Range(NamedTuple):
-    """From `low` to `high`, drawn evenly, or evenly on a logarithmic scale."""
+    """A range from `low` to `high`, drawn uniformly or log-uniformly."""
 
     low: float
     high: float
@@ -51,7 +51,7 @@ def search_arguments(trainer: DistillationMixin, *positional: Any, **keywords: A
 
 
 def _default_objective(trainer: DistillationMixin, metrics: dict[str, float]) -> float:
-    """transformers' own, without what was measured of the teacher."""
+    """Return transformers' default objective, leaving out the metrics of the teacher."""
     prefixes = ["eval"]
     if isinstance(trainer.eval_dataset, dict):
         prefixes += [f"eval_{name}" for name in trainer.eval_dataset]
@@ -60,7 +60,7 @@ def _default_objective(trainer: DistillationMixin, metrics: dict[str, float]) ->
 
 
 def _default_space(trainer: DistillationMixin, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
-    """None: what transformers searches, because nothing of a distillation can be chosen."""
+    """Return the default space, or None for transformers' own if no setting of the distillation can be searched."""
     ranges = {name: one for name, one in _ranges(trainer).items() if hasattr(trainer.args, name)}
     if not ranges:
         return None
@@ -71,7 +71,7 @@ def _default_space(trainer: DistillationMixin, backend: Any) -> Callable[[Any], 
 
 
 def _ranges(trainer: DistillationMixin) -> dict[str, _Range]:
-    """Of alpha and the temperature, where a search may choose them."""
+    """Return the ranges of alpha and the temperature, as far as a search may choose them."""
     blending = trainer.distiller.blending
     found: dict[str, _Range] = {}
     if not trainer._blend_is_ours or trainer._teacher_setting is None or blending.alpha is None:
@@ -85,14 +85,14 @@ def _ranges(trainer: DistillationMixin) -> dict[str, _Range]:
         try:
             if trainer.distiller.teacher is not None:
                 trainer.distiller.teacher.check(Needs(logits=True, temperature=_SOME_TEMPERATURE))
-        except SettingError:  # a cache that holds for one temperature
+        except SettingError:  # a cache that is tied to one temperature
             return found
         found["temperature"] = _Range(1.0, 8.0, logarithmic=True)
     return found
 
 
 def _checked(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:
-    """The same space, whose names are looked at when it is first asked: before anything is trained."""
+    """Return the same space with a check of its names when it is first drawn from, before anything is trained."""
 
     def checked(trial: Any) -> Any:
         found = space(trial)
@@ -118,7 +118,7 @@ def _for_optuna(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]
 
 def _for_ray(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
     def space(trial: Any) -> dict[str, Any]:
-        tune = importlib.import_module("ray.tune")  # Trainer has made sure that it is installed
+        tune = importlib.import_module("ray.tune")  # Trainer has checked that it is installed
         drawn = {True: tune.loguniform, False: tune.uniform}
         return {name: drawn[one.logarithmic](one.low, one.high) for name, one in ranges.items()}
 

@@ -1,4 +1,4 @@
-"""The settings that decide what a training makes of a student, as JSON, and how two of them differ."""
+"""The settings that determine the trained student, as JSON, and applying changed settings to the distiller."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_distill.teachers import Teacher
     from hf_distill.trainer.mixin import DistillationMixin
 
-# Of the arguments, what decides about the student. Where it is saved and what is logged may change.
+# The arguments that determine the student; output folders and logging may change.
 DECIDING = (
     *("temperature", "temperature_schedule", "temperature_end", "alpha", "alpha_schedule", "alpha_end"),
     *("divergence", "divergence_kwargs", "projection_learning_rate", "teacher_dtype", "teacher_quantization"),
@@ -29,7 +29,7 @@ DECIDING = (
     *("max_grad_norm", "seed", "data_seed", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
 )
-# Those that a resumed run reads from the checkpoint, with the state of optimizer and scheduler.
+# Those that a resumed run reads from the checkpoint, with the state of the optimizer and scheduler.
 FROM_CHECKPOINT = (
     "learning_rate",
     "projection_learning_rate",
@@ -41,22 +41,22 @@ FROM_CHECKPOINT = (
 
 
 def deciding_arguments(args: Any) -> dict[str, Any]:
-    """The values of those of `DECIDING` that these arguments have."""
+    """Return the values of the arguments named in `DECIDING`."""
     return {name: plain(getattr(args, name)) for name in DECIDING if hasattr(args, name)}
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """Return the value as it reads back from JSON."""
     return json.loads(json.dumps(value, default=str))
 
 
 def without_address(text: str) -> str:
-    """A repr without what differs from process to process."""
+    """Remove memory addresses, which differ between processes, from a repr."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """`name was a, is b` for each setting that differs; one that is missing is None."""
+    """Return `name was a, is b` for each setting that differs; a missing one counts as None."""
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)
         if old != new:
@@ -71,11 +71,11 @@ _DEFAULTS = {name: setting(None, name) for name in _NAMES}
 
 
 def follow_settings(trainer: DistillationMixin) -> None:
-    """Let the distiller follow what has changed in `args`.
+    """Apply changes of `args` to the distiller.
 
     Raises:
-        SettingError: a value that cannot be, or a change that cannot be followed; the distiller is as it was.
-        TeacherError: a teacher that is needed from now on cannot teach this student.
+        SettingError: if a value is not allowed, or a change cannot be applied; the distiller is then unchanged.
+        TeacherError: if a teacher is needed from now on and cannot teach this student.
     """
     now, before = settings_of(trainer.args), trainer._settings_in_use
     if before is None or now == before:
@@ -87,7 +87,7 @@ def follow_settings(trainer: DistillationMixin) -> None:
     elif trainer.distiller.teacher is None:
         raise SettingError("evaluate_with_teacher=True needs a teacher, and the given distiller has none.")
     trainer._settings_in_use = now
-    trainer._on_policy_checked = None  # what it allows depends on alpha
+    trainer._on_policy_checked = None  # the check depends on alpha
 
 
 def _check_changed(
@@ -130,26 +130,26 @@ def _follow_blend(trainer: DistillationMixin) -> None:
 
 
 def _remake_distiller(trainer: DistillationMixin) -> None:
-    """Replace the distiller by one with the teacher, which no setting needed until now."""
+    """Replace the distiller by one with the teacher, which no setting needed before."""
     with random_state_kept():
         made = make_distiller(trainer, trainer.model, trainer.args, trainer.processing_class)
     if trainer._batches_are_made:
         _check_dropped_columns(trainer, made.teacher)
-        if trainer.distiller.learned:  # the optimizer holds these parameters, and not the new ones
+        if trainer.distiller.learned:  # the optimizer holds these parameters, not the new ones
             raise SettingError(
                 "args now need the teacher, and objectives that learn are being trained without it. Let alpha "
                 "rise by a schedule (alpha_schedule='linear', alpha_end=...), or change it before train()."
             )
     made.to(trainer.accelerator)
     trainer.distiller = made
-    trainer._signature_columns = None  # the teacher's inputs belong to them from now on
+    trainer._signature_columns = None  # they now include the teacher's inputs
     collate_answer_masks(trainer, *datasets_of(trainer))
     if made.teacher is not None:
         trainer.data_collator = made.teacher.wrap_collator(trainer.data_collator)
 
 
 def _check_dropped_columns(trainer: DistillationMixin, teacher: Teacher | None) -> None:
-    """Raise SettingError where the running training's batches lack something that the teacher would read."""
+    """Raise SettingError if the batches of the running training lack inputs of the teacher."""
     if not trainer.args.remove_unused_columns:
         return
     known = set(columns_of(trainer.train_dataset))
@@ -165,6 +165,6 @@ def _check_dropped_columns(trainer: DistillationMixin, teacher: Teacher | None) 
 
 
 def settings_of(args: Any) -> dict[str, Any]:
-    """Return the settings of the distillation that a trainer follows, as they are now."""
+    """Return the current settings of a trainer's distillation."""
     found = {name: getattr(args, name, default) for name, default in _DEFAULTS.items()}
     return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in found.items()}

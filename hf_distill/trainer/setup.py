@@ -1,4 +1,4 @@
-"""What a distilling trainer makes before it trains: its distiller, from the trainer's arguments."""
+"""Making a trainer's distiller from its arguments."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from hf_distill.cli.dataset import add_dataset_arguments, dataset_of
 from hf_distill.cli.main import main
 from hf_distill.errors import DataError, SettingError
 from hf_distill.teachers.cache.build import CachePass
-from hf_distill.teachers.passes import ShardFolder
+from hf_distill.teachers.passes import ShardedPass
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import bert
@@ -108,10 +108,10 @@ def test_ctrl_c_in_a_cache_build_says_what_is_kept(
     file = write(tmp_path / "a.csv")
     command = ["cache", "build", str(tmp_path / "teacher"), file, str(tmp_path / "made")]
     command += ["--task", "classification", "--text-column", "question", "--batch-size", "2"]
-    part = CachePass._part
-    monkeypatch.setattr(CachePass, "_part", _interrupted(part, at=2))
+    part = CachePass._make_part
+    monkeypatch.setattr(CachePass, "_make_part", _interrupted(part, at=2))
     assert re.match(r"Stopped. 0 (of 6 )?examples are kept in ", stopped(command, capsys))
-    monkeypatch.setattr(CachePass, "_part", part)
+    monkeypatch.setattr(CachePass, "_make_part", part)
     assert main(command) == 0
     assert "TeacherCache(6 examples" in capsys.readouterr().out
 
@@ -124,12 +124,12 @@ def test_ctrl_c_in_complete_says_what_is_kept(
     datasets.Dataset.from_list([{"prompt": "w5"}] * 520).save_to_disk(tmp_path / "prompts")  # two shards
     command = ["complete", *(str(tmp_path / name) for name in ("teacher", "prompts", "made"))]
     command += ["--max-new-tokens", "1", "--batch-size", "512"]
-    write_shard = ShardFolder.write_shard
-    monkeypatch.setattr(ShardFolder, "write_shard", _interrupted(write_shard, at=2))
+    write_shard = ShardedPass.write_shard
+    monkeypatch.setattr(ShardedPass, "write_shard", _interrupted(write_shard, at=2))
     said = stopped(command, capsys)
     kept = sum(json.loads(receipt.read_text())["rows"] for receipt in (tmp_path / "made").glob("shard-*.json"))
     assert 0 < kept < 520 and said.startswith("Stopped. ") and f"{kept} " in said and "are kept in" in said
-    monkeypatch.setattr(ShardFolder, "write_shard", write_shard)
+    monkeypatch.setattr(ShardedPass, "write_shard", write_shard)
     assert main(command) == 0
     assert "520 answers in" in capsys.readouterr().out
 
@@ -147,10 +147,10 @@ def _interrupted(method: Any, *, at: int) -> Any:
     """Ctrl-C at the call of this number."""
     calls = []
 
-    def called(*arguments: Any, **keywords: Any) -> Any:
+    def called(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return method(*arguments, **keywords)
+        return method(*arguments, **named)
 
     return called

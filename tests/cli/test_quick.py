@@ -16,7 +16,7 @@ import hf_distill
 from hf_distill.cli import cache
 from hf_distill.cli.main import main
 from hf_distill.tasks import TASKS
-from hf_distill.teachers.cache.hidden import DTYPES as INSIDE_DTYPES
+from hf_distill.teachers.cache.files import DTYPES as ACTIVATION_DTYPES
 from hf_distill.teachers.load import DTYPES as TEACHER_DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_names_and_submodules_of_the_package() -> None:
 def test_the_choices_of_the_options_are_those_of_the_library() -> None:
     assert list(cache._TASKS) == sorted(TASKS)
     assert cache._TEACHER_DTYPES == TEACHER_DTYPES
-    assert tuple(INSIDE_DTYPES) == cache._INSIDE_DTYPES
+    assert tuple(ACTIVATION_DTYPES) == cache._ACTIVATION_DTYPES
 
 
 @pytest.mark.parametrize(

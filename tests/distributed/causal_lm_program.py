@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_distill import TeacherError, UniversalLogitMatch, generate_completions
 from hf_distill.augment import OnPolicy
-from hf_distill.teachers.passes import ShardFolder
+from hf_distill.teachers.passes import ShardedPass
 from tests.heads import HEADS
 from tests.objectives import test_universal_logit as two_tokenizers
 from tests.tiny_tokenizers import tokenizer
@@ -64,9 +64,9 @@ def completions(path: Path, case: str) -> dict[str, Any]:
     count, size, settings = WRITTEN[case]
     teacher, prompts = writer(2), datasets.Dataset.from_list(LLAMA.examples(count))
     calls: list[list[int]] = []
-    write = ShardFolder.write_shard
+    write = ShardedPass.write_shard
 
-    def noted(self: ShardFolder, shard: int, *rest: Any, **facts: Any) -> None:
+    def noted(self: ShardedPass, shard: int, *rest: Any, **facts: Any) -> None:
         if case == "interrupted" and len(calls) == 1 and shard >= 3:
             raise KeyboardInterrupt
         calls[-1].append(shard)
@@ -78,13 +78,13 @@ def completions(path: Path, case: str) -> dict[str, Any]:
             teacher, prompts, path / case, max_new_tokens=6, batch_size=2, shard_examples=size, **settings
         )
 
-    ShardFolder.write_shard = noted  # type: ignore[method-assign]  # put back below
+    ShardedPass.write_shard = noted  # type: ignore[method-assign]  # put back below
     try:
         with contextlib.suppress(KeyboardInterrupt):
             ask()
         return {"rows": ask().to_list(), "calls": calls}
     finally:
-        ShardFolder.write_shard = write  # type: ignore[method-assign]  # as it was
+        ShardedPass.write_shard = write  # type: ignore[method-assign]  # as it was
 
 
 class Listening(OnPolicy):

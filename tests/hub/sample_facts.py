@@ -1,4 +1,4 @@
-"""Facts of made-up runs, for the tests of cards. Each number is easy to find again."""
+"""Facts of an invented run, for the tests of cards. Each number occurs once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hf_distill.hub.facts import (
     DatasetFacts,
     EvaluationFacts,
     ModelFacts,
+    ObjectiveFacts,
     ScheduleFacts,
     TrainingFacts,
 )
@@ -26,9 +27,11 @@ STUDENT = ModelFacts(
 )
 TEACHER = ModelFacts(hub_id="some-org/big-teacher", class_name="RobertaForSequenceClassification", parameters=16_000)
 
+HIDDEN = ObjectiveFacts("hidden", 0.125, "HiddenMatch", "HiddenMatch(layers 'even')")
+
 
 def sample_facts(**changed: object) -> CardData:
-    """A classification run with everything known; override any field."""
+    """Return the facts of a classification run of which everything is known; any field can be overridden."""
     facts = CardData(
         name="small-student",
         task="classification",
@@ -36,11 +39,11 @@ def sample_facts(**changed: object) -> CardData:
         repo_id="tiny-user/small-student",
         teachers=(TEACHER,),
         base_model="some-org/small-base",
-        processor="BertTokenizer",
+        processing_class="BertTokenizer",
         divergence="reverse_kl",
         temperature=ScheduleFacts(2.5),
         alpha=ScheduleFacts(0.75),
-        objectives={"labels": None, "logits": None, "hidden": 0.125},
+        objectives=(ObjectiveFacts("labels"), ObjectiveFacts("logits"), HIDDEN),
         datasets=(GLUE,),
         evaluations=(
             EvaluationFacts({"accuracy": 0.8125, "loss": 0.5}, VALIDATION, 60),

@@ -1,4 +1,4 @@
-"""The card: valid metadata, true text for every task, nothing invented, no local path."""
+"""The card: valid metadata and correct text for every task, and no local path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 
+from hf_distill import objectives, teachers
 from hf_distill.functional import DIVERGENCES
 from hf_distill.hub.card import render_card
-from hf_distill.hub.facts import CardData, DatasetFacts, EvaluationFacts, ModelFacts, ScheduleFacts, TrainingFacts
+from hf_distill.hub.facts import (
+    CardData,
+    DatasetFacts,
+    EvaluationFacts,
+    ModelFacts,
+    ObjectiveFacts,
+    ScheduleFacts,
+    TrainingFacts,
+)
+from hf_distill.hub.papers import BIBTEX, OBJECTIVES, TEACHERS
 from hf_distill.hub.papers import DIVERGENCES as SHOWN
 from hf_distill.hub.usage import program
 from hf_distill.tasks import TASKS
@@ -36,16 +46,23 @@ KINDS = {
 }
 
 
-def test_every_task_and_every_divergence_is_known_to_the_card() -> None:
+def test_the_card_knows_every_task_and_every_divergence() -> None:
     assert set(TASKS) == {task for task, _ in KINDS}
     assert set(DIVERGENCES) == set(SHOWN)
+
+
+def test_every_paper_is_in_the_bibliography_and_cited_by_a_class_that_exists() -> None:
+    cited = {*OBJECTIVES.values(), *TEACHERS.values(), *(shown.paper for shown in SHOWN.values())}
+    assert cited == set(BIBTEX)
+    assert all(hasattr(objectives, name) for name in OBJECTIVES)
+    assert all(hasattr(teachers, name) for name in TEACHERS)
 
 
 @pytest.mark.parametrize(("task", "main_input"), KINDS)
 @pytest.mark.parametrize("processor", ["AnyTokenizer", "AnyProcessor", "AnyImageProcessor", None])
 def test_metadata_and_program_of_each_task(task: str, main_input: str, processor: str) -> None:
     student = replace(STUDENT, main_input=main_input)
-    facts = sample_facts(task=task, student=student, processor=processor)
+    facts = sample_facts(task=task, student=student, processing_class=processor)
     card = ModelCard(render_card(facts))
     assert card.data.pipeline_tag == KINDS[task, main_input]
     assert card.data.library_name == "transformers"
@@ -79,9 +96,9 @@ def test_metadata_of_a_full_run() -> None:
     assert result["metrics"] == [{"type": "accuracy", "value": 0.8125, "name": "accuracy"}]
 
 
-def test_the_text_says_what_the_run_was() -> None:
+def test_the_text_describes_the_run() -> None:
     text = render_card(sample_facts())
-    for said in (
+    for part in (
         "[some-org/big-teacher](https://huggingface.co/some-org/big-teacher)",
         "| Parameters | 4,000 | 16,000 |",
         "25.0% of the parameters",
@@ -98,31 +115,33 @@ def test_the_text_says_what_the_run_was() -> None:
         "hinton2015distilling",
         "gu2024minillm",
         "- transformers 5.0",
+        "- `hidden`: `HiddenMatch(layers 'even')`",
+        "romero2015fitnets",
     ):
-        assert said in text, said
-    assert "was measured at step" not in text
+        assert part in text, part
+    assert "was evaluated at step" not in text
 
 
-def test_the_problem_type_of_a_classifier_is_told() -> None:
+def test_the_card_shows_the_problem_type_of_a_classifier() -> None:
     """transformers sets the student's at the first labelled step, and pipelines read it."""
     facts = sample_facts()
-    told = replace(facts, student=replace(facts.student, problem_type="multi_label_classification"))
-    assert "| Problem type | `multi_label_classification` |  |" in render_card(told)
+    typed = replace(facts, student=replace(facts.student, problem_type="multi_label_classification"))
+    assert "| Problem type | `multi_label_classification` |  |" in render_card(typed)
     assert "Problem type" not in render_card(facts)
-    assert "Problem type" not in render_card(replace(told, task="token_classification"))
+    assert "Problem type" not in render_card(replace(typed, task="token_classification"))
 
 
-def test_a_student_made_from_its_teacher_is_no_fine_tuned_teacher() -> None:
+def test_a_student_made_from_its_teacher_is_not_called_fine_tuned() -> None:
     data = ModelCard(render_card(sample_facts(base_model=TEACHER.hub_id))).data.to_dict()
     assert data["base_model"] == TEACHER.hub_id and "base_model_relation" not in data
 
 
-def test_a_bare_run_invents_nothing() -> None:
+def test_a_card_of_unknown_facts_invents_nothing() -> None:
     facts = CardData("bare", "causal_lm", ModelFacts(), teachers=(ModelFacts(),))
     text = render_card(facts)
     data = ModelCard(text).data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
-    assert "Not measured: the run evaluated nothing." in text
+    assert "Not measured: there was no evaluation." in text
     assert "The settings are not known." in text
     assert "a local model" in text
     assert "None" not in text and "unknown" not in text
@@ -135,9 +154,9 @@ def test_an_unknown_task_has_no_tag_and_no_program() -> None:
     assert "Load it with its class, `Mine`." in text and "model-index" not in text
 
 
-def test_without_a_teacher_the_card_does_not_speak_of_one() -> None:
-    text = render_card(sample_facts(teachers=(), evaluations=()))
-    assert "no teacher took part" in text
+def test_the_card_of_a_run_without_a_teacher_mentions_none() -> None:
+    text = render_card(sample_facts(teachers=(), evaluations=(), objectives=(ObjectiveFacts("labels"),)))
+    assert "The student's own loss on the labels, without a teacher." in text
     assert "trained with hf-distill without a teacher" in text
     assert "hinton" not in text and "repeat the teacher's" not in text
 
@@ -149,26 +168,29 @@ def test_several_teachers_have_a_column_each() -> None:
     assert "|  | 25.0% of the parameters | 50.0% of the parameters |" in text
 
 
+_BLEND = (ObjectiveFacts("labels"), ObjectiveFacts("logits"))
+
+
 @pytest.mark.parametrize(
     ("power", "softens", "written"),
     [(2, True, "alpha * T² * mine"), (1, True, "alpha * T * mine"), (0, False, "alpha * mine")],
 )
 def test_the_power_of_the_temperature(power: int, softens: bool, written: str) -> None:
     temperature = ScheduleFacts(2.0) if softens else None
-    facts = sample_facts(divergence="mine", temperature_power=power, temperature=temperature)
+    facts = sample_facts(objectives=_BLEND, divergence="mine", temperature_power=power, temperature=temperature)
     text = render_card(facts)
     assert written in text
     assert ("T = 2" in text) == softens
-    assert text.count("@misc") == 1  # Hinton's: nobody knows a paper of this divergence
+    assert text.count("@misc") == 1  # Hinton's: the divergence has no paper
 
 
-def test_no_distributions_where_raw_outputs_are_compared() -> None:
+def test_a_divergence_of_raw_outputs_mentions_no_distributions() -> None:
     text = render_card(sample_facts(divergence="mean_squared_error", temperature=None, temperature_power=0))
     assert "alpha * mean_squared_error" in text and "raw outputs`." in text
     assert "distribution" not in text and "temperature" not in text
 
 
-def test_schedules_and_divergence_settings_are_told() -> None:
+def test_the_card_shows_schedules_and_divergence_settings() -> None:
     facts = sample_facts(
         alpha=ScheduleFacts(0.9, 0.1, "cosine"),
         temperature=ScheduleFacts(4.0, 1.0, "linear"),
@@ -177,17 +199,17 @@ def test_schedules_and_divergence_settings_are_told() -> None:
     )
     text = render_card(facts)
     assert "alpha = 0.9 → 0.1 (cosine)" in text and "T = 4 → 1 (linear)" in text
-    assert "set with `beta=0.3`" in text
+    assert "with `beta=0.3`" in text
 
 
-def test_numbers_of_other_weights_are_told_apart_and_kept_from_the_index() -> None:
+def test_metrics_of_other_weights_are_marked_and_kept_out_of_the_model_index() -> None:
     old = EvaluationFacts({"accuracy": 0.5}, VALIDATION, 30)
     text = render_card(sample_facts(evaluations=(old,)))
-    assert "measured at step 30; the saved weights are those of step 60" in text
+    assert "evaluated at step 30; the saved weights are those of step 60" in text
     assert "model-index" not in text
 
 
-def test_a_metric_without_a_number_says_why() -> None:
+def test_the_card_gives_the_reason_for_a_missing_number() -> None:
     missing = EvaluationFacts({}, None, not_measured={"f1": "it was nan"})
     text = render_card(sample_facts(evaluations=(missing,)))
     assert "| `f1` | not measured: it was nan |" in text and "On the evaluation set" in text
@@ -215,7 +237,7 @@ def test_text_from_users_is_escaped() -> None:
         name=NASTY,
         divergence=NASTY,
         divergence_kwargs={NASTY: NASTY},
-        objectives={NASTY: 0.5},
+        objectives=(ObjectiveFacts(NASTY, 0.5, NASTY, NASTY),),
         datasets=(dataset,),
         teachers=(replace(TEACHER, class_name=NASTY),),
         evaluations=(EvaluationFacts({NASTY: 0.5}, dataset, subject=NASTY),),
@@ -255,7 +277,7 @@ def test_no_local_path_is_ever_shown(path: str) -> None:
         name=path,
         repo_id=path,
         base_model=path,
-        processor=path,
+        processing_class=path,
         student=replace(STUDENT, hub_id=path, dtype=path),
         teachers=(replace(TEACHER, hub_id=path), ModelFacts(hub_id=path)),
         divergence_kwargs={"weights": path},

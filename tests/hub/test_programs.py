@@ -82,7 +82,7 @@ def run_program(facts: CardData) -> str:
 
 def facts_of(task: str, model: tf.PreTrainedModel, processor: object | None) -> CardData:
     name = None if processor is None else type(processor).__name__
-    return CardData("tiny", task, model_facts(model), processor=name)
+    return CardData("tiny", task, model_facts(model), processing_class=name)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Pushing: the student and its processor go to the Hub with a card, and nothing else goes."""
+"""Pushing uploads the student, its processor and a card, and nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory) -> Iterator[Place]:
-    """After every push, and after the use of two students."""
+    """The Hub after all pushes, and after two students were used."""
     with FakeHub() as hub:
         place = Place(hub, tmp_path_factory.mktemp("pushed"))
         program = f"from tests.hub.push_programs import main; main('{USER}', ('trained', 'adapter'))"
@@ -61,11 +61,11 @@ def pushed(tmp_path_factory) -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def used(pushed: Place) -> dict[str, Any]:
-    """What another process than the one that pushed, with nothing in its cache, makes of it: see `use`."""
+    """The outputs of the pushed students in another process with an empty cache; see `use`."""
     return pushed.used
 
 
-def test_the_student_its_processor_and_the_card_and_nothing_else(pushed: Place) -> None:
+def test_only_the_student_its_processor_and_the_card_are_pushed(pushed: Place) -> None:
     repo = pushed.repo("trained")
     assert set(repo.files()) == pushed.saved("trained")
     assert len(repo.commits) == 2  # the creation, and one push
@@ -77,10 +77,10 @@ def test_the_pushed_student_is_the_trained_one(pushed: Place, used: dict[str, An
     torch.testing.assert_close(torch.tensor(used["logits"]), torch.load(pushed.folder / "logits.pt"))
 
 
-def test_the_card_names_the_run(pushed: Place) -> None:
+def test_the_card_describes_the_run(pushed: Place) -> None:
     card = pushed.card("trained")
     accuracy = json.loads((pushed.folder / "metrics.json").read_text())["eval_accuracy"]
-    for said in (
+    for part in (
         "# trained",
         "`BertForSequenceClassification`",
         "a local model",
@@ -94,7 +94,7 @@ def test_the_card_names_the_run(pushed: Place) -> None:
         "Nine words",
         f'model="{USER}/trained"',
     ):
-        assert said in card.text, (said, card.text)
+        assert part in card.text, (part, card.text)
     assert card.data.pipeline_tag == "text-classification"
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None
@@ -108,7 +108,7 @@ def test_the_cards_program_runs_against_the_hub(used: dict[str, Any]) -> None:
 
 def test_nothing_is_invented_before_training(pushed: Place) -> None:
     assert set(pushed.repo("untrained").files()) == pushed.saved("untrained")
-    assert "Not measured: the run evaluated nothing." in pushed.card("untrained").text
+    assert "Not measured: there was no evaluation." in pushed.card("untrained").text
     pushed.assert_no_local_path("untrained")
 
 
@@ -123,7 +123,7 @@ def test_pushing_at_every_save(pushed: Place) -> None:
     pushed.assert_weights_are_the_students("every-save")
 
 
-def test_a_checkpoint_goes_only_where_it_was_asked_for(pushed: Place) -> None:
+def test_a_checkpoint_is_pushed_only_if_requested(pushed: Place) -> None:
     files = set(pushed.repo("with-checkpoint").files())
     checkpoint = {path for path in files if path.startswith("last-checkpoint/")}
     assert files - checkpoint == pushed.saved("with-checkpoint")
@@ -146,7 +146,7 @@ def test_an_adapter_with_its_base_on_the_hub(pushed: Place, used: dict[str, Any]
     assert "logits" in used["cards"]["adapter"]
 
 
-def test_an_adapter_of_a_local_base_does_not_tell_where_it_is(pushed: Place) -> None:
+def test_the_card_of_an_adapter_hides_a_local_base(pushed: Place) -> None:
     card = pushed.card("local-adapter")
     assert card.data.library_name == "peft" and card.data.base_model is None
     assert "adapter of a local model" in card.text

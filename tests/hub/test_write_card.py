@@ -1,4 +1,4 @@
-"""Writing the card: whole or not at all, and with what the user had put into the old one's metadata."""
+"""Writing the card: whole or not at all, and with the metadata of the old card."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_failed_write_leaves_the_old_card_and_nothing_else(tmp_path, monkeypat
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_users_metadata_is_kept(tmp_path) -> None:
+def test_metadata_of_the_user_is_kept(tmp_path) -> None:
     (tmp_path / "README.md").write_text(
         "---\ntags:\n- theirs\n- mine\n- base_model:adapter:/home/me/x\n- /home/me\n"
         "license: mit\nlanguage: de\n---\n\n# Theirs\n"
@@ -53,7 +53,7 @@ def test_the_users_metadata_is_kept(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("old", ["no metadata", "---\n[: broken\n---\n", "---\n- a list\n---\n"])
-def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old, caplog) -> None:
+def test_an_unreadable_old_card_is_replaced(tmp_path, old, caplog) -> None:
     (tmp_path / "README.md").write_text(old)
     write_card(sample_facts(), tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == render_card(sample_facts())
@@ -62,7 +62,7 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize(
-    ("teacher", "said"),
+    ("teacher", "words"),
     [
         (lambda: MovingAverage(decay=0.9), ["a moving average of the student itself (decay 0.9)"]),
         (BaseModelTeacher, ["the base model itself, its adapters switched off"]),
@@ -76,19 +76,19 @@ def test_an_old_card_that_cannot_be_read_does_not_stop_the_new_one(tmp_path, old
         (lambda: Ensemble([bert(seed=1), bert(seed=2)], weights="entropy"), ["probabilities, weighted by entropy"]),
     ],
 )
-def test_what_a_teacher_is_that_is_no_model_of_its_own(tmp_path, teacher: Any, said: list[str]) -> None:
+def test_the_card_describes_teachers_that_are_not_models(tmp_path, teacher: Any, words: list[str]) -> None:
     made = teacher()
     student = with_lora(bert(), "query") if isinstance(made, BaseModelTeacher) else bert()
     make(tmp_path, student, made).create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in said:
-        assert words in card
+    for part in words:
+        assert part in card
     assert ("from a local model (" in card) == (isinstance(made, Ensemble))
 
 
 @pytest.mark.parametrize("pooling", [None, "mean", "first", "last"])
-def test_how_an_embedding_is_pooled_is_said(tmp_path, caplog, pooling: str | None) -> None:
-    """On the card always; in the log where nobody chose it."""
+def test_the_card_says_how_an_embedding_is_pooled(tmp_path, caplog, pooling: str | None) -> None:
+    """The log says it too if the user did not choose."""
     head = HEADS["bert_embedding"]
     trainer = make(
         tmp_path,
@@ -101,12 +101,12 @@ def test_how_an_embedding_is_pooled_is_said(tmp_path, caplog, pooling: str | Non
     )
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Its embedding of an input is {POOLED[pooling or 'mean']}; the model does not pool so by itself." in card
+    assert f"Its embedding of an input is {POOLED[pooling or 'mean']}; the model itself does not pool." in card
     assert ("Embeddings are the mean of the last hidden states" in caplog.text) == (pooling is None)
 
 
 @pytest.mark.parametrize(("labels", "problem"), [(1, "single_label"), ([1.0, 0.0, 1.0], "multi_label")])
-def test_the_problem_type_that_transformers_has_set_is_said(tmp_path, labels: Any, problem: str) -> None:
+def test_the_card_shows_the_problem_type_that_transformers_set(tmp_path, labels: Any, problem: str) -> None:
     student = bert()
     assert student.config.problem_type is None
     data = [{"input_ids": [1, 2, 3], "labels": labels}] * 4

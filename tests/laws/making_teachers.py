@@ -26,6 +26,7 @@ from hf_distill.teachers import (
     TemporalEnsemble,
     quantise_dynamically,
 )
+from hf_distill.teachers.cache import BuildOptions
 from hf_distill.teachers.served import ServedTeacher
 from tests.heads import HEADS, LABELS, VOCABULARY, Example
 from tests.teachers.completions_server import serving
@@ -154,7 +155,7 @@ def _in_a_cache(place: Place, made: TeacherCase, tag: str, **settings: Any) -> T
         student=made.student,
         data_collator=HEADS[place.head].collate,
         batch_size=3,
-        shard_examples=6,
+        options=BuildOptions(shard_examples=6),
         progress=False,
         **words,
         **settings,

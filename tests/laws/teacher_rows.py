@@ -92,7 +92,7 @@ TEACHER_ROWS: dict[str, TeacherRow] = {
     "cache of an ensemble": TeacherRow("CachedTeacher", cache_of(ensemble, store=Dense("float32")), store="dense"),
     "cache of a served": TeacherRow(
         make=cache_of(served),
-        store="listed",
+        store="top_k_from_server",
         tolerance=0.01,
         inexact="log-probabilities are kept in fp16",
         **_LISTED,

@@ -33,6 +33,7 @@ from hf_distill.models.blocks import Features, as_positions
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.objectives import ExitMatch
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey
+from hf_distill.teachers.cache import BuildOptions
 from tests.trainer.tiny import arguments
 
 FIRST, LAST, TOKENS = "b c h w", "b h w c", "b t d"
@@ -349,7 +350,13 @@ def test_a_cached_teacher_is_as_the_live_one(objective: Callable[..., Any], tmp_
     matched, batch = objective(layers=[(1, 1)], **stacks("convnext")), image(count=3)
     data = [{"pixel_values": one} for one in batch["pixel_values"]]
     cache = TeacherCache.build(
-        teacher, data, tmp_path / "cache", student=student, objectives=matched, inside_dtype="float32", progress=False
+        teacher,
+        data,
+        tmp_path / "cache",
+        student=student,
+        objectives=matched,
+        progress=False,
+        options=BuildOptions(activation_dtype="float32"),
     )
     live = term(student, teacher, matched, batch)
     assert term(student, cache, matched, batch) == pytest.approx(live, rel=1e-5)

@@ -28,6 +28,7 @@ from hf_distill import (
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.objectives import ExitMatch
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
+from hf_distill.teachers.cache import BuildOptions
 from tests.trainer.tiny import arguments
 
 LENGTH, PADDED = 15, 16  # windows and chunks are of 4 or 2
@@ -192,7 +193,7 @@ def test_a_cached_teacher_is_as_the_live_one(name: str, tmp_path: Path) -> None:
 
     cache = TeacherCache.build(
         teacher, data, tmp_path / "cache", student=student, objectives=matched, task="embedding",
-        inside_dtype="float32", data_collator=collate, progress=False,
+        options=BuildOptions(activation_dtype="float32"), data_collator=collate, progress=False,
     )  # fmt: skip
     live, cached = (
         Distiller(student, one, objectives=matched, alpha=None, task="embedding")(student, inputs).terms

@@ -46,14 +46,14 @@ class Watch(TrainerCallback):
 
 
 def links() -> list[Link]:
-    """The second learns of the teacher and the first; students are drawn from the link's seed."""
+    """Three students, drawn from the seeds of their links."""
 
     def student(layers: int) -> Any:
         return bert(seed=int(torch.randint(1000, ())), num_hidden_layers=layers).double()
 
     return [
         Link("assistant", lambda: student(2)),
-        Link("half", lambda: student(1), {"temperature": 1.0}, teacher="all"),
+        Link("half", lambda: student(1), {"temperature": 1.0}),
         Link("student", lambda: student(1), {"learning_rate": 0.2}),
     ]
 
@@ -94,7 +94,8 @@ def written_under(folder: Path) -> list[str]:
         else:
             writes = event in ("os.rename", "os.remove", "os.mkdir", "shutil.copyfile", "shutil.rmtree")
         if writes and str(folder) in os.fsdecode(args[0]):
-            names.append(f"{event} {Path(os.fsdecode(args[0])).name}")
+            written = args[1] if event == "os.rename" else args[0]
+            names.append(f"{event} {Path(os.fsdecode(written)).name}")
 
     sys.addaudithook(listen)
     return names

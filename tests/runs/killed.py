@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_distill.runs import chain_record as record
+from hf_distill.runs import record
 from tests.runs.tiny_chain import run
 
 

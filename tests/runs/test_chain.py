@@ -15,7 +15,6 @@ from hf_distill import Distiller, HiddenMatch
 from hf_distill.presets import Stage
 from hf_distill.runs import Chain, ChainResult, Link, LinkResult
 from hf_distill.students import inherit
-from hf_distill.teachers import Ensemble
 from tests.runs.tiny_chain import accuracy, links, run, student, teacher
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, padded, softened_kl, weights
 
@@ -73,21 +72,10 @@ def test_the_student_before_is_the_teacher(tmp_path) -> None:
     with torch.no_grad():
         ours, theirs = first.eval()(**batch).logits, saved(result.links[0].folder)(**batch).logits
         far = teacher().eval()(**batch).logits
-    log = json.loads((Path(result.links[1].folder) / "1-training" / "stage_finished.json").read_text())["log_history"]
+    log = json.loads((Path(result.links[1].folder) / "1-training" / "finished.json").read_text())["log_history"]
     expected = softened_kl(ours, theirs, 3.0).mean()
     assert log[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
     assert abs(float(softened_kl(ours, far, 3.0).mean()) - float(expected)) > 1e-2
-
-
-def test_all_who_came_before_can_teach(tmp_path, monkeypatch) -> None:
-    made: list[list[Any]] = []
-    init = Ensemble.__init__
-    monkeypatch.setattr(Ensemble, "__init__", lambda self, given, **s: made.append(list(given)) or init(self, given))
-    listed = [*links()[:2], Link("student", lambda: student(1), teacher="all")]
-    result = run(tmp_path, Chain(listed), settings={"max_steps": 1})
-    assert [len(one) for one in made] == [3]
-    assert made[0][1:] == [one.folder for one in result.links[:2]]
-    assert result.links[2].teacher == "BertForSequenceClassification + assistant + half"
 
 
 def test_a_student_can_begin_as_a_part_of_its_teacher(tmp_path) -> None:
@@ -116,9 +104,7 @@ def test_a_link_may_have_stages_and_objectives(tmp_path) -> None:
     assert sorted(p.name for p in Path(result.links[0].folder).iterdir() if p.is_dir()) == ["1-inside", "2-logits"]
 
     def logged(link: int, stage: str) -> dict[str, Any]:
-        return json.loads((Path(result.links[link].folder) / stage / "stage_finished.json").read_text())["log_history"][
-            0
-        ]
+        return json.loads((Path(result.links[link].folder) / stage / "finished.json").read_text())["log_history"][0]
 
     assert "loss/hidden" in logged(0, "1-inside") and "loss/logits" not in logged(0, "1-inside")
     assert "loss/hidden" not in logged(0, "2-logits")
@@ -165,7 +151,6 @@ def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, size
     copies: list[str] = []
     monkeypatch.setattr(module, "_train", lambda *given, **named: next(results))
     monkeypatch.setattr(module, "copied", lambda source, target: copies.append(source))
-    monkeypatch.setattr(module.record, "check_link", lambda *given: None)
     chain = Chain([Link(name, lambda: student(1)) for name in "abc"], keep=keep)
     result = run(tmp_path, chain)
     assert (result.best, result.kept) == (best, kept)
@@ -174,7 +159,7 @@ def test_what_is_best_and_what_is_kept(tmp_path, monkeypatch, keep, values, size
 
 
 def test_less_is_better_of_a_loss() -> None:
-    from hf_distill.runs.chain_record import best_of
+    from hf_distill.runs.results import best_of
 
     listed = [of("a", 1, 0.9, "loss"), of("b", 1, 0.2, "loss"), of("c", 1, float("nan"), "loss")]
     assert best_of(listed, "loss", greater_is_better=False).name == "b"

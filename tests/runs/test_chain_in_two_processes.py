@@ -54,4 +54,4 @@ def test_the_main_process_alone_writes(two) -> None:
     """The other one makes the folders in which `Trainer` keeps its random state, and nothing else."""
     of_main, of_other = (set(process["written"]) for process in two)
     assert of_other <= {f"os.mkdir checkpoint-{step}" for step in (1, 2, 3)}
-    assert {f"os.rename .{name}.partial" for name in ("link.json", "link_finished.json", "stage.json")} <= of_main
+    assert {"os.rename begun.json", "os.rename finished.json"} <= of_main

@@ -30,7 +30,6 @@ MODEL = bert()
         (lambda: Link("a/b", MODEL), "link 'a/b': it names a folder. Use letters"),
         (lambda: Link("a", "bert"), "link 'a': model is a str. Give a model, or a function that makes it"),
         (lambda: Link("a", MODEL, objectives=[HiddenMatch()], stages=[Stage("b")]), "objectives beside stages"),
-        (lambda: Link("a", MODEL, teacher="both"), "link 'a': teacher='both': allowed are previous, all"),
         (lambda: Chain.generations(lambda: MODEL, 0), "n=0: must be a whole number, at least 1"),
         (lambda: Chain.generations(MODEL, 2), "make_model is a model. Give a function that makes one"),
     ],
@@ -43,7 +42,7 @@ def test_chains_that_cannot_be(make: Any, message: str) -> None:
 def refused(tmp_path, message: str, listed: Any = None, **keywords: Any) -> None:
     with pytest.raises(SettingError, match=re.escape(message)):
         run(tmp_path, Chain(listed or links(), keep=keywords.pop("keep", "best")), **keywords)
-    assert not list(tmp_path.rglob("link.json"))
+    assert not list(tmp_path.rglob("begun.json"))
 
 
 def later(**changed: Any) -> list[Link]:

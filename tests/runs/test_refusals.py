@@ -26,7 +26,7 @@ def refused(folder: Path, message: str, listed: Any, error: type[Exception] = Se
     with pytest.raises(error, match=message):
         run(folder, model, listed, **keywords)
     assert_same_bits(weights(model), before)
-    assert not list(folder.rglob("stage.json"))
+    assert not list(folder.rglob("begun.json"))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_an_earlier_call_is_not_overwritten(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changed", "settings", "message"),
     [
-        (Stage("inside", [HiddenMatch("even", weight=3.0)], {"alpha": None, "max_steps": 1}), {}, "objectives were ["),
-        (Stage("inside", [HiddenMatch("last", weight=2.0)], {"alpha": None, "max_steps": 1}), {}, "are [\"2 × hidden"),
+        (Stage("inside", [HiddenMatch("even", weight=3.0)], {"alpha": None, "max_steps": 1}), {}, "objectives was ["),
+        (Stage("inside", [HiddenMatch("last", weight=2.0)], {"alpha": None, "max_steps": 1}), {}, "is [\"2 × hidden"),
         (Stage("inside", [HiddenMatch("even", weight=2.0)], {"alpha": 0.5, "max_steps": 1}), {}, "alpha was None, is"),
         (stages(max_steps=1)[0], {"seed": 3}, "seed was 42, is 3"),
         (stages(max_steps=1, warmup_steps=1)[0], {}, "warmup_steps was 0, is 1"),

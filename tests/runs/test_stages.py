@@ -224,12 +224,12 @@ def test_mixed_precision_holds_in_every_stage(tmp_path) -> None:
 
 
 def test_what_is_written_says_what_was_run(whole) -> None:
-    begun = json.loads((whole["folder"] / "1-inside" / "stage.json").read_text())
+    begun = json.loads((whole["folder"] / "1-inside" / "begun.json").read_text())
     assert begun["name"] == "inside" and begun["arguments"]["alpha"] is None
     assert begun["objectives"] == [
         "2 × hidden: HiddenMatch(layers 'even', distance='mean_squared', projection='auto', embeddings=False)"
     ]
-    ended = json.loads((whole["folder"] / "1-inside" / "stage_finished.json").read_text())
+    ended = json.loads((whole["folder"] / "1-inside" / "finished.json").read_text())
     assert ended["global_step"] == 3
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from hf_distill import DataError, generate_completions
 from hf_distill.augment import OnPolicy
 from hf_distill.models import generation as left_padding
-from hf_distill.models.generation import continued, generation_settings
+from hf_distill.models.generation import generate_causal, generation_settings
 
 RAGGED = [[5, 6, 7, 8, 9, 10], [12], [13, 14, 15]]
 SIZES: dict[str, Any] = {
@@ -67,11 +67,11 @@ def test_models_that_read_padding_are_refused_ragged_prompts(name: str) -> None:
     model = make(name)
     settings = settings_of(model)
     with pytest.raises(DataError, match=TOLD):
-        continued(model, RAGGED, settings)
-    alone = [continued(model, [prompt], settings)[0] for prompt in RAGGED]
+        generate_causal(model, RAGGED, settings)
+    alone = [generate_causal(model, [prompt], settings)[0] for prompt in RAGGED]
     of_one_length = [[5, 6], [7, 8], [12, 9]]
-    together = continued(model, of_one_length, settings)
-    assert together == [continued(model, [prompt], settings)[0] for prompt in of_one_length]
+    together = generate_causal(model, of_one_length, settings)
+    assert together == [generate_causal(model, [prompt], settings)[0] for prompt in of_one_length]
     assert len({*map(tuple, alone)}) > 1
 
 
@@ -85,12 +85,12 @@ def test_a_model_that_errs_on_several_prompts_is_refused_them() -> None:
         with pytest.raises(
             DataError, match=r"to several prompts at once what it writes to each alone\. Give it one at"
         ):
-            continued(model, prompts, settings)
+            generate_causal(model, prompts, settings)
     settings.update(use_cache=False, num_beams=1)
-    alone = [continued(model, [prompt], settings)[0] for prompt in of_one_length]
-    assert continued(model, of_one_length, settings) == alone
+    alone = [generate_causal(model, [prompt], settings)[0] for prompt in of_one_length]
+    assert generate_causal(model, of_one_length, settings) == alone
     with pytest.raises(DataError, match=TOLD):
-        continued(model, RAGGED, settings)
+        generate_causal(model, RAGGED, settings)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -98,11 +98,11 @@ def test_other_models_write_as_they_do_alone(name: str) -> None:
     """And once they are tried they are not tried again, with random numbers and settings left as they were."""
     model = make(name)
     settings, own, state = settings_of(model), model.generation_config, torch.get_rng_state()
-    together = continued(model, RAGGED, settings)
-    assert together == [continued(model, [prompt], settings)[0] for prompt in RAGGED]
+    together = generate_causal(model, RAGGED, settings)
+    assert together == [generate_causal(model, [prompt], settings)[0] for prompt in RAGGED]
     ran: list[Any] = []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
-    assert continued(model, RAGGED, settings) == together
+    assert generate_causal(model, RAGGED, settings) == together
     assert len(ran) <= settings.max_new_tokens
     assert model.generation_config is own and torch.equal(torch.get_rng_state(), state)
 
@@ -116,10 +116,10 @@ def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch) -> None:
 
     monkeypatch.setattr(left_padding, "_asked", rounded)
     with pytest.raises(DataError, match=TOLD):
-        continued(make("Llama"), RAGGED, settings_of(make("Llama")))
+        generate_causal(make("Llama"), RAGGED, settings_of(make("Llama")))
     wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(make("Llama"))
     for model in (make("Llama").bfloat16(), wrapped):
-        continued(model, RAGGED, settings_of(model))
+        generate_causal(model, RAGGED, settings_of(model))
 
 
 def test_completions_and_on_policy_refuse_them(tmp_path) -> None:

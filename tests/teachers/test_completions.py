@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq
 from hf_distill import DataError, SettingError, generate_completions
 from hf_distill.cli.main import main
 from hf_distill.models.generation import set_generation
-from hf_distill.teachers.passes import ShardFolder
+from hf_distill.teachers.passes import ShardedPass
 from tests.augment.test_on_policy import greedy
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
@@ -74,20 +74,20 @@ def test_beams_are_those_of_generate(tmp_path) -> None:
 def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
     teacher, sampled = LLAMA.make(2), {**SHORT, "do_sample": True, "num_return_sequences": 2, "seed": 3}
     whole = generate_completions(teacher, ANSWERED, tmp_path / "whole", **sampled)
-    write = ShardFolder.write_shard
+    write = ShardedPass.write_shard
 
-    def killed(self: ShardFolder, shard: int, *rest: Any, **facts: Any) -> None:
+    def killed(self: ShardedPass, shard: int, *rest: Any, **facts: Any) -> None:
         if shard == 1:
             raise KeyboardInterrupt
         write(self, shard, *rest, **facts)
 
-    monkeypatch.setattr(ShardFolder, "write_shard", killed)
-    with pytest.raises(KeyboardInterrupt, match=r"answers to 4 of 7 prompts are kept in .*the same call goes on"):
+    monkeypatch.setattr(ShardedPass, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt, match=r"completions of 4 of 7 prompts are kept in .*the same call continues"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
-    monkeypatch.setattr(ShardFolder, "write_shard", write)
+    monkeypatch.setattr(ShardedPass, "write_shard", write)
     with pytest.raises(DataError, match=r"unfinished completions of something else: seed: 3 there, 4 now"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **{**sampled, "seed": 4})
-    with pytest.raises(DataError, match=r"shard 0 of .* was written to other prompts than the dataset now has there"):
+    with pytest.raises(DataError, match=r"examples 0 to 3 of the dataset are not those that .* holds"):
         generate_completions(teacher, ANSWERED.select(range(6, -1, -1)), tmp_path / "killed", **sampled)
     torch.rand(3)  # what others draw does not matter
     resumed = generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
@@ -200,14 +200,14 @@ def test_refusals(tmp_path) -> None:
             generate_completions(teacher, ANSWERED, here, **settings)
     with pytest.raises(SettingError, match="BertForMaskedLM cannot generate: it has no head that writes text"):
         generate_completions(HEADS["bert_masked_lm"].make(1), ANSWERED, here)
-    with pytest.raises(DataError, match=r"no column prompt or input_ids, only \['x'\]. Name the one with the prompts"):
+    with pytest.raises(DataError, match=r"no column prompt or input_ids, only \['x'\]. Name the column of the prompts"):
         generate_completions(teacher, datasets.Dataset.from_dict({"x": [1]}), here)
-    with pytest.raises(DataError, match="the dataset holds no prompt"):
+    with pytest.raises(DataError, match="the dataset has no prompts"):
         generate_completions(teacher, ANSWERED.select([]), here)
     assert not here.exists()
     here.mkdir()
     (here / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds something that is no completions"):
+    with pytest.raises(DataError, match="holds other files than completions"):
         generate_completions(teacher, ANSWERED, here, **SHORT)
 
 
@@ -219,7 +219,7 @@ def test_a_folder_is_of_one_teacher_and_its_settings(tmp_path) -> None:
         (LLAMA.make(3), ANSWERED, {}, "holds completions of something else: teacher.weights: "),
         (LLAMA.make(2), ANSWERED, {"max_new_tokens": 4}, "generation.max_new_tokens: 5 there, 4 now. Choose another"),
         (LLAMA.make(2), ANSWERED.select(range(6)), {}, "examples: 7 there, 6 now"),
-        (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "shard 0 of .* was written to other prompts than"),
+        (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "examples 0 to 3 of the dataset are not those that"),
     ):
         with pytest.raises(DataError, match=told):
             generate_completions(teacher, data, tmp_path, **{**SHORT, **settings})

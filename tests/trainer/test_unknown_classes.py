@@ -247,7 +247,7 @@ def test_its_card_says_what_it_is(tmp_path) -> None:
     trainer.train()
     trainer.create_model_card()
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
-    assert "`Plain`" in card and "no teacher took part" in card
+    assert "`Plain`" in card and "on the labels, without a teacher." in card
 
 
 def test_a_known_head_without_labels_is_told_so(tmp_path) -> None:

@@ -1,68 +1,83 @@
-"""The files of a cache: their names, columns as Arrow arrays, and shards and index mapped into memory."""
+"""The files of a cache: their names, dtypes on the disk, and examples found in memory-mapped shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
+import torch
+from torch import Tensor
 
-from hf_distill.teachers.passes import read_arrow
+from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.teachers import shards
+from hf_distill.teachers.load import DTYPE_ALIASES
 
 MANIFEST, PLAN, INDEX = "manifest.json", "unfinished.json", "index.arrow"
-FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 2  # 2: the largest column beside rounded rows
+FORMAT, FORMAT_VERSION = "hf-distill teacher cache", 3
+POSITIONS = "positions"  # the column with the number of rows of predictions of each example
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # Arrow has no bfloat16
 
 
-def plain_array(values: np.ndarray) -> pa.Array:
-    return pa.array(np.ascontiguousarray(values))
+def check_dtype(setting: str, dtype: str, allowed: Collection[str] = tuple(DTYPES)) -> None:
+    """Raise SettingError if a dtype is not allowed.
+
+    Args:
+        setting: the name of the setting, for the message.
+        dtype: its value.
+        allowed: names of dtypes.
+    """
+    if dtype not in allowed:
+        hint = did_you_mean(dtype, allowed, DTYPE_ALIASES)
+        raise SettingError(f"{setting}={dtype!r}: allowed are {', '.join(allowed)}.{hint}")
 
 
-def list_array(values: np.ndarray, counts: np.ndarray) -> pa.Array:
-    """A list an example, of `counts` numbers each; `values` are all of them, one after the other."""
-    offsets = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values).reshape(-1)))
+def to_disk(values: Tensor, dtype: str) -> np.ndarray:
+    """Round a tensor to one of `DTYPES`, as it is written to the disk."""
+    rounded = values.detach().to(getattr(torch, dtype)).cpu()
+    return rounded.view(torch.uint16).numpy() if dtype == "bfloat16" else rounded.numpy()
 
 
-def numbers(column: pa.Array) -> np.ndarray:
-    """A column of plain numbers, not copied."""
-    return column.to_numpy(zero_copy_only=True)
-
-
-def list_values(column: pa.Array) -> np.ndarray:
-    """All numbers of a column of lists, one after the other, not copied."""
-    return column.values.to_numpy(zero_copy_only=True)
+def from_disk(values: np.ndarray, dtype: str) -> Tensor:
+    """Return what `to_disk` wrote as a tensor of that dtype."""
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 Spans = list[tuple[int, int, int]]
-POSITIONS = "positions"  # the column that says how many rows of predictions each example has
 
 
 class MemoryMappedShards:
     """The shards and the index of a finished cache.
 
     Args:
-        folder: of the cache.
-        shards: names of its files, in order.
-        columns: field → the column with how many positions of it each example has, and numbers a position.
+        folder: the folder of the cache.
+        names: the files of its shards, in order.
+        columns: field → the column that counts its positions in each example, and how many numbers a position has.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[str], columns: Mapping[str, tuple[str, int]]) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], columns: Mapping[str, tuple[str, int]]) -> None:
         self._columns = dict(columns)
-        index = read_arrow(folder / INDEX)
-        self._high, self._low = numbers(index.column("high")), numbers(index.column("low"))
-        self._shard, self._row = numbers(index.column("shard")), numbers(index.column("row"))
+        index = shards.read_arrow(folder / INDEX)
+        self._high, self._low = shards.numbers(index.column("high")), shards.numbers(index.column("low"))
+        self._shard, self._row = shards.numbers(index.column("shard")), shards.numbers(index.column("row"))
         self._starts: list[dict[str, np.ndarray]] = []
         self._values: list[dict[str, np.ndarray]] = []
-        for name in shards:
-            shard: pa.RecordBatch = read_arrow(folder / name)
-            counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
-            self._starts.append({counts: _starts(numbers(shard.column(counts))) for counts in counted})
-            self._values.append({field: list_values(shard.column(field)) for field in self._columns})
+        counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
+        for name in names:
+            shard = shards.read_arrow(folder / name)
+            self._starts.append({counts: _starts(shards.numbers(shard.column(counts))) for counts in counted})
+            self._values.append({field: shards.list_values(shard.column(field)) for field in self._columns})
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """`[b 2]` → `[b]` place in the index, -1 where there is none."""
+        """Return the place of each example in the index, `[b]`, or -1 if the cache does not hold it.
+
+        Args:
+            keys: `[b 2]`, as `content_keys` makes them.
+        """
         places = np.searchsorted(self._high, keys[:, 0])
         found = np.full(len(keys), -1, dtype=np.int64)
         for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
@@ -74,22 +89,27 @@ class MemoryMappedShards:
         return found
 
     def gather(self, spans: Spans, field: str) -> np.ndarray:
-        """`[p width]` copied out of the memory map: the examples' positions one after the other."""
+        """Copy the positions of examples out of the memory map, `[p width]`, one example after the other."""
         _, width = self._columns[field]
         pieces = [self._values[shard][field][start * width : end * width] for shard, start, end in spans]
         return np.concatenate(pieces).reshape(-1, width)
 
-    def spans(self, where: np.ndarray, column: str = POSITIONS) -> Spans:
-        """Shard, first position and end of each example, by the column that counts them."""
+    def spans(self, places: np.ndarray, column: str = POSITIONS) -> Spans:
+        """Return shard, first position and end of each example.
+
+        Args:
+            places: `[b]` places in the index.
+            column: the column that counts the positions.
+        """
         spans = []
-        for shard, row in zip(self._shard[where].tolist(), self._row[where].tolist(), strict=True):
+        for shard, row in zip(self._shard[places].tolist(), self._row[places].tolist(), strict=True):
             starts = self._starts[shard][column]
             spans.append((shard, int(starts[row]), int(starts[row + 1])))
         return spans
 
 
 def counts_of(spans: Spans) -> np.ndarray:
-    """`[b]`: how many positions each example has."""
+    """Return how many positions each example has, `[b]`."""
     return np.array([end - start for _, start, end in spans], dtype=np.int64)
 
 

@@ -1,127 +1,189 @@
-"""What a cache keeps of the inside of its teacher: which reads, of which blocks, and how objectives find them again.
-
-How hidden states are laid down stands in `inside_layout.py`.
-"""
+"""What a cache keeps of a teacher's activations, and how objectives find it again."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.models.blocks import SIDES, Blocks, Features
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.objectives import Objective, ObjectiveSetup
-from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
-from hf_distill.tasks import Task
-from hf_distill.teachers.load import DTYPE_ALIASES
+from hf_distill.signals import (
+    ATTENTION,
+    EMBEDDINGS,
+    HIDDEN,
+    LAST_HIDDEN,
+    RELATED,
+    ActivationKey,
+    LossSum,
+    Needs,
+    Signals,
+)
+from hf_distill.tasks import Batch, Task
+from hf_distill.teachers.cache.files import DTYPES, Dtype, to_disk
+from hf_distill.teachers.shards import Json
 
-KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
+_KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
 _POOLED = {
     "first": "first position of each example",
     "last": "last position of each example",
     "mean": "mean over each example",
 }
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_REBUILD = "Build a cache with the objectives of this training (objectives=, student=), or use the live teacher."
 
 
 @dataclass(frozen=True)
 class WantedActivations:
-    """What is to be read of the teacher.
+    """The activations that a cache is to keep.
 
     Attributes:
-        reads: what → "first", "last", "mean" (of each example this vector alone), or None (every position).
-        inside: the teacher's.
+        keys: key → "first", "last" or "mean" if only this vector of each example is kept, None for every position.
+        capture: the teacher's.
         dtype: on the disk.
     """
 
-    reads: Mapping[ActivationKey, str | None]
-    inside: ActivationCapture
-    dtype: str
+    keys: Mapping[ActivationKey, str | None]
+    capture: ActivationCapture
+    dtype: Dtype
 
-    def blocks(self, read: ActivationKey) -> Blocks:
-        return self.inside.blocks(read.side, read.stack)
+    def blocks(self, key: ActivationKey) -> Blocks:
+        return self.capture.blocks(key.side, key.stack)
 
 
 @dataclass(frozen=True)
 class StoredActivation:
-    """A read as the manifest describes it.
+    """An activation as the manifest describes it.
 
     Attributes:
-        field: its column in the shards. what, layer: as `ActivationKey` has them.
-        path: of the list of blocks.
-        pools: see `WantedActivations`.
-        axis: what its positions run along.
-        width: numbers a position.
+        field: its column in the shards.
+        what: as in `ActivationKey`.
+        layer: as in `ActivationKey`.
+        path: the path of the list of blocks.
+        pooling: as in `WantedActivations`.
+        axis: what its positions run along: "input", "decoder", "frames", or "all" (equally many in each example).
+        width: numbers for each position.
     """
 
     field: str
     what: str
     layer: int
     path: str
-    pools: str | None
+    pooling: str | None
     axis: str
     width: int
 
     @property
     def along(self) -> str:
-        """Its axis; "vectors" where one an example is kept."""
-        return "vectors" if self.pools else self.axis
+        """Its axis, or "vectors" if only one vector of each example is kept."""
+        return "vectors" if self.pooling else self.axis
 
     @property
     def counts(self) -> str:
-        """The column that says how many positions each example has."""
+        """The column that holds how many positions each example has."""
         return f"positions_{self.along}"
 
     def __str__(self) -> str:
         where = "the embeddings" if self.layer == EMBEDDINGS else f"block {self.layer}"
         what = self.what if self.what == LAST_HIDDEN else f"{self.what} of {where}"
-        return what + (f" ({_POOLED[self.pools]})" if self.pools else "")
+        return what + (f" ({_POOLED[self.pooling]})" if self.pooling else "")
 
 
-def wanted(
-    inside: Any, *, objectives: Any, reads: Iterable[Any] | None, student: Any, task: Task, dtype: str
+class KeepActivations(Objective):
+    """Keeps activations of the teacher by name, for students that are not known yet. It is not for training.
+
+    Args:
+        *keys: such as ("hidden", 3), ("hidden", -1) for the embeddings, "last_hidden", or an `ActivationKey`.
+
+    >>> KeepActivations(("hidden", 3), "last_hidden").keys[0].layer
+    3
+    """
+
+    def __init__(self, *keys: ActivationKey | tuple[str, int] | str) -> None:
+        self.keys = tuple(ActivationKey(*((key,) if isinstance(key, str) else key)) for key in keys)
+
+    def bind(self, setup: ObjectiveSetup) -> None:
+        """Check that the teacher has these activations.
+
+        Raises:
+            SettingError: if it has not.
+        """
+        assert setup.teacher is not None  # it was checked before
+        for key in self.keys:
+            if key.what not in _KEPT:
+                hint = did_you_mean(key.what, _KEPT)
+                raise SettingError(f"{key.what!r} cannot be kept. Allowed: {', '.join(_KEPT)}.{hint}")
+            blocks = setup.teacher.blocks(key.side, key.stack)
+            lowest = EMBEDDINGS if key.what == HIDDEN else 0
+            if not lowest <= key.layer < blocks.length:
+                raise SettingError(
+                    f"{tuple(key)!r}: the teacher has blocks 0 to {blocks.length - 1}"
+                    f"{' (-1: the embeddings)' if key.what == HIDDEN else ''} at {blocks.path!r}."
+                )
+        self.teacher_needs = Needs(activations=frozenset(self.keys))
+
+    def __call__(
+        self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
+    ) -> LossSum:
+        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+
+    def count(self, task: Task, batch: Batch) -> Tensor:
+        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+
+
+Objectives = Objective | Sequence[Objective] | Mapping[str, Objective]
+
+
+def wanted_activations(
+    capture: ActivationCapture | None, *, objectives: Objectives | None, student: Any, task: Task, dtype: Dtype
 ) -> WantedActivations | None:
-    """What objectives will ask of this teacher, and what is named beside; None: nothing.
+    """Return what objectives read of this teacher, or None if they read nothing.
 
     Raises:
-        SettingError: no student for the objectives; no such dtype or layer; attention maps.
-        TeacherError: a teacher that shows nothing of its inside.
+        SettingError: if there is no student, or an objective reads attention maps.
+        TeacherError: if the teacher shows no activations.
     """
-    if dtype not in DTYPES:
-        hint = did_you_mean(dtype, DTYPES, DTYPE_ALIASES)
-        raise SettingError(f"inside_dtype={dtype!r}: allowed are {', '.join(DTYPES)}.{hint}")
-    if not _listed(objectives) and not reads:
+    given = _as_list(objectives)
+    if not given:
         return None
-    if not isinstance(inside, ActivationCapture):
+    if not isinstance(capture, ActivationCapture):
         raise TeacherError(
-            "objectives= and reads= keep what blocks of a model compute, and this teacher shows nothing of its inside. "
-            "Build the cache of one model, or leave them out."
+            "objectives= keeps activations of a model, and this teacher shows none. Build the cache of one model, or "
+            "leave objectives= out."
         )
-    found: dict[ActivationKey, set[str | None]] = {}
-    for objective in _listed(objectives):
-        for read in sorted(_asked_by(objective, inside, student, task), key=str):
-            found.setdefault(read, set()).add(objective.pools)
-    for read in reads or ():
-        found.setdefault(ActivationKey(*((read,) if isinstance(read, str) else read)), set()).add(None)
-    merged: dict[tuple[str, int, str], tuple[ActivationKey, set[str | None]]] = {}
-    for read, pools in found.items():
-        path = _checked(read, inside).path
-        merged.setdefault((read.what, _layer(read), path), (read, set()))[1].update(pools)
-    one_way = {
-        read._replace(layer=_layer(read)): next(iter(pools)) if len(pools) == 1 else None
-        for read, pools in merged.values()
-    }
-    return WantedActivations({read: one_way[read] for read in sorted(one_way, key=_in_order)}, inside, dtype)
+    if student is None and not all(isinstance(objective, KeepActivations) for objective in given):
+        raise SettingError(
+            "objectives=: which blocks of the teacher they read depends on the student. Pass student=, or name them: "
+            'KeepActivations(("hidden", 3), ("hidden", 7)).'
+        )
+    of_student = capture if student is None else ActivationCapture(student, "student")
+    poolings: dict[tuple[str, int, str], set[str | None]] = {}
+    keys: dict[tuple[str, int, str], ActivationKey] = {}
+    for objective in given:
+        bound = copy.copy(objective)  # the user's objective stays unbound
+        bound.bind(ObjectiveSetup(of_student, capture, task, student))
+        for key in sorted(bound.teacher_needs.activations, key=str):
+            if key.what == ATTENTION:
+                raise SettingError(
+                    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
+                    "RelationMatch (queries, keys and values are kept) or HiddenMatch, or the live teacher."
+                )
+            kept = key._replace(layer=_layer(key))
+            place = (kept.what, kept.layer, capture.blocks(kept.side, kept.stack).path)
+            keys.setdefault(place, kept)
+            poolings.setdefault(place, set()).add(objective.pools)
+    one_way = {key: poolings[place].copy().pop() if len(poolings[place]) == 1 else None for place, key in keys.items()}
+    in_order = sorted(one_way, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
+    return WantedActivations({key: one_way[key] for key in in_order}, capture, dtype)
 
 
-def _listed(objectives: Any) -> list[Any]:
-    """As `Blend` takes them: one, several, or by name."""
+def _as_list(objectives: Objectives | None) -> list[Objective]:
     if objectives is None:
         return []
     if isinstance(objectives, Mapping):
@@ -129,95 +191,19 @@ def _listed(objectives: Any) -> list[Any]:
     return list(objectives) if isinstance(objectives, Sequence) else [objectives]
 
 
-def _asked_by(objective: Objective, inside: ActivationCapture, student: Any, task: Task) -> frozenset[ActivationKey]:
-    if student is None:
-        raise SettingError(
-            "objectives=: which blocks of the teacher they match depends on the student. Pass student=, or name what "
-            'is to be kept: reads=[("hidden", 3), ("hidden", 7)].'
-        )
-    bound = copy.copy(objective)  # what it learns of a build is no part of the user's
-    bound.bind(ObjectiveSetup(ActivationCapture(student, "student"), inside, task, student))
-    return bound.teacher_needs.activations
-
-
-def _checked(read: ActivationKey, inside: ActivationCapture) -> Blocks:
-    if read.what == ATTENTION:
-        raise SettingError(
-            "a cache keeps no attention maps: they take length² numbers a head of each layer, far more than all else. "
-            "Use RelationMatch (queries, keys and values are kept) or HiddenMatch, or the live teacher."
-        )
-    if read.what not in KEPT:
-        hint = did_you_mean(read.what, KEPT)
-        raise SettingError(f"reads: {read.what!r} cannot be kept. Allowed: {', '.join(KEPT)}.{hint}")
-    blocks = inside.blocks(read.side, read.stack)
-    lowest = EMBEDDINGS if read.what == HIDDEN else 0
-    if not lowest <= read.layer < blocks.length:
-        raise SettingError(
-            f"reads: {tuple(read)!r}: the teacher has blocks 0 to {blocks.length - 1}"
-            f"{' (-1: the embeddings)' if read.what == HIDDEN else ''} at {blocks.path!r}."
-        )
-    return blocks
-
-
-def _layer(read: ActivationKey) -> int:
-    """What the head reads is of no block: whichever an objective names there."""
-    return 0 if read.what == LAST_HIDDEN else read.layer
-
-
-def _in_order(read: ActivationKey) -> tuple[str, str, str, int]:
-    return (read.side or "", read.stack or "", read.what, read.layer)
-
-
-def of_inside(wanted: WantedActivations, kept: Mapping[StoredActivation, Any]) -> dict[str, Any]:
-    """What the manifest says: the reads, and of the blocks as much as objectives ask for.
-
-    Args:
-        kept: each read of the first batch, and the positions of its examples `[b]`.
-    """
-    named = {(read.side, read.stack) for read in wanted.reads}
-    places = sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str)
-    stacks = [{"side": side, "stack": stack, **_plain(wanted.inside, side, stack)} for side, stack in places]
-    return {
-        "dtype": wanted.dtype,
-        "kept": [asdict(one) for one in kept],
-        "positions": {one.along: float(counts.mean()) for one, (_, counts) in kept.items()},
-        "stacks": [one for one in stacks if "path" in one],
-    }
-
-
-def kept_reads(manifest: Mapping[str, Any] | None) -> list[StoredActivation]:
-    """Of a manifest's part on the inside."""
-    return [] if manifest is None else [StoredActivation(**one) for one in manifest["kept"]]
-
-
-def by_axis(manifest: Mapping[str, Any] | None) -> dict[str, list[StoredActivation]]:
-    """What each is kept along → the reads."""
-    found: dict[str, list[StoredActivation]] = {}
-    for one in kept_reads(manifest):
-        found.setdefault(one.along, []).append(one)
-    return found
-
-
-def itemsize(dtype: str) -> int:
-    return DTYPES[dtype].itemsize
-
-
-def _plain(inside: ActivationCapture, side: str | None, stack: str | None) -> dict[str, Any]:
-    try:
-        blocks = inside.blocks(side, stack)
-    except SettingError:
-        return {}  # it has no such side
-    return {name: getattr(blocks, name) for name in ("path", "length", "width", "heads", "of_decoder")}
+def _layer(key: ActivationKey) -> int:
+    """Return the layer of a key; what the head reads belongs to no block."""
+    return 0 if key.what == LAST_HIDDEN else key.layer
 
 
 def field_names(wanted: WantedActivations) -> list[str]:
-    """A name for each read: `hidden_3`, `hidden_embeddings`, `values_11`, `encoder_hidden_0`, …"""
-    paths = list(dict.fromkeys(wanted.blocks(read).path for read in wanted.reads))
-    names = []
-    for read in wanted.reads:
-        blocks = wanted.blocks(read)
-        layer = "embeddings" if read.layer == EMBEDDINGS else str(read.layer)
-        name = read.what if read.what == LAST_HIDDEN else f"{read.what}_{layer}"
+    """Return a name for each activation: `hidden_3`, `hidden_embeddings`, `values_11`, `encoder_hidden_0`, …"""
+    paths = list(dict.fromkeys(wanted.blocks(key).path for key in wanted.keys))
+    names: list[str] = []
+    for key in wanted.keys:
+        blocks = wanted.blocks(key)
+        layer = "embeddings" if key.layer == EMBEDDINGS else str(key.layer)
+        name = key.what if key.what == LAST_HIDDEN else f"{key.what}_{layer}"
         side = "decoder" if blocks.of_decoder else next((s for s in SIDES if s in blocks.path), "stack")
         prefix = f"{side}_" if len(paths) > 1 else ""
         taken = f"{prefix}{name}" in names
@@ -225,88 +211,142 @@ def field_names(wanted: WantedActivations) -> list[str]:
     return names
 
 
-class CachedInside:
+def describe_activations(
+    wanted: WantedActivations, first: Mapping[StoredActivation, tuple[Tensor, np.ndarray]]
+) -> Json:
+    """Return the manifest's part on activations.
+
+    Args:
+        wanted: what is kept.
+        first: each activation of the first batch, with the positions of its examples `[b]`.
+    """
+    named = {(key.side, key.stack) for key in wanted.keys}
+    places = sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str)
+    stacks = [{"side": side, "stack": stack, **_facts_of(wanted.capture, side, stack)} for side, stack in places]
+    return {
+        "dtype": wanted.dtype,
+        "kept": [asdict(activation) for activation in first],
+        "positions": {activation.along: float(counts.mean()) for activation, (_, counts) in first.items()},
+        "stacks": [stack for stack in stacks if "path" in stack],
+    }
+
+
+def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -> Json:
+    try:
+        blocks = capture.blocks(side, stack)
+    except SettingError:
+        return {}  # the model has no such side
+    return {name: vars(blocks)[name] for name in ("path", "length", "width", "heads", "of_decoder")}
+
+
+def stored_activations(description: Json | None) -> list[StoredActivation]:
+    """Return the activations of a manifest's part on activations."""
+    return [] if description is None else [StoredActivation(**kept) for kept in description["kept"]]
+
+
+def by_axis(description: Json | None) -> dict[str, list[StoredActivation]]:
+    """Return the stored activations for each of the axes that they run along."""
+    found: dict[str, list[StoredActivation]] = {}
+    for kept in stored_activations(description):
+        found.setdefault(kept.along, []).append(kept)
+    return found
+
+
+def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.ndarray:
+    """Return `[p d]` as it is written to the disk.
+
+    Raises:
+        SettingError: if the dtype cannot hold the numbers.
+        TeacherError: if there is NaN or infinity among them.
+    """
+    if not bool(rows.isfinite().all()):
+        raise TeacherError(
+            f"the teacher's {kept} hold NaN or infinity. Check the input; a half-precision teacher may overflow: try "
+            "teacher_dtype='float32' or 'bfloat16'."
+        )
+    encoded = to_disk(rows, dtype)
+    if DTYPES[dtype] is np.float16 and bool(np.isinf(encoded).any()):
+        raise SettingError(
+            f"the teacher's {kept} reach {rows.abs().max().item():.3g}, {dtype} ends at "
+            f"{torch.finfo(torch.float16).max:.3g}. Pass BuildOptions(activation_dtype='bfloat16') or 'float32'."
+        )
+    return encoded
+
+
+class CachedActivations:
     """The stored activations of a teacher: what `ActivationCapture` knows of blocks, without modules.
 
     Args:
-        manifest: its part on activations, or None if there are none.
+        description: the manifest's part on activations, or None if there are none.
         start_token: as `ActivationCapture.start_token`.
     """
 
-    def __init__(self, manifest: Mapping[str, Any] | None, *, start_token: int | None = None) -> None:
-        self._manifest = manifest
+    def __init__(self, description: Json | None, *, start_token: int | None = None) -> None:
+        self._description = description
         self.start_token = start_token
-        self.kept = kept_reads(manifest)
+        self.kept = stored_activations(description)
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
-        """As `ActivationCapture.blocks`.
+        """Return what is known of a list of blocks, as `ActivationCapture.blocks` does.
 
         Raises:
-            TeacherError: nothing of the inside is kept, or nothing of this side.
+            TeacherError: if the cache knows nothing of it.
         """
-        one = self._stack(side, stack)
-        hidden = [kept for kept in self.kept if kept.path == one["path"] and kept.what in (HIDDEN, LAST_HIDDEN)]
+        found = self._stack(side, stack)
+        hidden = [kept for kept in self.kept if kept.path == found["path"] and kept.what in (HIDDEN, LAST_HIDDEN)]
         return Blocks(
-            one["path"],
+            found["path"],
             (),
-            one["length"],
+            found["length"],
             nn.Identity(),
-            one["width"],
-            one["heads"],
-            of_decoder=one["of_decoder"],
+            found["width"],
+            found["heads"],
+            of_decoder=found["of_decoder"],
             features={(kept.what, kept.layer): Features(2, kept.width) for kept in hidden},
         )
 
-    def find(self, read: ActivationKey) -> StoredActivation:
-        """Where a read is kept.
+    def find(self, key: ActivationKey) -> StoredActivation:
+        """Return where an activation is kept.
 
         Raises:
-            TeacherError: it is not.
+            TeacherError: if it is not.
         """
-        path = self._stack(read.side, read.stack)["path"]
-        for one in self.kept:
-            if (one.what, one.layer, one.path) == (read.what, _layer(read), path):
-                return one
-        if read.what == ATTENTION:
+        path = self._stack(key.side, key.stack)["path"]
+        for kept in self.kept:
+            if (kept.what, kept.layer, kept.path) == (key.what, _layer(key), path):
+                return kept
+        if key.what == ATTENTION:
             raise TeacherError(
-                "a cached teacher shows no attention maps: they take length² numbers a head of each layer. Use "
+                "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
                 "RelationMatch or HiddenMatch, or the live teacher."
             )
-        asked = StoredActivation("", read.what, read.layer, path, None, "", 0)
-        raise TeacherError(
-            f"the cache holds no {asked} of its teacher; of {path!r} it holds {self._there(path)}. {_WAY}"
-        )
+        missing = StoredActivation("", key.what, key.layer, path, None, "", 0)
+        there = ", ".join(str(kept) for kept in self.kept if kept.path == path) or "nothing"
+        raise TeacherError(f"the cache does not hold {missing} of {path!r}, only {there}. {_REBUILD}")
 
-    def check(self, read: ActivationKey, pools: str | None) -> StoredActivation:
-        """Where a read is kept for this use of it.
+    def check(self, key: ActivationKey, pooling: str | None) -> StoredActivation:
+        """Return where an activation is kept for an objective that reads it with this pooling.
 
         Raises:
-            TeacherError: of each example another vector is kept than is asked for.
+            TeacherError: if it is not kept, or pooled otherwise.
         """
-        found = self.find(read)
-        if found.pools is not None and found.pools != pools:
-            asked = f"the {_POOLED[pools]}" if pools else "every position"
-            raise TeacherError(f"the cache holds {found}, and an objective compares {asked}. {_WAY}")
+        found = self.find(key)
+        if found.pooling is not None and found.pooling != pooling:
+            compared = f"the {_POOLED[pooling]}" if pooling else "every position"
+            raise TeacherError(f"the cache holds {found}, and an objective compares {compared}. {_REBUILD}")
         return found
 
-    def _there(self, path: str) -> str:
-        return ", ".join(str(one) for one in self.kept if one.path == path) or "nothing"
-
     def _stack(self, side: str | None, stack: str | None) -> Mapping[str, Any]:
-        if self._manifest is None:
+        if self._description is None:
             raise TeacherError(
-                "an objective reads the inside of the teacher, and the cache holds its predictions alone. "
-                "Build it with what is to be kept, TeacherCache.build(..., student=student, objectives=[...]), or use "
-                "the live teacher."
+                "an objective reads activations of the teacher, and the cache holds predictions only. Build it with "
+                "TeacherCache.build(..., student=student, objectives=[...]), or use the live teacher."
             )
-        stacks: list[Mapping[str, Any]] = self._manifest["stacks"]
-        for one in stacks:
-            if (one["side"], one["stack"]) == (side, stack) or (stack is not None and one["path"] == stack):
-                return one
-        known = ", ".join(sorted({repr(one["path"]) for one in stacks}))
+        stacks: list[Mapping[str, Any]] = self._description["stacks"]
+        for known in stacks:
+            if (known["side"], known["stack"]) == (side, stack) or (stack is not None and known["path"] == stack):
+                return known
+        paths = ", ".join(sorted({repr(known["path"]) for known in stacks}))
         raise TeacherError(
-            f"the cache knows nothing of the teacher's blocks side={side!r}, stack={stack!r}, only {known}. {_WAY}"
+            f"the cache knows nothing of the teacher's blocks side={side!r}, stack={stack!r}, only {paths}. {_REBUILD}"
         )
-
-
-_WAY = "Build a cache with the objectives of this training (objectives=, student=), or use the live teacher."

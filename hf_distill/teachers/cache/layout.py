@@ -1,12 +1,13 @@
-"""Where along its axes a task's predictions belong to an example: cut them out of a batch, lay them into another.
+"""Cut the real positions of each example out of a batch, and lay them into another batch.
 
-Axes: b batch, t time, v columns; p positions, of all examples one after the other.
+The same for predictions and hidden states. Axes: b examples, t positions of a batch, p real positions of all examples
+one after the other, v columns, d features. With several choices an example has m / b rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,19 +18,19 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.positions import PositionRule
 from hf_distill.tasks import TASKS, Batch, Task
 from hf_distill.tasks.base import OWN_TASK, batch_size
-from hf_distill.teachers.cache.hidden import DTYPES, StoredActivation
+from hf_distill.teachers.cache.hidden import StoredActivation
 from hf_distill.teachers.cache.keys import MASK, decoder_lengths
 from hf_distill.vocabulary import HeadAlignment
 
 Axis = Literal["example", "input", "decoder", "frames"]
-AXES: tuple[str, ...] = get_args(Axis)
+_INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features")
 
 
 def axis_of(task: Task) -> Axis:
-    """What the predictions of a task run along.
+    """Return what the predictions of a task run along.
 
     Raises:
-        SettingError: a task of the user's own, of which that is not known.
+        SettingError: if the task does not say so.
     """
     if task.axis is None:
         raise SettingError(
@@ -39,10 +40,20 @@ def axis_of(task: Task) -> Axis:
     return task.axis
 
 
-class RawRead(Task):
-    """Reads a model's own output, before columns are matched: `[b v]` or `[b t v]`.
+def axis_of_hidden(batch: Batch, positions: PositionRule, *, task: Task, of_decoder: bool) -> str:
+    """Return what hidden states run along: an `Axis`, or "all" if every example has equally many."""
+    if of_decoder and (task.has_decoder or batch.get("decoder_input_ids") is not None):
+        return "decoder"
+    if _ids(batch) is not None:
+        return "input"
+    return "all" if positions.keep(batch) is None else "frames"
 
-    A span's two rows are two columns `[b t 2]`, so that they too run along the input; an embedding is pooled.
+
+class RawRead(Task):
+    """Reads a model's own output, before columns are aligned: `[b v]` or `[b t v]`.
+
+    Args:
+        task: the task of the model.
     """
 
     kind = "raw"
@@ -55,8 +66,8 @@ class RawRead(Task):
         return self._task.raw_output(outputs, batch)
 
 
-def refuse_other_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
-    """Raise SettingError for predictions that are neither a row an example nor a row a position, whichever is meant."""
+def check_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
+    """Raise SettingError unless predictions have a row for each example or position, whichever the axis says."""
     axes = ("example", "column") if axis == "example" else ("example", "position", "column")
     if predictions.dim() != len(axes):
         raise SettingError(
@@ -65,141 +76,69 @@ def refuse_other_axes(predictions: Tensor, axis: Axis, task: Task) -> None:
         )
 
 
-def real_positions(axis: Axis, batch: Batch, length: int | None = None, task: Task | None = None) -> Tensor | None:
-    """`[b t]` bool, on the CPU: which positions are no padding; None: one row an example, or not known here.
+def real_positions(axis: str, batch: Batch, *, length: int | None = None, task: Task | None = None) -> Tensor | None:
+    """Return which positions are real, `[b t]` or `[b choices t]` bool on the CPU.
+
+    None if every example has equally many positions, or if that is not known from the batch.
 
     Args:
-        length: t, where the predictions are at hand.
-        task: needed for frames, whose number follows from its rule.
+        axis: what the positions run along.
+        batch: the batch as the teacher reads it.
+        length: t, if the predictions are known.
+        task: needed for the frames of predictions, whose number follows from its rule.
     """
-    if axis == "example":
-        return None
     if axis == "frames":
-        return None if task is None else _required_keep(task, batch).view(batch_size(batch), -1).cpu()
-    if axis == "input":
-        mask = batch.get(MASK)
-        if mask is not None and mask.dim() == 2:
-            return mask.bool().cpu()
-        return torch.ones(batch_size(batch), length or _width_of_input(batch), dtype=torch.bool)
-    lengths, width = decoder_lengths(batch), length or _width_of_decoder(batch)
-    if lengths is None:
-        return torch.ones(batch_size(batch), width, dtype=torch.bool)
-    return torch.arange(width) < torch.from_numpy(lengths)[:, None]
-
-
-def cut(predictions: Tensor, real: Tensor | None) -> tuple[Tensor, np.ndarray]:
-    """`[b t v]` → the real positions `[p v]` of all examples one after the other, and how many each has `[b]`.
-
-    Raises:
-        DataError: the predictions have another length than what they are of.
-    """
-    if real is None:
-        return predictions, np.ones(predictions.shape[0], dtype=np.int64)
-    if predictions.shape[:2] != real.shape:
-        raise DataError(
-            f"the teacher's predictions are {list(predictions.shape)}, the batch has {list(real.shape)} positions. A "
-            "cache needs a position of output for each of the input (or of the decoder, or each frame)."
-        )
-    return predictions[real.to(predictions.device)], real.sum(1).numpy()
-
-
-def lay(rows: Tensor, counts: np.ndarray, real: Tensor | None, axis: Axis) -> Tensor:
-    """`[p w]` → `[b t w]`, 0 where nothing belongs; `[b w]` where a row is an example. The inverse of `cut`.
-
-    Raises:
-        DataError: an example of the batch has another number of positions than the cache holds of it.
-    """
-    if axis == "example":
-        return rows
-    if real is None:  # frames: from the left; the task knows how many there are in all
-        real = torch.arange(int(counts.max(initial=0))) < torch.from_numpy(counts)[:, None]
-    else:
-        refuse_other_lengths(real.sum(1).numpy(), counts)
-    laid = rows.new_zeros(*real.shape, rows.shape[-1])
-    laid[real] = rows
-    return laid
-
-
-def lengthened(laid: Tensor, length: int) -> Tensor:
-    """`[b t w]` with zeros up to `length` positions."""
-    missing = length - laid.shape[1]
-    return laid if missing <= 0 else torch.cat([laid, laid.new_zeros(laid.shape[0], missing, laid.shape[2])], 1)
-
-
-def refuse_other_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
-    differing = np.flatnonzero(of_batch != of_cache)
-    if differing.size:
-        i = int(differing[0])
-        raise TeacherError(
-            f"example {i} of the batch has {of_batch[i]} positions, the cache holds {of_cache[i]} of it. Student and "
-            "cached teacher must predict at the same positions: the same frame rate (CTC), labels of the same length "
-            "(sequence to sequence), an augmentation that moves no positions."
-        )
-
-
-def _required_keep(task: Task, batch: Batch) -> Tensor:
-    keep = task.keep(batch)
-    assert keep is not None  # a task with frames says which are real
-    return keep
-
-
-def _width_of_input(batch: Batch) -> int:
-    for name in ("input_ids", "inputs_embeds", "input_values", "input_features"):
-        if batch.get(name) is not None:
-            return int(batch[name].shape[1])
-    raise DataError(f"the batch has no input that positions could be told of, only {sorted(batch)}.")
-
-
-def _width_of_decoder(batch: Batch) -> int:
-    for name in ("labels", "decoder_input_ids"):
-        if batch.get(name) is not None:
-            return int(batch[name].shape[1])
-    raise DataError(f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}.")
-
-
-def axis_of_hidden(batch: Mapping[str, Any], positions: PositionRule, *, task: Task, of_decoder: bool) -> str:
-    """What hidden states run along: "tokens", "decoder", "frames", or "all" (the same number for every example)."""
-    if of_decoder and (task.has_decoder or batch.get("decoder_input_ids") is not None):
-        return "decoder"
-    if _ids(batch) is not None:
-        return "tokens"
-    return "all" if positions.keep(batch) is None else "frames"
-
-
-def mask_of(axis: str, batch: Mapping[str, Any]) -> Tensor | None:
-    """`[b t]`, or `[b choices t]`, bool on the CPU: which positions are real; None: not known from the batch alone."""
+        return None if task is None else frames_of(task, batch)
     if axis == "decoder":
-        return real_positions("decoder", batch)
-    ids = _ids(batch)
-    if axis != "tokens" or ids is None:
+        lengths, width = decoder_lengths(batch), length or _width(batch, ("labels", "decoder_input_ids"))
+        if lengths is None:
+            return torch.ones(batch_size(batch), width, dtype=torch.bool)
+        return torch.arange(width) < torch.from_numpy(lengths)[:, None]
+    if axis != "input":
         return None
-    mask = batch.get(MASK)
-    if mask is None or mask.dim() == 4:
+    ids, mask = _ids(batch), batch.get(MASK)
+    if mask is not None and mask.dim() == (2 if ids is None else ids.dim()):
+        return mask.bool().cpu()
+    if ids is not None and length is None:
         return torch.ones(ids.shape, dtype=torch.bool)
-    return mask.bool().cpu()
+    return torch.ones(batch_size(batch), length or _width(batch, _INPUTS), dtype=torch.bool)
 
 
-def cut_hidden(x: Tensor, mask: Tensor | None, pools: str | None, examples: int) -> tuple[Tensor, np.ndarray]:
-    """`[m t d]` → `[p d]` and how many positions each example has `[b]`; of what is pooled, a vector for each of m.
+def frames_of(task: Task, batch: Batch) -> Tensor:
+    """Return which frames are real, `[b t]` bool on the CPU."""
+    keep = task.keep(batch)
+    assert keep is not None  # a task whose axis is "frames" knows them
+    return keep.view(batch_size(batch), -1).cpu()
+
+
+def cut(x: Tensor, real: Tensor | None, examples: int, pooling: str | None = None) -> tuple[Tensor, np.ndarray]:
+    """Return the real positions `[p ...]` of all examples one after the other, and how many each example has `[b]`.
+
+    Args:
+        x: `[m t ...]`.
+        real: as `real_positions` returns it.
+        examples: b.
+        pooling: "first", "last" or "mean" for one vector of each of the m rows, None for every position.
 
     Raises:
-        DataError: hidden states at other positions than the batch has.
+        DataError: if x has other positions than the batch.
     """
-    flat = None if mask is None else mask.flatten(0, -2).to(x.device)
+    flat = None if real is None else real.flatten(0, -2).to(x.device)
     if flat is not None and flat.shape != x.shape[:2]:
         raise DataError(
-            f"the teacher's hidden states are at {list(x.shape[:2])} [examples, positions], the batch has "
-            f"{list(flat.shape)}. A cache needs one for each position of the input (no virtual tokens)."
+            f"the teacher's outputs have {list(x.shape[:2])} [examples, positions], and the batch has "
+            f"{list(flat.shape)}. A cache needs an output for each position of the input (no virtual tokens), of the "
+            "decoder, or for each frame."
         )
-    if pools is not None:
-        return _pooled(x, flat, pools), np.full(examples, x.shape[0] // examples, dtype=np.int64)
-    if mask is None or flat is None:
+    if pooling is not None:
+        return _pool(x, flat, pooling), np.full(examples, x.shape[0] // examples, dtype=np.int64)
+    if real is None or flat is None:
         return x.flatten(0, 1), np.full(examples, x.shape[0] * x.shape[1] // examples, dtype=np.int64)
-    return x[flat], mask.flatten(1).sum(1).cpu().numpy()
+    return x[flat], real.flatten(1).sum(1).cpu().numpy()
 
 
-def _pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
-    """`[m d]`: the first or last position that is real, or the mean of all; 0 where none is."""
+def _pool(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
+    """Return the first or last real position, or the mean of all, `[m d]`; 0 if no position is real."""
     x = in_full_precision(x)
     if keep is None:
         return x.mean(1) if how == "mean" else x[:, 0] if how == "first" else x[:, -1]
@@ -210,81 +149,96 @@ def _pooled(x: Tensor, keep: Tensor | None, how: str) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), chosen].masked_fill(~keep.any(1)[:, None], 0)
 
 
-def lay_hidden(rows: Tensor, counts: np.ndarray, kept: StoredActivation, batch: Mapping[str, Any]) -> Tensor:
-    """`[p d]` → `[b t d]` with 0 where nothing belongs (of choices `[b choices·t d]`); pooled: `[b r d]`.
-
-    Raises:
-        TeacherError: an example has another number of positions than the cache holds of it.
-    """
-    mask = None if kept.pools else mask_of(kept.axis, batch)
-    if mask is not None:
-        return lay(rows, counts, mask.flatten(1), "input")
-    if kept.axis == "frames" and not kept.pools:
-        return lay(rows, counts, None, "frames")
-    if len(set(counts.tolist())) > 1:
-        raise TeacherError(
-            f"the cache holds {kept} of the examples of this batch at {sorted(set(counts.tolist()))} positions, and no "
-            "mask says which are real. Put examples of one size into a batch."
-        )
-    return rows.view(len(counts), -1, rows.shape[-1])
-
-
-def shown(
-    laid: Tensor, kept: StoredActivation, batch: Mapping[str, Any], positions: PositionRule, counts: Tensor | None
-) -> Tensor:
-    """What `lay` gave as the teacher's own hidden states would be: `[m t d]` in full precision.
+def lay(rows: Tensor, counts: np.ndarray, real: Tensor | None, *, from_left: bool = False) -> Tensor:
+    """Lay `[p w]` into a batch, `[b t w]` with 0 at padding. The inverse of `cut`.
 
     Args:
-        batch: as the teacher reads it.
-        positions: of the student.
-        counts: `[b]` of frames.
+        rows: the positions of all examples, one example after the other.
+        counts: `[b]`, how many each example has.
+        real: as `real_positions` returns it for this batch.
+        from_left: whether examples of unequal length begin at the left, if `real` is None.
 
     Raises:
-        TeacherError: other frames than the cache holds.
+        TeacherError: if an example of the batch has another number of positions than the cache holds.
+    """
+    if real is not None:
+        real = real.flatten(1)
+        check_lengths(real.sum(1).numpy(), counts)
+    elif from_left:
+        real = torch.arange(int(counts.max(initial=0))) < torch.from_numpy(counts)[:, None]
+    elif len(set(counts.tolist())) > 1:
+        raise TeacherError(
+            f"the cache holds {sorted(set(counts.tolist()))} positions of the examples of this batch, and no mask says "
+            "which are real. Put examples of one size into a batch."
+        )
+    else:
+        return rows.view(len(counts), -1, rows.shape[-1])
+    laid = rows.new_zeros(*real.shape, rows.shape[-1])
+    laid[real] = rows
+    return laid
+
+
+def lay_hidden(rows: Tensor, counts: np.ndarray, kept: StoredActivation, batch: Batch) -> Tensor:
+    """Lay the positions of a stored activation into a batch, `[b t d]`; `[b m/b d]` if it is pooled."""
+    frames = kept.along == "frames"  # the student's rule says how many there are
+    return lay(rows, counts, None if frames else real_positions(kept.along, batch), from_left=frames)
+
+
+def as_hidden_states(
+    laid: Tensor, kept: StoredActivation, batch: Batch, positions: PositionRule, counts: Tensor | None
+) -> Tensor:
+    """Return what `lay_hidden` returned as the teacher's hidden states would be, `[m t d]` in full precision.
+
+    Args:
+        laid: on the device of the batch.
+        kept: which activation it is.
+        batch: as the teacher reads it.
+        positions: of the student.
+        counts: `[b]`, the frames of each example, if its axis is "frames".
+
+    Raises:
+        TeacherError: if an example has another number of frames.
     """
     x = laid.float()
-    if kept.pools:
+    if kept.pooling:
         keep = positions.keep(batch)
-        vectors = x.flatten(0, 1)[:, None]  # where every position holds it, any way of pooling gives it back
+        vectors = x.flatten(0, 1)[:, None]  # at every position, so that pooling gives it back
         return vectors if keep is None else vectors.expand(-1, keep.shape[1], -1)
     if kept.axis == "frames":
         keep = positions.keep(batch)
-        if keep is None:
-            raise TeacherError(
-                f"the cache holds {kept} at frames, and the student has no rule that says which are real."
-            )
-        assert counts is not None  # they come with frames
-        refuse_other_lengths(keep.sum(1).cpu().numpy(), counts.cpu().numpy())
-        return lengthened(x, keep.shape[1])
-    ids = _ids(batch) if kept.axis == "tokens" else None
+        if keep is None or counts is None:
+            raise TeacherError(f"the cache holds {kept} at frames, and the student's rule does not say which are real.")
+        check_lengths(keep.sum(1).cpu().numpy(), counts.cpu().numpy())
+        return lengthen(x, keep.shape[1])
+    ids = _ids(batch) if kept.axis == "input" else None
     return x if ids is None else x.view(-1, ids.shape[-1], x.shape[-1])
 
 
-def stored(rows: Tensor, kept: StoredActivation, dtype: str) -> np.ndarray:
-    """`[p d]` as it lies on the disk.
+def lengthen(laid: Tensor, length: int) -> Tensor:
+    """Append zeros to `[b t w]` until it has `length` positions."""
+    missing = length - laid.shape[1]
+    return laid if missing <= 0 else torch.cat([laid, laid.new_zeros(laid.shape[0], missing, laid.shape[2])], 1)
 
-    Raises:
-        SettingError: numbers that the dtype cannot hold. TeacherError: NaN or infinity.
-    """
-    rows = rows.detach()
-    if not bool(rows.isfinite().all()):
+
+def check_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
+    """Raise TeacherError if an example of the batch has another number of positions than the cache holds."""
+    differing = np.flatnonzero(of_batch != of_cache)
+    if differing.size:
+        i = int(differing[0])
         raise TeacherError(
-            f"the teacher's {kept} hold NaN or infinity. Look at the input; a half-precision teacher may overflow: try "
-            "dtype='float32' or 'bfloat16'."
+            f"example {i} of the batch has {of_batch[i]} positions, the cache holds {of_cache[i]} of it. Student and "
+            "cached teacher must predict at the same positions: the same frame rate (CTC), labels of the same length "
+            "(sequence to sequence), an augmentation that moves no positions."
         )
-    narrow = rows.to(DTYPES[dtype]).cpu()
-    if bool(narrow.isinf().any()):
-        raise SettingError(
-            f"the teacher's {kept} reach {rows.abs().max().item():.3g}, {dtype} ends at "
-            f"{torch.finfo(DTYPES[dtype]).max:.3g}. Pass inside_dtype='bfloat16' or 'float32'."
-        )
-    return narrow.view(torch.uint16).numpy() if dtype == "bfloat16" else narrow.numpy()
 
 
-def as_tensor(values: np.ndarray, dtype: str) -> Tensor:
-    """One field as it was read."""
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+def _width(batch: Batch, names: tuple[str, ...]) -> int:
+    for name in names:
+        if batch.get(name) is not None:
+            return int(batch[name].shape[1])
+    raise DataError(
+        f"the batch has none of {', '.join(names)}, so its positions are not known; it has {sorted(batch)}."
+    )
 
 
 def _ids(batch: Mapping[str, Any]) -> Tensor | None:

@@ -1,232 +1,167 @@
-"""Numbers to draw with that follow from an example's content: the same in any batch, order, process or second attempt.
+"""Stores: what a cache keeps of each row of predictions.
 
-Axes: b examples, p positions of all of them one after the other.
+Axes: b examples, p positions of all examples one after the other, v columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError
 from hf_distill.functional.rows import BLOCKED, in_full_precision
 from hf_distill.functional.sparse import BLOCK, draw_columns, merge_repeats
 from hf_distill.signals import SparseRows
-from hf_distill.teachers.load import DTYPE_ALIASES
+from hf_distill.teachers.cache.files import DTYPES, Dtype, check_dtype, from_disk, to_disk
+from hf_distill.teachers.shards import Json
 
 _BITS = 53  # of a float64
-SEEDS = 1 << 64
-
-
-def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> Tensor:
-    """`[p width]` in [0, 1), float64: a generator an example, whose key is the example's and whose place is the seed's.
-
-    The raw words of Philox (Salmon et al. 2011) are fixed by its definition, so no version of numpy changes them.
-
-    Args:
-        keys: `[b 2]` of the examples.
-        counts: `[b]` positions of each.
-        seed: from 0 to 2^64 - 1.
-
-    >>> one = uniforms(np.array([[7, 1], [9, 2]], dtype=np.uint64), np.array([1, 2]), 2, seed=0)
-    >>> alone = uniforms(np.array([[9, 2]], dtype=np.uint64), np.array([2]), 2, seed=0)
-    >>> bool((one[1:] == alone).all())
-    True
-    """
-    words = [np.empty(0, dtype=np.uint64)]
-    for key, count in zip(keys, counts.tolist(), strict=True):
-        start = np.array([0, 0, 0, seed], dtype=np.uint64)
-        words.append(np.random.Philox(counter=start, key=key.astype(np.uint64)).random_raw(count * width))
-    whole = np.concatenate(words) >> np.uint64(64 - _BITS)
-    return torch.from_numpy(whole.astype(np.float64) * 2.0**-_BITS).view(-1, width)
-
-
-def refuse_seed(seed: int, of: str) -> None:
-    """Raises:
-    SettingError: below 0, or of more than 64 bits.
-    """
-    if not 0 <= seed < SEEDS:
-        raise SettingError(f"{of}(seed={seed}): a seed is from 0 to 2^64 - 1.")
-
-
-_ARROW_TYPE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # Arrow knows no bfloat16
+_SEEDS = 1 << 64
+_DRAWN_AT_ONCE = 1 << 24  # numbers held in memory while rows are drawn from: 128 MB of float64
+_SPARSE_DTYPES = ("float16", "float32")
 
 
 @dataclass(frozen=True)
 class Field:
-    """So many numbers a position, as they lie on the disk."""
+    """A column of the shards.
+
+    Attributes:
+        dtype: NumPy's, as it lies on the disk.
+        width: numbers for each position.
+    """
 
     dtype: Any
     width: int
 
     @property
     def bytes(self) -> int:
+        """Bytes for each position."""
         return int(np.dtype(self.dtype).itemsize * self.width)
 
 
-class Store(Protocol):
-    """What a kind of cache keeps of each row. `name` and the settings stand in the manifest."""
+class Store(ABC):
+    """What a cache keeps of each row of predictions. Its name and its settings stand in the manifest.
 
-    @property
-    def name(self) -> str: ...
+    Attributes:
+        name: the name in the manifest.
+        is_sparse: whether it keeps some columns of a vocabulary by their ids, rather than all columns.
+    """
 
-    @property
-    def lists_columns(self) -> bool:
-        """Whether it names columns of a vocabulary by their number, and does not keep all of them."""
-        ...
+    name: ClassVar[str]
+    is_sparse: ClassVar[bool] = True
 
-    def settings(self) -> dict[str, Any]: ...
+    def describe(self) -> Json:
+        """Return name and settings, for the manifest."""
+        return {"name": self.name, **vars(self)}
 
+    @abstractmethod
     def fields(self, columns: int) -> dict[str, Field]:
-        """What is written, for a head of so many columns."""
-        ...
-
-    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """`[p v]` → for each field `[p width]`.
+        """Return what is written for each position.
 
         Args:
-            keys: `[b 2]` of the examples.
-            counts: `[b]` how many of the positions each has. For what is drawn.
+            columns: how many columns the head has.
         """
-        ...
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        """One field as it was read, as a tensor."""
-        ...
+    @abstractmethod
+    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the fields, `[p width]` each.
 
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows | None:
-        """What is told of the rows, from fields `[... width]`; None: `logits` are all there is to it."""
-        ...
+        Args:
+            rows: `[p v]` logits.
+            keys: `[b 2]`, the keys of the examples; random draws follow from them.
+            counts: `[b]`, how many of the positions each example has.
+        """
 
-    def check_temperature(self, temperature: float, columns: int) -> None:
-        """Raises SettingError: a head of so many columns cannot be trained at this temperature with what is kept."""
-        ...
+    def decode(self, field: str, values: np.ndarray) -> Tensor:
+        """Return a field as a tensor."""
+        return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
+
+    def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows | None:
+        """Return the rows, or None if the store keeps whole rows.
+
+        Args:
+            fields: field → `[... width]`.
+            temperature: of the training.
+        """
+        return None
+
+    def check_temperature(self, temperature: float, columns: int) -> None:  # noqa: B027  # any, by default
+        """Check that a head can be trained at this temperature.
+
+        Args:
+            temperature: of the training.
+            columns: how many columns the head has.
+
+        Raises:
+            SettingError: if what is kept does not determine the probabilities at this temperature.
+        """
 
 
 @dataclass(frozen=True)
-class Dense:
-    """All columns, as they are.
+class Dense(Store):
+    """Keeps all columns, for training at any temperature.
 
     Args:
-        dtype: "float16" (3 digits; up to 65,504), "bfloat16" (2 digits, any size) or "float32".
-        keeps_largest: round how far each row's columns are below its largest, which is kept in float32 beside them: a
-            row of logits around 2,000 then loses no more than one around 0. None: `TeacherCache.build` decides.
+        dtype: "float16" (3 digits, up to 65,504), "bfloat16" (2 digits, any size) or "float32".
+        keeps_largest: whether to keep each row's largest logit in float32 and round the differences from it, so that a
+            row of logits around 2,000 loses no more than a row around 0. None lets `TeacherCache.build` decide.
 
     Raises:
-        SettingError: another dtype.
+        SettingError: if the dtype is another.
 
     >>> Dense().fields(3)["logits"].bytes
     6
     """
 
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     keeps_largest: bool | None = None
     name = "dense"
-    lists_columns = False
+    is_sparse = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _ARROW_TYPE:
-            hint = did_you_mean(self.dtype, _ARROW_TYPE, DTYPE_ALIASES)
-            raise SettingError(f"Dense(dtype={self.dtype!r}): allowed are {', '.join(_ARROW_TYPE)}.{hint}")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
+        check_dtype("Dense: dtype", self.dtype)
 
     def fields(self, columns: int) -> dict[str, Field]:
         largest = {"largest": Field(np.float32, 1)} if self.keeps_largest else {}
-        return {"logits": Field(_ARROW_TYPE[self.dtype], columns), **largest}
+        return {"logits": Field(DTYPES[self.dtype], columns), **largest}
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        rows, beside = rows.detach(), {}
+        rows, fields = rows.detach(), {}
         if self.keeps_largest:
             rows = in_full_precision(rows)
             largest = rows.amax(-1, keepdim=True).float()
-            largest = largest.where(largest.isfinite(), 0.0)  # no column is possible
-            rows, beside = rows - largest.to(rows.dtype), {"largest": largest.cpu().numpy()}
-        kept = rows.to(getattr(torch, self.dtype)).cpu()
-        self._refuse_overflow(rows, kept)
-        return {"logits": kept.view(torch.uint16).numpy() if self.dtype == "bfloat16" else kept.numpy(), **beside}
-
-    def logits(self, laid: Mapping[str, Tensor]) -> Tensor:
-        """`[... columns]` in float32, from fields `[... width]`."""
-        logits = laid["logits"].float()
-        return logits + laid["largest"] if self.keeps_largest else logits
-
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(stored)
-        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" and name == "logits" else tensor
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> None:
-        return None
-
-    def check_temperature(self, temperature: float, columns: int) -> None:
-        """Any will do."""
-
-    def _refuse_overflow(self, rows: Tensor, kept: Tensor) -> None:
-        if self.dtype == "float16" and bool((kept.isinf() & ~rows.cpu().isinf()).any()):
-            largest = rows[rows.isfinite()].abs().max().item()
+            largest = largest.where(largest.isfinite(), 0.0)  # a row without any possible column
+            rows, fields = rows - largest.to(rows.dtype), {"largest": largest.cpu().numpy()}
+        logits = to_disk(rows, self.dtype)
+        if self.dtype == "float16" and bool((np.isinf(logits) & ~rows.isinf().cpu().numpy()).any()):
+            reached = rows[rows.isfinite()].abs().max().item()
             raise SettingError(
-                f"the teacher's logits {'differ by' if self.keeps_largest else 'reach'} {largest:.3g}, float16 ends at "
+                f"the teacher's logits {'differ by' if self.keeps_largest else 'reach'} {reached:.3g}, float16 ends at "
                 '65504. Pass store=Dense("bfloat16") or Dense("float32").'
             )
+        return {"logits": logits, **fields}
 
+    def decode(self, field: str, values: np.ndarray) -> Tensor:
+        return from_disk(values, self.dtype if field == "logits" else "float32")
 
-def rounding_error(rows: Tensor, dtype: str) -> float:
-    """How much rounding `[p v]` to a dtype changes, relative to how much the rows differ from each other.
-
-    Both are root mean squares; what all rows have in common teaches nothing, so it is taken off first.
-
-    >>> offset = torch.tensor([[2000.3], [2000.9]])
-    >>> rounding_error(offset, "float32") < 1e-3 < rounding_error(offset, "float16")
-    True
-    """
-    rows = rows.detach().double()
-    error = (rows.to(getattr(torch, dtype)).double() - rows).square().mean()
-    spread = (rows - rows.mean(0)).square().mean()
-    return float((error / spread).sqrt()) if spread > 0 else 0.0
-
-
-def id_type(columns: int) -> Any:
-    """Of a column's number: 2 bytes up to 65,536 columns, else 4."""
-    return np.uint16 if columns <= 1 << 16 else np.int32
-
-
-STORES: dict[str, Any] = {"dense": Dense}
-
-
-def store_from(description: Mapping[str, Any]) -> Store:
-    """The store that a manifest names.
-
-    Raises:
-        SettingError: written by a version that knows more of them.
-    """
-    settings = {name: value for name, value in description.items() if name != "name"}
-    if description.get("name") not in STORES:
-        raise SettingError(
-            f"the cache keeps {description.get('name')!r}, which this version does not know; it knows "
-            f"{', '.join(STORES)}. Update hf-distill."
-        )
-    return STORES[description["name"]](**settings)
-
-
-def described(store: Store) -> dict[str, Any]:
-    return {"name": store.name, **store.settings()}
+    def logits(self, fields: Mapping[str, Tensor]) -> Tensor:
+        """Return `[... columns]` in float32, from fields `[... width]`."""
+        logits = fields["logits"].float()
+        return logits + fields["largest"] if self.keeps_largest else logits
 
 
 @dataclass(frozen=True)
-class NoPredictions:
-    """No prediction: what `TeacherCache.build(predictions=False)` keeps of them."""
+class NoPredictions(Store):
+    """Keeps no predictions: the store of `BuildOptions(predictions=False)`."""
 
     name = "nothing"
-    lists_columns = False
-
-    def settings(self) -> dict[str, Any]:
-        return {}
+    is_sparse = False
 
     def fields(self, columns: int) -> dict[str, Field]:
         return {}
@@ -234,34 +169,21 @@ class NoPredictions:
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         return {}
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        return torch.from_numpy(stored)
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows | None:
-        return None
-
     def check_temperature(self, temperature: float, columns: int) -> None:
-        """Raises SettingError: there are no predictions to be softened."""
         raise SettingError(
             "the cache holds no predictions: it was built with predictions=False. Train on objectives alone "
             "(alpha=None), or build it with predictions."
         )
 
 
-STORES[NoPredictions.name] = NoPredictions
-
-
-_ARROW = {"float16": np.float16, "float32": np.float32}
-
-
 @dataclass(frozen=True)
-class TopKFromServer:
-    """The columns that the teacher told, and its tail, for the temperature that they are of.
+class TopKFromServer(Store):
+    """Keeps the columns that a sparse teacher gives, and the probability of all others, for one temperature.
 
-    Where a row was not asked for (no label counted there), its tail is NaN.
+    The tail of a row that the teacher was not queried for (no label counted there) is NaN.
 
     Args:
-        k: columns a row, at most; what a row lists beyond is put into the tail, the likeliest first.
+        k: columns of each row at most; less likely ones are added to the tail.
         temperature: of the probabilities.
         dtype: of the log-probabilities, "float16" or "float32".
 
@@ -271,26 +193,22 @@ class TopKFromServer:
 
     k: int
     temperature: float = 1.0
-    dtype: str = "float16"
-    name = "listed"
-    lists_columns = True
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
+    dtype: Dtype = "float16"
+    name = "top_k_from_server"
 
     def fields(self, columns: int) -> dict[str, Field]:
         return {
             "ids": Field(np.int32, self.k),
-            "log_probabilities": Field(_ARROW[self.dtype], self.k),
+            "log_probabilities": Field(DTYPES[self.dtype], self.k),
             "tails": Field(np.float32, 1),
         }
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Raises SettingError: it keeps what is listed, not logits."""
-        raise SettingError("Listed keeps what a teacher lists by itself. For logits use TopK.")
+        """Raise SettingError, because this store keeps sparse rows only: see `encode_sparse`."""
+        raise SettingError("TopKFromServer keeps what a sparse teacher gives. For logits use TopK.")
 
-    def encode_listed(self, rows: SparseRows) -> dict[str, np.ndarray]:
-        """`[p k']` and `[p]` → for each field `[p width]`."""
+    def encode_sparse(self, rows: SparseRows) -> dict[str, np.ndarray]:
+        """Return the fields, `[p width]` each, of rows with leading axis p."""
         log_p, order = rows.log_probabilities.float().sort(dim=-1, descending=True, stable=True)
         ids, tail = rows.ids.gather(-1, order), rows.log_tail.float()
         rest, ids, log_p = log_p[:, self.k :], ids[:, : self.k], log_p[:, : self.k]
@@ -301,47 +219,36 @@ class TopKFromServer:
         log_p = torch.nn.functional.pad(log_p, (0, missing), value=-torch.inf)
         return {
             "ids": ids.cpu().numpy().astype(np.int32),
-            "log_probabilities": log_p.to(getattr(torch, self.dtype)).cpu().numpy(),
+            "log_probabilities": to_disk(log_p, self.dtype),
             "tails": tail[:, None].cpu().numpy(),
         }
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        return torch.from_numpy(stored)
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
-        both = torch.cat((laid["log_probabilities"].float(), laid["tails"]), -1).log_softmax(-1)
-        return SparseRows(laid["ids"].long(), both[..., :-1], both[..., -1], temperature)
+    def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows:
+        both = torch.cat((fields["log_probabilities"].float(), fields["tails"]), -1).log_softmax(-1)
+        return SparseRows(fields["ids"].long(), both[..., :-1], both[..., -1], temperature)
 
     def check_temperature(self, temperature: float, columns: int) -> None:
-        """Raises SettingError: the teacher was asked at another one."""
         if temperature != self.temperature:
             raise SettingError(
-                f"temperature={temperature:g}: the cache keeps what its teacher listed at temperature "
-                f"{self.temperature:g}, and softening that would need all columns. Train at {self.temperature:g}, "
-                "without a schedule."
+                f"temperature={temperature:g}: the cache keeps some columns at temperature {self.temperature:g}, and "
+                f"another temperature would need all columns. Train at {self.temperature:g}, without a schedule."
             )
 
 
-STORES[TopKFromServer.name] = TopKFromServer
-
-
-_ARROW = {"float16": np.float16, "float32": np.float32}
-
-
 @dataclass(frozen=True)
-class TopK:
-    """The k largest columns of each row, and the probability of all others.
+class TopK(Store):
+    """Keeps the k largest columns of each row, and the probability of all others.
 
-    A softened tail does not follow from the tail at another temperature, so it is kept for each of `temperatures`;
-    training at any other is refused. A temperature that moves needs `Dense`.
+    The probability of all others at one temperature does not follow from that at another, so it is kept for each of
+    `temperatures`; training at any other is refused. A temperature schedule needs `Dense`.
 
     Args:
         k: columns kept of each row.
-        temperatures: at which it can be trained with.
+        temperatures: the temperatures at which it can be trained with.
         dtype: of the log-probabilities, "float16" or "float32".
 
     Raises:
-        SettingError: k below 1, no temperature or one that is not above 0, or another dtype.
+        SettingError: if k is below 1, a temperature is not above 0 or none is given, or the dtype is another.
 
     >>> sum(field.bytes for field in TopK(64, temperatures=(1.0,)).fields(32_000).values())
     260
@@ -349,9 +256,8 @@ class TopK:
 
     k: int = 64
     temperatures: tuple[float, ...] = (1.0, 2.0)
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     name = "top_k"
-    lists_columns = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -360,45 +266,36 @@ class TopK:
                 f"TopK(k={self.k}, temperatures={self.temperatures}): k is at least 1, and there is at least one "
                 "temperature, above 0."
             )
-        if self.dtype not in _ARROW:
-            hint = did_you_mean(self.dtype, _ARROW, DTYPE_ALIASES)
-            raise SettingError(f"TopK(dtype={self.dtype!r}): allowed are {', '.join(_ARROW)}.{hint}")
-
-    def settings(self) -> dict[str, Any]:
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        check_dtype("TopK: dtype", self.dtype, _SPARSE_DTYPES)
 
     def fields(self, columns: int) -> dict[str, Field]:
         kept = min(self.k, columns)
         return {
-            "ids": Field(id_type(columns), kept),
-            "log_probabilities": Field(_ARROW[self.dtype], kept),
+            "ids": Field(_id_type(columns), kept),
+            "log_probabilities": Field(DTYPES[self.dtype], kept),
             "tails": Field(np.float32, len(self.temperatures)),
         }
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """ids, their log-probabilities at temperature 1, and log Σ p^(1/T) over all others for each temperature."""
+        """Return ids, log-probabilities at temperature 1, and log Σ p^(1/T) over all others for each temperature T."""
         log_p = in_full_precision(rows.detach()).log_softmax(-1)
         kept, ids = log_p.topk(min(self.k, log_p.shape[-1]), dim=-1)
         others = log_p.scatter(-1, ids, -torch.inf)
         tails = torch.stack([(others / t).logsumexp(-1) for t in self.temperatures], -1)
-        fields = self.fields(rows.shape[1])
         return {
-            "ids": ids.cpu().numpy().astype(fields["ids"].dtype),
-            "log_probabilities": kept.to(getattr(torch, self.dtype)).cpu().numpy(),
+            "ids": ids.cpu().numpy().astype(_id_type(rows.shape[1])),
+            "log_probabilities": to_disk(kept, self.dtype),
             "tails": tails.float().cpu().numpy(),
         }
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        return torch.from_numpy(stored.astype(np.int32) if name == "ids" else stored)
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
-        kept, tail = self.at_temperature(laid["log_probabilities"], laid["tails"], temperature)
-        return SparseRows(laid["ids"].long(), kept, tail, temperature)
+    def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows:
+        log_p, tail = self.at_temperature(fields["log_probabilities"], fields["tails"], temperature)
+        return SparseRows(fields["ids"].long(), log_p, tail, temperature)
 
     def at_temperature(self, log_probabilities: Tensor, tails: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[... k]` softened, and the tail's `[...]`: together they sum to 1.
+        """Return log-probabilities `[... k]` and the tail's `[...]` at a temperature; together they sum to 1.
 
-        At a temperature that the tail is not kept for there must be none: see `check_temperature`.
+        If the tail is not kept for this temperature, there must be no other columns: see `check_temperature`.
         """
         if temperature in self.temperatures:
             tail = tails[..., self.temperatures.index(temperature), None]
@@ -413,39 +310,32 @@ class TopK:
         known = ", ".join(f"{t:g}" for t in self.temperatures)
         raise SettingError(
             f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns of each row and the rest as "
-            f"one outcome, for temperature {known}; what the rest is at another one does not follow from that. Train "
-            f"at one of these, without a schedule, or build the cache with TopK(temperatures=({temperature:g},)) or "
-            "Dense()."
+            f"one outcome, for temperature {known}. Train at one of these, without a schedule, or build the cache with "
+            f"TopK(temperatures=({temperature:g},)) or Dense()."
         )
 
 
-STORES[TopK.name] = TopK
-
-
-CELLS = 1 << 24  # numbers that are held at once to draw from rows: 128 MB of float64
-
-
 @dataclass(frozen=True)
-class Sampled:
-    """Columns drawn with replacement, each with the weight that makes their mean the teacher's distribution.
+class Sampled(Store):
+    """Keeps columns drawn with replacement, with weights that make their mean the teacher's distribution.
 
     Anshumann et al. 2025, Sparse Logit Sampling (random sampling knowledge distillation): proposals r ∝
-    p^proposal_power, weights p / (k r). The gradient of the forward KL is then the teacher's on average, which that of
-    no top-k is. Where we differ: draws are stratified (`functional/sparse.py`), by which no estimate varies more, and
-    one number a row (the mean of log p over the draws) makes the reported value a divergence. Weights are not divided
-    by their sum: it is 1 on average, and to divide would bring a bias. Repeated draws are put together when read.
+    p^proposal_power, weights p / (k r). The gradient of the forward KL is then the teacher's on average, which no top-k
+    gives. Different here: draws are stratified (`functional/sparse.py`), so that no estimate varies more, and the mean
+    of log p over the draws, one number for each row, makes the reported value a divergence. Weights are not divided
+    by their sum: it is 1 on average, and dividing would bring a bias. Repeated draws are merged when read.
 
-    The draws follow from the seed and the content of the example: the bytes depend neither on processes nor on how
-    often a build was interrupted. Training at another temperature is refused, and so are divergences but forward_kl.
+    The draws follow from the seed and the content of the example: the bytes depend neither on the number of processes
+    nor on interruptions. Training at another temperature is refused, and so is every divergence but forward_kl.
 
     Args:
-        samples: draws a row.
-        temperature: at which it can be trained with.
+        samples: draws for each row.
+        temperature: the temperature at which it can be trained with.
         proposal_power: above 0, at most 1; at 1 all weights are equal and are not kept.
         seed: of the draws.
 
     Raises:
-        SettingError: a setting outside these bounds.
+        SettingError: if a setting is out of bounds.
 
     >>> sum(field.bytes for field in Sampled(32).fields(32_000).values())
     68
@@ -456,7 +346,6 @@ class Sampled:
     proposal_power: float = 1.0
     seed: int = 0
     name = "sampled"
-    lists_columns = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -465,30 +354,24 @@ class Sampled:
             raise SettingError(
                 f"Sampled(samples={self.samples}, temperature={self.temperature:g}, proposal_power="
                 f"{self.proposal_power:g}): at least one sample, a temperature above 0, and a power above 0 and at "
-                "most 1 (above 1 an unlikely column has a weight without bound)."
+                "most 1 (above 1 the weight of an unlikely column has no bound)."
             )
-        refuse_seed(self.seed, "Sampled")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
+        _check_seed(self.seed)
 
     def fields(self, columns: int) -> dict[str, Field]:
         weights = {} if self.proposal_power == 1 else {"weights": Field(np.float32, self.samples)}
         return {
-            "ids": Field(id_type(columns), self.samples),
+            "ids": Field(_id_type(columns), self.samples),
             **weights,
             "mean_log_probability": Field(np.float32, 1),
         }
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """ids, ascending; their weights where they are not 1 / k; and the mean of log p, each by its weight."""
+        """Return ids in ascending order, their weights unless all are 1 / k, and the weighted mean of log p."""
         at = uniforms(keys, counts, self.samples, seed=self.seed)
-        many = max(1, CELLS // max(rows.shape[1], BLOCK * self.samples))
-        parts = [self._drawn(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
-        types = self.fields(rows.shape[1])
-        return {name: np.concatenate([part[name] for part in parts]).astype(types[name].dtype) for name in types}
+        return _draw_in_parts(self._draw, rows, at, self.fields(rows.shape[1]))
 
-    def _drawn(self, rows: Tensor, at: Tensor) -> dict[str, np.ndarray]:
+    def _draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         proposals = (log_p if self.proposal_power == 1 else self.proposal_power * log_p).exp()
         ids = draw_columns(proposals, at.to(rows.device))
@@ -498,60 +381,36 @@ class Sampled:
             total = proposals.sum(-1, keepdim=True, dtype=torch.float64).float()
             weights = weights * total * ((1 - self.proposal_power) * known).exp()
         mean = (weights * known).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-        found = {"ids": ids, "weights": weights, "mean_log_probability": mean}
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        return {"ids": ids, "weights": weights, "mean_log_probability": mean}
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        return torch.from_numpy(stored.astype(np.int32) if name == "ids" else stored)
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
-        ids, mean = laid["ids"].long(), laid["mean_log_probability"]
-        weights = laid["weights"] if "weights" in laid else torch.full_like(mean, 1 / self.samples).expand(ids.shape)
-        ids, weights = merge_repeats(ids, weights)
-        none = torch.full_like(mean[..., 0], -torch.inf)
-        return SparseRows(ids, mean.expand(ids.shape), none, temperature, weights)
+    def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows:
+        ids, mean = fields["ids"].long(), fields["mean_log_probability"]
+        equal = torch.full_like(mean, 1 / self.samples).expand(ids.shape)
+        ids, weights = merge_repeats(ids, fields.get("weights", equal))
+        no_tail = torch.full_like(mean[..., 0], -torch.inf)
+        return SparseRows(ids, mean.expand(ids.shape), no_tail, temperature, weights)
 
     def check_temperature(self, temperature: float, columns: int) -> None:
-        refuse_other_temperature(self, temperature)
-
-
-def refuse_other_temperature(store: Any, temperature: float) -> None:
-    """Raises:
-    SettingError: another than it was drawn at.
-    """
-    if temperature != store.temperature:
-        kind = type(store).__name__
-        raise SettingError(
-            f"temperature={temperature:g}: the cache keeps columns that were drawn from the teacher's probabilities at "
-            f"temperature {store.temperature:g}; at another one they would be drawn otherwise. Train at "
-            f"{store.temperature:g}, without a schedule, or build the cache with {kind}(temperature={temperature:g}) "
-            "or Dense()."
-        )
-
-
-STORES[Sampled.name] = Sampled
-
-
-_DTYPES = {"float16": np.float16, "float32": np.float32}
+        _check_drawn_at(self, temperature)
 
 
 @dataclass(frozen=True)
-class Hybrid:
-    """The k largest columns of each row with their probabilities, and samples of the rest by what it weighs in all.
+class Hybrid(Store):
+    """Keeps the k largest columns of each row with their probabilities, and samples of the others.
 
-    Exact on what is listed, and on average the teacher's distribution on the rest: Σ over the k of p δ, plus the tail's
-    probability / samples for each draw. With k = v it is the live teacher. Draws, temperatures and divergences are as
-    with `Sampled`.
+    Exact for the k columns, and on average the teacher's distribution for the others: Σ over the k of p δ, plus the
+    probability of the others / samples for each draw. With k = v it is the live teacher. Draws, temperatures and
+    divergences are as with `Sampled`.
 
     Args:
         k: columns kept of each row.
         samples: draws from the others.
-        temperature: at which it can be trained with.
+        temperature: the temperature at which it can be trained with.
         dtype: of the log-probabilities of the k, "float16" (off by 2^-12 of log p) or "float32".
         seed: of the draws.
 
     Raises:
-        SettingError: a setting outside these bounds.
+        SettingError: if a setting is out of bounds.
 
     >>> sum(field.bytes for field in Hybrid(16, 16).fields(32_000).values())
     104
@@ -560,68 +419,56 @@ class Hybrid:
     k: int = 16
     samples: int = 16
     temperature: float = 1.0
-    dtype: str = "float16"
+    dtype: Dtype = "float16"
     seed: int = 0
     name = "hybrid"
-    lists_columns = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
         if self.k < 1 or self.samples < 1 or self.temperature <= 0:
             raise SettingError(
                 f"Hybrid(k={self.k}, samples={self.samples}, temperature={self.temperature:g}): k and samples are at "
-                "least 1, and the temperature is above 0. For samples alone take Sampled, for none TopK."
+                "least 1, and the temperature is above 0. For samples alone use Sampled, without samples TopK."
             )
-        if self.dtype not in _DTYPES:
-            hint = did_you_mean(self.dtype, _DTYPES, DTYPE_ALIASES)
-            raise SettingError(f"Hybrid(dtype={self.dtype!r}): allowed are {', '.join(_DTYPES)}.{hint}")
-        refuse_seed(self.seed, "Hybrid")
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
+        check_dtype("Hybrid: dtype", self.dtype, _SPARSE_DTYPES)
+        _check_seed(self.seed)
 
     def fields(self, columns: int) -> dict[str, Field]:
         kept = min(self.k, columns)
         return {
-            "ids": Field(id_type(columns), kept),
-            "log_probabilities": Field(_DTYPES[self.dtype], kept),
+            "ids": Field(_id_type(columns), kept),
+            "log_probabilities": Field(DTYPES[self.dtype], kept),
             "tail": Field(np.float32, 1),
-            "drawn": Field(id_type(columns), self.samples),
+            "drawn": Field(_id_type(columns), self.samples),
             "mean_log_probability": Field(np.float32, 1),
         }
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """The k and their log p, log of what all others weigh, draws of these, and the mean of log p over the draws."""
+        """Return the k columns and their log p, the log-probability of all others, draws from these and their mean."""
         at = uniforms(keys, counts, self.samples, seed=self.seed)
-        many = max(1, CELLS // max(rows.shape[1], BLOCK * self.samples))
-        parts = [self._kept_and_drawn(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
-        types = self.fields(rows.shape[1])
-        return {name: np.concatenate([part[name] for part in parts]).astype(types[name].dtype) for name in types}
+        return _draw_in_parts(self._draw, rows, at, self.fields(rows.shape[1]))
 
-    def _kept_and_drawn(self, rows: Tensor, at: Tensor) -> dict[str, np.ndarray]:
+    def _draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         kept, ids = log_p.topk(min(self.k, log_p.shape[-1]), dim=-1)
         others = log_p.scatter(-1, ids, -torch.inf)
         tail = others.logsumexp(-1, keepdim=True)
         chosen = draw_columns((others - tail.clamp(min=BLOCKED)).exp(), at.to(rows.device))
         mean = log_p.gather(-1, chosen).mean(-1, keepdim=True)
-        mean = torch.where(tail > -torch.inf, mean, 0.0)  # none was drawn
-        found = {"ids": ids, "log_probabilities": kept, "tail": tail, "drawn": chosen, "mean_log_probability": mean}
-        return {name: value.cpu().numpy() for name, value in found.items()}
+        mean = torch.where(tail > -torch.inf, mean, 0.0)  # there was nothing to draw from
+        return {"ids": ids, "log_probabilities": kept, "tail": tail, "drawn": chosen, "mean_log_probability": mean}
 
-    def tensor(self, name: str, stored: np.ndarray) -> Tensor:
-        return torch.from_numpy(stored.astype(np.int32) if name in ("ids", "drawn") else stored)
-
-    def sparse_rows(self, laid: Mapping[str, Tensor], temperature: float) -> SparseRows:
-        tail = laid["tail"]
-        both = torch.cat([laid["log_probabilities"].float(), tail], -1).log_softmax(-1)  # rounding left it beside 1
+    def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows:
+        tail = fields["tail"]
+        # Rounded log-probabilities do not sum to 1 exactly.
+        both = torch.cat([fields["log_probabilities"].float(), tail], -1).log_softmax(-1)
         kept, share = both[..., :-1], both[..., -1:].exp() / self.samples
-        impossible = kept == -torch.inf  # listed where fewer are possible than are listed
-        chosen, shares = merge_repeats(laid["drawn"].long(), share.expand(laid["drawn"].shape))
-        chosen = chosen.masked_fill(tail == -torch.inf, -1)  # nothing is left to draw from
-        mean = laid["mean_log_probability"].expand(chosen.shape)
+        impossible = kept == -torch.inf  # among the k if fewer columns are possible
+        chosen, shares = merge_repeats(fields["drawn"].long(), share.expand(fields["drawn"].shape))
+        chosen = chosen.masked_fill(tail == -torch.inf, -1)  # there was nothing to draw from
+        mean = fields["mean_log_probability"].expand(chosen.shape)
         return SparseRows(
-            ids=torch.cat([laid["ids"].long().masked_fill(impossible, -1), chosen], -1),
+            ids=torch.cat([fields["ids"].long().masked_fill(impossible, -1), chosen], -1),
             log_probabilities=torch.cat([kept.masked_fill(impossible, 0.0), mean], -1),
             log_tail=torch.full_like(tail[..., 0], -torch.inf),
             temperature=temperature,
@@ -629,7 +476,81 @@ class Hybrid:
         )
 
     def check_temperature(self, temperature: float, columns: int) -> None:
-        refuse_other_temperature(self, temperature)
+        _check_drawn_at(self, temperature)
 
 
-STORES[Hybrid.name] = Hybrid
+STORES: dict[str, Callable[..., Store]] = {
+    store.name: store for store in (Dense, NoPredictions, TopKFromServer, TopK, Sampled, Hybrid)
+}
+
+
+def store_from(description: Json) -> Store:
+    """Return the store that a manifest names.
+
+    Raises:
+        SettingError: if a later version wrote it.
+    """
+    settings = dict(description)
+    name = settings.pop("name", None)
+    if name not in STORES:
+        raise SettingError(
+            f"the cache keeps {name!r}, which this version does not know; it knows {', '.join(STORES)}. Update "
+            "hf-distill."
+        )
+    return STORES[name](**settings)
+
+
+def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> Tensor:
+    """Return random numbers in [0, 1) that follow from an example's content, `[p width]` in float64.
+
+    Each example has a generator of its own, whose key is the example's and whose counter is the seed's. The raw words
+    of Philox (Salmon et al. 2011) are fixed by its definition, so no version of NumPy changes them.
+
+    Args:
+        keys: `[b 2]`, of the examples.
+        counts: `[b]`, the positions of each example.
+        width: numbers for each position.
+        seed: from 0 to 2^64 - 1.
+
+    >>> both = uniforms(np.array([[7, 1], [9, 2]], dtype=np.uint64), np.array([1, 2]), 2, seed=0)
+    >>> alone = uniforms(np.array([[9, 2]], dtype=np.uint64), np.array([2]), 2, seed=0)
+    >>> bool((both[1:] == alone).all())
+    True
+    """
+    words = [np.empty(0, dtype=np.uint64)]
+    for key, count in zip(keys, counts.tolist(), strict=True):
+        start = np.array([0, 0, 0, seed], dtype=np.uint64)
+        words.append(np.random.Philox(counter=start, key=key.astype(np.uint64)).random_raw(count * width))
+    whole = np.concatenate(words) >> np.uint64(64 - _BITS)
+    return torch.from_numpy(whole.astype(np.float64) * 2.0**-_BITS).view(-1, width)
+
+
+def _draw_in_parts(
+    draw: Callable[[Tensor, Tensor], dict[str, Tensor]], rows: Tensor, at: Tensor, fields: Mapping[str, Field]
+) -> dict[str, np.ndarray]:
+    """Draw from as many rows at once as memory allows."""
+    many = max(1, _DRAWN_AT_ONCE // max(rows.shape[1], BLOCK * at.shape[1]))
+    parts = [draw(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
+    return {
+        name: torch.cat([part[name] for part in parts]).cpu().numpy().astype(field.dtype)
+        for name, field in fields.items()
+    }
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < _SEEDS:
+        raise SettingError(f"seed={seed}: a seed is from 0 to 2^64 - 1.")
+
+
+def _check_drawn_at(store: Sampled | Hybrid, temperature: float) -> None:
+    if temperature != store.temperature:
+        raise SettingError(
+            f"temperature={temperature:g}: the cache keeps columns that were drawn from the teacher's probabilities at "
+            f"temperature {store.temperature:g}. Train at {store.temperature:g}, without a schedule, or build the "
+            f"cache with {type(store).__name__}(temperature={temperature:g}) or Dense()."
+        )
+
+
+def _id_type(columns: int) -> Any:
+    """Return the dtype of a column's id: 2 bytes up to 65,536 columns, else 4."""
+    return np.uint16 if columns <= 1 << 16 else np.int32

@@ -1,4 +1,4 @@
-"""Texts that a teacher writes, as a dataset to train on: sequence-level distillation."""
+"""Texts that a teacher generates, as a dataset to train on: sequence-level distillation."""
 
 from hf_distill.teachers.completions.generate import generate_completions
 

@@ -1,4 +1,4 @@
-"""What a teacher is asked to continue or to answer, of a dataset: texts, messages, token ids, or sound."""
+"""The prompts in a dataset: texts, messages, token ids, or sounds."""
 
 from __future__ import annotations
 
@@ -18,31 +18,40 @@ from hf_distill.tasks.infer import forward_names, unwrapped
 from hf_distill.teachers.model import tokenizer_in
 
 SOUNDS = ("input_features", "input_values")
-DEFAULT = "prompt"  # the column's name, where none is said
+DEFAULT = "prompt"  # the default column
 
 
 class Prompts:
     """The prompts of a dataset, by index.
 
     Args:
-        column: of texts, or of lists of messages. The default one may be missing: then `input_ids`, up to the first
-            label that counts, are read. A model that listens reads its `input_features` or `input_values`, up to the
-            end of their `attention_mask` where there is one.
-        max_new_tokens: how much will be written behind each.
+        dataset: has a length.
+        model: the teacher.
+        processor: its tokenizer or processor, or None.
+        column: of texts, or of lists of messages. The default column may be missing: then `input_ids` are read, up to
+            the first label that counts. A speech model reads its `input_features` or `input_values`, up to the end of
+            their `attention_mask` if there is one.
+        max_new_tokens: how many tokens will follow each prompt.
+
+    Attributes:
+        column: the column that is read.
+        answers: whether the model is an encoder-decoder.
+        listens: whether it reads sounds.
+        window: the frames that it reads at once, if it always reads equally many.
 
     Raises:
-        SettingError: texts without a tokenizer, or a column that this model does not read.
-        DataError: no such column, or no prompt at all.
+        SettingError: if texts come without a tokenizer, or this model does not read the column.
+        DataError: if there is no such column, or no prompt.
     """
 
     def __init__(self, dataset: Any, model: Any, processor: Any, column: str, *, max_new_tokens: int) -> None:
         if not hasattr(dataset, "__len__"):
             raise DataError(
-                f"a {type(dataset).__name__} does not say how many prompts it holds. Give one that does: "
+                f"a {type(dataset).__name__} has no length. Give a dataset that has: "
                 "datasets.Dataset.from_list(list(dataset))."
             )
         if len(dataset) == 0:
-            raise DataError("the dataset holds no prompt.")
+            raise DataError("the dataset has no prompts.")
         names = getattr(dataset, "column_names", None) or list(dataset[0])
         self._dataset = dataset
         self._limits = Limits.of(model, max_new_tokens)
@@ -54,30 +63,30 @@ class Prompts:
         self._masked = "attention_mask" in forward_names(model)
         if self.listens and column not in (DEFAULT, source):
             raise SettingError(
-                f"prompt_column={column!r}: {type(unwrapped(model)).__name__} reads {source}. Leave it out."
+                f"prompt_column={column!r}: {type(unwrapped(model)).__name__} reads {source}. Leave prompt_column= out."
             )
         wanted = (source,) if self.listens else (column, "input_ids") if column == DEFAULT else (column,)
         found = next((name for name in wanted if name in names), None)
         if found is None:
             raise DataError(
-                f"the dataset has no column {' or '.join(wanted)}, only {sorted(names)}. Name the one with the "
+                f"the dataset has no column {' or '.join(wanted)}, only {sorted(names)}. Name the column of the "
                 "prompts: prompt_column=."
             )
         if self.tokenizer is None and not self.listens and found != "input_ids":
             raise SettingError(f"{found} needs the teacher's tokenizer. Pass processing_class=.")
         self.column = found
         if self.listens and isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None:
-            self._dataset = dataset.with_format("numpy")  # the same numbers; lists of a sound take ten times as long
+            self._dataset = dataset.with_format("numpy")  # the same numbers, ten times as fast as lists
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
-        """Token ids, or a sound: `[mel frames]` for a Whisper, else `[time ...]`.
+        """Return token ids, or a sound: `[mel frames]` for Whisper, else `[time ...]`.
 
         Raises:
-            SettingError: messages, and no chat template.
-            DataError: by column and index, what cannot be asked.
+            SettingError: if there are messages and no chat template.
+            DataError: if the prompt cannot be used, by column and index.
         """
         example = self._dataset[index]
         try:
@@ -91,7 +100,7 @@ class Prompts:
 
     def _read(self, value: Any, example: Mapping[str, Any]) -> Any:
         if value is None:
-            raise _NoPromptError("None, where a prompt should be")
+            raise _NoPromptError("None instead of a prompt")
         if self.listens:
             return self._as_sound(value, example.get("attention_mask"))
         if isinstance(value, str):
@@ -102,10 +111,12 @@ class Prompts:
         try:
             return prompt_of(value, example.get("attention_mask"), labels)
         except (TypeError, ValueError) as error:
-            raise _NoPromptError(f"no list of token ids, with a mask and labels as long ({error})") from error
+            raise _NoPromptError(
+                f"not a list of token ids with a mask and labels of the same length ({error})"
+            ) from error
 
     def batch(self, prompts: Sequence[Any], *, padding: int, device: torch.device) -> dict[str, Tensor]:
-        """What an encoder-decoder is called with: padded on the right."""
+        """Return the inputs of an encoder-decoder, padded on the right."""
         if self.window is not None:  # all of one shape: see `other_shape`
             return {self.column: torch.stack(list(prompts)).to(device)}
         if self.listens:
@@ -119,7 +130,7 @@ class Prompts:
         return {"input_ids": ids, "attention_mask": mask}
 
     def row(self, prompt: Any, written: Tokens, ends: set[int]) -> dict[str, Any]:
-        """The columns of a completion: ready to train on, and as text where there is a tokenizer."""
+        """Return the columns of a completion: ready to train on, and as text if there is a tokenizer."""
         finished = bool(written) and written[-1] in ends
         text = None if self.tokenizer is None else self.tokenizer.decode(written, skip_special_tokens=True)
         if self.listens:
@@ -131,12 +142,12 @@ class Prompts:
         return {"input_ids": prompt + written, "labels": labels, **texts, "finished": finished}
 
     def other_shape(self, sound: Tensor, usual: Tensor) -> str | None:
-        """Why two sounds cannot be asked about in one batch; None: they can."""
+        """Return why two sounds cannot share a batch, or None if they can."""
         if self.window is None and sound.shape[1:] == usual.shape[1:]:
             return None  # they are padded in time
         return (
             f"a sound of shape {list(sound.shape)}, and others are {list(usual.shape)}: let the feature extractor pad "
-            "them all alike, or ask with batch_size=1"
+            "all to the same length, or pass batch_size=1"
         )
 
     def _as_sound(self, value: Any, mask: Any) -> Tensor:
@@ -144,10 +155,10 @@ class Prompts:
             sound = torch.as_tensor(value, dtype=torch.float32)
             real = len(sound) if mask is None or self.window is not None else int(torch.as_tensor(mask).sum())
         except (TypeError, ValueError) as error:
-            raise _NoPromptError(f"no features of a sound ({error})") from error
+            raise _NoPromptError(f"not the features of a sound ({error})") from error
         axes = "[mel, time]" if self.window is not None else "[time]" if self.column == SOUNDS[1] else "[time, mel]"
         if sound.dim() != axes.count(",") + 1 or real == 0:
-            raise _NoPromptError(f"features of shape {list(sound.shape)}, where {axes} should be")
+            raise _NoPromptError(f"features of shape {list(sound.shape)} instead of {axes}")
         return sound[:real]
 
     def _too_long(self, sound: Tensor) -> str | None:
@@ -155,22 +166,22 @@ class Prompts:
             return None
         return (
             f"{sound.shape[-1]} frames, more than the {self.window} that the model reads at once: cut the recording, "
-            "so that each part gets labels of its own"
+            "so that each part gets its own labels"
         )
 
     def _without_end(self, ids: Tokens) -> Tokens:
-        """An end token that the tokenizer adds would end a prompt; behind an encoder's input it belongs."""
+        """Remove an end token that the tokenizer added, except behind an encoder's input."""
         end = self.tokenizer.eos_token_id
         return ids[:-1] if not self.answers and len(ids) > 1 and ids[-1] == end else ids
 
     def _of_messages(self, messages: Any) -> Tokens:
-        """Up to the last message that is not the assistant's."""
+        """Return the ids of the messages up to the last that is not the assistant's."""
         if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
             raise _NoPromptError(
-                f"of type {type(messages).__name__}, where a text or a list of messages with role and content should "
-                "be (token ids: in a column input_ids)"
+                f"of type {type(messages).__name__} instead of a text or a list of messages with role and content "
+                "(token ids belong into a column input_ids)"
             )
-        if getattr(self.tokenizer, "chat_template", "one of its own") is None:
+        if getattr(self.tokenizer, "chat_template", "unknown") is None:
             raise SettingError(
                 f"{self.column} holds messages, and the tokenizer has no chat_template. Set one, or give texts."
             )
@@ -178,13 +189,13 @@ class Prompts:
         while asked and asked[-1].get("role") == "assistant":
             asked.pop()
         if not asked:
-            raise _NoPromptError("no message but the assistant's own" if messages else "an empty list of messages")
+            raise _NoPromptError("only messages of the assistant" if messages else "an empty list of messages")
         try:
             made = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
         except (TemplateError, KeyError, TypeError, ValueError) as error:
-            raise _NoPromptError(f"messages that the chat template refuses ({error})") from error
+            raise _NoPromptError(f"messages that the chat template rejects ({error})") from error
         return list(made["input_ids"])
 
 
 class _NoPromptError(Exception):
-    """What a row holds instead of a prompt."""
+    """A row that holds no usable prompt."""

@@ -57,7 +57,7 @@ def listed_rows(rows: Sequence[Mapping[int, float]], columns: np.ndarray) -> Lis
     ([[2, 0]], [0.2])
     """
     ids, log_p = _padded(rows)
-    _refuse_no_distribution(log_p)
+    _check_distribution(log_p)
     p = np.exp(log_p)
     inside = (ids >= 0) & (ids < len(columns))
     ids = np.where(inside, columns[np.where(inside, ids, 0)], -1)
@@ -89,7 +89,7 @@ def _padded(rows: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray
     return ids, log_p
 
 
-def _refuse_no_distribution(log_p: np.ndarray) -> None:
+def _check_distribution(log_p: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         total = np.exp(log_p).sum(-1)
     if not (total <= 1 + _ABOVE_ONE).all():  # nor is NaN

@@ -228,7 +228,7 @@ class ServedTeacher(Teacher):
 
 def _prompts(task: Task, batch: Batch) -> Iterator[tuple[int, int, list[int]]]:
     """Example, its first position, and the tokens to be scored: up to the one after the last row that counts."""
-    _refuse_other_inputs(batch)
+    _check_inputs(batch)
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
     attended = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     keep = task.keep(batch)
@@ -249,7 +249,7 @@ def _prompts(task: Task, batch: Batch) -> Iterator[tuple[int, int, list[int]]]:
         yield example, first, scored if rows[-1] < last else [*tokens[first : last + 1].tolist(), scored[0]]
 
 
-def _refuse_other_inputs(batch: Batch) -> None:
+def _check_inputs(batch: Batch) -> None:
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if batch.get("input_ids") is None or "teacher_input_ids" in batch or (mask is not None and mask.dim() != 2):
         raise DataError(

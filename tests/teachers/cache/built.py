@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_distill.teachers.cache import CachedTeacher, Dense, TeacherCache
+from hf_distill.teachers.cache import BuildOptions, CachedTeacher, Dense, TeacherCache
 from tests.heads import HEADS, Example, Head
 
 EXAMPLES = 20
+
+
+OPTIONS = {field.name for field in fields(BuildOptions)}
 
 
 def build(folder: Path, head: Head, teacher: Any, examples: list[Example], **changed: Any) -> TeacherCache:
@@ -24,7 +28,9 @@ def build(folder: Path, head: Head, teacher: Any, examples: list[Example], **cha
         "store": Dense("float32"),
         "progress": False,
     }
-    return TeacherCache.build(teacher, examples, folder, **{**settings, **changed})
+    settings |= changed
+    options = BuildOptions(**{name: settings.pop(name) for name in OPTIONS & settings.keys()})
+    return TeacherCache.build(teacher, examples, folder, **settings, options=options)
 
 
 def made(folder: Path, name: str, **changed: Any) -> tuple[Head, Any, list[Example], CachedTeacher]:

@@ -14,14 +14,15 @@ from hf_distill.teachers import (
     CachedTeacher,
     Dense,
     Ensemble,
+    KeepActivations,
     ModelTeacher,
     MovingAverage,
     Specialists,
     TeacherCache,
     TopK,
+    fingerprints,
     quantise_dynamically,
 )
-from hf_distill.teachers.cache import keys as fingerprints
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.asking import NAME as SERVED
@@ -68,7 +69,9 @@ def test_l11_a_cached_ensemble_is_the_live_one(tmp_path: Path, name: str, settin
     expected, found, apart = losses(live, stored, student, head.collate(shuffled(some, 5), head.longest + 2))
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-7) and expected > 1e-3 and apart < 2e-5
     if bound:
-        with pytest.raises(SettingError, match=r"temperature=2: the cache holds what the Ensemble says at .* 3, and"):
+        with pytest.raises(
+            SettingError, match=r"temperature=2: the cache holds the predictions of the Ensemble for temperature 3"
+        ):
             Distiller(student, CachedTeacher(cache), alpha=1.0, temperature=2.0)
 
 
@@ -117,7 +120,7 @@ def test_a_quantised_teacher(tmp_path: Path) -> None:
     with torch.no_grad():
         row = full.bert.encoder.layer[0].output.dense.weight[0]
         row.copy_(row.flip(0))  # the same scale, other numbers
-    assert fingerprints.of_weights(quantise_dynamically(full).model) != cache.manifest["teacher"]["weights"]
+    assert fingerprints.weights_fingerprint(quantise_dynamically(full).model) != cache.manifest["teacher"]["weights"]
 
 
 def test_a_served_teacher_is_kept_as_it_lists(tmp_path: Path) -> None:
@@ -143,11 +146,13 @@ def test_a_served_teacher_is_kept_as_it_lists(tmp_path: Path) -> None:
         stored = distiller_of(CachedTeacher(cache))
         found, of_stored = m.step(stored, m.student_of(SERVED), [batch])
         assert len(server.asked) == asked
-    assert cache.store.name == "listed" and server.url not in "".join(p.read_text() for p in tmp_path.glob("*.json"))
+    assert cache.store.name == "top_k_from_server" and server.url not in "".join(
+        p.read_text() for p in tmp_path.glob("*.json")
+    )
     assert found == pytest.approx(expected, rel=2e-3) and m.difference(of_stored, gradient) < 5e-3  # float16
-    with pytest.raises(SettingError, match="temperature=2: the cache keeps what its teacher listed at temperature 1"):
+    with pytest.raises(SettingError, match="temperature=2: the cache keeps some columns at temperature 1"):
         distiller_of(CachedTeacher(cache), temperature=2.0)
-    with pytest.raises(TeacherError, match=r"was not asked about 4 of the rows that count in this batch"):
+    with pytest.raises(TeacherError, match=r"was not queried for 4 of the rows that count in this batch"):
         stored(m.student_of(SERVED), head.collate(whole[:4]))
 
 
@@ -155,13 +160,33 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     head = HEADS["bert_single_label"]
     some, two = head.examples(3), [head.make(2), head.make(3)]
     for teacher, given, error, message in (
-        (Ensemble(two), {}, SettingError, r"the Ensemble says holds for one temperature alone: pass temperature="),
+        (
+            Ensemble(two),
+            {},
+            SettingError,
+            r"the predictions of the Ensemble are for one temperature only: pass temperature=",
+        ),
         (Ensemble(two), {"temperature": 2.0, "student": None}, SettingError, r"has no head of its own.*Pass student="),
-        (Ensemble(two, mean="logits"), {"temperature": 2.0}, SettingError, r"temperature=2: .* the same at every one"),
-        (head.make(2), {"temperature": 2.0}, SettingError, r"temperature=2: a model's logits are kept as they are"),
+        (
+            Ensemble(two, mean="logits"),
+            {"temperature": 2.0},
+            SettingError,
+            r"temperature=2: .* the same at every temperature",
+        ),
+        (head.make(2), {"temperature": 2.0}, SettingError, r"temperature=2: a model's logits are kept and softened"),
         (MovingAverage(), {"temperature": 2.0}, TeacherError, r"MovingAverage changes while the student is trained"),
-        (Ensemble(two), {"temperature": 2.0, "dtype": "bfloat16"}, SettingError, r"Give the teachers of this Ensemble"),
-        (Ensemble(two), {"temperature": 2.0, "reads": [("hidden", 0)]}, TeacherError, r"shows nothing of its inside"),
+        (
+            Ensemble(two),
+            {"temperature": 2.0, "teacher_dtype": "bfloat16"},
+            SettingError,
+            r"Give the teachers of this Ensemble",
+        ),
+        (
+            Ensemble(two),
+            {"temperature": 2.0, "objectives": KeepActivations(("hidden", 0))},
+            TeacherError,
+            r"this teacher shows none",
+        ),
     ):
         with pytest.raises(error, match=message):
             build(tmp_path / "new", head, teacher, some, **given)
@@ -200,7 +225,7 @@ def test_an_ensemble_of_caches_trains_as_the_teachers_do(tmp_path: Path) -> None
     for one in trained[1:]:
         for name, value in trained[0].items():
             torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
-    assert not any(teacher._told for teacher in caches)  # nothing was looked up in the training process
+    assert not any(teacher._looked_up for teacher in caches)  # nothing was looked up in the training process
 
 
 def test_a_collator_is_wrapped_once_and_an_ensemble_in_an_ensemble(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_errors_of_the_gradient() -> None:
     is drawn is a bias."""
     errors = gradient_errors(2000, rows=16)
     assert len(errors) == 4
-    for case, of_ways in errors.items():
+    for of_ways in errors.values():
         assert of_ways["top 64 and the rest as one"] < of_ways["top 64 normalised anew"]
         once, often = of_ways["32 samples: one draw"], of_ways["32 samples: mean of 8"]
         assert often == pytest.approx(once / 8**0.5, rel=0.15)

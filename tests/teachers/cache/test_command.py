@@ -41,9 +41,10 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
     folder = str(tmp_path / "cache")
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text", "--batch-size", "3")
     assert run(*build) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    said = " ".join(printed.out.split())
     assert "takes about 216 B in all: 4 examples with 10 bytes of predictions each" in said
-    assert " examples/s" in said and "TeacherCache(4 examples, dense," in said
+    assert "4/4" in printed.err and " examples/s" in printed.err and "TeacherCache(4 examples, dense," in said
     assert run("show", folder) == 0
     shown = capsys.readouterr().out
     assert "every checksum is right" in shown and "head: classification, 3 columns" in shown
@@ -63,14 +64,14 @@ def test_built_shown_and_trained_with(tmp_path: Path, teacher: str, texts: str, 
 def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture) -> None:
     folder = str(tmp_path / "cache")
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text")
-    assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--inside-dtype", "bfloat16") == 0
+    assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--activation-dtype", "bfloat16") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "with 0 bytes of predictions each, and of its inside 64 bytes at each of 2.5 tokens" in said
+    assert "with 0 bytes of predictions each, and activations of 64 bytes at each of 2.5 tokens" in said
     assert run("show", folder) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "inside: hidden of the embeddings, hidden of block 0, bfloat16" in shown
+    assert "activations: hidden of the embeddings, hidden of block 0, bfloat16" in shown
     card = (tmp_path / "cache" / "README.md").read_text()
-    assert "| of its inside | hidden of the embeddings, hidden of block 0; bfloat16 |" in card
+    assert "| activations | hidden of the embeddings, hidden of block 0; bfloat16 |" in card
 
 
 @pytest.mark.parametrize(

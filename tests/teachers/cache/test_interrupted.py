@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from hf_distill import DataError
-from hf_distill.teachers import CachedTeacher, TeacherCache, passes
-from hf_distill.teachers.cache.build import shard_size
+from hf_distill.teachers import CachedTeacher, TeacherCache, shards
+from hf_distill.teachers.cache.measure import shard_size
 from tests.distributed.launch import alone
 from tests.heads import HEADS
 from tests.teachers.cache.built import build, contents, made
@@ -84,11 +84,11 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(tmp_path: Path, monkeyp
     folder = tmp_path / "full"
     for room, finished in ((5500, "12 of 20"), (1700, "18 of 20")):
         with monkeypatch.context() as patch:
-            patch.setattr(passes, "_open", Quota(room).open)
+            patch.setattr(shards, "_open", Quota(room).open)
             with pytest.raises(DataError, match=rf"the disk is full .*{finished} examples are kept in .*Free"):
                 build(folder, head, teacher, examples)
         assert not [name for name in contents(folder) if ".partial" in name]
-        with pytest.raises(DataError, match=rf"unfinished cache: {finished} examples .*it goes on where it was"):
+        with pytest.raises(DataError, match=rf"unfinished cache: {finished} examples .*it continues from there"):
             TeacherCache(folder)
     asked.clear()
     build(folder, head, teacher, examples)
@@ -116,11 +116,11 @@ def test_ctrl_c_keeps_what_was_asked_and_says_how_much(tmp_path: Path) -> None:
     build(tmp_path / "whole", head, teacher, examples, **settings)
     assert len(list((tmp_path / "whole").glob("shard-*.arrow"))) == 3
     folder = tmp_path / "part"
-    looks = 1 + 2  # the plan's at the first batch, and two of what padding changes
+    looks = 1 + 1  # the plan's at the first batch, and its most padded example alone
     handle = teacher.register_forward_hook(Stopped(at=looks + 600 // 32))
     with pytest.raises(KeyboardInterrupt) as stopped:
         build(folder, head, teacher, examples, **settings)
-    assert str(stopped.value) == f"512 of 600 examples are kept in {folder}; the same call goes on from there."
+    assert str(stopped.value) == f"512 of 600 examples are kept in {folder}; the same call continues from there."
     handle.remove()
     with pytest.raises(DataError, match="unfinished cache: 512 of 600 examples are there"):
         TeacherCache(folder)
@@ -155,7 +155,7 @@ def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:
     before, asked = contents(tmp_path), []
     teacher.register_forward_hook(lambda *_: asked.append(1))
     said: list[str] = []
-    build(tmp_path, head, teacher, examples, say=said.append)
+    build(tmp_path, head, teacher, examples, announce=said.append)
     assert contents(tmp_path) == before and len(asked) == 1 and said == [f"{tmp_path} is built already."]
 
 
@@ -164,7 +164,7 @@ def test_a_built_cache_of_other_examples_is_no_answer(tmp_path: Path) -> None:
     before = contents(tmp_path)
     changed = [*examples[:9], {**examples[9], "input_ids": examples[9]["input_ids"][::-1]}, *examples[10:]]
     for other in (changed, [examples[0], *examples[:0:-1]]):
-        with pytest.raises(DataError, match=r"a cache of other examples, or of the same in another order\. To train"):
+        with pytest.raises(DataError, match=r"are not those that .* holds, or are in another order\. To train"):
             build(tmp_path, head, teacher, other)
     assert contents(tmp_path) == before
 
@@ -183,7 +183,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path, monkey
 def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, examples: list) -> Path:
     """A pass that ended after two shards of four."""
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_open", Quota(5500).open)
+        patch.setattr(shards, "_open", Quota(5500).open)
         with pytest.raises(DataError, match="the disk is full"):
             build(folder, HEADS[NAME], teacher, examples)
     return folder
@@ -194,8 +194,8 @@ def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, exam
     [
         ("teacher", "holds an unfinished cache of something else: teacher.weights: "),
         ("batch_size", "something else: padding.batch_size: 3 there, 2 now"),
-        ("count", "something else: dataset.examples: 20 there, 19 now"),
-        ("content", "example 7 of the dataset is another one than when"),
+        ("count", "something else: examples: 20 there, 19 now"),
+        ("content", "examples 6 to 11 of the dataset are not those that .* Give the dataset"),
         ("store", "something else: store.dtype: float32 there, float16 now"),
     ],
 )

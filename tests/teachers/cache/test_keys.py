@@ -92,7 +92,7 @@ def test_the_teachers_own_columns_are_what_counts() -> None:
 
 def test_a_column_that_is_missing_is_named() -> None:
     with pytest.raises(
-        DataError, match=r"knows an example by input_ids, token_type_ids, and the batch has no token_ty"
+        DataError, match=r"identifies an example by input_ids, token_type_ids, and the batch has no token_ty"
     ):
         content_keys({"input_ids": torch.ones(1, 2)}, ("input_ids", "token_type_ids"), main="input_ids")
 

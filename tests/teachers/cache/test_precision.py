@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import torch
 
 from hf_distill import Distiller, HiddenMatch
 from hf_distill.teachers import CachedTeacher, Dense, TeacherCache
-from hf_distill.teachers.cache import files
-from hf_distill.teachers.cache.stores import rounding_error
+from hf_distill.teachers.cache.measure import rounding_error
 from tests.heads import HEADS
-from tests.teachers.cache.built import build, contents
+from tests.teachers.cache.built import build
 from tests.trainer.tiny import bert, examples, padded
 
 OFFSET = 2000.3
@@ -99,7 +97,7 @@ def test_columns_that_are_impossible() -> None:
     store, inf = Dense("float16", keeps_largest=True), float("inf")
     rows = torch.tensor([[-inf, 2000.0, 1999.0], [-inf, -inf, -inf], [0.1, 0.2, 0.3]])
     kept = store.encode(rows, None, None)  # type: ignore[arg-type]  # for what is drawn
-    laid = {name: store.tensor(name, values) for name, values in kept.items()}
+    laid = {name: store.decode(name, values) for name, values in kept.items()}
     assert torch.equal(store.logits(laid)[:2], rows[:2])
     assert torch.allclose(store.logits(laid)[2], rows[2], atol=1e-4)
     assert {name: field.bytes for name, field in store.fields(3).items()} == {"logits": 6, "largest": 4}
@@ -123,29 +121,6 @@ def test_what_is_kept_of_each_head_by_default(tmp_path: Path, name: str, kept: t
     head = HEADS[name]
     cache = build(tmp_path, head, head.make(2), head.examples(4), store=None)
     assert cache.manifest["store"] == {"name": "dense", "dtype": kept[0], "keeps_largest": kept[1]}
-
-
-def as_before(folder: Path) -> dict[str, Any]:
-    """Make a cache into one of the first format, which kept rows as they are."""
-    manifest = json.loads((folder / files.MANIFEST).read_text())
-    assert manifest["store"].pop("keeps_largest") is False
-    manifest["format_version"] = 1
-    (folder / files.MANIFEST).write_text(json.dumps(manifest))
-    return manifest
-
-
-def test_caches_of_the_first_format_are_read_and_taken_for_built(tmp_path: Path) -> None:
-    head = HEADS["bert_tokens"]
-    teacher, student, some = head.make(2), head.make(1), head.examples(8)
-    build(tmp_path / "old", head, teacher, some, store=Dense("float16", keeps_largest=False))
-    as_before(tmp_path / "old")
-    before, batch = contents(tmp_path / "old"), head.collate(some)
-    live = Distiller(student, teacher, alpha=1.0)(student, batch).loss.item()
-    stored = Distiller(student, CachedTeacher(tmp_path / "old"), alpha=1.0)(student, batch).loss.item()
-    assert stored == pytest.approx(live, rel=1e-2)
-    said: list[str] = []
-    build(tmp_path / "old", head, teacher, some, store=None, say=said.append)
-    assert said == [f"{tmp_path / 'old'} is built already."] and contents(tmp_path / "old") == before
 
 
 def test_the_error_of_rounding_is_relative_to_what_differs() -> None:
@@ -173,7 +148,7 @@ def test_hidden_states_whose_rounding_shows_are_told_of(
     measured = cache.manifest["measured"]["rounding"]
     assert set(measured) == {"hidden_1"} and (measured["hidden_1"] > 0.1 if large else measured["hidden_1"] < 1e-3)
     assert ("rounding to float16 changes hidden_1 by" in caplog.text) == large
-    assert ('Pass inside_dtype="float32"' in caplog.text) == large
+    assert ('Pass BuildOptions(activation_dtype="float32")' in caplog.text) == large
 
 
 def test_values_that_the_user_has_rounded_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

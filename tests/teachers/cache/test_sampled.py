@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_distill import SettingError
 from hf_distill.functional.sparse import sampled_forward_kl
 from hf_distill.teachers.cache import Hybrid, Sampled
-from hf_distill.teachers.cache.stores import described, store_from, uniforms
+from hf_distill.teachers.cache.stores import store_from, uniforms
 
 DRAWS, ROWS, COLUMNS = 3000, 3, 24
 STORES = [
@@ -37,7 +37,7 @@ def encoded(store: Any, rows: Tensor, examples: int, seed: int = 0) -> dict[str,
     assert {name: field.width for name, field in store.fields(rows.shape[1]).items()} == {
         name: values.shape[1] for name, values in found.items()
     }
-    return {name: store.tensor(name, values) for name, values in found.items()}
+    return {name: store.decode(name, values) for name, values in found.items()}
 
 
 def rows_of(seed: int, scale: float = 1.0) -> Tensor:
@@ -103,6 +103,13 @@ def test_what_cannot_be_unbiased_is_seen_not_to_be() -> None:
     assert (bias / error).abs().max() > 20
 
 
+def test_stratified_draws_vary_less_than_independent_draws() -> None:
+    q, teacher = rows_of(1, 0.5), rows_of(2, 2.0)
+    spread = draws_of(Sampled(16), q, teacher)[1].var(0).sum().item()
+    p = teacher.double().softmax(-1)
+    assert spread < 0.5 * (p * (1 - p)).sum().item() / 16  # of independent draws
+
+
 def test_draws_follow_from_key_and_seed_alone() -> None:
     """Whole, split into other batches, or in another order: the same bits. Another seed, key or position: others."""
     counts, width = np.array([2, 0, 3, 1]), 5
@@ -122,7 +129,7 @@ def test_draws_follow_from_key_and_seed_alone() -> None:
 def test_rows_in_pieces_are_rows_at_once(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(10, COLUMNS, generator=torch.Generator().manual_seed(3))
     whole = encoded(store, rows, 5)
-    monkeypatch.setattr("hf_distill.teachers.cache.stores.CELLS", 3 * 8 * 128)
+    monkeypatch.setattr("hf_distill.teachers.cache.stores._DRAWN_AT_ONCE", 3 * 8 * 128)
     pieces = encoded(store, rows, 5)
     torch.testing.assert_close(pieces, whole)  # the drawn columns exactly, and numbers to rounding
 
@@ -192,14 +199,14 @@ def test_settings() -> None:
     for wrong, message in (
         (lambda: Sampled(0), "at least one sample"),
         (lambda: Sampled(temperature=0.0), "a temperature above 0"),
-        (lambda: Sampled(proposal_power=1.5), "a weight without bound"),
+        (lambda: Sampled(proposal_power=1.5), "has no bound"),
         (lambda: Sampled(proposal_power=0.0), "a power above 0 and at most 1"),
-        (lambda: Sampled(seed=-1), r"Sampled\(seed=-1\): a seed is from 0"),
+        (lambda: Sampled(seed=-1), r"seed=-1: a seed is from 0"),
         (lambda: Hybrid(0), "k and samples are at least 1"),
-        (lambda: Hybrid(samples=0), "For samples alone take Sampled, for none TopK"),
+        (lambda: Hybrid(samples=0), "For samples alone use Sampled, without samples TopK"),
         (lambda: Hybrid(dtype="bfloat16"), "allowed are float16, float32"),
     ):
         with pytest.raises(SettingError, match=message):
             wrong()
     for store in STORES:
-        assert store_from(described(store)) == store  # as a manifest names it
+        assert store_from(store.describe()) == store  # as a manifest names it

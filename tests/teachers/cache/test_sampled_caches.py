@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError
 from hf_distill.schedules import linear
-from hf_distill.teachers import passes
+from hf_distill.teachers import shards
 from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
@@ -144,12 +144,12 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
         whole, folder = tmp_path / f"{store.name}-whole", tmp_path / store.name
         build(whole, head, teacher, examples, store=store)
         with monkeypatch.context() as patch:
-            patch.setattr(passes, "_open", Quota(6500).open)
+            patch.setattr(shards, "_open", Quota(6500).open)
             with pytest.raises(ValueError, match=r"the disk is full .*(6|12|18) of 20 examples are kept"):
                 build(folder, head, teacher, examples, store=store)
         build(folder, head, teacher, examples, store=store)
         assert contents(folder) == contents(whole)
-        assert TeacherCache(folder).manifest["store"] == {"name": store.name, **store.settings()}
+        assert TeacherCache(folder).manifest["store"] == store.describe()
     seeded = Hybrid(3, 4, dtype="float32", seed=1)
     other = contents(build(tmp_path / "seed", head, teacher, examples, store=seeded).path)
     assert other["shard-00000.arrow"] != contents(folder)["shard-00000.arrow"]
@@ -173,15 +173,15 @@ def test_what_it_cannot_teach(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path / "a", NAME, store=Sampled(4, temperature=2.0))
     student, batch = head.make(1), head.collate(examples[:3])
     for temperature in (1.0, linear(2.0, 1.0)):
-        with pytest.raises(SettingError, match=r"at temperature 2; .* build the cache with Sampled\(temperature=1"):
+        with pytest.raises(SettingError, match=r"at temperature 2. .* build the cache with Sampled\(temperature=1"):
             Distiller(student, cached, temperature=temperature)
     for divergence in ("reverse_kl", "jensen_shannon", "mean_squared_error"):
         with pytest.raises(SettingError, match=rf"{divergence}' is not linear .* Allowed with it: forward_kl"):
             Distiller(student, cached, divergence=divergence)(student, batch)
-    with pytest.raises(SettingError, match="Hybrid lists tokens of a vocabulary, and token_classification has none"):
+    with pytest.raises(SettingError, match="Hybrid keeps tokens of a vocabulary, and token_classification has none"):
         made(tmp_path / "b", "bert_tokens", store=Hybrid())
     stored = Distiller(student, cached, alpha=1.0)
-    with pytest.raises(SettingError, match="this teacher tells only"):
+    with pytest.raises(SettingError, match="this teacher gives only"):
         stored.teacher_signals(stored.prepare(batch)).predictions()
 
 

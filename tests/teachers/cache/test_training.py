@@ -52,12 +52,12 @@ def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
     plain = make(tmp_path / "plain", bert(), cached, **given)
     plain.data_collator = padded
     plain.train()
-    assert cached._told
+    assert cached._looked_up
     wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.wrap_collator(padded), **given)
     seen = []
-    told, cached._tell_once = cached._tell_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
+    told, cached._log_once = cached._log_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
     wrapped.train()
-    cached._tell_once = told  # type: ignore[method-assign]  # as it was
+    cached._log_once = told  # type: ignore[method-assign]  # as it was
     assert not seen
     assert_same_bits(weights(wrapped.model), weights(plain.model))
 

@@ -1,4 +1,4 @@
-"""generate_completions, given what cannot be asked: it is refused by name, before anything is written or after damage.
+"""generate_completions, with unusable prompts: they are refused by name, before anything is written.
 
 What it writes to good prompts is in `test_completions.py`.
 """
@@ -15,8 +15,8 @@ from transformers import BartConfig, BartForConditionalGeneration, XLNetConfig, 
 
 from hf_distill import DataError, SettingError, TeacherError, generate_completions
 from hf_distill.cli.main import main
-from hf_distill.models.generation import answered, continued, generation_settings, set_generation
-from hf_distill.teachers.passes import ShardFolder
+from hf_distill.models.generation import generate_causal, generate_seq2seq, generation_settings, set_generation
+from hf_distill.teachers.completions.generate import CompletionsPass
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 
@@ -44,10 +44,10 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
     with pytest.raises(DataError) as told:
         generate_completions(TEACHER, texts, tmp_path / "1", processing_class=WORDS, prompt_column="question", **SHORT)
     assert str(told.value) == (
-        "5 of 9 prompts cannot be asked. question[3]: an empty prompt, which nothing can be written to: begin it with "
-        "a token; question[4]: None, where a prompt should be; question[5]: a prompt of 30 tokens and max_new_tokens=3 "
-        "are more than the 32 positions that LlamaForCausalLM knows; question[7]: None, where a prompt should be; and "
-        "1 more. Mend such rows, or leave them out (dataset.filter)."
+        "5 of 9 prompts cannot be used. question[3]: an empty prompt, which nothing can be written to: begin it with "
+        "a token; question[4]: None instead of a prompt; question[5]: a prompt of 30 tokens and max_new_tokens=3 "
+        "are more than the 32 positions that LlamaForCausalLM knows; question[7]: None instead of a prompt; and "
+        "1 more. Correct these rows, or leave them out (dataset.filter)."
     )
     assert not (tmp_path / "1").exists()
     good = texts.filter(lambda row: row["question"] and len(row["question"].split()) < 30)
@@ -60,15 +60,15 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"input_ids": [[5], None]}, r"input_ids\[1\]: None, where a prompt should be"),
+        ({"input_ids": [[5], None]}, r"input_ids\[1\]: None instead of a prompt"),
         (
             {"input_ids": [[5], [6, 40]]},
             r"input_ids\[1\]: a prompt with token id 40, of which LlamaForCausalLM knows 0 to",
         ),
-        ({"input_ids": [[[5]]]}, r"input_ids\[0\]: no list of token ids, with a mask and labels as long"),
-        ({"input_ids": [[5, 6]], "labels": [[5]]}, r"input_ids\[0\]: no list of token ids, with a mask and labels"),
-        ({"prompt": [5]}, r"prompt\[0\]: of type int, where a text or a list of messages .* in a column input_ids"),
-        ({"prompt": [[{"role": "assistant", "content": "w5"}]]}, r"prompt\[0\]: no message but the assistant's own"),
+        ({"input_ids": [[[5]]]}, r"input_ids\[0\]: not a list of token ids with a mask and labels of the same length"),
+        ({"input_ids": [[5, 6]], "labels": [[5]]}, r"input_ids\[0\]: not a list of token ids with a mask and labels"),
+        ({"prompt": [5]}, r"prompt\[0\]: of type int instead of a text or a list of messages .* a column input_ids"),
+        ({"prompt": [[{"role": "assistant", "content": "w5"}]]}, r"prompt\[0\]: only messages of the assistant"),
         ({"prompt": [[{"role": "user"}], [{"content": "w5"}]]}, None),
     ],
 )
@@ -76,7 +76,7 @@ def test_what_a_row_holds_is_named(tmp_path, columns: dict[str, list[Any]], told
     if told is None:  # a template may refuse messages in its own words
         words = tokenizer(40)
         words.chat_template = "{{ raise_exception('roles must alternate') }}"
-        told = r"prompt\[0\]: messages that the chat template refuses \(roles must alternate\); prompt\[1\]"
+        told = r"prompt\[0\]: messages that the chat template rejects \(roles must alternate\); prompt\[1\]"
     else:
         words = WORDS
     with pytest.raises(DataError, match=told):
@@ -89,7 +89,7 @@ def test_columns_and_templates_that_are_not_there(tmp_path) -> None:
     both = of(question=["w5"], input_ids=[[9]])
     with pytest.raises(DataError, match=r"no column qestion, only \['input_ids', 'question'\]"):
         generate_completions(TEACHER, both, tmp_path, processing_class=WORDS, prompt_column="qestion")
-    with pytest.raises(DataError, match="a IterableDataset does not say how many prompts"):
+    with pytest.raises(DataError, match="a IterableDataset has no length"):
         generate_completions(TEACHER, both.to_iterable_dataset(), tmp_path)
     with pytest.raises(SettingError, match="prompt holds messages, and the tokenizer has no chat_template"):
         chats = of(prompt=[[{"role": "user", "content": "w5"}]])
@@ -127,9 +127,11 @@ def test_sources_and_answers_of_an_encoder_decoder(tmp_path) -> None:
     assert len(generate_completions(model, of(input_ids=[[5] * 16]), tmp_path / "1", max_new_tokens=16)) == 1
     asked = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
     with pytest.raises(DataError, match="a source of 17 tokens, padding included, more than the 16 positions"):
-        answered(model, {"input_ids": torch.full((1, 17), 5)}, asked)
+        generate_seq2seq(model, {"input_ids": torch.full((1, 17), 5)}, asked)
     with pytest.raises(DataError, match="an empty source"):
-        answered(model, {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.eye(2, 3).long() * 0}, asked)
+        generate_seq2seq(
+            model, {"input_ids": torch.full((2, 3), 5), "attention_mask": torch.eye(2, 3).long() * 0}, asked
+        )
 
 
 def test_padding_in_a_dataset_is_no_part_of_a_source(tmp_path) -> None:
@@ -156,7 +158,7 @@ def test_no_end_of_positions_is_no_limit() -> None:
     model = XLNetLMHeadModel(XLNetConfig(**sizes))
     assert model.config.max_position_embeddings == -1
     settings = generation_settings(model, max_new_tokens=2, do_sample=False, sampling_temperature=1.0)
-    assert len(continued(model, [[5, 6, 7]], settings)[0]) in (1, 2)
+    assert len(generate_causal(model, [[5, 6, 7]], settings)[0]) in (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -242,20 +244,22 @@ def test_damaged_folders(tmp_path) -> None:
     content = shard.read_bytes()
     for damaged in (content[:100], content[:-1] + b"\1"):
         shard.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"shard-00001.arrow cannot be read \(it is cut off.* make it again"):
+        with pytest.raises(
+            DataError, match=r"shard-00001.arrow (has .* it was cut off|was changed).* make the same call again"
+        ):
             ask()
     shard.unlink()
-    with pytest.raises(DataError, match=r"shard-00001.arrow cannot be read \(it is not there\)"):
+    with pytest.raises(DataError, match=r"shard-00001.arrow is missing"):
         ask()
     shard.write_bytes(content)
     (tmp_path / "1" / "state.json").write_text("[]")
     with pytest.raises(
-        DataError, match=r"state.json cannot be read \(it holds no JSON object\). Delete .* make it again"
+        DataError, match=r"state.json cannot be read \(no JSON object\). Copy .* make the same call again"
     ):
         ask()
     (tmp_path / "1" / "completions.json").unlink()
     (tmp_path / "1" / "completions-unfinished.json").write_text("")
-    with pytest.raises(DataError, match=r"completions-unfinished.json cannot be read .* make it again"):
+    with pytest.raises(DataError, match=r"completions-unfinished.json cannot be read .* make the same call again"):
         ask()
     shutil.rmtree(tmp_path / "1")
     shutil.move(tmp_path / "copy", tmp_path / "1")
@@ -267,7 +271,7 @@ def test_a_receipt_that_cannot_be_read_is_no_receipt(tmp_path, monkeypatch) -> N
     data = of(input_ids=[[5, 6], [7], [8]])
     whole = generate_completions(TEACHER, data, tmp_path / "whole", **SHORT).to_list()
     with monkeypatch.context() as killed:
-        killed.setattr(ShardFolder, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(CompletionsPass, "finalize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate_completions(TEACHER, data, tmp_path / "1", **SHORT)
     (tmp_path / "1" / "shard-00000.json").write_text("")

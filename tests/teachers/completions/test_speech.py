@@ -159,7 +159,7 @@ def test_recordings_that_cannot_be_asked_about(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"input_features\[1\]: 104 frames, more than the 100 that the model reads at"):
         generate_completions(whisper(), long, tmp_path / "made", max_new_tokens=4)
     flat = datasets.Dataset.from_dict({"input_features": [[0.5, 0.5]]})
-    with pytest.raises(DataError, match=r"input_features\[0\]: features of shape \[2\], where \[mel, time\] should be"):
+    with pytest.raises(DataError, match=r"input_features\[0\]: features of shape \[2\] instead of \[mel, time\]"):
         generate_completions(whisper(), flat, tmp_path / "made", max_new_tokens=4)
 
 

@@ -1,24 +1,70 @@
-"""What became of a chain: a row a link, which is best, which is kept; as Markdown, a terminal's table, and JSON."""
+"""The results of a run, stage by stage or link by link, with their tables: plain text, Markdown, terminal and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from transformers.trainer_utils import TrainOutput
 
-from hf_distill.errors import SettingError
-from hf_distill.runs.stage_record import FINISHED_BEFORE, read, write
 from hf_distill.teachers import Ensemble
 
+FINISHED_BEFORE = "finished before"
 UNKNOWN = "-"
 INTERRUPTED = "its training was interrupted, and the time before that is not known"
 NO_EVALUATION = "there was no eval_dataset"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage.
+
+    Attributes:
+        name: as given.
+        folder: with its student (in `student`), its checkpoints and its card.
+        output: what `Trainer.train` returned.
+        log_history: what it logged.
+        how: "trained", "resumed" (from a checkpoint of its own) or "finished before".
+    """
+
+    name: str
+    folder: str
+    output: TrainOutput
+    log_history: list[dict[str, Any]] = field(repr=False)
+    how: str = "trained"
+
+
+@dataclass(frozen=True)
+class StagesResult:
+    """All stages.
+
+    Attributes:
+        stages: in order.
+        folder: with the last stage's student.
+        trainer: the last stage's, which holds the student: to evaluate or push with.
+
+    >>> output = TrainOutput(12, 0.5, {})
+    >>> print(StagesResult((StageResult("intermediate", "out/1-intermediate", output, []),), "out"))
+    stage           steps    loss  folder
+    intermediate       12  0.5000  out/1-intermediate  (trained)
+    student: out
+    """
+
+    stages: tuple[StageResult, ...]
+    folder: str
+    trainer: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        width = max(len("stage"), *(len(stage.name) for stage in self.stages))
+        lines = [f"{'stage':<{width}}  {'steps':>7}  {'loss':>6}  folder"]
+        for stage in self.stages:
+            steps, loss = stage.output.global_step, stage.output.training_loss
+            lines.append(f"{stage.name:<{width}}  {steps:>7}  {loss:.4f}  {stage.folder}  ({stage.how})")
+        return "\n".join([*lines, f"student: {self.folder}"])
 
 
 @dataclass(frozen=True)
@@ -146,67 +192,3 @@ def best_of(links: Sequence[LinkResult], metric: str, *, greater_is_better: bool
         return -math.inf if math.isnan(signed) else signed
 
     return max(links, key=value)
-
-
-BEGUN, FINISHED = "link.json", "link_finished.json"
-
-
-def begin(folder: str, name: str, teacher: str, parameters: int) -> None:
-    write(folder, BEGUN, {"name": name, "teacher": teacher, "parameters": parameters})
-
-
-def finish(result: LinkResult) -> None:
-    """The last thing that is written of a link."""
-    write(result.folder, FINISHED, asdict(result))
-
-
-def finished(folder: str) -> LinkResult | None:
-    """What came of a link that is finished; its folder is where it is found, for it may have been moved."""
-    found = read(folder, FINISHED)
-    return None if found is None else LinkResult(**{**found, "folder": folder, "how": FINISHED_BEFORE})
-
-
-def begun(folder: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = read(folder, BEGUN)
-    return found
-
-
-def check_what_was_begun(output_dir: str, folders: Sequence[str], *, resume: bool) -> None:
-    """Refuse to begin where another chain was begun, or to go on from other links than these.
-
-    Raises:
-        SettingError: it names them.
-    """
-    there = sorted(os.path.join(output_dir, path.parent.name) for path in Path(output_dir).glob(f"*/{BEGUN}"))
-    names = ", ".join(Path(folder).name for folder in there)
-    if there and not resume:
-        raise SettingError(
-            f"{output_dir} holds a chain of an earlier call: {names}. Pass resume_from_checkpoint=True to go on with "
-            "it, or another output_dir."
-        )
-    if not set(there) <= set(folders):
-        raise SettingError(
-            f"{output_dir} holds {names}, and the links now are {', '.join(Path(one).name for one in folders)}. Give "
-            "the links that were begun, in their order, or another output_dir."
-        )
-
-
-def check_link(folder: str, teacher: str, parameters: int | None = None) -> None:
-    """Refuse a link that was begun with another teacher, or with a student of another size.
-
-    Raises:
-        SettingError: it says what was, and what is.
-    """
-    before = begun(folder)
-    if before is None:
-        return
-    if before["teacher"] != teacher:
-        raise SettingError(
-            f"in {folder} it was taught by {before['teacher']}, and is to be taught by {teacher}. Give it as it was, "
-            "or another output_dir."
-        )
-    if parameters is not None and before["parameters"] != parameters:
-        raise SettingError(
-            f"in {folder} the student had {before['parameters']:,} parameters, and has {parameters:,}. Give it as it "
-            "was, or another output_dir."
-        )

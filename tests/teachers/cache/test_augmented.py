@@ -60,7 +60,7 @@ def test_training_with_a_cache_of_the_same_versions(tmp_path: Path) -> None:
     some, start = examples(6), weights(bert())
     cache = built(tmp_path / "cache", augmenting(2, CHANGES, GROWS), some)
     there = {"views": 2, "seed": 0, "augmentations": ["scrambled", "longer"]}
-    assert len(cache) == 12 and cache.manifest["views"] == there
+    assert len(cache) == 12 and cache.manifest["augmentation"] == there
     run = {"max_steps": 15, "per_device_train_batch_size": 1, "train_dataset": some, "learning_rate": 0.02}
     trained = []
     for number, teacher in enumerate((bert(seed=1), CachedTeacher(cache))):
@@ -79,26 +79,26 @@ def test_other_augmentations_are_refused_by_what_they_are(tmp_path: Path) -> Non
         (
             plain,
             augmenting(None),
-            r"An augmentation changes examples anew each time.*AugmentingCollator.*views=4",
+            r"An augmentation changes examples randomly.*AugmentingCollator.*views=4",
         ),
         (
             plain,
             augmenting(2),
-            r"shows 2 augmented versions of each example, and the cache was built of the",
+            r"makes 2 augmented versions of each example, and the cache was built from the",
         ),
         (
             of_views,
             augmenting(3),
-            r"was built of other versions of the examples: views: 2 there, 3 now. Train",
+            r"was built from other versions of the examples: views: 2 there, 3 now. Train",
         ),
         (of_views, augmenting(2, seed=1), r"other versions of the examples: seed: 0 there, 1 now"),
-        (of_views, augmenting(None), "An augmentation changes examples anew each time"),
+        (of_views, augmenting(None), "An augmentation changes examples randomly"),
     ):
         with pytest.raises(SettingError, match=message):
             make(tmp_path, bert(), CachedTeacher(cache), data_collator=collator)
     fewer = CachedTeacher(of_views).wrap_collator(augmenting(1))
     assert "teacher_cached_logits" in fewer(some)
-    assert built(tmp_path / "only", augmenting(2, student_only=True), some).manifest["views"] is None
+    assert built(tmp_path / "only", augmenting(2, student_only=True), some).manifest["augmentation"] is None
 
 
 def test_views_that_cannot_be() -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_distill.errors import SettingError
-from hf_distill.hub import facts as run_facts
+from hf_distill.hub import facts as facts_module
 from hf_distill.hub.facts import (
     CardData,
     DatasetFacts,
@@ -35,13 +35,13 @@ def test_json_round_trip() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1', '{"name": "a", "nme": 2}'])
-def test_json_that_is_none_of_ours_is_refused(text: str) -> None:
-    with pytest.raises(SettingError, match=r"not what CardData\.to_json writes"):
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(SettingError, match=r"was not written by CardData\.to_json"):
         CardData.from_json(text)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_is_no_hub_id_and_never_shown(path: str) -> None:
+def test_a_path_is_not_a_hub_id_and_never_shown(path: str) -> None:
     assert not looks_like_hub_id(path)
     assert without_paths(path) == "(local path)"
     assert without_paths(f"run '{path}' now") == "run '(local path)' now" or path in ("~", ".")
@@ -52,11 +52,11 @@ def test_a_path_is_no_hub_id_and_never_shown(path: str) -> None:
 @pytest.mark.parametrize(
     "text", ["loss/labels", "org/model", "https://hf.co/a/b", "1/2", "a and/or b", "T / 2", "~2 h"]
 )
-def test_what_is_no_path_stays(text: str) -> None:
+def test_other_texts_are_unchanged(text: str) -> None:
     assert without_paths(text) == text
 
 
-def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch) -> None:
+def test_an_existing_folder_is_not_a_hub_id(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert looks_like_hub_id("out/teacher")
     (tmp_path / "out" / "teacher").mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_not_in_the_hubs_spelling(name: object) -> None:
     assert not looks_like_hub_id(name)
 
 
-def test_the_title_is_no_path() -> None:
+def test_the_title_is_not_a_path() -> None:
     assert sample_facts(name="/home/me/runs/small/").name == "small"
     assert sample_facts(name="C:\\runs\\small").name == "small"
     assert sample_facts(name="").name == "student"
@@ -123,7 +123,7 @@ LOG = [
 ]
 
 
-def test_the_last_evaluation_is_told_with_its_step() -> None:
+def test_the_last_evaluation_is_found_with_its_step() -> None:
     (found,) = evaluations_from_log(LOG, DatasetFacts("words"))
     assert found.metrics == {"loss": 0.8, "accuracy": 0.8}
     assert (found.step, found.dataset) == (10, DatasetFacts("words"))
@@ -134,7 +134,7 @@ def test_the_best_steps_evaluation_describes_the_best_weights() -> None:
     assert (found.metrics["accuracy"], found.step) == (0.9, 5)
 
 
-def test_an_evaluation_after_training_wins_and_is_of_the_weights_that_are_there() -> None:
+def test_an_evaluation_after_training_is_preferred_and_describes_the_loaded_weights() -> None:
     after = {"eval_accuracy": 0.91, "step": 10}
     (found,) = evaluations_from_log([*LOG, after], best_step=5)
     assert (found.metrics["accuracy"], found.step) == (0.91, 5)
@@ -151,7 +151,7 @@ def test_several_evaluation_datasets_are_kept_apart() -> None:
     ]
 
 
-def test_what_is_no_number_says_why() -> None:
+def test_metrics_that_are_not_numbers_have_a_reason() -> None:
     row = {"eval_loss": float("nan"), "eval_table": [[1, 2]], "eval_ok": True, "eval_f1": 1}
     (found,) = evaluations_from_log([row])
     assert found.metrics == {"f1": 1.0}
@@ -159,7 +159,7 @@ def test_what_is_no_number_says_why() -> None:
     assert found.not_measured == {"loss": "it was nan", "table": not_single, "ok": not_single}
 
 
-def test_no_evaluation_no_facts() -> None:
+def test_a_log_without_evaluations_gives_no_facts() -> None:
     assert evaluations_from_log([{"loss": 1.0}]) == ()
     assert history_from_log([{"loss": 1.0}]) == ()
 
@@ -190,7 +190,7 @@ def test_training_facts_of_real_arguments(tmp_path) -> None:
 
 def test_facts_import_neither_torch_nor_the_rest_of_the_library() -> None:
     imported = set()
-    for node in ast.walk(ast.parse(Path(run_facts.__file__).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(Path(facts_module.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             imported.add(str(node.module))
         elif isinstance(node, ast.Import):
@@ -201,4 +201,4 @@ def test_facts_import_neither_torch_nor_the_rest_of_the_library() -> None:
 
 def test_facts_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        TEACHER.parameters = 1  # type: ignore[misc]  # this is what must fail
+        TEACHER.parameters = 1  # type: ignore[misc]  # this must fail

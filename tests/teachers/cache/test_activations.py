@@ -1,4 +1,4 @@
-"""Caches of a teacher's inside: L11 for objectives on it, what is kept, how large it is, and what is refused."""
+"""Activations in a cache: objectives train as with the live teacher; what is kept, its size, and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from hf_distill import (
     TeacherError,
 )
 from hf_distill.signals import ActivationKey
-from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache, passes
+from hf_distill.teachers import CachedTeacher, Ensemble, TeacherCache, shards
+from hf_distill.teachers.cache import BuildOptions, KeepActivations
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.cache.built import build, contents, shuffled
@@ -37,20 +38,20 @@ def deep(name: str = NAME, **settings: Any) -> tuple[Any, Any, list]:
 
 def kept(folder: Path, objectives: Any = None, name: str = NAME, **changed: Any) -> TeacherCache:
     student, teacher, some = deep(name)
-    settings = {"student": student, "objectives": objectives, "inside_dtype": "float32"}
+    settings = {"student": student, "objectives": objectives, "activation_dtype": "float32"}
     return build(folder, HEADS[name], teacher, some, **{**settings, **changed})
 
 
 @pytest.mark.parametrize(
     ("name", "objective", "axis"),
     [
-        ("bert_tokens", HiddenMatch("skip", embeddings=True), "tokens"),
+        ("bert_tokens", HiddenMatch("skip", embeddings=True), "input"),
         ("bert_tokens", HiddenMatch("last", pooling="first"), "vectors"),
         ("bert_tokens", SimilarityMatch(), "vectors"),
-        ("bert_multiple_choice", RelationMatch(), "tokens"),
-        ("llama_causal_lm", CosineEmbedding(), "tokens"),
+        ("bert_multiple_choice", RelationMatch(), "input"),
+        ("llama_causal_lm", CosineEmbedding(), "input"),
         ("bart_seq2seq", HiddenMatch("even"), "decoder"),
-        ("t5_seq2seq", HiddenMatch("even", side="encoder"), "tokens"),
+        ("t5_seq2seq", HiddenMatch("even", side="encoder"), "input"),
         ("whisper_seq2seq", HiddenMatch("last", side="encoder"), "all"),
         ("wav2vec2_audio_class", HiddenMatch("last"), "frames"),
         ("wav2vec2_audio_class", SimilarityMatch(pooling="last"), "vectors"),
@@ -63,7 +64,7 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis
     """Other batches, in another order, padded further; looked up by the collator or afterwards."""
     head, (student, teacher, some) = HEADS[name], deep(name)
     cache = kept(tmp_path, objective, name, predictions=False, store=None)
-    assert {one.along for one in cache.inside.kept} == {axis}
+    assert {one.along for one in cache.activations.kept} == {axis}
     live, stored = (
         Distiller(student, one, alpha=None, objectives=objective, seed=0) for one in (teacher, CachedTeacher(cache))
     )
@@ -82,9 +83,9 @@ def test_training_is_the_live_training(tmp_path: Path) -> None:
     some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(distance="angle_relations")]
     teacher, start = bert(seed=1, num_hidden_layers=2), weights(bert())
     given = {"data_collator": padded, "progress": False, "batch_size": 1, "student": bert(), "objectives": matched}
-    given |= {"inside_dtype": "float32", "store": None}
-    cached = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "cache", **given))
-    half = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "half", **{**given, "inside_dtype": "float16"}))
+    whole = BuildOptions(activation_dtype="float32")
+    cached = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "cache", **given, options=whole))
+    half = CachedTeacher(TeacherCache.build(teacher, some, tmp_path / "half", **given))
     run = {"max_steps": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "alpha": None}
     trained = []
     for number, one in enumerate((teacher, cached, half)):
@@ -107,8 +108,8 @@ def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
     """What transformers shows as hidden states; each position of each example, without padding."""
     head, (_, teacher, some) = HEADS[NAME], deep()
     reads = [("hidden", -1), ("hidden", 0), "last_hidden", ActivationKey("values", 2)]
-    cache = kept(tmp_path, None, reads=reads, student=None, inside_dtype="bfloat16")
-    assert [one.field for one in cache.inside.kept] == ["hidden_embeddings", "hidden_0", "last_hidden", "values_2"]
+    cache = kept(tmp_path, KeepActivations(*reads), student=None, activation_dtype="bfloat16")
+    assert [one.field for one in cache.activations.kept] == ["hidden_embeddings", "hidden_0", "last_hidden", "values_2"]
     batch = head.collate(some)
     with torch.no_grad():
         outputs = teacher.eval()(**batch, output_hidden_states=True)
@@ -132,11 +133,11 @@ def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
 
 def test_the_size_is_told_before(tmp_path: Path) -> None:
     said: list[str] = []
-    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], say=said.append)
+    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], announce=said.append)
     # Blocks 0 and 2 whole, and the mean of block 1, of 24 numbers of 4 bytes; three logits of 4. 12 examples of 7.1
     # positions: 12 · (7.1 · (12 + 192) + 96 + 44 + 2 · 4) = 19.2 kB.
     inside = (
-        r", and of its inside 192 bytes at each of 7\.1 tokens, and of its inside 96 bytes at each of 1\.0 vectors; "
+        r", and activations of 192 bytes at each of 7\.1 tokens, and activations of 96 bytes at each of 1\.0 vectors; "
     )
     assert re.search(rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", said[0])
     shards = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
@@ -146,7 +147,7 @@ def test_the_size_is_told_before(tmp_path: Path) -> None:
 def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = HiddenMatch("even", embeddings=True)
     kept(tmp_path / "whole", objective)
-    written, real = [], passes.write_arrow
+    written, real = [], shards.write_arrow
 
     def write(path: Path, columns: Any) -> None:
         if len(written) == 1:
@@ -154,11 +155,11 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         written.append(path)
         real(path, columns)
 
-    monkeypatch.setattr(passes, "write_arrow", write)
+    monkeypatch.setattr(shards, "write_arrow", write)
     with pytest.raises(KeyboardInterrupt):
         kept(tmp_path / "cut", objective)
-    monkeypatch.setattr(passes, "write_arrow", real)
-    with pytest.raises(ValueError, match=r"holds an unfinished cache of something else: inside\.kept"):
+    monkeypatch.setattr(shards, "write_arrow", real)
+    with pytest.raises(ValueError, match=r"holds an unfinished cache of something else: activations\.kept"):
         kept(tmp_path / "cut", HiddenMatch("first"))
     kept(tmp_path / "cut", objective)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -169,15 +170,15 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (
             HiddenMatch([(0, 0)]),
-            r"holds no hidden of block 0 of its teacher; of 'bert.encoder.layer' it holds hidden",
+            r"does not hold hidden of block 0 of 'bert.encoder.layer', only hidden",
         ),
         (
             RelationMatch(),
-            r"holds no keys of block 2 of its teacher.*objectives=, student=\), or use the live teacher",
+            r"does not hold keys of block 2 of .*objectives=, student=\), or use the live teacher",
         ),
         (
             AttentionMatch("last"),
-            r"shows no attention maps: they take length² numbers a head.* Use RelationMatch",
+            r"keeps no attention maps: they take length² numbers for each head.* Use RelationMatch",
         ),
         (HiddenMatch([(1, 2)]), r"holds hidden of block 2 \(first position of each example\), and .* every position"),
         (
@@ -204,13 +205,19 @@ def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, aske
             r"keeps no attention maps: they take length²",
         ),
         (
-            {"reads": [("hidden", 3)]},
-            r"reads: \('hidden', 3, None, None\): the teacher has blocks 0 to 2 \(-1",
+            {"objectives": KeepActivations(("hidden", 3))},
+            r"\('hidden', 3, None, None\): the teacher has blocks 0 to 2 \(-1",
         ),
-        ({"reads": ["logits"]}, r"reads: 'logits' cannot be kept. Allowed: hidden, last_hidden, queries"),
-        ({"reads": ["last_hidden"], "inside_dtype": "int8"}, r"inside_dtype='int8': allowed are float16, bfloat16, fl"),
-        ({"predictions": False, "store": None}, r"predictions=False and nothing of the inside: say what is to be kept"),
-        ({"predictions": False, "reads": ["last_hidden"]}, r"is for predictions, and predictions=False keeps none"),
+        ({"objectives": KeepActivations("logits")}, r"'logits' cannot be kept. Allowed: hidden, last_hidden, queries"),
+        (
+            {"objectives": KeepActivations("last_hidden"), "activation_dtype": "int8"},
+            r"activation_dtype='int8': allowed are float16, bfloat16, fl",
+        ),
+        ({"predictions": False, "store": None}, r"predictions=False keeps nothing without objectives="),
+        (
+            {"predictions": False, "objectives": KeepActivations("last_hidden")},
+            r"has no effect, because predictions=False",
+        ),
     ],
 )
 def test_what_cannot_be_kept(tmp_path: Path, changed: dict, message: str) -> None:
@@ -223,10 +230,10 @@ def test_numbers_that_float16_cannot_hold_and_predictions_that_are_not_there(tmp
     student, teacher, some = deep()
     with torch.no_grad():
         teacher.bert.encoder.layer[2].output.LayerNorm.bias[0] = 1e5
-    given = {"student": student, "reads": [("hidden", 2)], "predictions": False, "store": None}
+    given = {"student": student, "objectives": KeepActivations(("hidden", 2)), "predictions": False, "store": None}
     with pytest.raises(SettingError, match=r"hidden of block 2 reach 1e\+05, float16 ends at 6\.55e\+04. Pass"):
         build(tmp_path / "half", HEADS[NAME], teacher, some, **given)
-    cache = build(tmp_path / "whole", HEADS[NAME], teacher, some, inside_dtype="bfloat16", **given)
+    cache = build(tmp_path / "whole", HEADS[NAME], teacher, some, activation_dtype="bfloat16", **given)
     with pytest.raises(SettingError, match=r"holds no predictions: it was built with predictions=False. .*alpha=None"):
         Distiller(student, CachedTeacher(cache))
     with pytest.raises(TeacherError, match="shows none"):
