@@ -260,7 +260,7 @@ def randomized(teacher: nn.Module) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> None:
-    """Set random weights in place, from a generator of its own."""
+    """Set random weights in place, without changing the random state."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
