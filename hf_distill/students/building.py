@@ -63,8 +63,9 @@ def empty_student(
         untied: parameters that the class ties and that must have tensors of their own.
 
     Raises:
-        TeacherError: if the class cannot be built from this config.
+        TeacherError: if the class cannot be built from this config, or the config changes when it is saved.
     """
+    check_config(config, call)
     try:
         student: PreTrainedModel = empty_like(teacher, config, "cpu")
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
@@ -93,6 +94,11 @@ def _drop_absent_modules(student: nn.Module, teacher: nn.Module) -> None:
 def all_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model, tied ones under each of their names."""
     return dict(model.named_parameters(remove_duplicate=False))
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, tied ones under each of their names."""
+    return {**all_parameters(model), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def untied_config(config: PreTrainedConfig) -> PreTrainedConfig:

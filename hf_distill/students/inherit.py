@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
@@ -25,7 +25,6 @@ from hf_distill.models.stacks import (
 )
 from hf_distill.students.building import (
     all_parameters,
-    check_config,
     check_teacher,
     check_weight_tying,
     copy_generation_config,
@@ -134,7 +133,7 @@ def _inherit_stacks(teacher: PreTrainedModel, maps: dict[Stack, LayerMap]) -> tu
     config = teacher.config
     for stack, layers in kept.items():
         config = with_layers(config, stack.setting, layers)
-    student = _empty(teacher, config)
+    student = empty_student(teacher, config, "inherit")
     for stack, layers in kept.items():
         _check_layers(student, teacher, stack, layers)
     _check_other_lists(student, teacher, kept)
@@ -149,13 +148,9 @@ def _inherit_shared(teacher: PreTrainedModel, given: dict[str, Layers]) -> tuple
     setting = depth_of(teacher.config)
     layer_map = _layer_map("layers", given["layers"], setting.value(teacher.config))
     check_groups(teacher.config, layer_map.sources())
-    student = _empty(teacher, with_layers(teacher.config, setting, layer_map.sources()))
+    config = with_layers(teacher.config, setting, layer_map.sources())
+    student = empty_student(teacher, config, "inherit")
     return student, _fill(student, teacher, {}, (StackReport("(shared layers)", str(setting), layer_map),), (NOTE,))
-
-
-def _empty(teacher: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    check_config(config, "inherit")
-    return empty_student(teacher, config, "inherit")
 
 
 def _fill(

@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refusals(case: str) -> None:
+def test_wrong_arguments(case: str) -> None:
     student, arguments, message = WRONG[case]
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
     with pytest.raises(HfDistillError, match=message):

@@ -16,7 +16,7 @@ from hf_distill.students import inherit
 from tests.students.models import LAYERS, MODELS, Tiny, one_an_architecture
 
 NAMES = list(MODELS)
-# What is asked for → the teacher layers, worked out by hand, for a teacher of 4 layers.
+# The argument, and the layers of a teacher with 4 layers that it selects, written by hand.
 CHOICES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "a number": (3, (0, 2, 3)),
     "a list": ([0, -2], (0, 2)),

@@ -193,7 +193,7 @@ def test_wrong_arguments() -> None:
 
 
 def test_a_t5_with_an_untied_head(tmp_path: Path) -> None:
-    """Files of T5 v1.1 and mT5 hold a head of its own, although their config says that it is tied."""
+    """Files of T5 v1.1 and mT5 hold an untied head, although their config says that it is tied."""
     tiny = MODELS["T5ForConditionalGeneration"]
     batch = tiny.batch()
     first = teacher_of("T5ForConditionalGeneration", tie_word_embeddings=False)

@@ -149,7 +149,7 @@ def test_further_ids_can_be_kept() -> None:
         ((tokenizer(), ["w1", 3]), DataError, "texts= contains a int"),
     ],
 )
-def test_refusals(arguments: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trim_vocabulary(*arguments)
     with pytest.raises(SettingError, match=r"keep= has ids that are not in the tokenizer: \[99\]"):

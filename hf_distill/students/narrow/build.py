@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.building import check_config, check_weight_tying, copy_generation_config, empty_student
+from hf_distill.students.building import all_tensors, check_weight_tying, copy_generation_config, empty_student
 from hf_distill.students.narrow.importance import Importance
 from hf_distill.students.narrow.layout import Kind, Layout, Setting, changed, followers
 from hf_distill.students.narrow.projection import Projection
@@ -44,12 +44,11 @@ def build_student(
     _check_saved(teacher, cuts)
     config, sizes = _new_config(layout, values)
     notes = [] if vocabulary is None else renumber(config, vocabulary.new_ids, "config")
-    check_config(config, "narrow")
     student = empty_student(teacher, config, "narrow", projection.untied if projection else ())
     new = projection.tensors() if projection else {}
-    tensors = _tensors(teacher) | new
+    tensors = all_tensors(teacher) | new
     check_weight_tying(student, tensors, "narrow")
-    done = new | cut(tensors, cuts)
+    done = new | cut({name: tensor.detach() for name, tensor in tensors.items()}, cuts)
     copied = _fill(student, teacher, done)
     notes += projection.notes(student) if projection else _other_scales(student, teacher)
     notes += _generation_notes(student, teacher, cuts, vocabulary)
@@ -94,14 +93,9 @@ def _new_config(layout: Layout, values: Mapping[Kind, int]) -> tuple[PreTrainedC
     return changed(layout.config, new), tuple(reports)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in named}
-
-
 def _fill(student: nn.Module, teacher: nn.Module, done: Mapping[str, Tensor]) -> list[str]:
     """Give the student its tensors; return the names of those that equal the teacher's."""
-    sources = _tensors(teacher)
+    sources = all_tensors(teacher)
     saved = student.state_dict().keys()
     copied, missing = [], []
     # A buffer that is not saved is computed from the config, here as after loading (Gemma's scale of its embeddings).
@@ -109,7 +103,7 @@ def _fill(student: nn.Module, teacher: nn.Module, done: Mapping[str, Tensor]) ->
     for name, tensor in [*student.named_parameters(), *buffers]:
         source = done.get(name, sources.get(name))
         if source is not None and source.shape == tensor.shape:
-            tensor.data = source.contiguous() if name in done else source.clone()
+            tensor.data = source.detach().contiguous() if name in done else source.detach().clone()
             if name not in done:
                 copied.append(name)
         elif name in saved:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_distill.errors import TeacherError
 from hf_distill.models.stacks import REFUSALS, empty_like
 from hf_distill.models.stacks import DepthSetting as Setting
+from hf_distill.students.building import all_tensors
 from hf_distill.students.narrow.dataflow import Dataflow
 
 Kind = Literal["hidden", "heads", "key_value_heads", "intermediate", "vocabulary"]
@@ -173,8 +174,7 @@ def changed(config: PreTrainedConfig, values: Mapping[Setting, int]) -> PreTrain
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer, tied ones under each of their names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(tensor.shape) for name, tensor in named}
+    return {name: tuple(tensor.shape) for name, tensor in all_tensors(model).items()}
 
 
 def _grown(teacher: PreTrainedModel, config: PreTrainedConfig, values: Mapping[Setting, int]) -> Lengths | None:

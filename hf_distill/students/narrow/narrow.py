@@ -17,7 +17,7 @@ from hf_distill.students.narrow.importance import Batch, Importance, keep_best
 from hf_distill.students.narrow.layout import Kind, Layout, find_layout, find_sizes
 from hf_distill.students.narrow.projection import Projection
 from hf_distill.students.narrow.residual_stream import find_residual_stream
-from hf_distill.students.narrow.units import Cut, check_permutations, find_groups, token_group
+from hf_distill.students.narrow.units import Axis, Cut, UnitGroup, check_permutations, find_groups
 from hf_distill.students.report import with_report
 from hf_distill.students.trimming import TrimmedVocabulary
 from hf_distill.vocabulary import read_the_same_ids, reads_trimmed_ids
@@ -217,4 +217,5 @@ def _tokens(teacher: PreTrainedModel, layout: Layout, vocabulary: TrimmedVocabul
             f"narrow: vocabulary= has ids up to {vocabulary.kept[-1]}, but the teacher has {units} tokens. Is it the "
             "teacher's tokenizer?"
         )
-    return token_group(tokens.axes["vocabulary"], units), torch.tensor(vocabulary.kept)
+    axes = [Axis(name, dim, blocks=length // units) for (name, dim), length in tokens.axes["vocabulary"].items()]
+    return UnitGroup("vocabulary", "tokens", units, axes), torch.tensor(vocabulary.kept)

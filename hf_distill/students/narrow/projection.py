@@ -11,12 +11,13 @@ back: then the eps of the norms keeps its meaning.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from hf_distill.errors import TeacherError
 from hf_distill.students.building import all_parameters, empty_student, untied_config
@@ -47,19 +48,61 @@ class Projection:
         self.config = untied_config(layout.config) if self.untied else layout.config
         settings = layout.sizes["hidden"].values
         new = {one: width for main in settings for one in (main, *followers("hidden", main, self.config))}
-        self.factors = _checked_factors(
-            self.teacher, stream, self.untied, changed(self.config, new), width, calibration.first
-        )
+        self.factors = self._verified_factors(changed(self.config, new), calibration.first)
         self.components = Components(self.teacher, stream.norms, stream.width)
+
+    def _verified_factors(self, config: PreTrainedConfig, forward: Forward) -> dict[str, float]:
+        """Return the factors that the student's constants need, after a check that a projection preserves the outputs.
+
+        A copy of the teacher with random weights, whose hidden states lie in a subspace of the student's width, must
+        not change when it is projected to that subspace.
+
+        Raises:
+            TeacherError: if it changes.
+        """
+        dtype = torch.promote_types(self.teacher.dtype, torch.float32)
+        model = randomized(self.teacher).to(dtype)
+        student: nn.Module = empty_student(self.teacher, config, "narrow", self.untied)
+        student = student.to(device=self.teacher.device, dtype=dtype).eval()
+        randomize(student)
+        generator = torch.Generator().manual_seed(2)
+        stream = self.stream
+        basis = torch.linalg.qr(torch.randn(stream.width, self.width, generator=generator, dtype=torch.float64)).Q
+        parameters = all_parameters(model)
+        flattened = {
+            id(parameters[n]): (parameters[n], axis) for n, axis in {**stream.embeddings, **stream.writers}.items()
+        }
+        for parameter, axis in flattened.values():
+            parameter.data = _applied(parameter.data, axis, basis @ basis.T)
+        before, after = _constants(model, stream, forward), _constants(student, stream, forward)
+        factors = {name: before[name] / after[name] for name in before}
+        tensors = {**model.state_dict(), **project(parameters, stream, basis, factors)}
+        with torch.no_grad():
+            for name, tensor in student.state_dict().items():
+                tensor.copy_(tensors[name])
+        ours, theirs = float_outputs(forward(student)), float_outputs(forward(model))
+        compared = [name for name in theirs if "hidden_state" not in name]  # those are in the other basis
+        errors = {name: difference(ours[name], theirs[name]) for name in compared} or {"outputs": float("nan")}
+        for name, error in errors.items():
+            if not error < TOLERANCE:
+                raise TeacherError(
+                    f"narrow: width='projection' changes the {name} (relative difference {error:.1g}): the teacher "
+                    "uses single channels somewhere. Use width='importance'."
+                )
+        return factors
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the teacher's tensors of the residual stream in the basis of the components."""
         tensors = {name: parameter.detach() for name, parameter in all_parameters(self.teacher).items()}
-        return project(tensors, self.stream, self.components.leading(self.width)[0], self.factors)
+        return project(tensors, self.stream, self._leading[0], self.factors)
 
     def share(self) -> float:
         """Return the share of the hidden states that the basis holds."""
-        return self.components.leading(self.width)[1]
+        return self._leading[1]
+
+    @cached_property
+    def _leading(self) -> tuple[Tensor, float]:
+        return self.components.leading(self.width)
 
     def notes(self, student: nn.Module) -> list[str]:
         """Return a note for each head that is no longer tied."""
@@ -97,53 +140,6 @@ def project(
 def _applied(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
     exact = (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # mps has no float64
     return (exact.movedim(axis, -1) @ matrix.to(exact.device)).movedim(-1, axis).contiguous().to(tensor)
-
-
-def _checked_factors(
-    teacher: PreTrainedModel,
-    stream: ResidualStream,
-    untied: Mapping[str, str],
-    config: PreTrainedConfig,
-    width: int,
-    forward: Forward,
-) -> dict[str, float]:
-    """Return the factors that the student's constants need, after a check that a projection preserves the outputs.
-
-    A copy of the teacher with random weights, whose hidden states lie in a subspace of the student's width, must not
-    change when it is projected to that subspace.
-
-    Raises:
-        TeacherError: if it changes.
-    """
-    dtype = torch.promote_types(teacher.dtype, torch.float32)
-    model = randomized(teacher).to(dtype)
-    student: nn.Module = empty_student(teacher, config, "narrow", untied)
-    student = student.to(device=teacher.device, dtype=dtype).eval()
-    randomize(student)
-    generator = torch.Generator().manual_seed(2)
-    basis = torch.linalg.qr(torch.randn(stream.width, width, generator=generator, dtype=torch.float64)).Q
-    parameters = all_parameters(model)
-    flattened = {
-        id(parameters[n]): (parameters[n], axis) for n, axis in {**stream.embeddings, **stream.writers}.items()
-    }
-    for parameter, axis in flattened.values():
-        parameter.data = _applied(parameter.data, axis, basis @ basis.T)
-    before, after = _constants(model, stream, forward), _constants(student, stream, forward)
-    factors = {name: before[name] / after[name] for name in before}
-    tensors = {**model.state_dict(), **project(parameters, stream, basis, factors)}
-    with torch.no_grad():
-        for name, tensor in student.state_dict().items():
-            tensor.copy_(tensors[name])
-    ours, theirs = float_outputs(forward(student)), float_outputs(forward(model))
-    compared = [name for name in theirs if "hidden_state" not in name]  # those are in the other basis
-    errors = {name: difference(ours[name], theirs[name]) for name in compared} or {"outputs": float("nan")}
-    for name, error in errors.items():
-        if not error < TOLERANCE:
-            raise TeacherError(
-                f"narrow: width='projection' changes the {name} (relative difference {error:.1g}): the teacher uses "
-                "single channels somewhere. Use width='importance'."
-            )
-    return factors
 
 
 def _constants(model: nn.Module, stream: ResidualStream, forward: Forward) -> dict[str, float]:

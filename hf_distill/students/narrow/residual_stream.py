@@ -61,7 +61,7 @@ def find_residual_stream(teacher: nn.Module, channels: UnitGroup, flow: Dataflow
         stream.norm_of[name] = norms[0] if norms else None
     unread = sorted(stream.norms.keys() - set(stream.norm_of.values()))
     if unread:
-        raise _cannot_rotate(teacher, f"the model returns the output of {unread[0]} (not so with a head)")
+        raise _cannot_rotate(teacher, f"the model returns the output of {unread[0]}, since it has no head")
     if not stream.norms or not stream.embeddings or not stream.writers:
         raise _cannot_rotate(teacher, "it has no norms, no embeddings, or no matrices that write it")
     return stream

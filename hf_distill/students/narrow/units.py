@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.building import all_parameters
+from hf_distill.students.building import all_tensors
 from hf_distill.students.narrow.dataflow import Dataflow
-from hf_distill.students.narrow.layout import Kind, Layout, Lengths, Place
+from hf_distill.students.narrow.layout import Kind, Layout, Place
 
 TOLERANCE = 1e-3  # of float32, through many layers; a wrong layout changes the outputs by their own size
 
@@ -172,12 +172,6 @@ def _channels(layout: Layout, flow: Dataflow, inner: set[Place]) -> UnitGroup:
     return group
 
 
-def token_group(lengths: Lengths, units: int) -> UnitGroup:
-    """Return the tokens of a model."""
-    axes = [Axis(name, dim, blocks=length // units) for (name, dim), length in lengths.items()]
-    return UnitGroup("vocabulary", "tokens", units, axes)
-
-
 def cut(tensors: Mapping[str, Tensor], cuts: Iterable[Cut]) -> dict[str, Tensor]:
     """Return the tensors that change, with only their kept units."""
     done: dict[str, Tensor] = {}
@@ -226,7 +220,7 @@ def check_permutations(teacher: nn.Module, groups: list[UnitGroup], forward: Cal
     model = randomized(teacher)
     generator = torch.Generator().manual_seed(0)
     before = float_outputs(forward(model))
-    named = {**all_parameters(model), **dict(model.named_buffers(remove_duplicate=False))}
+    named = all_tensors(model)
     for kind in sorted({group.kind for group in groups}):
         cuts = [(group, _permutation(group, generator)) for group in groups if group.kind == kind]
         values = {name: tensor.data for name, tensor in named.items()}
@@ -266,7 +260,7 @@ def randomized(teacher: nn.Module) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> None:
-    """Set random weights in place, from a generator of its own."""
+    """Set random weights in place, without changing the random state."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
