@@ -12,7 +12,7 @@ TEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 IN_TWO = -n 2 --dist loadfile --no-loadscope-reorder
 # Kernels without vectors and, for products, of AVX2: as if the processor were ten years older.
 OLD_CPU = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2
-OLD_CPU_TESTS = tests/laws tests/functional tests/students/test_matrix.py tests/trainer/test_alpha_zero.py \
+OLD_CPU_TESTS = tests/laws tests/functional tests/students/test_inherit_architectures.py tests/trainer/test_alpha_zero.py \
 	tests/trainer/test_resume.py tests/trainer/test_accumulation.py tests/trainer/test_without_logits_small_chunks.py \
 	tests/trainer/test_without_logits_trials.py tests/teachers/cache/test_laws.py
 

@@ -1,4 +1,4 @@
-"""Every fork on a library's version, and what Accelerate has no public call for. Nothing else."""
+"""Everything that depends on a library's version, or for which Accelerate and transformers have no public call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 def prepare_for_evaluation(model: Any, accelerator: Any) -> Any:
-    """A frozen second model, where the batches are. It enters none of the accelerator's own lists.
+    """Prepare a frozen second model on the device of the batches, without registering it with the accelerator.
 
     (`Accelerator.prepare_model(evaluation_mode=True)` would put it into `accelerator._models`, and so into
     `save_state`, and refuses FSDP2.) ZeRO-3 and FSDP2 shard it; everywhere else it is replicated.
@@ -46,7 +46,7 @@ def _with_fsdp2(model: Any, accelerator: Any) -> Any:
 
 
 def _with_deepspeed(model: Any, accelerator: Any) -> Any:
-    """ZeRO-3 shards the teacher's parameters too; lower stages shard optimizer state, and a teacher has none."""
+    """Shard the teacher's parameters under ZeRO-3; lower stages shard only optimizer state, which a teacher lacks."""
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -67,32 +67,31 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
 
 
 def compiler_error() -> type[Exception]:
-    """What keeps `torch.compile` from making a function: no Triton, a card too old. Asked for late: a slow import."""
+    """Return the error of `torch.compile` if it cannot compile (no Triton, an old GPU); its import is slow."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
 
 
 def processes() -> PartialState:
-    """This process among those it was launched with.
+    """Return the state of this process among those it was launched with.
 
-    Accelerate joins processes on CPUs only where it is told that there is nothing else: else each takes itself for the
-    only one.
+    Accelerate joins CPU processes only if it is told to use the CPU; otherwise each believes to be the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def gathered_sum(vector: torch.Tensor, accelerator: Any) -> torch.Tensor:
-    """Sum over the processes that saw different batches."""
+    """Return the sum over the processes that saw different batches."""
     if accelerator is None or accelerator.num_processes == 1:
         return vector
     return accelerator.reduce(vector, reduction="sum")
 
 
 def renamed_state(model: Any, checkpoint: str) -> dict[str, torch.Tensor] | None:
-    """The state of `model` as its own `from_pretrained` reads it from `checkpoint`; None where the names agree.
+    """Return the state of `model` as its `from_pretrained` reads it from `checkpoint`, or None if the names agree.
 
-    For whole models in one process's hands: adapters, FSDP and DeepSpeed have their own ways of loading.
+    It is for unsharded models; adapters, FSDP and DeepSpeed load in their own ways.
     """
     if not isinstance(model, PreTrainedModel) or hasattr(model, "get_base_model"):
         return None
@@ -131,10 +130,10 @@ def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
 
 @contextlib.contextmanager
 def observing_attention(listen: Callable[..., None]) -> Iterator[None]:
-    """Hear what every attention function is given, whichever was chosen; what it computes is not changed.
+    """Inside this context `listen` is called with the inputs of every attention function, whichever is chosen.
 
-    transformers has no public call for this: functions are looked up in `AttentionInterface` at each call, so that
-    lookup is where one can listen. `listen(module, query, key, mask, settings)`.
+    transformers has no public call for this. Functions are looked up in `AttentionInterface` at each call, so the
+    lookup is replaced; the results are not changed. `listen(module, query, key, mask, settings)`.
     """
     original = AttentionInterface.get_interface
 
@@ -156,14 +155,14 @@ def observing_attention(listen: Callable[..., None]) -> Iterator[None]:
 
 
 def forget_preparation(model: Any) -> None:
-    """Let another Accelerator prepare a model that one has unwrapped: else it takes it as it is, without autocast."""
+    """Let another Accelerator prepare an unwrapped model, which it would otherwise use as it is, without autocast."""
     vars(model).pop("_is_accelerate_prepared", None)
 
 
 def arrow_blocks(dataset: datasets.Dataset, column: str, *, rows: int = 100_000) -> Iterator[pa.Array]:
-    """A column in its dataset's order, so many rows at a time, without its format or transform.
+    """Yield a column in the dataset's order, in blocks of rows, without the dataset's format and transform.
 
-    `datasets` has no public call for this that is fast after a shuffle: 4 s for a million rows, here 0.05 s.
+    `datasets` has no public call that is fast after a shuffle: 4 s for a million rows, here 0.05 s.
     """
     held, indices = dataset.data.column(column), dataset._indices
     for start in range(0, len(dataset), rows):

@@ -1,4 +1,4 @@
-"""Random generators kept as they were, around something that may draw from them."""
+"""Small shared helpers: keeping the state of random generators, and writing files whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 
 
 def random_state() -> tuple[Any, ...]:
-    """The state of Python's, NumPy's and torch's generators."""
+    """Return the state of Python's, NumPy's and torch's generators."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Put the generators back to what `random_state` returned."""
+    """Restore the state that `random_state` returned."""
     python, numpy_state, cpu, cuda = state
     random.setstate(python)
     np.random.set_state(numpy_state)
@@ -32,7 +32,7 @@ def set_random_state(state: tuple[Any, ...]) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What loads a model may draw random numbers; the training that follows must not see it."""
+    """Inside this context random numbers may be drawn, as when a model is loaded; the states are restored."""
     state = random_state()
     try:
         yield
@@ -43,7 +43,7 @@ def random_state_kept() -> Iterator[None]:
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, then put it in its place in one step.
 
-    When `write` fails, what was at `path` before is untouched and nothing is left beside it.
+    If `write` fails, the old file at `path` is unchanged and nothing is left beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
@@ -51,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     beside = Path(name)
     try:
         write(beside)
-        # mkstemp makes a private file; give it what any new file here would get.
+        # mkstemp makes a private file; give it the permissions of any new file.
         mask = os.umask(0)
         os.umask(mask)
         beside.chmod(0o666 & ~mask)

@@ -1,4 +1,4 @@
-"""Several processes: the factor that undoes the averaging of DDP and Accelerate, and graphs that DDP can follow."""
+"""Several processes: the factor that undoes the averaging of DDP and Accelerate, and graphs that DDP accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def scale_of(accelerator: Any, same_batch: int) -> float:
     """Return the factor of a term whose denominator is already that of the whole step.
 
-    Processes are averaged, and `Accelerator.backward` divides by its accumulation steps.
+    DDP averages over processes, and `Accelerator.backward` divides by its accumulation steps.
 
     Args:
         accelerator: None means one process without accumulation.
@@ -29,7 +29,7 @@ def scale_of(accelerator: Any, same_batch: int) -> float:
 
 
 def tied(loss: Tensor, outputs: Any) -> Tensor:
-    """Return the same number with a graph to every output: an empty slice sums to 0, whatever the output holds."""
+    """Return the same value with a graph to every output; the sum of an empty slice is 0, whatever the output holds."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     for value in values:
         if isinstance(value, Tensor) and value.requires_grad:

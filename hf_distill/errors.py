@@ -2,13 +2,13 @@
 
 ```
 HfDistillError (ValueError)
-├── SettingError       a knob has a value that it cannot have, or two knobs contradict each other
+├── SettingError       a setting has a value that is not allowed, or contradicts another one
 ├── DataError          a batch or a dataset lacks what the run needs
-├── TeacherError       the teacher cannot be loaded, cannot teach this student, or said something that is no number
+├── TeacherError       the teacher cannot be loaded, cannot teach this student, or its outputs are not finite
 ├── TrainingError      the student's loss or gradient is not finite
 └── MissingExtraError  (also ImportError) an optional part is not installed
 ```
-Every message says what came, what is allowed and what to do next.
+Every message says what was given, what is allowed and what to do.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 
 class HfDistillError(ValueError):
-    """The root: catch it to catch everything this library raises on purpose."""
+    """The base class of all errors that this library raises on purpose."""
 
 
 class SettingError(HfDistillError):
-    """A setting has a value that it cannot have, or contradicts another one."""
+    """A setting has a value that is not allowed, or contradicts another one."""
 
 
 class DataError(HfDistillError):
@@ -34,7 +34,7 @@ class DataError(HfDistillError):
 
 
 class TeacherError(HfDistillError):
-    """The teacher cannot be loaded, cannot teach this student, or gave logits that are no numbers."""
+    """The teacher cannot be loaded, cannot teach this student, or its outputs are not finite."""
 
 
 class TrainingError(HfDistillError):
@@ -46,7 +46,7 @@ class MissingExtraError(HfDistillError, ImportError):
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional module, or say which extra brings it.
+    """Import an optional module; raise an error that names its extra if it is missing.
 
     >>> require("json", extra="report").__name__
     'json'
@@ -60,12 +60,12 @@ def require(module: str, *, extra: str) -> ModuleType:
 
 
 def did_you_mean(name: Any, known: Iterable[str], also: Mapping[str, str] | None = None) -> str:
-    """The sentence that proposes the nearest known name, after a space; empty where no name is near.
+    """Return a sentence that proposes the closest known name, after a space; empty if none is close.
 
     Args:
-        name: what came; nothing is proposed for what is no string.
+        name: the unknown name; nothing is proposed if it is not a string.
         known: the names that exist.
-        also: other names that people use, in lower case with underscores, and the known name that each stands for.
+        also: other names that people use, in lower case with underscores, and the known name for each.
 
     >>> did_you_mean("forwrd_kl", ["forward_kl", "reverse_kl"])
     " Did you mean 'forward_kl'?"
@@ -90,17 +90,17 @@ def check_keywords(
     also: Mapping[str, str] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Check the keywords of a call before it is made, so that a misspelt one is answered with the right one.
+    """Check the keywords of a call, so that the error for a misspelt one proposes the right one.
 
     Args:
-        function: what will be called; one that takes any keyword is not checked.
+        function: the function to call; one that takes any keyword is not checked.
         given: the keywords.
-        called: its name, for the message.
+        called: the function's name, for the message.
         also: as for `did_you_mean`.
-        elsewhere: keywords that belong to something else, each with a sentence on where it belongs.
+        elsewhere: keywords that belong elsewhere, each with a sentence that says where.
 
     Raises:
-        TypeError: as Python itself raises it, with the nearest keyword.
+        TypeError: as Python raises it, with the closest keyword.
     """
     parameters = inspect.signature(function).parameters
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):

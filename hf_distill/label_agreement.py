@@ -1,6 +1,6 @@
-"""Whether a teacher knows the labels: how often its choice is the label, over the first labelled rows of a training.
+"""LabelAgreement: how often the teacher's prediction is the label, over the first labelled rows of a training.
 
-Only for heads of few classes: a vocabulary is compared by its tokens, and values have no class to choose.
+It is only for heads of few classes: vocabularies are compared by their tokens, and values have no class.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
-ROWS = 256  # labelled rows that are enough: a share of them is known to about 0.03
-GIVEN_UP = 64 * ROWS  # rows without that many labels
+ROWS = 256  # enough labelled rows: a share of them is known to about 0.03
+GIVEN_UP = 64 * ROWS  # rows after which the count is abandoned
 SKILL = 0.1  # of the way from chance to always right
 
 
 class LabelAgreement:
-    """Counts how often the teacher's choice is the label, and warns once if that is no more than chance.
+    """Counts how often the teacher's prediction is the label, and warns once if that is no more than chance.
 
-    Chance is what independent choices of the same frequencies would give, so that naming the commonest class counts as
-    nothing. Everything is counted on the device and read once.
+    Chance is the agreement of independent predictions with the same frequencies, so that predicting the most common
+    class has no merit. Everything is counted on the device and read once.
 
     Args:
-        teacher: the teacher; one that training changes knows nothing at the start, and is left out.
+        teacher: the teacher; one that changes in training is left out, since it knows nothing at the start.
     """
 
     def __init__(self, teacher: Teacher | None) -> None:
         self._done = teacher is None or any(member.changes_in_training for member in teacher.members())
-        self._rows, self._enough = 0, ROWS  # rows are known without reading the labels
+        self._rows, self._enough = 0, ROWS  # the number of rows is known without reading labels
         self._labels = self._choices = self._right = torch.zeros(())
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class LabelAgreement:
 
 
 def _counted(histogram: Tensor, values: Tensor, labelled: Tensor, width: int) -> Tensor:
-    """The histogram `[v]` of the labelled values so far; positions of a longer batch make it longer."""
+    """Return the histogram `[v]` of the labelled values so far; it grows with longer batches."""
     grown = F.pad(histogram.to(values.device), (0, max(0, width - histogram.numel()))) if histogram.dim() else None
     counts = values.new_zeros(width if grown is None else len(grown), dtype=torch.float32)
     counts.index_add_(0, values.clamp(0, width - 1), labelled.float())

@@ -38,7 +38,7 @@ class HeadAlignment:
         return self._pick(x, "teacher", self.teacher)
 
     def as_student(self, x: Tensor, width: int) -> Tensor:
-        """Compared columns, in their places among all of the student's; -inf in those that are not compared.
+        """Return compared columns at their places among all of the student's; -inf in the others.
 
         >>> HeadAlignment(student=(2, 0)).as_student(torch.tensor([[5.0, 6.0]]), 3).tolist()
         [[6.0, -inf, 5.0]]
@@ -52,7 +52,7 @@ class HeadAlignment:
         return found.index_copy(-1, self._index("student", self.student, x.device), x)
 
     def of_labels(self, labels: Tensor) -> Tensor:
-        """Label ids `[n]` as numbers of the compared columns; -100 for what is not compared.
+        """Return label ids `[n]` as indices of the compared columns; -100 for others.
 
         >>> HeadAlignment(student=(0, 2)).of_labels(torch.tensor([2, 1, -100])).tolist()
         [1, -100, -100]
@@ -75,7 +75,7 @@ class HeadAlignment:
         return x.index_select(-1, self._index(side, columns, x.device))
 
     def _index(self, side: str, columns: tuple[int, ...], device: torch.device) -> Tensor:
-        """Made once a device: a whole vocabulary is too long a list to move at every step."""
+        """Return the index on a device, made once for each: a whole vocabulary is too long to move at every step."""
         if (side, device) not in self._indices:
             self._indices[side, device] = torch.tensor(columns, device=device)
         return self._indices[side, device]
@@ -92,8 +92,8 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> He
         matching: "by_name", or "by_index" when you know that the order is the same.
 
     Raises:
-        TeacherError: the label sets, or their sizes, differ.
-        SettingError: no such matching.
+        TeacherError: if the label sets, or their sizes, differ.
+        SettingError: for an unknown matching.
     """
     if matching not in LABEL_MATCHING:
         hint = did_you_mean(matching, LABEL_MATCHING)
@@ -126,7 +126,7 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> He
 
 
 def label_ids(config: Any) -> dict[str, int]:
-    """Name → column of a config's labels, from `label2id`, or `id2label` where only that was set."""
+    """Return name → column of a config's labels, from `label2id`, or from `id2label` if only that was set."""
     forward = {str(name): int(index) for name, index in (config.label2id or {}).items()}
     backward = {str(name): int(index) for index, name in (config.id2label or {}).items()}
     chosen = backward if has_default_names(forward) and not has_default_names(backward) else forward
@@ -134,7 +134,7 @@ def label_ids(config: Any) -> dict[str, int]:
 
 
 def has_default_names(ids: Mapping[str, int]) -> bool:
-    """Whether these are the names that transformers gives to labels without names: LABEL_0, LABEL_1, …"""
+    """Return whether these are transformers' default names: LABEL_0, LABEL_1, …"""
     return all(name == f"LABEL_{index}" for name, index in ids.items())
 
 
@@ -144,7 +144,7 @@ def _names(config: Any) -> str:
 
 
 def listed_names(names: Sequence[str]) -> str:
-    """Label names in the order of their numbers, for a message.
+    """Return label names in the order of their ids, for a message.
 
     >>> listed_names(["no", "yes"])
     '{no, yes}'
@@ -160,15 +160,17 @@ def match_vocabularies(
     teacher_tokenizer: Any = None,
     teacher_embeddings: int | None = None,
 ) -> HeadAlignment:
-    """Columns of two heads over a vocabulary: those that both tokenizers know, padding left out.
+    """Return the columns that two heads over a vocabulary share: those that both tokenizers know, without padding.
 
     Args:
-        student_width, teacher_width: columns of the two heads, padding included.
-        student_tokenizer, teacher_tokenizer: None where unknown.
-        teacher_embeddings: how many input ids the teacher can read.
+        student_width: number of columns of the student's head, padding included.
+        teacher_width: the same for the teacher's head.
+        student_tokenizer: the student's tokenizer, or None if unknown.
+        teacher_tokenizer: the teacher's tokenizer, or None if unknown.
+        teacher_embeddings: number of input ids that the teacher embeds.
 
     Raises:
-        TeacherError: the tokenizers differ, or the widths do and the tokenizers are not known.
+        TeacherError: if the tokenizers differ, or the widths differ and a tokenizer is not known.
     """
     if student_tokenizer is None or teacher_tokenizer is None:
         if student_width == teacher_width:
@@ -202,9 +204,9 @@ def match_vocabularies(
 
 
 def tokenizer_difference(student: Any, teacher: Any) -> str | None:
-    """What keeps two tokenizers from making the same ids, in words; None when nothing does.
+    """Return why two tokenizers do not make the same ids, or None if they do.
 
-    Tokens that only one of them knows are no difference as long as every shared token has the same id.
+    Tokens that only one of them knows do not matter as long as every shared token has the same id.
     """
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     moved = [t for t, i in student_ids.items() if t in teacher_ids and teacher_ids[t] != i]
@@ -239,22 +241,22 @@ def read_the_same_ids(student: Any, teacher: Any) -> None:
 
 
 def reads_trimmed_ids(model: Any, kept: Sequence[int]) -> None:
-    """Remember that a model reads the renumbered ids of a trimmed vocabulary, whatever lies beside its checkpoint."""
+    """Remember that a model reads the renumbered ids of a trimmed vocabulary, whatever tokenizer is in its folder."""
     setattr(model, _OF_MODEL, _TRIMMED + hashlib.blake2b(repr(tuple(kept)).encode(), digest_size=8).hexdigest())
 
 
 def reads_ids_of(student: Any, teacher: Any) -> bool:
-    """Whether the student was built from this teacher, or both from the same."""
+    """Return whether the student was built from this teacher, or both from the same model."""
     name = getattr(teacher, _OF_MODEL, None)
     return name is not None and getattr(student, _OF_MODEL, None) == name
 
 
 def is_trimmed(model: Any) -> bool:
-    """Whether its token ids were renumbered after it was loaded."""
+    """Return whether its token ids were renumbered after it was loaded."""
     return str(getattr(model, _OF_MODEL, "")).startswith(_TRIMMED)
 
 
 def _merges(tokenizer: Any) -> Any:
-    """The merge rules of a fast tokenizer with such rules, else None."""
+    """Return the merge rules of a fast tokenizer, or None if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())["model"].get("merges")

@@ -94,7 +94,6 @@ PLACES: dict[str, tuple[Callable[[], Any], str]] = {
     "weights of an ensemble": (lambda: Ensemble([bert(), bert()], weights="confident"), "confidence"),
     "api of a server": (lambda: ServedTeacher("http://localhost", "x", processing_class=None, api="vlm"), "vllm"),
     "variant of a preset": (lambda: pkd(2, 4, variant="skipp"), "skip"),
-    "teacher of a link": (lambda: Link("a", model=bert, teacher="previos"), "previous"),
     "what a chain keeps": (lambda: Chain([Link("a", model=bert)], keep="bst"), "best"),
     "width of a narrower student": (lambda: narrow(bert(), hidden=8, width="project", data=DATA), "projection"),
     "importance": (lambda: narrow(bert(), hidden=8, importance="activaton", heads=1, data=DATA), "activation"),

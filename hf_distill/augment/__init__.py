@@ -1,4 +1,4 @@
-"""What the models are shown: the batch, or an augmented version of it."""
+"""Augmented inputs for student and teacher, and batches that the student continues."""
 
 from hf_distill.augment.augmentation import Augmentation
 from hf_distill.augment.collator import AugmentingCollator

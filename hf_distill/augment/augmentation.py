@@ -1,7 +1,7 @@
-"""Random numbers that follow from what is augmented, not from how often one has drawn. No augmentation here.
+"""Augmentation: any callable as an augmentation, with random numbers that follow from the example.
 
-A collator runs ahead of the training, in this process or in workers, and a resumed run starts it at another place: what
-it draws from a running generator cannot be had again. A key can.
+A collator runs ahead of the training, in this process or in workers, and a resumed run starts it at another point, so
+the state of a generator could not be reproduced. A key for each example or batch can.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_distill.errors import SettingError
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
-    """The CPU generators of torch, numpy and `random`, as they were before."""
+    """Inside this context the CPU generators of torch, numpy and `random` may be used; their states are restored."""
     python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -32,7 +32,7 @@ def generators_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(*key: Any) -> Iterator[None]:
-    """Inside, the CPU generators start from the key; afterwards they are as they were.
+    """Inside this context the CPU generators start from the key; their states are restored.
 
     >>> with seeded(0, "a"):
     ...     first = torch.rand(3)
@@ -49,9 +49,9 @@ def seeded(*key: Any) -> Iterator[None]:
 
 
 def digest(value: Any) -> bytes:
-    """A hash of what is in nested lists, mappings, arrays, numbers and strings: the same in every process.
+    """Return a hash of nested lists, mappings, arrays, numbers and strings that is the same in every process.
 
-    Of other objects (a decoder, an image) only the type is seen.
+    Other objects (a decoder, an image) contribute only their type.
     """
     found = hashlib.blake2b(digest_size=16)
     _feed(found, value)
@@ -82,7 +82,7 @@ def _feed(found: Any, value: Any) -> None:
 
 
 def _feed_sequence(found: Any, value: Any) -> None:
-    """Lists of numbers in one go: a waveform is a list of some hundred thousand."""
+    """Hash a list of numbers at once: a waveform has some hundred thousand."""
     found.update(b"[%d" % len(value))
     kinds = {type(item) for item in value}
     if kinds == {float}:
@@ -100,21 +100,21 @@ Example = dict[str, Any]
 
 
 class Augmentation:
-    """Any callable as an augmentation; it returns a new example and leaves the one it is given as it is.
+    """Any callable as an augmentation; it returns a new example and does not change its argument.
 
-    It may draw from the generators of torch (on the CPU), numpy and `random`: whoever applies it seeds them, and puts
-    them back. An object that has the two attributes itself need not be wrapped.
+    It may draw from the generators of torch (on the CPU), numpy and `random`: they are seeded before each call and
+    restored afterwards. An object that has the attributes itself need not be wrapped.
 
     Args:
-        function: an example to an example; with `acts_on` "examples" a list of them to a list (to batch a model's
-            forward), with "batch" a collated batch to a batch.
-        moves_positions: a token or a frame may stand elsewhere afterwards (speed, crop, time warp, inserted words).
-            Then student and teacher must be shown the same.
+        function: takes and returns an example. With `acts_on="examples"` a list of examples (to batch a model's
+            forward), with "batch" a collated batch.
+        moves_positions: whether tokens or frames may move (speed, crop, time warp, inserted words). Then student and
+            teacher must get the same input.
         acts_on: "example", "examples" or "batch".
-        changes_tokens: a token may be another word afterwards.
+        changes_tokens: whether a token may become another word.
 
     Raises:
-        SettingError: not callable, or an unknown `acts_on`.
+        SettingError: if it is not callable, or for an unknown `acts_on`.
 
     >>> louder = Augmentation(lambda example: {**example, "gain": 2 * example["gain"]}, moves_positions=False)
     >>> louder({"gain": 1.0})
@@ -142,10 +142,10 @@ class Augmentation:
 
 
 def checked(augmentation: Any) -> Any:
-    """The augmentation, if it is one.
+    """Return the augmentation if it is valid.
 
     Raises:
-        SettingError: not callable, or an attribute is missing or has another value than is allowed.
+        SettingError: if it is not callable, or an attribute is missing or has a value that is not allowed.
     """
     name = name_of(augmentation)
     missing = [known for known in ("moves_positions", "acts_on") if not hasattr(augmentation, known)]
@@ -166,7 +166,7 @@ def name_of(augmentation: Any) -> str:
 
 
 def before_collation(augmentations: list[Any], examples: list[Example]) -> list[Example]:
-    """The examples after those augmentations that act on examples, in their order."""
+    """Apply the augmentations that act on examples, in order."""
     for augmentation in augmentations:
         if augmentation.acts_on == "example":
             examples = [augmentation(example) for example in examples]
@@ -176,7 +176,7 @@ def before_collation(augmentations: list[Any], examples: list[Example]) -> list[
 
 
 def after_collation(augmentations: list[Any], batch: Any) -> Any:
-    """The batch after those augmentations that act on a batch, in their order."""
+    """Apply the augmentations that act on a batch, in order."""
     for augmentation in augmentations:
         if augmentation.acts_on == "batch":
             batch = augmentation(batch)
@@ -184,7 +184,7 @@ def after_collation(augmentations: list[Any], batch: Any) -> Any:
 
 
 def like(original: Any, changed: Any) -> Any:
-    """New numbers as what the old ones were: a tensor, an array or a list, of the same type of number."""
+    """Convert new values to the type of the old ones: a tensor, an array or a list, with the same dtype."""
     if isinstance(original, torch.Tensor):
         return torch.as_tensor(changed, dtype=original.dtype, device=original.device)
     if isinstance(original, np.ndarray):

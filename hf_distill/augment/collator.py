@@ -1,4 +1,4 @@
-"""A collator that shows the models augmented examples, or the student alone. The augmentations have their own files."""
+"""AugmentingCollator: augmented examples for both models, or for the student only."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ OTHER_TOKENS = (
 
 
 class AugmentingCollator:
-    """A collator around another one: the examples of each batch are augmented, for both models alike.
+    """Wraps a collator and augments the examples of each batch, in the same way for both models.
 
-    With `student_only` the batch holds the clean example too, as `teacher_*` columns, which the teacher reads.
+    With `student_only` the batch also holds the clean example as `teacher_*` columns, which the teacher reads.
 
-    What is drawn follows from the seed, the epoch and what is in the batch, and from nothing else: neither the worker
-    or process that collates it, nor what was drawn before. So a resumed run is the uninterrupted one, and the
-    generators of the training (dropout) are left alone. As dropout, it depends on how the data is cut into batches.
+    The random numbers follow from the seed, the epoch and the content of the batch only, not from the worker or process
+    that collates it or from earlier batches. So a resumed run equals an uninterrupted one, and the generators of the
+    training (dropout) are not used. Like dropout, it depends on how the data is cut into batches.
 
-    With `views=4` each example has four fixed versions, shown in turn, an epoch each: what is drawn follows from the
-    seed, the number of the version and the example alone. A teacher's cache that is built with such a collator knows
-    them.
+    With `views=4` each example has four fixed versions that alternate by epoch: the random numbers follow from the
+    seed, the number of the version and the example only. A teacher's cache can be built over them with such a collator.
 
     Args:
         collator: makes a batch of examples that are mappings.
         augmentations: applied in this order; each as `Augmentation` describes.
-        student_only: the teacher is shown the clean example.
-        seed: another seed, other augmentations.
-        views: so many versions of each example; None: new ones each time.
+        student_only: whether the teacher reads the clean example.
+        seed: seed of the augmentations.
+        views: number of fixed versions of each example; None means new ones each time.
 
     Raises:
-        SettingError: no augmentation, something that is none, or `student_only` with one that moves positions; `views`
-            below 1, or with an augmentation of collated batches.
-        DataError: (when called) a teacher with columns of its own, which are not augmented; or `student_only` with
-            other words, and rows that are tokens.
+        SettingError: if there is no augmentation, something is not one, `student_only` has one that moves positions, or
+            `views` is below 1 or used with an augmentation of collated batches.
+        DataError: when called, if the teacher has its own columns, which are not augmented, or `student_only` changes
+            words and rows are tokens.
 
     >>> from hf_distill.augment import Augmentation
     >>> louder = Augmentation(lambda example: {"gain": 2 * example["gain"]}, moves_positions=False)
@@ -53,7 +52,7 @@ class AugmentingCollator:
     {'gain': 2.0}
     """
 
-    view_column = "view_number"  # of an example that says by itself which version is meant
+    view_column = "view_number"  # in an example that names its version itself
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class AugmentingCollator:
         self.seed = seed
         self.views = views
         self._check_views()
-        # In shared memory: worker processes that live for several epochs see it change.
+        # In shared memory, so that persistent worker processes see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         moving = [name_of(augmentation) for augmentation in augmentations if augmentation.moves_positions]
         if student_only and moving:
@@ -85,26 +84,25 @@ class AugmentingCollator:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever is asked of the wrapped collator (`tokenizer`, say) is asked of it still."""
-        if name == "collator":  # not there yet: being unpickled
+        """Return any other attribute (such as `tokenizer`) of the wrapped collator."""
+        if name == "collator":  # not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.collator, name)
 
     @property
     def sentence_rows_only(self) -> bool:
-        """Whether this is right only where a row is a whole example: the two models may see other words."""
+        """Whether it is valid only if a row is a whole example, because the two models may see different words."""
         return self.student_only and any(getattr(one, "changes_tokens", False) for one in self.augmentations)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, before its first batch is collated. `DistillationTrainer` does so.
+        """Set the epoch before its first batch is collated; `DistillationTrainer` does so.
 
-        In a loop of your own: without it an epoch is augmented otherwise only where its batches are other ones, as
-        those of shuffled data are.
+        Without this call in a hand-written loop, epochs differ only if their batches do, as with shuffled data.
         """
         self._epoch[0] = epoch
 
     def for_evaluation(self) -> Callable[..., Any]:
-        """The wrapped collator: evaluation is on the data as it is."""
+        """Return the wrapped collator, since evaluation data is not augmented."""
         clean = getattr(self.collator, "for_evaluation", None)
         return self.collator if clean is None else clean()
 
@@ -122,18 +120,18 @@ class AugmentingCollator:
             shown = [self._version(one, turn if n is None else n) for one, n in zip(examples, numbers, strict=True)]
         clean: dict[str, Any] = {}
         if self.student_only:
-            with generators_kept():  # so that a collator that draws (masked LM) draws alike for both
+            with generators_kept():  # so that a random collator (masked LM) draws the same for both
                 clean = dict(self.collator(examples))
             self._check_same_tokens(examples, clean)
         batch = self.collator(shown)
         with seeded("batch", *key):
             batch = after_collation(self.augmentations, batch)
-        if not any(name.startswith(TEACHER_PREFIX) for name in batch):  # else it has inputs of its own, and clean ones
+        if not any(name.startswith(TEACHER_PREFIX) for name in batch):  # else the teacher has its own, clean inputs
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in clean.items() if name not in LABELS})
         return batch
 
     def _version(self, example: dict[str, Any], number: int) -> dict[str, Any]:
-        """One of the fixed versions of an example; labels and what else stands beside its input do not matter."""
+        """Return a fixed version of an example, which depends on its input only, not on labels and other columns."""
         inputs = {name: example[name] for name in INPUTS if name in example}
         with seeded("view", self.seed, int(number), inputs or example):
             (shown,) = before_collation(self.augmentations, [dict(example)])
@@ -165,11 +163,11 @@ class AugmentingCollator:
 
 
 def _has_labels_of_tokens(examples: list[dict[str, Any]], batch: Mapping[str, Any]) -> bool:
-    """Whether there is a label a token, as far as a batch shows it: those of a sequence-to-sequence model are none."""
+    """Return whether a batch has a label for each token (those of a sequence-to-sequence model do not count)."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if ids is None or labels is None:
         return False
-    if not any(name in examples[0] for name in LABELS):  # the collator made them of the tokens
+    if not any(name in examples[0] for name in LABELS):  # the collator made them from the tokens
         return tuple(labels.shape) == tuple(ids.shape)
     sizes = {(np.shape(example["input_ids"]), np.shape(example.get("labels", 0))) for example in examples}
     return len(sizes) > 1 and all(inputs == labelled for inputs, labelled in sizes)

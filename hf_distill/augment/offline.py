@@ -1,4 +1,4 @@
-"""Augmented copies of a whole dataset, made once before training, as in TinyBERT. No collator here."""
+"""Augmented copies of a whole dataset, made once before training, as in TinyBERT."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def augment_dataset(
     seed: int = 0,
     batch_size: int = 32,
 ) -> datasets.Dataset:
-    """A dataset with `copies` augmented copies of each example after it. Labels stay: the teacher answers each copy.
+    """Return a dataset with `copies` augmented copies after each example; labels are kept.
 
-    Made with `datasets.Dataset.map`: on disk for a dataset on disk, and found again by its fingerprint when dataset,
-    augmentations and settings are the same.
+    It is made with `datasets.Dataset.map`: on disk for a dataset on disk, and cached by its fingerprint for the same
+    dataset, augmentations and settings.
 
     Jiao et al. 2020, TinyBERT, algorithm 1: `copies` is N_a, 20 there.
 
     Args:
         dataset: a `datasets.Dataset`, tokenized or otherwise ready for a collator.
         augmentations: applied in this order; each as `Augmentation` describes, on examples.
-        copies: of each example.
-        keep_original: the example itself comes first; else only its copies.
-        seed: another seed, other copies.
-        batch_size: examples at once; what is drawn depends on it too.
+        copies: number of copies of each example.
+        keep_original: whether the example itself comes before its copies.
+        seed: seed of the copies.
+        batch_size: examples at once; the random numbers depend on it too.
 
     Raises:
-        SettingError: another kind of dataset, no augmentation or one of collated batches, or copies below 1.
+        SettingError: for another kind of dataset, no augmentation or one of collated batches, or copies below 1.
 
     >>> from hf_distill.augment import Augmentation
     >>> longer = Augmentation(lambda example: {"text": example["text"] + "!"}, moves_positions=False)
@@ -63,7 +63,7 @@ def augment_dataset(
 
 
 class _Copies:
-    """What `map` calls for some examples and their indices."""
+    """The function for `map`, called with examples and their indices."""
 
     def __init__(self, augmentations: list[Any], copies: int, keep_original: bool, seed: int) -> None:
         self.augmentations = augmentations

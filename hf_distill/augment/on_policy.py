@@ -1,7 +1,4 @@
-"""How a student writes from its own distribution: which ids it may use, and which of its settings are followed.
-
-When it writes, and what becomes of the texts, is said elsewhere.
-"""
+"""OnPolicy: batches that the student continues by sampling from its own distribution."""
 
 from __future__ import annotations
 
@@ -29,19 +26,19 @@ from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
 from hf_distill.tasks.infer import unwrapped
 
-# What is followed of the student's generation_config. Anything else could make its samples another distribution than
-# its own; not all of what `generate` knows is listed there, so what is not here is left out.
+# The settings of the student's generation_config that are used. Any other could change the distribution of its samples,
+# and not all settings of `generate` are listed there, so everything else is left out.
 _FOLLOWED = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
 )
-_LANGUAGE = "forced_bos_token_id"  # of an encoder-decoder's text (mBART, M2M100): given, as a prompt is
+_LANGUAGE = "forced_bos_token_id"  # the language of an encoder-decoder's text (mBART, M2M100), given like a prompt
 
 
 def sampling_settings(
     student: Any, *, max_new_tokens: int, sampling_temperature: float, never: Sequence[int] = ()
 ) -> GenerationConfig:
-    """The settings to sample with: from all ids but those that are `never` to be written.
+    """Return the settings for sampling from all ids except those in `never`.
 
     Raises:
         SettingError: see `generation_settings`.
@@ -57,7 +54,7 @@ def sampling_settings(
 
 
 def tokens_needed(settings: GenerationConfig, tokenizer: Any = None) -> dict[str, set[int]]:
-    """Tokens of which a text cannot do without all, by what it does with them."""
+    """Return the tokens that a text needs, by their purpose; one for each purpose must be allowed."""
     first, last = getattr(settings, _LANGUAGE), getattr(tokenizer, "eos_token_id", None)
     return {
         "begin": set() if first is None else {first},
@@ -66,10 +63,9 @@ def tokens_needed(settings: GenerationConfig, tokenizer: Any = None) -> dict[str
 
 
 def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> list[int]:
-    """Columns of the student's head that its texts must not hold, as far as is known.
+    """Return the columns of the student's head that its texts must not contain, as far as is known.
 
-    Those that no token belongs to (padding), that are not compared with the teacher's, and that one of the models has
-    no embedding for.
+    These have no token (padding), are not compared with the teacher's, or have no embedding in one of the models.
 
     Args:
         teacher: a bound teacher, or None.
@@ -94,14 +90,14 @@ def ids_not_shared(student: Any, teacher: Any = None, tokenizer: Any = None) -> 
 
 
 def _head_width(model: Any) -> int:
-    """`out_features`, since the weights of a quantised head have another shape."""
+    """Return `out_features`, since the weights of a quantised head have another shape."""
     find = getattr(model, "get_output_embeddings", None)
     width = getattr(None if find is None else find(), "out_features", None)
     return int(model.config.get_text_config(decoder=True).vocab_size if width is None else width)
 
 
 def _embeddings(model: Any) -> int | None:
-    """How many ids it can read; None where that is not known."""
+    """Return the number of ids that it embeds; None if not known."""
     find = getattr(model, "get_input_embeddings", None)
     found: Any = None if find is None else find()
     count = getattr(found, "num_embeddings", None)
@@ -114,32 +110,31 @@ _REPLACED = ("input_ids", "attention_mask", "labels")
 
 
 class OnPolicy:
-    """A share of the batches as the student continues their prompts; the other batches as they are.
+    """Replaces a share of the batches by the student's continuations of their prompts.
 
-    A prompt is what comes before the first label that counts (`labels` -100), or all of a text without labels. The new
-    labels are the student's tokens, up to and with the one that ends a text, so that the teacher is compared on them
-    and on nothing else; they are no gold labels, so alpha must be 1 (or None): the labels' term would teach the student
-    what it wrote anyway.
+    A prompt is the text before the first label that is not -100, or a whole text without labels. The new labels are the
+    student's tokens, up to and including the end of the text, so that only they are compared with the teacher. They are
+    not gold labels, so alpha must be 1 (or None): the labels' term would train on the student's own text.
 
     Agarwal et al. 2024 (On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes), algorithm 1,
     with its student_share; there the divergence is a generalized Jensen-Shannon (`divergence="jensen_shannon"`),
     forward_kl or reverse_kl. Sampling is from the student's distribution over all tokens that both models know
-    (`bind`), not from transformers' default of the 50 likeliest. Of its `generation_config` the special tokens and the
-    cache are followed (and `forced_bos_token_id`, the language, of an encoder-decoder), and nothing else. No gradient
-    goes through it.
+    (`bind`), not from transformers' default of the 50 likeliest. From its `generation_config` only the special tokens
+    and the cache are used (and `forced_bos_token_id`, the language, of an encoder-decoder). No gradient flows through
+    the sampling.
 
-    What is drawn follows from the seed, the step and the place of the batch in it, and from nothing else: whether a
-    batch is continued is the same on all processes, and a resumed run is the uninterrupted one.
+    The random numbers follow from the seed, the step and the batch's place in it only: all processes agree whether a
+    batch is continued, and a resumed run equals an uninterrupted one.
 
     Args:
-        student_share: share of the batches, in [0, 1], or a schedule.
-        max_new_tokens: the longest continuation.
-        sampling_temperature: of the student's sampling.
-        seed: another seed, other texts.
+        student_share: share of the batches to replace, in [0, 1], or a schedule.
+        max_new_tokens: maximal length of a continuation, in tokens.
+        sampling_temperature: temperature of the student's sampling.
+        seed: seed of the texts.
 
     Raises:
-        SettingError: a number out of range; (in `bind`) a student that writes no text.
-        DataError: (when called) packed texts, an empty prompt, or columns that would not fit the new texts.
+        SettingError: if a number is out of range, or, in `bind`, the student does not generate text.
+        DataError: when called, for packed texts, an empty prompt, or columns that would not fit the new texts.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
@@ -168,16 +163,16 @@ class OnPolicy:
                 raise SettingError(f"OnPolicy: student_share={share!r}. It is a share of the batches, in [0, 1].")
 
     def bind(self, student: Any, task: Task, *, teacher: Any = None, processing_class: Any = None) -> None:
-        """Refuse a student that cannot continue a batch; learn which ids its texts may hold.
+        """Check that the student can continue a batch, and find out which ids its texts may contain.
 
-        A trainer calls it; in a loop of your own do so where a head has padded columns, or tokens were added.
+        A trainer calls it; a hand-written loop must if a head has padded columns, or tokens were added.
 
         Args:
-            teacher: bound, as `distiller.teacher` is: its columns and its embeddings bound the ids.
-            processing_class: the student's tokenizer, or what has one.
+            teacher: a bound teacher, as `distiller.teacher`, whose columns and embeddings limit the ids.
+            processing_class: the student's tokenizer, or a processor with one.
 
         Raises:
-            SettingError: see the message.
+            SettingError: if the student cannot continue a batch.
         """
         student = _alone(student)
         speaks = getattr(unwrapped(student), "main_input_name", "input_ids") != "input_ids"
@@ -198,7 +193,7 @@ class OnPolicy:
                 )
 
     def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:
-        """Whether this batch is one of those that are continued: the same answer on all processes."""
+        """Return whether this batch is continued, the same on all processes."""
         return random.Random(f"{self.seed}:{step}:{micro_batch}").random() < self.student_share(progress)
 
     def __call__(
@@ -214,10 +209,10 @@ class OnPolicy:
         """Return the batch, or its continuation by the student. Call it before `Distiller.begin_step`.
 
         Args:
-            student: its mode and the random generators are as before, afterwards.
-            step: optimizer steps so far.
-            micro_batch: its place in the step.
-            process: of several.
+            student: the student; its mode and the random generators are restored.
+            step: number of optimizer steps so far.
+            micro_batch: the batch's place in the step.
+            process: the number of this process.
         """
         if not self.continues(step, micro_batch, progress=progress):
             return batch
@@ -258,12 +253,12 @@ class OnPolicy:
         )
 
     def __repr__(self) -> str:
-        """As it was made, for logs."""
+        """Return the call that makes it, for logs."""
         return f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens})"
 
 
 def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
-    """Of each example what comes before the first label that counts; all of it, if none does."""
+    """Return the ids before the first valid label of each example, or all of them if none is valid."""
     ids = batch["input_ids"].tolist()
     read, labels = (
         [None] * len(ids) if batch.get(name) is None else batch[name].tolist() for name in ("attention_mask", "labels")
@@ -272,7 +267,7 @@ def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
 
 
 def _alone(student: Any) -> Any:
-    """Without DDP around it: writing needs no other process."""
+    """Return the model without its DDP wrapper, since generation needs no other process."""
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 

@@ -1,4 +1,4 @@
-"""What augmentations of sound share: the frames or samples of an example that are not padding. They change no sound."""
+"""Augmentations of sound: noise on waveforms, and SpecAugment on log-mel features."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from hf_distill.errors import DataError, SettingError
 def changed_sound(
     shown: Any, column: str, change: Callable[[Tensor, Tensor], Tensor], *, time_axis: int, whole_batch: bool
 ) -> Any:
-    """An example, or a batch of them, with a column changed; a sound that is all padding stays as it is.
+    """Return an example or a batch with a column changed; a sound that is only padding is not.
 
-    `change` takes one sound `[* t]` (time last) and the places `[m]` along t that are no padding; it gives a new sound.
+    `change` takes a sound `[* t]` (time last) and the positions `[m]` along t that are not padding, and returns a new
+    one.
 
     Raises:
-        DataError: the column is missing or holds no fractions; the mask does not go with it; a batch without a mask.
+        DataError: if the column is missing or does not hold floats, the mask does not fit, or a batch has no mask.
     """
     if not isinstance(shown, Mapping) or column not in shown:
         has = sorted(shown) if isinstance(shown, Mapping) else type(shown).__name__
@@ -68,22 +69,22 @@ def _as_tensor(value: Any, column: str) -> Tensor:
 
 
 class Noise:
-    """A waveform with noise, at a signal-to-noise ratio drawn for each example.
+    """Adds noise to a waveform, at a random signal-to-noise ratio for each example.
 
-    The ratio is that of the mean squares over the samples that are no padding: 10 · log10(signal / noise) is the drawn
-    number of decibels exactly. Padding is not touched; a silent signal has no such ratio, and stays as it is. A
-    normalised waveform is not normalised again.
+    The ratio is that of the mean squares over the samples that are not padding: 10 · log10(signal / noise) is exactly
+    the drawn number of decibels. Padding and silent signals are not changed. A normalised waveform is not normalised
+    again.
 
     Args:
-        snr_db: lowest and highest ratio in decibels; drawn uniformly between them.
-        noises: recordings `[s]` at the waveform's sampling rate, one of which is drawn, from a place that is drawn,
-            over and over where it is shorter; None: white (Gaussian) noise.
-        column: where the waveform is.
-        acts_on: "example", before collation; "batch", where the collator is what makes the waveform's column.
+        snr_db: lowest and highest ratio in decibels; it is drawn uniformly.
+        noises: recordings `[s]` at the waveform's sampling rate; a random one is used, from a random place, and
+            repeated if it is shorter. None means white (Gaussian) noise.
+        column: name of the waveform's column.
+        acts_on: "example" (before collation), or "batch" if the collator makes the waveform's column.
 
     Raises:
-        SettingError: no range of numbers, or a recording that is empty, silent, or has several axes.
-        DataError: (when called) a column or a mask that does not fit.
+        SettingError: if snr_db is not a range, or a recording is empty, silent, or has several axes.
+        DataError: when called, if a column or a mask does not fit.
 
     >>> waveform = torch.ones(1000)
     >>> noise = Noise(snr_db=(20.0, 20.0))({"input_values": waveform})["input_values"] - waveform
@@ -142,14 +143,14 @@ class Noise:
 class SpecAugment:
     """Mask blocks of channels and blocks of frames of log-mel features.
 
-    A block's width is uniform in 0 … its largest width, and then its place among those where it fits. Padding is never
-    touched, nor counted. If an example has no `attention_mask`, all of its frames count as sound: let Whisper's feature
-    extractor return the mask, for it pads to 30 seconds.
+    A block's width is uniform in 0 … its largest width, and its place is uniform among those where it fits. Padding is
+    neither changed nor counted. Without an `attention_mask` all frames count as sound, so let Whisper's feature
+    extractor, which pads to 30 seconds, return the mask.
 
     Park et al. 2019, SpecAugment, section 2 (F, mF, T, p and mT in its table 1); the defaults are its policy
-    LibriSpeech double. There features have mean 0 and are masked with 0; here with the mean of the features, which is
-    the same thing. Time warping is left out: by section 5 it is the least influential and the most expensive of the
-    three, and it moves frames, so that a teacher could not be shown the clean sound.
+    LibriSpeech double. There features have mean 0 and are masked with 0; here they are masked with
+    their mean, which is the same. Time warping is left out: by section 5 it is the least influential and the most
+    expensive of the three, and it moves frames, so that a teacher could not read the clean sound.
 
     Args:
         freq_width: largest number of channels in a block.
@@ -157,14 +158,14 @@ class SpecAugment:
         time_width: largest number of frames in a block.
         max_time_share: largest share of all frames in a block.
         num_time_masks: number of blocks of frames.
-        value: what is written into the blocks; None: the mean.
+        value: value of the masked blocks; None means the mean.
         time_axis: -1 for [mel t] (Whisper), -2 for [t mel] (AST, Speech2Text, Wav2Vec2-BERT).
-        column: where the features are ("input_features"; AST's are in "input_values").
-        acts_on: "example", before collation; "batch", where the collator is what makes the features.
+        column: name of the features' column ("input_features"; "input_values" for AST).
+        acts_on: "example" (before collation), or "batch" if the collator makes the features.
 
     Raises:
-        SettingError: a number out of range.
-        DataError: (when called) freq_width above the number of channels, or a column or a mask that does not fit.
+        SettingError: if a number is out of range.
+        DataError: when called, if freq_width exceeds the number of channels, or a column or a mask does not fit.
 
     >>> augment = SpecAugment(freq_width=0, time_width=9, max_time_share=0.5, num_time_masks=1, value=0.0)
     >>> masked = augment({"input_features": torch.ones(2, 4)})
@@ -225,7 +226,7 @@ class SpecAugment:
 
 
 def _block(widest: int, size: int) -> Tensor:
-    """`[w]` consecutive places out of `size`, w uniform in 0 … `widest`."""
+    """Return `[w]` consecutive positions out of `size`, with w uniform in 0 … `widest`."""
     width = int(torch.randint(widest + 1, ()))
     first = int(torch.randint(size - width + 1, ()))
     return torch.arange(first, first + width)

@@ -1,8 +1,8 @@
-"""Which tokens of a vocabulary begin words, and which positions of a text make one word. No models here.
+"""WordReplacement: replacing words by likely or similar ones, as in TinyBERT.
 
-A dataset keeps token ids and not the text, so words are told from the pieces: WordPiece marks what goes on ("##ing"),
-byte-level BPE and SentencePiece what begins ("Ġ", "▁"). Where a beginning is marked, the first word of a text and one
-glued to a punctuation mark carry no mark; they are no words here, and are left alone.
+A dataset has token ids and not the text, so words are recognised from their pieces: WordPiece marks continuations
+("##ing"), byte-level BPE and SentencePiece beginnings ("Ġ", "▁"). If beginnings are marked, the first word of a text
+and a word after a punctuation mark have no mark; they are not treated as words and never replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_distill.errors import DataError, SettingError
 
 _BYTES = "Ġ"
 _BEGIN_MARKS = ("▁", _BYTES)
-_PART_OF_A_LETTER = "\ufffd"  # what a piece reads as that ends amid the bytes of a letter
+_PART_OF_A_LETTER = "\ufffd"  # a piece that ends within the bytes of a letter decodes to this
 _NO_WORD = frozenset("[]<>|{}")  # "[unused1]", "<0x41>", "<|endoftext|>"
 _APART, _BEGINS, _GOES_ON = range(3)
 
@@ -31,10 +31,10 @@ class Words:
     """The words of a tokenizer.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a tokenizer from transformers.
 
     Raises:
-        SettingError: nothing in its vocabulary tells where words begin.
+        SettingError: if its vocabulary does not mark where words begin.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,14 +53,14 @@ class Words:
         return len(self._kinds)
 
     def whole(self) -> Tensor:
-        """`[v]` bool: the tokens that can stand as a word of their own."""
+        """Return `[v]` bool: the tokens that are a whole word."""
         known = zip(self._kinds, self._lettered, strict=True)
         return torch.tensor([kind == _BEGINS and lettered for kind, lettered in known])
 
     def positions(self, ids: Sequence[int], attended: Sequence[int] | None = None) -> list[list[int]]:
-        """The positions of each word, in order.
+        """Return the positions of each word, in order.
 
-        Special tokens, padding, punctuation, and what has a piece without letters ("3d", "sst2") are none.
+        Special tokens, padding, punctuation, and words with a piece without letters ("3d", "sst2") are left out.
         """
         found: list[list[int]] = []
         inside = False
@@ -78,12 +78,12 @@ class Words:
         return self.tokenizer.convert_tokens_to_string(tokens).strip()
 
     def pieces(self, word: str) -> tuple[int, ...] | None:
-        """A word's tokens inside a text; None: the tokenizer does not write it as one word."""
+        """Return a word's tokens inside a text, or None if the tokenizer does not encode it as one word."""
         ids = self.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         return tuple(ids) if self.positions(ids) == [list(range(len(ids)))] else None
 
     def _letters(self, token: str | None) -> str:
-        """A piece without its mark, and as text where pieces are bytes."""
+        """Return a piece without its mark, decoded if pieces are bytes."""
         if token is None:
             return ""
         if self._mark == _BYTES:
@@ -99,7 +99,7 @@ class Words:
 
 
 def _scheme(tokenizer: Any, tokens: Sequence[str | None]) -> tuple[str, str]:
-    """What marks a piece that goes on, and what one that begins: one of them is empty, or both (whole words only)."""
+    """Return the marks of continuing and of beginning pieces; one or both (whole words only) are empty."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     kind = type(model).__name__
     if kind == "WordPiece" or any((token or "").startswith("##") and len(token or "") > 2 for token in tokens):
@@ -119,19 +119,19 @@ Pieces = tuple[int, ...]
 
 
 class Neighbours:
-    """The `count` nearest words by cosine, the word itself left out; each as its pieces.
+    """Finds the `count` nearest words by cosine, without the word itself, each as its pieces.
 
-    Remembers what was asked; the memory is left behind when it is pickled.
+    Results are cached; the cache is not pickled.
 
     Args:
         words: the tokenizer's words.
         embeddings: a mapping of words to vectors (GloVe, say), or a model, an `nn.Embedding` or a tensor `[v d]` over
-            the tokenizer's vocabulary. Of the latter, a word of several pieces has the mean of their vectors, and its
+            the tokenizer's vocabulary. In a model's, a word of several pieces has the mean of their vectors, and its
             neighbours are words of one piece.
-        count: how many.
+        count: number of words.
 
     Raises:
-        SettingError: none of these, or fewer vectors than the tokenizer has tokens.
+        SettingError: for other embeddings, or fewer vectors than the tokenizer has tokens.
     """
 
     def __init__(self, words: Words, embeddings: Any, count: int) -> None:
@@ -146,7 +146,7 @@ class Neighbours:
         else:
             vectors = _of_vocabulary(embeddings, len(words))
             self._rows = words.whole().nonzero().squeeze(-1)
-        self._vectors = vectors.detach().float().cpu().clone()  # as they are now: a student's own will be trained
+        self._vectors = vectors.detach().float().cpu().clone()  # a copy, since a student's embeddings will be trained
         self._directions = F.normalize(self._vectors[self._rows], dim=-1)
         self._known: dict[Pieces, list[Pieces]] = {}
 
@@ -154,7 +154,7 @@ class Neighbours:
         return {**self.__dict__, "_known": {}}
 
     def __call__(self, pieces: Sequence[int]) -> list[Pieces]:
-        """The neighbours, nearest first; fewer where the tokenizer cannot write one, none for an unknown word."""
+        """Return the neighbours, nearest first; fewer if the tokenizer cannot encode some, none for an unknown word."""
         asked = tuple(pieces)
         if asked not in self._known:
             self._known[asked] = self._by_name(asked) if self._table is not None else self._by_pieces(asked)
@@ -168,7 +168,7 @@ class Neighbours:
             return []
         row = self._table[name]
         nearest = self._nearest(self._vectors[row], itself=row)
-        titled = text.istitle() and name != text  # a table in lower case, and a word that is not
+        titled = text.istitle() and name != text  # the table is in lower case, the word is not
         found = (self._words.pieces(self._names[row].title() if titled else self._names[row]) for row in nearest)
         return [one for one in found if one is not None]
 
@@ -177,7 +177,7 @@ class Neighbours:
         return [(token,) for token in self._nearest(self._vectors[list(pieces)].mean(0), itself=itself)]
 
     def _nearest(self, vector: Tensor, *, itself: int | None) -> list[int]:
-        """The rows of the words whose direction is nearest, in order."""
+        """Return the rows of the words with the nearest direction, in order."""
         likeness = self._directions @ F.normalize(vector, dim=-1)
         if itself is not None:
             likeness = likeness.masked_fill(self._rows == itself, -torch.inf)
@@ -206,7 +206,7 @@ def _of_vocabulary(embeddings: Any, tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Blank:
-    """A text with one position to fill: its ids, that position, and its segments where it has such."""
+    """A text with one position to fill: its ids, that position, and its segments or None."""
 
     ids: Sequence[int]
     position: int
@@ -214,16 +214,16 @@ class Blank:
 
 
 class LikelyWords:
-    """The `count` most likely words at the blank of each text, by a masked language model.
+    """Finds the `count` most likely words at the blank of each text with a masked language model.
 
     Args:
         words: the words of the model's tokenizer.
-        model: with a masked-LM head, on any device; it is put in evaluation mode.
-        count: how many.
-        batch_size: texts a forward; its logits take batch_size · length · vocabulary numbers.
+        model: a model with a masked-LM head, on any device; it is set to evaluation mode.
+        count: number of words.
+        batch_size: texts in a forward; its logits are batch_size · length · vocabulary values.
 
     Raises:
-        SettingError: the tokenizer has no mask token, or more tokens than the model.
+        SettingError: if the tokenizer has no mask token, or more tokens than the model.
     """
 
     def __init__(self, words: Words, model: Any, count: int, batch_size: int) -> None:
@@ -243,7 +243,7 @@ class LikelyWords:
         self._reads_segments = "token_type_ids" in inspect.signature(model.forward).parameters
 
     def __call__(self, blanks: Sequence[Blank]) -> list[list[int]]:
-        """For each text its likely words, the likeliest first."""
+        """Return the likely words of each text, most likely first."""
         found: list[list[int]] = []
         for start in range(0, len(blanks), self._batch_size):
             found += self._forward(blanks[start : start + self._batch_size])
@@ -278,7 +278,7 @@ _OF_TOKENS = ("attention_mask", "token_type_ids", "special_tokens_mask")
 
 @dataclass
 class _Text:
-    """One example: its ids, its segments, its words that are to be replaced, and a number in [0, 1) for each."""
+    """An example: its ids, its segments, the words to replace, and a random number in [0, 1) for each."""
 
     ids: list[int]
     segments: list[int] | None
@@ -289,33 +289,34 @@ class _Text:
 
 
 class WordReplacement:
-    """Each word is replaced with a probability, by one of its K candidates, all alike.
+    """Replaces each word with some probability by one of its K candidates, drawn uniformly.
 
-    A word of one piece: the K words that the masked LM finds likeliest in its place (the word itself may be among
-    them). A word of several: the K nearest in the embedding space. Without a masked LM every word takes neighbours;
-    without embeddings words of several pieces stay. Numbers, punctuation, special tokens and padding stay.
+    The candidates of a word of one piece are the K most likely words in its place by the masked LM (possibly with the
+    word itself); those of a word of several pieces are the K nearest in the embedding space. Without a masked LM every
+    word uses the embeddings; without embeddings, words of several pieces are not replaced. Numbers, punctuation,
+    special tokens and padding are never replaced.
 
-    Labels stay as they are: the sentence's, and also a token's (the first piece of a replaced word keeps its label).
-    An example with a label a token, a span or padding takes only words of as many pieces.
+    Labels are kept, both of sentences and of tokens (the first piece of a replaced word keeps its label). An example
+    with a label for each token, a span or padding takes only words with the same number of pieces.
 
     Jiao et al. 2020, TinyBERT, section 3.2 and algorithm 1; its p_t is `probability`, its K `candidates`, its N_a the
-    `copies` of `augment_dataset`. There the embeddings are GloVe's. Here all blanks of a sentence are filled in view of
-    the sentence as it was, not of the words replaced before, so that they can share one forward.
+    `copies` of `augment_dataset`. There the embeddings are GloVe's. Here all blanks of a sentence are filled given
+    the original sentence, not the words replaced before, so that they share one forward.
 
     Args:
-        tokenizer: of the student, of the masked LM, and of embeddings that are a model's.
-        masked_lm: a model with a masked-LM head; it is put in evaluation mode. On an accelerator it cannot run in
+        tokenizer: the tokenizer of the student, of the masked LM, and of a model's embeddings.
+        masked_lm: a model with a masked-LM head; it is set to evaluation mode. On an accelerator it cannot run in
             worker processes: use `augment_dataset`, or no workers.
         embeddings: a mapping of words to vectors, or a model, an `nn.Embedding` or a tensor `[v d]` of the tokenizer's
             vocabulary (see `Neighbours`).
-        probability: of a word to be replaced.
-        candidates: K.
-        same_length: take only words of as many pieces, always.
-        batch_size: sentences a forward of the masked LM, one a blank.
+        probability: probability that a word is replaced.
+        candidates: K, the number of candidates.
+        same_length: whether to always take only words with the same number of pieces.
+        batch_size: sentences in a forward of the masked LM, each with one blank.
 
     Raises:
-        SettingError: neither masked LM nor embeddings, a number out of range, or a tokenizer that does not fit.
-        DataError: (when called) examples without `input_ids`, or with several sequences each.
+        SettingError: without masked LM and embeddings, for a number out of range, or a tokenizer that does not fit.
+        DataError: when called, for examples without `input_ids`, or with several sequences each.
 
     >>> from tokenizers import Tokenizer, models
     >>> from transformers import PreTrainedTokenizerFast
@@ -360,7 +361,7 @@ class WordReplacement:
 
     @property
     def moves_positions(self) -> bool:
-        """Whether a word may be replaced by one of more or fewer pieces."""
+        """Whether a word may be replaced by one with more or fewer pieces."""
         return self._neighbours is not None and not self.same_length
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
@@ -374,7 +375,7 @@ class WordReplacement:
         return [self._replaced(example, text) for example, text in zip(examples, texts, strict=True)]
 
     def _choose(self, example: Example) -> _Text:
-        """Two draws a word, whether it is replaced and by which: so what one word draws does not move the next's."""
+        """Draw two numbers for each word, replaced or not, so that one word's choice does not affect the next."""
         if np.ndim(example.get("input_ids", 0)) != 1:
             raise DataError(
                 f"WordReplacement takes examples with one sequence of input_ids, not {sorted(example)}"
@@ -408,7 +409,7 @@ class WordReplacement:
             text.candidates[position] = [(token,) for token in tokens]
 
     def _replaced(self, example: Example, text: _Text) -> Example:
-        """The example with other words; from the last to the first, so that positions before stay what they are."""
+        """Return the example with the words replaced, from last to first, so that earlier positions stay valid."""
         ids, room = list(text.ids), max(self._limit - len(text.ids), 0)
         columns = {name: _numbers(example[name]) for name in _OF_TOKENS if name in example}
         for word, draw in zip(reversed(text.chosen), reversed(text.draws), strict=True):

@@ -110,25 +110,6 @@ def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
     config.set_output_features_output_indices(out_features=None, out_indices=kept)
 
 
-def check_it_can_be_read_back(config: PreTrainedConfig) -> None:
-    """Raise TeacherError if a config changes when it is written and read back."""
-    written = config.to_dict()
-    try:
-        read = type(config).from_dict(copy.deepcopy(written)).to_dict()
-    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
-        raise TeacherError(
-            f"inherit: {type(config).__name__} for the student cannot be read back from what it writes: "
-            f"{' '.join(str(error).split())}. "
-            "Its layers are described by a setting that cannot be cut to the student's layers."
-        ) from error
-    changed = sorted(name for name in written if read.get(name) != written[name])
-    if changed:
-        raise TeacherError(
-            f"inherit: {type(config).__name__} for the student reads back with other values in {', '.join(changed)}. "
-            "Its layers are described by a setting that cannot be cut to the student's layers."
-        )
-
-
 NOTE = "The layers share their weights: the student is faster than the teacher, and has as many parameters."
 
 

@@ -128,7 +128,7 @@ def scheduled_values(trainer: DistillationMixin) -> dict[str, float]:
 
 
 def warn_if_lost(trainer: DistillationMixin, logs: dict[str, float]) -> None:
-    """Warn once that a loss is not finite, in a training with labels alone, which `Trainer` would not stop."""
+    """Warn once that the gradient was not finite, in a training with labels only, which goes on as with `Trainer`."""
     norm = logs.get("grad_norm")
     if not trainer._is_plain or trainer._warned_of_loss or norm is None or math.isfinite(norm):
         return

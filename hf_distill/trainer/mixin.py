@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
-from hf_distill._compat import divides_the_loss, renamed_state
+from hf_distill._compat import divides_the_loss, forget_preparation, renamed_state
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
@@ -292,6 +292,9 @@ class DistillationMixin(_Trainer):
         self._terms = RunningTerms(filters=self.args.logging_nan_inf_filter)  # nothing of an earlier run
         self._step, self._micro_batches_left, self._is_plain = None, 0, None
         self._is_base_step, self._base_outputs_serve = False, None
+        # An evaluation before the training marks the model as prepared without DDP, and no gradient would be averaged.
+        if self.accelerator.distributed_type.startswith("MULTI_") and self.model_wrapped is self.model:
+            forget_preparation(self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False))
         try:
             with registered_callback(self):
                 return super()._inner_training_loop(*positional, **keywords)

@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
 from hf_distill.hub.usage import POOLED
-from hf_distill.students.adapt import adapt
 from hf_distill.tasks import Embedding
 from hf_distill.teachers import BaseModelTeacher, Ensemble, MovingAverage
 from tests.heads import HEADS
 from tests.hub.sample_facts import sample_facts
+from tests.lora import with_lora
 from tests.trainer.tiny import bert, make
 
 
@@ -78,7 +78,7 @@ def test_an_unreadable_old_card_is_replaced(tmp_path, old, caplog) -> None:
 )
 def test_the_card_describes_teachers_that_are_not_models(tmp_path, teacher: Any, words: list[str]) -> None:
     made = teacher()
-    student = adapt(bert(), targets=["query"]) if isinstance(made, BaseModelTeacher) else bert()
+    student = with_lora(bert(), "query") if isinstance(made, BaseModelTeacher) else bert()
     make(tmp_path, student, made).create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     for part in words:

@@ -12,7 +12,7 @@ from torch import nn
 from hf_distill import HiddenMatch, SettingError
 from hf_distill.presets import Stage
 from hf_distill.runs import Chain, Link
-from hf_distill.students.adapt import adapt
+from tests.lora import with_lora
 from tests.runs.tiny_chain import links, run, student
 from tests.trainer.tiny import bert, examples
 
@@ -88,7 +88,7 @@ def test_a_function_of_the_teacher_needs_a_model(tmp_path) -> None:
 
 def test_only_the_last_student_may_have_adapters(tmp_path) -> None:
     def adapted() -> nn.Module:
-        return adapt(student(1), rank=2)
+        return with_lora(student(1), "query", "value", rank=2)
 
     assert_raises(
         tmp_path, "link 'a': the student has adapters, and only the last link's", [Link("a", adapted), *later()]

@@ -15,8 +15,8 @@ import hf_distill.runs.stages as module
 from hf_distill import HiddenMatch
 from hf_distill.presets import Preset, Stage
 from hf_distill.students import inherit
-from hf_distill.students.adapt import adapt
 from tests.heads import HEADS
+from tests.lora import with_lora
 from tests.runs.tiny_stages import run, stages, student, teacher
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import assert_moved, assert_same_bits, weights
@@ -249,7 +249,7 @@ def test_the_student_has_no_projection_and_no_gradient(whole) -> None:
 def _adapted(seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return adapt(student(), targets=["query", "value"], rank=2)
+        return with_lora(student(), "query", "value", rank=2)
 
 
 def _vit(seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny teachers of every architecture that `inherit` promises: how to build one, and an input for it. No assertions."""
+"""Tiny teachers of every supported architecture, each with an input. No assertions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _LABELS = {"num_labels": 3}
 
 @dataclass(frozen=True)
 class Tiny:
-    """One model class. `stacks`: the argument of `inherit` → where its layers are, written by hand; None: shared."""
+    """One model class. `stacks` maps an argument of `inherit` to the path of its layers; None means shared layers."""
 
     model_class: type[hf.PreTrainedModel]
     settings: dict[str, Any]
     stacks: dict[str, str | None]
-    listens_to: str = "text"
+    modality: str = "text"
     generates: bool = False
 
     @made_once
     def make(self, layers: int = LAYERS, **settings: Any) -> Any:
-        """A teacher whose every parameter is unlike the others, so that no two layers are equal by chance."""
+        """Return a teacher whose parameters all differ, so that no two layers are equal by chance."""
         wanted = {**self.settings, **{name: layers for name in DEPTHS if name in self.settings}, **settings}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
@@ -51,25 +51,27 @@ class Tiny:
         return model
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Two examples; the second of a text is padded."""
+        """Return two examples; the second text is padded."""
         ids = torch.tensor([[3, 4, 5, 6, 7, 2], [9, 10, 11, 2, 0, 0]])
         mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
         noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        if self.listens_to == "text":
+        if self.modality == "text":
             batch = {"input_ids": ids, "attention_mask": mask}
-        elif self.listens_to == "choices":
+        elif self.modality == "choices":
             batch = {"input_ids": ids.reshape(1, 2, 6)}
-        elif self.listens_to == "sound":
+        elif self.modality == "sound":
             batch = {"input_values": noise.reshape(2, -1)}
-        elif self.listens_to == "mel":
-            return {"input_features": noise.reshape(2, -1)[:, : MEL * FRAMES].reshape(2, MEL, FRAMES)} | self._heard()
-        elif self.listens_to == "spectrogram":
+        elif self.modality == "mel":
+            return {
+                "input_features": noise.reshape(2, -1)[:, : MEL * FRAMES].reshape(2, MEL, FRAMES)
+            } | self._decoder_inputs()
+        elif self.modality == "spectrogram":
             batch = {"input_values": noise.reshape(2, -1)[:, : 20 * 8].reshape(2, 20, 8)}
         else:
             batch = {"pixel_values": noise}
-        return batch | self._heard()
+        return batch | self._decoder_inputs()
 
-    def _heard(self) -> dict[str, torch.Tensor]:
+    def _decoder_inputs(self) -> dict[str, torch.Tensor]:
         if len(self.stacks) == 1 or "BartForSequence" in self.model_class.__name__:
             return {}
         return {"decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}
@@ -163,7 +165,7 @@ MODELS: dict[str, Tiny] = {
             _tiny(hf.ASTForAudioClassification, _AST | _LABELS, "audio_spectrogram_transformer.layers", "spectrogram"),
             _tiny(hf.ViTForImageClassification, _VIT | _LABELS, "vit.layers", "image"),
             _tiny(hf.ViTModel, _VIT, "layers", "image"),
-            # Beyond what is promised: stages of a backbone, stochastic depth, and one window a layer.
+            # Beyond the supported ones: stages of a backbone, stochastic depth, and a window for each layer.
             _tiny(
                 hf.Dinov2ForImageClassification,
                 _VIT | _LABELS | {"drop_path_rate": 0.1},
@@ -185,7 +187,7 @@ MODELS: dict[str, Tiny] = {
 
 
 def one_an_architecture(names: Iterable[str] = tuple(MODELS)) -> list[Any]:
-    """Parameters of a test: other heads of an architecture that came before are slow. Choices are folded: another."""
+    """Return parameters of a test; further heads of the same architecture are slow."""
     seen, made = set(), []
     for name in names:
         architecture = re.sub(r"(For(?!MultipleChoice)|Model|LMHead)[A-Za-z]*", "", name)
@@ -195,5 +197,5 @@ def one_an_architecture(names: Iterable[str] = tuple(MODELS)) -> list[Any]:
 
 
 def reported(student: Any) -> tuple[Any, Any]:
-    """A student and the report on how it was made."""
+    """Return a student and its report."""
     return student, report_of(student)

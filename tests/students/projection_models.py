@@ -27,7 +27,12 @@ OTHERS: dict[str, Tiny] = {
 }
 NAMES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "T5ForConditionalGeneration", "Mistral", "Gemma",
          "Llama with biases", "mT5")  # fmt: skip
-WRITERS = ("o_proj", "down_proj", "Attention.o", "DenseReluDense.wo")  # by hand: what is added to the hidden states
+WRITERS = (
+    "o_proj",
+    "down_proj",
+    "Attention.o",
+    "DenseReluDense.wo",
+)  # written by hand: their outputs are added to the hidden states
 
 
 def tiny_of(name: str) -> Tiny:
@@ -35,14 +40,14 @@ def tiny_of(name: str) -> Tiny:
 
 
 def make(name: str, **settings: Any) -> Any:
-    """A teacher in float64, with norms whose weights differ from each other. Two layers where that is cheap."""
+    """Return a teacher in float64 whose norms have different weights."""
     layers = 2 if name in ("LlamaForCausalLM", "Gemma", "Gemma2") else 1
     settings = {"layers": layers, **settings}
     return (OTHERS[name].make(**settings) if name in OTHERS else teacher_of(name, **settings)).double()
 
 
 class Exactly(TorchFunctionMode):
-    """float64 stays float64: norms and softmax work in float32, whatever comes in."""
+    """Keep float64, where norms and softmax would convert to float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -56,11 +61,11 @@ class Exactly(TorchFunctionMode):
 
 def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad(), Exactly():
-        return model.double()(**batch).logits  # tables of positions, too, are float32 in a new model
+        return model.double()(**batch).logits  # position tables too are float32 in a new model
 
 
 def keep_in_subspace(teacher: Any, basis: torch.Tensor, leak: float = 0.0) -> None:
-    """All that comes into the hidden states is brought to the span of an orthonormal basis; `leak` is left outside."""
+    """Project everything that is added to the hidden states to an orthonormal basis; `leak` of it stays outside."""
     projector = basis @ basis.T * (1 - leak) + leak * torch.eye(len(basis), dtype=basis.dtype)
     with torch.no_grad():
         tables = {

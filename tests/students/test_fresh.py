@@ -1,4 +1,4 @@
-"""`fresh`: which class is built, which rows of embeddings are whose, and what is refused."""
+"""`fresh`: which class is built, which embeddings are copied, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.students.models import MODELS, reported
 from tests.tiny_tokenizers import bpe_tokenizer, tokenizer
 
 NAMED = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
-# The teacher → the config of another architecture → the class by hand.
+# The teacher, the config of another architecture, and the expected class.
 COUNTERPARTS: list[tuple[str, Any, str]] = [
     ("BertForSequenceClassification", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForSequenceClassification"),
     ("BertForMaskedLM", hf.DistilBertConfig(**_DISTILBERT), "DistilBertForMaskedLM"),
@@ -47,8 +47,8 @@ def test_labels_come_from_the_teacher() -> None:
     assert fresh(own, teacher=teacher).config.id2label == {0: "a", 1: "b"}
 
 
-def test_embeddings_go_by_token_and_not_by_id() -> None:
-    """The student's tokenizer has the words in another order, and two that the teacher has not."""
+def test_embeddings_are_matched_by_token_not_by_id() -> None:
+    """The student's tokenizer has the words in another order, and two words that the teacher's does not have."""
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
     words = {"w0": 0, "new": 1, "w7": 2, "w3": 3, "other": 4, "w39": 5}
     before = fresh_weights(hf.DistilBertConfig(**_DISTILBERT), teacher)
@@ -67,14 +67,14 @@ def test_embeddings_go_by_token_and_not_by_id() -> None:
 
 
 def fresh_weights(config: Any, teacher: Any) -> torch.Tensor:
-    """The embeddings as the seed starts them."""
+    """Return the embeddings that the seed gives."""
     torch.manual_seed(5)
     weight: torch.Tensor = fresh(config, teacher=teacher).get_input_embeddings().weight
     return weight.detach().clone()
 
 
-def test_narrower_embeddings_keep_the_products_of_rows() -> None:
-    """Rows of the teacher that lie in 8 of 16 directions: all their products stay. Else: the best there is in 8.
+def test_reduced_embeddings_preserve_inner_products() -> None:
+    """Rows within 8 of 16 directions keep all their inner products. Others get the best approximation of rank 8.
 
     The best approximation of rank 8 leaves the sum of the squares of the other singular values (Eckart and Young).
     """
@@ -96,7 +96,7 @@ def gram(model: Any) -> torch.Tensor:
     return rows @ rows.T
 
 
-def test_the_teacher_stays() -> None:
+def test_the_teacher_does_not_change() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1).train()
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = hf.BertForMaskedLM(hf.BertConfig(**_BERT)).train()
@@ -108,39 +108,39 @@ def test_the_teacher_stays() -> None:
 
 WORDS = {"processing_class": tokenizer(), "teacher_processing_class": tokenizer()}
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config says nothing about the head. Pass teacher="),
+    "no head": (hf.BertConfig(**_BERT), {"teacher": None}, r"a config does not define the head. Pass teacher="),
     "no counterpart": (hf.ViTConfig(**_VIT), {}, r"no class of ViTConfig has the head of BertForMaskedLM"),
-    "a name": ("distilbert", {}, r"the student is a str. Give a config or a PreTrainedModel"),
-    "one tokenizer": (hf.BertConfig(**_BERT), {"processing_class": tokenizer()}, r"give both processing_class"),
-    "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"no embeddings to copy"),
+    "a name": ("distilbert", {}, r"the student is a str. Pass a config or a PreTrainedModel"),
+    "one tokenizer": (hf.BertConfig(**_BERT), {"processing_class": tokenizer()}, r"=, teacher_.* go together"),
+    "tokenizers alone": (hf.BertModel(hf.BertConfig(**_BERT)), {"teacher": None, **WORDS}, r"and teacher= go together"),
     "other kind": (
         hf.BertConfig(**_BERT), {**WORDS, "processing_class": bpe_tokenizer([])},
-        r"cut words in different ways: the student's is BPE, the teacher's WordLevel",
+        r"mark words differently \(student: BPE; teacher: WordLevel\)",
     ),
     "nothing shared": (
-        hf.BertConfig(**_BERT), {**WORDS, "processing_class": tokenizer({"x": 0})}, r"have no token in common",
+        hf.BertConfig(**_BERT), {**WORDS, "processing_class": tokenizer({"x": 0})}, r"share no token",
     ),
     "too few rows": (
-        hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, and its embeddings have 30 .* to 40 or"
+        hf.BertConfig(**{**_BERT, "vocab_size": 30}), WORDS, r"ids up to 39, but its embeddings have 30 .* at least 40"
     ),
-    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16.*say reduce="),
+    "narrower": (hf.ElectraConfig(**_BERT, embedding_size=8), WORDS, r"are 8 wide, the teacher's 16. Pass reduce="),
     "wider": (
-        hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* cannot be made wider"
+        hf.BertConfig(**{**_BERT, "hidden_size": 32}), {**WORDS, "reduce": "svd"}, r"32 wide, .* Use the same width"
     ),
     "reduce": (hf.BertConfig(**_BERT), {"reduce": "pca"}, r"reduce='pca': allowed are 'svd' and None"),
-    "no tokens": (hf.ViTModel(hf.ViTConfig(**_VIT)), WORDS, r"the student \(ViTModel\) reads no tokens"),
+    "no tokens": (hf.ViTModel(hf.ViTConfig(**_VIT)), WORDS, r"the student \(ViTModel\) has no token embeddings"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refusals(case: str) -> None:
+def test_wrong_arguments(case: str) -> None:
     student, arguments, message = WRONG[case]
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
     with pytest.raises(HfDistillError, match=message):
         fresh(student, **{"teacher": teacher, **arguments})
 
 
-def test_nothing_is_written_when_it_is_refused() -> None:
+def test_an_error_leaves_the_student_unchanged() -> None:
     student = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_LLAMA, "hidden_size": 8}))
     before = student.get_input_embeddings().weight.detach().clone()
     with pytest.raises(SettingError):

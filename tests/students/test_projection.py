@@ -1,4 +1,4 @@
-"""`narrow(width="projection")`: a rotation changes nothing, a subspace is found, others are refused."""
+"""`narrow(width="projection")`: a rotation changes nothing, a subspace is found, other models raise errors."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def random_basis(width: int, kept: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rotation_changes_nothing(name: str) -> None:
-    """As many directions as channels: SliceGPT's computational invariance. The tensors are others, the logits not."""
+    """As many directions as channels (SliceGPT's computational invariance): the tensors change, the logits do not."""
     teacher, batch = make(name), tiny_of(name).batch()
     student, report = projected(teacher, 16, batch)
     assert_close(logits(student, batch), logits(teacher, batch), rtol=0, atol=1e-10)
     table, before = student.get_input_embeddings().weight, teacher.get_input_embeddings().weight
     assert (table - before).abs().max() > 0.01
-    assert_close(table @ table.T, before @ before.T, rtol=1e-10, atol=1e-10)  # turned, not stretched
+    assert_close(table @ table.T, before @ before.T, rtol=1e-10, atol=1e-10)  # rotated, not scaled
     norms = {n: p for n, p in student.named_parameters() if "norm" in n and p.shape == (16,)}
     assert norms and all((one == (0.0 if name == "Gemma" else 1.0)).all() for one in norms.values())
     assert report.projected == pytest.approx(1.0) and report.importance is None and not report.kept
-    check_ties(name, student, report)
+    check_weight_tying(name, student, report)
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration", "Gemma", "Llama with biases"])
-def test_a_subspace_is_found_and_nothing_is_lost(name: str, tmp_path: Path) -> None:
-    """The hidden states lie in 12 of 16 directions, none of them a channel: 12 are enough, whatever eps is."""
+def test_hidden_states_in_a_subspace_are_reproduced_exactly(name: str, tmp_path: Path) -> None:
+    """The hidden states lie in 12 of 16 directions, none of them a channel: 12 are enough for any eps."""
     settings = {"layer_norm_epsilon": 0.1} if "T5" in name else {"rms_norm_eps": 0.1}
     teacher, tiny = make(name, **settings), tiny_of(name)
     batch = tiny.batch()
@@ -67,7 +67,7 @@ def test_a_subspace_is_found_and_nothing_is_lost(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration", "Gemma"])
 def test_projection_loses_less_than_importance(name: str) -> None:
-    """Of a teacher of which a twentieth lies outside of 8 directions that are no channels."""
+    """A twentieth of the teacher's hidden states lies outside of 8 directions that are not channels."""
     teacher, batch = make(name), tiny_of(name).batch()
     keep_in_subspace(teacher, random_basis(16, 8), leak=0.05)
     theirs = logits(teacher, batch).log_softmax(-1)
@@ -79,7 +79,7 @@ def test_projection_loses_less_than_importance(name: str) -> None:
 
 
 def test_the_directions_are_the_principal_components() -> None:
-    """By hand, for one layer: eigenvectors of Σ u uᵀ, u what the three norms read at attended positions, RMS 1.
+    """For one layer: eigenvectors of Σ u uᵀ; u are the inputs of the three norms at attended positions, with RMS 1.
 
     A row of the student's embeddings is the teacher's in these directions, times √(8/16).
     """
@@ -104,20 +104,20 @@ def test_the_directions_are_the_principal_components() -> None:
     assert f"the student holds {report.projected:.1%} of them" in str(report)
 
 
-def check_ties(name: str, student: Any, report: Any) -> None:
+def check_weight_tying(name: str, student: Any, report: Any) -> None:
     head, table = student.get_output_embeddings(), student.get_input_embeddings()
     assert head is None or head.weight is not table.weight
-    said = [note for note in report.notes if "no longer tied to" in note]
-    assert len(said) == (name in TIED) and all("the student has 640 parameters more" in note for note in said)
-    if "T5" in name:  # whose class knows no config for it; encoder and decoder stay one table
+    untied = [note for note in report.notes if "no longer tied to" in note]
+    assert len(untied) == (name in TIED) and all("the student has 640 parameters more" in note for note in untied)
+    if "T5" in name:  # its config cannot store it; encoder and decoder stay tied
         assert student.encoder.embed_tokens.weight is student.decoder.embed_tokens.weight is table.weight
     elif name in TIED:
         assert student.config.tie_word_embeddings is False
 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient"])
-def test_heads_and_neurons_are_chosen_beside_it(importance: str) -> None:
-    """As without a projection; then what is kept is turned."""
+def test_heads_and_neurons_are_chosen_as_without_a_projection(importance: str) -> None:
+    """The same units are kept as without a projection; then their tensors are rotated."""
     name = "LlamaForCausalLM"
     teacher, batch = make(name), tiny_of(name).batch()
     batch["labels"] = batch["input_ids"]
@@ -129,7 +129,7 @@ def test_heads_and_neurons_are_chosen_beside_it(importance: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
+def test_the_teacher_and_the_random_state_do_not_change(name: str) -> None:
     teacher = teacher_of(name).to(torch.bfloat16).train().requires_grad_(False)
     before, config = copy.deepcopy(teacher.state_dict()), teacher.config.to_dict()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -146,31 +146,31 @@ def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("BertForMaskedLM", "LayerNorm.weight is of a LayerNorm: .* subtracts the mean"),
-        ("GPT2LMHeadModel", "ln_1.weight is of a LayerNorm: .* subtracts the mean"),
-        ("ViTForImageClassification", "no matrix multiplication with vit.embeddings.cls_token was seen"),
-        ("BartForConditionalGeneration", "of a LayerNorm: .* subtracts the mean"),
-        ("Gemma2", r"reads what .*post_attention_layernorm.weight, .* gave, so there are norms .* \(post-norm\)"),
+        ("BertForMaskedLM", "LayerNorm.weight belongs to a LayerNorm: .* subtracts the mean"),
+        ("GPT2LMHeadModel", "ln_1.weight belongs to a LayerNorm: .* subtracts the mean"),
+        ("ViTForImageClassification", "no matrix multiplication with vit.embeddings.cls_token was traced"),
+        ("BartForConditionalGeneration", "belongs to a LayerNorm: .* subtracts the mean"),
+        ("Gemma2", r"reads the output of .*post_attention_layernorm.weight, .* \(post-norm\)"),
         (
             "T5EncoderModel",
-            "no matrix reads what encoder.final_layer_norm.weight gives, .* gives its hidden states out",
+            "the model returns the output of encoder.final_layer_norm.weight",
         ),
     ],
 )
 def test_models_that_cannot_be_rotated(name: str, why: str) -> None:
     teacher = make(name).float()
     sizes = {} if name in ("Gemma2", "ViTForImageClassification", "T5EncoderModel") else {"heads": 3}
-    with pytest.raises(TeacherError, match=rf"width='projection' rotates .*{why}.*Say width='importance'"):
+    with pytest.raises(TeacherError, match=rf"width='projection' cannot rotate .*{why}.*Use width='importance'"):
         narrow(teacher, hidden=12, **sizes, data=[tiny_of(name).batch()], width="projection")
 
 
-def test_what_the_structure_does_not_show_is_tried() -> None:
+def test_a_hook_on_single_channels_is_found_by_trial() -> None:
     """A hook that doubles one channel of the hidden states."""
     teacher = make("LlamaForCausalLM").float()
     gate = torch.ones(16)
     gate[3] = 2
     teacher.model.layers[0].mlp.register_forward_hook(_Gate(gate))
-    with pytest.raises(TeacherError, match=r"it changes the logits .* works on single channels .*width='importance'"):
+    with pytest.raises(TeacherError, match=r"changes the logits .* uses single channels.*width='importance'"):
         narrow(teacher, hidden=12, data=[MODELS["LlamaForCausalLM"].batch()], width="projection")
 
 
@@ -186,14 +186,14 @@ def test_wrong_arguments() -> None:
     teacher, data = teacher_of("LlamaForCausalLM"), [{"input_ids": torch.tensor([[3]])}]
     with pytest.raises(SettingError, match=r"width='pca': allowed are importance and projection"):
         narrow(teacher, hidden=8, data=data, width="pca")
-    with pytest.raises(SettingError, match=r"width='projection' says how hidden= is made smaller. Give hidden="):
+    with pytest.raises(SettingError, match=r"width='projection' goes with hidden="):
         narrow(teacher, heads=2, data=data, width="projection")
-    with pytest.raises(DataError, match=r"data= showed 5 hidden states, and 8 directions are to be found"):
+    with pytest.raises(DataError, match=r"data= has 5 positions for 8 directions"):
         narrow(teacher, hidden=8, data=data, width="projection")
 
 
-def test_a_t5_whose_head_is_its_own(tmp_path: Path) -> None:
-    """Files of T5 v1.1 and mT5 hold a head that is not the embeddings, and their config says that it is."""
+def test_a_t5_with_an_untied_head(tmp_path: Path) -> None:
+    """Files of T5 v1.1 and mT5 hold an untied head, although their config says that it is tied."""
     tiny = MODELS["T5ForConditionalGeneration"]
     batch = tiny.batch()
     first = teacher_of("T5ForConditionalGeneration", tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""Trimmed vocabularies: the corpus is encoded as before, renumbered, and the narrowed model says what it said."""
+"""Trimmed vocabularies: the corpus is encoded to the same tokens, and the narrowed model predicts the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN = [
     "she walked, he talked; they were talking", "nothing unusual happened yesterday évening",
     "running runners run", "Zürich ßtraße naïve", "numbers 1234 and 98765", "unhappiness undone", "quick brown foxes",
 ]  # fmt: skip
-CORPUS = PLAIN[:5] * 2  # of the texts the tokenizers were trained on, a part
+CORPUS = PLAIN[:5] * 2  # a part of the texts that the tokenizers were trained on
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
@@ -62,7 +62,7 @@ def gpt2() -> Any:
 
 
 def fallback_bpe() -> Any:
-    """As Llama's: spaces are marked, and what is no token is spelled in bytes."""
+    """Like Llama's: spaces are marked, and unknown characters are encoded as bytes."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="[UNK]", fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     data = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -74,7 +74,7 @@ def fallback_bpe() -> Any:
 
 
 def suffix_bpe() -> Any:
-    """As CLIP's: the last piece of a word is marked."""
+    """Like CLIP's: the last piece of a word is marked."""
     backend = Tokenizer(models.BPE(unk_token="[UNK]", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=NAMES, end_of_word_suffix="</w>")
@@ -120,7 +120,7 @@ def test_the_corpus_is_encoded_to_the_same_tokens(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["BPE", "GPT-2", "BPE with bytes"])
-def test_what_falls_back_on_bytes_still_writes_everything(kind: str) -> None:
+def test_tokenizers_with_bytes_still_encode_everything(kind: str) -> None:
     after = trim_vocabulary(TOKENIZERS[kind](), CORPUS).tokenizer
     text = "xylophon 漢字 Ω"
     ids = after(text, add_special_tokens=False)["input_ids"]
@@ -128,8 +128,8 @@ def test_what_falls_back_on_bytes_still_writes_everything(kind: str) -> None:
     assert kind == "BPE with bytes" or after.decode(ids) == text
 
 
-def test_only_merges_that_make_kept_tokens_stay() -> None:
-    """Of a·b, b·c, ab·c the text "abc" uses the first and the last; "bc" comes up nowhere on the way."""
+def test_only_merges_behind_kept_tokens_are_kept() -> None:
+    """Of the merges a·b, b·c and ab·c the text "abc" uses the first and the last; "bc" never occurs."""
     before = bpe_tokenizer([("a", "b"), ("b", "c"), ("ab", "c")])
     vocabulary = trim_vocabulary(before, ["abc"])
     assert vocabulary.tokenizer.convert_ids_to_tokens(range(len(vocabulary.kept))) == ["a", "b", "c", "ab", "abc"]
@@ -143,30 +143,30 @@ def test_further_ids_can_be_kept() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((object(), ["a"]), SettingError, "object is no fast tokenizer"),
+        ((object(), ["a"]), SettingError, "object is not a fast tokenizer"),
         ((tokenizer(), "w1 w2"), SettingError, "texts= is one string"),
-        ((tokenizer(), []), DataError, "texts= gave no text"),
-        ((tokenizer(), ["w1", 3]), DataError, "texts= gave a int"),
+        ((tokenizer(), []), DataError, "texts= is empty"),
+        ((tokenizer(), ["w1", 3]), DataError, "texts= contains a int"),
     ],
 )
-def test_refusals(arguments: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trim_vocabulary(*arguments)
-    with pytest.raises(SettingError, match=r"keep= names ids that the tokenizer has not: \[99\]"):
+    with pytest.raises(SettingError, match=r"keep= has ids that are not in the tokenizer: \[99\]"):
         trim_vocabulary(tokenizer(), ["w1"], keep=[99])
 
 
 TEXTS = ["w3 w4 w5 w6 w7 w2", "w9 w10 w11 w2 w0 w0", "w1 w5 w6 w8"]
 WITH_TOKENS = [
     name for name, tiny in MODELS.items()
-    if (tiny.listens_to in ("text", "choices") or "Whisper" in name or "CTC" in name)
+    if (tiny.modality in ("text", "choices") or "Whisper" in name or "CTC" in name)
     and name != "WhisperForAudioClassification"
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", one_an_architecture(WITH_TOKENS))
-def test_kept_columns_are_the_teachers(name: str, tmp_path: Path) -> None:
-    """On the same text, by its own tokenizer: the student's predictions of a token are the teacher's of that token."""
+def test_predictions_of_kept_tokens_are_the_teachers(name: str, tmp_path: Path) -> None:
+    """For the same text, each with its own tokenizer, both models predict the same for every kept token."""
     tiny = MODELS[name]
     teacher = tiny.make(layers=4 if name.startswith("Longformer") else 1)
     vocabulary = trim_vocabulary(tokenizer(), TEXTS)
@@ -194,7 +194,7 @@ def test_kept_columns_are_the_teachers(name: str, tmp_path: Path) -> None:
 
 
 def tied_pairs(model: Any) -> list[tuple[str, str]]:
-    """Names of one parameter that has several."""
+    """Return pairs of names of the same parameter."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return [(first[id(x)], name) for name, x in named if first.setdefault(id(x), name) != name]
@@ -219,19 +219,19 @@ def test_ids_in_the_configs_are_renumbered() -> None:
     assert generation.suppress_tokens == [2, 4] and generation.bad_words_ids == [[2, 3]]
     assert any("suppress_tokens: 2 of 3" in note for note in report.notes)
     assert teacher.generation_config.suppress_tokens == [5, 30, 33] and teacher.config.eos_token_id == 30
-    with pytest.raises(TeacherError, match=r"eos_token_id is 30, and that token is not kept. Keep it: .*keep=\[30\]"):
+    with pytest.raises(TeacherError, match=r"eos_token_id=30 is not kept. Pass it to .*keep=\[30\]"):
         narrow(teacher, vocabulary=trim_vocabulary(tokenizer(), ["w5 w20"], keep=[1]))
 
 
-def test_a_tokenizer_of_another_model() -> None:
+def test_the_tokenizer_of_another_model_is_an_error() -> None:
     teacher = MODELS["BertForMaskedLM"].make(layers=1)
-    with pytest.raises(TeacherError, match=r"ids up to 50, and the teacher has 40 tokens \(config.vocab_size\)"):
+    with pytest.raises(TeacherError, match=r"ids up to 50, but the teacher has 40 tokens. Is it the teacher's"):
         narrow(teacher, vocabulary=trim_vocabulary(tokenizer(60), ["w50"]))
-    with pytest.raises(SettingError, match=r"vocabulary= is a list. Give students.trim_vocabulary"):
+    with pytest.raises(SettingError, match=r"vocabulary= is a list. Pass students.trim_vocabulary"):
         narrow(teacher, vocabulary=[1, 2])  # type: ignore[arg-type]  # the mistake under test
 
 
-def test_everything_at_once_and_in_depth() -> None:
+def test_all_cuts_together() -> None:
     tiny = MODELS["BertForMaskedLM"]
     teacher = tiny.make(layers=3)
     vocabulary = trim_vocabulary(tokenizer(), TEXTS)

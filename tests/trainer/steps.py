@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smoothed": ({}, {"label_smoothing_factor": 0.2}),
     "own_mean": ({"compute_loss_func": own_mean}, {}),
     "own_share": ({"compute_loss_func": own_share}, {}),
+    "evaluated_first": ({}, {}),
     "not_across_devices": ({}, {"average_tokens_across_devices": False}),
     "not_across_devices_own_share": ({"compute_loss_func": own_share}, {"average_tokens_across_devices": False}),
 }
@@ -100,6 +101,8 @@ def one_step(
         data_collator=partial(in_double, head, pad_to=pad_to),
         **keywords,
     )
+    if variant == "evaluated_first":
+        trainer.predict(head.examples(BATCH))
     trainer.train()
     logged = {k: v for k, v in trainer.state.log_history[0].items() if k.startswith("loss")}
     return weights(student), logged

@@ -1,47 +1,53 @@
-"""The principal components of a model's hidden states on calibration data. It changes no model."""
+"""The calibration data: each batch is read once, for the importance of units and the components of hidden states."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_distill.errors import DataError
-from hf_distill.students.narrow.dataflow import Dataflow, watch
-from hf_distill.students.narrow.importance import attended, on_device, scores_of
-from hf_distill.students.narrow.units import Group
+from hf_distill.students.narrow.dataflow import Dataflow, trace_dataflow
+from hf_distill.students.narrow.importance import Batch, Importance, UnitScores, attended
+from hf_distill.students.narrow.units import UnitGroup
 
 
 class Components:
-    """Adds up what every norm reads, each position brought to a root mean square of 1, while used with `with`.
+    """Adds up the second moments of the input of every norm, with each position scaled to a root mean square of 1.
 
-    `batch`: the batch that the model reads now; its padding does not count.
+    As a context manager it hooks the norms.
+
+    Attributes:
+        batch: the batch that the model reads now; its padding does not count.
+        rows: number of positions so far.
     """
 
-    def __init__(self, model: nn.Module, norms: Mapping[str, int], width: int) -> None:
-        self.batch: Mapping[str, Any] = {}
+    def __init__(self, model: nn.Module, norms: Iterable[str], width: int) -> None:
+        self.batch: Batch = {}
         self.rows = 0
         self._moments = torch.zeros(width, width, dtype=torch.float64)
         self._norms = {name: model.get_submodule(name.rpartition(".")[0]) for name in norms}
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Components:
         for name, module in self._norms.items():
-            self._hooks.append(module.register_forward_pre_hook(self._seen(name), with_kwargs=True))
+            self._hooks.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _seen(self, name: str) -> Any:
-        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (*args, *kwargs.values())[0].detach()
             x = x.reshape(-1, x.shape[-1])
             x = x[attended(self.batch, name, len(x)).to(x.device)]
@@ -54,83 +60,90 @@ class Components:
         return see
 
     def leading(self, number: int) -> tuple[Tensor, float]:
-        """The first components `[width number]`, orthonormal, and which share of the sum of squares they hold.
+        """Return the first components, orthonormal `[width number]`, and their share of the sum of squares.
 
-        The mean is not subtracted: no matrix of the model could give it back. Raises DataError where the data does not
-        determine them.
+        The mean is not subtracted: no matrix of the model could add it again. Raises DataError if the data does not
+        determine the components.
         """
         if self.rows < number:
-            raise DataError(
-                f"narrow: data= showed {self.rows} hidden states, and {number} directions are to be found in them. "
-                "Give more batches."
-            )
+            raise DataError(f"narrow: data= has {self.rows} positions for {number} directions. Pass more batches.")
         if not torch.isfinite(self._moments).all():
-            raise DataError("narrow: hidden states of the teacher on data= hold NaN or infinity.")
+            raise DataError("narrow: the teacher's hidden states on data= contain NaN or infinity.")
         values, vectors = torch.linalg.eigh(self._moments)
         values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
         return vectors[:, :number].contiguous(), float(values[:number].sum() / values.sum())
 
 
 class Calibration:
-    """A teacher in evaluation mode, and its batches, each read once. Used with `with`: modes are put back."""
+    """A teacher in evaluation mode and its batches, as a context manager that restores modes and random state."""
 
-    def __init__(self, teacher: PreTrainedModel, data: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, teacher: PreTrainedModel, data: Iterable[Batch]) -> None:
         self.teacher = teacher
         self._batches = iter(data)
-        self._named = set(inspect.signature(teacher.forward).parameters)
+        self._columns = set(inspect.signature(teacher.forward).parameters)
         self._first: dict[str, Any] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Calibration:
-        for module in self.teacher.modules():
-            self._stack.callback(setattr, module, "training", module.training)
-        self._stack.enter_context(torch.random.fork_rng(devices=[]))
-        self.teacher.eval()
-        first = next(self._batches, None)
-        if first is None:
-            self._stack.close()
-            raise DataError("narrow: data= gave no batch.")
-        try:
-            self._first = self._readable(first)
-        except DataError:
-            self._stack.close()
-            raise
+        with self._stack as stack:
+            for module in self.teacher.modules():
+                stack.callback(setattr, module, "training", module.training)
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            self.teacher.eval()
+            for batch in self._batches:
+                self._first = self._readable(batch)
+                break
+            else:
+                raise DataError("narrow: data= has no batch.")
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _readable(self, batch: Any) -> dict[str, Any]:
-        """What `forward` names, on the teacher's device."""
-        given = on_device(batch, self.teacher.device)
-        read = {name: value for name, value in given.items() if name in self._named}
+    def _readable(self, batch: object) -> dict[str, Any]:
+        """Return the columns that the teacher reads, on its device."""
+        if not hasattr(batch, "keys"):  # a BatchEncoding is not a Mapping
+            raise DataError(f"narrow: data= contains a {type(batch).__name__}. Pass batches: dicts of tensors.")
+        given: Any = batch
+        columns = [str(name) for name in given.keys()]  # noqa: SIM118  # a BatchEncoding iterates over encodings
+        read = {name: given[name] for name in columns if name in self._columns}
         if not any(isinstance(value, Tensor) for value in read.values()):
-            raise DataError(
-                f"narrow: a batch of data= has the columns {', '.join(given) or '(none)'}, and "
-                f"{type(self.teacher).__name__} reads tensors {', '.join(sorted(self._named)[:8])}, ..."
-            )
-        return read
+            names = ", ".join(sorted(self._columns))
+            raise DataError(f"narrow: data= has the columns {', '.join(columns)}; the teacher reads {names}.")
+        device = self.teacher.device
+        return {key: value.to(device) if isinstance(value, Tensor) else copy.copy(value) for key, value in read.items()}
 
-    def first(self, model: Any) -> Any:
-        """What a model says of the first batch, without gradient."""
+    def first(self, model: nn.Module) -> Any:
+        """Return a model's outputs for the first batch, without gradient."""
         with torch.no_grad():
             return model(**self._first)
 
     def dataflow(self) -> Dataflow:
-        """What works with what in the teacher."""
-        return watch(self.teacher, lambda: self.first(self.teacher))
+        """Return the dataflow of the teacher on the first batch."""
+        return trace_dataflow(self.teacher, lambda: self.first(self.teacher))
 
-    def scores(self, groups: list[Group], importance: str, components: Components | None = None) -> list[Tensor]:
-        """The importance of all units, over all batches. `components` see the same batches: there may be no others."""
+    def scores(
+        self, groups: list[UnitGroup], importance: Importance, components: Components | None = None
+    ) -> list[Tensor]:
+        """Return the importance of all units over all batches, `[units]` for each group.
 
-        def forward(batch: Mapping[str, Any]) -> Any:
+        Args:
+            groups: the units.
+            importance: the kind of score.
+            components: reads the same batches, since `data` may be an iterator.
+        """
+        scores = UnitScores(self.teacher, groups)
+
+        def forward(batch: Batch) -> Any:
             if components is not None:
                 components.batch = batch
             return self.teacher(**batch)
 
-        how = importance if groups else "activation"  # no units, no gradient
         with contextlib.nullcontext() if components is None else components:
-            return scores_of(self.teacher, groups, self._all(), forward, how)
+            for batch in self._all():
+                scores.add(batch, forward, importance if groups else "activation")  # no units need no gradient
+        return scores.result()
 
-    def _all(self) -> Iterator[dict[str, Any]]:
+    def _all(self) -> Iterator[Mapping[str, Any]]:
         return chain([self._first], (self._readable(batch) for batch in self._batches))

@@ -1,12 +1,12 @@
-"""Which tensors of a model work on the same heads or neurons, seen in one forward. It looks at no names or classes.
+"""Which tensors of a model work on the same heads or neurons, traced in one forward, without names or classes.
 
-Every operation passes on what its inputs came from. Where two activations are multiplied (queries with keys, weights
-with values) their sources belong together: an attention. The first matrix that reads the outcome reads its heads.
+Every operation passes on which parameters its inputs came from. Where two activations are multiplied (queries with
+keys, weights with values), their sources belong to one attention. The first matrix that reads the result reads heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,145 +19,152 @@ _PRODUCTS = {
     torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention, Tensor.matmul,
     Tensor.__matmul__, Tensor.__rmatmul__, Tensor.bmm, Tensor.baddbmm,
 }  # fmt: skip
-_READS = {F.linear: (0, 1, 2), torch.addmm: (1, 2, 0)}  # where input, weight and bias stand
-_INPUT_AXIS = {F.linear: 1, torch.addmm: 0}
+# For each operation, position and keyword of input, weight and bias; and the weight's axis that meets the input.
+_MATRIX_READS = {
+    F.linear: (((0, "input"), (1, "weight"), (2, "bias")), 1),
+    torch.addmm: (((1, "mat1"), (2, "mat2"), (0, "input")), 0),
+}
+_NOWHERE = ((0, ""), (0, ""), (0, ""))
+
+
+@dataclass
+class Dataflow:
+    """How the parameters of a model work together in one forward.
+
+    Attributes:
+        attention_inputs: weights whose output is multiplied with another activation: queries, keys, values.
+        attention_readers: weights that read the result of an attention.
+        feeding: for each weight, the parameters between it and the matrices before it.
+        input_axis: for each weight, the axis that is multiplied with its input.
+        weight_of: for each bias, its weight.
+        used: parameters that took part in any operation.
+        matrices: all parameters with more than one axis.
+    """
+
+    attention_inputs: set[str] = field(default_factory=set)
+    attention_readers: set[str] = field(default_factory=set)
+    feeding: dict[str, set[str]] = field(default_factory=dict)
+    input_axis: dict[str, int] = field(default_factory=dict)
+    weight_of: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    matrices: set[str] = field(default_factory=set)
+    _parent: dict[str, str] = field(default_factory=dict)
+
+    def root(self, name: str) -> str:
+        """Return the name that stands for all parameters that work on the same units as this one."""
+        while self._parent.get(name, name) != name:
+            name = self._parent[name]
+        return name
+
+    def join(self, names: Iterable[str]) -> None:
+        """Note that these parameters work on the same units."""
+        first, *others = sorted({self.root(name) for name in names})
+        for other in others:
+            self._parent[other] = first
+
+    def reads(self, name: str, axis: int) -> bool:
+        """Whether a weight reads, along this axis, the output of other parameters."""
+        return self.input_axis.get(name) == axis and name in self.feeding
+
+
+def trace_dataflow(model: nn.Module, forward: Callable[[], object]) -> Dataflow:
+    """Return the dataflow of a model in one forward, which runs without gradient."""
+    with torch.no_grad(), _Tracer({id(parameter): name for name, parameter in model.named_parameters()}) as tracer:
+        forward()
+    flow = tracer.flow
+    flow.matrices |= {name for name, one in model.named_parameters() if sum(size > 1 for size in one.shape) > 1}
+    return flow
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a tensor came from: parameters, whether an attention lies between, and whether it is of parameters alone."""
+class _Origin:
+    """Where a tensor came from.
+
+    Attributes:
+        names: the parameters since the last matrix.
+        attended: whether an attention lies between them and the tensor.
+        constant: whether it was computed from parameters alone.
+    """
 
     names: frozenset[str]
     attended: bool = False
     constant: bool = False
 
 
-@dataclass
-class Dataflow:
-    """What one forward showed.
-
-    Attributes:
-        together: parameters that meet in one attention or feed one matrix → a name for all of them.
-        asking: weights whose output is multiplied with another activation: queries, keys, values.
-        reading: weights that read what attention gives.
-        feeding: weight → the parameters between it and the matrices before it.
-        input_axis: weight → the axis that its input is multiplied with.
-        owner: bias → its weight.
-        seen: parameters that took part in any operation.
-        matrices: all parameters with more than one axis.
-    """
-
-    asking: set[str] = field(default_factory=set)
-    reading: set[str] = field(default_factory=set)
-    feeding: dict[str, set[str]] = field(default_factory=dict)
-    input_axis: dict[str, int] = field(default_factory=dict)
-    owner: dict[str, str] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-    matrices: set[str] = field(default_factory=set)
-    _parent: dict[str, str] = field(default_factory=dict)
-
-    def root(self, name: str) -> str:
-        """The name of the group."""
-        while self._parent.get(name, name) != name:
-            name = self._parent[name]
-        return name
-
-    def join(self, names: Iterable[str]) -> None:
-        """All of them work on the same units."""
-        roots = sorted({self.root(name) for name in names})
-        for other in roots[1:]:
-            self._parent[other] = roots[0]
-
-
-class _Watch(TorchFunctionMode):
+class _Tracer(TorchFunctionMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names = names
-        self.dataflow = Dataflow()
+        self.flow = Dataflow()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
         out = func(*args, **given)
+        origin: _Origin | None
         inputs = list(_tensors((args, tuple(given.values()))))
-        source: Source | None
-        if func in _READS and self._is_weight(_at(args, given, func, 1)):
-            source = self._read(func, args, given)
-        elif func in _PRODUCTS and len(active := [x for x in inputs if not self._is_constant(x)]) > 1:
-            source = self._product(active)
+        places, axis = _MATRIX_READS.get(func, (_NOWHERE, 0))
+        x, weight, bias = (_argument(args, given, i, keyword) for i, keyword in places)
+        if func in _MATRIX_READS and id(weight) in self.names:
+            origin = self._matrix_read(x, weight, bias, axis)
         else:
-            source = self._sum(inputs)
-        if source is not None:
+            active = [tensor for tensor in inputs if not self._is_constant(tensor)] if func in _PRODUCTS else []
+            origin = self._product(active) if len(active) > 1 else self._combined(inputs)
+        if origin is not None:
             for tensor in _tensors(out):
                 if not isinstance(tensor, nn.Parameter):
-                    tensor._came_from = source  # type: ignore[attr-defined]  # a mark that lives as long as the tensor
+                    vars(tensor)["_hf_distill_origin"] = origin  # lives as long as the tensor
         return out
 
-    def _is_weight(self, tensor: Any) -> bool:
-        return isinstance(tensor, Tensor) and id(tensor) in self.names
+    def _origin(self, tensor: Tensor) -> _Origin | None:
+        name = self.names.get(id(tensor))
+        if name is None:
+            return vars(tensor).get("_hf_distill_origin")
+        self.flow.used.add(name)
+        return _Origin(frozenset({name}), constant=True)
 
     def _is_constant(self, tensor: Tensor) -> bool:
-        source = self._source(tensor)
-        return source is not None and source.constant
+        origin = self._origin(tensor)
+        return origin is not None and origin.constant
 
-    def _source(self, tensor: Tensor) -> Source | None:
-        if id(tensor) in self.names:
-            self.dataflow.seen.add(self.names[id(tensor)])
-            return Source(frozenset({self.names[id(tensor)]}), constant=True)
-        return getattr(tensor, "_came_from", None)
-
-    def _sum(self, tensors: list[Tensor]) -> Source | None:
-        sources = [source for tensor in tensors if (source := self._source(tensor)) is not None]
-        if not sources:
+    def _combined(self, tensors: list[Tensor]) -> _Origin | None:
+        origins = [origin for tensor in tensors if (origin := self._origin(tensor)) is not None]
+        if not origins:
             return None
-        names = frozenset().union(*(source.names for source in sources))
-        constant = len(sources) == len(tensors) and all(source.constant for source in sources)
-        return Source(names, any(source.attended for source in sources), constant)
+        names = frozenset().union(*(origin.names for origin in origins))
+        constant = len(origins) == len(tensors) and all(origin.constant for origin in origins)
+        return _Origin(names, any(origin.attended for origin in origins), constant)
 
-    def _product(self, tensors: list[Tensor]) -> Source | None:
-        source = self._sum(tensors)
-        if source is None:
+    def _product(self, tensors: list[Tensor]) -> _Origin | None:
+        origin = self._combined(tensors)
+        if origin is None:
             return None
-        self.dataflow.join(source.names)
-        self.dataflow.asking |= source.names
-        return Source(source.names, attended=True)
+        self.flow.join(origin.names)
+        self.flow.attention_inputs |= origin.names
+        return _Origin(origin.names, attended=True)
 
-    def _read(self, func: Callable[..., Any], args: Any, given: dict[str, Any]) -> Source:
-        tensor, weight, bias = (_at(args, given, func, place) for place in range(3))
-        name = self.names[id(weight)]
-        before = self._source(tensor)
+    def _matrix_read(self, x: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> _Origin:
+        name, before = self.names[id(weight)], self._origin(x)
         if before is not None:
-            self.dataflow.feeding.setdefault(name, set()).update(before.names)
+            self.flow.feeding.setdefault(name, set()).update(before.names)
             if before.attended:
-                self.dataflow.reading.add(name)
-                self.dataflow.join({name, *before.names})
-        self.dataflow.input_axis[name] = _INPUT_AXIS[func]
-        self.dataflow.seen.add(name)
-        if self._is_weight(bias):
-            self.dataflow.owner[self.names[id(bias)]] = name
-        return Source(frozenset({name}))
+                self.flow.attention_readers.add(name)
+                self.flow.join({name, *before.names})
+        self.flow.input_axis[name] = axis
+        self.flow.used.add(name)
+        if id(bias) in self.names:
+            self.flow.weight_of[self.names[id(bias)]] = name
+        return _Origin(frozenset({name}))
 
 
-def _at(args: Any, given: dict[str, Any], func: Callable[..., Any], part: int) -> Any:
-    place = _READS[func][part]
-    if place < len(args):
-        return args[place]
-    return given.get(("input", "weight", "bias")[part] if func is F.linear else ("mat1", "mat2", "input")[part])
+def _argument(args: Sequence[Any], given: Mapping[str, Any], position: int, keyword: str) -> Any:
+    return args[position] if position < len(args) else given.get(keyword)
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-
-
-def watch(model: nn.Module, forward: Callable[[], Any]) -> Dataflow:
-    """The wiring of a model, from one forward without gradient."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with torch.no_grad(), _Watch(names) as seen:
-        forward()
-    seen.dataflow.matrices |= {name for name, one in model.named_parameters() if sum(n > 1 for n in one.shape) > 1}
-    return seen.dataflow
+        for part in value:
+            yield from _tensors(part)

@@ -1,73 +1,140 @@
-"""A narrower model by rotating its hidden states and keeping the leading directions. It finds no directions.
+"""A narrower model by rotating the residual stream and keeping its leading directions.
 
-SliceGPT (Ashkboos et al. 2024), section 3: a model of RMSNorms computes the same in any orthonormal basis of its hidden
-states, and so some directions can be left out. There each block has its own basis, and matrices on the residual
-connections lead from one to the next; here one basis serves all, so that the architecture stays what it is.
+SliceGPT (Ashkboos et al. 2024), section 3: a model of RMSNorms computes the same in any orthonormal basis of its
+residual stream, so directions can be left out. In SliceGPT each block has its own basis, and matrices on the residual
+connections convert between them; here one basis serves all blocks, so that the architecture does not change.
 
-RMS over k of d numbers is √(d/k) times as large. So the hidden states are √(k/d) times the teacher's, and what reads
-them makes up for it: then the eps of the norms means what it meant.
+The RMS over k of d numbers is √(d/k) times as large. So the stream is scaled by √(k/d), and its readers are scaled
+back: then the eps of the norms keeps its meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from hf_distill.errors import TeacherError
-from hf_distill.students.narrow.stream import Stream
-from hf_distill.students.narrow.units import difference, outputs_of, shake, shaken
+from hf_distill.students.building import all_parameters, empty_student, untied_config
+from hf_distill.students.narrow.calibration import Calibration, Components
+from hf_distill.students.narrow.layout import Layout, changed, followers
+from hf_distill.students.narrow.residual_stream import ResidualStream
+from hf_distill.students.narrow.units import TOLERANCE, difference, float_outputs, randomize, randomized
 
-_TOLERANCE = 1e-3  # as in dataflow.py
-Forward = Callable[[Any], Any]
+Forward = Callable[[nn.Module], Any]
 
 
-@dataclass(frozen=True)
-class Projected:
-    """The teacher's tensors in the new basis, the share of its hidden states that this holds, and untied heads.
+class Projection:
+    """A projection of one teacher: verified before the data is read, then determined by its `components`.
 
-    `apart`: a head that was one tensor with an embedding → that.
+    Attributes:
+        components: reads the data, see `Calibration.scores`.
+        config: the teacher's config, untied if the head gets its own weights.
+        untied: for each head that was tied to an embedding, the name of that.
     """
 
-    tensors: dict[str, Tensor]
-    share: float
-    apart: dict[str, str]
+    def __init__(self, calibration: Calibration, layout: Layout, stream: ResidualStream, width: int) -> None:
+        self.teacher, self.stream, self.width = calibration.teacher, stream, width
+        if layout.head_setting is None:
+            raise TeacherError(
+                "narrow: width='projection': the config derives a head's size from hidden=. Use width='importance'."
+            )
+        self.untied = stream.tied(self.teacher)
+        self.config = untied_config(layout.config) if self.untied else layout.config
+        settings = layout.sizes["hidden"].values
+        new = {one: width for main in settings for one in (main, *followers("hidden", main, self.config))}
+        self.factors = self._verified_factors(changed(self.config, new), calibration.first)
+        self.components = Components(self.teacher, stream.norms, stream.width)
 
-    def notes(self, student: Any) -> list[str]:
-        """What became of tied weights."""
+    def _verified_factors(self, config: PreTrainedConfig, forward: Forward) -> dict[str, float]:
+        """Return the factors that the student's constants need, after a check that a projection preserves the outputs.
+
+        A copy of the teacher with random weights, whose hidden states lie in a subspace of the student's width, must
+        not change when it is projected to that subspace.
+
+        Raises:
+            TeacherError: if it changes.
+        """
+        dtype = torch.promote_types(self.teacher.dtype, torch.float32)
+        model = randomized(self.teacher).to(dtype)
+        student: nn.Module = empty_student(self.teacher, config, "narrow", self.untied)
+        student = student.to(device=self.teacher.device, dtype=dtype).eval()
+        randomize(student)
+        generator = torch.Generator().manual_seed(2)
+        stream = self.stream
+        basis = torch.linalg.qr(torch.randn(stream.width, self.width, generator=generator, dtype=torch.float64)).Q
+        parameters = all_parameters(model)
+        flattened = {
+            id(parameters[n]): (parameters[n], axis) for n, axis in {**stream.embeddings, **stream.writers}.items()
+        }
+        for parameter, axis in flattened.values():
+            parameter.data = _applied(parameter.data, axis, basis @ basis.T)
+        before, after = _constants(model, stream, forward), _constants(student, stream, forward)
+        factors = {name: before[name] / after[name] for name in before}
+        tensors = {**model.state_dict(), **project(parameters, stream, basis, factors)}
+        with torch.no_grad():
+            for name, tensor in student.state_dict().items():
+                tensor.copy_(tensors[name])
+        ours, theirs = float_outputs(forward(student)), float_outputs(forward(model))
+        compared = [name for name in theirs if "hidden_state" not in name]  # those are in the other basis
+        errors = {name: difference(ours[name], theirs[name]) for name in compared} or {"outputs": float("nan")}
+        for name, error in errors.items():
+            if not error < TOLERANCE:
+                raise TeacherError(
+                    f"narrow: width='projection' changes the {name} (relative difference {error:.1g}): the teacher "
+                    "uses single channels somewhere. Use width='importance'."
+                )
+        return factors
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the teacher's tensors of the residual stream in the basis of the components."""
+        tensors = {name: parameter.detach() for name, parameter in all_parameters(self.teacher).items()}
+        return project(tensors, self.stream, self._leading[0], self.factors)
+
+    def share(self) -> float:
+        """Return the share of the hidden states that the basis holds."""
+        return self._leading[1]
+
+    @cached_property
+    def _leading(self) -> tuple[Tensor, float]:
+        return self.components.leading(self.width)
+
+    def notes(self, student: nn.Module) -> list[str]:
+        """Return a note for each head that is no longer tied."""
         return [
-            f"{head} is no longer tied to {table}, so the student has {student.get_parameter(head).numel():,} "
-            "parameters more: the weights of the norm before it are in it now, and not in the embeddings."
-            for head, table in self.apart.items()
+            f"{head} is no longer tied to {table}, since it now contains the weights of the norm before it: the "
+            f"student has {student.get_parameter(head).numel():,} parameters more."
+            for head, table in self.untied.items()
         ]
 
 
-def projected(
-    tensors: Mapping[str, Tensor], stream: Stream, basis: Tensor, factors: Mapping[str, float]
+def project(
+    tensors: Mapping[str, Tensor], stream: ResidualStream, basis: Tensor, factors: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """All tensors of the hidden states in the basis `[width kept]`, worked out in float64.
+    """Return all tensors of the residual stream in another basis, computed in float64.
 
-    `factors`: by what a tensor is multiplied besides, because the student's constants follow its width.
+    Args:
+        tensors: the teacher's tensors.
+        stream: their roles.
+        basis: orthonormal, `[width kept]`.
+        factors: for some tensors, a further factor that makes up for a constant that follows the student's width.
     """
     scale = (basis.shape[1] / stream.width) ** 0.5
     done: dict[str, Tensor] = {}
-    for places, by in ((stream.embeddings, scale), (stream.writers, scale), (stream.readers, 1 / scale)):
-        for name, axis in places.items():
-            gain = _gain(tensors, stream, stream.through.get(name)) if places is stream.readers else None
-            matrix = basis if gain is None else gain[:, None] * basis
-            done[name] = _applied(tensors[name], axis, matrix * by * factors.get(name, 1.0))
-    for name, added in stream.norms.items():
-        done[name] = torch.full((basis.shape[1],), 1.0 - added).to(tensors[name])
+    for name, axis in {**stream.embeddings, **stream.writers}.items():
+        done[name] = _applied(tensors[name], axis, basis * scale * factors.get(name, 1.0))
+    for name, axis in stream.readers.items():
+        norm = stream.norm_of.get(name)
+        matrix = basis if norm is None else (tensors[norm].cpu().double() + stream.norms[norm])[:, None] * basis
+        done[name] = _applied(tensors[name], axis, matrix * (1 / scale) * factors.get(name, 1.0))
+    for name, offset in stream.norms.items():
+        done[name] = torch.full((basis.shape[1],), 1.0 - offset).to(tensors[name])
     return done
-
-
-def _gain(tensors: Mapping[str, Tensor], stream: Stream, norm: str | None) -> Tensor | None:
-    """What the norm multiplies by, `[width]`."""
-    return None if norm is None else tensors[norm].cpu().double() + stream.norms[norm]
 
 
 def _applied(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
@@ -75,102 +142,54 @@ def _applied(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
     return (exact.movedim(axis, -1) @ matrix.to(exact.device)).movedim(-1, axis).contiguous().to(tensor)
 
 
-def check_projection(
-    teacher: Any, stream: Stream, build: Callable[[], Any], width: int, forward: Forward
-) -> dict[str, float]:
-    """What the student's own constants make necessary, or TeacherError where a projection is another function.
+def _constants(model: nn.Module, stream: ResidualStream, forward: Forward) -> dict[str, float]:
+    """Return the factors between an embedding and the first norm, and between a norm and what reads it.
 
-    It is tried: a copy of the teacher with random weights, whose hidden states lie in a subspace of that width, must
-    not change when it is narrowed to it. `build` makes an empty student.
+    Gemma multiplies embeddings by √width; T5 multiplies what its head reads by 1/√width.
     """
-    exact = torch.promote_types(teacher.dtype, torch.float32)
-    model, student = shaken(teacher).to(exact), build().to(teacher.device, exact).eval()
-    shake(student)
-    generator = torch.Generator().manual_seed(2)
-    basis = torch.linalg.qr(torch.randn(stream.width, width, generator=generator, dtype=torch.float64)).Q
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    flattened = {id(parameters[name]): (parameters[name], axis) for name, axis in _writes(stream).items()}
-    for parameter, axis in flattened.values():
-        parameter.data = _applied(parameter.data, axis, basis @ basis.T)
-    before, after = _factors(model, stream, forward), _factors(student, stream, forward)
-    factors = {name: before[name] / after[name] for name in before}
-    _fill(student, model, projected(parameters, stream, basis, factors))
-    _compare(outputs_of(forward(student)), outputs_of(forward(model)), type(teacher).__name__)
-    return factors
+    parameters = all_parameters(model)
+    constants: dict[str, float] = dict.fromkeys([*stream.embeddings, *stream.readers], 1.0)
+    normed: dict[str, Tensor] = {}
+    looked_up: list[tuple[Tensor, Tensor]] = []
 
+    def after_embedding(module: nn.Module, args: Any, out: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        looked_up[:] = [(weight, F.embedding(args[0], weight))]
 
-def _writes(stream: Stream) -> dict[str, int]:
-    return {**stream.embeddings, **stream.writers}
-
-
-def _fill(student: nn.Module, model: nn.Module, new: Mapping[str, Tensor]) -> None:
-    given = {**model.state_dict(), **new}
-    with torch.no_grad():
-        for name, tensor in student.state_dict().items():
-            tensor.copy_(given[name])
-
-
-def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], model: str) -> None:
-    compared = [name for name in theirs if "hidden_state" not in name]  # those are in the other basis
-    wrong = {name: difference(ours[name], theirs[name]) for name in compared}
-    wrong = {name: one for name, one in wrong.items() if not one < _TOLERANCE}
-    if wrong or not compared:
-        name, error = next(iter(wrong.items()), ("output", float("nan")))
-        raise TeacherError(
-            f"narrow: width='projection' cannot be used with {model}: on a model whose hidden states lie in as few "
-            f"directions as are kept it changes the {name} (relative difference {error:.1g}). Something in it works on "
-            "single channels of them. Say width='importance'."
-        )
-
-
-def _factors(model: nn.Module, stream: Stream, forward: Forward) -> dict[str, float]:
-    """By what a model multiplies between an embedding and the first norm, and between a norm and what reads it.
-
-    Gemma multiplies by √width there, T5 by 1/√width here.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen: dict[str, float] = dict.fromkeys([*stream.embeddings, *stream.readers], 1.0)
-    given: dict[str, Tensor] = {}
-    waiting: list[tuple[Any, Tensor]] = []
-
-    def looked_up(module: Any, args: Any, out: Any) -> None:
-        waiting[:] = [(module.weight, F.embedding(args[0], module.weight))]
-
-    def normed(name: str) -> Any:
+    def after_norm(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def see(module: nn.Module, args: Any, out: Tensor) -> None:
-            given[name] = out
-            for weight, raw in waiting:
+            normed[name] = out
+            for weight, rows in looked_up:
                 same = [one for one in stream.embeddings if parameters[one] is weight]
-                seen.update(dict.fromkeys(same, _ratio(args[0], raw)))
-            waiting.clear()
+                constants.update(dict.fromkeys(same, _ratio(args[0], rows)))
+            looked_up.clear()
 
         return see
 
-    def read(name: str, norm: str) -> Any:
+    def before_reader(name: str, norm: str) -> Callable[[nn.Module, Any], None]:
         def see(module: nn.Module, args: Any) -> None:
-            if norm in given:
-                seen[name] = _ratio(args[0], given[norm])
+            if norm in normed:
+                constants[name] = _ratio(args[0], normed[norm])
 
         return see
 
     def module_of(name: str) -> nn.Module:
         return model.get_submodule(name.rpartition(".")[0])
 
-    hooks = [module_of(name).register_forward_hook(looked_up) for name in stream.embeddings]
-    hooks += [module_of(name).register_forward_hook(normed(name)) for name in stream.norms]
-    hooks += [
-        module_of(name).register_forward_pre_hook(read(name, norm)) for name, norm in stream.through.items() if norm
-    ]
+    hooks = [module_of(name).register_forward_hook(after_embedding) for name in stream.embeddings]
+    hooks += [module_of(name).register_forward_hook(after_norm(name)) for name in stream.norms]
+    readers = [(name, norm) for name, norm in stream.norm_of.items() if norm]
+    hooks += [module_of(name).register_forward_pre_hook(before_reader(name, norm)) for name, norm in readers]
     forward(model)
     for hook in hooks:
         hook.remove()
-    return seen
+    return constants
 
 
 def _ratio(after: Tensor, before: Tensor) -> float:
-    """The number that `before` was multiplied by; 1 where it was something else (the check will show what)."""
+    """Return the number by which `before` was multiplied; 1 if it is something else, which the check will show."""
     if after.shape != before.shape:
         return 1.0
     after, before = (one.detach().cpu().double() for one in (after, before))
     ratio = float((after * before).sum() / before.square().sum().clamp_min(1e-12))
-    return ratio if difference(after, ratio * before) < _TOLERANCE else 1.0
+    return ratio if difference(after, ratio * before) < TOLERANCE else 1.0

@@ -1,4 +1,4 @@
-"""Bad input to `inherit`: each is refused, and the message says what came and what to do."""
+"""Bad input to `inherit`: the error names what came and what to do."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import nn
 
 from hf_distill.errors import HfDistillError, SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
-from hf_distill.models.stacks import check_it_can_be_read_back
 from hf_distill.students import inherit
+from hf_distill.students.building import check_config
 from tests.students.models import MODELS
 
 BERT, BART = "BertForMaskedLM", "BartForConditionalGeneration"
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "nothing": (BERT, {}, r"say which layers: layers=6"),
+    "nothing": (BERT, {}, r"pass layers=, or encoder_layers="),
     "out of range": (BERT, {"layers": [0, 4]}, r"layers: teacher layer 4: out of range. The teacher has 4 layers: 0"),
     "empty": (BERT, {"layers": []}, r"layers: LayerMap: the map is empty"),
     "twice": (BERT, {"layers": [3, -1]}, r"teacher layer 3 is named twice \(as 3 and -1\)"),
     "too many": (BERT, {"layers": 5}, r"5 student layers cannot be taken from 4"),
     "zero": (BERT, {"layers": 0}, r"student_layers=0"),
-    "text": (BERT, {"layers": "even"}, r"layers='even': give a number, a list of layers, or a LayerMap"),
-    "bool": (BERT, {"layers": True}, r"layers=True: give a number"),
-    "map of another teacher": (BERT, {"layers": LayerMap.even(2, 6)}, r"for 6 teacher layers, and there are 4"),
+    "text": (BERT, {"layers": "even"}, r"layers: 'even' is not a number, a list of layers or a LayerMap"),
+    "bool": (BERT, {"layers": True}, r"layers: True is not a number"),
+    "map of another teacher": (BERT, {"layers": LayerMap.even(2, 6)}, r"for 6 teacher layers; the teacher has 4"),
     "many to one": (
         BERT,
         {"layers": LayerMap.pairs([(0, 1), (0, 2)], 1, 4)},
         r"student layer 0 goes with layers 1, 2 of the teacher; to copy layers it needs exactly one",
     ),
-    "a side it has not": (BERT, {"decoder_layers": 2}, r"decoder_layers= fits 0 .* 'bert.encoder.layer' \(4 layers\)"),
-    "both": (BERT, {"layers": 2, "encoder_layers": 2}, r"layers, encoder_layers together"),
-    "which side": (BART, {"layers": 2}, r"'model.decoder.layers' \(4 layers\). Say encoder_layers="),
+    "a side it has not": (BERT, {"decoder_layers": 2}, r"decoder_layers= fits 0 .*'bert.encoder.layer' \(4 layers\)"),
+    "both": (BERT, {"layers": 2, "encoder_layers": 2}, r"not layers, encoder_layers together"),
+    "which side": (BART, {"layers": 2}, r"'model.decoder.layers' \(4 layers\)\). Use encoder_layers="),
     "a side of it": (BART, {"decoder_layers": [0, 9]}, r"decoder_layers: teacher layer 9: out of range"),
     "no such stack": (BERT, {"layers": 2, "stack": "bert.layers"}, r"no ModuleList of .*'bert.encoder.layer' \(4 × B"),
     "stack without layers": (BART, {"encoder_layers": 2, "stack": "a"}, r"stack='a' goes with layers=, not with enc"),
-    "shared, a side": ("AlbertForMaskedLM", {"encoder_layers": 2}, r"this model has one stack. Say layers="),
+    "shared, a side": ("AlbertForMaskedLM", {"encoder_layers": 2}, r"this model has one stack. Pass layers="),
     "no stack to name": (
         "Wav2Vec2ForCTC",
         {"layers": 1, "stack": "wav2vec2.feature_extractor.conv_layers"},
@@ -60,7 +60,7 @@ class TowerConfig(hf.PreTrainedConfig):
 
 
 class Tower(hf.PreTrainedModel):
-    """Its layers are called by a name that nobody else uses, and it has another list of the same length."""
+    """The setting of its layers has an unusual name, and it has another list of the same length."""
 
     config_class = TowerConfig
 
@@ -80,14 +80,13 @@ class NoLists(hf.PreTrainedModel):
         self.post_init()
 
 
-def test_a_stack_that_is_not_found_can_be_named() -> None:
+def test_a_stack_with_an_unknown_setting_can_be_named() -> None:
     teacher = Tower(TowerConfig())
     with pytest.raises(TeacherError) as caught:
         inherit(teacher, layers=2)
     assert str(caught.value) == (
-        "inherit: no layer stack found in Tower: no usual setting of TowerConfig (num_hidden_layers, ...) makes one of "
-        "its lists of modules longer. Its lists of modules: 'rooms' (3 × Linear), 'storeys' (3 × Linear). Name one: "
-        "inherit(teacher, layers=..., stack='rooms')."
+        "inherit: no layer stack found in Tower. Its lists of modules: 'rooms' (3 × Linear), 'storeys' (3 × Linear). "
+        "Name one: inherit(teacher, layers=..., stack='rooms')."
     )
     student = inherit(teacher, layers=[0, -1], stack="storeys")
     assert (student.config.floors, student.config.rooms) == (2, 3)
@@ -107,7 +106,7 @@ class Kind(nn.Linear):
 
 
 class Sharing(hf.PreTrainedModel):
-    """One list of kinds is for its layers and for something else too."""
+    """One list of kinds controls its layers and another list."""
 
     config_class = SharingConfig
 
@@ -119,11 +118,11 @@ class Sharing(hf.PreTrainedModel):
         self.post_init()
 
 
-def test_a_cut_that_would_change_another_part() -> None:
+def test_a_cut_that_changes_another_list_is_an_error() -> None:
     teacher = Sharing(SharingConfig(layer_kinds=["a", "b", "c"]))
     assert inherit(teacher, layers=[0, 1]).config.layer_kinds == ["a", "b"]
     with pytest.raises(
-        TeacherError, match=r"cutting layers changes others of the model too \(kind is 'c', .* 'b'\): one set"
+        TeacherError, match=r"cutting layers changes others too \(kind is 'c', .* 'b'\): they share a set"
     ):
         inherit(teacher, layers=[0, 2])
 
@@ -136,24 +135,20 @@ class StubbornConfig(SharingConfig):
         super().__post_init__(**kwargs)
 
 
-def test_a_config_that_does_not_survive_saving() -> None:
+def test_a_config_that_does_not_survive_saving_is_an_error() -> None:
     class Stubborn(Sharing):
         config_class = StubbornConfig
 
-    with pytest.raises(
-        TeacherError, match=r"StubbornConfig for the student reads back with other values in num_layers"
-    ):
+    with pytest.raises(TeacherError, match=r"the student's StubbornConfig does not survive saving: num_layers"):
         inherit(Stubborn(StubbornConfig()), layers=2)
 
 
-def test_a_model_without_lists() -> None:
+def test_a_model_without_module_lists_is_an_error() -> None:
     with pytest.raises(TeacherError, match="The model has no ModuleList at all"):
         inherit(NoLists(TowerConfig()), layers=2)
 
 
-# PEFT 0.18 asks for a property by the name that transformers is giving up.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft_teachers() -> None:
+def test_a_peft_teacher_must_be_merged() -> None:
     peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
     lora = peft.LoraConfig(target_modules=["query"], r=2)
     wrapped = peft.get_peft_model(MODELS[BERT].make(), lora)
@@ -166,29 +161,29 @@ def test_peft_teachers() -> None:
     assert inherit(wrapped.merge_and_unload(), layers=2).config.num_hidden_layers == 2
 
 
-def test_what_is_no_whole_model() -> None:
+def test_the_teacher_must_be_a_pretrained_model() -> None:
     teacher = MODELS[BERT].make()
-    with pytest.raises(TeacherError, match=r"the teacher is a Sequential. Give a PreTrainedModel"):
+    with pytest.raises(TeacherError, match=r"the teacher \(Sequential\) is not a PreTrainedModel"):
         inherit(nn.Sequential(teacher), layers=2)  # type: ignore[arg-type]  # the mistake under test
-    with pytest.raises(TeacherError, match=r"the teacher is a str"):
+    with pytest.raises(TeacherError, match=r"the teacher \(str\) is not a PreTrainedModel"):
         inherit("bert-base-uncased", layers=2)  # type: ignore[arg-type]  # the mistake under test
 
 
-def test_quantised_and_offloaded_teachers() -> None:
+def test_quantised_and_offloaded_teachers_are_errors() -> None:
     teacher = MODELS[BERT].make()
     teacher.is_quantized = True
-    with pytest.raises(TeacherError, match=r"the teacher is quantised. Load it without quantization_config"):
+    with pytest.raises(
+        TeacherError, match=r"the teacher \(BertForMaskedLM\) is quantised. Load it without quantization_config"
+    ):
         inherit(teacher, layers=2)
-    with pytest.raises(TeacherError, match=r"holds no floating-point values here .* without device_map"):
+    with pytest.raises(TeacherError, match=r"has no floating-point values.*without device_map"):
         inherit(MODELS[BERT].make().to("meta"), layers=2)
 
 
-def test_teachers_changed_by_hand() -> None:
+def test_teachers_changed_by_hand_are_errors() -> None:
     teacher = MODELS["BertForSequenceClassification"].make()
     teacher.classifier = nn.Linear(16, 5)
-    with pytest.raises(
-        TeacherError, match=r"classifier.weight of the student has shape \(3, 16\).*\(5, 16\).*replaced"
-    ):
+    with pytest.raises(TeacherError, match=r"classifier.weight has shape \(3, 16\), but .*\(5, 16\).*replaced"):
         inherit(teacher, layers=2)
     teacher = MODELS[BERT].make()
     teacher.extra = nn.Linear(2, 2)
@@ -200,19 +195,17 @@ def test_teachers_changed_by_hand() -> None:
         inherit(teacher, layers=2)
     teacher = MODELS[BERT].make()
     teacher.cls.predictions.decoder.weight = nn.Parameter(torch.zeros(40, 16))
-    with pytest.raises(TeacherError, match=r"are tied by the config, and differ in the teacher"):
+    with pytest.raises(TeacherError, match=r"are tied by the config but differ in the teacher"):
         inherit(teacher, layers=2)
 
 
-def test_a_config_that_its_own_check_refuses() -> None:
+def test_a_config_that_fails_its_own_validation() -> None:
     config = hf.Qwen2Config(num_hidden_layers=4)
     config.layer_types = ["full_attention"] * 3
-    with pytest.raises(
-        TeacherError, match=r"Qwen2Config for the student cannot be read back .* \(4\) must be equal to"
-    ):
-        check_it_can_be_read_back(config)
+    with pytest.raises(TeacherError, match=r"Qwen2Config does not allow this student: .* \(4\) must be equal to"):
+        check_config(config, "inherit")
 
 
-def test_errors_are_settings_or_teachers() -> None:
+def test_missing_layers_are_a_setting_error() -> None:
     with pytest.raises(SettingError):
         inherit(MODELS[BERT].make(), layers=[9])

@@ -1,4 +1,4 @@
-"""What `narrow` keeps: scores against slow references, dead units, groups of heads. Refusals are tested elsewhere."""
+"""Which units `narrow` keeps: scores against slow references, dead units, groups of heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BERT, LLAMA, T5 = "BertForSequenceClassification", "LlamaForCausalLM", "T5Encode
 
 
 def inputs_of(model: Any, module: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a module reads."""
+    """Return the input of a module."""
     seen: list[torch.Tensor] = []
     hook = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -27,8 +27,8 @@ def inputs_of(model: Any, module: str, batch: dict[str, torch.Tensor]) -> torch.
     return seen[0]
 
 
-def test_activation_is_the_size_of_what_a_neuron_gives() -> None:
-    """By hand: neuron j of position n gives x_nj times column j of the matrix that reads it; padding does not count."""
+def test_activation_is_the_size_of_a_neurons_contribution() -> None:
+    """Neuron j contributes x_nj times column j of the matrix that reads it at position n; padding does not count."""
     teacher, batch = teacher_of(BERT, layers=1), MODELS[BERT].batch()
     teacher.requires_grad_(False)
     module = "bert.encoder.layer.0.output.dense"
@@ -44,8 +44,8 @@ def test_activation_is_the_size_of_what_a_neuron_gives() -> None:
     assert not torch.equal(x, inputs_of(teacher, module, everywhere).double())
 
 
-def test_activation_is_the_size_of_what_a_head_gives() -> None:
-    """By hand, over two batches: the block of a head times its columns of the matrix that reads it."""
+def test_activation_is_the_size_of_a_heads_contribution() -> None:
+    """Over two batches: the block of a head times its columns of the matrix that reads it."""
     teacher = teacher_of("ViTForImageClassification", layers=1)
     image = MODELS["ViTForImageClassification"].batch()
     batches = [image, {"pixel_values": image["pixel_values"].flip(0)[:1] * 2}]
@@ -63,7 +63,7 @@ def test_activation_is_the_size_of_what_a_head_gives() -> None:
 
 @pytest.mark.parametrize("kind", ["heads", "intermediate"])
 def test_gradient_is_the_change_of_the_loss_by_the_gate(kind: str) -> None:
-    """By finite differences in float64: the units of each example are scaled by 1 ± 1e-4, and the loss looked at."""
+    """By finite differences in float64: the loss with the units of each example scaled by 1 ± 1e-4."""
     name = "ViTForImageClassification"
     teacher = teacher_of(name, layers=1).double().requires_grad_(False)
     batch = {"pixel_values": MODELS[name].batch()["pixel_values"].double(), "labels": torch.tensor([2, 0])}
@@ -95,7 +95,7 @@ def loss_with_gate(model: Any, module: str, units: int, unit: int, gate: float, 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient"])
 def test_dead_units_are_not_kept(importance: str) -> None:
-    """Heads 0 and 2 give nothing, neurons are never on or never read, channels are 0 throughout."""
+    """Heads 0 and 2 output 0, some neurons are always 0 or never read, some channels are always 0."""
     teacher = teacher_of(LLAMA, num_key_value_heads=4)
     with torch.no_grad():
         for layer in teacher.model.layers:
@@ -159,7 +159,7 @@ def test_heads_that_share_a_key_value_head() -> None:
 
 
 def test_a_convolution_in_groups_keeps_equally_many_of_each() -> None:
-    """Its weight, of which length and direction are stored apart, is the teacher's weight at those places."""
+    """Its weight, stored as length and direction, equals the teacher's weight at the kept channels."""
     name = "Wav2Vec2ForCTC"
     teacher = teacher_of(name)
     student, report = reported(narrow(teacher, hidden=12, heads=3, data=[MODELS[name].batch()]))
@@ -183,24 +183,24 @@ def test_whisper_keeps_the_alignment_heads_that_stay() -> None:
     assert f"alignment_heads: {len(expected)} of 5 were kept" in str(report)
 
 
-def test_data_may_hold_more_columns_and_gaps() -> None:
+def test_data_may_have_further_columns() -> None:
     _, report = reported(
         narrow(teacher_of(BERT), intermediate=8, data=[{**MODELS[BERT].batch(), "idx": torch.ones(2)}])
     )
-    assert len(report.kept) == 2 and report.fresh == () and "config.intermediate_size: 8 of 32" in str(report)
+    assert len(report.kept) == 2 and "config.intermediate_size: 8 of 32" in str(report)
     teacher = teacher_of(T5)
     assert narrow(teacher, heads=2, hidden=6, data=[MODELS[BERT].batch()]).config.d_kv == teacher.config.d_kv
 
 
-def test_a_width_that_sets_a_factor_is_noted() -> None:
+def test_a_factor_that_depends_on_the_width_is_noted() -> None:
     teacher = teacher_of("BartForConditionalGeneration", scale_embedding=True)
     data = [MODELS["BartForConditionalGeneration"].batch()]
     _, report = reported(narrow(teacher, hidden=4, heads=1, data=data))
     assert any("embed_scale is 2, in the teacher 4" in note for note in report.notes)
 
 
-def test_a_factor_in_a_buffer_is_the_students(tmp_path: Path) -> None:
-    """Gemma 2 multiplies its embeddings by √hidden, which no file holds: in memory as after reading the file."""
+def test_a_factor_in_a_buffer_follows_the_students_width(tmp_path: Path) -> None:
+    """Gemma 2 multiplies its embeddings by √hidden, which is not saved: the same in memory and after loading."""
     teacher, batch = OTHERS["Gemma2"].make(2), OTHERS["Gemma2"].batch()
     student, report = reported(narrow(teacher, hidden=12, heads=2, data=[batch]))
     student.save_pretrained(tmp_path)
@@ -212,7 +212,7 @@ def test_a_factor_in_a_buffer_is_the_students(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("importance", ["activation", "gradient"])
-def test_dtype_is_the_teachers(importance: str) -> None:
+def test_the_dtype_is_the_teachers(importance: str) -> None:
     teacher, data = teacher_of(BERT).to(torch.bfloat16), [{**MODELS[BERT].batch(), "labels": torch.tensor([0, 2])}]
     student = narrow(teacher, hidden=12, heads=3, intermediate=8, data=data, importance=importance)
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}

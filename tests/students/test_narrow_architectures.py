@@ -1,4 +1,4 @@
-"""`narrow` for every architecture: what is kept computes what it did, files read back, and the teacher stays."""
+"""`narrow` for every architecture: kept units compute the same, saving, and an unchanged teacher."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from hf_distill.students.narrow.narrow import narrow
 from tests.students.models import MODELS, Tiny, one_an_architecture, reported
 from tests.students.narrow_models import (
     HIDDEN,
-    MAKES_HEADS,
     N_HEADS,
     NEURONS,
     READS_HEADS,
     READS_NEURONS,
+    WRITES_HEADS,
+    error_for,
+    has_head_size,
     inner_axes,
-    is_free,
     masked,
-    refused,
     sizes_for,
     teacher_of,
 )
-from tests.students.test_matrix import outputs
+from tests.students.test_inherit_architectures import outputs
 
 NAMES = list(MODELS)
-CUTTABLE = [name for name in NAMES if refused(name, "hidden") is None]
+CUTTABLE = [name for name in NAMES if error_for(name, "hidden") is None]
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -50,8 +50,8 @@ def read_back(student: Any, tiny: Tiny, folder: Path) -> Any:
     return again.eval()
 
 
-@pytest.mark.parametrize("name", one_an_architecture(name for name in NAMES if refused(name, "intermediate") is None))
-def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", one_an_architecture(name for name in NAMES if error_for(name, "intermediate") is None))
+def test_kept_neurons_equal_the_teacher_with_the_others_masked(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
     neurons = 64 if "GPT2" in name else NEURONS
@@ -61,7 +61,7 @@ def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Pa
         assert len(kept) == 12 and list(kept) == sorted(set(kept))
         masks[module][list(kept)] = 1
     hooks = masked(teacher, READS_NEURONS, masks)
-    assert len(hooks) == len(masks)  # the table of names, made by hand, and what was found agree
+    assert len(hooks) == len(masks)  # the names written by hand and the names found agree
     theirs = outputs(teacher, batch)
     for hook in hooks:
         hook.remove()
@@ -69,8 +69,8 @@ def test_kept_neurons_are_the_teacher_without_the_others(name: str, tmp_path: Pa
     same(outputs(read_back(student, tiny, tmp_path), batch), outputs(student, batch), 1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if is_free(name)])
-def test_kept_heads_are_the_teacher_without_the_others(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if has_head_size(name)])
+def test_kept_heads_equal_the_teacher_with_the_others_masked(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
     student, report = reported(narrow(teacher, heads=2, data=[batch]))
@@ -92,7 +92,7 @@ def test_kept_heads_are_the_teacher_without_the_others(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", one_an_architecture(CUTTABLE))
 def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> None:
-    """Hidden states and heads together. By hand: what is 16 long is cut to the kept channels, except along heads."""
+    """Hidden states and heads together: axes of length 16 are cut to the kept channels, except along heads."""
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
     student, report = reported(narrow(teacher, **sizes_for(name), data=[batch]))
@@ -100,10 +100,10 @@ def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> N
     compared = 0
     for tensor_name, ours in student.state_dict().items():
         module = tensor_name.rpartition(".")[0]
-        if is_free(name) and (inner_axis(teacher, module) is not None or "relative_attention_bias" in module):
-            continue  # the test of heads has them
+        if has_head_size(name) and (inner_axis(teacher, module) is not None or "relative_attention_bias" in module):
+            continue  # see the test of heads
         if "pos_conv_embed" in tensor_name:
-            continue  # a convolution in groups, of which a test of its own speaks
+            continue  # a grouped convolution, which has its own test
         expected = theirs[tensor_name]
         for axis, (size, left) in enumerate(zip(expected.shape, ours.shape, strict=True)):
             if size != left:
@@ -115,7 +115,7 @@ def test_every_tensor_is_a_slice_of_the_teachers(name: str, tmp_path: Path) -> N
 
 
 def inner_axis(model: Any, module: str) -> int | None:
-    """The axis of a matrix along which heads lie; GPT-2 keeps its matrices the other way round."""
+    """Return the axis of a matrix along which heads lie; GPT-2 stores its matrices transposed."""
     axes = inner_axes(module)
     if "Conv1D" in type(model.get_submodule(module)).__name__:
         return next((1 - axis for axis in axes), None)
@@ -123,14 +123,14 @@ def inner_axis(model: Any, module: str) -> int | None:
 
 
 def positions(model: Any, name: str, axis: int, size: int, kept: dict[str, tuple[int, ...]]) -> torch.Tensor:
-    """The kept positions of an axis, in one or more blocks of 16: heads of 4 along heads, else the channels."""
+    """Return the kept positions of an axis, in blocks of 16: heads of 4 along heads, otherwise channels."""
     module, _, part = name.rpartition(".")
     heads = {reader: ids for readers, ids in kept.items() for reader in readers.split(", ")}
     channels = torch.tensor(heads.pop("hidden states"))
     if "relative_attention_bias" in module:
         return torch.tensor(next(iter(heads.values())))
     inner = inner_axis(model, module)
-    made_here = MAKES_HEADS.search(module) is not None
+    made_here = WRITES_HEADS.search(module) is not None
     if inner is not None and (made_here if part == "bias" else axis == inner):
         (ids,) = {tuple(ids) for reader, ids in heads.items() if same_attention(reader, module)}
         channels = torch.cat([torch.arange(4) + 4 * head for head in ids])
@@ -138,29 +138,31 @@ def positions(model: Any, name: str, axis: int, size: int, kept: dict[str, tuple
 
 
 def same_attention(reader: str, module: str) -> bool:
-    """Whether two matrices are of one attention: by layer, and by whether it looks at the encoder."""
+    """Whether two matrices belong to one attention: same layer, and both self- or both cross-attention."""
     ends = [re.sub(r"(output\.dense|self\.\w+|[^.]+)$", "", name) for name in (reader, module)]
     return ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("name", one_an_architecture(CUTTABLE))
-def test_all_units_give_the_teacher(name: str) -> None:
+def test_a_student_with_all_units_equals_the_teacher(name: str) -> None:
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
     student = narrow(teacher, hidden=HIDDEN, heads=N_HEADS, data=[batch])
     same(outputs(student, batch), outputs(teacher, batch), 1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if refused(name, "hidden") or refused(name, "intermediate")])
-def test_what_cannot_be_cut_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if error_for(name, "hidden") or error_for(name, "intermediate")]
+)
+def test_sizes_that_cannot_be_cut_are_errors(name: str) -> None:
     for kind, sizes in (("hidden", sizes_for(name)), ("intermediate", {"intermediate": 12})):
-        message = refused(name, kind)
+        message = error_for(name, kind)
         if message is not None:
             with pytest.raises(HfDistillError, match=message):
                 narrow(teacher_of(name), **sizes, data=[MODELS[name].batch()])
 
 
-# Each by itself is held for every architecture; both together for one of a kind, and slowly for all.
+# Each is tested alone for every architecture; both together for one of a kind, and for all in slow tests.
 COMPOSED = (
     *("BertForMaskedLM", "DistilBertForMaskedLM", "AlbertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"),
     *("T5ForConditionalGeneration", "WhisperForConditionalGeneration", "Wav2Vec2ForCTC", "ViTForImageClassification"),
@@ -171,11 +173,11 @@ COMPOSED = (
     "name", [pytest.param(name, marks=() if name in COMPOSED else pytest.mark.slow) for name in NAMES]
 )
 def test_depth_and_width_compose_in_both_orders(name: str, tmp_path: Path) -> None:
-    """The neurons of a layer are chosen by what that layer computes, so the two orders may choose others: both run."""
+    """Importance depends on what a layer computes, so the two orders may keep different neurons: both must work."""
     tiny = MODELS[name]
     teacher, batch = teacher_of(name), tiny.batch()
-    sizes = {} if refused(name, "hidden") else dict(sizes_for(name))
-    sizes |= {} if refused(name, "intermediate") else {"intermediate": 12}
+    sizes = {} if error_for(name, "hidden") else dict(sizes_for(name))
+    sizes |= {} if error_for(name, "intermediate") else {"intermediate": 12}
     depth = dict.fromkeys(tiny.stacks, 2 if name.startswith("Longformer") else 1)
     thin_then_short = inherit(narrow(teacher, **sizes, data=[batch]), **depth)
     short_then_thin = narrow(inherit(teacher, **depth), **sizes, data=[batch])
@@ -188,7 +190,7 @@ def test_depth_and_width_compose_in_both_orders(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "T5ForConditionalGeneration", "Wav2Vec2ForCTC", "LlamaForCausalLM"]
 )
-def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
+def test_the_teacher_and_the_random_state_do_not_change(name: str) -> None:
     tiny = MODELS[name]
     teacher = teacher_of(name).train()
     teacher.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""`inherit` for every architecture: which tensor holds what, what is written to disk, and that the teacher stays."""
+"""`inherit` for every architecture: the source of each tensor, saving, and an unchanged teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_distill.students import inherit
 from tests.students.models import LAYERS, MODELS, Tiny, one_an_architecture
 
 NAMES = list(MODELS)
-# What is asked for → the teacher layers, worked out by hand, for a teacher of 4 layers.
+# The argument, and the layers of a teacher with 4 layers that it selects, written by hand.
 CHOICES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "a number": (3, (0, 2, 3)),
     "a list": ([0, -2], (0, 2)),
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 
 def choices_in_turn() -> list[Any]:
-    """Every model with one of the choices, which are slow with the others."""
+    """Return every model with one of the choices; the other choices are slow."""
     return [
         pytest.param(name, choice, marks=() if turn % len(CHOICES) == number else pytest.mark.slow)
         for turn, name in enumerate(NAMES)
@@ -48,8 +48,8 @@ def outputs(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     }
 
 
-def assert_as(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    """To rounding: a product's sum may have another order where memory lies otherwise, as that of a file does."""
+def assert_close_outputs(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    """Compare up to rounding: loaded tensors may be laid out differently, which changes the order of sums."""
     assert one.keys() == two.keys() and one
     for key, value in one.items():
         near = 2e-2 if value.dtype == torch.bfloat16 else 1e-5
@@ -57,7 +57,7 @@ def assert_as(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> Non
 
 
 def source_of(name: str, tiny: Tiny, kept: tuple[int, ...]) -> str:
-    """The tensor of the teacher that a tensor of the student must equal: written without the code under test."""
+    """Return the teacher's tensor that a tensor of the student must equal, without the code under test."""
     for path in tiny.stacks.values():
         if path is not None and name.startswith(f"{path}."):
             layer, rest = name.removeprefix(f"{path}.").split(".", 1)
@@ -69,7 +69,7 @@ def source_of(name: str, tiny: Tiny, kept: tuple[int, ...]) -> str:
 
 
 @pytest.mark.parametrize(("name", "choice"), choices_in_turn())
-def test_every_tensor_is_the_chosen_one(name: str, choice: str) -> None:
+def test_every_tensor_comes_from_the_chosen_layer(name: str, choice: str) -> None:
     tiny = MODELS[name]
     asked, kept = CHOICES[choice]
     teacher = tiny.make()
@@ -77,7 +77,7 @@ def test_every_tensor_is_the_chosen_one(name: str, choice: str) -> None:
     theirs = teacher.state_dict()
     for tensor_name, tensor in student.state_dict().items():
         expected = theirs[source_of(tensor_name, tiny, kept)]
-        if tensor_name == "layer_weights":  # one for the embeddings, and one a layer
+        if tensor_name == "layer_weights":  # one for the embeddings, and one for each layer
             expected = expected[[0, *(layer + 1 for layer in kept)]]
         assert torch.equal(tensor, expected), tensor_name
         assert tensor.data_ptr() != expected.data_ptr(), tensor_name
@@ -86,14 +86,14 @@ def test_every_tensor_is_the_chosen_one(name: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize("name", one_an_architecture())
-def test_all_layers_give_the_teacher(name: str) -> None:
+def test_a_student_with_all_layers_equals_the_teacher(name: str) -> None:
     tiny = MODELS[name]
     teacher = tiny.make()
-    assert_as(outputs(inherited(tiny, teacher, LAYERS), tiny.batch()), outputs(teacher, tiny.batch()))
+    assert_close_outputs(outputs(inherited(tiny, teacher, LAYERS), tiny.batch()), outputs(teacher, tiny.batch()))
 
 
 @pytest.mark.parametrize("name", one_an_architecture())
-def test_a_saved_student_is_read_back(name: str, tmp_path: Path) -> None:
+def test_a_saved_student_loads_unchanged(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     student = inherited(tiny, tiny.make(), [0, -1])
     student.save_pretrained(tmp_path)
@@ -101,22 +101,22 @@ def test_a_saved_student_is_read_back(name: str, tmp_path: Path) -> None:
     assert not any(loading.values()), loading
     saved, read = student.state_dict(), again.state_dict()
     assert saved.keys() == read.keys() and all(torch.equal(read[key], value) for key, value in saved.items())
-    assert_as(outputs(again.eval(), tiny.batch()), outputs(student, tiny.batch()))
+    assert_close_outputs(outputs(again.eval(), tiny.batch()), outputs(student, tiny.batch()))
     assert again.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("name", one_an_architecture(name for name, tiny in MODELS.items() if len(tiny.stacks) == 1))
-def test_the_first_layers_compute_what_they_did(name: str) -> None:
-    """With the first two layers the inner hidden states are the teacher's: nothing around the layers changed."""
+def test_the_first_layers_compute_the_teachers_hidden_states(name: str) -> None:
+    """With the first two layers, the inner hidden states are the teacher's: nothing around the layers changed."""
     tiny = MODELS[name]
     teacher = tiny.make()
     ours, theirs = (outputs(model, tiny.batch()) for model in (inherited(tiny, teacher, [0, 1]), teacher))
     inner = [f"hidden_states.{index}" for index in (0, 1)]
-    assert_as({key: ours[key] for key in inner}, {key: theirs[key] for key in inner})
+    assert_close_outputs({key: ours[key] for key in inner}, {key: theirs[key] for key in inner})
 
 
 @pytest.mark.parametrize("name", one_an_architecture())
-def test_the_teacher_and_the_random_generators_stay(name: str) -> None:
+def test_the_teacher_and_the_random_state_do_not_change(name: str) -> None:
     tiny = MODELS[name]
     teacher = tiny.make().train()
     teacher.requires_grad_(False)
