@@ -86,7 +86,7 @@ class Distiller(_ChecksKeywords):
         task: reads predictions, rows and labels of a batch.
         teacher: the teacher, or None.
         learned: the parameters that the objectives learn.
-        has_other_label_names: whether the student's forward has other names for its labels than the task.
+        label_aliases: the student's name of each label of the task, if its forward has other names for them.
 
     Raises:
         SettingError: if a setting is not allowed, or does not go with student, teacher or task. Nothing is changed.
@@ -231,8 +231,7 @@ class Distiller(_ChecksKeywords):
         self._teacher_only = set(read) - set(self._student_names)
         own, known = self._label_names, task.label_names
         differ = own is not None and len(own) == len(known) and tuple(own) != known
-        self._label_aliases = dict(zip(known, own or (), strict=True)) if differ else {}
-        self.has_other_label_names = bool(self._label_aliases)
+        self.label_aliases = dict(zip(known, own or (), strict=True)) if differ else {}
         self._bound = student
 
     def _bind_teacher(self, teacher: Teacher, student: nn.Module, task: Task) -> None:
@@ -313,7 +312,7 @@ class Distiller(_ChecksKeywords):
             DataError: if a label is needed and missing, or is one that the head cannot take.
             SettingError: if the student has no trainable parameter, or every term has weight 0.
         """
-        if self._label_aliases:
+        if self.label_aliases:
             micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
         if not self._found_trainable and torch.is_grad_enabled():
             self._check_trainable()
@@ -390,7 +389,7 @@ class Distiller(_ChecksKeywords):
             HfDistillError: if the loss is not finite (see `FiniteCheck`).
         """
         step = step or self.begin_step([batch])
-        if self._label_aliases:
+        if self.label_aliases:
             batch = self.with_task_labels(batch)
         fused = None
         if self._fused_loss.is_possible and not keep_logits:
@@ -513,7 +512,7 @@ class Distiller(_ChecksKeywords):
 
     def with_task_labels(self, batch: Batch) -> Batch:
         """Return the batch with its labels also under the names that the task reads."""
-        aliases = self._label_aliases
+        aliases = self.label_aliases
         if not aliases or self.task.has_labels(batch) or any(batch.get(own) is None for own in aliases.values()):
             return batch
         return {**batch, **{name: batch[own] for name, own in aliases.items()}}
@@ -534,7 +533,7 @@ class Distiller(_ChecksKeywords):
         Features and labels are copies, so that a student that writes into them changes neither the batch nor what the
         teacher reads.
         """
-        aliases = self._label_aliases
+        aliases = self.label_aliases
         removed = self._teacher_only | (aliases.keys() - set(self._student_names))
         if not labels:
             batch, removed = self.task.without_labels(batch), removed | set(aliases.values())

@@ -20,7 +20,7 @@ from hf_distill.signals import Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import MAIN_INPUTS, batch_size, first_tensor
 
-_ADVICE = "Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
+ADVICE = "Look at that input; a half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
 CheckAt = Literal["loss", "gradient", "off"]
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 # Errors of a forward that does not support a single example; the search then skips this part.
@@ -192,7 +192,7 @@ def _fault_of_teacher(one: MicroBatch, signals: Signals | None, place: str) -> H
         if wrong.numel():
             return TeacherError(
                 f"the teacher's {read.what} of block {read.layer} hold {wrong[0].item()} ({place}). No step was "
-                f"made. {_ADVICE}"
+                f"made. {ADVICE}"
             )
     return None
 
@@ -200,7 +200,7 @@ def _fault_of_teacher(one: MicroBatch, signals: Signals | None, place: str) -> H
 def _fault_of_rows(task: Task, batch: Batch, predictions: Tensor, place: str) -> HfDistillError | None:
     rows, kept = task.select(predictions, batch), task.kept_rows(batch)
     looked_at = rows if kept is None else rows[kept]
-    wrong = _is_wrong(looked_at).any(-1)
+    wrong = is_nan_or_inf(looked_at).any(-1)
     if not bool(wrong.any()):
         return None
     first = int(wrong.nonzero()[0])
@@ -209,11 +209,11 @@ def _fault_of_rows(task: Task, batch: Batch, predictions: Tensor, place: str) ->
     value = looked_at[first][~torch.isfinite(looked_at[first])][0].item()
     return TeacherError(
         f"the teacher's logits hold {value} in example {row // rows_an_example}, row {row % rows_an_example} of "
-        f"it ({place}; {int(wrong.sum())} such rows in it). No step was made. {_ADVICE}"
+        f"it ({place}; {int(wrong.sum())} such rows in it). No step was made. {ADVICE}"
     )
 
 
-def _is_wrong(x: Tensor) -> Tensor:
+def is_nan_or_inf(x: Tensor) -> Tensor:
     """Return whether values are NaN or +inf; -inf marks a blocked column."""
     return torch.isnan(x) | (x == torch.inf)
 
@@ -255,8 +255,8 @@ def _example_alone(one: MicroBatch) -> str | None:
             except _FORWARD_ERRORS:
                 return None
             for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
-                if isinstance(value, Tensor) and value.is_floating_point() and bool(_is_wrong(value).any()):
-                    wrong = value[_is_wrong(value)].flatten()[0].item()
+                if isinstance(value, Tensor) and value.is_floating_point() and bool(is_nan_or_inf(value).any()):
+                    wrong = value[is_nan_or_inf(value)].flatten()[0].item()
                     return f"for example {example} alone, the student's {name} holds {wrong}"
     return None
 

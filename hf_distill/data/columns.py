@@ -43,10 +43,10 @@ def is_transformed(data: Any) -> bool:
     return isinstance(data, datasets.Dataset) and data.format["type"] == "custom"
 
 
-def label_column(columns: Iterable[str] | None) -> str | None:
-    """The one of these that transformers takes for the labels."""
+def label_column(columns: Iterable[str] | None, own: str | None = None) -> str | None:
+    """Return the column of labels: `own`, the student's name for them, or else a name that transformers knows."""
     there = set(columns or ())
-    return next((name for name in LABEL_COLUMNS if name in there), None)
+    return next((name for name in (own, *LABEL_COLUMNS) if name in there), None)
 
 
 def check_processed(data: Any, model: Any, *, whose: str, collator: Any = None, drops_columns: bool = True) -> None:

@@ -47,6 +47,7 @@ class LabelReader:
         config: the student's config, or None.
         data: a dataset of `datasets`, a list of examples, or whatever else torch reads.
         whose: what messages call the dataset.
+        aliases: the student's name of each label of the task, if its forward has other names for them.
         label_matching: "by_name" or "by_index": how a `ClassLabel`'s names are paired with the student's.
         as_trainer: the run is `Trainer`'s own (alpha=0, no objectives), so what `Trainer` can read is left as it is.
         evaluates: the dataset is evaluated on.
@@ -70,6 +71,7 @@ class LabelReader:
         data: Any,
         *,
         whose: str = "the training data",
+        aliases: Mapping[str, str] | None = None,
         label_matching: str = "by_name",
         as_trainer: bool = False,
         evaluates: bool = False,
@@ -100,7 +102,9 @@ class LabelReader:
         self._leave_out = False
         self._all_tokens = vars(task).get("_rows") == "attended"
         columns = columns_of(data)
-        self._column = label_column(columns)
+        self._aliases = aliases or {}
+        self._own_column = self._aliases.get("labels")
+        self._column = label_column(columns, self._own_column)
         if not task.reads_label_column:
             self._check_no_gaps(data, task, columns)
             return
@@ -131,7 +135,9 @@ class LabelReader:
         """
         if not self.changes or not all(isinstance(feature, Mapping) for feature in features):
             return features
-        self._column = self._column or label_column(name for feature in features for name in feature)
+        self._column = self._column or label_column(
+            (name for feature in features for name in feature), self._own_column
+        )
         column = self._column
         if column is None:
             return features
@@ -284,7 +290,7 @@ class LabelReader:
 
     def _match_names(self, data: Any, label_matching: str) -> None:
         """Pair the names of a `ClassLabel` with the student's."""
-        column = self._column or label_column(getattr(data, "column_names", None))
+        column = self._column or label_column(getattr(data, "column_names", None), self._own_column)
         feature = (getattr(data, "features", None) or {}).get(column)
         feature = getattr(feature, "feature", feature)
         if not isinstance(feature, datasets.ClassLabel):
@@ -449,7 +455,8 @@ class LabelReader:
             return
         text = _Unreadable(f"the labels of a {task} head are numbers, as tokenizer(text_target=...) makes them")
         gap = _Unreadable(f"a {task} head needs labels in every row. Leave the others out (dataset.filter)")
-        for column in (name for name in task.label_names if name in columns):
+        own = (self._aliases.get(name, name) for name in task.label_names)
+        for column in (name for name in own if name in columns):
             self._column, rows = column, 0
             held = data.data.column(column) if isinstance(data, datasets.Dataset) else None
             if held is not None and not held.null_count and not _is_text(held.type):

@@ -179,12 +179,12 @@ def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Map
 
 
 def reads_labels(trainer: DistillationMixin) -> bool:
-    """Return whether labels can be converted to the student's numbering: a known task with its usual label names.
+    """Return whether labels can be converted to the student's numbering, which needs a known task.
 
     A base trainer may make data loaders before there is a distiller.
     """
     distiller = getattr(trainer, "distiller", None)
-    return not (distiller is None or isinstance(distiller.task, UnknownTask) or distiller.has_other_label_names)
+    return not (distiller is None or isinstance(distiller.task, UnknownTask))
 
 
 def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args: Any) -> bool:
@@ -192,7 +192,7 @@ def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args:
     distiller = trainer.distiller
     task, alone = distiller.task, distiller.compares_nothing
     own = find_labels(type(unwrapped(model))) if args is None or args.label_names is None else args.label_names
-    if not distiller.uses_labels or distiller.has_other_label_names:
+    if not distiller.uses_labels or distiller.label_aliases:
         return False
     if alone and not set(task.label_names) <= set(own):  # a student's own loss may need no labels
         return False
@@ -206,6 +206,7 @@ def _reader_of(trainer: DistillationMixin, data: Any, model: Any, args: Any, who
         getattr(unwrapped(model), "config", None),
         data,
         whose=whose,
+        aliases=trainer.distiller.label_aliases,
         label_matching=setting(args, "label_matching"),
         as_trainer=not trainer.distiller.blending.ever_active(),
         evaluates=not trains,

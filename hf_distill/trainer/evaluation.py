@@ -23,6 +23,8 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import has_length
 
 from hf_distill.distiller import Distiller
+from hf_distill.errors import TeacherError
+from hf_distill.finite import ADVICE, is_nan_or_inf
 from hf_distill.models.packing import PackingCheck
 from hf_distill.objectives.logits import RowValues
 from hf_distill.signals import Needs, Signals
@@ -183,9 +185,14 @@ class TeacherMetrics:
         self._gather = gather
         # divergence, agreeing rows, rows; labelled rows, right by the teacher, by the student alone, by it alone
         self._sums = torch.zeros(7, dtype=torch.float64)
+        self._examples = 0  # over all processes
 
     def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
-        """Compare the outputs for a batch, and return the teacher's predictions."""
+        """Compare the outputs for a batch, and return the teacher's predictions.
+
+        Raises:
+            TeacherError: if a prediction of the teacher is NaN or inf, in all processes.
+        """
         task, match = distiller.task, distiller.logits_match
         student, teacher = distiller.student_signals(outputs, batch), distiller.teacher_signals(batch)
         found = match.per_row(student, teacher, task, batch, progress=1.0)
@@ -195,11 +202,22 @@ class TeacherMetrics:
         kept = found.kept
         if kept is None:
             kept = torch.arange(found.values.shape[0], device=found.values.device)
-        figures = [found.values, ours == theirs, torch.ones_like(ours), *_right(distiller, found, teacher, batch, kept)]
+        right = _right(distiller, found, teacher, batch, kept)
+        is_wrong = is_nan_or_inf(found.teacher.float().sum(-1))
+        figures = [found.values, ours == theirs, torch.ones_like(ours), *right, is_wrong]
         each = torch.stack([figure.float() for figure in figures], 1)
         sums = torch.zeros(examples, each.shape[1], device=each.device)
         sums.index_add_(0, kept // rows_an_example, each)
-        self._sums += self._gather(sums).cpu().double().sum(0)  # on the CPU: not every device has fp64
+        gathered = self._gather(sums).cpu().double()  # on the CPU: not every device has fp64
+        wrong = gathered[:, -1].nonzero().flatten().tolist()
+        if wrong:
+            raise TeacherError(
+                f"the teacher's predictions hold NaN or inf for example {self._examples + wrong[0]} of the evaluation "
+                f"({len(wrong)} such examples in its batch of {len(gathered)}), so student and teacher cannot be "
+                f"compared. {ADVICE}"
+            )
+        self._examples += len(gathered)
+        self._sums += gathered[:, :-1].sum(0)
         return teacher
 
     def read(self, *, on_values: bool) -> dict[str, float]:

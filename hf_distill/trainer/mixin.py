@@ -377,7 +377,7 @@ class DistillationMixin(_Trainer):
         if is_plain and (self._is_base_step or self._belongs_to_base([inputs])):
             return self._base_loss(model, inputs, return_outputs, num_items_in_batch)
         step = self._step if in_loop and self._step is not None else self._begin_step([inputs])
-        batch = self.distiller.with_task_labels(inputs) if self.distiller.has_other_label_names else inputs
+        batch = self.distiller.with_task_labels(inputs) if self.distiller.label_aliases else inputs
         found = self.distiller(
             model,
             batch,

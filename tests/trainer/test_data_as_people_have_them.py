@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_distill import (
     CachedTeacher,
@@ -234,6 +240,29 @@ def test_labels_are_matched_by_the_names_of_the_dataset(tmp_path: Path, name: st
     assert found["by_name"] == pytest.approx(expected, rel=1e-4)
     assert found["by_index"] == pytest.approx(cross_entropy(student(), ids(), labels), rel=1e-4)
     assert abs(found["by_name"] - found["by_index"]) > 0.1
+
+
+class OwnName(BertForSequenceClassification):
+    """Calls its labels `target`."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, target: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=target)
+
+
+@pytest.mark.parametrize("kind", ["another order", "words"])
+def test_labels_of_another_name_are_matched_too(tmp_path: Path, kind: str) -> None:
+    numbers = [0, 1, 2, 0, 1, 2, 0, 1]
+    data: Any = with_names(numbers, NAMES[::-1]) if kind == "another order" else rows([NAMES[2 - x] for x in numbers])
+    data = data if kind == "another order" else datasets.Dataset.from_list(data)
+    student = OwnName(named().config)
+    student.load_state_dict(named().state_dict())
+    trainer = make(
+        tmp_path, student, named(seed=1), train_dataset=data.rename_column("label", "target"), data_collator=None,
+        max_steps=1, per_device_train_batch_size=8, logging_steps=1, label_names=["target"],
+    )  # fmt: skip
+    trainer.train()
+    expected = cross_entropy(named(), ids(), [2 - x for x in numbers])
+    assert trainer.state.log_history[0]["loss/labels"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_at_alpha_0_the_numbers_are_trainers_and_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer, TeacherCache
+from hf_distill import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer, TeacherCache, TeacherError
 from hf_distill.teachers.cache import Dense, TopK
 from hf_distill.trainer.evaluation import TeacherPredictions
 from tests.heads import HEADS, Head, of_each_kind
@@ -91,6 +91,20 @@ def test_agreement_and_divergence_are_those_of_plain_torch(tmp_path, count: int,
     assert metrics["eval_teacher_agreement"] == pytest.approx(agreement)
     assert 0 < agreement < 1  # so that the comparison says something
     assert ("eval_loss" in metrics) == (labels is not None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_teacher_whose_predictions_are_not_finite_is_not_compared(tmp_path, value: float) -> None:
+    data, teacher = examples(7), bert(seed=4)
+    token = data[4]["input_ids"][0]
+    for example in data:
+        example["input_ids"] = [one + (one == token) for one in example["input_ids"]]
+    data[4]["input_ids"][0] = token
+    with torch.no_grad():
+        teacher.bert.embeddings.word_embeddings.weight[token] = value
+    trainer = asked(tmp_path, bert(), teacher, eval_dataset=data)
+    with pytest.raises(TeacherError, match=r"hold NaN or inf for example 4 of the evaluation \(1 such examples in its"):
+        trainer.evaluate()
 
 
 def test_the_loss_stays_that_of_the_task(tmp_path) -> None:
