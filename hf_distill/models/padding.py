@@ -1,9 +1,10 @@
 """PaddingCheck: tests once, with the first batches, whether a model reads padding.
 
-Two kinds of models do, in `Trainer` as well. The classification heads of decoders find the last token by
-`config.pad_token_id`, which may differ from the token that pads the batch. And models with absolute positions count
-them from left padding on. The first is corrected if the tokenizer is known, as `Trainer` does when training starts;
-otherwise a warning is logged, and the student trains as it would in `Trainer`.
+Three kinds of models do, in `Trainer` as well. The classification heads of decoders find the last token by
+`config.pad_token_id`, which may differ from the token that pads the batch. Models with absolute positions count them
+from left padding on. And some (XLNet) take the last position of a right-padded batch for the last token. The first is
+corrected if the tokenizer is known, as `Trainer` does when training starts; otherwise a warning is logged, and the
+student trains as it would in `Trainer`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ _EXACT, _ROUNDED = (
     0.3,
 )  # of the predictions' standard deviation; positions that are off by some make 0.08 and more
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+_BY_SIDE = {
+    "left": "positions are counted from the padding on, or the padding is read. Pad on the right "
+    '(tokenizer.padding_side = "right"), or let the collator add position_ids = (attention_mask.cumsum(-1) - 1)'
+    ".clamp(min=0), which both models then read",
+    "right": 'its last position is taken for the last token. Pad on the left (tokenizer.padding_side = "left")',
+}
 
 
 class PaddingCheck:
@@ -66,14 +73,17 @@ class PaddingCheck:
         models = [("student", self._student, batches)]
         if isinstance(getattr(teacher, "model", None), nn.Module):
             models.append(("teacher", unwrapped(teacher.model), [_read_by_teacher(batch) for batch in batches]))
-        found = [f"the {whose} ({type(model).__name__})" for whose, model, read in models if _sees_padding(model, read)]
-        if found:
-            logger.warning(
-                f"The batches are padded on the left and have no position_ids, and what {' and '.join(found)} makes of "
-                "a text changes with the padding before it: positions are counted from the padding on (as in Trainer), "
-                'or the padding is read. Pad on the right (tokenizer.padding_side = "right"), or let the collator add '
-                "position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0), which both models then read."
-            )
+        for side, cause_and_cure in _BY_SIDE.items():
+            found = [
+                f"the {whose} ({type(model).__name__})"
+                for whose, model, read in models
+                if (side == "left" or _takes_last_position(model)) and _reads_padding(model, read, side)
+            ]
+            if found:
+                logger.warning(
+                    f"The batches are padded on the {side} and have no position_ids, and the outputs of "
+                    f"{' and '.join(found)} for a text change with its padding, in Trainer too: {cause_and_cure}."
+                )
 
     def _align(self, batches: Sequence[Batch]) -> None:
         """Set the student's padding token, if its head finds the last token by it."""
@@ -99,41 +109,45 @@ class PaddingCheck:
 
 
 @torch.no_grad()
-def _sees_padding(model: Any, batches: Sequence[Batch]) -> bool:
-    """Return whether padding before a few tokens of these batches changes a model's outputs for them."""
-    batch = next((one for one in batches if _can_be_tried(model, one)), None)
+def _reads_padding(model: Any, batches: Sequence[Batch], side: str) -> bool:
+    """Return whether padding beside a few tokens of these batches, on one side, changes a model's outputs for them."""
+    batch = next((one for one in batches if _can_be_tried(model, one, side)), None)
     if batch is None:
         return False
     weight = next(model.parameters())
     ids, mask = (batch[name].to(weight.device) for name in ("input_ids", "attention_mask"))
-    padded = ((mask[:, 0] == 0) & (mask != 0).any(-1)).nonzero()
+    padded = ((mask[:, 0 if side == "left" else -1] == 0) & (mask != 0).any(-1)).nonzero()
     if isinstance(weight, DTensor) or not len(padded):
         return False
     row = int(padded[0])
-    real = ids[row][mask[row] != 0][:_LONGEST][None]
-    padding = ids[row][: min(_PADDING, int((mask[row] != 0).nonzero()[0]))][None]
+    attended = (mask[row] != 0).nonzero().flatten()
+    real = ids[row][attended][:_LONGEST][None]
+    beside = ids[row][: int(attended[0])] if side == "left" else ids[row][int(attended[-1]) + 1 :]
+    padding = beside[:_PADDING][None]
     decodes = "decoder_input_ids" in forward_names(model)
     answers = []
     with evaluating(model):
-        for before in (padding[:, :0], padding):
-            shown = torch.cat((before, real), 1)
-            attended = torch.cat((torch.zeros_like(before), torch.ones_like(real)), 1).to(mask.dtype)
+        for added in (padding[:, :0], padding):
+            parts = (added, real) if side == "left" else (real, added)
+            inputs = torch.cat(parts, 1)
+            attention = torch.cat([torch.full_like(part, part is real) for part in parts], 1).to(mask.dtype)
             decoded = {"decoder_input_ids": real[:, :1]} if decodes else {}
-            outputs = model(input_ids=shown, attention_mask=attended, **decoded)
-            answers.append(_predictions(outputs, width=shown.shape[1], count=before.shape[1]))
-    alone, beside = answers
-    if alone is None or beside is None or alone.shape != beside.shape:
+            outputs = model(input_ids=inputs, attention_mask=attention, **decoded)
+            start = added.shape[1] if side == "left" else 0
+            answers.append(_predictions(outputs, inputs.shape[1], slice(start, start + real.shape[1])))
+    alone, with_padding = answers
+    if alone is None or with_padding is None or alone.shape != with_padding.shape:
         return False
     allowed = _EXACT if weight.dtype in (torch.float32, torch.float64) else _ROUNDED
     spread = alone.std() if alone.numel() > 1 else alone.abs()
-    return bool((alone - beside).abs().max() > allowed * spread.clamp(min=1e-6))
+    return bool((alone - with_padding).abs().max() > allowed * spread.clamp(min=1e-6))
 
 
-def _can_be_tried(model: Any, batch: Batch) -> bool:
+def _can_be_tried(model: Any, batch: Batch, side: str) -> bool:
     names = set(forward_names(model))
     read = {name for name, value in batch.items() if name in names and isinstance(value, Tensor)}
     others = {name for name in read if not name.startswith(("decoder_", "labels")) and not name.endswith("positions")}
-    return {"input_ids", "attention_mask"} <= others <= _TRIED_WITH and _is_padded_left(batch)
+    return {"input_ids", "attention_mask"} <= others <= _TRIED_WITH and _is_padded(batch, side)
 
 
 def _read_by_teacher(batch: Batch) -> Batch:
@@ -150,6 +164,11 @@ def finds_last_token(model: Any) -> bool:
         return False
 
 
+def _takes_last_position(model: Any) -> bool:
+    """Return whether a head may take the last position of a batch for the last token of each text, as XLNet's does."""
+    return getattr(getattr(model, "config", None), "summary_type", None) == "last"
+
+
 def _padded_with(batches: Sequence[Batch], expected: int) -> int | None:
     """Return the id at padded positions if it is not the expected one, else None."""
     for batch in batches:
@@ -161,17 +180,16 @@ def _padded_with(batches: Sequence[Batch], expected: int) -> int | None:
     return None
 
 
-def _is_padded_left(batch: Batch) -> bool:
+def _is_padded(batch: Batch, side: str) -> bool:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)) or ids.dim() != 2 or ids.shape != mask.shape:
         return False
-    return batch.get("position_ids") is None and bool((mask[:, 0] == 0).any())
+    return batch.get("position_ids") is None and bool((mask[:, 0 if side == "left" else -1] == 0).any())
 
 
-def _predictions(outputs: Any, *, width: int, count: int) -> Tensor | None:
-    """Return the first output that is not a loss, without the padded positions."""
+def _predictions(outputs: Any, width: int, real: slice) -> Tensor | None:
+    """Return the first output that is not a loss; of one with an entry for each position, the real ones."""
     for name, value in outputs.items() if isinstance(outputs, Mapping) else ():
         if name != "loss" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-            along = value[:, count:] if value.shape[1] == width else value
-            return along.float()
+            return (value[:, real] if value.shape[1] == width else value).float()
     return None

@@ -85,7 +85,7 @@ class CTC(PositionTask):
         return (
             f"the labels of example {first} need {int(needed[first])} frames (one a label, and a blank between equal "
             f"neighbours), and its input makes {int(frames[first])}"
-            f"{f'; {others} more examples of the micro-batch are like that' if others else ''}. CTC cannot spell them: "
+            f"{f'; {others} more examples of the batch are like that' if others else ''}. CTC cannot spell them: "
             "the loss is infinite. Leave such examples out, or set student.config.ctc_zero_infinity=True, with which "
             "they count as 0 and are counted in the log (ctc_labels_too_long)"
         )

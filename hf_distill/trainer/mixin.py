@@ -521,10 +521,22 @@ class DistillationMixin(_Trainer):
         found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
         if compares:
             compare_with_teacher(self, model, inputs, found)
+        if found[0] is not None:
+            self._warn_of_infinite_loss(inputs)
         self._evaluated_outputs = None
         if each_once is not None and found[0] is not None:
             each_once.loss_is_next()
         return found
+
+    def _warn_of_infinite_loss(self, inputs: Any) -> None:
+        batch = self.distiller.with_task_labels(inputs)
+        fault = self.distiller.task.label_fault(batch) if self.distiller.finds_labels(batch) else None
+        if fault is not None and "infinite loss" not in self._warnings_given:
+            self._warnings_given |= {"infinite loss"}
+            logger.warning(
+                f"In a batch of the evaluation {fault}. Until then, Trainer leaves the batches of such examples out of "
+                "eval_loss (logging_nan_inf_filter), or reports an infinite one."
+            )
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
         """As the trainer's own, each example once; `evaluate_with_teacher` adds metrics of the teacher.

@@ -6,6 +6,7 @@ What a teacher says that is no number: `test_no_number`. Several processes: `tes
 from __future__ import annotations
 
 import logging
+import math
 from itertools import product
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_a_text_of_more_than_its_frames_is_named(tmp_path, name: str, alpha: flo
         "No step was made.",
     ):
         assert words in said, (words, said)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_evaluation_names_labels_that_need_more_frames(tmp_path, caplog, alpha: float, filtered: bool) -> None:
+    head = HEADS["wav2vec2_ctc_mean"]
+    data = sounds(head, 8, wrong=3, fault="labels")
+    trainer = make(
+        tmp_path, head.make(), head.make(seed=1), train_dataset=data, eval_dataset=data, data_collator=head.collate,
+        alpha=alpha, per_device_eval_batch_size=2, logging_nan_inf_filter=filtered,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "hf_distill.trainer.mixin"):
+        assert math.isinf(trainer.evaluate()["eval_loss"]) is not filtered
+        trainer.evaluate()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("In a batch of the evaluation the labels of example 1 need 59 frames")
 
 
 def test_with_a_cached_teacher_too(tmp_path) -> None:

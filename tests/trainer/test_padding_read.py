@@ -120,10 +120,38 @@ def test_a_teacher_with_absolute_positions(caplog, own: bool) -> None:
     with caplog.at_level(logging.WARNING, LOGGER):
         Distiller(student, teacher, alpha=1.0).begin_step([batch])
         (record,) = caplog.records
-        assert "and what the teacher (GPT2ForSequenceClassification) makes of" in record.getMessage()
+        assert "the outputs of the teacher (GPT2ForSequenceClassification) for a text" in record.getMessage()
         caplog.clear()
         on_the_right = {**left, **{f"teacher_{name}": value for name, value in right.items()}} if own else right
         Distiller(student, teacher, alpha=1.0).begin_step([on_the_right])
+    assert not caplog.records
+
+
+def xlnet(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = hf.XLNetConfig(
+        vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=3, dropout=0.0, summary_last_dropout=0.0,
+        pad_token_id=0,
+    )  # fmt: skip
+    return hf.XLNetForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_xlnet_takes_the_last_position_for_the_last_token(caplog, side: str) -> None:
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Distiller(xlnet(0), xlnet(1), alpha=1.0).begin_step([on(side)(ROWS)])
+    assert len(caplog.records) == (side == "right")
+    if side == "right":
+        both = "the student (XLNetForSequenceClassification) and the teacher (XLNetForSequenceClassification)"
+        assert both in caplog.text and 'tokenizer.padding_side = "left"' in caplog.text
+
+
+def test_xlnet_of_tokens_does_not_read_padding_on_the_right(caplog) -> None:
+    models = [hf.XLNetForTokenClassification(xlnet(seed).config) for seed in (0, 1)]
+    batch = on("right")([{**row, "labels": row["input_ids"]} for row in TEXTS])
+    batch["labels"] = batch["labels"].clamp(max=2)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        Distiller(*models, alpha=1.0).begin_step([batch])
     assert not caplog.records
 
 
@@ -133,7 +161,7 @@ def test_a_regression_and_rows_without_a_token(caplog) -> None:
     batch["attention_mask"][0] = 0
     with caplog.at_level(logging.WARNING, LOGGER):
         Distiller(student, made("llama", pad=0, num_labels=1), alpha=1.0).begin_step([batch])
-    assert "the student (GPT2ForSequenceClassification) makes of" in caplog.text
+    assert "the outputs of the student (GPT2ForSequenceClassification) for a text" in caplog.text
 
 
 def test_nothing_is_tried_without_a_teacher(tmp_path, caplog) -> None:
