@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import datasets
@@ -29,3 +30,14 @@ Data: TypeAlias = datasets.Dataset | datasets.IterableDataset | torch.utils.data
 
 ProcessingClass: TypeAlias = PreTrainedTokenizerBase | FeatureExtractionMixin | ImageProcessingMixin | ProcessorMixin
 """A tokenizer, feature extractor, image processor or processor, as `Trainer(processing_class=)` takes it."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Annotates a setting that is a name in a catalogue, to which users may add: `Annotated[str, OneOf(CATALOGUE)]`.
+
+    Attributes:
+        choices: the catalogue.
+    """
+
+    choices: Collection[str]

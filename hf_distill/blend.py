@@ -118,7 +118,7 @@ class Blend:
         temperature: float | Schedule,
         alpha: float | Schedule | None,
         divergence: str | Divergence | None,
-        divergence_kwargs: Mapping[str, Any] | None,
+        divergence_kwargs: Mapping[str, float] | None,
     ) -> None:
         """Set alpha and the objective on the logits; the other objectives stay."""
         softening = checked_schedule("temperature", temperature)

@@ -21,6 +21,7 @@ from hf_distill.ddp import forget_gradients_but, parameters_of, scale_of, severa
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
 from hf_distill.finite import CheckAt, FiniteCheck, MicroBatch
 from hf_distill.functional import Divergence
+from hf_distill.functional.properties import DivergenceName
 from hf_distill.fused_forward import FusedForward, FusedLoss
 from hf_distill.label_agreement import LabelAgreement
 from hf_distill.learned import Learned
@@ -110,8 +111,8 @@ class Distiller(_ChecksKeywords):
         *,
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
-        divergence: str | Divergence | None = None,
-        divergence_kwargs: Mapping[str, Any] | None = None,
+        divergence: DivergenceName | Divergence | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
         task: Task | str | None = None,
         processing_class: Any = None,
         objectives: Objectives = None,
@@ -145,8 +146,8 @@ class Distiller(_ChecksKeywords):
         *,
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
-        divergence: str | Divergence | None = None,
-        divergence_kwargs: Mapping[str, Any] | None = None,
+        divergence: DivergenceName | Divergence | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
     ) -> None:
         """Change alpha, the temperature and the divergence, also while a training runs.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from hf_distill.errors import SettingError, did_you_mean
 
@@ -188,7 +188,8 @@ class LayerMap:
         return f"{self.student_layers} of {self.teacher_layers} layers: {links}"
 
 
-NAMED = ("even", "first", "last", "first_last", "skip")
+MapName: TypeAlias = Literal["even", "first", "last", "first_last", "skip"]
+NAMED: tuple[MapName, ...] = get_args(MapName)
 
 
 def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> LayerMap:

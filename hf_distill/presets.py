@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, Objective, RelationMatch
 from hf_distill.objectives.attention import Heads
+from hf_distill.objectives.hidden import Projection
 from hf_distill.objectives.layers import Layers
 
 Factory = Callable[[], Sequence[Objective]]
+Overrides: TypeAlias = Mapping[str, bool | int | float | str | None]
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ def tinybert(
     layers: Layers = "skip",
     heads: Heads | None = None,
     temperature: float = 1.0,
-    intermediate: Mapping[str, Any] | None = None,
-    prediction: Mapping[str, Any] | None = None,
+    intermediate: Overrides | None = None,
+    prediction: Overrides | None = None,
 ) -> Preset:
     """Return TinyBERT's preset: attention scores, hidden states and embeddings without labels, then predictions.
 
@@ -179,7 +181,7 @@ def pkd(
     alpha: float = 0.5,
     temperature: float = 10.0,
     width: int = 768,
-    projection: str = "none",
+    projection: Projection = "none",
 ) -> Preset:
     """Return PKD's preset: labels, logits, and the direction of [CLS] in every layer but the last.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated, TypeAlias
 
+from hf_distill._types import OneOf
 from hf_distill.errors import SettingError, did_you_mean
 
 Schedule = Callable[[float], float]
@@ -44,6 +46,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear": linear,
     "cosine": cosine,
 }
+ScheduleName: TypeAlias = Annotated[str, OneOf(SCHEDULES)]
 # Names in other libraries; only proposed in messages.
 _ALSO_CALLED = {
     **dict.fromkeys(("linear_decay", "linear_warmup", "lerp"), "linear"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class LossSum:
         return self.value / denominator
 
 
+Side: TypeAlias = Literal["encoder", "decoder"]
+
 HIDDEN, LAST_HIDDEN = "hidden", "last_hidden"
 ATTENTION = "attention"
 RELATED = ("queries", "keys", "values")
@@ -63,7 +65,7 @@ class ActivationKey(NamedTuple):
 
     what: str
     layer: int = 0
-    side: str | None = None
+    side: Side | None = None
     stack: str | None = None
 
 

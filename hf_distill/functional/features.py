@@ -9,11 +9,13 @@ gradient 0, never NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_distill._types import OneOf
 from hf_distill.errors import SettingError
 from hf_distill.functional.properties import Properties, catalogue, check_within
 from hf_distill.functional.rows import in_full_precision
@@ -22,6 +24,7 @@ Distance = Callable[..., Tensor]
 TOO_SHORT = 1e-30  # a shorter vector counts as zero: its inverse length would leave the range of fp32
 
 DISTANCES: dict[str, Distance] = {}
+DistanceName: TypeAlias = Annotated[str, OneOf(DISTANCES)]
 DISTANCE_PROPERTIES: dict[str, Properties] = {}
 # Names used by papers and other libraries. They are not accepted, only suggested in error messages.
 DISTANCE_ALIASES = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from hf_distill._types import OneOf
 from hf_distill.errors import SettingError
 
 Divergence = Callable[..., Tensor]
@@ -51,6 +52,7 @@ class DivergenceProperties(Properties):
 
 
 DIVERGENCES: dict[str, Divergence] = {}
+DivergenceName: TypeAlias = Annotated[str, OneOf(DIVERGENCES)]
 PROPERTIES: dict[str, DivergenceProperties] = {}
 # Names used by papers and other libraries. They are not accepted, only suggested in error messages.
 DIVERGENCE_ALIASES: dict[str, str] = {

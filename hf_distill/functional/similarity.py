@@ -10,11 +10,13 @@ Too few examples give 0, with a graph. For relations within a sequence see `rela
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_distill._types import OneOf
 from hf_distill.errors import SettingError
 from hf_distill.functional.features import TOO_SHORT, unit_vectors
 from hf_distill.functional.properties import Properties, catalogue
@@ -23,6 +25,7 @@ from hf_distill.functional.rows import in_full_precision
 Similarity = Callable[..., Tensor]
 
 SIMILARITIES: dict[str, Similarity] = {}
+SimilarityName: TypeAlias = Annotated[str, OneOf(SIMILARITIES)]
 SIMILARITY_PROPERTIES: dict[str, Properties] = {}
 # Names used by papers. They are not accepted, only suggested in error messages.
 SIMILARITY_ALIASES = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.models.generation import evaluating
 from hf_distill.models.stacks import REFUSALS, Stack, depth_of, empty_like, find_stacks, module_lists, shares_layers
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Side
 from hf_distill.tasks.infer import main_input_of, unwrapped
 
 _IMAGE, _SOUND = "pixel_values", "input_values"
@@ -200,7 +200,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
         yield getattr(config, name, None)
 
 
-SIDES = ("encoder", "decoder")
+SIDES: tuple[Side, ...] = get_args(Side)
 _TIME_FIRST = ("xlnet", "fsmt")  # a square mask would silently fit the wrong way round
 # Their blocks compute on a multiple of an attention window or a chunk: the input is padded at its end inside the model,
 # and what the model returns is cut again. `tests/models/test_padded_inside.py` compares each with padding outside.
@@ -244,7 +244,7 @@ class Blocks:
         return self.width if found is None else found.width
 
 
-def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack: str | None = None) -> Blocks:
+def find_blocks(model: nn.Module, *, whose: str, side: Side | None = None, stack: str | None = None) -> Blocks:
     """Return the blocks of one side of a model.
 
     Args:
@@ -278,7 +278,7 @@ def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack:
     return _blocks(model, chosen.name, modules, len(modules))
 
 
-def _of_side(model: Any, stacks: list[Stack], side: str | None, whose: str) -> Stack:
+def _of_side(model: Any, stacks: list[Stack], side: Side | None, whose: str) -> Stack:
     if len(stacks) == 1:
         only = stacks[0]
         if side is None or not model.config.is_encoder_decoder or only.side in (None, side):
@@ -294,7 +294,7 @@ def _of_side(model: Any, stacks: list[Stack], side: str | None, whose: str) -> S
     )
 
 
-def _named(model: nn.Module, path: str, whose: str, side: str | None) -> Blocks:
+def _named(model: nn.Module, path: str, whose: str, side: Side | None) -> Blocks:
     lists = module_lists(model)
     try:
         found = model.get_submodule(path)

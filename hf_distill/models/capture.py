@@ -15,7 +15,7 @@ from hf_distill._compat import observing_attention
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.blocks import Blocks, as_positions, ended_in, find_blocks, passed_on
-from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
+from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey, Side
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class ActivationCapture:
         """Return the `bos_token_id` of its config."""
         return start_token_of(getattr(self._model, "config", None))
 
-    def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
+    def blocks(self, side: Side | None = None, stack: str | None = None) -> Blocks:
         """Return the blocks of a side; raise SettingError if they are not found, listing the candidates."""
         if (side, stack) not in self._found:
             self._found[side, stack] = find_blocks(self._model, whose=self.whose, side=side, stack=stack)

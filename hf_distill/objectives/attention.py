@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from hf_distill.models.blocks import Blocks
 from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
-from hf_distill.signals import ATTENTION, Signals
+from hf_distill.signals import ATTENTION, Side, Signals
 
 _COMPARED = {"scores": score_distance, "probabilities": attention_kl}
-Heads = str | Sequence[int] | Sequence[Sequence[int]]
+Heads = Literal["grouped"] | Sequence[int] | Sequence[Sequence[int]]
 
 
 class AttentionMatch(LayerObjective):
@@ -54,10 +54,10 @@ class AttentionMatch(LayerObjective):
         self,
         layers: Layers = "even",
         *,
-        distance: str = "scores",
+        distance: Literal["scores", "probabilities"] = "scores",
         heads: Heads | None = None,
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str | None = None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,
@@ -100,7 +100,7 @@ class AttentionMatch(LayerObjective):
                 f"AttentionMatch: heads names {len(self.heads)} student heads; the student has {ours}. Give one entry "
                 "for each."
             )
-        map_heads(torch.zeros(1, theirs, 1, 1), self.heads)  # type: ignore[arg-type]  # not a str here
+        map_heads(torch.zeros(1, theirs, 1, 1), self.heads)
         return list(self.heads)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:

@@ -19,10 +19,10 @@ from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.objectives.layers import ValidPositions, checked_weight
 from hf_distill.objectives.logits import kept_of
 from hf_distill.schedules import Schedule, checked_schedule
-from hf_distill.signals import HIDDEN, ActivationKey, LossSum, Needs, Signals
+from hf_distill.signals import HIDDEN, ActivationKey, LossSum, Needs, Side, Signals
 from hf_distill.tasks import Batch, Classification, Task
 from hf_distill.tasks.base import batch_size, rows_of
-from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
+from hf_distill.tasks.regression import POOLING, POOLING_ALIASES, Pooling
 
 
 class ExitHead(nn.Module):
@@ -81,9 +81,9 @@ class ExitMatch(Objective):
         alpha: float = 0.3,
         temperature: float = 3.0,
         feature_weight: float = 0.0,
-        pooling: str = "mean",
+        pooling: Pooling = "mean",
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str = "exits",
         student_stack: str | None = None,
     ) -> None:

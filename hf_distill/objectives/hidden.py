@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hf_distill.errors import SettingError, did_you_mean
-from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance
+from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance, DistanceName
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
 from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, Signals
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, Side, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.regression import POOLING_ALIASES
 
-PROJECTIONS = ("auto", "linear", "shared", "none")
+Projection: TypeAlias = Literal["auto", "linear", "shared", "none"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 class Projections(nn.Module):
@@ -90,8 +91,8 @@ def _one_for_all(widths: Mapping[str, tuple[int | None, int | None]]) -> dict[st
     return {"all": pairs[0]}
 
 
-Pooling = Literal["first", "last"]
-POOLINGS: tuple[str, ...] = get_args(Pooling)
+Position: TypeAlias = Literal["first", "last"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
 class HiddenMatch(LayerObjective):
@@ -137,13 +138,13 @@ class HiddenMatch(LayerObjective):
         self,
         layers: Layers | None = "even",
         *,
-        distance: str = "mean_squared",
-        distance_kwargs: Mapping[str, Any] | None = None,
-        projection: str = "auto",
-        pooling: Pooling | None = None,
+        distance: DistanceName = "mean_squared",
+        distance_kwargs: Mapping[str, float] | None = None,
+        projection: Projection = "auto",
+        pooling: Position | None = None,
         embeddings: bool = False,
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str | None = None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,
@@ -158,9 +159,9 @@ class HiddenMatch(LayerObjective):
             student_stack=student_stack,
             teacher_stack=teacher_stack,
         )
-        if pooling not in (None, *POOLINGS):
-            hint = did_you_mean(pooling, POOLINGS, POOLING_ALIASES)
-            raise SettingError(f"HiddenMatch: pooling={pooling!r}: allowed are {', '.join(POOLINGS)}, or None.{hint}")
+        if pooling not in (None, *POSITIONS):
+            hint = did_you_mean(pooling, POSITIONS, POOLING_ALIASES)
+            raise SettingError(f"HiddenMatch: pooling={pooling!r}: allowed are {', '.join(POSITIONS)}, or None.{hint}")
         self.distance = distance
         self.distance_kwargs = dict(distance_kwargs or {})
         self.projection = projection
@@ -221,9 +222,9 @@ class CosineEmbedding(HiddenMatch):
     def __init__(
         self,
         *,
-        projection: str = "auto",
+        projection: Projection = "auto",
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str | None = None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.layer_map import LayerMap, Link, resolved_map
+from hf_distill.layer_map import LayerMap, Link, MapName, resolved_map
 from hf_distill.models.blocks import Blocks
 from hf_distill.models.capture import AttentionRecord, layerdrop_of
 from hf_distill.models.positions import PositionRule, check_positions
 from hf_distill.objectives.base import Objective, ObjectiveSetup
 from hf_distill.schedules import PROGRESS, Schedule, constant
-from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, LossSum, Needs, Signals
+from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, LossSum, Needs, Side, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size
 
-Layers = str | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
+Layers = MapName | LayerMap | Sequence[tuple[int, int] | tuple[int, int, float]]
 
 
 class LayerObjective(Objective):
@@ -51,7 +51,7 @@ class LayerObjective(Objective):
         layers: Layers,
         *,
         weight: float | Schedule,
-        side: str | None,
+        side: Side | None,
         name: str | None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.features import DISTANCES
+from hf_distill.functional.properties import DivergenceName
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import (
     OUTCOME_DIVERGENCES,
@@ -76,9 +77,9 @@ class LogitsMatch(Objective):
 
     def __init__(
         self,
-        divergence: str | Divergence | None = None,
+        divergence: DivergenceName | Divergence | None = None,
         *,
-        divergence_kwargs: Mapping[str, Any] | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
         temperature: Schedule | None = None,
     ) -> None:
         self.temperature = temperature or constant(2.0)
@@ -139,7 +140,7 @@ class LogitsMatch(Objective):
         kept = kept_of(q, task, batch)
         if kept is not None:
             q, p = q.index_select(0, kept), p.index_select(0, kept)
-        keywords = dict(self.divergence_kwargs)
+        keywords: dict[str, Any] = dict(self.divergence_kwargs)
         if properties.wants_target:
             target = task.targets(batch)
             if target is not None:

@@ -14,7 +14,7 @@ from hf_distill.models.blocks import Blocks
 from hf_distill.objectives.base import ObjectiveSetup
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions, checked_weight
 from hf_distill.schedules import Schedule
-from hf_distill.signals import RELATED, Signals
+from hf_distill.signals import RELATED, Side, Signals
 
 
 class RelationMatch(LayerObjective):
@@ -50,7 +50,7 @@ class RelationMatch(LayerObjective):
         relations: Sequence[str] | Mapping[str, float] = RELATED,
         relation_heads: int | None = None,
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str | None = None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_distill.errors import SettingError, did_you_mean
-from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES
+from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES, SimilarityName
 from hf_distill.layer_map import Link
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
-from hf_distill.signals import HIDDEN, Signals
+from hf_distill.signals import HIDDEN, Side, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.regression import POOLING, POOLING_ALIASES
+from hf_distill.tasks.regression import POOLING, POOLING_ALIASES, Pooling
 
 
 class SimilarityMatch(LayerObjective):
@@ -43,10 +43,10 @@ class SimilarityMatch(LayerObjective):
         self,
         layers: Layers = ((-1, -1),),
         *,
-        distance: str = "similarity_preserving",
-        pooling: str = "mean",
+        distance: SimilarityName = "similarity_preserving",
+        pooling: Pooling = "mean",
         weight: float | Schedule = 1.0,
-        side: str | None = None,
+        side: Side | None = None,
         name: str | None = None,
         student_stack: str | None = None,
         teacher_stack: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, r
 from hf_distill.tasks.classification import check_no_ignored
 from hf_distill.vocabulary import HeadAlignment
 
-POOLING = ("mean", "first", "last")
+Pooling: TypeAlias = Literal["mean", "first", "last"]
+POOLING: tuple[Pooling, ...] = get_args(Pooling)
 POOLING_ALIASES = {"cls": "first", "average": "mean", "avg": "mean", "eos": "last", "lasttoken": "last"}
 
 
@@ -63,7 +64,7 @@ class Embedding(Task):
     on_values = True
     needs_same_inputs = False
 
-    def __init__(self, pooling: str = "mean") -> None:
+    def __init__(self, pooling: Pooling = "mean") -> None:
         if pooling not in POOLING:
             hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
             raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")

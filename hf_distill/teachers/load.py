@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import transformers
@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
+from hf_distill._types import OneOf
 from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
 from hf_distill.tasks.infer import TASKS, kind_of_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DtypeName: TypeAlias = Annotated[str, OneOf(DTYPES)]
 # What people call them; only proposed in messages.
 DTYPE_ALIASES = {
     **dict.fromkeys(("fp32", "float", "f32", "torch.float32", "full"), "float32"),

@@ -14,12 +14,13 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, check_keywords, did_you_mean
+from hf_distill.functional.properties import DivergenceName
 from hf_distill.objectives import LogitsMatch
 from hf_distill.objectives.logits import divergence_name
-from hf_distill.schedules import Schedule, checked_schedule, make_schedule
-from hf_distill.teachers.load import as_dtype
+from hf_distill.schedules import Schedule, ScheduleName, checked_schedule, make_schedule
+from hf_distill.teachers.load import DtypeName, as_dtype
 from hf_distill.teachers.quantised import as_setting
-from hf_distill.vocabulary import LABEL_MATCHING
+from hf_distill.vocabulary import LABEL_MATCHING, LabelMatching
 
 _OF_THE_TRAINER = {
     name: f"It is a keyword of the trainer: DistillationTrainer({name}=...)."
@@ -47,7 +48,7 @@ class DistillationArgumentsMixin:
             "None (in Python): the objectives alone."
         },
     )
-    divergence: str | None = field(
+    divergence: DivergenceName | None = field(
         default=None,
         metadata={
             "help": "forward_kl, reverse_kl, jensen_shannon, … Default: forward_kl on logits, mean_squared_error on "
@@ -57,19 +58,19 @@ class DistillationArgumentsMixin:
     divergence_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Settings of the divergence, as JSON: {"beta": 0.3}.'}
     )
-    temperature_schedule: str = field(
+    temperature_schedule: ScheduleName = field(
         default="constant",
         metadata={"help": "constant, linear or cosine, from temperature to temperature_end."},
     )
     temperature_end: float | None = field(
         default=None, metadata={"help": "Temperature at the end of training, for a schedule."}
     )
-    alpha_schedule: str = field(
+    alpha_schedule: ScheduleName = field(
         default="constant",
         metadata={"help": "constant, linear or cosine, from alpha to alpha_end."},
     )
     alpha_end: float | None = field(default=None, metadata={"help": "alpha at the end of training, for a schedule."})
-    teacher_dtype: str | None = field(
+    teacher_dtype: DtypeName | None = field(
         default=None,
         metadata={
             "help": "float32, bfloat16, float16 or auto (the checkpoint's). Default: auto, under the student's mixed "
@@ -105,7 +106,7 @@ class DistillationArgumentsMixin:
         default=None,
         metadata={"help": "Learning rate of the projections that objectives learn. Default: learning_rate."},
     )
-    label_matching: str = field(
+    label_matching: LabelMatching = field(
         default="by_name",
         metadata={"help": "How the labels of two classification heads are paired: by_name (label2id) or by_index."},
     )

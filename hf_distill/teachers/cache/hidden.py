@@ -24,6 +24,7 @@ from hf_distill.signals import (
     ActivationKey,
     LossSum,
     Needs,
+    Side,
     Signals,
 )
 from hf_distill.tasks import Batch, Task
@@ -231,7 +232,7 @@ def describe_activations(
     }
 
 
-def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -> Json:
+def _facts_of(capture: ActivationCapture, side: Side | None, stack: str | None) -> Json:
     try:
         blocks = capture.blocks(side, stack)
     except SettingError:
@@ -286,7 +287,7 @@ class CachedActivations:
         self.start_token = start_token
         self.kept = stored_activations(description)
 
-    def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
+    def blocks(self, side: Side | None = None, stack: str | None = None) -> Blocks:
         """Return what is known of a list of blocks, as `ActivationCapture.blocks` does.
 
         Raises:
@@ -336,7 +337,7 @@ class CachedActivations:
             raise TeacherError(f"the cache holds {found}, and an objective compares {compared}. {_REBUILD}")
         return found
 
-    def _stack(self, side: str | None, stack: str | None) -> Mapping[str, Any]:
+    def _stack(self, side: Side | None, stack: str | None) -> Mapping[str, Any]:
         if self._description is None:
             raise TeacherError(
                 "an objective reads activations of the teacher, and the cache holds predictions only. Build it with "
