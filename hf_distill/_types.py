@@ -41,3 +41,6 @@ class OneOf:
     """
 
     choices: Collection[str]
+
+    def __repr__(self) -> str:
+        return f"OneOf({', '.join(map(repr, self.choices))})"
