@@ -118,7 +118,7 @@ class LabelReader:
             if needed:
                 raise
             self._leave_out = self.changes = True
-            self.remarks = [f"The labels of {whose} have no weight and are left out, as they cannot be read: {error}"]
+            self.remarks = [f"The labels of {whose} weigh nothing and are left out, as they cannot be read: {error}"]
         self._check_clear_rows()
 
     # Converting labels, one by one.
