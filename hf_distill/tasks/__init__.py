@@ -1,4 +1,4 @@
-"""Where each family of models keeps its predictions, and which rows of them count."""
+"""Kinds of heads: where each keeps its predictions, and which of their rows count."""
 
 from hf_distill.tasks.base import Batch, Task
 from hf_distill.tasks.classification import (
