@@ -60,26 +60,28 @@ def digest(value: object) -> bytes:
 
 
 def _feed(state: hashlib.blake2b, value: object) -> None:
-    if isinstance(value, Mapping):
-        state.update(b"{")
-        for name in value:
-            _feed(state, name)
-            _feed(state, value[name])
-    elif isinstance(value, (str, bytes)):
-        data = value.encode() if isinstance(value, str) else value
-        state.update(b"s%d:" % len(data) + data)
-    elif isinstance(value, torch.Tensor):
-        state.update(f"t{value.dtype}{tuple(value.shape)}".encode())
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        state.update(f"a{value.dtype.str}{value.shape}".encode())
-        state.update(np.ascontiguousarray(value).tobytes())
-    elif value is None or isinstance(value, (bool, int, float, np.generic)):
-        state.update(f"n{value!r}".encode())
-    elif isinstance(value, (Sequence, np.ndarray)):
-        _feed_sequence(state, value)
-    else:
-        state.update(f"o{type(value).__qualname__}".encode())
+    match value:
+        case Mapping():
+            state.update(b"{")
+            for name in value:
+                _feed(state, name)
+                _feed(state, value[name])
+        case str():
+            _feed(state, value.encode())
+        case bytes():
+            state.update(b"s%d:" % len(value) + value)
+        case torch.Tensor():
+            state.update(f"t{value.dtype}{tuple(value.shape)}".encode())
+            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        case np.ndarray() if value.dtype != object:
+            state.update(f"a{value.dtype.str}{value.shape}".encode())
+            state.update(np.ascontiguousarray(value).tobytes())
+        case None | bool() | int() | float() | np.generic():
+            state.update(f"n{value!r}".encode())
+        case Sequence() | np.ndarray():
+            _feed_sequence(state, value)
+        case _:
+            state.update(f"o{type(value).__qualname__}".encode())
 
 
 def _feed_sequence(state: hashlib.blake2b, value: Sequence[Any] | np.ndarray) -> None:
@@ -197,8 +199,9 @@ def after_collation(augmentations: Sequence[AnyAugmentation], batch: Any) -> Any
 
 def like(original: object, changed: Any) -> Any:
     """Return new values with the type and dtype of the original: a tensor, an array or a list."""
-    if isinstance(original, torch.Tensor):
-        return torch.as_tensor(changed, dtype=original.dtype, device=original.device)
-    if isinstance(original, np.ndarray):
-        return np.asarray(changed, dtype=original.dtype)
+    match original:
+        case torch.Tensor():
+            return torch.as_tensor(changed, dtype=original.dtype, device=original.device)
+        case np.ndarray():
+            return np.asarray(changed, dtype=original.dtype)
     return changed.tolist() if isinstance(changed, (torch.Tensor, np.ndarray)) else list(changed)

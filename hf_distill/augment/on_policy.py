@@ -175,7 +175,7 @@ class OnPolicy:
                 f"OnPolicy continues texts, and this student is trained for {kind}. Allowed: causal_lm and seq2seq, of "
                 "text. For speech, let the teacher generate: hf_distill.generate_completions."
             )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         tokenizer = tokenizer if hasattr(tokenizer, "get_vocab") else None
         self._excluded_ids = ids_not_shared(model, teacher, tokenizer)
         settings = self._settings(model)
@@ -186,8 +186,8 @@ class OnPolicy:
             if tokens and tokens <= set(self._excluded_ids):
                 raise SettingError(
                     f"OnPolicy: the student's texts {place} with {sorted(tokens)}, which student, teacher and "
-                    "tokenizer do not share. Train with a teacher that knows this token, or set another in the student's "
-                    "generation_config (eos_token_id, forced_bos_token_id)."
+                    "tokenizer do not share. Train with a teacher that knows this token, or set another in the "
+                    "student's generation_config (eos_token_id, forced_bos_token_id)."
                 )
 
     def continues(self, step: int, micro_batch: int = 0, *, progress: float = 0.0) -> bool:

@@ -162,24 +162,28 @@ class LabelReader:
         Raises:
             _UnreadableError: if it cannot be converted.
         """
-        if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
-            plain = label.tolist()
-            number = self._read(plain, feature)
-            return label if _is_same(number, plain) else number
-        if self._of_tokens:
-            return self._read_tokens(label, feature or {})
-        if self._of_values:
-            return self._read_values(label)
-        if isinstance(label, (list, tuple)):
-            return self._read_row(label)
-        return self._read_gap() if self._is_gap(label) else self._read_class(label)
+        match label:
+            case torch.Tensor() | np.ndarray() | np.generic():
+                plain = label.tolist()
+                number = self._read(plain, feature)
+                return label if _is_same(number, plain) else number
+            case _ if self._of_tokens:
+                return self._read_tokens(label, feature or {})
+            case _ if self._of_values:
+                return self._read_values(label)
+            case list() | tuple():
+                return self._read_row(label)
+            case _:
+                return self._read_gap() if self._is_gap(label) else self._read_class(label)
 
     def _read_class(self, label: object) -> str | float:
-        if isinstance(label, str):
-            return label if self._own_collator else self._number_of(label)
-        if not isinstance(label, (int, float)):
-            raise _UnreadableError(f"a label is a number or a word, not a {type(label).__name__}")
-        is_whole = isinstance(label, int) or label.is_integer()
+        match label:
+            case str():
+                return label if self._own_collator else self._number_of(label)
+            case int() | float():
+                is_whole = float(label).is_integer()
+            case _:
+                raise _UnreadableError(f"a label is a number or a word, not a {type(label).__name__}")
         if self._order is not None and is_whole and 0 <= label < len(self._order):
             return self._order[int(label)]
         if self._own_loss:
@@ -255,10 +259,11 @@ class LabelReader:
 
     def _is_gap(self, label: object) -> bool:
         """Return whether a value stands for a missing label."""
-        if isinstance(label, str):
-            return not label.strip() and not self._own_collator
-        if isinstance(label, (int, float)):
-            return label != label or label == IGNORED or (label == -1 and self._of_class_label)
+        match label:
+            case str():
+                return not label.strip() and not self._own_collator
+            case int() | float():
+                return label != label or label == IGNORED or (label == -1 and self._of_class_label)
         return label is None or type(label).__name__ in ("NAType", "NaTType")  # pandas'
 
     def _number_of(self, word: str) -> int:
