@@ -134,7 +134,9 @@ class AugmentingCollator:
         if self.student_only:
             with generators_kept():  # so that a random collator (masked LM) draws the same numbers for both
                 clean = dict(self.collator(examples))
-            self._check_same_tokens(examples, clean)
+            token_labels = "start_positions" in clean or _has_token_labels(examples, clean)
+            if self.sentence_rows_only and token_labels:
+                raise DataError(OTHER_TOKENS)
         batch = self.collator(augmented)
         with seeded("batch", *key):
             batch = after_collation(self.augmentations, batch)
@@ -167,10 +169,6 @@ class AugmentingCollator:
                 f"the teacher has columns of its own ({', '.join(own)}), which are not augmented, so that the models "
                 "would read different examples. Pass student_only=True to allow that, or leave those columns out."
             )
-
-    def _check_same_tokens(self, examples: Sequence[Example], clean: Batch) -> None:
-        if self.sentence_rows_only and ("start_positions" in clean or _has_token_labels(examples, clean)):
-            raise DataError(OTHER_TOKENS)
 
 
 def _has_token_labels(examples: Sequence[Example], batch: Batch) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,21 +20,11 @@ from hf_distill.tasks.regression import Embedding, Regression
 from hf_distill.tasks.span import Span
 from hf_distill.tasks.unknown import UnknownTask
 
-TASKS: dict[str, type[Task]] = {
-    task.kind: task
-    for task in (
-        Classification,
-        Regression,
-        MultipleChoice,
-        TokenClassification,
-        Span,
-        MaskedLM,
-        CausalLM,
-        Seq2Seq,
-        CTC,
-        Embedding,
-    )
-}
+_CLASSES = (
+    *(Classification, Regression, MultipleChoice, TokenClassification, Span),
+    *(MaskedLM, CausalLM, Seq2Seq, CTC, Embedding),
+)
+TASKS: dict[str, type[Task]] = {task.kind: task for task in _CLASSES}
 
 # Names used by the Hub and AutoModel classes, for suggestions in messages.
 TASK_ALIASES: dict[str, str] = {
@@ -51,29 +41,19 @@ TASK_ALIASES: dict[str, str] = {
 }
 
 # In this order, since BART and T5 are also in the masked-LM table, and are sequence to sequence first.
-_TABLES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (
-        "seq2seq",
-        (
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        ),
-    ),
-    ("ctc", (auto.MODEL_FOR_CTC_MAPPING_NAMES,)),
-    ("causal_lm", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)),
-    ("masked_lm", (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,)),
-    (
-        "classification",
-        (
-            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        ),
-    ),
-    ("token_classification", (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,)),
-    ("span", (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,)),
-    ("multiple_choice", (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,)),
-    ("embedding", (auto.MODEL_MAPPING_NAMES,)),
+_TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ("seq2seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ("masked_lm", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    ("token_classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("span", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ("multiple_choice", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
+    ("embedding", auto.MODEL_MAPPING_NAMES),
 )
 
 
@@ -128,8 +108,8 @@ def infer_kind(model: nn.Module | None) -> str:
 
 def kind_of_class(name: str, config: PreTrainedConfig | None) -> str | None:
     """Return the kind of head of transformers' class of this name, with this config; None if it is in no table."""
-    for kind, tables in _TABLES:
-        if name in _class_names(tables) and _belongs(kind, name):
+    for kind, table in _TABLES:
+        if name in _class_names(table) and _belongs(kind, name):
             return _narrowed(kind, config)
     return None
 
@@ -201,7 +181,6 @@ def _narrowed(kind: str, config: Any) -> str:
     return kind
 
 
-def _class_names(tables: Iterable[Any]) -> Iterator[str]:
-    for table in tables:
-        for names in table.values():
-            yield from (names,) if isinstance(names, str) else names
+def _class_names(table: Mapping[str, Any]) -> Iterator[str]:
+    for names in table.values():
+        yield from (names,) if isinstance(names, str) else names

@@ -29,9 +29,7 @@ class Regression(Task):
     needs_same_inputs = False
 
     def read(self, outputs: Outputs, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
-        logits = output_named("logits", outputs)
-        logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
-        return pick(logits, columns, teacher=teacher)
+        return pick(self.raw_output(outputs, batch), columns, teacher=teacher)
 
     def label_count(self, batch: Batch) -> Tensor:
         return torch.tensor(batch["labels"].shape[0], device=batch["labels"].device)
