@@ -1,4 +1,4 @@
-"""Augmented inputs for student and teacher, and batches that the student continues."""
+"""Augmented inputs for student and teacher, and batches continued by the student."""
 
 from hf_distill.augment.augmentation import Augmentation
 from hf_distill.augment.collator import AugmentingCollator

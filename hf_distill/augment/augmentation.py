@@ -1,7 +1,7 @@
-"""Augmentation: any callable as an augmentation, with random numbers that follow from the example.
+"""Augmentation: any callable as an augmentation, with random numbers seeded by the example.
 
 A collator runs ahead of the training, in this process or in workers, and a resumed run starts it at another point, so
-the state of a generator could not be reproduced. A key for each example or batch can.
+the state of a generator cannot be reproduced, but a key for each example or batch can.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 
+from hf_distill._types import Example
 from hf_distill.errors import SettingError
 
 
@@ -31,7 +32,7 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def seeded(*key: Any) -> Iterator[None]:
+def seeded(*key: object) -> Iterator[None]:
     """Inside this context the CPU generators start from the key; their states are restored.
 
     >>> with seeded(0, "a"):
@@ -48,73 +49,85 @@ def seeded(*key: Any) -> Iterator[None]:
         yield
 
 
-def digest(value: Any) -> bytes:
+def digest(value: object) -> bytes:
     """Return a hash of nested lists, mappings, arrays, numbers and strings that is the same in every process.
 
     Other objects (a decoder, an image) contribute only their type.
     """
-    found = hashlib.blake2b(digest_size=16)
-    _feed(found, value)
-    return found.digest()
+    state = hashlib.blake2b(digest_size=16)
+    _feed(state, value)
+    return state.digest()
 
 
-def _feed(found: Any, value: Any) -> None:
-    if isinstance(value, Mapping):
-        found.update(b"{")
-        for name in value:
-            _feed(found, name)
-            _feed(found, value[name])
-    elif isinstance(value, (str, bytes)):
-        data = value.encode() if isinstance(value, str) else value
-        found.update(b"s%d:" % len(data) + data)
-    elif isinstance(value, torch.Tensor):
-        found.update(f"t{value.dtype}{tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        found.update(f"a{value.dtype.str}{value.shape}".encode())
-        found.update(np.ascontiguousarray(value).tobytes())
-    elif value is None or isinstance(value, (bool, int, float, np.generic)):
-        found.update(f"n{value!r}".encode())
-    elif isinstance(value, (Sequence, np.ndarray)):
-        _feed_sequence(found, value)
-    else:
-        found.update(f"o{type(value).__qualname__}".encode())
+def _feed(state: hashlib.blake2b, value: object) -> None:
+    match value:
+        case Mapping():
+            state.update(b"{")
+            for name in value:
+                _feed(state, name)
+                _feed(state, value[name])
+        case str():
+            _feed(state, value.encode())
+        case bytes():
+            state.update(b"s%d:" % len(value) + value)
+        case torch.Tensor():
+            state.update(f"t{value.dtype}{tuple(value.shape)}".encode())
+            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        case np.ndarray() if value.dtype != object:
+            state.update(f"a{value.dtype.str}{value.shape}".encode())
+            state.update(np.ascontiguousarray(value).tobytes())
+        case None | bool() | int() | float() | np.generic():
+            state.update(f"n{value!r}".encode())
+        case Sequence() | np.ndarray():
+            _feed_sequence(state, value)
+        case _:
+            state.update(f"o{type(value).__qualname__}".encode())
 
 
-def _feed_sequence(found: Any, value: Any) -> None:
-    """Hash a list of numbers at once: a waveform has some hundred thousand."""
-    found.update(b"[%d" % len(value))
+def _feed_sequence(state: hashlib.blake2b, value: Sequence[Any] | np.ndarray) -> None:
+    """Hash a list of numbers at once, since a waveform has some hundred thousand."""
+    state.update(b"[%d" % len(value))
     kinds = {type(item) for item in value}
     if kinds == {float}:
-        _feed(found, np.asarray(value, dtype=np.float64))
+        _feed(state, np.asarray(value, dtype=np.float64))
     elif kinds <= {int, bool}:
-        found.update(repr(list(value)).encode())
+        state.update(repr(list(value)).encode())
     else:
         for item in value:
-            _feed(found, item)
+            _feed(state, item)
 
 
 ActsOn = Literal["example", "examples", "batch"]
-ACTS_ON: tuple[str, ...] = get_args(ActsOn)
-Example = dict[str, Any]
+
+
+class AnyAugmentation(Protocol):
+    """An `Augmentation`, or any callable object with these attributes."""
+
+    @property
+    def moves_positions(self) -> bool: ...
+
+    @property
+    def acts_on(self) -> str: ...
+
+    def __call__(self, inputs: Any, /) -> Any: ...
 
 
 class Augmentation:
-    """Any callable as an augmentation; it returns a new example and does not change its argument.
+    """Any callable as an augmentation, which returns a new example and does not change its argument.
 
-    It may draw from the generators of torch (on the CPU), numpy and `random`: they are seeded before each call and
-    restored afterwards. An object that has the attributes itself need not be wrapped.
+    It may draw from the generators of torch (on the CPU), numpy and `random`, which are seeded before each call and
+    restored afterwards. A callable object with these attributes need not be wrapped.
 
     Args:
-        function: takes and returns an example. With `acts_on="examples"` a list of examples (to batch a model's
+        function: takes and returns an example; with `acts_on="examples"` a list of examples (to batch a model's
             forward), with "batch" a collated batch.
-        moves_positions: whether tokens or frames may move (speed, crop, time warp, inserted words). Then student and
+        moves_positions: whether tokens or frames may move (speed, crop, time warp, inserted words); then student and
             teacher must get the same input.
         acts_on: "example", "examples" or "batch".
         changes_tokens: whether a token may become another word.
 
     Raises:
-        SettingError: if it is not callable, or for an unknown `acts_on`.
+        SettingError: if `function` is not callable, or `acts_on` is unknown.
 
     >>> louder = Augmentation(lambda example: {**example, "gain": 2 * example["gain"]}, moves_positions=False)
     >>> louder({"gain": 1.0})
@@ -137,11 +150,11 @@ class Augmentation:
         if not callable(function):
             raise SettingError(f"Augmentation needs a callable, not a {type(function).__name__}.")
 
-    def __call__(self, shown: Any) -> Any:
-        return self.function(shown)
+    def __call__(self, inputs: Any) -> Any:
+        return self.function(inputs)
 
 
-def checked(augmentation: Any) -> Any:
+def checked(augmentation: AnyAugmentation) -> AnyAugmentation:
     """Return the augmentation if it is valid.
 
     Raises:
@@ -155,17 +168,18 @@ def checked(augmentation: Any) -> Any:
             f"{name} is no augmentation: it lacks {lacks}. Wrap a function: "
             "hf_distill.augment.Augmentation(function, moves_positions=False)."
         )
-    if augmentation.acts_on not in ACTS_ON:
-        raise SettingError(f"{name}: acts_on={augmentation.acts_on!r}. It may be {', '.join(ACTS_ON)}.")
+    allowed = get_args(ActsOn)
+    if augmentation.acts_on not in allowed:
+        raise SettingError(f"{name}: acts_on={augmentation.acts_on!r}. It may be {', '.join(allowed)}.")
     return augmentation
 
 
-def name_of(augmentation: Any) -> str:
+def name_of(augmentation: AnyAugmentation) -> str:
     function = getattr(augmentation, "function", augmentation)
     return getattr(function, "__name__", type(function).__name__)
 
 
-def before_collation(augmentations: list[Any], examples: list[Example]) -> list[Example]:
+def before_collation(augmentations: Sequence[AnyAugmentation], examples: list[Example]) -> list[Example]:
     """Apply the augmentations that act on examples, in order."""
     for augmentation in augmentations:
         if augmentation.acts_on == "example":
@@ -175,7 +189,7 @@ def before_collation(augmentations: list[Any], examples: list[Example]) -> list[
     return examples
 
 
-def after_collation(augmentations: list[Any], batch: Any) -> Any:
+def after_collation(augmentations: Sequence[AnyAugmentation], batch: Any) -> Any:
     """Apply the augmentations that act on a batch, in order."""
     for augmentation in augmentations:
         if augmentation.acts_on == "batch":
@@ -183,10 +197,11 @@ def after_collation(augmentations: list[Any], batch: Any) -> Any:
     return batch
 
 
-def like(original: Any, changed: Any) -> Any:
-    """Convert new values to the type of the old ones: a tensor, an array or a list, with the same dtype."""
-    if isinstance(original, torch.Tensor):
-        return torch.as_tensor(changed, dtype=original.dtype, device=original.device)
-    if isinstance(original, np.ndarray):
-        return np.asarray(changed, dtype=original.dtype)
+def like(original: object, changed: Any) -> Any:
+    """Return new values with the type and dtype of the original: a tensor, an array or a list."""
+    match original:
+        case torch.Tensor():
+            return torch.as_tensor(changed, dtype=original.dtype, device=original.device)
+        case np.ndarray():
+            return np.asarray(changed, dtype=original.dtype)
     return changed.tolist() if isinstance(changed, (torch.Tensor, np.ndarray)) else list(changed)

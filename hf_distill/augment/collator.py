@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_distill.augment.augmentation import after_collation, before_collation, checked, generators_kept, name_of, seeded
+from hf_distill._types import Batch, Collator, Example
+from hf_distill.augment.augmentation import (
+    AnyAugmentation,
+    after_collation,
+    before_collation,
+    checked,
+    generators_kept,
+    name_of,
+    seeded,
+)
 from hf_distill.errors import DataError, SettingError
 from hf_distill.tasks.base import TEACHER_PREFIX
 
@@ -16,33 +25,33 @@ LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 INPUTS = ("input_ids", "input_values", "input_features", "pixel_values", "inputs_embeds")
 OTHER_TOKENS = (
     "student_only=True with an augmentation that may put another word at a token (WordReplacement), and rows that are "
-    "tokens: the teacher's row would be about a word that the student is not shown. Leave student_only out: then both "
-    "are shown the same words."
+    "tokens: the teacher would predict for other words than the student's. Leave student_only out, so that both models "
+    "read the same words."
 )
 
 
 class AugmentingCollator:
     """Wraps a collator and augments the examples of each batch, in the same way for both models.
 
-    With `student_only` the batch also holds the clean example as `teacher_*` columns, which the teacher reads.
+    With `student_only` the batch also holds the clean example in `teacher_*` columns for the teacher.
 
-    The random numbers follow from the seed, the epoch and the content of the batch only, not from the worker or process
-    that collates it or from earlier batches. So a resumed run equals an uninterrupted one, and the generators of the
-    training (dropout) are not used. Like dropout, it depends on how the data is cut into batches.
+    The random numbers depend on the seed, the epoch and the content of the batch only, not on the worker or process
+    that collates it or on earlier batches. So a resumed run equals an uninterrupted one, and the generators of the
+    training (dropout) are not used. As with dropout, the result depends on how the data is cut into batches.
 
-    With `views=4` each example has four fixed versions that alternate by epoch: the random numbers follow from the
-    seed, the number of the version and the example only. A teacher's cache can be built over them with such a collator.
+    With `views=4` each example has four fixed versions that alternate by epoch: the random numbers depend on the seed,
+    the number of the version and the example only. Such a collator can build a teacher's cache over the versions.
 
     Args:
         collator: makes a batch of examples that are mappings.
-        augmentations: applied in this order; each as `Augmentation` describes.
+        augmentations: applied in this order; see `Augmentation`.
         student_only: whether the teacher reads the clean example.
         seed: seed of the augmentations.
-        views: number of fixed versions of each example; None means new ones each time.
+        views: number of fixed versions of each example, or None for a new version each time.
 
     Raises:
-        SettingError: if there is no augmentation, something is not one, `student_only` has one that moves positions, or
-            `views` is below 1 or used with an augmentation of collated batches.
+        SettingError: if augmentations are missing or invalid, `student_only` is used with one that moves positions, or
+            `views` is below 1 or used with one that acts on collated batches.
         DataError: when called, if the teacher has its own columns, which are not augmented, or `student_only` changes
             words and rows are tokens.
 
@@ -52,12 +61,12 @@ class AugmentingCollator:
     {'gain': 2.0}
     """
 
-    view_column = "view_number"  # in an example that names its version itself
+    view_column = "view_number"  # the column of an example that fixes its version
 
     def __init__(
         self,
-        collator: Callable[..., Any],
-        *augmentations: Any,
+        collator: Collator,
+        *augmentations: AnyAugmentation,
         student_only: bool = False,
         seed: int = 0,
         views: int | None = None,
@@ -78,9 +87,9 @@ class AugmentingCollator:
         moving = [name_of(augmentation) for augmentation in augmentations if augmentation.moves_positions]
         if student_only and moving:
             raise SettingError(
-                f"student_only=True, and {', '.join(moving)} moves positions: the student's tokens or frames would not "
-                "be those of the teacher. Leave student_only out, so that both models are shown the same; or leave out "
-                "what moves positions (WordReplacement: same_length=True)."
+                f"student_only=True, and {', '.join(moving)} moves positions, so that the models would read different "
+                "tokens or frames. Leave student_only out, or leave out such augmentations (WordReplacement: "
+                "same_length=True)."
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -91,22 +100,22 @@ class AugmentingCollator:
 
     @property
     def sentence_rows_only(self) -> bool:
-        """Whether it is valid only if a row is a whole example, because the two models may see different words."""
-        return self.student_only and any(getattr(one, "changes_tokens", False) for one in self.augmentations)
+        """Whether rows must be whole examples, because the two models may read different words."""
+        return self.student_only and any(getattr(each, "changes_tokens", False) for each in self.augmentations)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch before its first batch is collated; `DistillationTrainer` does so.
+        """Set the epoch before its first batch is collated, as `DistillationTrainer` does.
 
-        Without this call in a hand-written loop, epochs differ only if their batches do, as with shuffled data.
+        In a loop without this call, epochs differ only if their batches do, as with shuffled data.
         """
         self._epoch[0] = epoch
 
-    def for_evaluation(self) -> Callable[..., Any]:
+    def for_evaluation(self) -> Collator:
         """Return the wrapped collator, since evaluation data is not augmented."""
         clean = getattr(self.collator, "for_evaluation", None)
         return self.collator if clean is None else clean()
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, features: Sequence[Example]) -> Batch:
         examples = [_as_dict(feature) for feature in features]
         if not self.student_only:
             self._check_no_teacher_columns(examples)
@@ -114,56 +123,56 @@ class AugmentingCollator:
         key = (self.seed, int(self._epoch), examples)
         if self.views is None:
             with seeded("examples", *key):
-                shown = before_collation(self.augmentations, [dict(example) for example in examples])
+                augmented = before_collation(self.augmentations, [dict(example) for example in examples])
         else:
             turn = int(self._epoch) % self.views
-            shown = [self._version(one, turn if n is None else n) for one, n in zip(examples, numbers, strict=True)]
+            augmented = [
+                self._version(example, turn if number is None else number)
+                for example, number in zip(examples, numbers, strict=True)
+            ]
         clean: dict[str, Any] = {}
         if self.student_only:
-            with generators_kept():  # so that a random collator (masked LM) draws the same for both
+            with generators_kept():  # so that a random collator (masked LM) draws the same numbers for both
                 clean = dict(self.collator(examples))
-            self._check_same_tokens(examples, clean)
-        batch = self.collator(shown)
+            token_labels = "start_positions" in clean or _has_token_labels(examples, clean)
+            if self.sentence_rows_only and token_labels:
+                raise DataError(OTHER_TOKENS)
+        batch = self.collator(augmented)
         with seeded("batch", *key):
             batch = after_collation(self.augmentations, batch)
-        if not any(name.startswith(TEACHER_PREFIX) for name in batch):  # else the teacher has its own, clean inputs
+        if not any(name.startswith(TEACHER_PREFIX) for name in batch):  # then its inputs are clean already
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in clean.items() if name not in LABELS})
         return batch
 
-    def _version(self, example: dict[str, Any], number: int) -> dict[str, Any]:
-        """Return a fixed version of an example, which depends on its input only, not on labels and other columns."""
+    def _version(self, example: Example, number: int) -> Example:
+        """Return a fixed version of an example, which depends on its inputs only, not on labels and other columns."""
         inputs = {name: example[name] for name in INPUTS if name in example}
         with seeded("view", self.seed, int(number), inputs or example):
-            (shown,) = before_collation(self.augmentations, [dict(example)])
-        return shown
+            return before_collation(self.augmentations, [dict(example)])[0]
 
     def _check_views(self) -> None:
         if self.views is None:
             return
         if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 1:
             raise SettingError(f"views={self.views!r}: must be a whole number of at least 1, or None.")
-        of_batches = [name_of(one) for one in self.augmentations if one.acts_on == "batch"]
+        of_batches = [name_of(each) for each in self.augmentations if each.acts_on == "batch"]
         if of_batches:
             raise SettingError(
-                f"views={self.views}, and {', '.join(of_batches)} acts on collated batches, which are others in every "
+                f"views={self.views}, and {', '.join(of_batches)} acts on collated batches, which differ in every "
                 "epoch. Use augmentations of examples, or leave views out."
             )
 
-    def _check_no_teacher_columns(self, examples: list[dict[str, Any]]) -> None:
+    def _check_no_teacher_columns(self, examples: Sequence[Example]) -> None:
         own = sorted({name for example in examples for name in example if name.startswith(TEACHER_PREFIX)})
         if own:
             raise DataError(
-                f"the teacher has columns of its own ({', '.join(own)}), which are not augmented: it would be shown "
-                "another example than the student. Pass student_only=True if that is meant, or leave those columns out."
+                f"the teacher has columns of its own ({', '.join(own)}), which are not augmented, so that the models "
+                "would read different examples. Pass student_only=True to allow that, or leave those columns out."
             )
 
-    def _check_same_tokens(self, examples: list[dict[str, Any]], clean: Mapping[str, Any]) -> None:
-        if self.sentence_rows_only and ("start_positions" in clean or _has_labels_of_tokens(examples, clean)):
-            raise DataError(OTHER_TOKENS)
 
-
-def _has_labels_of_tokens(examples: list[dict[str, Any]], batch: Mapping[str, Any]) -> bool:
-    """Return whether a batch has a label for each token (those of a sequence-to-sequence model do not count)."""
+def _has_token_labels(examples: Sequence[Example], batch: Batch) -> bool:
+    """Return whether a batch has a label for each token, not counting those of a sequence-to-sequence model."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if ids is None or labels is None:
         return False
@@ -173,10 +182,10 @@ def _has_labels_of_tokens(examples: list[dict[str, Any]], batch: Mapping[str, An
     return len(sizes) > 1 and all(inputs == labelled for inputs, labelled in sizes)
 
 
-def _as_dict(feature: Any) -> dict[str, Any]:
+def _as_dict(feature: Example) -> dict[str, Any]:
     if not isinstance(feature, Mapping):
         raise DataError(
-            f"AugmentingCollator takes examples that are mappings of columns, not a {type(feature).__name__}. Let the "
-            "dataset give dicts."
+            f"AugmentingCollator takes examples that are mappings of columns, not a {type(feature).__name__}. Use a "
+            "dataset of dicts."
         )
     return dict(feature)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 
-from hf_distill.augment.augmentation import before_collation, checked, seeded
+from hf_distill._types import Example
+from hf_distill.augment.augmentation import AnyAugmentation, before_collation, checked, seeded
 from hf_distill.errors import SettingError
 
 
 def augment_dataset(
-    dataset: Any,
-    *augmentations: Any,
+    dataset: datasets.Dataset,
+    *augmentations: AnyAugmentation,
     copies: int = 20,
     keep_original: bool = True,
     seed: int = 0,
@@ -20,18 +22,18 @@ def augment_dataset(
 ) -> datasets.Dataset:
     """Return a dataset with `copies` augmented copies after each example; labels are kept.
 
-    It is made with `datasets.Dataset.map`: on disk for a dataset on disk, and cached by its fingerprint for the same
-    dataset, augmentations and settings.
+    `datasets.Dataset.map` makes it: on disk for a dataset on disk, and cached by its fingerprint for the same dataset,
+    augmentations and settings.
 
     Jiao et al. 2020, TinyBERT, algorithm 1: `copies` is N_a, 20 there.
 
     Args:
         dataset: a `datasets.Dataset`, tokenized or otherwise ready for a collator.
-        augmentations: applied in this order; each as `Augmentation` describes, on examples.
+        augmentations: applied in this order, each on examples; see `Augmentation`.
         copies: number of copies of each example.
         keep_original: whether the example itself comes before its copies.
         seed: seed of the copies.
-        batch_size: examples at once; the random numbers depend on it too.
+        batch_size: number of examples at once, which also changes the random numbers.
 
     Raises:
         SettingError: for another kind of dataset, no augmentation or one of collated batches, or copies below 1.
@@ -43,8 +45,8 @@ def augment_dataset(
     """
     if not isinstance(dataset, datasets.Dataset):
         raise SettingError(
-            f"augment_dataset takes a datasets.Dataset, not a {type(dataset).__name__}. Of several splits, pass the "
-            "training split; of a stream, augment while training: AugmentingCollator."
+            f"augment_dataset takes a datasets.Dataset, not a {type(dataset).__name__}. Pass the training split of "
+            "several splits; augment a stream while training: AugmentingCollator."
         )
     if copies < 1 or batch_size < 1 or not augmentations:
         raise SettingError(
@@ -56,25 +58,23 @@ def augment_dataset(
             'augment_dataset: an augmentation with acts_on="batch" changes collated batches. Use one that acts on '
             "examples, or AugmentingCollator."
         )
-    copied = _Copies(list(augmentations), copies, keep_original, seed)
-    return dataset.map(
-        copied, batched=True, with_indices=True, batch_size=batch_size, features=dataset.features, desc=None
-    )
+    make = _Copies(augmentations, copies, keep_original, seed)
+    return dataset.map(make, batched=True, with_indices=True, batch_size=batch_size, features=dataset.features)
 
 
 class _Copies:
     """The function for `map`, called with examples and their indices."""
 
-    def __init__(self, augmentations: list[Any], copies: int, keep_original: bool, seed: int) -> None:
+    def __init__(self, augmentations: Sequence[AnyAugmentation], copies: int, keep_original: bool, seed: int) -> None:
         self.augmentations = augmentations
         self.copies = copies
         self.keep_original = keep_original
         self.seed = seed
 
-    def __call__(self, columns: Any, indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, columns: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         names = list(columns)
-        examples = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        versions = [examples] if self.keep_original else []
+        examples: list[Example] = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        versions: list[list[Example]] = [examples] if self.keep_original else []
         for copy in range(self.copies):
             with seeded("copy", self.seed, copy, indices[0], examples):
                 versions.append(before_collation(self.augmentations, [dict(example) for example in examples]))

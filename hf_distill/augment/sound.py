@@ -4,53 +4,53 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill._types import Batch
 from hf_distill.augment.augmentation import ActsOn, like
 from hf_distill.errors import DataError, SettingError
 
+Change: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Takes a sound `[* t]` (time last) and the positions `[m]` along t that are not padding; returns a new sound."""
 
-def changed_sound(
-    shown: Any, column: str, change: Callable[[Tensor, Tensor], Tensor], *, time_axis: int, whole_batch: bool
-) -> Any:
-    """Return an example or a batch with a column changed; a sound that is only padding is not.
 
-    `change` takes a sound `[* t]` (time last) and the positions `[m]` along t that are not padding, and returns a new
-    one.
+def changed_sound(inputs: Batch, column: str, change: Change, *, time_axis: int, whole_batch: bool) -> Batch:
+    """Return an example or a batch with a changed column; a sound of padding alone stays as it is.
 
     Raises:
         DataError: if the column is missing or does not hold floats, the mask does not fit, or a batch has no mask.
     """
-    if not isinstance(shown, Mapping) or column not in shown:
-        has = sorted(shown) if isinstance(shown, Mapping) else type(shown).__name__
+    if not isinstance(inputs, Mapping) or column not in inputs:
+        present = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise DataError(
-            f"there is no {column} to augment, only {has}. Name the column with column=; or, where the collator makes "
+            f"there is no {column} to augment, only {present}. Name the column with column=; or, if the collator makes "
             'it, augment after collation: acts_on="batch".'
         )
-    sounds, mask = _as_tensor(shown[column], column), shown.get("attention_mask")
+    sounds, mask = inputs[column], inputs.get("attention_mask")
+    sounds = sounds if isinstance(sounds, Tensor) else torch.as_tensor(np.asarray(sounds))
+    if not sounds.is_floating_point():
+        raise DataError(f"{column} holds {sounds.dtype}, not fractions. Run the feature extractor before augmenting.")
     mask = None if mask is None else torch.as_tensor(np.asarray(mask)).bool()
     if whole_batch and mask is None and len(sounds) > 1:
         raise DataError(
-            f"the batch has {column} but no attention_mask, so padding cannot be told from sound. Let the feature "
-            'extractor return_attention_mask=True, or augment before collation: acts_on="example".'
+            f"the batch has {column} but no attention_mask to mark the padding. Pass return_attention_mask=True to the "
+            'feature extractor, or augment before collation: acts_on="example".'
         )
     if not whole_batch:
-        return {**shown, column: like(shown[column], _changed(sounds, mask, change, time_axis, column))}
+        return {**inputs, column: like(inputs[column], _changed(sounds, mask, change, time_axis, column))}
     rows = [
         _changed(sound, None if mask is None else mask[i], change, time_axis, column) for i, sound in enumerate(sounds)
     ]
-    batch: Any = copy.copy(shown)
-    batch[column] = like(shown[column], torch.stack(rows))
+    batch: Any = copy.copy(inputs)  # of the same class
+    batch[column] = like(inputs[column], torch.stack(rows))
     return batch
 
 
-def _changed(
-    sound: Tensor, mask: Tensor | None, change: Callable[[Tensor, Tensor], Tensor], time_axis: int, column: str
-) -> Tensor:
+def _changed(sound: Tensor, mask: Tensor | None, change: Change, time_axis: int, column: str) -> Tensor:
     timed = sound.movedim(time_axis, -1)
     if mask is not None and mask.shape != timed.shape[-1:]:
         raise DataError(
@@ -61,24 +61,16 @@ def _changed(
     return sound if len(places) == 0 else change(timed, places).movedim(-1, time_axis)
 
 
-def _as_tensor(value: Any, column: str) -> Tensor:
-    sounds = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    if not sounds.is_floating_point():
-        raise DataError(f"{column} holds {sounds.dtype}, not fractions. Run the feature extractor before augmenting.")
-    return sounds
-
-
 class Noise:
     """Adds noise to a waveform, at a random signal-to-noise ratio for each example.
 
-    The ratio is that of the mean squares over the samples that are not padding: 10 · log10(signal / noise) is exactly
-    the drawn number of decibels. Padding and silent signals are not changed. A normalised waveform is not normalised
-    again.
+    The ratio is that of the mean squares over the samples without padding: 10 · log10(signal / noise) is exactly the
+    drawn number of decibels. Padding and silent signals are not changed. A normalised waveform is not normalised again.
 
     Args:
         snr_db: lowest and highest ratio in decibels; it is drawn uniformly.
-        noises: recordings `[s]` at the waveform's sampling rate; a random one is used, from a random place, and
-            repeated if it is shorter. None means white (Gaussian) noise.
+        noises: recordings `[s]` at the waveform's sampling rate, of which a random one is used from a random place, and
+            repeated if it is shorter; or None for white (Gaussian) noise.
         column: name of the waveform's column.
         acts_on: "example" (before collation), or "batch" if the collator makes the waveform's column.
 
@@ -98,16 +90,16 @@ class Noise:
         self,
         *,
         snr_db: tuple[float, float] = (5.0, 30.0),
-        noises: Sequence[Any] | None = None,
+        noises: Sequence[Tensor | np.ndarray | Sequence[float]] | None = None,
         column: str = "input_values",
         acts_on: ActsOn = "example",
     ) -> None:
         if len(snr_db) != 2 or not -np.inf < snr_db[0] <= snr_db[1] < np.inf:
             raise SettingError(f"Noise: snr_db={snr_db}. It is two numbers of decibels, the lower one first.")
         self.snr_db = snr_db
-        self.noises = None if noises is None else [torch.as_tensor(np.asarray(one)).float() for one in noises]
+        self.noises = None if noises is None else [torch.as_tensor(np.asarray(noise)).float() for noise in noises]
         if self.noises is not None:
-            usable = [one.dim() == 1 and bool(one.square().mean() > 0) for one in self.noises]
+            usable = [noise.dim() == 1 and bool(noise.square().mean() > 0) for noise in self.noises]
             if not usable or not all(usable):
                 raise SettingError(
                     f"Noise: {len(usable)} noises, of which {usable.count(False)} are empty, silent or have several "
@@ -116,8 +108,8 @@ class Noise:
         self.column = column
         self.acts_on = acts_on
 
-    def __call__(self, shown: Any) -> Any:
-        return changed_sound(shown, self.column, self._add, time_axis=-1, whole_batch=self.acts_on == "batch")
+    def __call__(self, inputs: Batch) -> Batch:
+        return changed_sound(inputs, self.column, self._add, time_axis=-1, whole_batch=self.acts_on == "batch")
 
     def _add(self, waveform: Tensor, samples: Tensor) -> Tensor:
         low, high = self.snr_db
@@ -141,16 +133,16 @@ class Noise:
 
 
 class SpecAugment:
-    """Mask blocks of channels and blocks of frames of log-mel features.
+    """Masks blocks of channels and blocks of frames of log-mel features.
 
     A block's width is uniform in 0 … its largest width, and its place is uniform among those where it fits. Padding is
-    neither changed nor counted. Without an `attention_mask` all frames count as sound, so let Whisper's feature
-    extractor, which pads to 30 seconds, return the mask.
+    neither changed nor counted. Without an `attention_mask` all frames count as sound, so Whisper's feature extractor,
+    which pads to 30 seconds, must return the mask.
 
     Park et al. 2019, SpecAugment, section 2 (F, mF, T, p and mT in its table 1); the defaults are its policy
-    LibriSpeech double. There features have mean 0 and are masked with 0; here they are masked with
-    their mean, which is the same. Time warping is left out: by section 5 it is the least influential and the most
-    expensive of the three, and it moves frames, so that a teacher could not read the clean sound.
+    LibriSpeech double. The paper's features have mean 0 and are masked with 0; here they are masked with their mean,
+    which is the same. Time warping is left out: by section 5 it has the least influence and the highest cost of the
+    three, and it moves frames, so that a teacher could not read the clean sound.
 
     Args:
         freq_width: largest number of channels in a block.
@@ -158,7 +150,7 @@ class SpecAugment:
         time_width: largest number of frames in a block.
         max_time_share: largest share of all frames in a block.
         num_time_masks: number of blocks of frames.
-        value: value of the masked blocks; None means the mean.
+        value: value of the masked blocks, or None for the mean.
         time_axis: -1 for [mel t] (Whisper), -2 for [t mel] (AST, Speech2Text, Wav2Vec2-BERT).
         column: name of the features' column ("input_features"; "input_values" for AST).
         acts_on: "example" (before collation), or "batch" if the collator makes the features.
@@ -205,9 +197,9 @@ class SpecAugment:
         self.column = column
         self.acts_on = acts_on
 
-    def __call__(self, shown: Any) -> Any:
+    def __call__(self, inputs: Batch) -> Batch:
         whole_batch = self.acts_on == "batch"
-        return changed_sound(shown, self.column, self._mask, time_axis=self.time_axis, whole_batch=whole_batch)
+        return changed_sound(inputs, self.column, self._mask, time_axis=self.time_axis, whole_batch=whole_batch)
 
     def _mask(self, features: Tensor, frames: Tensor) -> Tensor:
         if features.dim() != 2 or features.shape[0] < self.freq_width:

@@ -1,8 +1,8 @@
 """WordReplacement: replacing words by likely or similar ones, as in TinyBERT.
 
 A dataset has token ids and not the text, so words are recognised from their pieces: WordPiece marks continuations
-("##ing"), byte-level BPE and SentencePiece beginnings ("Ġ", "▁"). If beginnings are marked, the first word of a text
-and a word after a punctuation mark have no mark; they are not treated as words and never replaced.
+("##ing"), byte-level BPE and SentencePiece mark beginnings ("Ġ", "▁"). If beginnings are marked, the first word of a
+text and words after punctuation have no mark, so they are never replaced.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_distill.augment.augmentation import Example, like
+from hf_distill._types import Example
+from hf_distill.augment.augmentation import like
 from hf_distill.errors import DataError, SettingError
 
 _BYTES = "Ġ"
@@ -37,7 +39,7 @@ class Words:
         SettingError: if its vocabulary does not mark where words begin.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._goes_on, self._mark = _scheme(tokenizer, tokens)
@@ -53,7 +55,7 @@ class Words:
         return len(self._kinds)
 
     def whole(self) -> Tensor:
-        """Return `[v]` bool: the tokens that are a whole word."""
+        """Return which tokens are a whole word, `[v]` bool."""
         known = zip(self._kinds, self._lettered, strict=True)
         return torch.tensor([kind == _BEGINS and lettered for kind, lettered in known])
 
@@ -75,7 +77,7 @@ class Words:
 
     def text(self, pieces: Sequence[int]) -> str:
         tokens = self.tokenizer.convert_ids_to_tokens(list(pieces))
-        return self.tokenizer.convert_tokens_to_string(tokens).strip()
+        return self.tokenizer.convert_tokens_to_string([*tokens]).strip()
 
     def pieces(self, word: str) -> tuple[int, ...] | None:
         """Return a word's tokens inside a text, or None if the tokenizer does not encode it as one word."""
@@ -98,7 +100,7 @@ class Words:
         return _BEGINS if begins else _GOES_ON
 
 
-def _scheme(tokenizer: Any, tokens: Sequence[str | None]) -> tuple[str, str]:
+def _scheme(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | None]) -> tuple[str, str]:
     """Return the marks of continuing and of beginning pieces; one or both (whole words only) are empty."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     kind = type(model).__name__
@@ -110,12 +112,14 @@ def _scheme(tokenizer: Any, tokens: Sequence[str | None]) -> tuple[str, str]:
     if kind == "WordLevel":
         return "", ""
     raise SettingError(
-        f"{type(tokenizer).__name__}: nothing in its vocabulary tells where words begin. Words are known by '##' "
-        "(WordPiece), by 'Ġ' (byte-level BPE), by '▁' (SentencePiece), or because every token is one (WordLevel)."
+        f"{type(tokenizer).__name__}: its vocabulary does not mark where words begin. Allowed are '##' (WordPiece), "
+        "'Ġ' (byte-level BPE), '▁' (SentencePiece), or whole words (WordLevel)."
     )
 
 
-Pieces = tuple[int, ...]
+Pieces: TypeAlias = tuple[int, ...]
+Embeddings: TypeAlias = Mapping[str, Any] | PreTrainedModel | nn.Module | Tensor
+"""Vectors by word, or a model, an `nn.Embedding` or a tensor `[v d]` with one row for each token."""
 
 
 class Neighbours:
@@ -134,7 +138,7 @@ class Neighbours:
         SettingError: for other embeddings, or fewer vectors than the tokenizer has tokens.
     """
 
-    def __init__(self, words: Words, embeddings: Any, count: int) -> None:
+    def __init__(self, words: Words, embeddings: Embeddings, count: int) -> None:
         self._words = words
         self._count = count
         self._table: dict[str, int] | None = None
@@ -155,10 +159,10 @@ class Neighbours:
 
     def __call__(self, pieces: Sequence[int]) -> list[Pieces]:
         """Return the neighbours, nearest first; fewer if the tokenizer cannot encode some, none for an unknown word."""
-        asked = tuple(pieces)
-        if asked not in self._known:
-            self._known[asked] = self._by_name(asked) if self._table is not None else self._by_pieces(asked)
-        return self._known[asked]
+        word = tuple(pieces)
+        if word not in self._known:
+            self._known[word] = self._by_name(word) if self._table is not None else self._by_pieces(word)
+        return self._known[word]
 
     def _by_name(self, pieces: Pieces) -> list[Pieces]:
         assert self._table is not None
@@ -170,7 +174,7 @@ class Neighbours:
         nearest = self._nearest(self._vectors[row], itself=row)
         titled = text.istitle() and name != text  # the table is in lower case, the word is not
         found = (self._words.pieces(self._names[row].title() if titled else self._names[row]) for row in nearest)
-        return [one for one in found if one is not None]
+        return [neighbour for neighbour in found if neighbour is not None]
 
     def _by_pieces(self, pieces: Pieces) -> list[Pieces]:
         itself = pieces[0] if len(pieces) == 1 else None
@@ -178,15 +182,15 @@ class Neighbours:
 
     def _nearest(self, vector: Tensor, *, itself: int | None) -> list[int]:
         """Return the rows of the words with the nearest direction, in order."""
-        likeness = self._directions @ F.normalize(vector, dim=-1)
+        similarity = self._directions @ F.normalize(vector, dim=-1)
         if itself is not None:
-            likeness = likeness.masked_fill(self._rows == itself, -torch.inf)
-        others = int((likeness > -torch.inf).sum())
-        return [int(row) for row in self._rows[likeness.topk(min(self._count, others)).indices]]
+            similarity = similarity.masked_fill(self._rows == itself, -torch.inf)
+        others = int((similarity > -torch.inf).sum())
+        return [int(row) for row in self._rows[similarity.topk(min(self._count, others)).indices]]
 
 
-def _of_vocabulary(embeddings: Any, tokens: int) -> Tensor:
-    table = embeddings
+def _of_vocabulary(embeddings: Embeddings, tokens: int) -> Tensor:
+    table: Any = embeddings
     if hasattr(table, "get_input_embeddings"):
         table = table.get_input_embeddings()
     if isinstance(table, nn.Module):
@@ -194,7 +198,7 @@ def _of_vocabulary(embeddings: Any, tokens: int) -> Tensor:
     if not isinstance(table, Tensor) or table.dim() != 2:
         raise SettingError(
             f"embeddings={type(embeddings).__name__}: it may be a mapping of words to vectors, or a model, an "
-            "nn.Embedding or a tensor [v d] with a row a token."
+            "nn.Embedding or a tensor [v d] with a row for each token."
         )
     if len(table) < tokens:
         raise SettingError(
@@ -206,7 +210,7 @@ def _of_vocabulary(embeddings: Any, tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Blank:
-    """A text with one position to fill: its ids, that position, and its segments or None."""
+    """A text with one position to fill: ids, position, and segments or None."""
 
     ids: Sequence[int]
     position: int
@@ -226,14 +230,15 @@ class LikelyWords:
         SettingError: if the tokenizer has no mask token, or more tokens than the model.
     """
 
-    def __init__(self, words: Words, model: Any, count: int, batch_size: int) -> None:
+    def __init__(self, words: Words, model: PreTrainedModel, count: int, batch_size: int) -> None:
         tokenizer = words.tokenizer
         if tokenizer.mask_token_id is None:
             raise SettingError("masked_lm: the tokenizer has no mask token. Pass the masked LM's own tokenizer.")
-        width = model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.get_input_embeddings()
+        width = embedding.weight.shape[0]
         if width < len(words):
             raise SettingError(
-                f"masked_lm knows {width} tokens, the tokenizer has {len(words)}. Pass a masked LM with this tokenizer."
+                f"masked_lm has {width} tokens, the tokenizer {len(words)}. Pass a masked LM with this tokenizer."
             )
         self._model = model.eval()
         self._mask, self._padding = tokenizer.mask_token_id, tokenizer.pad_token_id or 0
@@ -269,49 +274,49 @@ class LikelyWords:
             mask[row, :length] = 1
             if blank.segments is not None:
                 segments[row, :length] = torch.tensor(blank.segments)
-        made = {"input_ids": ids, "attention_mask": mask}
-        return {**made, "token_type_ids": segments} if self._reads_segments else made
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return {**inputs, "token_type_ids": segments} if self._reads_segments else inputs
 
 
-_OF_TOKENS = ("attention_mask", "token_type_ids", "special_tokens_mask")
+_TOKEN_COLUMNS = ("attention_mask", "token_type_ids", "special_tokens_mask")
 
 
 @dataclass
 class _Text:
-    """An example: its ids, its segments, the words to replace, and a random number in [0, 1) for each."""
+    """An example with the words to replace, and a random number in [0, 1) for each."""
 
     ids: list[int]
     segments: list[int] | None
     chosen: list[list[int]]
     draws: list[float]
     fixed_length: bool
-    candidates: dict[int, list[tuple[int, ...]]]  # by a word's first position
+    candidates: dict[int, list[Pieces]]  # by a word's first position
 
 
 class WordReplacement:
     """Replaces each word with some probability by one of its K candidates, drawn uniformly.
 
-    The candidates of a word of one piece are the K most likely words in its place by the masked LM (possibly with the
-    word itself); those of a word of several pieces are the K nearest in the embedding space. Without a masked LM every
-    word uses the embeddings; without embeddings, words of several pieces are not replaced. Numbers, punctuation,
+    The candidates of a word of one piece are the K most likely words in its place by the masked LM (possibly including
+    the word itself); those of a word of several pieces are the K nearest in the embedding space. Without a masked LM
+    every word uses the embeddings; without embeddings, words of several pieces are not replaced. Numbers, punctuation,
     special tokens and padding are never replaced.
 
-    Labels are kept, both of sentences and of tokens (the first piece of a replaced word keeps its label). An example
-    with a label for each token, a span or padding takes only words with the same number of pieces.
+    Labels of sentences and of tokens are kept (the first piece of a replaced word keeps its label). An example with a
+    label for each token, a span or padding accepts only words with the same number of pieces.
 
     Jiao et al. 2020, TinyBERT, section 3.2 and algorithm 1; its p_t is `probability`, its K `candidates`, its N_a the
-    `copies` of `augment_dataset`. There the embeddings are GloVe's. Here all blanks of a sentence are filled given
+    `copies` of `augment_dataset`. The paper's embeddings are GloVe's. Here all blanks of a sentence are filled given
     the original sentence, not the words replaced before, so that they share one forward.
 
     Args:
         tokenizer: the tokenizer of the student, of the masked LM, and of a model's embeddings.
         masked_lm: a model with a masked-LM head; it is set to evaluation mode. On an accelerator it cannot run in
             worker processes: use `augment_dataset`, or no workers.
-        embeddings: a mapping of words to vectors, or a model, an `nn.Embedding` or a tensor `[v d]` of the tokenizer's
+        embeddings: a mapping of words to vectors, or a model, an `nn.Embedding` or a tensor `[v d]` for the tokenizer's
             vocabulary (see `Neighbours`).
         probability: probability that a word is replaced.
         candidates: K, the number of candidates.
-        same_length: whether to always take only words with the same number of pieces.
+        same_length: whether to accept only words with the same number of pieces.
         batch_size: sentences in a forward of the masked LM, each with one blank.
 
     Raises:
@@ -333,19 +338,17 @@ class WordReplacement:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
-        masked_lm: Any = None,
-        embeddings: Any = None,
+        masked_lm: PreTrainedModel | None = None,
+        embeddings: Embeddings | None = None,
         probability: float = 0.4,
         candidates: int = 15,
         same_length: bool = False,
         batch_size: int = 16,
     ) -> None:
         if masked_lm is None and embeddings is None:
-            raise SettingError(
-                "WordReplacement needs masked_lm= or embeddings= (or both, as in TinyBERT): got neither."
-            )
+            raise SettingError("WordReplacement needs masked_lm= or embeddings=, or both as in TinyBERT: got neither.")
         if not 0 <= probability <= 1 or candidates < 1 or batch_size < 1:
             raise SettingError(
                 f"WordReplacement: probability={probability} (0 to 1), candidates={candidates} and "
@@ -366,7 +369,7 @@ class WordReplacement:
 
     def __call__(self, examples: Sequence[Example]) -> list[Example]:
         texts = [self._choose(example) for example in examples]
-        self._ask_model(texts)
+        self._add_likely_words(texts)
         if self._neighbours is not None:
             for text in texts:
                 for word in text.chosen:
@@ -386,7 +389,7 @@ class WordReplacement:
         words = self._words.positions(ids, None if attended is None else _numbers(attended))
         hit, which = torch.rand(2, len(words), dtype=torch.float64).tolist()
         kept = [i for i in range(len(words)) if hit[i] < self.probability]
-        of_tokens = {name for name, value in example.items() if np.ndim(value) and len(value) == len(ids)}
+        with_length = {name for name, value in example.items() if np.ndim(value) and len(value) == len(ids)}
         padded = attended is not None and not all(_numbers(attended))
         return _Text(
             ids=ids,
@@ -396,11 +399,11 @@ class WordReplacement:
             fixed_length=self.same_length
             or padded
             or "start_positions" in example
-            or bool(of_tokens - {"input_ids", *_OF_TOKENS}),
+            or bool(with_length - {"input_ids", *_TOKEN_COLUMNS}),
             candidates={},
         )
 
-    def _ask_model(self, texts: list[_Text]) -> None:
+    def _add_likely_words(self, texts: list[_Text]) -> None:
         if self._likely is None:
             return
         single = [(text, word[0]) for text in texts for word in text.chosen if len(word) == 1]
@@ -411,12 +414,12 @@ class WordReplacement:
     def _replaced(self, example: Example, text: _Text) -> Example:
         """Return the example with the words replaced, from last to first, so that earlier positions stay valid."""
         ids, room = list(text.ids), max(self._limit - len(text.ids), 0)
-        columns = {name: _numbers(example[name]) for name in _OF_TOKENS if name in example}
+        columns = {name: _numbers(example[name]) for name in _TOKEN_COLUMNS if name in example}
         for word, draw in zip(reversed(text.chosen), reversed(text.draws), strict=True):
             fitting = [
-                one
-                for one in text.candidates.get(word[0], [])
-                if len(one) == len(word) or (not text.fixed_length and len(one) - len(word) <= room)
+                pieces
+                for pieces in text.candidates.get(word[0], [])
+                if len(pieces) == len(word) or (not text.fixed_length and len(pieces) - len(word) <= room)
             ]
             if not fitting:
                 continue
@@ -430,5 +433,5 @@ class WordReplacement:
         return {name: like(value, columns[name]) if name in columns else value for name, value in example.items()}
 
 
-def _numbers(value: Any) -> list[int]:
+def _numbers(value: Sequence[int] | np.ndarray | Tensor) -> list[int]:
     return np.asarray(value).tolist()

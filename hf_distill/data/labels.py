@@ -1,7 +1,7 @@
-"""The labels of a dataset as people have them (words, gaps, floats, another order), read as the numbers of a head.
+"""Labels as datasets hold them (words, gaps, floats, another order), converted to the numbers of the student's head.
 
-A `LabelReader` is made for one dataset. It looks at the label column once, where that runs no code of the dataset's
-own, and counts what is there. Then it reads the labels of examples as they are collated. The dataset is not changed.
+A `LabelReader` belongs to one dataset. It surveys the label column once if that runs no code of the dataset's own, and
+converts the labels of examples as they are collated. The dataset is not changed.
 """
 
 from __future__ import annotations
@@ -15,60 +15,61 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from transformers import PreTrainedConfig
 
 from hf_distill._compat import arrow_blocks
-from hf_distill.data.columns import columns_of, is_transformed, label_column
+from hf_distill._types import Data, Example
+from hf_distill.data.columns import class_names, columns_of, is_list, is_text, is_transformed, label_column
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import IGNORED, Task
 from hf_distill.tasks.classification import SEVERAL, SINGLE
 from hf_distill.vocabulary import has_default_names, label_ids, listed_names
 
 _SHOWN = 5  # words in a message
-_ROWS = 100_000  # of a list, looked at together
-_NO_GAPS = "a head for {head} has no number that means 'no label'. Leave these rows out (dataset.filter)"
-_TEACHER_ALONE = ", or learn from the teacher alone (alpha=1)"
+_BLOCK_ROWS = 100_000  # rows of a list that are surveyed together
 _SAY_SEVERAL = f'set problem_type="{SEVERAL}" in the student\'s config'
-_TOLERANCE = 1e-3  # of probabilities that add up to 1
+_TOLERANCE = 1e-3  # of the sum of probabilities
 
 
-class _Unreadable(ValueError):
-    """A label that means nothing to the head. The message says why; whoever catches it knows where it stands."""
+class _UnreadableError(ValueError):
+    """A label that the head cannot take. The message gives the reason; the caller adds the place."""
 
 
-class _OutOfRange(_Unreadable):
-    """The number of a class that the head does not have."""
+class _OutOfRangeError(_UnreadableError):
+    """A class number that the head does not have."""
 
 
 class LabelReader:
-    """Reads the labels of one dataset as the numbers that the student's head takes.
+    """Converts the labels of one dataset to the numbers that the student's head takes.
 
     Args:
         task: the student's task.
         config: the student's config, or None.
-        data: a dataset of `datasets`, a list of examples, or whatever else torch reads.
-        whose: what messages call the dataset.
+        data: a dataset, a list of examples, or any other source of examples.
+        whose: name of the dataset in messages.
         aliases: the student's name of each label of the task, if its forward has other names for them.
-        label_matching: "by_name" or "by_index": how a `ClassLabel`'s names are paired with the student's.
-        as_trainer: the run is `Trainer`'s own (alpha=0, no objectives), so what `Trainer` can read is left as it is.
-        evaluates: the dataset is evaluated on.
-        needed: the labels weigh something; else those that cannot be read are left out.
-        own_loss: a loss of the user's reads the labels, so numbers are not checked.
-        own_collator: a collator of the user's reads the words, so they are left to it.
+        label_matching: "by_name" or "by_index": how the names of a `ClassLabel` are paired with the student's.
+        as_trainer: whether the run equals `Trainer`'s (alpha=0, no objectives); then labels that `Trainer` can read are
+            not changed.
+        evaluates: whether the dataset is for evaluation.
+        needed: whether the labels have a weight; if not, unreadable labels are dropped.
+        own_loss: whether the user's own loss reads the labels; then numbers are not checked.
+        own_collator: whether the user's own collator reads the labels; then words are not converted.
 
     Attributes:
         remarks: sentences for the log.
-        changes: whether there is anything to read; False: the examples can be collated as they are.
-        names: the dataset's label names in the order of the head's classes, where the student has none of its own.
+        changes: whether labels must be converted; if not, examples can be collated as they are.
+        names: the dataset's label names in the order of the head's classes, if the student has no names.
 
     Raises:
-        DataError: a label that cannot be read.
+        DataError: if a label cannot be read.
     """
 
     def __init__(
         self,
         task: Task,
-        config: Any,
-        data: Any,
+        config: PreTrainedConfig | None,
+        data: Data,
         *,
         whose: str = "the training data",
         aliases: Mapping[str, str] | None = None,
@@ -90,15 +91,14 @@ class LabelReader:
         self._own_loss = own_loss
         self._own_collator = own_collator
         self._problem = getattr(task, "problem", None)
-        named = task.matched_by == "labels" and getattr(config, "num_labels", None) is not None
-        self._ids = label_ids(config) if named else {}
+        self._count: int | None = getattr(config, "num_labels", None) if task.matched_by == "labels" else None
+        self._ids = {} if self._count is None else label_ids(config)
         self._names = sorted(self._ids, key=self._ids.__getitem__)
-        self._count: int | None = config.num_labels if named else None
         self._folded = {name.strip().casefold(): number for name, number in self._ids.items()}
-        self._order: list[int] | None = None  # the number of a label in the dataset → in the head
-        self._of_class_label = False  # in which -1 is no label
-        self._width: int | None = None  # of rows with several numbers each
-        self._adds_up: bool | None = None  # whether these numbers are probabilities; None: there are none
+        self._order: list[int] | None = None  # number of a label in the dataset → in the head
+        self._of_class_label = False  # where -1 means no label
+        self._width: int | None = None  # length of rows with several numbers each
+        self._adds_up: bool | None = None  # whether rows of numbers are probabilities; None: no such rows
         self._leave_out = False
         self._all_tokens = vars(task).get("_rows") == "attended"
         columns = columns_of(data)
@@ -108,10 +108,10 @@ class LabelReader:
         if not task.reads_label_column:
             self._check_no_gaps(data, task, columns)
             return
-        if named and not task.on_values:
+        if self._count is not None and not task.on_values:
             self._match_names(data, label_matching)
         if columns is None or not isinstance(data, (datasets.Dataset, list, tuple)):
-            self.changes = True  # what is there shows when examples are made
+            self.changes = True  # the labels are known only when examples are made
             return
         if self._column is None:
             return
@@ -125,13 +125,13 @@ class LabelReader:
             self.remarks = [f"The labels of {whose} weigh nothing and are left out, as they cannot be read: {error}"]
         self._check_clear_rows()
 
-    # Reading, label by label.
+    # Converting labels, one by one.
 
     def __call__(self, features: Sequence[Any]) -> Sequence[Any]:
-        """The examples of a batch, with their labels read.
+        """Return the examples of a batch with their labels converted.
 
         Raises:
-            DataError: a label that cannot be read.
+            DataError: if a label cannot be read.
         """
         if not self.changes or not all(isinstance(feature, Mapping) for feature in features):
             return features
@@ -141,83 +141,93 @@ class LabelReader:
         column = self._column
         if column is None:
             return features
-        read = []
+        converted = []
         for place, feature in enumerate(features):
             label = feature.get(column)
             try:
-                read.append({**feature, column: self._read(label, feature)})
-                if self._renames(column):
-                    read[-1]["labels"] = read[-1].pop(column)
-            except _Unreadable as error:
+                number = self._read(label, feature)
+            except _UnreadableError as error:
                 if self._needed:
                     raise self._error(label, f"example {place} of a batch", error) from error
                 self._leave_out = True
+                break
+            converted.append({**feature, column: number})
+            if self._renames(column):
+                converted[-1]["labels"] = converted[-1].pop(column)
         if self._leave_out:
             return [{name: value for name, value in feature.items() if name != column} for feature in features]
-        return read
+        return converted
 
     def _renames(self, column: str | None) -> bool:
-        """Rows of labels under "label": transformers' collators make floats of them, or leave them where they are."""
+        """Return whether token labels are called "label", which collators turn into floats or do not pad."""
         return column == "label" and self._of_tokens and not self._own_collator
 
-    def _read(self, label: Any, feature: Mapping[str, Any] | None = None) -> Any:
-        """One example's label. Raises _Unreadable."""
-        if isinstance(label, (torch.Tensor, np.ndarray, np.generic)):
-            plain = label.tolist()
-            read = self._read(plain, feature)
-            return label if _is_same(read, plain) else read
-        if self._of_tokens:
-            return self._read_tokens(label, feature or {})
-        if self._of_values:
-            return self._read_values(label)
-        if isinstance(label, (list, tuple)):
-            return self._read_row(label)
-        return self._read_gap() if self._is_gap(label) else self._read_class(label)
+    def _read(self, label: object, feature: Example | None = None) -> object:
+        """Return one example's label as the head takes it.
 
-    def _read_class(self, label: Any) -> Any:
-        if isinstance(label, str):
-            return label if self._own_collator else self._place_of(label)
-        if not isinstance(label, (int, float)):
-            raise _Unreadable(f"a label is a number or a word, not a {type(label).__name__}")
-        is_whole = isinstance(label, int) or label.is_integer()
+        Raises:
+            _UnreadableError: if it cannot be converted.
+        """
+        match label:
+            case torch.Tensor() | np.ndarray() | np.generic():
+                plain = label.tolist()
+                number = self._read(plain, feature)
+                return label if _is_same(number, plain) else number
+            case _ if self._of_tokens:
+                return self._read_tokens(label, feature or {})
+            case _ if self._of_values:
+                return self._read_values(label)
+            case list() | tuple():
+                return self._read_row(label)
+            case _:
+                return self._read_gap() if self._is_gap(label) else self._read_class(label)
+
+    def _read_class(self, label: object) -> str | float:
+        match label:
+            case str():
+                return label if self._own_collator else self._number_of(label)
+            case int() | float():
+                is_whole = float(label).is_integer()
+            case _:
+                raise _UnreadableError(f"a label is a number or a word, not a {type(label).__name__}")
         if self._order is not None and is_whole and 0 <= label < len(self._order):
             return self._order[int(label)]
         if self._own_loss:
             return label
         classes = "classes from 0 on" if self._count is None else f"classes 0 to {self._count - 1}"
         if not is_whole:
-            raise _Unreadable(
+            raise _UnreadableError(
                 f"the head has {classes}, whole numbers. To predict values instead, load the student with num_labels=1 "
                 'and problem_type="regression"'
             )
         number = int(label)
         if number < 0 or (self._count is not None and number >= self._count):
-            raise _OutOfRange(f"the head has {classes} (-100, or nothing at all, is no label)")
+            raise _OutOfRangeError(f"the head has {classes} (-100, or nothing at all, is no label)")
         return number
 
-    def _read_tokens(self, labels: Any, feature: Mapping[str, Any]) -> Any:
-        if not isinstance(labels, (list, tuple)):
-            if not self._is_gap(labels):
-                raise _Unreadable("the labels of an example are a list, one for each token")
-            inputs = feature.get("input_ids", feature.get("inputs_embeds"))
-            return [IGNORED] * (0 if inputs is None else len(inputs))
-        return [IGNORED if self._is_gap(label) else self._read_class(label) for label in labels]
+    def _read_tokens(self, labels: object, feature: Example) -> list[object]:
+        if isinstance(labels, (list, tuple)):
+            return [IGNORED if self._is_gap(label) else self._read_class(label) for label in labels]
+        if not self._is_gap(labels):
+            raise _UnreadableError("the labels of an example are a list, one for each token")
+        inputs = feature.get("input_ids", feature.get("inputs_embeds"))
+        return [IGNORED] * (0 if inputs is None else len(inputs))
 
-    def _read_values(self, label: Any) -> Any:
+    def _read_values(self, label: object) -> object:
         if self._own_loss:
             return label
         for value in label if isinstance(label, (list, tuple)) else [label]:
             if self._is_gap(value):
-                raise _Unreadable(self._no_gaps("regression"))
+                raise self._gap_error("regression")
             if isinstance(value, str) and not self._own_collator:
-                raise _Unreadable(
+                raise _UnreadableError(
                     "a head for regression learns numbers. Cast the column (datasets.Value('float32')), or, if they "
                     "are classes, load the student with as many labels as there are (num_labels=)"
                 )
         return label
 
-    def _read_row(self, row: Sequence[Any]) -> Any:
-        """Several labels at once, or a probability for each class."""
+    def _read_row(self, row: Sequence[Any]) -> Sequence[object]:
+        """Return several labels at once, or a probability for each class."""
         if any(isinstance(value, str) for value in row) or (not row and self._problem == SEVERAL):
             return self._read_words(row)
         if any(map(self._is_gap, row)):
@@ -225,77 +235,80 @@ class LabelReader:
         if len(row) == 1 and self._problem != SEVERAL:
             return [self._read_class(row[0])]
         if self._count is not None and len(row) != self._count:
-            raise _Unreadable(
+            raise _UnreadableError(
                 f"it has {len(row)} numbers and the head {self._count} classes: give a number for each class, 1 where "
                 "it applies and 0 where it does not"
             )
         if self._problem is None and not any(isinstance(value, float) for value in row):
-            raise _Unreadable(f"whole numbers in a row are several labels at once: {_SAY_SEVERAL}")
+            raise _UnreadableError(f"whole numbers in a row are several labels at once: {_SAY_SEVERAL}")
         self._width = len(row)
         return [float(value) for value in row]
 
-    def _read_words(self, words: Sequence[Any]) -> Any:
+    def _read_words(self, words: Sequence[object]) -> Sequence[object]:
         if self._own_collator:
             return words
         if self._problem != SEVERAL:
-            raise _Unreadable(f"words in a row are several labels at once: {_SAY_SEVERAL}")
-        read = [0.0] * (self._count or 0)
-        for word in words:
-            read[self._read_class(word)] = 1.0
-        return read
+            raise _UnreadableError(f"words in a row are several labels at once: {_SAY_SEVERAL}")
+        classes = {self._read_class(word) for word in words}
+        return [float(number in classes) for number in range(self._count or 0)]
 
     def _read_gap(self) -> Any:
         if self._problem == SEVERAL or (self._width is not None and self._problem != SINGLE):
-            raise _Unreadable(self._no_gaps("several labels at once"))
+            raise self._gap_error("several labels at once")
         return IGNORED if self._width is None else [float(IGNORED)] * self._width
 
-    def _no_gaps(self, head: str) -> str:
-        return _NO_GAPS.format(head=head) + ("" if self._evaluates else _TEACHER_ALONE)
+    def _gap_error(self, head: str) -> _UnreadableError:
+        instead = "" if self._evaluates else ", or learn from the teacher alone (alpha=1)"
+        return _UnreadableError(
+            f"a head for {head} has no number that means 'no label'. Leave these rows out (dataset.filter){instead}"
+        )
 
-    def _is_gap(self, label: Any) -> bool:
-        if isinstance(label, str):
-            return not label.strip() and not self._own_collator
-        if label is None or type(label).__name__ in ("NAType", "NaTType"):  # pandas'
-            return True
-        if not isinstance(label, (int, float)):
-            return False
-        return label != label or label == IGNORED or (label == -1 and self._of_class_label)
+    def _is_gap(self, label: object) -> bool:
+        """Return whether a value stands for a missing label."""
+        match label:
+            case str():
+                return not label.strip() and not self._own_collator
+            case int() | float():
+                return label != label or label == IGNORED or (label == -1 and self._of_class_label)
+        return label is None or type(label).__name__ in ("NAType", "NaTType")  # pandas'
 
-    def _place_of(self, word: str) -> int:
-        place = self._ids.get(word, self._folded.get(word.strip().casefold()))
-        if place is not None:
-            return place
+    def _number_of(self, word: str) -> int:
+        number = self._ids.get(word, self._folded.get(word.strip().casefold()))
+        if number is not None:
+            return number
         if word.strip().lstrip("+-").replace(".", "", 1).isdigit():
-            raise _Unreadable("it is a number written as text. Cast the column: datasets.Value('int64')")
+            raise _UnreadableError("it is a number written as text. Cast the column: datasets.Value('int64')")
         if not self._ids:
-            raise _Unreadable("the labels of this head are numbers")
+            raise _UnreadableError("the labels of this head are numbers")
         if has_default_names(self._ids):
-            raise _Unreadable(
+            raise _UnreadableError(
                 "the student's labels have no names of their own (LABEL_0, …). Name them when it is loaded: names = "
                 f"sorted(set(dataset[{self._column!r}])); from_pretrained(..., num_labels=len(names), "
                 "id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})"
             )
         close = difflib.get_close_matches(word, self._ids, 1, cutoff=0.5)
-        raise _Unreadable(
-            f"the student's labels are {listed_names(self._names)}{f'. Did you mean {close[0]!r}?' if close else ''}"
-        )
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise _UnreadableError(f"the student's labels are {listed_names(self._names)}{hint}")
 
-    def _error(self, label: Any, where: str, reason: object) -> DataError:
+    def _error(self, label: object, where: str, reason: object) -> DataError:
         shown = "nothing" if label is None else repr(label)
         shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
         end = "" if str(reason).endswith("?") else "."
         return DataError(f"{self._column!r} of {self._whose} holds {shown} ({where}): {reason}{end}")
 
-    # Looking at the column, once.
+    # Surveying the column once.
 
-    def _match_names(self, data: Any, label_matching: str) -> None:
-        """Pair the names of a `ClassLabel` with the student's."""
+    def _match_names(self, data: Data, label_matching: str) -> None:
+        """Pair the names of a `ClassLabel` with the student's.
+
+        Raises:
+            DataError: if only some of the student's names occur, at other numbers.
+        """
         column = self._column or label_column(getattr(data, "column_names", None), self._own_column)
-        feature = (getattr(data, "features", None) or {}).get(column)
-        feature = getattr(feature, "feature", feature)
-        if not isinstance(feature, datasets.ClassLabel):
+        theirs = class_names(data, column)
+        if theirs is None:
             return
-        self._of_class_label, theirs = True, list(feature.names)
+        self._of_class_label = True
         if has_default_names(self._ids):
             has_names = not has_default_names({name: number for number, name in enumerate(theirs)})
             self.names = tuple(theirs) if has_names and len(theirs) == self._count else None
@@ -331,26 +344,26 @@ class LabelReader:
             "numbers as they are.)"
         )
 
-    def _survey(self, data: Any) -> None:
-        """Read every distinct label once; count rows, gaps and words.
+    def _survey(self, data: Data) -> None:
+        """Convert every distinct label once, and count rows, gaps and words.
 
         Raises:
-            DataError: a label that cannot be read, with its example.
+            DataError: if a label cannot be read; it names the example.
         """
         rows = gaps = 0
         words: dict[str, None] = {}
         numbers: list[float] = []
-        beyond: tuple[Any, int, _OutOfRange] | None = None
+        beyond: tuple[Any, int, _OutOfRangeError] | None = None
         for block in _blocks(data, self._column):
             for label, count in self._distinct(block):
                 try:
                     self.changes |= not _is_same(self._read(label), label)
-                except _Unreadable as error:
+                except _UnreadableError as error:
                     row = rows + _first_row(block, label, of_token=count == 0)
                     found = label[0] if count == 0 else label
-                    if not isinstance(error, _OutOfRange):
+                    if not isinstance(error, _OutOfRangeError):
                         raise self._error(found, f"example {row}", error) from error
-                    beyond = beyond or (found, row, error)  # where the others lie is looked at first
+                    beyond = beyond or (found, row, error)  # the range of all labels decides on the advice
                 gaps += count if self._is_gap(label) else 0
                 entries = [one for one in (label if isinstance(label, list) else [label]) if not self._is_gap(one)]
                 words |= dict.fromkeys(one for one in entries if isinstance(one, str))
@@ -362,11 +375,11 @@ class LabelReader:
         self._remark(rows, gaps, list(words))
 
     def _distinct(self, block: pa.Array | list[Any]) -> Iterator[tuple[Any, int]]:
-        """The labels of a block that have to be read, each once, and how many rows have it.
+        """Yield the labels of a block that must be checked, and the number of rows with each (0: a token's label).
 
-        Of labels that are rows of clean numbers none has to be: only their sums are looked at.
+        Rows of numbers without gaps need no check; only their sums are recorded.
         """
-        is_rows = isinstance(block, pa.Array) and _is_list(block.type)
+        is_rows = isinstance(block, pa.Array) and is_list(block.type)
         if isinstance(block, list) or (self._of_values and not _is_clean(block)):
             yield from ((label, 1) for label in (block if isinstance(block, list) else block.to_pylist()))
         elif self._of_values:
@@ -382,13 +395,13 @@ class LabelReader:
 
     def _distinct_rows(self, block: pa.Array) -> Iterator[tuple[Any, int]]:
         flat, lengths = block.flatten(), pc.unique(pc.list_value_length(block.drop_null())).to_pylist()
-        if _is_text(flat.type) or lengths in ([], [1]):
+        if is_text(flat.type) or lengths in ([], [1]):
             yield from ((label, 1) for label in block.to_pylist())
             return
         self._width = self._count
         if lengths == [self._count] and _is_clean(flat) and block.null_count == 0:
             matrix = flat.to_numpy(zero_copy_only=False).reshape(len(block), -1)
-            self._add_up(matrix)
+            self._record_sums(matrix)
             is_float = pa.types.is_floating(flat.type)
             if not (matrix == IGNORED).any() and (is_float or self._problem == SEVERAL):
                 self.changes |= not is_float
@@ -396,45 +409,49 @@ class LabelReader:
         else:
             for label in block.to_pylist():
                 if label is not None and not any(map(self._is_gap, label)):
-                    self._add_up(np.array([label]))
+                    self._record_sums(np.array([label]))
         yield from ((label, 1) for label in block.to_pylist())
 
-    def _add_up(self, matrix: np.ndarray) -> None:
-        """Note whether all rows so far are probabilities."""
-        one = (abs(matrix.sum(1) - 1) < _TOLERANCE).all() and (matrix >= 0).all()
-        self._adds_up = bool(one) and self._adds_up is not False
+    def _record_sums(self, matrix: np.ndarray) -> None:
+        """Record whether all rows so far are probabilities."""
+        are_probabilities = (abs(matrix.sum(1) - 1) < _TOLERANCE).all() and (matrix >= 0).all()
+        self._adds_up = bool(are_probabilities) and self._adds_up is not False
 
-    def _range_error(self, label: Any, row: int, reason: _OutOfRange, lowest: float, highest: float) -> DataError:
+    def _range_error(
+        self, label: object, row: int, reason: _OutOfRangeError, lowest: float, highest: float
+    ) -> DataError:
         if self._count is None or lowest < 0:
             return self._error(label, f"example {row}", reason)
         if lowest == 1 and highest == self._count:
-            do = f"Subtract 1: dataset.map(lambda row: {{{self._column!r}: row[{self._column!r}] - 1}})"
+            advice = f"Subtract 1: dataset.map(lambda row: {{{self._column!r}: row[{self._column!r}] - 1}})"
         else:
-            do = f"Load the student with num_labels={int(highest) + 1}, or correct the labels"
+            advice = f"Load the student with num_labels={int(highest) + 1}, or correct the labels"
         return DataError(
             f"{self._column!r} of {self._whose} runs from {lowest:g} to {highest:g}, and the head has {self._count} "
-            f"classes, 0 to {self._count - 1} (example {row} has {label}). {do}."
+            f"classes, 0 to {self._count - 1} (example {row} has {label}). {advice}."
         )
 
     def _check_clear_rows(self) -> None:
-        """Of rows that add up to 1 the student's config must say whether they are probabilities."""
+        """Raise if rows add up to 1 and the student's config does not say whether they are probabilities."""
         if not self._adds_up or self._problem is not None or self._evaluates:  # few rows may add up by chance
             return
-        said = (
+        problem = (
             f"the rows of {self._column!r} of {self._whose} add up to 1, so they are probabilities of the classes, but "
-            "transformers takes rows of numbers for several labels at once. Say which they are, in the student's "
+            "transformers takes rows of numbers for several labels at once. Declare them in the student's "
             f'config: problem_type="{SINGLE}" (probabilities) or problem_type="{SEVERAL}"'
         )
         if not self._as_trainer:
-            raise DataError(f"{said}.")
+            raise DataError(f"{problem}.")
         if not self._own_loss:
-            self.remarks.append(f"{said[0].upper()}{said[1:]}. alpha=0 trains as Trainer does: on several labels.")
+            self.remarks.append(
+                f"{problem[0].upper()}{problem[1:]}. alpha=0 trains as Trainer does: on several labels."
+            )
 
     def _remark(self, rows: int, gaps: int, words: list[str]) -> None:
         if words and not self._own_collator:
-            shown = ", ".join(f"{word!r} is {self._place_of(word)}" for word in words[:_SHOWN])
+            shown = ", ".join(f"{word!r} is {self._number_of(word)}" for word in words[:_SHOWN])
             self.remarks.append(
-                f"{self._column!r} of {self._whose} holds {len(words):,} different words, which are read by the "
+                f"{self._column!r} of {self._whose} holds {len(words):,} different words, which are numbered by the "
                 f"student's label2id: {shown}{', …' if len(words) > _SHOWN else ''}."
             )
         if gaps and self._needed:
@@ -442,24 +459,24 @@ class LabelReader:
 
     def _use_of_gaps(self) -> str:
         if self._evaluates:
-            return "The loss leaves them out, and compute_metrics is given -100 for them."
+            return "The loss leaves them out, and compute_metrics gets -100 for them."
         if self._as_trainer:
             return "The loss leaves them out."
         if self._of_tokens and not self._all_tokens:
             return 'They teach nothing; task=TokenClassification(rows="attended") distils them.'
         return "They are distilled; the labels' term leaves them out."
 
-    def _check_no_gaps(self, data: Any, task: Task, columns: list[str] | None) -> None:
-        """Of heads whose labels are token ids or positions: text, and rows without labels."""
+    def _check_no_gaps(self, data: Data, task: Task, columns: list[str] | None) -> None:
+        """Raise if labels that are token ids or positions hold text or gaps."""
         if not self._needed or columns is None or self._own_collator:
             return
-        text = _Unreadable(f"the labels of a {task} head are numbers, as tokenizer(text_target=...) makes them")
-        gap = _Unreadable(f"a {task} head needs labels in every row. Leave the others out (dataset.filter)")
+        text = _UnreadableError(f"the labels of a {task} head are numbers, as tokenizer(text_target=...) makes them")
+        gap = _UnreadableError(f"a {task} head needs labels in every row. Leave the others out (dataset.filter)")
         own = (self._aliases.get(name, name) for name in task.label_names)
         for column in (name for name in own if name in columns):
             self._column, rows = column, 0
             held = data.data.column(column) if isinstance(data, datasets.Dataset) else None
-            if held is not None and not held.null_count and not _is_text(held.type):
+            if held is not None and not held.null_count and not is_text(held.type):
                 continue
             for block in _blocks(data, column):
                 for row, label in enumerate(block if isinstance(block, list) else block.to_pylist(), rows):
@@ -469,21 +486,18 @@ class LabelReader:
 
 
 def _blocks(data: Any, column: str | None) -> Iterator[pa.Array | list[Any]]:
-    """The labels of a dataset in order; a list where Arrow has no type that holds them all."""
+    """Yield the labels of a dataset in order, as a list if no Arrow type holds them all."""
     assert column is not None
     if isinstance(data, datasets.Dataset):
         yield from arrow_blocks(data, column)
         return
-    for start in range(0, len(data), _ROWS):
-        labels = [_as_plain(row.get(column)) for row in data[start : start + _ROWS]]
+    for start in range(0, len(data), _BLOCK_ROWS):
+        labels = [row.get(column) for row in data[start : start + _BLOCK_ROWS]]
+        labels = [x.tolist() if isinstance(x, (torch.Tensor, np.ndarray, np.generic)) else x for x in labels]
         try:
             yield pa.array(labels, from_pandas=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError):  # words among numbers, tensors of several axes
             yield labels
-
-
-def _as_plain(label: Any) -> Any:
-    return label.tolist() if isinstance(label, (torch.Tensor, np.ndarray, np.generic)) else label
 
 
 def _counted(block: pa.Array) -> Iterator[tuple[Any, int]]:
@@ -492,31 +506,24 @@ def _counted(block: pa.Array) -> Iterator[tuple[Any, int]]:
         yield entry["values"].as_py(), entry["counts"].as_py()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
 def _is_clean(block: pa.Array) -> bool:
-    """Whether these are numbers without a gap."""
-    flat = block.flatten() if _is_list(block.type) else block
+    """Return whether these are numbers without a gap."""
+    flat = block.flatten() if is_list(block.type) else block
     if block.null_count or flat.null_count or not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
         return False
     return pa.types.is_integer(flat.type) or not pc.any(pc.is_nan(flat)).as_py()
 
 
 def _first_row(block: pa.Array | list[Any], label: Any, *, of_token: bool) -> int:
-    """The first row with this label; `[label]` is that of a token in some row."""
+    """Return the first row with this label; with `of_token`, `[label]` is the label of a token."""
     for row, found in enumerate(block if isinstance(block, list) else block.to_pylist()):
         if (label[0] in (found or ())) if of_token else (found == label):
             return row
     return 0
 
 
-def _is_same(read: Any, label: Any) -> bool:
-    if isinstance(read, list) and isinstance(label, (list, tuple)):
-        return len(read) == len(label) and all(map(_is_same, read, label))
-    return type(read) is type(label) and bool(read == label)
+def _is_same(converted: object, label: object) -> bool:
+    """Return whether two labels are equal and of the same type."""
+    if isinstance(converted, list) and isinstance(label, (list, tuple)):
+        return len(converted) == len(label) and all(map(_is_same, converted, label))
+    return type(converted) is type(label) and bool(converted == label)

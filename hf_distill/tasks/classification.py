@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
 from hf_distill.tasks.base import (
     IGNORED,
     Batch,
+    Outputs,
     PositionTask,
     Task,
     attended,
@@ -22,19 +24,20 @@ from hf_distill.tasks.base import (
 )
 from hf_distill.vocabulary import HeadAlignment
 
-SEVERAL, SINGLE = "multi_label_classification", "single_label_classification"
+SEVERAL: Final = "multi_label_classification"
+SINGLE: Final = "single_label_classification"
 _ADVICE = (
-    "Set config.problem_type of both to what the labels are (transformers takes float labels for several at once), "
-    "and use a teacher that was trained for that."
+    "Set config.problem_type of both models to that of the labels (transformers takes float labels for several at "
+    "once), and use a teacher that was trained for it."
 )
 
 
 class Classification(Task):
     """One row an example, or, with several labels at once, one Bernoulli row (z, 0) a label.
 
-    Every example counts; single-label examples with label -100 are unlabelled and still distilled. Which of the two
-    it is follows transformers: `config.problem_type`, else the labels' dtype (float: several at once). Rows of floats
-    where the config says "single_label_classification" are probabilities: the labels' term is their cross-entropy.
+    Every example counts; single-label examples with label -100 are unlabelled and still distilled. As in transformers,
+    `config.problem_type` decides between the two, or else the labels' dtype (float: several at once). Rows of floats
+    under "single_label_classification" are probabilities: the labels' term is their cross-entropy.
     """
 
     kind = "classification"
@@ -48,23 +51,22 @@ class Classification(Task):
     matched_by = "labels"
     needs_same_inputs = False
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig | None) -> None:
         self._config = config
         self._teachers_problem: str | None = None
 
     @classmethod
-    def from_model(cls, model: Any) -> Classification:
+    def from_model(cls, model: PreTrainedModel) -> Classification:
         return cls(getattr(model, "config", None))
 
-    def learn_from(self, teacher_config: Any) -> None:
-        """A fine-tuned teacher's config says which of the two it is; a fresh student's says so only after a labelled
-        step."""
+    def learn_from(self, teacher_config: PreTrainedConfig | None) -> None:
+        """Store the problem type, which a fresh student's config lacks until a labelled step."""
         super().learn_from(teacher_config)
         self._teachers_problem = getattr(teacher_config, "problem_type", None)
-        self.problem  # noqa: B018  # raises where the two contradict each other
+        self.problem  # noqa: B018  # raises if it differs from the student's
 
-    def write_to(self, config: Any, batch: Batch) -> None:
-        """Names, and that it predicts several labels at once: a pipeline then takes a sigmoid, as the loss does."""
+    def write_to(self, config: PreTrainedConfig, batch: Batch) -> None:
+        """Write label names, and the problem type of several labels: a pipeline then takes a sigmoid, as the loss."""
         super().write_to(config, batch)
         if getattr(config, "problem_type", SINGLE) is None and self.is_multi_label(batch):
             config.problem_type = SEVERAL
@@ -74,7 +76,7 @@ class Classification(Task):
         """The student's `problem_type`, or else the teacher's.
 
         Raises:
-            TeacherError: the two contradict each other.
+            TeacherError: if the two differ.
         """
         ours, theirs = getattr(self._config, "problem_type", None), self._teachers_problem
         if ours is not None and theirs is not None and (ours == SEVERAL) != (theirs == SEVERAL):
@@ -101,7 +103,7 @@ class Classification(Task):
             return False
         return labels.shape[1] > 1 and self.problem == SINGLE
 
-    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Outputs, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         logits = output_named("logits", outputs)
         if logits.dim() != 2:
             hint = self._class_axis(logits)
@@ -112,7 +114,7 @@ class Classification(Task):
         return torch.stack((logits, torch.zeros_like(logits)), -1)  # [b v 2]
 
     def _class_axis(self, logits: Tensor) -> str:
-        """Which axis of logits with too many is the classes, for the message."""
+        """Return a sentence about the axis that seems to hold the classes, for the message."""
         classes = getattr(self._config, "num_labels", None)
         found = [axis for axis, length in enumerate(logits.shape) if axis > 0 and length == classes]
         if len(found) != 1:
@@ -130,8 +132,10 @@ class Classification(Task):
     def rows(self, batch: Batch) -> int:
         if not self.is_multi_label(batch):
             return batch_size(batch)
-        labels = batch.get("labels")
-        return batch_size(batch) * (self._config.num_labels if labels is None else labels.shape[1])
+        if batch.get("labels") is not None:
+            return batch["labels"].numel()
+        assert self._config is not None and self._config.num_labels is not None  # it declares several labels
+        return batch_size(batch) * self._config.num_labels
 
     def rows_are_distributions(self, batch: Batch) -> bool:
         return not self.is_multi_label(batch)
@@ -164,12 +168,12 @@ class Classification(Task):
             )
 
     def raw_of_predictions(self, predictions: Tensor) -> Tensor:
-        # Of several labels at once `[b v 2]`, (z, 0) says all.
+        # Several labels at once are `[b v 2]` with rows (z, 0).
         return predictions[..., 0] - predictions[..., 1] if predictions.dim() == 3 else predictions
 
 
 class MultipleChoice(Task):
-    """One row a question, over its choices, which both models must be shown in the same order."""
+    """One row a question, over its choices, which both models must read in the same order."""
 
     kind = "multiple_choice"
     axis = "example"
@@ -182,8 +186,11 @@ class MultipleChoice(Task):
 
 
 class TokenClassification(PositionTask):
-    """One row a token. `rows="labelled"` keeps tokens whose label is not -100 (first pieces of words, as a rule);
-    `rows="attended"` all that the attention mask shows. Without labels the latter is all that is known.
+    """One row a token.
+
+    Args:
+        rows: "labelled" keeps tokens whose label is not -100 (usually first pieces of words); "attended" keeps all that
+            the attention mask shows, as is always done without labels.
     """
 
     kind = "token_classification"
@@ -209,7 +216,7 @@ class TokenClassification(PositionTask):
 
 
 def check_no_ignored(labels: Tensor, head: str) -> None:
-    """-100 means nothing to a head whose loss is not a cross-entropy: it would be learnt as a value."""
+    """Raise `DataError` for label -100 in a head whose loss is no cross-entropy, and would learn it as a value."""
     unlabelled = (labels == IGNORED).flatten(1).any(-1) if labels.dim() > 1 else labels == IGNORED
     if bool(unlabelled.any()):
         example = int(unlabelled.nonzero()[0])

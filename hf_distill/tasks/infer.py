@@ -1,13 +1,14 @@
-"""Which task a model is for, from its class; and tasks by name."""
+"""The task of a model, from its class or by name, and facts of its forward."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import SettingError, did_you_mean
@@ -19,23 +20,13 @@ from hf_distill.tasks.regression import Embedding, Regression
 from hf_distill.tasks.span import Span
 from hf_distill.tasks.unknown import UnknownTask
 
-TASKS: dict[str, type[Task]] = {
-    task.kind: task
-    for task in (
-        Classification,
-        Regression,
-        MultipleChoice,
-        TokenClassification,
-        Span,
-        MaskedLM,
-        CausalLM,
-        Seq2Seq,
-        CTC,
-        Embedding,
-    )
-}
+_CLASSES = (
+    *(Classification, Regression, MultipleChoice, TokenClassification, Span),
+    *(MaskedLM, CausalLM, Seq2Seq, CTC, Embedding),
+)
+TASKS: dict[str, type[Task]] = {task.kind: task for task in _CLASSES}
 
-# What the Hub and AutoModel classes call them; only proposed in messages.
+# Names used by the Hub and AutoModel classes, for suggestions in messages.
 TASK_ALIASES: dict[str, str] = {
     **dict.fromkeys(("text_classification", "sequence_classification", "seq_cls", "multi_label"), "classification"),
     **dict.fromkeys(("image_classification", "audio_classification", "multi_label_classification"), "classification"),
@@ -49,43 +40,33 @@ TASK_ALIASES: dict[str, str] = {
     **dict.fromkeys(("swag", "mc"), "multiple_choice"),
 }
 
-# In this order: BART and T5 stand in the masked-LM table too, and are sequence to sequence first.
-_TABLES: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    (
-        "seq2seq",
-        (
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        ),
-    ),
-    ("ctc", (auto.MODEL_FOR_CTC_MAPPING_NAMES,)),
-    ("causal_lm", (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)),
-    ("masked_lm", (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,)),
-    (
-        "classification",
-        (
-            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        ),
-    ),
-    ("token_classification", (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,)),
-    ("span", (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,)),
-    ("multiple_choice", (auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,)),
-    ("embedding", (auto.MODEL_MAPPING_NAMES,)),
+# In this order, since BART and T5 are also in the masked-LM table, and are sequence to sequence first.
+_TABLES: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ("seq2seq", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES),
+    ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES),
+    ("causal_lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ("masked_lm", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+    ("classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    ("token_classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ("span", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    ("multiple_choice", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
+    ("embedding", auto.MODEL_MAPPING_NAMES),
 )
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a compiled or a PEFT model, or the model itself."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def unwrapped(model: nn.Module | None) -> Any:
+    """Return the transformers model inside a compiled or a PEFT model, or the model itself."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def forward_names(model: Any) -> tuple[str, ...]:
-    """The arguments of a model's forward by name; of the class it derives from where its own only passes them on.
+def forward_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the forward's arguments, from a base class if the model's own forward only passes them on.
 
-    Empty where no forward names any: then nothing is known of what it reads.
+    The result is empty if no forward names any, so that the model's inputs are unknown.
     """
     for cls in type(unwrapped(model)).__mro__:
         forward = vars(cls).get("forward")
@@ -98,22 +79,19 @@ def forward_names(model: Any) -> tuple[str, ...]:
     return ()
 
 
-def main_input_of(model: Any) -> str:
-    """The name of the input that a model cannot do without: what it declares, or the first argument of its forward.
-
-    A module that is not of transformers declares none; then it is the first that its forward names.
-    """
+def main_input_of(model: nn.Module) -> str:
+    """Return the name of the model's main input: the declared one, or else the first argument of its forward."""
     named, declared = forward_names(model), getattr(unwrapped(model), "main_input_name", None)
     if isinstance(declared, str) and (declared in named or not named):
         return declared
     return next((name for name in named if name == "input_ids"), named[0] if named else "input_ids")
 
 
-def infer_kind(model: Any) -> str:
-    """The kind of head a model has, by the name of its class or of one it derives from.
+def infer_kind(model: nn.Module | None) -> str:
+    """Return the kind of a model's head, by the name of its class or of a base class.
 
     Raises:
-        SettingError: the class is in none of transformers' tables that we know.
+        SettingError: if these classes are in none of the known tables of transformers.
     """
     model = unwrapped(model)
     for cls in type(model).__mro__:
@@ -122,50 +100,50 @@ def infer_kind(model: Any) -> str:
             return kind
     raise SettingError(
         f"{type(model).__name__}: this library does not know where it keeps its predictions. Supported kinds of "
-        f"head: {', '.join(TASKS)}. Pass one of these names as task= only where the model's output has just that form "
+        f"head: {', '.join(TASKS)}. Pass one of these names as task= only if the model's output has exactly that form "
         f'(task="classification": one row of logits an example, [examples, classes]). {OWN_TASK} (With alpha=0 and no '
-        "objectives a DistillationTrainer compares nothing, and trains any class as Trainer does.)"
+        "objectives a DistillationTrainer trains any class, as Trainer does.)"
     )
 
 
-def kind_of_class(name: str, config: Any) -> str | None:
-    """The kind of head of transformers' class of this name, with this config; None where it is in no table."""
-    for kind, tables in _TABLES:
-        if name in _class_names(tables) and _is_meant(kind, name):
+def kind_of_class(name: str, config: PreTrainedConfig | None) -> str | None:
+    """Return the kind of head of transformers' class of this name, with this config; None if it is in no table."""
+    for kind, table in _TABLES:
+        if name in _class_names(table) and _belongs(kind, name):
             return _narrowed(kind, config)
     return None
 
 
-def infer_task(model: Any) -> Task:
-    """The task of a student, from its class and its config.
+def infer_task(model: nn.Module | None) -> Task:
+    """Return the task of a student, from its class and its config.
 
     >>> from transformers import BertConfig, BertForTokenClassification
     >>> tiny = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
     >>> infer_task(BertForTokenClassification(tiny)).kind
     'token_classification'
     """
-    return _made(infer_kind(model), model)
+    return _inferred(infer_kind(model), model)
 
 
-def _made(kind: str, model: Any) -> Task:
+def _inferred(kind: str, model: nn.Module | None) -> Task:
     task = TASKS[kind].from_model(unwrapped(model))
     task.inferred = True
     return task
 
 
-def task_or_unknown(model: Any) -> Task:
-    """The task of a student, or an `UnknownTask` where its class is not known: for a training that compares nothing."""
+def task_or_unknown(model: nn.Module) -> Task:
+    """Return the task of a student, or `UnknownTask` for an unknown class, in a training that compares nothing."""
     try:
         return infer_task(model)
     except SettingError:
         return UnknownTask()
 
 
-def make_task(model: Any, task: Task | str | None) -> Task:
-    """The task that was given, by name or whole, or else the student's own.
+def make_task(model: nn.Module | None, task: Task | str | None) -> Task:
+    """Return the given task, the task of this name, or for None the student's own.
 
     Raises:
-        SettingError: no such name, or nothing given and the class is not known.
+        SettingError: if the name, or without a name the class, is unknown.
     """
     if task is None:
         return infer_task(model)
@@ -174,36 +152,35 @@ def make_task(model: Any, task: Task | str | None) -> Task:
     if task not in TASKS:
         hint = did_you_mean(task, TASKS, TASK_ALIASES)
         raise SettingError(f"task={task!r}: no such task. Allowed: {', '.join(TASKS)}.{hint}")
-    return _made(task, model)
+    return _inferred(task, model)
 
 
 # Heads in the causal-LM table whose own loss does not shift the labels; XLM is a masked LM.
 _NOT_CAUSAL = {"XLNetLMHeadModel", "ProphetNetForCausalLM", "CpmAntForCausalLM", "XLMWithLMHeadModel"}
 
 
-def _is_meant(kind: str, name: str) -> bool:
-    """The tables hold more than their names say: heads among the bare models, unshifted labels among the shifted."""
+def _belongs(kind: str, name: str) -> bool:
+    """Return False for heads in the table of bare models, and for unshifted labels in the causal table."""
     if kind == "embedding":
         return re.search(r"For[A-Z]|Backbone$", name) is None
     return kind != "causal_lm" or name not in _NOT_CAUSAL
 
 
 def _narrowed(kind: str, config: Any) -> str:
-    """What the config says beside the class.
+    """Return the kind that a config specifies within that of a class.
 
-    Audio language models stand in the sequence-to-sequence tables, but have no decoder inputs and shift their labels.
-    A sequence classification head with one output, or declared so, is a regression.
+    Audio language models are in the sequence-to-sequence tables, but have no decoder inputs and shift their labels.
+    A classification head with one output, or so declared, is a regression.
     """
     if kind == "seq2seq" and not config.is_encoder_decoder:
         return "causal_lm"
     if kind != "classification":
         return kind
-    problem = getattr(config, "problem_type", None)
-    alone = problem is None and config.num_labels == 1
-    return "regression" if problem == "regression" or alone else kind
+    if config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1):
+        return "regression"
+    return kind
 
 
-def _class_names(tables: Iterable[Any]) -> Iterator[str]:
-    for table in tables:
-        for names in table.values():
-            yield from (names,) if isinstance(names, str) else names
+def _class_names(table: Mapping[str, Any]) -> Iterator[str]:
+    for names in table.values():
+        yield from (names,) if isinstance(names, str) else names

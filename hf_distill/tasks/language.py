@@ -1,21 +1,22 @@
-"""Rows over a vocabulary, a row a position: masked, causal (labels shifted), and sequence to sequence."""
+"""Rows over a vocabulary, one for each position: masked, causal (labels shifted), and sequence to sequence."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_distill._types import Keywords
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import IGNORED, Batch, PositionTask, attended, labels_of_rows
 
-_SHOWN = 3  # of the texts that are too long; the others are counted
+_SHOWN = 3  # examples named in the message about long texts
 
 
 class MaskedLM(PositionTask):
-    """The positions whose label is not -100, the masked ones; without labels, all that are attended."""
+    """Rows are the masked positions, whose label is not -100; without labels, all attended positions."""
 
     kind = "masked_lm"
     axis = "input"
@@ -36,7 +37,7 @@ class MaskedLM(PositionTask):
 class CausalLM(PositionTask):
     """Position i predicts token i + 1: logits lose their last position, labels their first.
 
-    A collator that gives `shift_labels` (already shifted, padding-free batches) is taken at its word, as in `Trainer`.
+    `shift_labels` of a collator (already shifted, padding-free batches) are used as they are, as in `Trainer`.
     """
 
     kind = "causal_lm"
@@ -54,8 +55,9 @@ class CausalLM(PositionTask):
         return x[:, :-1].flatten(0, 1)
 
     def keep(self, batch: Batch) -> Tensor:
-        """Where a real token predicts one that counts: with left padding, the last padded position predicts the first
-        token from nothing, and would be a row more for each shorter example.
+        """Return the positions where a real token predicts a token that counts.
+
+        With left padding, the last padded position, which predicts the first token from nothing, is left out.
         """
         labels, mask = self._next_tokens(batch), batch.get("attention_mask")
         if labels is None:
@@ -68,7 +70,7 @@ class CausalLM(PositionTask):
 
     def label_count(self, batch: Batch) -> Tensor:
         labels = self._next_tokens(batch)
-        assert labels is not None  # the labels term is only asked for where there are labels
+        assert labels is not None  # only called if there are labels
         return (labels != IGNORED).sum()
 
     def targets(self, batch: Batch) -> Tensor | None:
@@ -85,8 +87,11 @@ class CausalLM(PositionTask):
 
 
 class Seq2Seq(PositionTask):
-    """A row a decoder position: not shifted. `prepare` makes the student's decoder inputs from the labels; a teacher
-    that is a model makes its own from the same labels, beginning with its own start token."""
+    """One row for each decoder position, not shifted.
+
+    `prepare` makes the student's decoder inputs from the labels; a teacher model makes its own from the same labels,
+    beginning with its own start token.
+    """
 
     kind = "seq2seq"
     axis = "decoder"
@@ -109,7 +114,7 @@ class Seq2Seq(PositionTask):
     def can_compare(self, batch: Batch) -> bool:
         return batch.get("labels") is not None or batch.get("decoder_input_ids") is not None
 
-    def prepare(self, batch: dict[str, Any], student: Any) -> dict[str, Any]:
+    def prepare(self, batch: Keywords, student: PreTrainedModel) -> Keywords:
         if batch.get("decoder_input_ids") is None:
             if batch.get("labels") is None:
                 raise DataError(_no_text(batch))
@@ -120,16 +125,16 @@ class Seq2Seq(PositionTask):
 
 def _no_text(batch: Batch) -> str:
     return (
-        f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}, and a decoder is compared on the "
-        "texts that it is shown, also with alpha=1. Give transcripts or translations as labels, or let the teacher "
-        "write them: hf_distill.generate_completions(teacher, dataset, folder)."
+        f"the batch has neither labels nor decoder_input_ids, only {sorted(batch)}, and a decoder is compared on given "
+        "texts, also with alpha=1. Give transcripts or translations as labels, or let the teacher generate them: "
+        "hf_distill.generate_completions(teacher, dataset, folder)."
     )
 
 
-def _check_length(batch: Batch, student: Any) -> None:
-    """Raise if a text is longer than the decoder's table of positions, naming the examples.
+def _check_length(batch: Batch, student: PreTrainedModel) -> None:
+    """Raise if a text is longer than the decoder's table of positions, and name the examples.
 
-    Models whose positions have no table (T5), or one that grows (M2M100, Speech2Text), take texts of any length.
+    Models without such a table (T5), or with one that grows (M2M100, Speech2Text), take texts of any length.
     """
     find = getattr(student, "get_decoder", None)
     table = None if find is None else getattr(find(), "embed_positions", None)
@@ -150,16 +155,16 @@ def _check_length(batch: Batch, student: Any) -> None:
     )
 
 
-def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
-    """`[b t]`: the labels one to the right, by the model's own rule where it has one.
+def decoder_inputs(labels: Tensor, model: nn.Module) -> Tensor:
+    """Return decoder inputs `[b t]`: the labels shifted to the right, by the model's own rule if it has one.
 
     Raises:
-        DataError: the model has no rule, and its config does not say which token comes first.
+        DataError: if the model has no rule, and its config no start token.
     """
     own_rule = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own_rule is not None:
         return own_rule(labels=labels.clone())  # FSMT writes into them
-    # As the models' own forwards: the config itself. (Its `get_text_config` forgets Whisper's start token.)
+    # From the config itself, as in the models' own forwards, since `get_text_config` drops Whisper's start token.
     start, padding = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None or padding is None:
         raise DataError(
@@ -171,8 +176,8 @@ def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
     return shifted.masked_fill(shifted == IGNORED, padding)
 
 
-def decoder_rule(model: Any) -> list[int] | None:
-    """What a model makes of the labels 5, 6, 7; None where it cannot make decoder inputs of labels."""
+def decoder_rule(model: nn.Module) -> list[int] | None:
+    """Return the decoder inputs that a model makes from the labels 5, 6, 7, or None if it cannot make any."""
     try:
         return [int(token) for token in decoder_inputs(torch.tensor([[5, 6, 7]]), model)[0]]
     except (ValueError, TypeError, AttributeError):  # its config lacks a start or a padding token, or it has no decoder
@@ -180,29 +185,31 @@ def decoder_rule(model: Any) -> list[int] | None:
 
 
 class OwnDecoderInputs:
-    """The decoder inputs of a teacher that makes others of the same labels than the student does.
+    """Decoder inputs for a teacher whose rule for making them from labels may differ from the student's.
 
     Args:
-        student, teacher: the models, unwrapped.
+        student: the unwrapped student.
+        teacher: the unwrapped teacher.
 
     Attributes:
-        ours, theirs: the `decoder_rule` of each.
+        ours: the student's `decoder_rule`.
+        theirs: the teacher's.
     """
 
-    def __init__(self, student: Any, teacher: Any) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         self._student, self._teacher = weakref.ref(student), weakref.ref(teacher)
         self.ours, self.theirs = decoder_rule(student), decoder_rule(teacher)
 
     def differ(self) -> bool:
-        """Whether the teacher has a rule, and not the student's."""
+        """Return whether both have a rule, and the rules differ."""
         return self.theirs is not None and self.ours is not None and self.ours != self.theirs
 
     def of(self, batch: Batch) -> Tensor:
-        """`[b t]`, from a batch with the student's `decoder_input_ids`.
+        """Return the teacher's inputs `[b t]` for a batch with the student's `decoder_input_ids`.
 
-        Rows that the student's rule makes of the labels are made by the teacher's rule. Other rows, which a collator
-        gave (Whisper's prompts, say), are shared as they are. Without labels, only a first token that is the student's
-        start token becomes the teacher's.
+        Rows that follow from the labels by the student's rule are made by the teacher's rule. Other rows, from a
+        collator (such as Whisper's prompts), are shared as they are. Without labels, only the student's start token in
+        first position is replaced by the teacher's.
         """
         ids, labels = batch["decoder_input_ids"], batch.get("labels")
         student, teacher = self._student(), self._teacher()

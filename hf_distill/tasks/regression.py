@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.tasks.base import Batch, Task, batch_size, output_named, pick, require_axes
+from hf_distill.tasks.base import Batch, Outputs, Task, batch_size, output_named, pick, require_axes
 from hf_distill.tasks.classification import check_no_ignored
 from hf_distill.vocabulary import HeadAlignment
 
@@ -29,10 +31,8 @@ class Regression(Task):
     on_values = True
     needs_same_inputs = False
 
-    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
-        logits = output_named("logits", outputs)
-        logits = logits.unsqueeze(-1) if logits.dim() == 1 else logits
-        return pick(logits, columns, teacher=teacher)
+    def read(self, outputs: Outputs, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
+        return pick(self.raw_output(outputs, batch), columns, teacher=teacher)
 
     def label_count(self, batch: Batch) -> Tensor:
         return torch.tensor(batch["labels"].shape[0], device=batch["labels"].device)
@@ -40,8 +40,8 @@ class Regression(Task):
     def check_labels(self, batch: Batch) -> None:
         check_no_ignored(batch["labels"], "regression")
 
-    def write_to(self, config: Any, batch: Batch) -> None:
-        """Names, and that it predicts values: without that a pipeline takes a sigmoid of a single one."""
+    def write_to(self, config: PreTrainedConfig, batch: Batch) -> None:
+        """Write label names and the problem type, without which a pipeline takes a sigmoid of a single value."""
         super().write_to(config, batch)
         if getattr(config, "problem_type", "regression") is None:
             config.problem_type = "regression"
@@ -50,8 +50,8 @@ class Regression(Task):
 class Embedding(Task):
     """One row `[b d]` an example: the last hidden state, pooled over the attended positions.
 
-    A bare encoder has no loss of its own, so it trains with alpha=1, or with a `compute_loss_func`. Nothing that it is
-    saved with says how it is pooled: the model card does.
+    A bare encoder has no loss of its own, so it trains with alpha=1, or with a `compute_loss_func`. Its saved files do
+    not contain the pooling; the model card does.
 
     Args:
         pooling: "mean" (sentence-transformers' default), "first" (CLS) or "last" (decoders), for both models.
@@ -70,7 +70,7 @@ class Embedding(Task):
             raise SettingError(f"pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
         self.pooling = pooling
 
-    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Outputs, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         hidden = output_named("last_hidden_state", outputs)
         require_axes(
             hidden,
@@ -96,7 +96,7 @@ class Embedding(Task):
         return torch.tensor(batch_size(batch), device=batch["labels"].device)
 
     def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> None:
-        """Nothing: the outputs are hidden states, of which `x` is a pool."""
+        """Return None, since the hidden states cannot be derived from the pooled `x`."""
 
     def _mask(self, hidden: Tensor, batch: Batch, *, teacher: bool) -> Tensor:
         mask = batch.get("attention_mask")
@@ -106,22 +106,19 @@ class Embedding(Task):
             return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return mask.bool()
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Keywords:
         return {"pooling": self.pooling}
 
-    def check_heads(self, student: Any, teacher: Any) -> None:
+    def check_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         widths = [getattr(getattr(model, "config", None), "hidden_size", None) for model in (student, teacher)]
         if None not in widths and widths[0] != widths[1]:
             raise TeacherError(
-                f"student and teacher embed in different widths ({widths[0]} and {widths[1]}), which an embedding "
-                "cannot bridge by itself. Give the student the teacher's hidden_size; or compare no embeddings "
-                "(alpha=None), and pass objectives= what needs no equal widths: SimilarityMatch() (which examples are "
-                'alike, by their pooled hidden states), HiddenMatch("last") or CosineEmbedding() (position by '
-                "position, through a learned projection)."
+                f"student and teacher embed in different widths ({widths[0]} and {widths[1]}). Give the student the "
+                "teacher's hidden_size, or pass alpha=None and objectives= SimilarityMatch() (similarities between "
+                'pooled examples), HiddenMatch("last") or CosineEmbedding() (positions, through a learned projection).'
             )
 
-    def raw_output(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the pooled embedding `[b d]`."""
+    def raw_output(self, outputs: Outputs, batch: Batch) -> Tensor:
         return self.read(outputs, batch, HeadAlignment(), teacher=True)
 
     def outputs_of_raw(self, raw: Tensor) -> dict[str, Tensor]:

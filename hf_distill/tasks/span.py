@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hf_distill.tasks.base import IGNORED, Batch, Task, attended, batch_size, output_named, require_axes
+from hf_distill.tasks.base import IGNORED, Batch, Outputs, Task, attended, batch_size, output_named, require_axes
 from hf_distill.vocabulary import HeadAlignment
 
 
 class Span(Task):
-    """Rows `[b 2 t]`; padded positions are blocked, so more padding changes nothing.
+    """Rows `[b 2 t]`; padded positions are masked, so more padding changes nothing.
 
-    The head's own loss in transformers takes its softmax over padded positions too: the labels term does depend
-    on padding, as it does in `Trainer`.
+    The head's own loss in transformers takes its softmax over padded positions too, so the labels' term depends on
+    padding, as in `Trainer`.
     """
 
     kind = "span"
@@ -24,13 +22,13 @@ class Span(Task):
     matched_by = "positions"
     label_names = ("start_positions", "end_positions")
 
-    def read(self, outputs: Any, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
+    def read(self, outputs: Outputs, batch: Batch, columns: HeadAlignment, *, teacher: bool) -> Tensor:
         both = output_named("start_logits", outputs), output_named("end_logits", outputs)
         require_axes(both[0], ("example", "position"), what="start_logits", teacher=teacher)
         logits = torch.stack(both, 1)  # [b 2 t]
         readable = self._readable(batch)
         if logits.shape[-1] != readable.shape[1]:
-            return logits  # of another input: refused where the rows are compared
+            return logits  # of another input; the comparison of the rows raises
         return logits.masked_fill(~readable[:, None], -torch.inf)
 
     def as_outputs(self, x: Tensor, columns: HeadAlignment, width: int) -> tuple[Tensor, ...]:
@@ -46,13 +44,13 @@ class Span(Task):
         return 2 * batch_size(batch)
 
     def keep(self, batch: Batch) -> Tensor | None:
-        """All rows, or, where positions are given, those whose answer lies in the text that is shown."""
+        """Return None for all rows, or with labels the rows whose answer is at an attended position."""
         if not self.has_labels(batch):
             return None
         return self._inside(batch).flatten()
 
     def label_count(self, batch: Batch) -> Tensor:
-        """Starts and ends that transformers does not ignore: before the padded length."""
+        """Return the number of starts and ends before the padded length, since transformers ignores others."""
         positions = self._positions(batch)
         return ((positions >= 0) & (positions < self._readable(batch).shape[1])).sum()
 
@@ -70,13 +68,13 @@ class Span(Task):
         return attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))  # [b t]
 
     def _inside(self, batch: Batch) -> Tensor:
-        """`[b 2]`: the answer is on a position that is attended, however long the padding."""
+        """Return `[b 2]` bool: whether the answer is at an attended position."""
         positions, readable = self._positions(batch), self._readable(batch)
         within = (positions >= 0) & (positions < readable.shape[1])
         return within & readable.gather(1, positions.clamp(0, readable.shape[1] - 1))
 
-    def raw_output(self, outputs: Any, batch: Batch) -> Tensor:
-        """Return the two rows as two columns `[b t 2]`, so that they too run along the input."""
+    def raw_output(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the two rows as columns `[b t 2]`, so that they run along the input."""
         return torch.stack((output_named("start_logits", outputs), output_named("end_logits", outputs)), -1)
 
     def outputs_of_raw(self, raw: Tensor) -> dict[str, Tensor]:

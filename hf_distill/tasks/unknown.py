@@ -1,4 +1,4 @@
-"""The task of a student that no task is known for: its training is the base trainer's own, and nothing is compared."""
+"""The task of a student of an unknown class, which trains as in the base trainer, without a comparison."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from hf_distill.tasks.base import Batch, Task
 
 
 class UnknownTask(Task):
-    """For a class that is in none of transformers' tables, where alpha is 0 throughout and nothing is compared.
+    """The task for classes outside transformers' tables, for trainings with alpha=0 in which nothing is compared.
 
-    It has no rows and counts no labels: whoever would count or compare must not get it.
+    It has no rows and counts no labels, so it cannot be used to count or compare.
     """
 
     kind = "unknown"
@@ -17,8 +17,8 @@ class UnknownTask(Task):
     label_names = ()
 
     def has_labels(self, batch: Batch) -> bool:
-        """False: which columns are labels, and over how many of them the loss is a mean, is not known."""
+        """Return False, since the columns of the labels and their number are unknown."""
         return False
 
-    def require_labels(self, columns: object) -> None:
-        """Nothing: the model may need none."""
+    def require_labels(self, columns: Batch) -> None:
+        """Do nothing, since the model may need no labels."""

@@ -99,7 +99,7 @@ def test_sound_too() -> None:
     ("arguments", "settings", "message"),
     [
         (([{"input_ids": [1]}], Draws()), {}, r"takes a datasets\.Dataset, not a list"),
-        ((datasets.DatasetDict({"train": data()}), Draws()), {}, r"not a DatasetDict.*pass the training split"),
+        ((datasets.DatasetDict({"train": data()}), Draws()), {}, r"not a DatasetDict.*Pass the training split"),
         ((data(), Draws()), {"copies": 0}, r"1 augmentations, copies=0"),
         ((data(),), {}, r"0 augmentations"),
         ((data(), Noise(acts_on="batch")), {}, r'acts_on="batch" changes collated batches'),

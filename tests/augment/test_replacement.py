@@ -213,12 +213,12 @@ def test_what_a_word_draws_does_not_depend_on_the_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"needs masked_lm= or embeddings= .*got neither"),
+        ({}, r"needs masked_lm= or embeddings=, .*got neither"),
         ({"embeddings": torch.ones(WORDS, 2), "probability": 1.5}, r"probability=1\.5 \(0 to 1\)"),
         ({"embeddings": torch.ones(WORDS, 2), "candidates": 0}, r"candidates=0 .*1 or more"),
         ({"embeddings": torch.ones(WORDS - 1, 2)}, r"embeddings has 22 rows and the tokenizer 23 tokens"),
         ({"embeddings": "glove.txt"}, r"embeddings=str: it may be a mapping of words to vectors"),
-        ({"masked_lm": masked_lm(WORDS - 1)}, r"masked_lm knows 22 tokens, the tokenizer has 23"),
+        ({"masked_lm": masked_lm(WORDS - 1)}, r"masked_lm has 22 tokens, the tokenizer 23"),
     ],
 )
 def test_settings_that_are_refused(settings, message: str) -> None:

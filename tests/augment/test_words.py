@@ -70,5 +70,5 @@ def test_the_words_of_one_piece() -> None:
 
 
 def test_a_vocabulary_that_does_not_tell() -> None:
-    with pytest.raises(SettingError, match=r"nothing in its vocabulary tells where words begin.*WordPiece"):
+    with pytest.raises(SettingError, match=r"its vocabulary does not mark where words begin.*WordPiece"):
         Words(bpe_tokenizer([("a", "b")]))

@@ -51,7 +51,7 @@ def test_a_rule_of_ones_own_and_a_model_without_any() -> None:
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 25:] = 0
     assert task.keep({"attention_mask": mask}).view(2, 4).sum(-1).tolist() == [4, 2]
-    with pytest.raises(SettingError, match=r"SimpleNamespace does not say how long.*CTC\(frame_lengths\)"):
+    with pytest.raises(SettingError, match=r"SimpleNamespace has no rule for the length.*CTC\(frame_lengths\)"):
         CTC.from_model(SimpleNamespace())
 
 

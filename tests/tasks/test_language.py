@@ -134,7 +134,7 @@ def test_a_decoder_without_labels_and_inputs_is_refused(method: str) -> None:
     task, batch = Seq2Seq(), {"input_features": torch.ones(1, 2, 3)}
     with pytest.raises(
         DataError,
-        match=r"neither labels nor decoder_input_ids, only \['input_features'\].* teacher write them: .*generate_comp",
+        match=r"neither labels nor decoder_input_ids, only \['input_features'\].* teacher generate them: .*generate_",
     ):
         task.prepare(batch, None) if method == "prepare" else task.keep(batch)
 

@@ -35,7 +35,7 @@ from tests.trainer.tiny import arguments
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 PARTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-OWN = r"Where a model predicts something else, such as a row a pixel.*hf_distill\.tasks\.Task.*docs/heads\.md"
+OWN = r"If a model predicts something else, such as a row for each pixel.*hf_distill\.tasks\.Task.*docs/heads\.md"
 
 
 def segformer(seed: int, **settings: Any) -> Any:
@@ -379,7 +379,7 @@ def test_an_unknown_class_is_told_when_a_name_is_right() -> None:
         Distiller(segformer(1), segformer(2))
     said = str(raised.value)
     assert "SegformerForSemanticSegmentation: this library does not know" in said
-    assert 'only where the model\'s output has just that form (task="classification": one row of logits an exam' in said
+    assert 'only if the model\'s output has exactly that form (task="classification": one row of logits an exam' in said
     assert re.search(OWN, said)
 
 

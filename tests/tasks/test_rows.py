@@ -125,7 +125,7 @@ def test_tokens(rows: str, labelled: bool, kept: list[bool]) -> None:
 
 def test_tokens_without_mask_and_labels_are_all_read() -> None:
     assert TokenClassification().keep({"input_ids": torch.ones(1, 3)}).tolist() == [T, T, T]
-    with pytest.raises(DataError, match="which positions count cannot be told"):
+    with pytest.raises(DataError, match="the positions that count are unknown"):
         TokenClassification().keep({"something": torch.ones(1, 3)})
 
 

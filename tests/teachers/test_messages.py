@@ -87,11 +87,11 @@ def test_the_teachers_output_is_called_the_teachers() -> None:
     [
         (
             SequenceClassifierOutput(loss=torch.zeros(())),
-            r"has logits left out this time, and holds loss\. .*liger",
+            r"holds loss, and its field logits is empty\. .*liger",
         ),
-        (SequenceClassifierOutput(), "has logits left out this time, and holds nothing"),
-        ((torch.zeros(1, 2),), "returned a tuple, which names nothing, and logits is read. Set return_dict=True"),
-        (torch.zeros(1, 2), 'returned a Tensor, which names nothing, and logits is read. Wrap it, .*{"logits": ...}'),
+        (SequenceClassifierOutput(), "holds nothing, and its field logits is empty"),
+        ((torch.zeros(1, 2),), "returned a tuple, which has no names, and logits is read. Set return_dict=True"),
+        (torch.zeros(1, 2), 'returned a Tensor, which has no names, and logits is read. Wrap it to .*{"logits": ...}'),
         ({"scores": torch.zeros(1, 2)}, r"its output \(dict\) holds scores, and no logits, which this task reads"),
     ],
     ids=["fused loss", "nothing", "tuple", "tensor", "another name"],
@@ -117,7 +117,7 @@ def test_logits_withheld_from_a_training(tmp_path: Any) -> None:
         train_dataset=examples(),
         data_collator=padded,
     )
-    with pytest.raises(DataError, match=r"the student \(Withheld\): its output .* left out this time.*liger"):
+    with pytest.raises(DataError, match=r"the student \(Withheld\): its output .* logits is empty.*liger"):
         trainer.train()
 
 

@@ -123,13 +123,13 @@ def test_what_was_read_is_said_with_its_counts(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, LOGGER):
         make(tmp_path, named(), named(seed=1), train_dataset=data, eval_dataset={"dev": data}, **PLAIN)
     assert [record.getMessage() for record in caplog.records] == [
-        "'label' of the training data holds 3 different words, which are read by the student's label2id: 'good' is 2, "
-        "'bad' is 0, 'fair' is 1.",
+        "'label' of the training data holds 3 different words, which are numbered by the student's label2id: 'good' "
+        "is 2, 'bad' is 0, 'fair' is 1.",
         "2 of 8 rows of the training data have no label. They are distilled; the labels' term leaves them out.",
-        "'label' of the evaluation data 'dev' holds 3 different words, which are read by the student's label2id: "
+        "'label' of the evaluation data 'dev' holds 3 different words, which are numbered by the student's label2id: "
         "'good' is 2, 'bad' is 0, 'fair' is 1.",
-        "2 of 8 rows of the evaluation data 'dev' have no label. The loss leaves them out, and compute_metrics is "
-        "given -100 for them.",
+        "2 of 8 rows of the evaluation data 'dev' have no label. The loss leaves them out, and compute_metrics "
+        "gets -100 for them.",
     ]
     assert data["label"][:2] == ["good", None]
 

@@ -105,7 +105,7 @@ def test_views_that_cannot_be() -> None:
     after = Augmentation(lambda batch: batch, moves_positions=False, acts_on="batch")
     for views, augmentation, message in (
         (0, CHANGES, "views=0: must be a whole number of at least 1, or None"),
-        (2, after, r"views=2, and .* acts on collated batches, which are others in every epoch"),
+        (2, after, r"views=2, and .* acts on collated batches, which differ in every epoch"),
     ):
         with pytest.raises(SettingError, match=message):
             augmenting(views, augmentation)
