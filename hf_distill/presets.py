@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, Objective, RelationMatch
@@ -46,9 +47,10 @@ class Preset:
     """The trainings of a paper. A preset of one stage is for a trainer, one of several for `train_in_stages`.
 
     Args:
-        paper: the paper and its section.
+        source: the paper and its sections.
         stages: the stages in order.
         differences: how it differs from the paper and its code, a sentence each.
+        paper: the citation key of the paper in `hub/papers.bib`, or None.
 
     Raises:
         SettingError: if `objectives` or `arguments` is read of a preset with several stages.
@@ -59,9 +61,10 @@ class Preset:
     """
 
     name: str
-    paper: str
+    source: str
     stages: tuple[Stage, ...]
     differences: tuple[str, ...] = ()
+    paper: str | None = None
 
     @property
     def objectives(self) -> list[Objective]:
@@ -84,7 +87,7 @@ class Preset:
         return self.stages[0]
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.paper}"]
+        lines = [f"{self.name}: {self.source}"]
         for stage in self.stages:
             lines.append(f"  {stage.name}: {', '.join(f'{k}={v}' for k, v in stage.arguments.items())}")
             for objective in stage.make_objectives():
@@ -96,8 +99,10 @@ class Preset:
 _PADDING = "Means do not include padding."
 
 
-def _one_stage(name: str, paper: str, objectives: Factory, arguments: Mapping[str, Any], *differences: str) -> Preset:
-    return Preset(name, paper, (Stage(name, objectives, arguments),), differences)
+def _one_stage(
+    name: str, paper: str, source: str, objectives: Factory, arguments: Keywords, *differences: str
+) -> Preset:
+    return Preset(name, source, (Stage(name, objectives, arguments),), differences, paper)
 
 
 def distilbert(*, temperature: float = 2.0) -> Preset:
@@ -111,6 +116,7 @@ def distilbert(*, temperature: float = 2.0) -> Preset:
     """
     return _one_stage(
         "distilbert",
+        "sanh2019distilbert",
         "Sanh et al. 2019, DistilBERT, sections 2 and 3",
         lambda: [CosineEmbedding(weight=1 / 7)],
         {"alpha": 5 / 7, "temperature": temperature},
@@ -167,6 +173,7 @@ def tinybert(
             "Hidden states and embeddings have their own matrices, as in the paper; the paper's code shares one, "
             "with a bias.",
         ),
+        "jiao2020tinybert",
     )
 
 
@@ -220,6 +227,7 @@ def pkd(
 
     return _one_stage(
         "pkd",
+        "sun2019pkd",
         f"Sun et al. 2019, PKD-{variant.title()}, sections 3.1 and 3.2",
         patience,
         {"alpha": alpha, "temperature": temperature},
@@ -243,6 +251,7 @@ def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: 
     layers = ((student_layer, teacher_layer),)
     return _one_stage(
         "minilm",
+        "wang2020minilm",
         "Wang et al. 2020, MiniLM, sections 3.1 and 3.2",
         lambda: [
             AttentionMatch(layers, distance="probabilities"),
@@ -267,6 +276,7 @@ def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer
     """
     return _one_stage(
         "minilmv2",
+        "wang2021minilmv2",
         "Wang et al. 2021, MiniLMv2, sections 3.1 and 3.2",
         lambda: [RelationMatch(((student_layer, teacher_layer),), relation_heads=relation_heads)],
         {"alpha": None},
@@ -287,6 +297,7 @@ def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: f
     settings = {"cosine_weight": cosine_weight}
     return _one_stage(
         "distilhubert",
+        "chang2022distilhubert",
         "Chang et al. 2022, DistilHuBERT, section 2.2",
         lambda: [
             HiddenMatch(layers, distance="l1_cosine", distance_kwargs=settings, projection="linear", name="heads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -144,6 +144,8 @@ class OnPolicy:
     >>> shown["input_ids"][0, :2].tolist(), shown["labels"][0, :2].tolist()
     ([1, 5], [-100, -100])
     """
+
+    paper: ClassVar[str | None] = "agarwal2024onpolicy"
 
     def __init__(
         self,

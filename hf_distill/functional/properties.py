@@ -19,11 +19,11 @@ class Properties:
     """Properties of a distance or a similarity.
 
     Attributes:
-        paper: the paper that defines it, with its section.
+        paper: the citation key of its paper in `hub/papers.bib`, or None.
         zero_at_equality: whether it is zero when student and teacher are equal.
     """
 
-    paper: str
+    paper: str | None
     zero_at_equality: bool = True
 
 
@@ -35,6 +35,7 @@ class DivergenceProperties(Properties):
     """Properties of a divergence.
 
     Attributes:
+        formula: its formula for model cards; p is the teacher's distribution, q the student's.
         temperature_power: p such that the gradient of `T**p * divergence(student / T, teacher / T)` does not depend
             on T while logits / T are small (law L5): 2 for the KL family, 1 for total variation, 0 if scale invariant.
         softens: whether temperature applies at all; if not, rows are compared without it.
@@ -43,6 +44,7 @@ class DivergenceProperties(Properties):
         couples_rows: whether the result of a row depends on the other rows of the batch.
     """
 
+    formula: str = ""
     temperature_power: int = 2
     softens: bool = True
     on_values: bool = False

@@ -98,6 +98,7 @@ class ModelFacts(_Facts):
     adapter: str | None = None  # the PEFT method ("LORA") if an adapter is saved
     description: str | None = None  # in words, of a teacher that is not a model (an average of the student)
     problem_type: str | None = None  # of a head with labels; transformers sets it at the first labelled step
+    paper: str | None = None  # of a teacher: the citation key of its method's paper, or a BibTeX entry
 
     def __post_init__(self) -> None:
         if not looks_like_hub_id(self.hub_id):
@@ -138,7 +139,7 @@ class ObjectiveFacts(_Facts):
 
     name: str
     weight: float | None = None  # at the start of training
-    class_name: str | None = None
+    paper: str | None = None  # the citation key of its paper, or a BibTeX entry
     description: str | None = None  # the objective's settings in words
 
 

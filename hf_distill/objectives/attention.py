@@ -46,6 +46,7 @@ class AttentionMatch(LayerObjective):
             under flash attention).
     """
 
+    paper = "jiao2020tinybert"
     default_name = "attention"
     reads = (ATTENTION,)
     shown = ("distance", "heads", "side")

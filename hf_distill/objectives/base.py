@@ -52,7 +52,7 @@ class Objective(ABC):
             several processes compare within micro-batches, and the results are weighted by their examples.
         pools: "first", "last" or "mean" if only this vector of each example's hidden states is compared.
         learned: the parameters trained with the student that are not part of it, or None.
-        paper: the source of the objective, for the model card.
+        paper: the citation key of its paper in `hub/papers.bib`, a BibTeX entry, or None; for the model card.
     """
 
     name: str = "objective"
@@ -84,6 +84,7 @@ class Objective(ABC):
         """Return the number of valid rows of this micro-batch, a scalar, computed from the batch alone."""
 
     def __repr__(self) -> str:
+        """Return the objective and its settings, for logs, cards, and the check that a resumed run has not changed."""
         return f"{type(self).__name__}()"
 
 

@@ -72,6 +72,7 @@ class ExitMatch(Objective):
     ['exits', 'labels']
     """
 
+    paper = "zhang2019byot"
     needs_teacher = False
 
     def __init__(

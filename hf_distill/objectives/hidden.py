@@ -129,6 +129,7 @@ class HiddenMatch(LayerObjective):
     ['hidden', 'labels', 'logits']
     """
 
+    paper = "romero2015fitnets"
     default_name = "hidden"
     reads = (HIDDEN,)
     shown: tuple[str, ...] = ("distance", "distance_kwargs", "projection", "pooling", "embeddings", "side")
@@ -214,6 +215,7 @@ class CosineEmbedding(HiddenMatch):
         projection: as in `HiddenMatch`; the paper has equal widths and "none".
     """
 
+    paper = "sanh2019distilbert"
     default_name = "cosine"
     reads = (LAST_HIDDEN,)
     shown = ("projection", "side")

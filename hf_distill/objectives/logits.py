@@ -71,6 +71,7 @@ class LogitsMatch(Objective):
         SettingError: if there is no such divergence, or it has no such setting.
     """
 
+    paper = "hinton2015distilling"
     name = "logits"
     needs = teacher_needs = Needs(logits=True)
 
@@ -230,6 +231,11 @@ class LogitsMatch(Objective):
         if self._given is None:
             return "mean_squared_error" if task.on_values else "forward_kl"
         return divergence_name(self._given)
+
+    def __repr__(self) -> str:
+        divergence = None if self._given is None else divergence_name(self._given)
+        settings = f", divergence_kwargs={self.divergence_kwargs}" if self.divergence_kwargs else ""
+        return f"LogitsMatch({divergence!r}{settings}, temperature={self.temperature(0.0):g})"
 
     def _try_settings(self) -> None:
         """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""

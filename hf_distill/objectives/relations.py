@@ -40,6 +40,7 @@ class RelationMatch(LayerObjective):
             are not called (WavLM).
     """
 
+    paper = "wang2021minilmv2"
     default_name = "relations"
     shown = ("relations", "relation_heads", "side")
 

@@ -34,6 +34,7 @@ class SimilarityMatch(LayerObjective):
         SettingError: no such comparison or pooling.
     """
 
+    paper = "tung2019similarity"
     default_name = "similarity"
     reads = (HIDDEN,)
     couples_examples = True

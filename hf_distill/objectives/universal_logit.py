@@ -50,6 +50,7 @@ class UniversalLogitMatch(Objective):
     ['labels', 'universal_logit']
     """
 
+    paper = "boizard2024universal"
     needs = teacher_needs = Needs(logits=True)
 
     def __init__(

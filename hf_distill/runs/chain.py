@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from accelerate import PartialState
 from rich.console import Console
@@ -155,6 +155,8 @@ class Chain:
     ([('assistant', 'BertForSequenceClassification'), ('student', 'assistant')], 'student')
     """
 
+    paper: ClassVar[str | None] = "mirzadeh2020assistant"
+
     def __init__(self, links: Sequence[Link], *, keep: Keep = "best") -> None:
         self.links, self.keep = tuple(links), keep
         if not self.links or not all(isinstance(link, Link) for link in self.links):
@@ -166,6 +168,9 @@ class Chain:
         models = [id(link.model) for link in self.links if isinstance(link.model, nn.Module)]
         if len(set(models)) != len(models):
             raise SettingError("Chain: two links have the same model. Each link needs its own.")
+
+    def __repr__(self) -> str:
+        return f"Chain({list(self.links)}, keep={self.keep!r})"
 
     @classmethod
     def generations(

@@ -677,6 +677,9 @@ class DistillationMixin(_Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         publishing.push_from_checkpoint(self, checkpoint_folder)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(unwrapped(self.model)).__name__}, {self.distiller!r})"
+
 
 class _WithLearned:
     """The parameters of the student and of what the objectives learn, for a norm over both."""

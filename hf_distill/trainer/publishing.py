@@ -208,8 +208,8 @@ def _objective_facts(trainer: DistillationMixin, asked: list[str]) -> tuple[Obje
         if name == "logits":
             facts.append(ObjectiveFacts(name))
         else:
-            kind = type(blending.objectives[name]).__name__
-            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), kind, blending.described(name)))
+            paper = blending.objectives[name].paper
+            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), paper, blending.described(name)))
     return tuple(facts)
 
 
@@ -218,7 +218,8 @@ def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
     teacher, found = trainer.distiller.teacher, []
     for member in [] if teacher is None else teacher.members():
         if not isinstance(member, QuantisedTeacher) and type(member) is not ModelTeacher:
-            found.append(ModelFacts(class_name=type(member).__name__, description=member.describe()))
+            kind = type(member).__name__
+            found.append(ModelFacts(class_name=kind, description=member.describe(), paper=member.paper))
             continue
         assert isinstance(member, ModelTeacher)
         model = trainer.accelerator.unwrap_model(member.model)
