@@ -22,6 +22,7 @@ from hf_distill.hub.facts import (
     ModelFacts,
     ObjectiveFacts,
     ScheduleFacts,
+    TrainingFacts,
     dataset_facts,
     evaluations_from_log,
     history_from_log,
@@ -159,9 +160,6 @@ def _card_data(
         evaluated: Any = {key: dataset_facts(value) for key, value in trainer.eval_dataset.items()}
     else:  # as in Trainer's card, a single named dataset also stands for the evaluation
         evaluated = dataset_facts(trainer.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
-    training = training_facts(trainer.args, trainer.state)
-    if trainer._on_policy is not None:
-        training = replace(training, extra={**training.extra, "on_policy": repr(trainer._on_policy)})
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     return CardData(
         name=name,
@@ -183,12 +181,27 @@ def _card_data(
         evaluations=evaluations_from_log(trainer.state.log_history, evaluated, best_step=best),
         weights_step=best or trainer.state.global_step or None,
         history=history_from_log(trainer.state.log_history),
-        training=training,
+        training=_training_facts(trainer),
         versions=library_versions(),
         languages=language,
         license=license,
         tags=tags,
     )
+
+
+def _training_facts(trainer: DistillationMixin) -> TrainingFacts:
+    """Return the settings of the training; an optimizer and a schedule that the user passed have their own."""
+    facts = training_facts(trainer.args, trainer.state)
+    optimizer, schedule = trainer._given_optimizers
+    if trainer.optimizer_cls_and_kwargs is not None:
+        kind, settings = trainer.optimizer_cls_and_kwargs
+        facts = replace(facts, optimizer=kind.__name__, learning_rate=settings.get("lr"))
+    elif optimizer is not None:
+        rate, decay = optimizer.defaults.get("lr"), optimizer.defaults.get("weight_decay")
+        facts = replace(facts, optimizer=type(optimizer).__name__, learning_rate=rate, weight_decay=decay)
+    if schedule is not None:
+        facts = replace(facts, learning_rate_schedule=type(schedule).__name__, warmup=None)
+    return facts if trainer._on_policy is None else replace(facts, extra={"on_policy": repr(trainer._on_policy)})
 
 
 def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> ScheduleFacts:
