@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_distill._types import Keywords
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, check_choice
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, Objective, RelationMatch
 from hf_distill.objectives.attention import Heads
@@ -207,8 +207,7 @@ def pkd(
         SettingError: for an unknown variant, a student of one layer, or a beta or width that is not allowed.
     """
     maps = {"skip": LayerMap.skip, "last": LayerMap.last}
-    if variant not in maps:
-        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{did_you_mean(variant, maps)}")
+    check_choice("pkd: variant", variant, maps)
     whole = maps[variant](student_layers, teacher_layers)
     if student_layers == 1 or not beta >= 0 or not width >= 1:
         raise SettingError(

@@ -237,7 +237,7 @@ def test_tinyberts_arguments_can_be_overridden() -> None:
 @pytest.mark.parametrize(
     ("given", "named", "message"),
     [
-        ((6, 12), {"variant": "first"}, "pkd: variant='first': allowed are 'skip' and 'last'"),
+        ((6, 12), {"variant": "first"}, "pkd: variant='first': allowed are skip, last"),
         ((1, 12), {}, "pkd: 1 student layers.*at least 2 layers"),
         ((6, 12), {"beta": -1.0}, "beta=-1.0.*at least 0"),
         ((6, 12), {"width": 0}, "width=0.*at least 1"),

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from hf_distill._utils import random_state_kept, write_text_whole
 from hf_distill.compare.machine import parameter_count
-from hf_distill.errors import HfDistillError, SettingError, did_you_mean
+from hf_distill.errors import HfDistillError, SettingError, check_choice
 from hf_distill.objectives import Objective
 from hf_distill.presets import Factory, Preset, Stage
 from hf_distill.runs import record
@@ -162,9 +162,7 @@ class Chain:
         if not self.links or not all(isinstance(link, Link) for link in self.links):
             raise SettingError("Chain: pass a list of one or more Link(name, model=..., arguments=...).")
         record.check_names("link", [link.name for link in self.links])
-        if keep not in get_args(Keep):
-            allowed = get_args(Keep)
-            raise SettingError(f"Chain: keep={keep!r}: allowed are {', '.join(allowed)}.{did_you_mean(keep, allowed)}")
+        check_choice("Chain: keep", keep, get_args(Keep))
         models = [id(link.model) for link in self.links if isinstance(link.model, nn.Module)]
         if len(set(models)) != len(models):
             raise SettingError("Chain: two links have the same model. Each link needs its own.")

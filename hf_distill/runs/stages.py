@@ -313,11 +313,9 @@ def _run(
         unloaded: the folder of the previous stage if the model does not hold its student yet.
         resume: whether to look for a checkpoint.
     """
-    checkpoint = None
-    if (
-        resume and not planned.args.save_only_model
-    ):  # without the optimizer's state, only a start from the beginning is exact
-        checkpoint = last_whole_checkpoint(planned.folder)
+    # Without the optimizer's state, only a start from the beginning is exact.
+    resumable = resume and not planned.args.save_only_model
+    checkpoint = last_whole_checkpoint(planned.folder) if resumable else None
     if checkpoint is None and unloaded is not None:
         _load_student(trainer, unloaded)
     trainer.accelerator.wait_for_everyone()  # before the record changes, all processes must have read it
