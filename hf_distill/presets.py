@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, check_choice
@@ -34,8 +34,8 @@ class Stage:
 
     name: str
     objectives: Factory | Sequence[Objective] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Keywords = field(default_factory=dict)
+    keywords: Keywords = field(default_factory=dict)
 
     def make_objectives(self) -> list[Objective]:
         """Return new objectives on each call."""
@@ -72,7 +72,7 @@ class Preset:
         return self._only_stage("objectives").make_objectives()
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Keywords:
         """Return the arguments, for `DistillationArguments`."""
         return dict(self._only_stage("arguments").arguments)
 
@@ -132,8 +132,8 @@ def tinybert(
     layers: Layers = "skip",
     heads: Heads | None = None,
     temperature: float = 1.0,
-    intermediate: Mapping[str, Any] | None = None,
-    prediction: Mapping[str, Any] | None = None,
+    intermediate: Keywords | None = None,
+    prediction: Keywords | None = None,
 ) -> Preset:
     """Return TinyBERT's preset: attention scores, hidden states and embeddings without labels, then predictions.
 

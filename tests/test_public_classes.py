@@ -68,7 +68,9 @@ SHOWN: dict[str, object] = {
     "LogitsMatch('dist', divergence_kwargs={'intra_weight': 0}, temperature=2)": OBJECTIVES["logits"](
         "dist", divergence_kwargs={"intra_weight": 0}
     ),
-    "OnPolicy(student_share=0.5, max_new_tokens=4)": OnPolicy(max_new_tokens=4),
+    "OnPolicy(student_share=0.5, max_new_tokens=4, sampling_temperature=2, seed=0)": OnPolicy(
+        max_new_tokens=4, sampling_temperature=2.0
+    ),
     "Noise(white, snr_db=(1.0, 2.0), acts_on='example')": Noise(snr_db=(1.0, 2.0)),
     "SpecAugment(freq_width=27, num_freq_masks=2, time_width=100, max_time_share=1, num_time_masks=2, "
     "acts_on='batch')": SpecAugment(acts_on="batch"),

@@ -255,8 +255,10 @@ class OnPolicy:
         )
 
     def __repr__(self) -> str:
-        """Return the call that makes it, for logs."""
-        return f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens})"
+        return (
+            f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens}, "
+            f"sampling_temperature={self.sampling_temperature:g}, seed={self.seed})"
+        )
 
 
 def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:

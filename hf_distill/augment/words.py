@@ -361,7 +361,10 @@ class WordReplacement:
         self._neighbours = None if embeddings is None else Neighbours(self._words, embeddings, candidates)
 
     def __repr__(self) -> str:
-        return f"WordReplacement(probability={self.probability:g}, candidates={self.candidates})"
+        return (
+            f"WordReplacement(probability={self.probability:g}, candidates={self.candidates}, "
+            f"same_length={self.same_length})"
+        )
 
     @property
     def moves_positions(self) -> bool:

@@ -74,7 +74,9 @@ class LayerObjective(Objective):
             TeacherError: if this teacher cannot.
         """
         if setup.teacher is None:
-            raise TeacherError(f"{type(self).__name__} needs the activations of the teacher. Use a model as teacher.")
+            raise TeacherError(
+                f"{type(self).__name__} needs the activations of the teacher. Use a model, or a cache of them."
+            )
         ours = setup.student.blocks(self.side, self.stacks[0])
         theirs = setup.teacher.blocks(self.side, self.stacks[1])
         try:

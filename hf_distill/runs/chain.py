@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from hf_distill._types import Keywords
 from hf_distill._utils import random_state_kept, write_text_whole
 from hf_distill.compare.machine import parameter_count
 from hf_distill.errors import HfDistillError, SettingError, check_choice
@@ -59,9 +60,9 @@ class Link:
 
     name: str
     model: nn.Module | Callable[..., nn.Module] = field(repr=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Keywords = field(default_factory=dict)
     objectives: Factory | Sequence[Objective] = ()
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    keywords: Keywords = field(default_factory=dict)
     stages: Preset | Sequence[Stage] = ()
 
     def __post_init__(self) -> None:
@@ -176,7 +177,7 @@ class Chain:
         make_model: Callable[..., nn.Module],
         n: int,
         *,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Keywords | None = None,
         objectives: Factory | Sequence[Objective] = (),
         keep: Keep = "best",
     ) -> Chain:
@@ -259,7 +260,7 @@ class Chain:
         return self._finish(results, plan, metric, greater)
 
     def _plan(
-        self, args: TrainingArguments, keywords: Mapping[str, Any], trainer_class: type, *, resume: bool
+        self, args: TrainingArguments, keywords: Keywords, trainer_class: type, *, resume: bool
     ) -> list[_PlannedLink]:
         """Return the links with their stages.
 
@@ -328,7 +329,7 @@ class _PlannedLink:
     is_last: bool
     stages: list[PlannedStage]
     args: TrainingArguments
-    keywords: dict[str, Any]
+    keywords: Keywords
 
     @property
     def folder(self) -> str:
@@ -366,7 +367,7 @@ def _named(link: Link) -> Iterator[None]:
         raise type(error)(f"link {link.name!r}: {error}") from error
 
 
-def _keywords_of(link: Link, keywords: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
+def _keywords_of(link: Link, keywords: Keywords, *, is_first: bool) -> Keywords:
     """Return the run's keywords for a link; the link's own are in its stages.
 
     Raises:

@@ -90,7 +90,8 @@ class Peer(ModelTeacher):
         self._student: weakref.ref[nn.Module] | None = None
 
     def __repr__(self) -> str:
-        return f"Peer({type(unwrapped(self.model)).__name__}, max_grad_norm={self.max_grad_norm:g})"
+        model, rate = type(unwrapped(self.model)).__name__, self.learning_rate(0.0)
+        return f"Peer({model}, learning_rate={rate:g}, max_grad_norm={self.max_grad_norm:g})"
 
     def bind(self, setup: TeacherSetup) -> None:
         """Check that the two can teach each other. See `Teacher.bind`."""

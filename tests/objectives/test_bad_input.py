@@ -155,7 +155,7 @@ def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
 
     refused(
         lambda: Distiller(HEAD.make(1), OnlyLogits(), objectives=RelationMatch()),
-        "RelationMatch needs the activations of the teacher. Use a model as teacher",
+        "RelationMatch needs the activations of the teacher. Use a model, or a cache",
         error=TeacherError,
     )
 
