@@ -1,14 +1,15 @@
-"""Catalogues of the functions in this package, their properties, and the range check of their settings."""
+"""Catalogues of the functions in this package, their properties, and checks of their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 Divergence = Callable[..., Tensor]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -88,6 +89,16 @@ def catalogue(
 
 
 catalogued = catalogue(DIVERGENCES, PROPERTIES)
+
+
+def check_settings(what: str, function: Callable[..., Tensor], settings: Iterable[str]) -> None:
+    """Raise SettingError if a function does not have these settings, which are its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        takes, hint = ", ".join(allowed) or "no settings", did_you_mean(unknown[0], allowed)
+        raise SettingError(f"{what} has no setting {', '.join(unknown)}; it takes {takes}.{hint}")
 
 
 def check_within(name: str, value: float, interval: str) -> None:

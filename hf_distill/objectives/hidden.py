@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError, check_choice, did_you_mean
+from hf_distill.errors import SettingError, check_choice
 from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance
+from hf_distill.functional.properties import check_settings
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
 from hf_distill.objectives.base import ObjectiveSetup, like_student
@@ -242,11 +242,6 @@ def _key(link: Link) -> str:
 def _checked_distance(name: str, settings: Mapping[str, Any]) -> Distance:
     check_choice("HiddenMatch: distance", name, DISTANCES, DISTANCE_ALIASES)
     function = DISTANCES[name]
-    knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(settings) - set(knobs))
-    if unknown:
-        takes = f"takes {', '.join(knobs)}" if knobs else "takes no settings"
-        hint = did_you_mean(unknown[0], knobs)
-        raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
+    check_settings(f"HiddenMatch: {name}", function, settings)
     function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # raises now if a value is not allowed
     return function

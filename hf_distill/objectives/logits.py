@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, TeacherError, check_choice, did_you_mean
+from hf_distill.errors import SettingError, TeacherError, check_choice
 from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.features import DISTANCES
+from hf_distill.functional.properties import check_settings
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import (
     OUTCOME_DIVERGENCES,
@@ -236,14 +236,7 @@ class LogitsMatch(Objective):
             if self.divergence_kwargs:
                 raise SettingError(f"divergence_kwargs={self.divergence_kwargs} need a divergence=.")
             return
-        knobs = inspect.signature(self._given).parameters.values()
-        allowed = [knob.name for knob in knobs if knob.kind is knob.KEYWORD_ONLY]
-        unknown = sorted(set(self.divergence_kwargs) - set(allowed))
-        if unknown:
-            takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
-            name = getattr(self._given, "__name__", type(self._given).__name__)
-            hint = did_you_mean(unknown[0], allowed)
-            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
+        check_settings(f"divergence_kwargs: {divergence_name(self._given)}", self._given, self.divergence_kwargs)
         rows = torch.zeros(2, 3)
         try:
             found = self._given(rows, rows, **self.divergence_kwargs)
