@@ -82,6 +82,13 @@ def did_you_mean(name: Any, known: Iterable[str], also: Mapping[str, str] | None
     return f" Did you mean {spelt[near[0]]!r}?" if near else ""
 
 
+def check_choice(setting: str, value: object, allowed: Iterable[str], also: Mapping[str, str] | None = None) -> None:
+    """Raise SettingError if a setting's value is not one of the allowed names; `also` is as for `did_you_mean`."""
+    if value not in (names := list(allowed)):
+        hint = did_you_mean(value, names, also)
+        raise SettingError(f"{setting}={value!r}: allowed are {', '.join(names)}.{hint}")
+
+
 def check_keywords(
     function: Callable[..., Any],
     given: Iterable[str],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill._types import Keywords
+from hf_distill.errors import SettingError, check_choice
 from hf_distill.layer_map import LayerMap
 from hf_distill.objectives import AttentionMatch, CosineEmbedding, HiddenMatch, Objective, RelationMatch
 from hf_distill.objectives.attention import Heads
@@ -35,8 +36,8 @@ class Stage:
 
     name: str
     objectives: Factory | Sequence[Objective] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Keywords = field(default_factory=dict)
+    keywords: Keywords = field(default_factory=dict)
 
     def make_objectives(self) -> list[Objective]:
         """Return new objectives on each call."""
@@ -48,9 +49,10 @@ class Preset:
     """The trainings of a paper. A preset of one stage is for a trainer, one of several for `train_in_stages`.
 
     Args:
-        paper: the paper and its section.
+        source: the paper and its sections.
         stages: the stages in order.
         differences: how it differs from the paper and its code, a sentence each.
+        paper: the citation key of the paper in `hub/papers.bib`, or None.
 
     Raises:
         SettingError: if `objectives` or `arguments` is read of a preset with several stages.
@@ -61,9 +63,10 @@ class Preset:
     """
 
     name: str
-    paper: str
+    source: str
     stages: tuple[Stage, ...]
     differences: tuple[str, ...] = ()
+    paper: str | None = None
 
     @property
     def objectives(self) -> list[Objective]:
@@ -71,7 +74,7 @@ class Preset:
         return self._only_stage("objectives").make_objectives()
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Keywords:
         """Return the arguments, for `DistillationArguments`."""
         return dict(self._only_stage("arguments").arguments)
 
@@ -86,7 +89,7 @@ class Preset:
         return self.stages[0]
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.paper}"]
+        lines = [f"{self.name}: {self.source}"]
         for stage in self.stages:
             lines.append(f"  {stage.name}: {', '.join(f'{k}={v}' for k, v in stage.arguments.items())}")
             for objective in stage.make_objectives():
@@ -98,8 +101,10 @@ class Preset:
 _PADDING = "Means do not include padding."
 
 
-def _one_stage(name: str, paper: str, objectives: Factory, arguments: Mapping[str, Any], *differences: str) -> Preset:
-    return Preset(name, paper, (Stage(name, objectives, arguments),), differences)
+def _one_stage(
+    name: str, paper: str, source: str, objectives: Factory, arguments: Keywords, *differences: str
+) -> Preset:
+    return Preset(name, source, (Stage(name, objectives, arguments),), differences, paper)
 
 
 def distilbert(*, temperature: float = 2.0) -> Preset:
@@ -113,6 +118,7 @@ def distilbert(*, temperature: float = 2.0) -> Preset:
     """
     return _one_stage(
         "distilbert",
+        "sanh2019distilbert",
         "Sanh et al. 2019, DistilBERT, sections 2 and 3",
         lambda: [CosineEmbedding(weight=1 / 7)],
         {"alpha": 5 / 7, "temperature": temperature},
@@ -169,6 +175,7 @@ def tinybert(
             "Hidden states and embeddings have their own matrices, as in the paper; the paper's code shares one, "
             "with a bias.",
         ),
+        "jiao2020tinybert",
     )
 
 
@@ -202,8 +209,7 @@ def pkd(
         SettingError: for an unknown variant, a student of one layer, or a beta or width that is not allowed.
     """
     maps = {"skip": LayerMap.skip, "last": LayerMap.last}
-    if variant not in maps:
-        raise SettingError(f"pkd: variant={variant!r}: allowed are 'skip' and 'last'.{did_you_mean(variant, maps)}")
+    check_choice("pkd: variant", variant, maps)
     whole = maps[variant](student_layers, teacher_layers)
     if student_layers == 1 or not beta >= 0 or not width >= 1:
         raise SettingError(
@@ -222,6 +228,7 @@ def pkd(
 
     return _one_stage(
         "pkd",
+        "sun2019pkd",
         f"Sun et al. 2019, PKD-{variant.title()}, sections 3.1 and 3.2",
         patience,
         {"alpha": alpha, "temperature": temperature},
@@ -245,6 +252,7 @@ def minilm(*, student_layer: int = -1, teacher_layer: int = -1, relation_heads: 
     layers = ((student_layer, teacher_layer),)
     return _one_stage(
         "minilm",
+        "wang2020minilm",
         "Wang et al. 2020, MiniLM, sections 3.1 and 3.2",
         lambda: [
             AttentionMatch(layers, distance="probabilities"),
@@ -269,6 +277,7 @@ def minilmv2(*, teacher_layer: int = -1, relation_heads: int = 48, student_layer
     """
     return _one_stage(
         "minilmv2",
+        "wang2021minilmv2",
         "Wang et al. 2021, MiniLMv2, sections 3.1 and 3.2",
         lambda: [RelationMatch(((student_layer, teacher_layer),), relation_heads=relation_heads)],
         {"alpha": None},
@@ -289,6 +298,7 @@ def distilhubert(*, teacher_layers: Sequence[int] = (3, 7, 11), cosine_weight: f
     settings = {"cosine_weight": cosine_weight}
     return _one_stage(
         "distilhubert",
+        "chang2022distilhubert",
         "Chang et al. 2022, DistilHuBERT, section 2.2",
         lambda: [
             HiddenMatch(layers, distance="l1_cosine", distance_kwargs=settings, projection="linear", name="heads")

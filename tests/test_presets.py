@@ -209,9 +209,9 @@ def test_distilhubert_predicts_three_layers_from_the_last_of_a_bare_speech_encod
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_describes_itself(name: str, tmp_path) -> None:
     preset = MADE[name]()
-    assert preset.name == name and "section" in preset.paper and preset.differences
+    assert preset.name == name and "section" in preset.source and preset.differences
     assert all(sentence.endswith(".") for sentence in preset.differences)
-    assert str(preset).splitlines()[0] == f"{name}: {preset.paper}"
+    assert str(preset).splitlines()[0] == f"{name}: {preset.source}"
     for stage in preset.stages:
         DistillationArguments(str(tmp_path), report_to="none", use_cpu=True, **stage.arguments)
         first, second = stage.make_objectives(), stage.make_objectives()
@@ -237,7 +237,7 @@ def test_tinyberts_arguments_can_be_overridden() -> None:
 @pytest.mark.parametrize(
     ("given", "named", "message"),
     [
-        ((6, 12), {"variant": "first"}, "pkd: variant='first': allowed are 'skip' and 'last'"),
+        ((6, 12), {"variant": "first"}, "pkd: variant='first': allowed are skip, last"),
         ((1, 12), {}, "pkd: 1 student layers.*at least 2 layers"),
         ((6, 12), {"beta": -1.0}, "beta=-1.0.*at least 0"),
         ((6, 12), {"width": 0}, "width=0.*at least 1"),

@@ -150,6 +150,9 @@ class Augmentation:
         if not callable(function):
             raise SettingError(f"Augmentation needs a callable, not a {type(function).__name__}.")
 
+    def __repr__(self) -> str:
+        return f"Augmentation({name_of(self)}, moves_positions={self.moves_positions}, acts_on={self.acts_on!r})"
+
     def __call__(self, inputs: Any) -> Any:
         return self.function(inputs)
 

@@ -92,6 +92,10 @@ class AugmentingCollator:
                 "same_length=True)."
             )
 
+    def __repr__(self) -> str:
+        inner = ", ".join([type(self.collator).__name__, *map(repr, self.augmentations)])
+        return f"AugmentingCollator({inner}, student_only={self.student_only}, seed={self.seed}, views={self.views})"
+
     def __getattr__(self, name: str) -> Any:
         """Return any other attribute (such as `tokenizer`) of the wrapped collator."""
         if name == "collator":  # not set yet while unpickling

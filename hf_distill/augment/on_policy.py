@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,8 @@ class OnPolicy:
     >>> shown["input_ids"][0, :2].tolist(), shown["labels"][0, :2].tolist()
     ([1, 5], [-100, -100])
     """
+
+    paper: ClassVar[str | None] = "agarwal2024onpolicy"
 
     def __init__(
         self,
@@ -255,8 +257,10 @@ class OnPolicy:
         )
 
     def __repr__(self) -> str:
-        """Return the call that makes it, for logs."""
-        return f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens})"
+        return (
+            f"OnPolicy(student_share={self.student_share(0.0):g}, max_new_tokens={self.max_new_tokens}, "
+            f"sampling_temperature={self.sampling_temperature:g}, seed={self.seed})"
+        )
 
 
 def prompts_of(batch: Batch) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -108,6 +108,10 @@ class Noise:
         self.column = column
         self.acts_on = acts_on
 
+    def __repr__(self) -> str:
+        noises = "white" if self.noises is None else f"{len(self.noises)} recordings"
+        return f"Noise({noises}, snr_db={self.snr_db}, acts_on={self.acts_on!r})"
+
     def __call__(self, inputs: Batch) -> Batch:
         return changed_sound(inputs, self.column, self._add, time_axis=-1, whole_batch=self.acts_on == "batch")
 
@@ -165,6 +169,7 @@ class SpecAugment:
     (torch.Size([2, 4]), True)
     """
 
+    paper: ClassVar[str | None] = "park2019specaugment"
     moves_positions = False
 
     def __init__(
@@ -196,6 +201,13 @@ class SpecAugment:
         self.time_axis = time_axis
         self.column = column
         self.acts_on = acts_on
+
+    def __repr__(self) -> str:
+        return (
+            f"SpecAugment(freq_width={self.freq_width}, num_freq_masks={self.num_freq_masks}, "
+            f"time_width={self.time_width}, max_time_share={self.max_time_share:g}, "
+            f"num_time_masks={self.num_time_masks}, acts_on={self.acts_on!r})"
+        )
 
     def __call__(self, inputs: Batch) -> Batch:
         whole_batch = self.acts_on == "batch"

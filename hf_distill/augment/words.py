@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -333,6 +333,7 @@ class WordReplacement:
     [{'input_ids': [2, 0, 1], 'labels': 1}]
     """
 
+    paper: ClassVar[str | None] = "jiao2020tinybert"
     acts_on = "examples"
     changes_tokens = True
 
@@ -361,6 +362,12 @@ class WordReplacement:
         self._limit = tokenizer.model_max_length
         self._likely = None if masked_lm is None else LikelyWords(self._words, masked_lm, candidates, batch_size)
         self._neighbours = None if embeddings is None else Neighbours(self._words, embeddings, candidates)
+
+    def __repr__(self) -> str:
+        return (
+            f"WordReplacement(probability={self.probability:g}, candidates={self.candidates}, "
+            f"same_length={self.same_length})"
+        )
 
     @property
     def moves_positions(self) -> bool:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from hf_distill import DistillationArguments, DistillationTrainer
+from hf_distill._types import Batch, Keywords
 from hf_distill.cli.progress import Stages, StepBar
 from hf_distill.cli.stdlib_corpus import Paragraph
 from hf_distill.compare import predicted_labels
@@ -100,7 +100,7 @@ def hide_labels(dataset: Dataset, *, labelled: Collection[int]) -> Dataset:
 
 def batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, device: torch.device | str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Batch]:
     """Yield padded batches in the dataset's order, on the device, without labels."""
     collate = DataCollatorWithPadding(tokenizer)
     inputs = dataset.remove_columns("labels")
@@ -257,7 +257,7 @@ def _train_on_labels(
     name: str,
     seed: int,
     stages: Stages,
-    schedule: dict[str, Any] | None = None,
+    schedule: Keywords | None = None,
 ) -> Trained:
     settings = material.settings
     schedule = schedule or _schedule(settings, settings.student_steps, settings.student_learning_rate)
@@ -272,11 +272,11 @@ def _train_on_labels(
     return material.trained(model)
 
 
-def _schedule(settings: Settings, steps: int, learning_rate: float) -> dict[str, Any]:
+def _schedule(settings: Settings, steps: int, learning_rate: float) -> Keywords:
     return {"max_steps": steps, "learning_rate": learning_rate, "warmup_steps": round(settings.warmup_share * steps)}
 
 
-def _arguments(settings: Settings, folder: Path, seed: int) -> dict[str, Any]:
+def _arguments(settings: Settings, folder: Path, seed: int) -> Keywords:
     return {
         "output_dir": str(folder),
         "seed": seed,

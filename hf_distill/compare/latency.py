@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_distill._types import Batch
 from hf_distill.errors import SettingError
 
 MIN_CALLS = 50
@@ -30,7 +30,7 @@ class Latency:
 
 def measure_latency(
     models: Mapping[str, nn.Module],
-    batches: Sequence[Mapping[str, Any]],
+    batches: Sequence[Batch],
     *,
     calls: int = 200,
     warmup_calls: int = 20,
@@ -77,7 +77,7 @@ def measure_latency(
     return {name: _summary(times, batch_size) for name, times in nanoseconds.items()}
 
 
-def _time_call(model: nn.Module, batch: Mapping[str, Any], clock: Callable[[], int]) -> int:
+def _time_call(model: nn.Module, batch: Batch, clock: Callable[[], int]) -> int:
     _finish_queued_work(batch)
     start = clock()
     model(**batch)
@@ -85,7 +85,7 @@ def _time_call(model: nn.Module, batch: Mapping[str, Any], clock: Callable[[], i
     return clock() - start
 
 
-def _finish_queued_work(batch: Mapping[str, Any]) -> None:
+def _finish_queued_work(batch: Batch) -> None:
     """Wait for an accelerator, which works asynchronously."""
     if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in batch.values()):
         torch.accelerator.synchronize()

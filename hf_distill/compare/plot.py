@@ -49,9 +49,8 @@ def plot_accuracy_against_latency(report: Report, path: str | os.PathLike[str]) 
     absent = [r.name for r in report.results if r not in shown]
     if absent:
         axes.plot([], [], linestyle="none", label="not measured: " + ", ".join(absent))
-    figure.legend(
-        loc="outside lower center", ncols=2, frameon=False, fontsize="small"
-    )  # names next to the points would overlap
+    # A legend, as names next to the points would overlap.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     target = Path(path)
     write_whole(target, lambda beside: figure.savefig(beside, format=target.suffix.lstrip(".")))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from hf_distill._types import Batch
 from hf_distill.errors import DataError, SettingError
 
 
@@ -50,9 +50,7 @@ def share_equal(predicted: Sequence[str], reference: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(predicted, reference, strict=True)) / len(reference)
 
 
-def predicted_labels(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, label_column: str = "labels"
-) -> list[str]:
+def predicted_labels(model: PreTrainedModel, batches: Iterable[Batch], *, label_column: str = "labels") -> list[str]:
     """Return the name of the predicted label of each example.
 
     Names can be compared even if student and teacher order their labels differently. The model keeps its mode.

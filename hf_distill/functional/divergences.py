@@ -17,7 +17,7 @@ from hf_distill.functional.properties import DivergenceProperties, catalogued, c
 from hf_distill.functional.rows import BLOCKED, in_full_precision, is_live, on_common_support
 
 
-@catalogued(DivergenceProperties(paper="Hinton et al. 2015, Distilling the Knowledge, section 2"))
+@catalogued(DivergenceProperties(paper="hinton2015distilling", formula="KL(p ‖ q)"))
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(p ‖ q): the student must cover everything that the teacher finds likely.
 
@@ -31,7 +31,7 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(p, q)
 
 
-@catalogued(DivergenceProperties(paper="Gu et al. 2024, MiniLLM, section 2.1"))
+@catalogued(DivergenceProperties(paper="gu2024minillm", formula="KL(q ‖ p)"))
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(q ‖ p): the student must avoid everything that the teacher finds unlikely (mode-seeking).
 
@@ -44,9 +44,9 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(q, p)
 
 
-@catalogued(DivergenceProperties(paper="Jeffreys 1946; Liang et al. 2021, R-Drop, section 2"))
+@catalogued(DivergenceProperties(paper="liang2021rdrop", formula="KL(p ‖ q) + KL(q ‖ p)"))
 def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p ‖ q) + KL(q ‖ p), which is symmetric.
+    """KL(p ‖ q) + KL(q ‖ p), which is symmetric (Jeffreys 1946).
 
     Twice the divergence of Liang et al. 2021 (section 2), who take the mean of the two directions and let the gradient
     flow into both sides; here it flows into the student's side alone.
@@ -59,7 +59,11 @@ def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
     return _kl(p, q) + _kl(q, p)
 
 
-@catalogued(DivergenceProperties(paper="Agarwal et al. 2024, GKD, section 2"))
+@catalogued(
+    DivergenceProperties(
+        paper="agarwal2024onpolicy", formula="β KL(p ‖ m) + (1 - β) KL(q ‖ m), where m = β p + (1 - β) q"
+    )
+)
 def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Tensor:
     """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = β p + (1 − β) q.
 
@@ -83,7 +87,7 @@ def jensen_shannon(student: Tensor, teacher: Tensor, *, beta: float = 0.5) -> Te
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
-@catalogued(DivergenceProperties(paper="Ko et al. 2024, DistiLLM, section 3.1"))
+@catalogued(DivergenceProperties(paper="ko2024distillm", formula="KL(p ‖ skew p + (1 - skew) q)"))
 def skewed_forward_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) -> Tensor:
     """KL(p ‖ skew · p + (1 − skew) · q): a forward KL that stays finite where q vanishes.
 
@@ -100,7 +104,7 @@ def skewed_forward_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) ->
     return _kl(p, _mixture(p, q, skew))
 
 
-@catalogued(DivergenceProperties(paper="Ko et al. 2024, DistiLLM, section 3.1"))
+@catalogued(DivergenceProperties(paper="ko2024distillm", formula="KL(q ‖ skew q + (1 - skew) p)"))
 def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) -> Tensor:
     """KL(q ‖ skew · q + (1 − skew) · p): a reverse KL that stays finite where p vanishes.
 
@@ -117,7 +121,9 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, *, skew: float = 0.1) ->
     return _kl(q, _mixture(q, p, skew))
 
 
-@catalogued(DivergenceProperties(paper="Wen et al. 2023, f-DISTILL, section 3", temperature_power=1))
+@catalogued(
+    DivergenceProperties(paper="wen2023fdivergence", formula="half the L1 distance of p and q", temperature_power=1)
+)
 def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
     """Half the L1 distance of the two distributions: 0 when equal, 1 when disjoint.
 
@@ -132,7 +138,8 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
 
 @catalogued(
     DivergenceProperties(
-        paper="Ba and Caruana 2014, section 2.2; Kim et al. 2021, section 3",
+        paper="ba2014deep",
+        formula="the mean squared difference of the raw outputs",
         temperature_power=0,
         softens=False,
         on_values=True,
@@ -153,7 +160,14 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return squared.sum(-1) / columns
 
 
-@catalogued(DivergenceProperties(paper="Huang et al. 2022, DIST, section 3", temperature_power=0, couples_rows=True))
+@catalogued(
+    DivergenceProperties(
+        paper="huang2022dist",
+        formula="1 - Pearson correlation of p and q, along rows and columns",
+        temperature_power=0,
+        couples_rows=True,
+    )
+)
 def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_weight: float = 1.0) -> Tensor:
     """1 − Pearson correlation of the probabilities, within each row (inter) and down each column (intra).
 
@@ -185,7 +199,7 @@ def dist(student: Tensor, teacher: Tensor, *, inter_weight: float = 1.0, intra_w
 
 @catalogued(
     DivergenceProperties(
-        paper="Touvron et al. 2021, DeiT, section 4", temperature_power=0, softens=False, zero_at_equality=False
+        paper="touvron2021deit", formula="-log q(argmax p)", temperature_power=0, softens=False, zero_at_equality=False
     )
 )
 def hard(student: Tensor, teacher: Tensor) -> Tensor:
@@ -202,7 +216,13 @@ def hard(student: Tensor, teacher: Tensor) -> Tensor:
     return -chosen + 0 * teacher.amax(-1)  # argmax would hide a NaN or +inf
 
 
-@catalogued(DivergenceProperties(paper="Zhao et al. 2022, DKD, section 3", wants_target=True))
+@catalogued(
+    DivergenceProperties(
+        paper="zhao2022decoupled",
+        formula="target_weight KL(target or not) + others_weight KL(among the others), both p ‖ q",
+        wants_target=True,
+    )
+)
 def decoupled(
     student: Tensor,
     teacher: Tensor,

@@ -35,7 +35,7 @@ DISTANCE_ALIASES = {
 _catalogued = catalogue(DISTANCES, DISTANCE_PROPERTIES)
 
 
-@_catalogued(Properties(paper="Jiao et al. 2020, TinyBERT, section 3.1; Romero et al. 2015, FitNets, section 2.2"))
+@_catalogued(Properties(paper="romero2015fitnets"))
 def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the width of the squared difference.
 
@@ -48,7 +48,7 @@ def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean(-1)
 
 
-@_catalogued(Properties(paper="Sanh et al. 2019, DistilBERT, section 2"))
+@_catalogued(Properties(paper="sanh2019distilbert"))
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """1 − the cosine of the angle between the vectors: 0 in the same direction, 1 when orthogonal, 2 when opposite.
 
@@ -61,7 +61,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * _unit_distance(*(unit_vectors(side) for side in _paired(student, teacher)))
 
 
-@_catalogued(Properties(paper="Sun et al. 2019, PKD, section 3"))
+@_catalogued(Properties(paper="sun2019pkd"))
 def normalized_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared distance of the unit vectors: twice the cosine distance.
 
@@ -73,7 +73,7 @@ def normalized_squared(student: Tensor, teacher: Tensor) -> Tensor:
     return _unit_distance(*(unit_vectors(side) for side in _paired(student, teacher)))
 
 
-@_catalogued(Properties(paper="Wei et al. 2022, feature distillation (whitened features)"))
+@_catalogued(Properties(paper="wei2022feature"))
 def standardized_squared(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the vectors after scaling each to mean 0 and variance 1 over its width.
 
@@ -88,7 +88,7 @@ def standardized_squared(student: Tensor, teacher: Tensor) -> Tensor:
     return _unit_distance(*(unit_vectors(_centered(side)) for side in _paired(student, teacher)))
 
 
-@_catalogued(Properties(paper="Girshick 2015, Fast R-CNN, section 2.3"))
+@_catalogued(Properties(paper="girshick2015fast"))
 def smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
     """Mean over the width of x² / (2 beta) where the difference |x| is below beta, and of |x| − beta / 2 elsewhere.
 
@@ -110,7 +110,7 @@ def smooth_l1(student: Tensor, teacher: Tensor, *, beta: float = 1.0) -> Tensor:
     return F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(-1)
 
 
-@_catalogued(Properties(paper="Chang et al. 2022, DistilHuBERT, equation 1", zero_at_equality=False))
+@_catalogued(Properties(paper="chang2022distilhubert", zero_at_equality=False))
 def l1_cosine(student: Tensor, teacher: Tensor, *, cosine_weight: float = 1.0) -> Tensor:
     """Mean over the width of the absolute difference, minus cosine_weight · log sigmoid(cosine).
 

@@ -1,15 +1,16 @@
-"""Catalogues of the functions in this package, their properties, and the range check of their settings."""
+"""Catalogues of the functions in this package, their properties, and checks of their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from hf_distill._types import OneOf
-from hf_distill.errors import SettingError
+from hf_distill.errors import SettingError, did_you_mean
 
 Divergence = Callable[..., Tensor]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -20,11 +21,11 @@ class Properties:
     """Properties of a distance or a similarity.
 
     Attributes:
-        paper: the paper that defines it, with its section.
+        paper: the citation key of its paper in `hub/papers.bib`, or None.
         zero_at_equality: whether it is zero when student and teacher are equal.
     """
 
-    paper: str
+    paper: str | None
     zero_at_equality: bool = True
 
 
@@ -36,6 +37,7 @@ class DivergenceProperties(Properties):
     """Properties of a divergence.
 
     Attributes:
+        formula: its formula for model cards; p is the teacher's distribution, q the student's.
         temperature_power: p such that the gradient of `T**p * divergence(student / T, teacher / T)` does not depend
             on T while logits / T are small (law L5): 2 for the KL family, 1 for total variation, 0 if scale invariant.
         softens: whether temperature applies at all; if not, rows are compared without it.
@@ -44,6 +46,7 @@ class DivergenceProperties(Properties):
         couples_rows: whether the result of a row depends on the other rows of the batch.
     """
 
+    formula: str = ""
     temperature_power: int = 2
     softens: bool = True
     on_values: bool = False
@@ -88,6 +91,16 @@ def catalogue(
 
 
 catalogued = catalogue(DIVERGENCES, PROPERTIES)
+
+
+def check_settings(what: str, function: Callable[..., Tensor], settings: Iterable[str]) -> None:
+    """Raise SettingError if a function does not have these settings, which are its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        takes, hint = ", ".join(allowed) or "no settings", did_you_mean(unknown[0], allowed)
+        raise SettingError(f"{what} has no setting {', '.join(unknown)}; it takes {takes}.{hint}")
 
 
 def check_within(name: str, value: float, interval: str) -> None:

@@ -38,7 +38,7 @@ SIMILARITY_ALIASES = {
 _catalogued = catalogue(SIMILARITIES, SIMILARITY_PROPERTIES)
 
 
-@_catalogued(Properties(paper="Tung and Mori 2019, section 3"))
+@_catalogued(Properties(paper="tung2019similarity"))
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared difference of the two matrices of inner products `[n n]`, each row scaled to length 1.
 
@@ -57,7 +57,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return (q - p).square().sum(-1) / n
 
 
-@_catalogued(Properties(paper="Park et al. 2019, RKD, section 3"))
+@_catalogued(Properties(paper="park2019relational"))
 def distance_relations(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber distance (δ = 1) of the distances between examples, each side in units of its own mean distance.
 
@@ -77,7 +77,7 @@ def distance_relations(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(_distances(student), _distances(teacher), reduction="none").sum(-1) / (n - 1)
 
 
-@_catalogued(Properties(paper="Park et al. 2019, RKD, section 3"))
+@_catalogued(Properties(paper="park2019relational"))
 def angle_relations(student: Tensor, teacher: Tensor) -> Tensor:
     """Huber distance (δ = 1) of the cosines of the angles that two examples make at a third.
 
@@ -100,7 +100,7 @@ def angle_relations(student: Tensor, teacher: Tensor) -> Tensor:
     return huber.masked_fill(itself, 0.0).sum((-1, -2)) / ((n - 1) * (n - 2))
 
 
-@_catalogued(Properties(paper="Kornblith et al. 2019, CKA, section 3"))
+@_catalogued(Properties(paper="kornblith2019similarity"))
 def centered_kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     """1 − linear CKA: 0 if the two sets of rows are equal up to rotation, scale and translation; at most 1.
 

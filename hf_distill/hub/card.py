@@ -13,9 +13,10 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a separate package
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_distill._utils import write_text_whole
+from hf_distill.functional import PROPERTIES
 from hf_distill.hub import sections
 from hf_distill.hub.facts import HIDDEN_PATH, CardData, DatasetFacts, without_paths
-from hf_distill.hub.papers import BIBTEX, DISTILLATION, DIVERGENCES, OBJECTIVES, TEACHERS
+from hf_distill.hub.papers import BIBTEX, DISTILLATION
 from hf_distill.hub.usage import TEMPLATES, program, use_of
 
 logger = logging.getLogger(__name__)
@@ -111,19 +112,19 @@ def render_card(facts: CardData) -> str:
         versions={k: v for k, v in facts.versions.items() if k != "peft" or facts.student.adapter},
         program=program(facts),
         no_program=sections.no_program(facts),
-        papers=[BIBTEX[key] for key in _papers(facts)],
+        papers=[BIBTEX.get(paper) or sections.plain(paper) for paper in _papers(facts)],
     )
     return str(ModelCard(text))
 
 
 def _papers(facts: CardData) -> list[str]:
-    """Return the citation keys of the methods that the run used."""
-    keys: list[str | None] = [DISTILLATION] if facts.teachers else []
-    if facts.teachers and facts.divergence in DIVERGENCES:
-        keys.append(DIVERGENCES[facts.divergence].paper)
-    keys += [TEACHERS.get(teacher.class_name or "") for teacher in facts.teachers]
-    keys += [OBJECTIVES.get(objective.class_name or "") for objective in facts.objectives]
-    return _unique(keys)
+    """Return the papers of the methods that the run used."""
+    papers: list[str | None] = [DISTILLATION] if facts.teachers else []
+    if facts.teachers and facts.divergence in PROPERTIES:
+        papers.append(PROPERTIES[facts.divergence].paper)
+    papers += [teacher.paper for teacher in facts.teachers]
+    papers += [objective.paper for objective in facts.objectives]
+    return _unique(papers)
 
 
 def write_card(facts: CardData, output_dir: str | os.PathLike[str]) -> Path:

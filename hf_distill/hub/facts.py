@@ -98,6 +98,7 @@ class ModelFacts(_Facts):
     adapter: str | None = None  # the PEFT method ("LORA") if an adapter is saved
     description: str | None = None  # in words, of a teacher that is not a model (an average of the student)
     problem_type: str | None = None  # of a head with labels; transformers sets it at the first labelled step
+    paper: str | None = None  # of a teacher: the citation key of its method's paper, or a BibTeX entry
 
     def __post_init__(self) -> None:
         if not looks_like_hub_id(self.hub_id):
@@ -138,7 +139,7 @@ class ObjectiveFacts(_Facts):
 
     name: str
     weight: float | None = None  # at the start of training
-    class_name: str | None = None
+    paper: str | None = None  # the citation key of its paper, or a BibTeX entry
     description: str | None = None  # the objective's settings in words
 
 
@@ -382,13 +383,12 @@ def history_from_log(log_history: Iterable[Mapping[str, Any]]) -> tuple[dict[str
     return tuple(rows)
 
 
-def training_facts(args: Any, state: Any, *, optimizer: str | None = None) -> TrainingFacts:
+def training_facts(args: Any, state: Any) -> TrainingFacts:
     """Return the facts of the training that took place.
 
     Args:
         args: the `TrainingArguments`.
         state: the `TrainerState` at the end of the training.
-        optimizer: the name of an optimizer that the user passed; None means `args.optim`.
     """
     finished = [row["train_loss"] for row in state.log_history if "train_loss" in row]
     return TrainingFacts(
@@ -397,7 +397,7 @@ def training_facts(args: Any, state: Any, *, optimizer: str | None = None) -> Tr
         learning_rate=args.learning_rate,
         learning_rate_schedule=_text(args.lr_scheduler_type),
         warmup=args.warmup_steps or None,
-        optimizer=optimizer or _text(args.optim),
+        optimizer=_text(args.optim),
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         batch_size=args.train_batch_size,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from hf_distill.functional import PROPERTIES
 from hf_distill.hub.facts import CardData, EvaluationFacts, ModelFacts, ScheduleFacts
-from hf_distill.hub.papers import DIVERGENCES
 from hf_distill.hub.usage import COUNTS_LABELS, POOLED
 
 # An underscore inside a word means nothing in Markdown.
@@ -169,7 +169,7 @@ def loss(facts: CardData) -> str:
         lines += ["", *(f"- {code(term.name)}: {code(term.description)}" for term in described)]
     if facts.divergence is None:
         return "\n".join(lines)
-    known = DIVERGENCES.get(facts.divergence)
+    known = PROPERTIES.get(facts.divergence)
     text = f"The divergence is {code(facts.divergence)}"
     if known is not None:
         text += f": `{known.formula}`"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, check_choice
 from hf_distill.functional.attention import attention_kl, map_heads, score_distance
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
@@ -40,12 +40,12 @@ class AttentionMatch(LayerObjective):
             averaged), or "grouped" (neighbours are averaged, if the numbers divide).
 
     Raises:
-        SettingError: numbers of heads that differ without `heads`; attention that cannot be listened to (DeBERTa,
-        MPNet,
-            WavLM, BLOOM and others compute their own), or whose mask cannot be seen (flex attention, packed sequences
-            under flash attention).
+        SettingError: if numbers of heads differ without `heads`, the attention cannot be captured (DeBERTa, MPNet,
+            WavLM, BLOOM and others compute their own), or its mask is not known (flex attention, packed sequences under
+            flash attention).
     """
 
+    paper = "jiao2020tinybert"
     default_name = "attention"
     reads = (ATTENTION,)
     shown = ("distance", "heads", "side")
@@ -65,9 +65,7 @@ class AttentionMatch(LayerObjective):
         super().__init__(
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
-        if distance not in _COMPARED:
-            hint = did_you_mean(distance, _COMPARED)
-            raise SettingError(f"AttentionMatch: distance={distance!r}: allowed are {', '.join(_COMPARED)}.{hint}")
+        check_choice("AttentionMatch: distance", distance, _COMPARED)
         if isinstance(heads, str) and heads != "grouped":
             raise SettingError(f"AttentionMatch: heads={heads!r}: give 'grouped', teacher heads, or lists of them.")
         self.distance = distance
@@ -83,35 +81,30 @@ class AttentionMatch(LayerObjective):
             if ours == theirs:
                 return None
             raise SettingError(
-                f"AttentionMatch: the student has {ours} attention heads, the teacher {theirs}. Pass heads= (for each "
-                "student head a teacher head, or a list of them; or 'grouped'), or use RelationMatch, which does not "
-                "distance head with head."
+                f"AttentionMatch: the student has {ours} attention heads, the teacher {theirs}. Pass heads= "
+                "('grouped', or for each student head a teacher head or a list of them), or use RelationMatch."
             )
         if self.heads == "grouped":
             if theirs % ours:
                 raise SettingError(
-                    f"AttentionMatch: heads='grouped': {theirs} teacher heads cannot be shared out to {ours} student "
-                    "heads. Name them: one list of teacher heads for each student head."
+                    f"AttentionMatch: heads='grouped' cannot divide {theirs} teacher heads among {ours} student heads. "
+                    "Pass a list of teacher heads for each student head."
                 )
             size = theirs // ours
             return [list(range(i * size, (i + 1) * size)) for i in range(ours)]
         if len(self.heads) != ours:
-            raise SettingError(
-                f"AttentionMatch: heads names {len(self.heads)} student heads; the student has {ours}. Give one entry "
-                "for each."
-            )
+            raise SettingError(f"AttentionMatch: heads has {len(self.heads)} entries, the student {ours} heads.")
         map_heads(torch.zeros(1, theirs, 1, 1), self.heads)
         return list(self.heads)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         keep = kept.mask
-        ours = student.activations[self._read(ATTENTION, link.student, 0)]
-        theirs = teacher.activations[self._read(ATTENTION, link.teacher, 1)]
+        ours, theirs = self._activations(ATTENTION, student, teacher, link)
         for what, q, p in (("queries", ours.queries, theirs.queries), ("keys", ours.keys, theirs.keys)):
             kept.check((q.shape[0], q.shape[2]), (p.shape[0], p.shape[2]), what, link)
         q, p = ours.scores(keep), theirs.scores(keep)
-        mapped = self._head_map(q.shape[1], p.shape[1])
-        p = p if mapped is None else map_heads(p, mapped)
+        heads = self._head_map(q.shape[1], p.shape[1])
+        p = p if heads is None else map_heads(p, heads)
         keys = _shared_by_heads(ours.allowed()) & _shared_by_heads(theirs.allowed())
         if keep is not None:
             keys = keys & keep[:, None, :, None] & keep[:, None, None, :]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.schedules import Schedule, constant
@@ -15,10 +16,12 @@ from hf_distill.signals import LossSum, Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class ObjectiveSetup:
-    """What an objective learns about the models before the first step.
+    """The models, as an objective sees them before the first step.
 
     Attributes:
         student: captures the student's activations.
@@ -31,7 +34,7 @@ class ObjectiveSetup:
     student: ActivationCapture
     teacher: ActivationCapture | None
     task: Task
-    model: Any
+    model: PreTrainedModel
     seed: int = 0
 
 
@@ -52,7 +55,7 @@ class Objective(ABC):
             several processes compare within micro-batches, and the results are weighted by their examples.
         pools: "first", "last" or "mean" if only this vector of each example's hidden states is compared.
         learned: the parameters trained with the student that are not part of it, or None.
-        paper: the source of the objective, for the model card.
+        paper: the citation key of its paper in `hub/papers.bib`, a BibTeX entry, or None; for the model card.
     """
 
     name: str = "objective"
@@ -84,7 +87,14 @@ class Objective(ABC):
         """Return the number of valid rows of this micro-batch, a scalar, computed from the batch alone."""
 
     def __repr__(self) -> str:
+        """Return the objective and its settings, for logs, cards, and the check that a resumed run has not changed."""
         return f"{type(self).__name__}()"
+
+
+def like_student(module: Module, student: nn.Module) -> Module:
+    """Return the module on the student's device, in fp32, or in fp64 if the student is in fp64."""
+    parameter = next(student.parameters())
+    return module.to(parameter.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
 
 
 def cross_entropy_of_probabilities(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.errors import DataError, SettingError, did_you_mean
+from hf_distill.errors import DataError, SettingError, check_choice
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.positions import PositionRule, check_positions
-from hf_distill.objectives.base import Objective, ObjectiveSetup
+from hf_distill.objectives.base import Objective, ObjectiveSetup, like_student
 from hf_distill.objectives.layers import ValidPositions, checked_weight
 from hf_distill.objectives.logits import kept_of
 from hf_distill.schedules import Schedule, checked_schedule
@@ -72,6 +72,7 @@ class ExitMatch(Objective):
     ['exits', 'labels']
     """
 
+    paper = "zhang2019byot"
     needs_teacher = False
 
     def __init__(
@@ -89,9 +90,7 @@ class ExitMatch(Objective):
     ) -> None:
         if not layers or not all(type(one) is int for one in layers):
             raise SettingError(f"ExitMatch: layers={layers!r}: give a list of blocks by number, such as [2, 5].")
-        if pooling not in POOLING:
-            hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
-            raise SettingError(f"ExitMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
+        check_choice("ExitMatch: pooling", pooling, POOLING, POOLING_ALIASES)
         if isinstance(feature_weight, bool) or not 0 <= feature_weight < float("inf"):
             raise SettingError(f"ExitMatch: feature_weight={feature_weight!r}: must be at least 0 and finite.")
         self.exits, self.pooling, self.name = tuple(layers), pooling, name
@@ -100,8 +99,6 @@ class ExitMatch(Objective):
         self.feature_weight = feature_weight
         self.weight = checked_weight("ExitMatch", weight)
         self.side, self.stack = side, student_stack
-        self.needs = Needs()
-        self.learned: nn.Module | None = None
         self._heads: dict[int, ExitHead] = {}
 
     def bind(self, setup: ObjectiveSetup) -> None:
@@ -109,8 +106,7 @@ class ExitMatch(Objective):
         task, model = setup.task, setup.model
         if not task.has_exits:
             raise SettingError(
-                f"ExitMatch makes heads for classification and token_classification; this student's is for {task}. Use "
-                "MovingAverage or Snapshot, which teach any head."
+                f"ExitMatch is for classification and token_classification, not {task}. Use MovingAverage or Snapshot."
             )
         blocks = setup.student.blocks(self.side, self.stack)
         self._last = blocks.length - 1
@@ -122,20 +118,17 @@ class ExitMatch(Objective):
             )
         widths = {layer: width for layer in (*chosen, self._last) if (width := blocks.width_of(layer)) is not None}
         if len(widths) <= len(chosen):
-            raise SettingError(
-                "ExitMatch: no config tells how wide the hidden states are. Set hidden_size in the config."
-            )
+            raise SettingError("ExitMatch: the width of the hidden states is not known. Set hidden_size in the config.")
         self._positions = PositionRule(model, task, of_decoder=blocks.of_decoder)
         read = [*chosen, self._last] if self.feature_weight else chosen
         self.needs = Needs(logits=True, activations=frozenset(self._read(layer) for layer in read))
-        one = next(model.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(setup.seed)
             columns = model.config.num_labels
+            assert columns is not None  # a classifier has labels
             self._heads = {layer: ExitHead(widths[layer], widths[self._last], columns) for layer in chosen}
-        made = nn.ModuleDict({str(layer): head for layer, head in self._heads.items()})
-        precision = torch.float64 if one.dtype == torch.float64 else torch.float32
-        self.learned = made.to(device=one.device, dtype=precision)
+        heads = nn.ModuleDict({str(layer): head for layer, head in self._heads.items()})
+        self.learned = like_student(heads, model)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.alpha < 1:
@@ -153,16 +146,16 @@ class ExitMatch(Objective):
             # The graph reaches the last head with a zero gradient, so that DDP does not wait for one.
             total = logits.flatten()[:0].sum().to(last.dtype)
             aim = self._rows(student, self._last, task, batch).detach() if self.feature_weight else None
-            for layer, (features, said) in self._said(student, task, batch).items():
-                if said.shape != last.shape:
+            t = self.temperature
+            for layer, (features, rows) in self._outputs(student, task, batch).items():
+                if rows.shape != last.shape:
                     raise DataError(
-                        f"exit {layer} gives {list(said.shape)} [rows, columns], the student's head "
+                        f"exit {layer} gives {list(rows.shape)} [rows, columns], the student's head "
                         f"{list(last.shape)}. Every example needs a position that is not masked."
                     )
-                t = self.temperature
-                total = total + self.alpha * t**2 * forward_kl(said / t, last / t).sum()
+                total = total + self.alpha * t**2 * forward_kl(rows / t, last / t).sum()
                 if self.alpha < 1:
-                    total = total + (1 - self.alpha) * _of_labels(said, task, batch)
+                    total = total + (1 - self.alpha) * _loss_on_labels(rows, task, batch)
                 if aim is not None:
                     total = total + self.feature_weight * (features - aim.to(features.dtype)).square().sum()
         return LossSum(total, task.count(batch).to(total.device))
@@ -174,15 +167,15 @@ class ExitMatch(Objective):
         Args:
             student: from `Distiller.student_signals`, with the activations of its exits.
         """
-        return {layer: said for layer, (_, said) in self._said(student, task, batch).items()}
+        return {layer: rows for layer, (_, rows) in self._outputs(student, task, batch).items()}
 
-    def _said(self, student: Signals, task: Task, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+    def _outputs(self, student: Signals, task: Task, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
         """Return the features `[m d]` and the task's rows of logits of each exit."""
         found = {}
+        multi_label = isinstance(task, Classification) and task.is_multi_label(batch)
         for layer, head in self._heads.items():
             features, logits = head(self._rows(student, layer, task, batch))
-            several = isinstance(task, Classification) and task.is_multi_label(batch)
-            if several:
+            if multi_label:
                 logits = torch.stack((logits, torch.zeros_like(logits)), -1).flatten(0, 1)
             found[layer] = features, logits
         return found
@@ -214,12 +207,12 @@ def _kept(task: Task, rows: Tensor, batch: Batch) -> Tensor:
     return rows if kept is None else rows.index_select(0, kept)
 
 
-def _of_labels(said: Tensor, task: Task, batch: Batch) -> Tensor:
+def _loss_on_labels(rows: Tensor, task: Task, batch: Batch) -> Tensor:
     """Return the cross-entropy summed over the labelled rows, a scalar; for multi-label heads the binary one."""
     target = task.targets(batch)
     if target is None:
-        wanted = batch["labels"].flatten().to(said.dtype)
-        return F.binary_cross_entropy_with_logits(said[:, 0] - said[:, 1], wanted, reduction="sum")
+        labels = batch["labels"].flatten().to(rows.dtype)
+        return F.binary_cross_entropy_with_logits(rows[:, 0] - rows[:, 1], labels, reduction="sum")
     kept = task.kept_rows(batch)
     target = target if kept is None else target.index_select(0, kept)
-    return F.cross_entropy(said, target, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(rows, target, ignore_index=-100, reduction="sum")

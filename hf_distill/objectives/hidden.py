@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, check_choice
 from hf_distill.functional.features import DISTANCE_ALIASES, DISTANCES, Distance, DistanceName
+from hf_distill.functional.properties import check_settings
 from hf_distill.layer_map import Link
 from hf_distill.models.blocks import Blocks
-from hf_distill.objectives.base import ObjectiveSetup
+from hf_distill.objectives.base import ObjectiveSetup, like_student
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
 from hf_distill.schedules import Schedule
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, ActivationKey, Side, Signals
@@ -42,16 +42,20 @@ class Projections(nn.Module):
 
     def __init__(self, widths: Mapping[str, tuple[int | None, int | None]], *, kind: str, seed: int) -> None:
         super().__init__()
-        if kind not in PROJECTIONS:
-            hint = did_you_mean(kind, PROJECTIONS)
-            raise SettingError(f"projection={kind!r}: allowed are {', '.join(PROJECTIONS)}.{hint}")
+        check_choice("projection", kind, PROJECTIONS)
         self._kind = kind
         self.matrices = nn.ModuleDict()
         wanted = {key: pair for key, pair in widths.items() if kind == "linear" or pair[0] != pair[1]}
         for ours, theirs in wanted.values():
             _check_widths(ours, theirs, kind)
         if kind == "shared" and wanted:
-            wanted = _one_for_all(widths)
+            pairs = sorted(set(widths.values()), key=str)
+            if len(pairs) > 1:
+                raise SettingError(
+                    f"projection='shared' needs one pair of widths for all layers, and there are {pairs} (student, "
+                    "teacher). Use projection='auto'."
+                )
+            wanted = {"all": pairs[0]}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for key, (ours, theirs) in wanted.items():
@@ -70,25 +74,14 @@ class Projections(nn.Module):
 def _check_widths(ours: int | None, theirs: int | None, kind: str) -> None:
     if kind == "none":
         raise SettingError(
-            f"the student's hidden states are {ours} wide, the teacher's {theirs}, and projection='none'. Let it be "
-            "'auto' (a learned projection), or use RelationMatch, which needs none."
+            f"the student's hidden states are {ours} wide, the teacher's {theirs}, and projection='none'. Use "
+            "projection='auto' (learned), or RelationMatch."
         )
     if ours is None or theirs is None:
         raise SettingError(
-            f"no config tells how wide the hidden states are (student: {ours}, teacher: {theirs}), so no projection "
-            "can be made. Set hidden_size in the config, or pass projection='none'."
+            f"a projection needs the widths of the hidden states (student: {ours}, teacher: {theirs}). Set hidden_size "
+            "in the config, or pass projection='none'."
         )
-
-
-def _one_for_all(widths: Mapping[str, tuple[int | None, int | None]]) -> dict[str, tuple[int | None, int | None]]:
-    """Return the single pair of widths, under the name of the shared matrix."""
-    pairs = sorted(set(widths.values()), key=str)
-    if len(pairs) > 1:
-        raise SettingError(
-            "projection='shared' is one matrix for all pairs of blocks, and their widths differ: (student, teacher) "
-            f"{', '.join(map(str, pairs))}. Let it be 'auto', one matrix a pair."
-        )
-    return {"all": pairs[0]}
 
 
 Position: TypeAlias = Literal["first", "last"]
@@ -130,6 +123,7 @@ class HiddenMatch(LayerObjective):
     ['hidden', 'labels', 'logits']
     """
 
+    paper = "romero2015fitnets"
     default_name = "hidden"
     reads = (HIDDEN,)
     shown: tuple[str, ...] = ("distance", "distance_kwargs", "projection", "pooling", "embeddings", "side")
@@ -159,9 +153,8 @@ class HiddenMatch(LayerObjective):
             student_stack=student_stack,
             teacher_stack=teacher_stack,
         )
-        if pooling not in (None, *POSITIONS):
-            hint = did_you_mean(pooling, POSITIONS, POOLING_ALIASES)
-            raise SettingError(f"HiddenMatch: pooling={pooling!r}: allowed are {', '.join(POSITIONS)}, or None.{hint}")
+        if pooling is not None:
+            check_choice("HiddenMatch: pooling", pooling, POSITIONS, POOLING_ALIASES)
         self.distance = distance
         self.distance_kwargs = dict(distance_kwargs or {})
         self.projection = projection
@@ -176,8 +169,8 @@ class HiddenMatch(LayerObjective):
             _key(link): (student.width_of(link.student, what), teacher.width_of(link.teacher, what))
             for link in self._links()
         }
-        made = Projections(widths, kind=self.projection, seed=setup.seed)
-        self.learned = of_dtype_and_place(made, setup.model) if len(made.matrices) else None
+        projections = Projections(widths, kind=self.projection, seed=setup.seed)
+        self.learned = like_student(projections, setup.model) if len(projections.matrices) else None
 
     def count(self, task: Task, batch: Batch) -> Tensor:
         if self.pooling is None:
@@ -186,9 +179,7 @@ class HiddenMatch(LayerObjective):
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
-        what = self.reads[0]
-        ours = student.activations[self._read(what, link.student, 0)]
-        theirs = teacher.activations[self._read(what, link.teacher, 1)]
+        ours, theirs = self._activations(self.reads[0], student, teacher, link)
         paired = self.pooling is None
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=paired)
         if paired:
@@ -215,6 +206,7 @@ class CosineEmbedding(HiddenMatch):
         projection: as in `HiddenMatch`; the paper has equal widths and "none".
     """
 
+    paper = "sanh2019distilbert"
     default_name = "cosine"
     reads = (LAST_HIDDEN,)
     shown = ("projection", "side")
@@ -244,28 +236,13 @@ class CosineEmbedding(HiddenMatch):
         return ActivationKey(what, 0, self.side, self.stacks[whose])
 
 
-def of_dtype_and_place(module: Projections, model: Any) -> Projections:
-    """Put a module on the student's device, in fp32 (fp64 if the student is in fp64)."""
-    one = next(model.parameters())
-    return module.to(device=one.device, dtype=torch.float64 if one.dtype == torch.float64 else torch.float32)
-
-
 def _key(link: Link) -> str:
     return "embeddings" if link.student == EMBEDDINGS else f"{link.student}_{link.teacher}"
 
 
 def _checked_distance(name: str, settings: Mapping[str, Any]) -> Distance:
-    if name not in DISTANCES:
-        raise SettingError(
-            f"HiddenMatch: distance={name!r}: no such distance. Allowed: {', '.join(DISTANCES)}."
-            f"{did_you_mean(name, DISTANCES, DISTANCE_ALIASES)}"
-        )
+    check_choice("HiddenMatch: distance", name, DISTANCES, DISTANCE_ALIASES)
     function = DISTANCES[name]
-    knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(settings) - set(knobs))
-    if unknown:
-        takes = f"takes {', '.join(knobs)}" if knobs else "takes no settings"
-        hint = did_you_mean(unknown[0], knobs)
-        raise SettingError(f"HiddenMatch: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
+    check_settings(f"HiddenMatch: {name}", function, settings)
     function(torch.zeros(1, 2), torch.zeros(1, 2), **settings)  # raises now if a value is not allowed
     return function

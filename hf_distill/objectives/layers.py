@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,7 @@ class LayerObjective(Objective):
         """
         if setup.teacher is None:
             raise TeacherError(
-                f"{type(self).__name__} reads the inside of the teacher, and this teacher shows none. Use a model as "
-                "teacher, or leave the objective out."
+                f"{type(self).__name__} needs the activations of the teacher. Use a model, or a cache of them."
             )
         ours = setup.student.blocks(self.side, self.stacks[0])
         theirs = setup.teacher.blocks(self.side, self.stacks[1])
@@ -117,6 +117,11 @@ class LayerObjective(Objective):
         assert self.layer_map is not None  # `bind` comes first
         return self.layer_map.links
 
+    def _activations(self, what: str, student: Signals, teacher: Signals, link: Link) -> tuple[Any, Any]:
+        """Return one activation of a pair of blocks: a tensor, or an `AttentionRecord`."""
+        ours, theirs = self._read(what, link.student, 0), self._read(what, link.teacher, 1)
+        return student.activations[ours], teacher.activations[theirs]
+
     def _wanted(self) -> list[tuple[str, Link]]:
         return [(what, link) for what in self.reads for link in self._links()]
 
@@ -124,7 +129,6 @@ class LayerObjective(Objective):
         return ActivationKey(what, layer, self.side, self.stacks[whose])
 
     def __repr__(self) -> str:
-        """Return the call that makes it, for logs and cards."""
         knobs = [f"{knob}={getattr(self, knob)!r}" for knob in self.shown if getattr(self, knob) not in (None, {})]
         layers = repr(self.layers) if self.layer_map is None else str(self.layer_map)
         inner = ", ".join([f"layers {layers}", *knobs])
@@ -144,9 +148,9 @@ def _check_no_layerdrop(objective: LayerObjective, student: Blocks) -> None:
     rate = layerdrop_of(student.holder)
     if rate:
         raise SettingError(
-            f"{type(objective).__name__}: the student leaves out blocks at random (layerdrop={rate}), and a block that "
-            f"is left out has no {objective.reads[0]}. Load it with layerdrop=0 (of an encoder-decoder: "
-            "encoder_layerdrop=0, decoder_layerdrop=0), or use HiddenMatch."
+            f"{type(objective).__name__}: the student skips blocks at random (layerdrop={rate}), and a skipped block "
+            f"has no {objective.reads[0]}. Load it with layerdrop=0 (or encoder_layerdrop=0, decoder_layerdrop=0), or "
+            "use HiddenMatch."
         )
 
 
@@ -156,8 +160,8 @@ def _check_whole_heads(objective: LayerObjective, student: Blocks, teacher: Bloc
     for blocks, whose in ((student, "student"), (teacher, "teacher")):
         if blocks.split_heads:
             raise SettingError(
-                f"{type(objective).__name__}: tensor parallelism splits the {whose}'s heads over processes, so none "
-                "sees all of them. Use HiddenMatch, or data parallelism."
+                f"{type(objective).__name__}: tensor parallelism splits the {whose}'s heads over processes. Use "
+                "HiddenMatch, or data parallelism."
             )
 
 
@@ -196,10 +200,9 @@ class ValidPositions:
             check_positions(self.mask, shape, examples=self.examples, whose=whose, what=where(what, link, whose))
         if paired and tuple(ours) != tuple(theirs):  # no mask: images, or recordings of equal length
             raise DataError(
-                f"{where(what, link, 'student')} of the student are at {ours[1]} positions, "
-                f"{where(what, link, 'teacher')} of the teacher at {theirs[1]}, and each position is compared with the "
-                "teacher's. Pair blocks of one resolution (layers=[(student, teacher), ...]), give both models images "
-                "of one size, or use SimilarityMatch, which compares one vector an example."
+                f"{where(what, link, 'student')} of the student have {ours[1]} positions, "
+                f"{where(what, link, 'teacher')} of the teacher {theirs[1]}. Pair blocks of one resolution "
+                "(layers=[(student, teacher), ...]), use images of one size, or SimilarityMatch."
             )
 
     @functools.cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import SettingError, TeacherError, did_you_mean
+from hf_distill.errors import SettingError, TeacherError, check_choice
 from hf_distill.functional import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, Divergence, DivergenceProperties
 from hf_distill.functional.features import DISTANCES
-from hf_distill.functional.properties import DivergenceName
+from hf_distill.functional.properties import DivergenceName, check_settings
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.functional.sparse import (
     OUTCOME_DIVERGENCES,
@@ -37,8 +36,8 @@ class RowValues:
         values: `[m]`, temperature factor included.
         kept: `[m]`, the index of each among the task's n rows; None if they are all of them.
         student: `[m v]`, the student's rows.
-        teacher: `[m v]`, the teacher's rows. A sparse teacher has `[m k+1]`, the last column for all others; one that
-            samples has the logs of the weights and no such column.
+        teacher: `[m v]`, the teacher's rows. Those of a sparse teacher are `[m k+1]`, the last column for all others;
+            those of a teacher that samples are the logs of the weights.
         ids: `[m k]`, the columns of a sparse teacher; None if all columns are there in order.
     """
 
@@ -49,15 +48,15 @@ class RowValues:
     ids: Tensor | None = None
 
     def choices(self) -> tuple[Tensor, Tensor]:
-        """`[m]` the likeliest column of the student, and of the teacher."""
+        """Return the most likely column `[m]` of the student and of the teacher."""
         if self.ids is None:
             return self.student.argmax(-1), self.teacher.argmax(-1)
-        best = self.teacher[..., :-1].argmax(-1, keepdim=True)  # of the listed ones: the tail is no column
+        best = self.teacher[..., :-1].argmax(-1, keepdim=True)  # the tail is not a column
         return self.student.argmax(-1), self.ids.gather(-1, best).squeeze(-1)
 
 
 class LogitsMatch(Objective):
-    """T^p · divergence(student / T, teacher / T), summed over the rows that count.
+    """T^p · divergence(student / T, teacher / T), summed over the valid rows.
 
     p is the divergence's own power (2 for the KL family), so that the gradient does not shrink as T grows
     (Hinton et al. 2015, section 2). Values (regression, embeddings) are not divided by a temperature.
@@ -69,9 +68,10 @@ class LogitsMatch(Objective):
         temperature: a schedule.
 
     Raises:
-        SettingError: if there is no such divergence, or it has no such setting.
+        SettingError: for an unknown divergence or setting.
     """
 
+    paper = "hinton2015distilling"
     name = "logits"
     needs = teacher_needs = Needs(logits=True)
 
@@ -86,26 +86,23 @@ class LogitsMatch(Objective):
         self.divergence_kwargs = dict(divergence_kwargs or {})
         self._chosen: dict[bool, tuple[Divergence, DivergenceProperties]] = {}
         if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            raise SettingError(
-                f"divergence={divergence!r}: no such divergence. Allowed: {', '.join(DIVERGENCES)}."
-                + (
-                    f" {divergence} is a distance of hidden states: alpha=None, objectives=HiddenMatch('last', "
-                    f"distance={divergence!r})."
-                    if divergence in DISTANCES
-                    else did_you_mean(divergence, DIVERGENCES, DIVERGENCE_ALIASES)
+            if divergence in DISTANCES:
+                raise SettingError(
+                    f"divergence={divergence!r} is a distance of hidden states: use alpha=None and objectives="
+                    f"HiddenMatch('last', distance={divergence!r})."
                 )
-            )
+            check_choice("divergence", divergence, DIVERGENCES, DIVERGENCE_ALIASES)
         self._given = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._try_settings()
 
     @property
     def weight(self) -> Schedule:  # type: ignore[override]  # alpha, which may change
-        """Its weight is alpha, which the blend knows."""
+        """Raise: the blend knows the weight of this term, alpha."""
         raise SettingError("the logits' term is weighted by alpha.")
 
     @property
     def couples_examples(self) -> bool:  # type: ignore[override]  # it follows from the divergence
-        """As the divergence does."""
+        """Whether the divergence does."""
         name = next((n for n, f in DIVERGENCES.items() if f is getattr(self._given, "func", self._given)), None)
         return name is not None and PROPERTIES[name].couples_rows
 
@@ -129,8 +126,7 @@ class LogitsMatch(Objective):
     def per_row(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> RowValues:
-        """The divergence of each row that counts; rows that do not are never looked at, so what
-        they hold (NaN included) cannot matter."""
+        """Return the divergence of each valid row. Other rows are never read, so a NaN in them does not matter."""
         if teacher.sparse is not None:
             return self._per_outcome(student, teacher.sparse, task, batch, progress)
         function, properties = self.divergence_for(task)
@@ -155,21 +151,21 @@ class LogitsMatch(Objective):
     def _per_outcome(
         self, student: Signals, teacher: SparseRows, task: Task, batch: Batch, progress: float
     ) -> RowValues:
-        """Over the columns that the teacher lists, and one outcome for all others; or over its weighted samples."""
+        """Return the divergence over a sparse teacher's columns and one for all others, or over its samples."""
         function, properties = self.divergence_for(task)
         t = self.temperature(progress)
         self.check_sparse(task, teacher, t)
-        told = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
+        fields = (teacher.ids, teacher.log_probabilities, teacher.log_tail, teacher.weights)
         q = rows_of(student.predictions(), task, batch, whose="student")
-        listed = [
-            rows_of(x, task, batch, whose="teacher", columns=x is not teacher.log_tail) for x in told if x is not None
+        sparse = [
+            rows_of(x, task, batch, whose="teacher", columns=x is not teacher.log_tail) for x in fields if x is not None
         ]
-        check_same_rows(q, listed[0], task, batch, columns=False)
+        check_same_rows(q, sparse[0], task, batch, columns=False)
         kept = kept_of(q, task, batch)
         if kept is not None:
-            q, *listed = (x.index_select(0, kept) for x in (q, *listed))
-        ids, log_p, log_tail, *weights = listed
-        rows = in_full_precision(q) if t == 1 else in_full_precision(q) / t  # a copy takes its time
+            q, *sparse = (x.index_select(0, kept) for x in (q, *sparse))
+        ids, log_p, log_tail, *weights = sparse
+        rows = in_full_precision(q) if t == 1 else in_full_precision(q) / t  # dividing by 1 would copy
         if weights:
             p = teacher_outcomes(weights[0].log(), torch.full_like(log_tail, -torch.inf))
             values = sampled_forward_kl(rows, ids, log_p, weights[0])
@@ -179,39 +175,36 @@ class LogitsMatch(Objective):
         return RowValues(values * t**properties.temperature_power, kept, q, p, ids)
 
     def check_sparse(self, task: Task, teacher: SparseRows, ours: float) -> None:
-        """Raise SettingError for a divergence or a temperature that what this teacher lists does not do for."""
+        """Raise SettingError if a sparse teacher does not support this divergence or temperature."""
         name, theirs = self.name_for(task), teacher.temperature
         if teacher.weights is not None and name not in SAMPLE_DIVERGENCES:
             raise SettingError(
-                f"divergence={name!r} is not linear in the teacher's probabilities, and of this teacher there are "
-                "weighted samples: whatever is not linear would be wrong also on average. Allowed with it: "
-                f"{', '.join(SAMPLE_DIVERGENCES)}. For {name}, use a cache with Dense, or with TopK where it is one of "
-                f"{', '.join(OUTCOME_DIVERGENCES)}."
+                f"divergence={name!r} is not linear in the teacher's probabilities, so weighted samples of them are "
+                f"biased. Use {', '.join(SAMPLE_DIVERGENCES)}, or a cache with Dense or TopK."
             )
         if name not in OUTCOME_DIVERGENCES:
             raise SettingError(
-                f"divergence={name!r} needs every column, and this teacher lists its likeliest and the probability of "
-                f"the rest together. Allowed with it: {', '.join(OUTCOME_DIVERGENCES)}."
+                f"divergence={name!r} needs every column, and a sparse teacher has some. Allowed: "
+                f"{', '.join(OUTCOME_DIVERGENCES)}."
             )
         if theirs != ours:
             raise SettingError(
-                f"temperature={ours:g}: this teacher's probabilities are those at temperature {theirs:g}, and "
-                "softening them anew would need every column, of which it lists some. Pass "
-                f"temperature={theirs:g}, constant through the training."
+                f"temperature={ours:g}, but this sparse teacher's probabilities are those at temperature {theirs:g}. "
+                f"Pass temperature={theirs:g}, constant through the training."
             )
 
     def divergence_for(self, task: Task) -> tuple[Divergence, DivergenceProperties]:
-        """The function and its properties; what is left open is chosen by the task.
+        """Return the divergence and its properties; by default the task chooses it.
 
         Raises:
-            SettingError: rows of values with a divergence of distributions.
+            SettingError: for a divergence of distributions if the task predicts values.
         """
         if task.on_values in self._chosen:
             return self._chosen[task.on_values]
         name = self.name_for(task)
         function = self._given or DIVERGENCES[name]
-        # A function of the catalogue is what its name is, with settings bound to it (`partial`) or without.
-        found = function, PROPERTIES.get(name, DivergenceProperties(paper="given by the user", on_values=True))
+        # A function of the catalogue has its properties with bound settings (`partial`) too.
+        found = function, PROPERTIES.get(name, DivergenceProperties(paper=None, on_values=True))
         if task.on_values and not found[1].on_values:
             allowed = [n for n, properties in PROPERTIES.items() if properties.on_values]
             raise SettingError(
@@ -222,32 +215,28 @@ class LogitsMatch(Objective):
         return found
 
     def catalogued(self, task: Task) -> str | None:
-        """The divergence's name in `DIVERGENCES`; None for a function of the user's, and one with settings bound."""
+        """Return the divergence's name in `DIVERGENCES`; None for a user's function, or one with bound settings."""
         name = self.name_for(task)
         return name if name in DIVERGENCES and self._given in (None, DIVERGENCES[name]) else None
 
     def name_for(self, task: Task) -> str:
-        """The divergence's name, for logs and cards."""
+        """Return the divergence's name, for logs and cards."""
         if self._given is None:
             return "mean_squared_error" if task.on_values else "forward_kl"
         return divergence_name(self._given)
 
+    def __repr__(self) -> str:
+        divergence = None if self._given is None else divergence_name(self._given)
+        settings = f", divergence_kwargs={self.divergence_kwargs}" if self.divergence_kwargs else ""
+        return f"LogitsMatch({divergence!r}{settings}, temperature={self.temperature(0.0):g})"
+
     def _try_settings(self) -> None:
-        """Call once on two tiny rows, so that a wrong setting fails now and not in step one."""
+        """Call the divergence on two tiny rows, so that a wrong setting fails now and not in the first step."""
         if self._given is None:
             if self.divergence_kwargs:
-                raise SettingError(
-                    f"divergence_kwargs={self.divergence_kwargs} without a divergence: name the one they are for."
-                )
+                raise SettingError(f"divergence_kwargs={self.divergence_kwargs} need a divergence=.")
             return
-        knobs = inspect.signature(self._given).parameters.values()
-        allowed = [knob.name for knob in knobs if knob.kind is knob.KEYWORD_ONLY]
-        unknown = sorted(set(self.divergence_kwargs) - set(allowed))
-        if unknown:
-            takes = f"takes {', '.join(allowed)}" if allowed else "takes no settings"
-            name = getattr(self._given, "__name__", type(self._given).__name__)
-            hint = did_you_mean(unknown[0], allowed)
-            raise SettingError(f"divergence_kwargs: {name} has no setting {', '.join(unknown)}; it {takes}.{hint}")
+        check_settings(f"divergence_kwargs: {divergence_name(self._given)}", self._given, self.divergence_kwargs)
         rows = torch.zeros(2, 3)
         try:
             found = self._given(rows, rows, **self.divergence_kwargs)
@@ -255,8 +244,8 @@ class LogitsMatch(Objective):
             raise SettingError(f"divergence_kwargs={self.divergence_kwargs}: {error}") from error
         if tuple(found.shape) != (2,):
             raise SettingError(
-                f"a divergence returns one number a row, [n]; given two rows, this one returned {list(found.shape)}. "
-                "Leave out the mean or the sum over rows."
+                f"a divergence returns one number for each row; for two rows this one returned {list(found.shape)}. "
+                "Leave out the mean or sum over rows."
             )
 
 
@@ -277,14 +266,13 @@ def check_row_count(values: Tensor, task: Task, batch: Batch) -> None:
     counted = int(task.count(batch))
     if counted != values.shape[0]:
         raise SettingError(
-            f"{type(task).__name__}.count() says that {counted} rows of the batch count, but select() and keep() leave "
-            f"{values.shape[0]}. The loss is divided by the former. Leave count() out: it follows from rows() and "
-            "keep()."
+            f"{type(task).__name__}.count() returns {counted} rows, but select() and keep() leave {values.shape[0]}. "
+            "Leave count() out: it follows from rows() and keep()."
         )
 
 
 def check_same_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, *, columns: bool = True) -> None:
-    """Rows are paired by position; with another number of them, row i would be compared with another position."""
+    """Raise TeacherError if the numbers of rows differ: rows are paired by position."""
     rows = task.rows(batch)
     same = student.shape == teacher.shape if columns else student.shape[0] == teacher.shape[0]
     if same and student.shape[0] == rows:
@@ -292,13 +280,12 @@ def check_same_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, 
     raise TeacherError(
         f"the batch makes {rows} rows of {task}, but the student gives {list(student.shape)} and the teacher "
         f"{list(teacher.shape)} [rows, columns]. They must predict at the same positions: the same frame rate (CTC), "
-        "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and with equally many "
-        "columns."
+        "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and as many columns."
     )
 
 
 def kept_of(rows: Tensor, task: Task, batch: Batch) -> Tensor | None:
-    """`[m]`: which of the rows `[n v]` count, by index; None: all of them."""
+    """Return the indices `[m]` of the valid rows among `[n v]`, or None if all are valid."""
     keep = task.keep(batch)
     if keep is None:
         return None
@@ -307,9 +294,8 @@ def kept_of(rows: Tensor, task: Task, batch: Batch) -> Tensor | None:
 
 
 def check_keep(keep: Tensor, rows: Tensor, task: Task) -> None:
-    """Raise SettingError where a task's own `keep` is not as long as the rows that it selects."""
+    """Raise SettingError if a task's `keep` has not one bool for each row that it selects."""
     if keep.shape != rows.shape[:1]:
         raise SettingError(
-            f"{type(task).__name__}.keep() is {list(keep.shape)}, and select() gives {rows.shape[0]} rows. keep() "
-            "needs one bool for each row, [rows]."
+            f"{type(task).__name__}.keep() must have the shape [{rows.shape[0]}] of the rows, not {list(keep.shape)}."
         )

@@ -1,4 +1,4 @@
-"""Agreement of relations between positions, as MiniLM has them: no constraint on widths or heads."""
+"""RelationMatch: agreement of the relations between positions (MiniLM), for any widths and numbers of heads."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from hf_distill.signals import RELATED, Side, Signals
 
 
 class RelationMatch(LayerObjective):
-    """How positions relate to each other, by their queries, keys or values: KL from the teacher's relations.
+    """The KL divergence between how positions relate to each other, by their queries, keys or values.
 
-    Read by hooks on the projections of the matched layers, whatever the attention implementation. No learned
-    projection, no equal widths, no equal numbers of attention heads. Each position is related to all that count, of a
-    decoder also to those behind it; of packed sequences to those of its own.
+    Hooks on the projections of the matched layers read them, for any attention implementation. Nothing is learned, and
+    neither widths nor numbers of attention heads must be equal. Each position is related to all valid positions, in a
+    decoder also to later ones, and in packed data to those of its own sequence.
 
-    MiniLMv2 (Wang et al. 2021, section 3.1) takes queries, keys and values of one layer: the student's last, the
-    teacher's
-    last or, of large teachers, one below (`layers=[(-1, 20)]` of 24). MiniLM (Wang et al. 2020, section 3.2) takes the
-    values alone, beside the attention of that layer.
+    MiniLMv2 (Wang et al. 2021, section 3.1) takes the queries, keys and values of one layer: the student's last, and
+    the teacher's last or, in large teachers, a lower one (`layers=[(-1, 20)]` of 24). MiniLM (Wang et al. 2020, section
+    3.2) takes the values only, beside the attention of that layer.
 
     Args:
-        layers: see `LayerObjective`; the last of both by default.
-        relations: names among "queries", "keys", "values", or name → weight.
-        relation_heads: how many pieces the vectors are cut into; None: the attention heads of the teacher, or of the
-            student, whichever divides both widths. More pieces are finer (48 for a base-size teacher in the paper).
+        layers: see `LayerObjective`; by default the last of both models.
+        relations: some of "queries", "keys" and "values", or their weights by name.
+        relation_heads: number of pieces into which the vectors are cut. None means the attention heads of the teacher
+            or else of the student, if they divide both widths. The paper has 48 for a base-size teacher.
 
     Raises:
-        SettingError: relation heads that do not divide both widths; a block whose projections are not known by name, or
-            are not called (WavLM).
+        SettingError: if the relation heads do not divide both widths, or the projections of a block are not known by
+            name or not called (WavLM).
     """
 
+    paper = "wang2021minilmv2"
     default_name = "relations"
     shown = ("relations", "relation_heads", "side")
 
@@ -81,16 +81,15 @@ class RelationMatch(LayerObjective):
         if self._heads is None:
             raise SettingError(
                 f"RelationMatch: neither {teacher.heads} (the teacher's attention heads) nor {student.heads} (the "
-                f"student's) divides the widths {_listed(ours)} (student) and {_listed(theirs)} (teacher). Pass "
-                "relation_heads=, a number that does."
+                f"student's) divides the widths {_listed(ours)} (student) and {_listed(theirs)} (teacher). Pass a "
+                "relation_heads= that does."
             )
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
         assert self._heads is not None  # `check` comes first
         totals = []
         for what, weight in self.relations.items():
-            ours = student.activations[self._read(what, link.student, 0)]
-            theirs = teacher.activations[self._read(what, link.teacher, 1)]
+            ours, theirs = self._activations(what, student, teacher, link)
             kept.check(ours.shape[:-1], theirs.shape[:-1], what, link)
             mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if kept.mask is None else kept.mask
             values = relation_kl(ours, theirs, mask, heads=self._heads, segments=kept.segments)

@@ -1,10 +1,10 @@
-"""Agreement of relations between examples: what is near what in the batch. Couples the examples of a micro-batch."""
+"""SimilarityMatch: agreement about which examples of a micro-batch are near each other."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import check_choice
 from hf_distill.functional.similarity import SIMILARITIES, SIMILARITY_ALIASES, SimilarityName
 from hf_distill.layer_map import Link
 from hf_distill.objectives.layers import LayerObjective, Layers, ValidPositions
@@ -15,25 +15,25 @@ from hf_distill.tasks.regression import POOLING, POOLING_ALIASES, Pooling
 
 
 class SimilarityMatch(LayerObjective):
-    """Examples that are alike to the teacher are alike to the student: hidden states, pooled to a vector an example.
+    """Examples that are similar to the teacher should be similar to the student, by their pooled hidden states.
 
-    It couples examples: each is compared with the others of its micro-batch alone. So with accumulation or several
-    processes the loss is the mean over micro-batches, weighted by their examples, of a loss over fewer pairs: it is not
-    that of one large batch, and no rescaling makes it so. Choose the micro-batch accordingly (an example alone gives
-    0).
+    Each example is compared with the others of its micro-batch only. So with accumulation or several processes the loss
+    is a mean over micro-batches, weighted by their examples, of a loss over fewer pairs. This is not the loss of one
+    large batch, and no rescaling makes it so; choose the micro-batch accordingly (a single example gives 0).
 
     Tung and Mori 2019 (similarity_preserving), Park et al. 2019 (distance_relations, angle_relations: RKD-D and RKD-A,
-    which they weigh 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
+    which they weight 1 : 2), Kornblith et al. 2019 (centered_kernel_alignment).
 
     Args:
+        layers: see `LayerObjective`; by default the last of both models.
         distance: a name in `hf_distill.functional.similarity.SIMILARITIES`.
-        layers: see `LayerObjective`; the last of both.
-        pooling: "mean" over the positions that count, or the "first" ([CLS]) or "last" of them.
+        pooling: "mean" of the valid positions, or the "first" ([CLS]) or "last" of them.
 
     Raises:
-        SettingError: no such comparison or pooling.
+        SettingError: for an unknown distance or pooling.
     """
 
+    paper = "tung2019similarity"
     default_name = "similarity"
     reads = (HIDDEN,)
     couples_examples = True
@@ -54,12 +54,8 @@ class SimilarityMatch(LayerObjective):
         super().__init__(
             layers, weight=weight, side=side, name=name, student_stack=student_stack, teacher_stack=teacher_stack
         )
-        if distance not in SIMILARITIES:
-            hint = did_you_mean(distance, SIMILARITIES, SIMILARITY_ALIASES)
-            raise SettingError(f"SimilarityMatch: distance={distance!r}: allowed are {', '.join(SIMILARITIES)}.{hint}")
-        if pooling not in POOLING:
-            hint = did_you_mean(pooling, POOLING, POOLING_ALIASES)
-            raise SettingError(f"SimilarityMatch: pooling={pooling!r}: allowed are {', '.join(POOLING)}.{hint}")
+        check_choice("SimilarityMatch: distance", distance, SIMILARITIES, SIMILARITY_ALIASES)
+        check_choice("SimilarityMatch: pooling", pooling, POOLING, POOLING_ALIASES)
         self.distance = distance
         self.pooling = self.pools = pooling
 
@@ -68,8 +64,7 @@ class SimilarityMatch(LayerObjective):
         return self._positions.count_examples(batch)
 
     def of_link(self, student: Signals, teacher: Signals, link: Link, kept: ValidPositions) -> Tensor:
-        ours = student.activations[self._read(HIDDEN, link.student, 0)]
-        theirs = teacher.activations[self._read(HIDDEN, link.teacher, 1)]
+        ours, theirs = self._activations(HIDDEN, student, teacher, link)
         kept.check(ours.shape[:2], theirs.shape[:2], "hidden states", link, paired=False)
         rows = kept.pooled(ours, self.pooling), kept.pooled(theirs, self.pooling)
         return SIMILARITIES[self.distance](*rows).sum()

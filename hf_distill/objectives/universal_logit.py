@@ -1,4 +1,4 @@
-"""Agreement of predictions over different vocabularies: how sure both are, not of what. Answers are paired by place."""
+"""UniversalLogitMatch: agreement of predictions over different vocabularies: how sure both are, not of which token."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, attended, rows_of
 
 
 class UniversalLogitMatch(Objective):
-    """T · the distance of the sorted probabilities, of the k-th answer token of an example and the teacher's k-th.
+    """T · the distance of the sorted probabilities of the k-th answer tokens of student and teacher.
 
-    For a teacher with another tokenizer, which reads `teacher_*` columns: give `alpha=0` (or None), since the logits'
-    term compares token with token. The teacher's answer is what `teacher_labels` mark; of two answers of unequal
-    length the longer one's end is left out, and so is a token that one of the two has nothing to predict from (the
-    first of a text). A text's first token is no part of the answer where it is its model's `bos_token_id`. Without
-    `teacher_*` columns both read the same batch.
+    For a teacher with another tokenizer, which reads `teacher_*` columns: use alpha=0 (or None), since the logits' term
+    compares token with token. `teacher_labels` mark the teacher's answer. If the answers differ in length, the end of
+    the longer one is left out, and so is a token that one side cannot predict (the first of a text). The first token of
+    a text is not part of the answer if it is its model's `bos_token_id`. Without `teacher_*` columns both models read
+    the same batch.
 
-    Boizard et al. 2024, Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs, section
-    3, which adds 1.5 times this to the cross-entropy of labels. Its formula sums over an answer, and its program takes
-    the mean of each answer and then of those; here it is the mean over all pairs of the optimizer step, so a short
-    answer weighs no more a token than a long one. There T is in the softmax alone.
+    Boizard et al. 2024, section 3, add 1.5 times this to the cross-entropy of the labels. Their formula sums over an
+    answer, and their code takes the mean of each answer and then of the answers; here it is the mean over all pairs of
+    the optimizer step, so that all tokens weigh the same. There T is in the softmax only.
 
     Args:
-        weight: of its term, a number or a schedule.
-        temperature: softens both; T in front keeps the gradient from shrinking with it.
+        weight: weight of the term, a number or a schedule.
+        temperature: softens both; the factor T keeps the gradient from shrinking.
+        name: name of the term.
 
     Raises:
-        SettingError: a weight below 0, a temperature of 0 or less; (in `fit`) a head that writes no text.
-        DataError: (when counted) rows of the teacher that cannot be told.
+        SettingError: for a weight below 0 or a temperature of 0 or less, or, in `bind`, a head that writes no text.
+        DataError: when counted, if the teacher's answers cannot be found.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from hf_distill import Distiller
@@ -50,6 +50,7 @@ class UniversalLogitMatch(Objective):
     ['labels', 'universal_logit']
     """
 
+    paper = "boizard2024universal"
     needs = teacher_needs = Needs(logits=True)
 
     def __init__(
@@ -66,10 +67,7 @@ class UniversalLogitMatch(Objective):
 
     def bind(self, setup: ObjectiveSetup) -> None:
         if not setup.task.generates:
-            raise SettingError(
-                f"UniversalLogitMatch compares written texts, and the student is trained for {setup.task}. "
-                f"Allowed: causal_lm and seq2seq."
-            )
+            raise SettingError(f"UniversalLogitMatch is for causal_lm and seq2seq, not for {setup.task}.")
         self._starts = (setup.student.start_token, None if setup.teacher is None else setup.teacher.start_token)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
@@ -87,7 +85,7 @@ class UniversalLogitMatch(Objective):
         return LossSum(t * found.sum(), ours_paired.sum())
 
     def _paired(self, task: Task, batch: Batch, theirs: Batch) -> tuple[Tensor, Tensor]:
-        """`[b r]` bool of both sides: which rows have one on the other side, in the same order."""
+        """Return bool masks `[b r]` of the rows of both sides that have a row on the other side, in the same order."""
         numbers = [_numbered(task, of, start) for of, start in zip((batch, theirs), self._starts, strict=True)]
         width = 1 + max(int(number.shape[1]) for number in numbers) + 1
         there = [torch.zeros(len(n), width, dtype=torch.bool, device=n.device).scatter_(1, n, True) for n in numbers]
@@ -97,51 +95,46 @@ class UniversalLogitMatch(Objective):
         return ours_paired, theirs_paired
 
     def _teachers(self, task: Task, batch: Batch) -> Batch:
-        """The batch as the teacher reads it."""
+        """Return the batch as the teacher reads it."""
         columns = {name.removeprefix(TEACHER_PREFIX): x for name, x in batch.items() if name.startswith(TEACHER_PREFIX)}
-        own = {name: x for name, x in columns.items() if not name.startswith("cached_")}  # those are answers
+        own = {name: x for name, x in columns.items() if not name.startswith("cached_")}
         if not own:
             return batch
         if may_be_packed(batch):
-            raise DataError(
-                "several texts may be packed into one row, and the teacher's are not, so which are the same is not "
-                "known. Use a collator that pads."
-            )
+            raise DataError("the student's texts may be packed, so the teacher's cannot be paired. Use padding.")
         if task.has_decoder and (own.get("labels") is None or own.get("decoder_input_ids") is None):
             raise DataError(
-                "a sequence-to-sequence teacher with another tokenizer needs teacher_labels and "
-                f"teacher_decoder_input_ids, its own; the batch has {sorted(batch)}."
+                "a sequence-to-sequence teacher with another tokenizer needs its own teacher_labels and "
+                f"teacher_decoder_input_ids; the batch has {sorted(batch)}."
             )
         if own.get("labels") is None and _has_prompt(batch):
             raise DataError(
-                "the labels leave out prompts, and which of the teacher's tokens are answers is not known. Give the "
-                "dataset a column teacher_prompt beside teacher_text (where it begins), or teacher_labels beside "
-                "teacher_input_ids."
+                "the labels leave out prompts, but the teacher's prompts are not known. Add a column teacher_prompt to "
+                "teacher_text (its beginning), or teacher_labels to teacher_input_ids."
             )
         return own
 
     def __repr__(self) -> str:
-        """As it was made, for logs and cards."""
         return f"{type(self).__name__}(temperature={self.temperature(0.0):g})"
 
 
 def _paired_rows(predictions: Tensor, task: Task, batch: Batch, paired: Tensor, *, whose: str) -> Tensor:
-    """`[m v]`: the rows that have one on the other side.
+    """Return the rows `[m v]` that are paired.
 
     Raises:
-        DataError: the model predicts at other positions than its batch has.
+        DataError: if the model predicts at other positions than its batch has.
     """
     rows = rows_of(predictions, task, batch, whose=whose)
     if rows.shape[0] != paired.numel():
         raise DataError(
-            f"the {whose} gives {rows.shape[0]} rows, its batch makes {paired.numel()} ({paired.shape[0]} examples of "
-            f"{paired.shape[1]}). No virtual tokens of prompt tuning, and labels as long as the input."
+            f"the {whose} gives {rows.shape[0]} rows, its batch has {paired.shape[0]} × {paired.shape[1]}. Use no "
+            "virtual tokens of prompt tuning, and labels as long as the input."
         )
     return rows.index_select(0, paired.flatten().nonzero().squeeze(-1))
 
 
 def _has_prompt(batch: Batch) -> bool:
-    """Whether some token that is read is not to be predicted, but for the first."""
+    """Return whether an attended token, except the first, has no label."""
     if batch.get("labels") is None:
         return False
     read = attended(batch, "attention_mask", ("input_ids", "inputs_embeds"))
@@ -149,9 +142,9 @@ def _has_prompt(batch: Batch) -> bool:
 
 
 def _numbered(task: Task, batch: Batch, start: int | None) -> Tensor:
-    """`[b r]`: the number, from 1, of the answer token that a row predicts; 0 where the row does not count."""
+    """Return for each row `[b r]` the number of the answer token that it predicts, from 1; 0 if it is not valid."""
     keep, labels, causal = task.keep(batch), batch.get("labels"), task.shifts_labels
-    assert keep is not None  # tasks over a vocabulary say so
+    assert keep is not None  # tasks over a vocabulary have one
     like = next(batch[name] for name in ("labels", "input_ids", "decoder_input_ids") if batch.get(name) is not None)
     keep = keep.view(like.shape[0], -1)
     if batch.get("shift_labels") is not None or (labels is None and not causal):

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from hf_distill._types import Keywords
 from hf_distill._utils import random_state_kept, write_text_whole
 from hf_distill.compare.machine import parameter_count
-from hf_distill.errors import HfDistillError, SettingError, did_you_mean
+from hf_distill.errors import HfDistillError, SettingError, check_choice
 from hf_distill.objectives import Objective
 from hf_distill.presets import Factory, Preset, Stage
 from hf_distill.runs import record
@@ -59,9 +60,9 @@ class Link:
 
     name: str
     model: nn.Module | Callable[..., nn.Module] = field(repr=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Keywords = field(default_factory=dict)
     objectives: Factory | Sequence[Objective] = ()
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    keywords: Keywords = field(default_factory=dict)
     stages: Preset | Sequence[Stage] = ()
 
     def __post_init__(self) -> None:
@@ -155,17 +156,20 @@ class Chain:
     ([('assistant', 'BertForSequenceClassification'), ('student', 'assistant')], 'student')
     """
 
+    paper: ClassVar[str | None] = "mirzadeh2020assistant"
+
     def __init__(self, links: Sequence[Link], *, keep: Keep = "best") -> None:
         self.links, self.keep = tuple(links), keep
         if not self.links or not all(isinstance(link, Link) for link in self.links):
             raise SettingError("Chain: pass a list of one or more Link(name, model=..., arguments=...).")
         record.check_names("link", [link.name for link in self.links])
-        if keep not in get_args(Keep):
-            allowed = get_args(Keep)
-            raise SettingError(f"Chain: keep={keep!r}: allowed are {', '.join(allowed)}.{did_you_mean(keep, allowed)}")
+        check_choice("Chain: keep", keep, get_args(Keep))
         models = [id(link.model) for link in self.links if isinstance(link.model, nn.Module)]
         if len(set(models)) != len(models):
             raise SettingError("Chain: two links have the same model. Each link needs its own.")
+
+    def __repr__(self) -> str:
+        return f"Chain({list(self.links)}, keep={self.keep!r})"
 
     @classmethod
     def generations(
@@ -173,7 +177,7 @@ class Chain:
         make_model: Callable[..., nn.Module],
         n: int,
         *,
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Keywords | None = None,
         objectives: Factory | Sequence[Objective] = (),
         keep: Keep = "best",
     ) -> Chain:
@@ -256,7 +260,7 @@ class Chain:
         return self._finish(results, plan, metric, greater)
 
     def _plan(
-        self, args: TrainingArguments, keywords: Mapping[str, Any], trainer_class: type, *, resume: bool
+        self, args: TrainingArguments, keywords: Keywords, trainer_class: type, *, resume: bool
     ) -> list[_PlannedLink]:
         """Return the links with their stages.
 
@@ -325,7 +329,7 @@ class _PlannedLink:
     is_last: bool
     stages: list[PlannedStage]
     args: TrainingArguments
-    keywords: dict[str, Any]
+    keywords: Keywords
 
     @property
     def folder(self) -> str:
@@ -363,7 +367,7 @@ def _named(link: Link) -> Iterator[None]:
         raise type(error)(f"link {link.name!r}: {error}") from error
 
 
-def _keywords_of(link: Link, keywords: Mapping[str, Any], *, is_first: bool) -> dict[str, Any]:
+def _keywords_of(link: Link, keywords: Keywords, *, is_first: bool) -> Keywords:
     """Return the run's keywords for a link; the link's own are in its stages.
 
     Raises:

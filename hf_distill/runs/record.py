@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from hf_distill._types import State
 from hf_distill._utils import write_text_whole
 from hf_distill.errors import SettingError
 from hf_distill.objectives import Objective
@@ -23,7 +24,7 @@ BEGUN, FINISHED = "begun.json", "finished.json"
 Part = Literal["stage", "link"]
 
 
-def write(folder: str, name: str, content: Mapping[str, Any]) -> None:
+def write(folder: str, name: str, content: State) -> None:
     """Write `BEGUN` or `FINISHED`, whole or not at all."""
     write_text_whole(Path(folder, name), json.dumps(content, indent=2))
 
@@ -39,7 +40,7 @@ def folder_of(output_dir: str, number: int, name: str) -> str:
     return os.path.join(output_dir, f"{number}-{name}")
 
 
-def stage_settings(stage: Stage, args: TrainingArguments) -> dict[str, Any]:
+def stage_settings(stage: Stage, args: TrainingArguments) -> State:
     """Return the settings that determine the result of a stage: its objectives, their weights, and its arguments."""
     objectives = [
         f"{_weight(objective)} × {objective.name}: {without_address(repr(objective))}"
@@ -98,7 +99,7 @@ def _names(folders: Sequence[str]) -> str:
     return ", ".join(Path(folder).name for folder in folders)
 
 
-def check_unchanged(folder: str, part: str, now: Mapping[str, Any]) -> None:
+def check_unchanged(folder: str, part: str, now: State) -> None:
     """Check that the settings of a stage or link are those that it began with, if it has begun.
 
     Args:
@@ -125,8 +126,8 @@ def check_unchanged(folder: str, part: str, now: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(settings: State) -> State:
+    flat: State = {}
     for name, value in settings.items():
         flat.update(value if isinstance(value, dict) else {name: value})
     return flat

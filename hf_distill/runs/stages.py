@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_distill._compat import forget_preparation
+from hf_distill._types import Keywords, State
 from hf_distill._utils import random_state_kept, write_text_whole
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
@@ -55,7 +56,7 @@ class PlannedStage:
 
     stage: Stage
     args: TrainingArguments
-    keywords: dict[str, Any]
+    keywords: Keywords
 
     @property
     def folder(self) -> str:
@@ -154,7 +155,7 @@ def check_call(caller: str, trainer_class: type[DistillationMixin], resume: bool
 
 
 def plan_stages(
-    stages: Preset | Iterable[Stage], args: TrainingArguments, keywords: Mapping[str, Any], trainer_class: type
+    stages: Preset | Iterable[Stage], args: TrainingArguments, keywords: Keywords, trainer_class: type
 ) -> list[PlannedStage]:
     """Return the stages with the arguments and keywords of the run, overridden by their own.
 
@@ -202,7 +203,7 @@ def _check_known(caller: str, what: str, given: Iterable[str], known: set[str], 
             raise SettingError(f"{caller}: there is no {what} {name!r}.{hint}")
 
 
-def check_begun(plan: Sequence[PlannedStage], output_dir: str, *, resume: bool) -> list[dict[str, Any]]:
+def check_begun(plan: Sequence[PlannedStage], output_dir: str, *, resume: bool) -> list[State]:
     """Check that the stages in `output_dir` are those of the plan, and return the settings of each stage.
 
     Raises:
@@ -302,7 +303,7 @@ def _finished_before(planned: PlannedStage) -> StageResult | None:
 
 
 def _run(
-    trainer: DistillationMixin, planned: PlannedStage, settings: dict[str, Any], unloaded: str | None, *, resume: bool
+    trainer: DistillationMixin, planned: PlannedStage, settings: State, unloaded: str | None, *, resume: bool
 ) -> StageResult:
     """Train a stage from its last checkpoint, or from its start.
 
@@ -313,11 +314,9 @@ def _run(
         unloaded: the folder of the previous stage if the model does not hold its student yet.
         resume: whether to look for a checkpoint.
     """
-    checkpoint = None
-    if (
-        resume and not planned.args.save_only_model
-    ):  # without the optimizer's state, only a start from the beginning is exact
-        checkpoint = last_whole_checkpoint(planned.folder)
+    # Without the optimizer's state, only a start from the beginning is exact.
+    resumable = resume and not planned.args.save_only_model
+    checkpoint = last_whole_checkpoint(planned.folder) if resumable else None
     if checkpoint is None and unloaded is not None:
         _load_student(trainer, unloaded)
     trainer.accelerator.wait_for_everyone()  # before the record changes, all processes must have read it

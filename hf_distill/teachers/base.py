@@ -84,7 +84,7 @@ class Teacher(ABC):
         is_sparse: whether it gives the most likely columns of each row only.
         reads_labels: whether its predictions depend on the labels.
         recorded: for a cached teacher, what the cache records about the teacher it was built from; else None.
-        paper: where the method comes from, for the model card.
+        paper: the citation key of its paper in `hub/papers.bib`, a BibTeX entry, or None; for the model card.
 
     >>> import torch
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert

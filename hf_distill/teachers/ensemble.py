@@ -86,6 +86,8 @@ class Ensemble(Teacher):
     ['labels', 'logits']
     """
 
+    paper = "hinton2015distilling"
+
     def __init__(
         self,
         teachers: Sequence[Any],
@@ -103,6 +105,9 @@ class Ensemble(Teacher):
         self._settings: list[dict[str, Any]] = [{} for _ in self._given]
         self.teachers: list[Teacher] = []
         self.alignment = HeadAlignment()
+
+    def __repr__(self) -> str:
+        return f"Ensemble({len(self._given)} teachers, mean={self._mean!r}, weights={self._weights!r})"
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`

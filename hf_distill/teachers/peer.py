@@ -65,6 +65,8 @@ class Peer(ModelTeacher):
     False
     """
 
+    paper = "zhang2018mutual"
+
     def __init__(
         self,
         model: nn.Module,
@@ -86,6 +88,10 @@ class Peer(ModelTeacher):
         self._progress = 0.0
         self._held: tuple[Batch, Any] | None = None
         self._student: weakref.ref[nn.Module] | None = None
+
+    def __repr__(self) -> str:
+        model, rate = type(unwrapped(self.model)).__name__, self.learning_rate(0.0)
+        return f"Peer({model}, learning_rate={rate:g}, max_grad_norm={self.max_grad_norm:g})"
 
     def bind(self, setup: TeacherSetup) -> None:
         """Check that the two can teach each other. See `Teacher.bind`."""

@@ -121,6 +121,8 @@ class RDropTeacher(_StudentItself):
     True
     """
 
+    paper = "liang2021rdrop"
+
     def __init__(self, *, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
@@ -143,6 +145,9 @@ class RDropTeacher(_StudentItself):
 
     def describe(self) -> str:
         return "the student itself, a second pass with other dropout"
+
+    def __repr__(self) -> str:
+        return f"RDropTeacher(seed={self.seed})"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         teacher = self._known()
@@ -334,6 +339,8 @@ class MovingAverage(_CopyOfStudent):
         SettingError: a decay that cannot be; FSDP and DeepSpeed, where no process holds the whole student.
     """
 
+    paper = "tarvainen2017meanteacher"
+
     def __init__(self, *, decay: float = 0.999) -> None:
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise SettingError(f"MovingAverage: decay={decay!r}: must lie in [0, 1).")
@@ -342,6 +349,9 @@ class MovingAverage(_CopyOfStudent):
 
     def describe(self) -> str:
         return f"a moving average of the student itself (decay {self.decay:g})"
+
+    def __repr__(self) -> str:
+        return f"MovingAverage(decay={self.decay:g})"
 
     def _copied(self, student: nn.Module) -> nn.Module:
         average = super()._copied(student)
@@ -380,6 +390,8 @@ class Snapshot(_CopyOfStudent):
     0.0
     """
 
+    paper = "yang2019snapshot"
+
     def __init__(self, *, every: int) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise SettingError(f"Snapshot: every={every!r}: give a whole number of optimizer steps, at least 1.")
@@ -388,6 +400,9 @@ class Snapshot(_CopyOfStudent):
 
     def describe(self) -> str:
         return f"the student itself as it was at the last of every {self.every} optimizer steps"
+
+    def __repr__(self) -> str:
+        return f"Snapshot(every={self.every})"
 
     def _follow(self, student: nn.Module) -> None:
         if self._steps % self.every:

@@ -207,6 +207,8 @@ class Specialists(Teacher):
     ['labels', 'logits']
     """
 
+    paper = "hinton2015distilling"
+
     def __init__(
         self,
         generalist: Any,
@@ -236,6 +238,10 @@ class Specialists(Teacher):
         self._generalist: Teacher | None = None
         self._specialists: list[ModelTeacher] = []
         self.alignment = HeadAlignment()
+
+    def __repr__(self) -> str:
+        classes = [list(classes) for classes, _ in self._given]
+        return f"Specialists({classes}, most_probable={self._most_probable})"
 
     @property
     def teachers(self) -> list[Teacher]:

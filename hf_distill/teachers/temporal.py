@@ -62,6 +62,8 @@ class TemporalEnsemble(Teacher):
     (0.0, True)
     """
 
+    paper = "laine2017temporal"
+
     def __init__(self, *, momentum: float = 0.6, key: str | None = None) -> None:
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise SettingError(f"TemporalEnsemble: momentum={momentum!r}: must lie in [0, 1).")
@@ -72,6 +74,10 @@ class TemporalEnsemble(Teacher):
         self._processes = 1
         self._temperature: float | None = None
         self._memory: dict[bytes, tuple[Tensor, int]] = {}
+
+    def __repr__(self) -> str:
+        key = "" if self.key is None else f", key={self.key!r}"
+        return f"TemporalEnsemble(momentum={self.momentum:g}{key})"
 
     @property
     def examples(self) -> int:

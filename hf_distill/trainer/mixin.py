@@ -194,6 +194,7 @@ class DistillationMixin(_Trainer):
             chosen = prepared if not _is_of_transformers(super().__init__) else {}
             columns.check_datasets(self, self.model, self.args, {**given, **chosen})
         self._settings_in_use = settings.settings_of(self.args)
+        self._given_optimizers = self.optimizer, self.lr_scheduler  # of the user; None: the arguments choose them
         checks.check_on_policy(self)
         if self.distiller.uses_labels and not self._has_own_loss:
             check_trainable_head(unwrapped(self.model))
@@ -688,6 +689,9 @@ class DistillationMixin(_Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         publishing.push_from_checkpoint(self, checkpoint_folder)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(unwrapped(self.model)).__name__}, {self.distiller!r})"
 
 
 class _WithLearned:

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
@@ -21,6 +22,7 @@ from hf_distill.hub.facts import (
     ModelFacts,
     ObjectiveFacts,
     ScheduleFacts,
+    TrainingFacts,
     dataset_facts,
     evaluations_from_log,
     history_from_log,
@@ -57,7 +59,10 @@ def moved(source: str, target: str) -> list[str]:
     files = _student_files(source)
     for name in files:
         os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
-        _forget_local_base(Path(source, name))
+        # Before the file is in its place, where an upload in another thread may read it.
+        content = _without_local_base(Path(source, name))
+        if content is not None:
+            Path(source, name).write_bytes(content)
         os.replace(os.path.join(source, name), os.path.join(target, name))
     return files
 
@@ -69,23 +74,21 @@ def copied(source: str, target: str) -> list[str]:
         goal = Path(target, name)
         goal.parent.mkdir(parents=True, exist_ok=True)
         beside = goal.with_name(f".{goal.name}.partial")
-        shutil.copyfile(os.path.join(source, name), beside)
-        _forget_local_base(beside, named=goal.name)
+        content = _without_local_base(Path(source, name))
+        beside.write_bytes(content) if content is not None else shutil.copyfile(Path(source, name), beside)
         os.replace(beside, goal)
     return files
 
 
-def _forget_local_base(file: Path, named: str | None = None) -> None:
-    """Remove the local path of the base model that PEFT writes into an adapter's config.
-
-    This happens before the file is moved into place, so that an upload running in another thread never sees the path.
-    """
-    if (named or file.name) != "adapter_config.json":
-        return
+def _without_local_base(file: Path) -> bytes | None:
+    """Return an adapter's config without the local path of its base model; None for a file without such a path."""
+    if file.name != "adapter_config.json":
+        return None
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("base_model_name_or_path") and not looks_like_hub_id(config["base_model_name_or_path"]):
-        config["base_model_name_or_path"] = None
-        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    base = config.get("base_model_name_or_path")
+    if not base or looks_like_hub_id(base):
+        return None
+    return json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()
 
 
 def _student_files(folder: str) -> list[str]:
@@ -157,9 +160,6 @@ def _card_data(
         evaluated: Any = {key: dataset_facts(value) for key, value in trainer.eval_dataset.items()}
     else:  # as in Trainer's card, a single named dataset also stands for the evaluation
         evaluated = dataset_facts(trainer.eval_dataset, name=datasets[0] if len(datasets) == 1 else None)
-    training = training_facts(trainer.args, trainer.state)
-    if trainer._on_policy is not None:
-        training = replace(training, extra={**training.extra, "on_policy": repr(trainer._on_policy)})
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     return CardData(
         name=name,
@@ -181,12 +181,27 @@ def _card_data(
         evaluations=evaluations_from_log(trainer.state.log_history, evaluated, best_step=best),
         weights_step=best or trainer.state.global_step or None,
         history=history_from_log(trainer.state.log_history),
-        training=training,
+        training=_training_facts(trainer),
         versions=library_versions(),
         languages=language,
         license=license,
         tags=tags,
     )
+
+
+def _training_facts(trainer: DistillationMixin) -> TrainingFacts:
+    """Return the settings of the training; an optimizer and a schedule that the user passed have their own."""
+    facts = training_facts(trainer.args, trainer.state)
+    optimizer, schedule = trainer._given_optimizers
+    if trainer.optimizer_cls_and_kwargs is not None:
+        kind, settings = trainer.optimizer_cls_and_kwargs
+        facts = replace(facts, optimizer=kind.__name__, learning_rate=settings.get("lr"))
+    elif optimizer is not None:
+        rate, decay = optimizer.defaults.get("lr"), optimizer.defaults.get("weight_decay")
+        facts = replace(facts, optimizer=type(optimizer).__name__, learning_rate=rate, weight_decay=decay)
+    if schedule is not None:
+        facts = replace(facts, learning_rate_schedule=type(schedule).__name__, warmup=None)
+    return facts if trainer._on_policy is None else replace(facts, extra={"on_policy": repr(trainer._on_policy)})
 
 
 def _schedule(trainer: DistillationMixin, knob: str, schedule: Schedule) -> ScheduleFacts:
@@ -208,8 +223,8 @@ def _objective_facts(trainer: DistillationMixin, asked: list[str]) -> tuple[Obje
         if name == "logits":
             facts.append(ObjectiveFacts(name))
         else:
-            kind = type(blending.objectives[name]).__name__
-            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), kind, blending.described(name)))
+            paper = blending.objectives[name].paper
+            facts.append(ObjectiveFacts(name, blending.weight(name, 0.0), paper, blending.described(name)))
     return tuple(facts)
 
 
@@ -218,7 +233,8 @@ def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
     teacher, found = trainer.distiller.teacher, []
     for member in [] if teacher is None else teacher.members():
         if not isinstance(member, QuantisedTeacher) and type(member) is not ModelTeacher:
-            found.append(ModelFacts(class_name=type(member).__name__, description=member.describe()))
+            kind = type(member).__name__
+            found.append(ModelFacts(class_name=kind, description=member.describe(), paper=member.paper))
             continue
         assert isinstance(member, ModelTeacher)
         model = trainer.accelerator.unwrap_model(member.model)
@@ -291,22 +307,25 @@ def push_from_checkpoint(trainer: DistillationMixin, checkpoint_folder: str) -> 
     jobs = [_upload(trainer, files, message, blocking=False, **options)]
     if trainer.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         last = trainer.args.hub_strategy == HubStrategy.CHECKPOINT
-        jobs.append(
-            HfApi().upload_folder(
-                repo_id=trainer.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                commit_message=f"{message}, checkpoint",
-                run_as_future=True,
-                # The arguments hold hub_token in plain text and are not read on resume; PEFT's card holds paths.
-                ignore_patterns=["training_args.bin", CARD],
-                **options,
-            )
-        )
+        name = "last-checkpoint" if last else Path(checkpoint_folder).name
+        upload = partial(_upload_checkpoint, Path(checkpoint_folder), name, repo_id=trainer.hub_model_id, **options)
+        jobs.append(HfApi().run_as_future(upload, commit_message=f"{message}, checkpoint"))
     if busy:
         trainer.push_in_progress.jobs.extend(jobs)
     else:
         trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # its type hint is too narrow
+
+
+def _upload_checkpoint(folder: Path, name: str, **options: Any) -> CommitInfo:
+    """Upload a whole checkpoint under a name. The files on the disk, from which a run resumes, are not changed."""
+    # The arguments hold hub_token in plain text and are not read on resume; PEFT's card holds paths.
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    added = [
+        CommitOperationAdd(f"{name}/{path.relative_to(folder).as_posix()}", _without_local_base(path) or path)
+        for path in files
+        if path.name not in ("training_args.bin", CARD)
+    ]
+    return HfApi().create_commit(operations=added, **options)
 
 
 def _upload(

@@ -160,7 +160,10 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
     trainer.train()
     assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
     trainer.create_model_card()
-    assert "OnPolicy(student_share=0.5, max_new_tokens=2)" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "OnPolicy(student_share=0.5, max_new_tokens=2, sampling_temperature=1, seed=0)"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:

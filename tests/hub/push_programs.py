@@ -112,6 +112,7 @@ def adapters() -> None:
         model = tf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
         settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
         at_each_save(get_peft_model(model, settings), name, "every_save")
+    at_each_save(get_peft_model(model, settings), "adapter-checkpoint", "checkpoint")
 
 
 def everything() -> None:

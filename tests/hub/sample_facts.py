@@ -27,7 +27,7 @@ STUDENT = ModelFacts(
 )
 TEACHER = ModelFacts(hub_id="some-org/big-teacher", class_name="RobertaForSequenceClassification", parameters=16_000)
 
-HIDDEN = ObjectiveFacts("hidden", 0.125, "HiddenMatch", "HiddenMatch(layers 'even')")
+HIDDEN = ObjectiveFacts("hidden", 0.125, "romero2015fitnets", "HiddenMatch(layers 'even')")
 
 
 def sample_facts(**changed: object) -> CardData:

@@ -9,8 +9,7 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 
-from hf_distill import objectives, teachers
-from hf_distill.functional import DIVERGENCES
+from hf_distill.functional import PROPERTIES
 from hf_distill.hub.card import render_card
 from hf_distill.hub.facts import (
     CardData,
@@ -21,8 +20,6 @@ from hf_distill.hub.facts import (
     ScheduleFacts,
     TrainingFacts,
 )
-from hf_distill.hub.papers import BIBTEX, OBJECTIVES, TEACHERS
-from hf_distill.hub.papers import DIVERGENCES as SHOWN
 from hf_distill.hub.usage import program
 from hf_distill.tasks import TASKS
 from tests.hub.fake_hub import card_errors
@@ -48,14 +45,7 @@ KINDS = {
 
 def test_the_card_knows_every_task_and_every_divergence() -> None:
     assert set(TASKS) == {task for task, _ in KINDS}
-    assert set(DIVERGENCES) == set(SHOWN)
-
-
-def test_every_paper_is_in_the_bibliography_and_cited_by_a_class_that_exists() -> None:
-    cited = {*OBJECTIVES.values(), *TEACHERS.values(), *(shown.paper for shown in SHOWN.values())}
-    assert cited == set(BIBTEX)
-    assert all(hasattr(objectives, name) for name in OBJECTIVES)
-    assert all(hasattr(teachers, name) for name in TEACHERS)
+    assert all(properties.formula for properties in PROPERTIES.values())
 
 
 @pytest.mark.parametrize(("task", "main_input"), KINDS)

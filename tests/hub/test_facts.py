@@ -185,7 +185,6 @@ def test_training_facts_of_real_arguments(tmp_path) -> None:
         optimizer="sgd", weight_decay=0.0, max_grad_norm=1.0, batch_size=4, accumulation=2,
         processes=1, seed=3, train_loss=0.75,
     )  # fmt: skip
-    assert training_facts(args, state, optimizer="Lion").optimizer == "Lion"
 
 
 def test_facts_import_neither_torch_nor_the_rest_of_the_library() -> None:

@@ -151,3 +151,18 @@ def test_the_card_of_an_adapter_hides_a_local_base(pushed: Place) -> None:
     assert card.data.library_name == "peft" and card.data.base_model is None
     assert "adapter of a local model" in card.text
     pushed.assert_no_local_path("local-adapter")
+
+
+def test_the_checkpoint_of_an_adapter_hides_a_local_base_on_the_hub_alone(pushed: Place) -> None:
+    pushed.assert_no_local_path("adapter-checkpoint")
+    files = pushed.repo("adapter-checkpoint").files()
+    (kept,) = pushed.folder.glob("adapter-checkpoint/checkpoint-2")
+    names = {path.name for path in kept.iterdir()} - {"training_args.bin", "README.md"}
+    assert {path.removeprefix("last-checkpoint/") for path in files if path.startswith("last-")} == names
+    for name in names:
+        here, there = (kept / name).read_bytes(), files[f"last-checkpoint/{name}"]
+        if name == "adapter_config.json":
+            assert {**json.loads(here), "base_model_name_or_path": None} == json.loads(there)
+            assert BASE.encode() in here
+        else:
+            assert here == there

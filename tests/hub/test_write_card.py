@@ -6,11 +6,14 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from hf_distill.hub import card as card_module
 from hf_distill.hub.card import render_card, write_card
+from hf_distill.hub.papers import BIBTEX
 from hf_distill.hub.usage import POOLED
+from hf_distill.objectives import HiddenMatch
 from hf_distill.tasks import Embedding
 from hf_distill.teachers import BaseModelTeacher, Ensemble, MovingAverage
 from tests.heads import HEADS
@@ -115,3 +118,36 @@ def test_the_card_shows_the_problem_type_that_transformers_set(tmp_path, labels:
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| Problem type | `{problem}_classification` |" in card
+
+
+def test_the_card_names_the_optimizer_and_the_schedule_that_the_user_passed(tmp_path) -> None:
+    student = bert()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.125, weight_decay=0.25)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = make(tmp_path / "object", student, alpha=0.0, optimizers=(optimizer, schedule))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "object" / "out" / "README.md").read_text(encoding="utf-8")
+    for row in (
+        "learning rate | 0.125",
+        "learning rate schedule | ConstantLR",
+        "optimizer | SGD",
+        "weight decay | 0.25",
+    ):
+        assert f"| {row} |" in card, row
+    trainer = make(tmp_path / "class", bert(), alpha=0.0, optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.5}))
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "class" / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| optimizer | Adagrad |" in card and "| learning rate | 0.5 |" in card
+
+
+def test_the_card_cites_the_papers_that_teacher_and_objectives_state(tmp_path) -> None:
+    class Mine(HiddenMatch):
+        paper = "@misc{me2026, title = {Mine}}"
+
+    trainer = make(tmp_path, bert(), MovingAverage(), objectives=Mine())
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert BIBTEX[MovingAverage.paper] in card and f"```bibtex\n{Mine.paper}\n```" in card
+    assert BIBTEX[HiddenMatch.paper] not in card

@@ -315,7 +315,7 @@ def test_what_is_in_a_block_is_refused_before_the_first_step(name: str, objectiv
     """Of a block that was left out it cannot be known what its attention would have been."""
     case = DROPPING[name]
     student, teacher = case.make(0.1), case.make(0.0, seed=2)
-    with pytest.raises(SettingError, match=r"leaves out blocks at random \(layerdrop=0\.1\)"):
+    with pytest.raises(SettingError, match=r"skips blocks at random \(layerdrop=0\.1\)"):
         Distiller(student, teacher, alpha=None, objectives=objective("even", side=case.side), task="embedding")
 
 

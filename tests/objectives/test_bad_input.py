@@ -36,14 +36,14 @@ HEAD = HEADS["bert_tokens"]
     ("make", "words"),
     [
         (lambda: HiddenMatch(None), ("layers=None matches nothing", "embeddings=True")),
-        (lambda: HiddenMatch(distance="l2"), ("distance='l2': no such distance", "mean_squared, cosine")),
+        (lambda: HiddenMatch(distance="l2"), ("distance='l2': allowed are", "mean_squared, cosine")),
         (lambda: HiddenMatch(distance_kwargs={"beta": 1.0}), ("mean_squared has no setting beta", "takes no settings")),
         (
             lambda: HiddenMatch(distance="smooth_l1", distance_kwargs={"betta": 1.0}),
             ("smooth_l1 has no setting betta", "it takes beta"),
         ),
         (lambda: HiddenMatch(distance="smooth_l1", distance_kwargs={"beta": 0.0}), ("beta=0.0: must lie in (0, inf)",)),
-        (lambda: HiddenMatch(pooling="cls"), ("pooling='cls': allowed are first, last, or None",)),
+        (lambda: HiddenMatch(pooling="cls"), ("pooling='cls': allowed are first, last",)),
         (lambda: AttentionMatch(distance="kl"), ("distance='kl': allowed are scores, probabilities",)),
         (lambda: AttentionMatch(heads="mean"), ("heads='mean': give 'grouped', teacher heads, or lists",)),
         (lambda: RelationMatch(relations="values"), ("relations='values': name some of queries, keys, values",)),
@@ -105,19 +105,19 @@ def test_widths_that_differ_without_a_projection(objective: Any) -> None:
     refused(
         lambda: fitted(objective(projection="none"), *other),
         "hidden states are 16 wide, the teacher's 24, and projection='none'",
-        "RelationMatch, which needs none",
+        "or RelationMatch",
     )
     refused(lambda: fitted(objective(projection="mlp"), *other), "projection='mlp': allowed are auto, linear, shared")
     unknown: Any = Shown(2, None), Shown(2, 24)  # type: ignore[arg-type]  # no config says so
-    refused(lambda: fitted(objective(), *unknown), "no config tells how wide", "(student: None, teacher: 24)")
+    refused(lambda: fitted(objective(), *unknown), "widths of the hidden states", "(student: None, teacher: 24)")
 
 
 @pytest.mark.parametrize(
     ("heads", "numbers", "words"),
     [
         (None, (2, 4), ("the student has 2 attention heads, the teacher 4. Pass heads=", "use RelationMatch")),
-        ("grouped", (2, 3), ("heads='grouped': 3 teacher heads cannot be shared out to 2 student heads",)),
-        ([0], (2, 4), ("heads names 1 student heads; the student has 2. Give one entry for each",)),
+        ("grouped", (2, 3), ("heads='grouped' cannot divide 3 teacher heads among 2 student heads",)),
+        ([0], (2, 4), ("heads has 1 entries, the student 2 heads",)),
         ([0, 4], (2, 4), ("the teacher's 4 heads are 0 to 3, not [4]",)),
         ([[0], []], (2, 4), ("name at least one teacher head for each student head",)),
     ],
@@ -155,7 +155,7 @@ def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
 
     refused(
         lambda: Distiller(HEAD.make(1), OnlyLogits(), objectives=RelationMatch()),
-        "RelationMatch reads the inside of the teacher, and this teacher shows none. Use a model as teacher",
+        "RelationMatch needs the activations of the teacher. Use a model, or a cache",
         error=TeacherError,
     )
 

@@ -200,5 +200,5 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 
 
 def test_heads_that_it_does_not_know() -> None:
-    with pytest.raises(SettingError, match="this student's is for causal_lm"):
+    with pytest.raises(SettingError, match="token_classification, not causal_lm"):
         Distiller(HEADS["llama_causal_lm"].make(1, layers=3), alpha=0.0, objectives=exits())

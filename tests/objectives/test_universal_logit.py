@@ -202,7 +202,7 @@ def test_encoder_decoders_with_inputs_of_their_own() -> None:
         sides.append([outputs.logits[0].tolist() for outputs in read])
     expected = [slow(q, p) for ours, theirs in zip(*sides, strict=True) for q, p in zip(ours, theirs, strict=False)]
     one = Distiller(models[""], models["teacher_"], alpha=None, objectives=UniversalLogitMatch())
-    with pytest.raises(DataError, match="needs teacher_labels and teacher_decoder_input_ids, its own"):
+    with pytest.raises(DataError, match="needs its own teacher_labels and teacher_decoder_input_ids"):
         one(models[""], batch)
     batch["teacher_decoder_input_ids"] = decoder_inputs(batch["teacher_labels"], models["teacher_"])
     assert one(models[""], batch).loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-6)
@@ -242,16 +242,16 @@ def test_raw_texts_through_the_trainer(tmp_path) -> None:
 def test_refusals(tmp_path) -> None:
     batch = collated(examples())
     unmarked = {name: value for name, value in batch.items() if name != "teacher_labels"}
-    with pytest.raises(DataError, match="which of the teacher's tokens are answers is not known"):
+    with pytest.raises(DataError, match="but the teacher's prompts are not known"):
         distiller()(student(), unmarked)
     packed = {name: value for name, value in batch.items() if name != "attention_mask"}
     packed["position_ids"] = torch.arange(packed["input_ids"].shape[1])[None].expand_as(packed["input_ids"])
-    with pytest.raises(DataError, match="several texts may be packed into one row, and the teacher's are not"):
+    with pytest.raises(DataError, match="texts may be packed, so the teacher's cannot be paired"):
         distiller()(student(), packed)
     own = ModelTeacher(teacher(), processing_class=tokenizer({f"t{i}": i for i in range(THEIRS)}))
     with pytest.raises(TeacherError, match="different tokenizers"):  # the logits' term compares token with token
         Distiller(student(), own, processing_class=tokenizer(OURS), objectives=UniversalLogitMatch())
-    with pytest.raises(SettingError, match="compares written texts, and the student is trained for masked_lm"):
+    with pytest.raises(SettingError, match="is for causal_lm and seq2seq, not for masked_lm"):
         head = HEADS["bert_masked_lm"]
         Distiller(head.make(1), head.make(2), alpha=None, objectives=UniversalLogitMatch())
     raw, _ = raw_texts()

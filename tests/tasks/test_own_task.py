@@ -205,7 +205,7 @@ class Longer(CausalLM):
     ("task", "words"),
     [
         (Unfolded(), r"\(Unfolded\) selected \[14, 1, "),
-        (Longer(), r"Longer\.keep\(\) is \[28\], and select\(\) gives 14"),
+        (Longer(), r"Longer\.keep\(\) must have the shape \[14\] of the rows, not \[28\]"),
     ],
     ids=["an axis too many", "keep too long"],
 )
@@ -258,12 +258,16 @@ class RowsAreExamples(Halved):
 @pytest.mark.parametrize(
     ("task", "error", "words"),
     [
-        (KeepsTooFew(), SettingError, r"KeepsTooFew\.keep\(\) is \[2\], and select\(\) gives 4 rows"),
-        (KeepsWithTwoAxes(), SettingError, r"KeepsWithTwoAxes\.keep\(\) is \[2, 2\], and select\(\) gives 4 rows"),
+        (KeepsTooFew(), SettingError, r"KeepsTooFew\.keep\(\) must have the shape \[4\] of the rows, not \[2\]"),
+        (
+            KeepsWithTwoAxes(),
+            SettingError,
+            r"KeepsWithTwoAxes\.keep\(\) must have the shape \[4\] of the rows, not \[2, 2\]",
+        ),
         (
             CountsExamples(),
             SettingError,
-            r"CountsExamples\.count\(\) says that 2 rows .* leave 4.*follows from rows\(\)",
+            r"CountsExamples\.count\(\) returns 2 rows.* leave 4.*follows from rows\(\)",
         ),
         (RowsAreExamples(), TeacherError, r"the batch makes 2 rows of halved, but the student gives \[4, 2\]"),
     ],
@@ -413,5 +417,5 @@ def test_answers_at_other_positions_than_the_batch_has() -> None:
     with torch.no_grad():
         good = Signals(student(**batch).logits)
     longer = Signals(torch.cat([good.predictions()[:, :2], good.predictions()], 1))
-    with pytest.raises(DataError, match=r"the teacher gives \d+ rows, its batch makes \d+"):
+    with pytest.raises(DataError, match=r"the teacher gives \d+ rows, its batch has \d+"):
         objective(good, longer, task, batch)

@@ -178,7 +178,7 @@ def test_teachers_that_predict_different_things() -> None:
 
 def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> None:
     ensemble, student = Ensemble([bert(seed=1), bert(seed=2)]), bert()
-    with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
+    with pytest.raises(TeacherError, match="HiddenMatch needs the activations of the teacher"):
         Distiller(student, ensemble, objectives=HiddenMatch())
     with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
         ensemble.check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))

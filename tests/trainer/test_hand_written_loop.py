@@ -121,7 +121,7 @@ def test_the_settings_of_a_distiller_are_checked_as_the_arguments_are() -> None:
         ({"temperature": 0.0}, "above 0"),
         ({"alpha": "half"}, "must be a number"),
         ({"alpha": lambda progress: 2 * progress}, "must lie in"),
-        ({"divergence": "kl"}, "no such divergence"),
+        ({"divergence": "kl"}, "divergence='kl'"),
     ):
         with pytest.raises(SettingError, match=words):
             Distiller(bert(), bert(seed=1), **settings)

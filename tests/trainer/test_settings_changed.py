@@ -169,7 +169,7 @@ def test_an_alpha_that_stays_0_asks_nobody(tmp_path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 2.0}, r"alpha=2: must lie in \[0, 1\]"),
     "temperature": ({"temperature": 0.0}, "temperature=0: must be above 0"),
-    "divergence": ({"divergence": "kl"}, "no such divergence.*Did you mean 'forward_kl'"),
+    "divergence": ({"divergence": "kl"}, "divergence='kl'.*Did you mean 'forward_kl'"),
     "schedule": ({"alpha_schedule": "linear"}, "alpha_schedule='linear' needs alpha_end"),
     "nothing_left": ({"alpha": None}, "alpha=None is a loss of the objectives alone"),
     "teacher_dtype": ({"teacher_dtype": "bfloat16"}, "args.teacher_dtype was None and is now 'bfloat16'.*new trainer"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError, SettingError, did_you_mean
+from hf_distill.errors import DataError, SettingError, check_choice
 from hf_distill.functional.properties import DIVERGENCE_ALIASES, DIVERGENCES, PROPERTIES, check_within
 from hf_distill.functional.sparse import OUTCOME_DIVERGENCES, SAMPLE_DIVERGENCES
 
@@ -159,14 +159,11 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
-            raise SettingError(
-                f"divergence={self.divergence!r}: no such divergence. Allowed: {', '.join(fusable())}."
-                f"{did_you_mean(self.divergence, fusable(), DIVERGENCE_ALIASES)}"
-            )
+            check_choice("divergence", self.divergence, fusable(), DIVERGENCE_ALIASES)
         if PROPERTIES[self.divergence].couples_rows and self.settings.get("intra_weight", 1.0) != 0:
             raise SettingError(
-                f"divergence={self.divergence!r} compares rows with each other, so it cannot be computed in chunks. "
-                f"Use it on whole logits, or one of {', '.join(fusable())}."
+                f"divergence={self.divergence!r} compares rows with each other, so it needs whole logits. In chunks "
+                f"use one of {', '.join(fusable())}."
             )
         check_within("temperature", self.temperature, "(0, inf)")
         rows = torch.zeros(1, 2)

@@ -109,6 +109,9 @@ class KeepActivations(Objective):
     def __init__(self, *keys: ActivationKey | tuple[str, int] | str) -> None:
         self.keys = tuple(ActivationKey(*((key,) if isinstance(key, str) else key)) for key in keys)
 
+    def __repr__(self) -> str:
+        return f"KeepActivations({', '.join(map(repr, self.keys))})"
+
     def bind(self, setup: ObjectiveSetup) -> None:
         """Check that the teacher has these activations.
 

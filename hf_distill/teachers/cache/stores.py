@@ -51,10 +51,12 @@ class Store(ABC):
     Attributes:
         name: the name in the manifest.
         is_sparse: whether it keeps some columns of a vocabulary by their ids, rather than all columns.
+        paper: the citation key of its paper in `hub/papers.bib`, or None.
     """
 
     name: ClassVar[str]
     is_sparse: ClassVar[bool] = True
+    paper: ClassVar[str | None] = None
 
     def describe(self) -> Json:
         """Return name and settings, for the manifest."""
@@ -341,6 +343,7 @@ class Sampled(Store):
     68
     """
 
+    paper: ClassVar[str | None] = "anshumann2025sparse"
     samples: int = 32
     temperature: float = 1.0
     proposal_power: float = 1.0

@@ -64,6 +64,9 @@ class CachedCollator:
         self.slot = slot
         self.fields = fields
 
+    def __repr__(self) -> str:
+        return f"CachedCollator({type(self.collator).__name__}, {self.cache!r})"
+
     def __getattr__(self, name: str) -> Any:
         """Pass on attributes of the user's collator, such as `tokenizer`."""
         if name in ("collator", "cache"):  # while it is unpickled

@@ -97,6 +97,9 @@ class ServedTeacher(Teacher):
         self._columns_of_tokens = np.zeros(0, dtype=np.int64)
         self._tells_all = False
 
+    def __repr__(self) -> str:
+        return f"ServedTeacher({self._model!r}, top_logprobs={self._k})"  # the address is in no log
+
     def bind(self, setup: TeacherSetup) -> None:
         """Check the tokenizers, and score one short prompt to see that the server can do it.
 

@@ -236,7 +236,7 @@ def test_numbers_that_float16_cannot_hold_and_predictions_that_are_not_there(tmp
     cache = build(tmp_path / "whole", HEADS[NAME], teacher, some, activation_dtype="bfloat16", **given)
     with pytest.raises(SettingError, match=r"holds no predictions: it was built with predictions=False. .*alpha=None"):
         Distiller(student, CachedTeacher(cache))
-    with pytest.raises(TeacherError, match="shows none"):
+    with pytest.raises(TeacherError, match="needs the activations of the teacher"):
         Distiller(student, Ensemble([CachedTeacher(cache), teacher]), alpha=None, objectives=HiddenMatch([(0, 2)]))
     kept_of_it = cache.look_up(HEADS[NAME].collate(some))["teacher_cached_hidden_2"].float()
     assert kept_of_it.isfinite().all() and kept_of_it.max() > 9e4
