@@ -144,7 +144,9 @@ def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
     ensemble = Ensemble([bert(), bert()], mean="logits", weights="best")
     logits = [torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])]
     batch = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([0])}
-    assert ensemble._averaged(logits, m.task_of("bert_single_label"), batch, 1.0).tolist() == [[3.0, 0.0, 1.0]]
+    assert ensemble._average(torch.stack(logits), m.task_of("bert_single_label"), batch, 1.0).tolist() == [
+        [3.0, 0.0, 1.0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> Non
     ensemble, student = Ensemble([bert(seed=1), bert(seed=2)]), bert()
     with pytest.raises(TeacherError, match="HiddenMatch reads the inside of the teacher, and this teacher shows none"):
         Distiller(student, ensemble, objectives=HiddenMatch())
-    with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
+    with pytest.raises(SettingError, match="an Ensemble has no activations"):
         ensemble.check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))
     asked: list[Needs] = []
     ensemble.teachers[1].check = asked.append

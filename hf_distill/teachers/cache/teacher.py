@@ -29,7 +29,7 @@ from hf_distill.teachers.cache.source import check_not_random, check_same_versio
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
 from hf_distill.teachers.fingerprints import describe_processor, weights_fingerprint
 from hf_distill.teachers.passes import differences
-from hf_distill.vocabulary import HeadAlignment
+from hf_distill.vocabulary import HeadAlignment, LabelMatching
 
 if TYPE_CHECKING:
     from hf_distill.objectives import Objective
@@ -117,7 +117,7 @@ class CachedTeacher(Teacher):
         cache: TeacherCache | str | os.PathLike[str],
         *,
         teacher: nn.Module | None = None,
-        label_matching: str = "by_name",
+        label_matching: LabelMatching = "by_name",
     ) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.alignment = HeadAlignment()
