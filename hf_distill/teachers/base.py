@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,7 +78,7 @@ class StudentBatch:
 class Teacher(ABC):
     """Turns a batch into signals, without gradient.
 
-    A custom teacher needs only `__call__`; every other method has a default that does nothing.
+    A custom teacher needs only `__call__`; every other method has a default.
 
     Attributes:
         inputs: the columns of a batch that it reads, so that a `Trainer` keeps them.
@@ -87,6 +87,7 @@ class Teacher(ABC):
         is_sparse: whether it gives only the most likely columns of each row.
         reads_labels: whether its predictions depend on the labels.
         recorded: the cache's record of the teacher it was built from; None if this is not a cached teacher.
+        parts: the teachers that it runs, to which the hooks of this class are forwarded by default.
         paper: the paper of the method, for the model card.
 
     >>> import torch
@@ -107,6 +108,7 @@ class Teacher(ABC):
     is_sparse: bool = False
     reads_labels: bool = False
     recorded: Mapping[str, Any] | None = None
+    parts: Sequence[Teacher] = ()
     paper: ClassVar[str | None] = None
 
     @abstractmethod
@@ -158,12 +160,18 @@ class Teacher(ABC):
 
     def to(self, accelerator: Accelerator) -> None:
         """Move to the device of the batches, sharded if FSDP or ZeRO shards."""
+        for part in self.parts:
+            part.to(accelerator)
 
     def on_batch(self, batch: StudentBatch) -> None:
         """Learn from a training micro-batch; called after `__call__` if `learns_from_batches`."""
+        for part in self.parts:
+            part.on_batch(batch)
 
     def on_step(self, student: nn.Module) -> None:
         """Follow the student after an optimizer step."""
+        for part in self.parts:
+            part.on_step(student)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that a checkpoint must hold; empty if training does not change this teacher."""
@@ -178,30 +186,35 @@ class Teacher(ABC):
 
     def wrap_collator(self, collator: Collator) -> Collator:
         """Return a collator that also fetches this teacher's predictions."""
+        for part in self.parts:
+            collator = part.wrap_collator(collator)
         return collator
 
     def models(self) -> list[nn.Module]:
         """Return the models that this teacher runs, for cards and checks."""
-        return []
+        return [model for part in self.parts for model in part.models()]
 
     def members(self) -> list[Teacher]:
         """Return the members of a composite teacher, or the teacher itself."""
-        return [self]
+        return [member for part in self.parts for member in part.members()] or [self]
 
     @property
     def learns_from_batches(self) -> bool:
         """Whether `on_batch` does something."""
-        return type(self).on_batch is not Teacher.on_batch
+        return type(self).on_batch is not Teacher.on_batch or any(part.learns_from_batches for part in self.parts)
 
     @property
     def changes_in_training(self) -> bool:
         """Whether its predictions change while the student trains."""
+        if self.parts:
+            return any(part.changes_in_training for part in self.parts)
         return self.learns_from_batches or type(self).state_dict is not Teacher.state_dict
 
     @property
     def fetches_with_collator(self) -> bool:
         """Whether a collator fetches its predictions with the examples."""
-        return type(self).wrap_collator is not Teacher.wrap_collator
+        overrides = type(self).wrap_collator is not Teacher.wrap_collator
+        return any(part.fetches_with_collator for part in self.parts) if self.parts else overrides
 
     @property
     def fixed_temperature(self) -> bool:
@@ -244,10 +257,8 @@ def one_processor(processing_class: Processors, teacher: str) -> ProcessingClass
         SettingError: if it is a list, as for an `Ensemble`.
     """
     if isinstance(processing_class, (list, tuple)):
-        raise SettingError(
-            f"teacher_processing_class is a list of {len(processing_class)}, which is for an Ensemble: pass the one "
-            f"processing class of this {teacher}."
-        )
+        count = len(processing_class)
+        raise SettingError(f"teacher_processing_class is a list of {count}, which is for an Ensemble. Give one.")
     return processing_class
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_distill._types import Collator, Keywords
@@ -18,7 +17,6 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.teachers.base import (
     Processors,
-    StudentBatch,
     Teacher,
     TeacherSetup,
     numbered_inputs,
@@ -106,6 +104,10 @@ class Ensemble(Teacher):
         self.alignment = HeadAlignment()
 
     @property
+    def parts(self) -> list[Teacher]:  # type: ignore[override]  # known after `bind`
+        return self.teachers
+
+    @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`
         """The inputs of all members, as shared columns and as each member's own; known after `bind`."""
         shared = [name for teacher in self.teachers for name in teacher.inputs]
@@ -143,10 +145,8 @@ class Ensemble(Teacher):
         count = len(self._given)
         each = processing_class if isinstance(processing_class, (list, tuple)) else [processing_class] * count
         if len(each) != count:
-            raise SettingError(
-                f"teacher_processing_class is a list of {len(each)} for {count} teachers. Give one for each, None for "
-                "a teacher that reads the student's inputs."
-            )
+            given = len(each)
+            raise SettingError(f"teacher_processing_class is a list of {given} for {count} teachers. Give one each.")
         self._settings = [{"processing_class": one, "dtype": dtype, "label_matching": label_matching} for one in each]
 
     def bind(self, setup: TeacherSetup) -> None:
@@ -158,10 +158,8 @@ class Ensemble(Teacher):
             teacher.bind(replace(setup, slot=f"{setup.slot}{index}_"))
         compared = {teacher.alignment.student for teacher in self.teachers}
         if len(compared) > 1:
-            raise TeacherError(
-                "Ensemble: the teachers share different columns of their heads with the student "
-                f"({', '.join(sorted(map(str, compared)))}). Use teachers with the same labels or vocabulary."
-            )
+            columns = ", ".join(sorted(map(str, compared)))
+            raise TeacherError(f"Ensemble: the teachers share different columns with the student ({columns}).")
         self.alignment = HeadAlignment(student=self.teachers[0].alignment.student)
         if setup.task.on_values:
             self._fixed_weights()
@@ -185,13 +183,7 @@ class Ensemble(Teacher):
         """
         if not self.teachers:
             raise SettingError("Ensemble.wrap_collator: make the Distiller first, which makes the teachers.")
-        for teacher in self.teachers:
-            collator = teacher.wrap_collator(collator)
-        return collator
-
-    @property
-    def fetches_with_collator(self) -> bool:
-        return any(teacher.fetches_with_collator for teacher in self.teachers)
+        return super().wrap_collator(collator)
 
     def describe(self) -> str:
         mean = f"the mean of their {self._mean}"
@@ -203,32 +195,6 @@ class Ensemble(Teacher):
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         logits = torch.stack([self._predictions(index, task, batch, needs) for index in range(len(self.teachers))])
         return Signals(logits=self._average(logits, task, batch, needs.temperature), alignment=self.alignment)
-
-    def to(self, accelerator: Accelerator) -> None:
-        for teacher in self.teachers:
-            teacher.to(accelerator)
-
-    def on_step(self, student: nn.Module) -> None:
-        for teacher in self.teachers:
-            teacher.on_step(student)
-
-    def models(self) -> list[nn.Module]:
-        return [model for teacher in self.teachers for model in teacher.models()]
-
-    def members(self) -> list[Teacher]:
-        return [member for teacher in self.teachers for member in teacher.members()]
-
-    @property
-    def changes_in_training(self) -> bool:
-        return any(teacher.changes_in_training for teacher in self.teachers)
-
-    @property
-    def learns_from_batches(self) -> bool:
-        return any(teacher.learns_from_batches for teacher in self.teachers)
-
-    def on_batch(self, batch: StudentBatch) -> None:
-        for teacher in self.teachers:
-            teacher.on_batch(batch)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {
@@ -271,10 +237,7 @@ class Ensemble(Teacher):
 
     def _fixed_weights(self) -> list[float]:
         if isinstance(self._weights, str):
-            raise SettingError(
-                f"Ensemble: weights={self._weights!r} are found from probabilities, and this task predicts values. "
-                "Give a number for each teacher."
-            )
+            raise SettingError(f"Ensemble: weights={self._weights!r} need probabilities; this task predicts values.")
         return self._weights or [1 / len(self.teachers)] * len(self.teachers)
 
     def _log_weights(self, log_p: Tensor, task: Task, batch: Batch) -> Tensor:

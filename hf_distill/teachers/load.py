@@ -130,10 +130,7 @@ def _check_exists(path: str) -> None:
     # A Hub id is `name` or `organisation/name`, with nothing before or after.
     looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1 or os.path.isfile(path)
     if looks_local and not os.path.isdir(path):
-        raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give a folder written by save_pretrained, or a Hub id like "
-            "organisation/name."
-        )
+        raise TeacherError(f"teacher_model={path!r}: no such folder. Give one from save_pretrained, or a Hub id.")
 
 
 def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> PreTrainedTokenizerBase | None:

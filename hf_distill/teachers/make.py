@@ -73,8 +73,5 @@ def as_teacher(
             return CachedTeacher(teacher_model, label_matching=label_matching)
     name = type(teacher_model).__name__
     if isinstance(teacher_model, Sequence):
-        raise TeacherError(
-            f"teacher_model is a {name} of {len(teacher_model)}. Average several teachers with "
-            "teacher_model=Ensemble([...]) (hf_distill.Ensemble)."
-        )
+        raise TeacherError(f"teacher_model is a {name} of {len(teacher_model)}. Pass teacher_model=Ensemble([...]).")
     raise TeacherError(f"teacher_model is a {name}. Allowed: a model, a folder or Hub id, or a hf_distill.Teacher.")

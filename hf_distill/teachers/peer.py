@@ -101,10 +101,7 @@ class Peer(ModelTeacher):
         super().bind(setup)
         ours, theirs = self.alignment.student, self.alignment.teacher
         if ours != theirs and (isinstance(ours, tuple) or isinstance(theirs, tuple)):
-            raise TeacherError(
-                "Peer: its labels or tokens have other ids than the student's, and it learns from the labels of the "
-                "batch as they are. Give both the same label2id, or the same tokenizer."
-            )
+            raise TeacherError("Peer: its labels or tokens have other ids than the student's. Give both the same ids.")
         reductions = {getattr(config_of(model), _CTC_REDUCTION, None) for model in (student, self.model)}
         if task.axis == "frames" and len(reductions) > 1:
             raise TeacherError(

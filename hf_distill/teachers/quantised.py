@@ -104,10 +104,8 @@ class QuantisedTeacher(ModelTeacher):
 
     def to(self, accelerator: Accelerator) -> None:
         if is_dynamic(self.model) and accelerator.device.type != "cpu":
-            raise SettingError(
-                f"teacher_quantization={INT8_DYNAMIC!r} computes on a CPU, and this training is on "
-                f"{accelerator.device.type}. Pass a BitsAndBytesConfig or a TorchAoConfig instead."
-            )
+            device = accelerator.device.type
+            raise SettingError(f"{INT8_DYNAMIC!r} needs a CPU, and this training is on {device}. Use a TorchAoConfig.")
         super().to(accelerator)
 
     def _measure(self, predictions: Tensor, task: Task, batch: Batch) -> None:
@@ -201,10 +199,7 @@ def _int8_dynamic(model: nn.Module) -> nn.Module:
     convert = getattr(getattr(ao, "quantization", None), "quantize_dynamic", None)
     engines = [name for name in torch.backends.quantized.supported_engines if name != "none"]
     if convert is None or not engines:
-        raise SettingError(
-            f"{INT8_DYNAMIC}: torch {torch.__version__} has no dynamic int8 on this machine. Install torchao and pass "
-            "a TorchAoConfig."
-        )
+        raise SettingError(f"{INT8_DYNAMIC}: torch {torch.__version__} has no dynamic int8 here. Use a TorchAoConfig.")
     inner = unwrapped(model)
     body = getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
     find = getattr(inner, "get_output_embeddings", None)
@@ -212,10 +207,8 @@ def _int8_dynamic(model: nn.Module) -> nn.Module:
     chosen = {id(module) for module in body.modules() if type(module) is nn.Linear and module is not head}
     names = [name for name, module in model.named_modules() if id(module) in chosen]
     if not names:
-        raise SettingError(
-            f"{INT8_DYNAMIC}: the body of {type(inner).__name__} has no torch.nn.Linear to quantise (GPT-2, for "
-            "instance, has its own layers). Use teacher_dtype, or another quantisation."
-        )
+        name = type(inner).__name__
+        raise SettingError(f"{INT8_DYNAMIC}: the body of {name} has no torch.nn.Linear. Use another quantisation.")
     dtypes = {model.get_submodule(name).weight.dtype for name in names}
     if dtypes != {torch.float32}:
         shown = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -311,10 +304,7 @@ def check_quantization(
         return
     name = type(loaded).__name__
     if device_map is not None:
-        raise SettingError(
-            f"teacher_device_map={device_map!r} is for a teacher that is loaded here, and teacher_model is a {name}. "
-            "Pass its folder or Hub id, or load it with device_map= yourself."
-        )
+        raise SettingError(f"teacher_device_map={device_map!r} is for a teacher that is loaded here, not for a {name}.")
     if quantization is not None and not (quantization == INT8_DYNAMIC and isinstance(loaded, nn.Module)):
         raise SettingError(
             f"teacher_quantization is for a teacher that is loaded here, and teacher_model is a {name}. Pass its "

@@ -104,10 +104,8 @@ class BaseModelTeacher(_StudentItself):
 
     def _check_student(self, student: nn.Module) -> None:
         if not hasattr(student, "disable_adapter"):
-            raise TeacherError(
-                f"BaseModelTeacher: the student is a {type(student).__name__}, which has no adapters to switch off. "
-                "Make it a PEFT model (peft.get_peft_model), or pass a teacher."
-            )
+            name = type(student).__name__
+            raise TeacherError(f"BaseModelTeacher: {name} has no adapters to switch off. Make it a PEFT model.")
 
 
 class RDropTeacher(_StudentItself):
@@ -200,11 +198,8 @@ class RDropTeacher(_StudentItself):
     def _check_student(self, student: nn.Module) -> None:
         self._passes = 0
         if not _has_randomness(student):
-            raise SettingError(
-                f"RDropTeacher: nothing in the student ({type(student).__name__}) is drawn at random: no dropout is "
-                "above 0, so two passes would be the same. Load it with dropout (hidden_dropout_prob=0.1, or as its "
-                "config calls it), or use MovingAverage with an augmentation."
-            )
+            name = type(student).__name__
+            raise SettingError(f"RDropTeacher: nothing in the student ({name}) is random. Load it with dropout.")
 
 
 def _has_randomness(model: nn.Module) -> bool:
@@ -256,10 +251,8 @@ class _CopyOfStudent(ModelTeacher):
 
     def to(self, accelerator: Accelerator) -> None:
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise SettingError(
-                f"{type(self).__name__} with {accelerator.distributed_type.value}: no process holds the whole student "
-                "to copy. Use data parallelism (DDP)."
-            )
+            kind = accelerator.distributed_type.value
+            raise SettingError(f"{type(self).__name__} with {kind}: no process holds the whole student. Use DDP.")
         super().to(accelerator)
 
     @torch.no_grad()

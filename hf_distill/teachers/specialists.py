@@ -58,10 +58,8 @@ def confusable_classes(
     """
     logits = torch.as_tensor(predictions)
     if logits.dim() != 2 or len(logits) < 2 or not bool(logits.isfinite().all()):
-        raise DataError(
-            f"confusable_classes: predictions of shape {tuple(logits.shape)}: give logits [n v] of at least two "
-            "examples, all finite numbers."
-        )
+        shape = tuple(logits.shape)
+        raise DataError(f"predictions of shape {shape}: give finite logits [n v] of at least two examples.")
     if not 1 <= clusters < logits.shape[1]:
         raise SettingError(f"confusable_classes: clusters={clusters!r} of {logits.shape[1]} classes: give 1 or more.")
     if not temperature > 0:
@@ -241,14 +239,14 @@ class Specialists(Teacher):
         self.alignment = HeadAlignment()
 
     @property
-    def teachers(self) -> list[Teacher]:
+    def parts(self) -> list[Teacher]:  # type: ignore[override]  # known after `bind`
         """The generalist and the specialists; empty before `bind`."""
         return [] if self._generalist is None else [self._generalist, *self._specialists]
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`
         """The inputs of all of them; known after `bind`."""
-        return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
+        return tuple(dict.fromkeys(name for teacher in self.parts for name in teacher.inputs))
 
     def bind(self, setup: TeacherSetup) -> None:
         """Check that the generalist can teach this student and each specialist knows its classes.
@@ -258,10 +256,7 @@ class Specialists(Teacher):
         """
         task = setup.task
         if task.matched_by != "labels" or task.on_values:
-            raise TeacherError(
-                f"Specialists: a {task} head has no classes to be a specialist of. Use them for single-label "
-                "classification of sequences, images, sounds or tokens."
-            )
+            raise TeacherError(f"Specialists: a {task} head has no classes to be a specialist of. Use a classifier.")
         if self._generalist is None:
             self._specialists = [_as_model_teacher(model, str(task), classes) for classes, model in self._given]
             self._generalist = as_teacher(self._given_generalist, str(task))
@@ -277,28 +272,15 @@ class Specialists(Teacher):
         assert self._generalist is not None  # `bind` comes first
         logits = self._run(self._generalist, task, batch, needs.temperature)  # [... v]
         if logits.shape[-1] != self._members.shape[1]:
-            raise TeacherError(
-                f"Specialists: rows of {logits.shape[-1]} columns for {self._members.shape[1]} labels: several labels "
-                "an example, where each is a yes or no, have no confusable classes. Use one label an example."
-            )
+            counts = f"rows of {logits.shape[-1]} columns for {self._members.shape[1]} labels"
+            raise TeacherError(f"Specialists: {counts}. Multi-label heads have no confusable classes; use one label.")
         rows = logits.reshape(-1, logits.shape[-1])
         log_q = self._correct(rows, task, batch, needs.temperature)
         return Signals(logits=(needs.temperature * log_q).view(logits.shape), alignment=self.alignment)
 
     def to(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        for teacher in self.teachers:
-            teacher.to(accelerator)
-
-    def on_step(self, student: nn.Module) -> None:
-        for teacher in self.teachers:
-            teacher.on_step(student)
-
-    def models(self) -> list[nn.Module]:
-        return [model for teacher in self.teachers for model in teacher.models()]
-
-    def members(self) -> list[Teacher]:
-        return [member for teacher in self.teachers for member in teacher.members()]
+        super().to(accelerator)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self._generalist is None else self._generalist.state_dict()
@@ -306,10 +288,6 @@ class Specialists(Teacher):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         assert self._generalist is not None  # `bind` comes first
         self._generalist.load_state_dict(state)
-
-    @property
-    def changes_in_training(self) -> bool:
-        return self._generalist is not None and self._generalist.changes_in_training
 
     def _run(self, teacher: Teacher, task: Task, batch: Batch, temperature: float) -> Tensor:
         needs = Needs(logits=True, temperature=temperature)
@@ -383,20 +361,17 @@ def _spread(rest: Tensor, temperature: float) -> Tensor:
 def _as_model_teacher(model: nn.Module | str, kind: str, classes: Classes) -> ModelTeacher:
     teacher = as_teacher(model, kind)
     if not isinstance(teacher, ModelTeacher):
-        raise TeacherError(
-            f"Specialists: the specialist of {classes!r} is a {type(teacher).__name__}. Give a model, a folder or a "
-            "Hub id."
-        )
+        name = type(teacher).__name__
+        raise TeacherError(f"Specialists: the specialist of {classes!r} is a {name}. Give a model or its folder.")
     return teacher
 
 
 def _class_id(label: int | str, classes: Classes, ids: Mapping[str, int], count: int) -> int:
     found = ids.get(label, -1) if isinstance(label, str) else label
     if found not in range(count):
-        raise TeacherError(
-            f"Specialists: {label!r} in {classes!r} is no label of the generalist. It has ids 0 to {count - 1}: "
-            f"{', '.join(sorted(ids, key=lambda name: ids[name])[:8])}{', …' if len(ids) > 8 else ''}."
-        )
+        known = ", ".join(sorted(ids, key=lambda name: ids[name])[:8]) + (", …" if len(ids) > 8 else "")
+        where = f"the generalist. It has ids 0 to {count - 1}: {known}"
+        raise TeacherError(f"Specialists: {label!r} in {classes!r} is no label of {where}.")
     return found
 
 

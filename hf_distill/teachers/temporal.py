@@ -80,10 +80,7 @@ class TemporalEnsemble(Teacher):
         """Forget all examples: the predictions of another student do not count."""
         student, task = setup.student, setup.task
         if not task.has_classes:
-            raise SettingError(
-                "TemporalEnsemble remembers predictions of classification, multiple_choice and token_classification; "
-                f"this student's head is for {task}. Use MovingAverage."
-            )
+            raise SettingError(f"TemporalEnsemble needs a head for classes, not for {task}. Use MovingAverage.")
         if not setup.compares_predictions:
             raise SettingError("TemporalEnsemble: nothing compares predictions. Give alpha.")
         if self.key is None:
@@ -106,10 +103,8 @@ class TemporalEnsemble(Teacher):
         b, r = keep.shape
         known = [self._memory.get(key) for key in self._keys(batch, keep)]
         if not torch.is_grad_enabled() and None in known:
-            raise DataError(
-                f"TemporalEnsemble: {known.count(None)} of {b} examples were never trained on, so they have no target. "
-                "It cannot be used in an evaluation: leave out evaluate_with_teacher."
-            )
+            unknown = f"{known.count(None)} of {b} examples were never trained on"
+            raise DataError(f"TemporalEnsemble: {unknown}. In evaluations leave out evaluate_with_teacher.")
         like = next((z for z, _ in filter(None, known)), torch.zeros(0, 1))
         v = like.shape[-1]
         log_p = torch.full((b, r, v), -torch.inf, dtype=like.dtype)
@@ -183,10 +178,8 @@ class TemporalEnsemble(Teacher):
         elif isinstance(batch.get(self.key), Tensor):
             found = batch[self.key].detach().cpu().numpy().astype(np.int64)
         else:
-            raise DataError(
-                f"TemporalEnsemble(key={self.key!r}): the batch has no such column, only {sorted(batch)}. Give the "
-                "dataset a column of whole numbers of that name, and keep it in the collator."
-            )
+            problem = f"the batch has no such column, only {sorted(batch)}"
+            raise DataError(f"TemporalEnsemble(key={self.key!r}): {problem}. Keep this column in dataset and collator.")
         if len(found) != batch_size(batch) or len(found) != len(keep):
             raise DataError(f"TemporalEnsemble: {len(found)} keys for {len(keep)} examples. Give one for each.")
         counts = keep.sum(-1).numpy().astype(np.int64)

@@ -55,9 +55,7 @@ def test_the_mean_of_logits_is_the_geometric_mean(name: str) -> None:
 def test_values_are_averaged_as_they_are(name: str) -> None:
     together, alone, _ = said(name, teachers_of(name), weights=[1, 1, 2])
     torch.testing.assert_close(together, (alone[0] + alone[1] + 2 * alone[2]) / 4, rtol=1e-12, atol=1e-12)
-    with pytest.raises(
-        SettingError, match="weights='best' are found from probabilities, and this task predicts values"
-    ):
+    with pytest.raises(SettingError, match="weights='best' need probabilities; this task predicts values"):
         said(name, teachers_of(name), weights="best")
 
 

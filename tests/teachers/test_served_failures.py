@@ -52,7 +52,7 @@ def test_temperature_needs_the_whole_distribution(server: CompletionsServer) -> 
 
 
 def test_other_tasks_inputs_and_packed_texts(server: CompletionsServer) -> None:
-    with pytest.raises(TeacherError, match="scores text from left to right, and the student is trained for masked_lm"):
+    with pytest.raises(TeacherError, match="scores text from left to right; the student is trained for masked_lm"):
         Distiller(m.student_of("bert_masked_lm"), served(server), temperature=1.0)
     distiller, batch = distiller_of(served(server)), batch_of()
     holes = batch["attention_mask"].clone()

@@ -168,7 +168,7 @@ def test_a_momentum_that_cannot_be(momentum: Any) -> None:
 
 def test_what_cannot_be_asked() -> None:
     llama = HEADS["llama_causal_lm"].make(seed=0)
-    with pytest.raises(SettingError, match="this student's head is for causal_lm. Use MovingAverage"):
+    with pytest.raises(SettingError, match="needs a head for classes, not for causal_lm"):
         Distiller(llama, TemporalEnsemble())
     student, batch = bert(dropout=0.1), padded(examples(4))
     moving = {"temperature": lambda progress: 2.0 - progress, "alpha": lambda progress: float(progress > 0.9)}

@@ -78,10 +78,8 @@ class Prompts:
         wanted = (source,) if self.is_speech else (column, "input_ids") if column == DEFAULT else (column,)
         found = next((name for name in wanted if name in names), None)
         if found is None:
-            raise DataError(
-                f"the dataset has no column {' or '.join(wanted)}, only {sorted(names)}. Name the column of the "
-                "prompts with prompt_column=."
-            )
+            tried = " or ".join(wanted)
+            raise DataError(f"no column {tried}, only {sorted(names)}. Name the column of the prompts: prompt_column.")
         if self.tokenizer is None and not self.is_speech and found != "input_ids":
             raise SettingError(f"{found} needs the teacher's tokenizer. Pass processing_class=.")
         self.column = found

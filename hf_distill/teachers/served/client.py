@@ -205,10 +205,7 @@ class Endpoint:
     def __init__(self, url: str, *, timeout_s: float, retries: int, api_key_env: str | None) -> None:
         self._secure, self._host, self._port, self._path = _parts(url)
         if api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", api_key_env):
-            raise SettingError(
-                "api_key_env must be the name of an environment variable that holds the key, like TEACHER_API_KEY. Do "
-                "not pass the key itself."
-            )
+            raise SettingError("api_key_env is the name of an environment variable. Do not pass the key itself.")
         self._timeout_s, self._retries, self._key_name = timeout_s, retries, api_key_env
         if self._key() is not None and not self._secure and self._host not in ("localhost", "127.0.0.1", "::1"):
             logger.warning("The teacher's server is reached over http: its key and the texts travel unencrypted.")
@@ -293,10 +290,7 @@ class Endpoint:
             return None
         key = os.environ.get(self._key_name, "").strip()
         if not key or not key.isascii() or not key.isprintable():
-            raise SettingError(
-                "the environment variable that api_key_env names is not set, empty, or no key. Export it before the "
-                "training starts."
-            )
+            raise SettingError("the environment variable that api_key_env names is not set or no key. Export it.")
         return key
 
     def _wait(self, attempt: int, retry_after_s: float | None, problem: str) -> None:
@@ -317,10 +311,7 @@ def _parts(url: str) -> tuple[bool, str, int, str]:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SettingError("url: give the server's address as http://host:port/v1 or https://host/v1.")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise SettingError(
-            "url holds a user, a password or a query. Give the plain address; a key goes into the environment variable "
-            "that api_key_env names."
-        )
+        raise SettingError("url holds a user, a password or a query. Give the plain address, and a key by api_key_env.")
     secure = parts.scheme == "https"
     return secure, parts.hostname, port or (443 if secure else 80), parts.path.rstrip("/")
 

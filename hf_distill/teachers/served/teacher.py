@@ -107,10 +107,7 @@ class ServedTeacher(Teacher):
         """
         task = setup.task
         if not task.shifts_labels:
-            raise TeacherError(
-                f"a served teacher scores text from left to right, and the student is trained for {task}. Use a "
-                "model as teacher, or train a causal language model."
-            )
+            raise TeacherError(f"a served teacher scores text from left to right; the student is trained for {task}.")
         student = unwrapped(setup.student)
         ours = tokenizer_in(setup.processing_class) or tokenizer_of(student)
         if ours is None:
@@ -168,10 +165,8 @@ class ServedTeacher(Teacher):
         rows = read(self._api, reply, prompts)
         fewest = min(len(row) for row in itertools.chain.from_iterable(rows))
         if fewest < min(self._k, self._width):
-            raise TeacherError(
-                f"the teacher's server lists {fewest} tokens at a position, and {self._k} were asked for. Lower "
-                "top_logprobs=, or raise the server's limit."
-            )
+            counts = f"lists {fewest} tokens at a position, and {self._k} were asked for"
+            raise TeacherError(f"the teacher's server {counts}. Lower top_logprobs=, or raise the server's limit.")
         return rows
 
     def _signals(self, top: TopRows, places: list[tuple[int, int]], input_ids: Tensor, temperature: float) -> Signals:
