@@ -113,12 +113,12 @@ class Teacher(ABC):
 
     @abstractmethod
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        """Return what `needs` names for this batch.
+        """Return the signals that `needs` names for this batch.
 
         Args:
             task: reads predictions from a model's outputs.
             batch: the student's inputs, labels, and `teacher_*` columns.
-            needs: what is compared.
+            needs: which signals to compute.
         """
 
     def configure(
@@ -148,10 +148,10 @@ class Teacher(ABC):
         """
 
     def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
-        """Check that the teacher can give what the training needs. Called after `bind`.
+        """Check that the teacher can give these needs. Called after `bind`.
 
         Args:
-            needs: the needs at one moment of the training.
+            needs: the signals needed at some point of the training.
             objectives: all objectives that will read this teacher; empty if not known.
 
         Raises:
@@ -229,6 +229,18 @@ class Teacher(ABC):
         return f"{type(self).__name__}()"
 
 
+def check_whole_number(name: str, value: object, *, least: int = 1) -> None:
+    """Raise SettingError unless a setting is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SettingError(f"{name}={value!r}: must be a whole number of at least {least}.")
+
+
+def check_below_one(name: str, value: object) -> None:
+    """Raise SettingError unless a setting is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise SettingError(f"{name}={value!r}: must lie in [0, 1).")
+
+
 def config_of(model: nn.Module) -> PreTrainedConfig | None:
     """Return the config of a model, plain, compiled or PEFT; None for a module without a config."""
     return getattr(unwrapped(model), "config", None)
@@ -238,6 +250,12 @@ def text_config_of(model: nn.Module, *, decoder: bool = False) -> PreTrainedConf
     """Return the config of a model's text part (or of its text decoder), as `config_of`."""
     config = config_of(model)
     return config.get_text_config(decoder=decoder or None) if isinstance(config, PreTrainedConfig) else config
+
+
+def output_head_of(model: nn.Module) -> nn.Module | None:
+    """Return the output head of a model over a vocabulary, or None if it has none."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
 
 
 def embedded_tokens(model: nn.Module) -> int | None:

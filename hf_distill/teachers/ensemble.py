@@ -78,8 +78,8 @@ class Ensemble(Teacher):
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
     >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
-    >>> student, one, other = Bert(config), Bert(config), Bert(config)
-    >>> distiller = Distiller(student, Ensemble([one, other], weights=[2, 1]))
+    >>> student, *teachers = Bert(config), Bert(config), Bert(config)
+    >>> distiller = Distiller(student, Ensemble(teachers, weights=[2, 1]))
     >>> batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     >>> sorted(distiller(student, batch).terms)
     ['labels', 'logits']

@@ -1,4 +1,4 @@
-"""Explains why a teacher's forward failed: which teacher, on which inputs, the inputs that it reads, and what to do."""
+"""Explains why a teacher's forward failed: the teacher, its inputs, the inputs that it reads, and the way out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.teachers.base import config_of, embedded_tokens, text_config_of
 
-# What a forward may raise.
+# The errors that a forward may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)
 _TEXT, _AUDIO, _IMAGE = "text", "audio", "image"
 _COLUMNS = {
@@ -28,7 +28,7 @@ _PROCESSORS = {_TEXT: "tokenizer", _AUDIO: "feature extractor", _IMAGE: "image p
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a smaller batch may help; `Trainer` then tries one, if it sees the error as it is."""
+    """Return whether a smaller batch may help; `Trainer` then tries one, if it sees the original error."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
@@ -51,7 +51,7 @@ def explain(error: Exception, model: nn.Module, inputs: Batch, *, own: bool) -> 
         causes = [_advice(main, own, is_cause=False)]
     return TeacherError(
         f"the teacher's forward failed ({type(inner).__name__}, on {shapes or 'no tensor'}). {' '.join(causes)} "
-        f"It said: {type(error).__name__}: {error}"
+        f"The error: {type(error).__name__}: {error}"
     )
 
 

@@ -41,8 +41,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, held in sorted(unwrapped(model).state_dict().items()):
-        for tensor in _tensors(held):
+    for name, entry in sorted(unwrapped(model).state_dict().items()):
+        for tensor in _tensors(entry):
             if isinstance(tensor, DTensor):
                 raise TeacherError(
                     f"the teacher's weights are sharded over processes ({name}), and a cache needs them whole in each. "
@@ -54,17 +54,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _tensors(held: object) -> Iterable[Tensor]:
+def _tensors(entry: object) -> Iterable[Tensor]:
     """Return the plain tensors in an entry of a state dict: an int8 layer packs its weight and bias into one entry."""
-    if isinstance(held, (tuple, list)):
-        return [tensor for part in held for tensor in _tensors(part)]
-    if not isinstance(held, Tensor):
+    if isinstance(entry, (tuple, list)):
+        return [tensor for part in entry for tensor in _tensors(part)]
+    if not isinstance(entry, Tensor):
         return []
-    if not held.is_quantized:
-        return [held]
-    per_channel = held.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    scale = held.q_per_channel_scales() if per_channel else torch.tensor(held.q_scale())
-    return [held.int_repr(), scale]
+    if not entry.is_quantized:
+        return [entry]
+    per_channel = entry.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scale = entry.q_per_channel_scales() if per_channel else torch.tensor(entry.q_scale())
+    return [entry.int_repr(), scale]
 
 
 def describe_processor(processor: ProcessingClass | None) -> Json | None:

@@ -111,7 +111,7 @@ def load_teacher(
 
 
 def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
-    """Return the kind of head that a checkpoint was saved with, or None if its config.json does not tell.
+    """Return the kind of head that a checkpoint was saved with, or None if its config.json does not name it.
 
     Raises:
         TeacherError: if there is no such folder, or its config cannot be read.

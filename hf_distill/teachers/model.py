@@ -24,7 +24,7 @@ from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, readi
 from hf_distill.tasks.infer import forward_names, infer_kind, main_input_of, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures
-from hf_distill.teachers.base import Teacher, TeacherSetup, config_of, embedded_tokens, text_config_of
+from hf_distill.teachers.base import Teacher, TeacherSetup, config_of, embedded_tokens, output_head_of, text_config_of
 from hf_distill.teachers.load import find_tokenizer
 from hf_distill.teachers.padding import OwnPadding
 from hf_distill.vocabulary import (
@@ -200,9 +200,8 @@ def tokenizer_of(model: nn.Module) -> Tokenizer:
 
 def head_width(model: nn.Module) -> int | None:
     """Return the number of columns of a head over a vocabulary, or None if that is not known."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    weight = getattr(getattr(model, "lm_head", None) if head is None else head, "weight", None)
+    head = output_head_of(model) or getattr(model, "lm_head", None)
+    weight = getattr(head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])
     return getattr(text_config_of(model, decoder=True), "vocab_size", None)

@@ -29,7 +29,7 @@ class PassProgress:
     Args:
         total: examples of this process.
         finished: how many of them an earlier run finished.
-        unit: what the speed counts, in the plural.
+        unit: the unit of the speed, in the plural.
         shown: whether to show a bar, on stderr.
         process: this process and the number of processes.
     """
@@ -62,7 +62,7 @@ class PassProgress:
 
         Args:
             examples: how many examples it has.
-            units: what the speed counts, such as tokens.
+            units: how many units it has, such as tokens.
         """
         self._units += units
         elapsed = self._progress.tasks[0].elapsed or 0.0
@@ -78,17 +78,17 @@ class ShardedPass(ABC):
 
     Args:
         folder: the folder to fill.
-        state: tells this process from the others.
+        state: the state of the processes.
         progress: whether the main process shows a progress bar.
 
     Attributes:
-        noun: what the folder of a finished pass holds, for messages.
-        unfinished: what that of an unfinished pass holds.
+        noun: a name for the contents of a finished folder, for messages.
+        unfinished: a name for the contents of an unfinished folder.
         manifest_name: the file that marks the pass as finished.
         plan_name: the file that marks it as begun.
-        kept: says how much is on the disk, with `{kept}` and `{total}`.
-        other_examples: what to do if a finished folder was made from other examples.
-        unit: what the speed counts.
+        kept: a message on how much is on the disk, with `{kept}` and `{total}`.
+        other_examples: advice if a finished folder was made from other examples.
+        unit: the unit of the speed.
         agreed: the plan that all processes follow.
     """
 

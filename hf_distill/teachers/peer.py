@@ -95,7 +95,7 @@ class Peer(ModelTeacher):
         """Check that both models can teach each other. See `Teacher.bind`."""
         student, task = setup.student, setup.task
         if self._steps and (self._student is None or self._student() is not unwrapped(student)):
-            raise SettingError("Peer: it has learned beside another student. Make a new one for a new student.")
+            raise SettingError("Peer: it has learned beside another student. Make a new Peer for a new student.")
         if not setup.compares_predictions:
             raise SettingError("Peer: nothing compares predictions, from which it learns. Give alpha above 0.")
         super().bind(setup)

@@ -23,7 +23,7 @@ from hf_distill.functional import forward_kl
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import config_of
+from hf_distill.teachers.base import config_of, output_head_of
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import LabelMatching
@@ -202,8 +202,7 @@ def _int8_dynamic(model: nn.Module) -> nn.Module:
         raise SettingError(f"{INT8_DYNAMIC}: torch {torch.__version__} has no dynamic int8 here. Use a TorchAoConfig.")
     inner = unwrapped(model)
     body = getattr(inner, getattr(inner, "base_model_prefix", ""), inner)
-    find = getattr(inner, "get_output_embeddings", None)
-    head = None if find is None else find()
+    head = output_head_of(inner)
     chosen = {id(module) for module in body.modules() if type(module) is nn.Linear and module is not head}
     names = [name for name, module in model.named_modules() if id(module) in chosen]
     if not names:

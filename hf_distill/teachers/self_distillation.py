@@ -23,7 +23,7 @@ from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.generation import evaluating
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.base import Teacher, TeacherSetup, config_of
+from hf_distill.teachers.base import Teacher, TeacherSetup, check_below_one, check_whole_number, config_of
 from hf_distill.teachers.model import ModelTeacher, Tokenizer
 
 
@@ -203,7 +203,7 @@ class RDropTeacher(_StudentItself):
 
 
 def _has_randomness(model: nn.Module) -> bool:
-    """Return whether some dropout, layer drop or masking is above 0, as a module or as an attribute of one."""
+    """Return whether some dropout, layer drop or masking is above 0, as a module or as an attribute."""
     for module in model.modules():
         if "drop" in type(module).__name__.lower() and getattr(module, "p", False):
             return True
@@ -304,8 +304,7 @@ class MovingAverage(_CopyOfStudent):
     """
 
     def __init__(self, *, decay: float = 0.999) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
-            raise SettingError(f"MovingAverage: decay={decay!r}: must lie in [0, 1).")
+        check_below_one("MovingAverage: decay", decay)
         super().__init__()
         self.decay = float(decay)
 
@@ -350,8 +349,7 @@ class Snapshot(_CopyOfStudent):
     """
 
     def __init__(self, *, every: int) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise SettingError(f"Snapshot: every={every!r}: give a whole number of optimizer steps, at least 1.")
+        check_whole_number("Snapshot: every", every)
         super().__init__()
         self.every = every
 

@@ -21,7 +21,7 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, TeacherSetup, config_of
+from hf_distill.teachers.base import Teacher, TeacherSetup, check_whole_number, config_of
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher, check_same_head
 from hf_distill.vocabulary import HeadAlignment, has_default_names, label_ids
@@ -49,7 +49,7 @@ def confusable_classes(
 
     Raises:
         DataError: if the predictions are not a matrix of finite numbers.
-        SettingError: if there are as many clusters as classes, or fewer than one.
+        SettingError: if there are as many clusters as classes, or no clusters.
         MissingExtraError: if scikit-learn is not installed.
 
     >>> likes = torch.tensor([[4.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 4, 2], [0, 0, 2, 4]])
@@ -227,8 +227,7 @@ class Specialists(Teacher):
             raise SettingError(
                 f"Specialists: {len(bias)} numbers in dustbin_bias for {len(specialists)} specialists. Give one each."
             )
-        if not isinstance(most_probable, int) or most_probable < 1:
-            raise SettingError(f"Specialists: most_probable={most_probable!r}: must be a whole number, at least 1.")
+        check_whole_number("Specialists: most_probable", most_probable)
         self._given_generalist, self._given = generalist, list(specialists.items())
         self._bias, self._most_probable = bias, most_probable
         self._accelerator: Accelerator | None = None

@@ -17,7 +17,7 @@ from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import forward_names, main_input_of
-from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
+from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup, check_below_one
 from hf_distill.teachers.cache.keys import content_keys, key_columns
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class TemporalEnsemble(Teacher):
     """
 
     def __init__(self, *, momentum: float = 0.6, key: str | None = None) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise SettingError(f"TemporalEnsemble: momentum={momentum!r}: must lie in [0, 1).")
+        check_below_one("TemporalEnsemble: momentum", momentum)
         self.momentum = float(momentum)
         self.key = key
         self.inputs: tuple[str, ...] = () if key is None else (key,)
@@ -131,7 +130,7 @@ class TemporalEnsemble(Teacher):
         """
         if self._temperature not in (None, batch.temperature):
             raise SettingError(
-                f"temperature={batch.temperature:g}: what TemporalEnsemble remembers was softened with "
+                f"temperature={batch.temperature:g}: TemporalEnsemble's targets were softened with "
                 f"{self._temperature:g}. Keep the temperature constant."
             )
         self._temperature = batch.temperature

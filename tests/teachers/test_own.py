@@ -156,7 +156,7 @@ def test_a_snapshot_is_refreshed_every_so_many_steps_and_resumed(tmp_path) -> No
 
 def test_a_snapshot_every_so_many_steps_is_a_whole_number() -> None:
     for every in (0, 1.5, True):
-        with pytest.raises(SettingError, match=r"every=.*give a whole number of optimizer steps, at least 1"):
+        with pytest.raises(SettingError, match=r"every=.*must be a whole number of at least 1"):
             Snapshot(every=every)
 
 

@@ -104,7 +104,7 @@ def lists_fewer_tokens(reply: Any) -> Any:
     ("fault", "said"),
     [
         (scores_other_tokens, r"token 1 of a prompt was \d+, which it does not score"),
-        (tells_fewer_positions, r"it tells \d+ of \d+ positions of a prompt"),
+        (tells_fewer_positions, r"it returned \d+ of \d+ positions of a prompt"),
         (answers_fewer_prompts, "it answered 5 of 6 prompts"),
         (lambda reply: {"choices": [{"index": i} for i in range(6)]}, "it ignores prompt_logprobs"),
         (lambda reply: ["something", "else"], "an answer of another form"),

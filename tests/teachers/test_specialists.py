@@ -247,7 +247,7 @@ def test_trained_with_and_the_models_stay_as_they_were(tmp_path) -> None:
         ({(0, 0): None}, {}, "classes (0, 0): give a tuple of different"),
         ({(): None}, {}, "classes (): give a tuple"),
         ({(0, 1): None}, {"dustbin_bias": [1.0, 2.0]}, "2 numbers in dustbin_bias for 1 specialists"),
-        ({(0, 1): None}, {"most_probable": 0}, "most_probable=0: must be a whole number, at least 1"),
+        ({(0, 1): None}, {"most_probable": 0}, "most_probable=0: must be a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(specialists: Any, settings: Any, message: str) -> None:

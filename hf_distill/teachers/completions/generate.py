@@ -30,6 +30,7 @@ from hf_distill.models.generation import (
     try_settings,
 )
 from hf_distill.teachers import fingerprints, shards
+from hf_distill.teachers.base import check_whole_number
 from hf_distill.teachers.completions.prompts import DEFAULT, Prompt, Prompts
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_of
@@ -129,9 +130,9 @@ def generate_completions(
     >>> generate_completions(teacher, prompts, tempfile.mkdtemp(), max_new_tokens=2)["labels"][0][:2]
     [-100, -100]
     """
-    for name, value in (("batch_size", batch_size), ("shard_examples", shard_examples)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SettingError(f"{name}={value!r}: must be a whole number of at least 1.")
+    sizes = {"batch_size": batch_size, "shard_examples": shard_examples}
+    for name, value in sizes.items():
+        check_whole_number(name, value)
     model, processing_class = _load(teacher, processing_class)
     settings = generation_settings(
         model,
@@ -141,7 +142,6 @@ def generate_completions(
         others={"num_return_sequences": num_return_sequences, **(generation or {})},
     )
     prompts = Prompts(dataset, model, processing_class, prompt_column, max_new_tokens=settings.max_new_tokens)
-    sizes = {"batch_size": batch_size, "shard_examples": shard_examples}
     CompletionsPass(model, prompts, settings, Path(path), **sizes, seed=seed, progress=progress).run()
     return datasets.load_from_disk(str(path))
 

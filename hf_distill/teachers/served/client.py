@@ -65,7 +65,7 @@ def read(api: Api, reply: Json, prompts: Sequence[Tokens]) -> list[list[Row]]:
         found = [api.rows(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
         for rows, prompt in zip(found, prompts, strict=True):
             if len(rows) != len(prompt) - 1:
-                raise _unreadable(f"it tells {len(rows)} of {len(prompt) - 1} positions of a prompt")
+                raise _unreadable(f"it returned {len(rows)} of {len(prompt) - 1} positions of a prompt")
         return found
     except TeacherError:
         raise
@@ -94,10 +94,10 @@ def _vllm_body(model: str, prompts: Sequence[Tokens], k: int) -> Keywords:
 
 
 def _vllm_rows(answer: Json, prompt: Tokens) -> list[Row]:
-    told = answer.get("prompt_logprobs")
-    if told is None:
+    scores = answer.get("prompt_logprobs")
+    if scores is None:
         raise _unreadable("it ignores prompt_logprobs")
-    rows: list[Row] = [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in told[1:]]
+    rows: list[Row] = [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in scores[1:]]
     for position, (row, given) in enumerate(zip(rows, prompt[1:], strict=False), 1):
         if given not in row:  # vLLM always returns the prompt's own token
             raise _unreadable(f"token {position} of a prompt was {given}, which it does not score")
@@ -124,13 +124,13 @@ def _sglang_body(model: str, prompts: Sequence[Tokens], k: int) -> Keywords:
 
 
 def _sglang_rows(answer: Json, prompt: Tokens) -> list[Row]:
-    told = answer["meta_info"]
-    if told.get("input_top_logprobs") is None:
+    scores = answer["meta_info"]
+    if scores.get("input_top_logprobs") is None:
         raise _unreadable("it gives no input_top_logprobs")
     rows: list[dict[int, float]] = [
-        {int(token): float(value) for value, token, *_ in row} for row in told["input_top_logprobs"][1:]
+        {int(token): float(value) for value, token, *_ in row} for row in scores["input_top_logprobs"][1:]
     ]
-    for position, (row, own) in enumerate(zip(rows, told["input_token_logprobs"][1:], strict=False), 1):
+    for position, (row, own) in enumerate(zip(rows, scores["input_token_logprobs"][1:], strict=False), 1):
         if position < len(prompt):
             _check_same_token(prompt[position], own[1], position)
         row.setdefault(int(own[1]), float(own[0]))
@@ -151,10 +151,10 @@ def _echo_body(model: str, prompts: Sequence[Tokens], k: int) -> Keywords:
 
 
 def _echo_rows(answer: Json, prompt: Tokens) -> list[Row]:
-    told = answer.get("logprobs")
-    if told is None or told.get("top_logprobs") is None:
+    scores = answer.get("logprobs")
+    if scores is None or scores.get("top_logprobs") is None:
         raise _unreadable("it gives no top_logprobs")
-    tokens, tops = told["tokens"][: len(prompt)], told["top_logprobs"][: len(prompt)]
+    tokens, tops = scores["tokens"][: len(prompt)], scores["top_logprobs"][: len(prompt)]
     if len(tokens) < len(prompt):
         raise _unreadable(f"it echoes {len(tokens)} of {len(prompt)} tokens")
     for position, (token, given) in enumerate(zip(tokens, prompt, strict=True)):

@@ -18,7 +18,7 @@ from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mea
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, TeacherSetup
+from hf_distill.teachers.base import Teacher, TeacherSetup, check_whole_number
 from hf_distill.teachers.model import head_width, tokenizer_in, tokenizer_of
 from hf_distill.teachers.served.client import APIS, Endpoint, Row, Tokens, read
 from hf_distill.teachers.served.rows import TopRows, top_rows
@@ -81,9 +81,9 @@ class ServedTeacher(Teacher):
         if api not in APIS:
             raise SettingError(f"api={api!r}: allowed are {', '.join(APIS)}.{did_you_mean(api, APIS)}")
         counts = {"top_logprobs": top_logprobs, "batch_size": batch_size, "max_concurrency": max_concurrency}
-        for name, value, least in [*((n, v, 1) for n, v in counts.items()), ("retries", retries, 0)]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingError(f"{name}={value!r}: must be a whole number of at least {least}.")
+        for name, value in counts.items():
+            check_whole_number(name, value)
+        check_whole_number("retries", retries, least=0)
         if not 0 < timeout_s < float("inf"):
             raise SettingError(f"timeout_s={timeout_s!r}: must be a number of seconds above 0.")
         tokenizer = tokenizer_in(processing_class)
