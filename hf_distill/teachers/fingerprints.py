@@ -44,10 +44,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, entry in sorted(unwrapped(model).state_dict().items()):
         for tensor in _tensors(entry):
             if isinstance(tensor, DTensor):
-                raise TeacherError(
-                    f"the teacher's weights are sharded over processes ({name}), and a cache needs them whole in each. "
-                    'Load it without distributed_config, or in one process with device_map="auto".'
-                )
+                raise TeacherError(f"the teacher's weights are sharded ({name}). Load it without distributed_config.")
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             for piece in tensor.detach().contiguous().flatten().split(_CHUNK):
                 digest.update(piece.cpu().view(torch.uint8).numpy().tobytes())

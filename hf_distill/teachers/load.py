@@ -84,10 +84,7 @@ def load_teacher(
     path = os.fspath(path)
     _check_exists(path)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise TeacherError(
-            f"teacher_model={path!r} holds a PEFT adapter. Load it with peft (AutoPeftModelFor....from_pretrained) and "
-            "pass the model, or merge it first (merge_and_unload, save_pretrained)."
-        )
+        raise TeacherError(f"teacher_model={path!r} holds a PEFT adapter. Pass the model, or merge it first.")
     options: Keywords = {"dtype": as_dtype(dtype) or "auto"}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config

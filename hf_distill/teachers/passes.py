@@ -239,10 +239,9 @@ class ShardedPass(ABC):
         if "shards" in found:  # the library versions of a finished pass do not matter
             differing = [line for line in differing if not line.startswith("versions")]
         if differing:
+            shown = "; ".join(differing[:_SHOWN]) + ("; and more" if len(differing) > _SHOWN else "")
             raise DataError(
-                f"{self.folder} holds {noun} of something else: {'; '.join(differing[:_SHOWN])}"
-                f"{'; and more' if len(differing) > _SHOWN else ''}. Choose another folder, delete this one, or repeat "
-                "the call that began it."
+                f"{self.folder} holds {noun} of something else: {shown}. Give another folder, or delete it."
             )
 
     def _check_finished_shards(self, finished: bool) -> None:

@@ -378,17 +378,13 @@ def _specialist_columns(config: PreTrainedConfig | None, names: list[str], class
     """Return a specialist's columns of these classes, and last that of its dustbin."""
     width = None if config is None else config.num_labels
     if config is None or width != len(names) + 1:
-        raise TeacherError(
-            f"Specialists: the specialist of {classes!r} has {width} labels; it must have {len(names) + 1}: one for "
-            "each class, and the dustbin. `specialist_head` makes such a head."
-        )
+        counts = f"{width} labels; it must have {len(names) + 1}"
+        raise TeacherError(f"Specialists: the specialist of {classes!r} has {counts}. Make it with `specialist_head`.")
     ids = label_ids(config)
     if has_default_names(ids):
         return list(range(len(ids)))
     if set(names) < set(ids):
         (dustbin,) = set(ids) - set(names)
         return [*(ids[name] for name in names), ids[dustbin]]
-    raise TeacherError(
-        f"Specialists: the specialist of {classes!r} has labels {sorted(ids)}; expected {names} and a dustbin. Set its "
-        "config.label2id and id2label to the generalist's names."
-    )
+    labels = f"{sorted(ids)}; expected {names} and a dustbin"
+    raise TeacherError(f"Specialists: the specialist of {classes!r} has labels {labels}. Set its label2id.")

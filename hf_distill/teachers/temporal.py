@@ -129,9 +129,9 @@ class TemporalEnsemble(Teacher):
             SettingError: if the temperature has changed.
         """
         if self._temperature not in (None, batch.temperature):
+            new, old = batch.temperature, self._temperature
             raise SettingError(
-                f"temperature={batch.temperature:g}: TemporalEnsemble's targets were softened with "
-                f"{self._temperature:g}. Keep the temperature constant."
+                f"temperature={new:g}: TemporalEnsemble's targets were softened with {old:g}. Keep that."
             )
         self._temperature = batch.temperature
         task, inputs = batch.task, batch.batch

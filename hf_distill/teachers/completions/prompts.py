@@ -191,10 +191,8 @@ class Prompts:
     def _messages_to_ids(self, messages: Any) -> Tokens:
         """Return the ids of the messages without the assistant's at the end."""
         if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-            raise _NoPromptError(
-                f"of type {type(messages).__name__} instead of a text or a list of messages with role and content "
-                "(token ids belong into a column input_ids)"
-            )
+            kind = type(messages).__name__
+            raise _NoPromptError(f"of type {kind}, not a text or a list of messages (token ids belong into input_ids)")
         if getattr(self.tokenizer, "chat_template", "unknown") is None:
             raise SettingError(
                 f"{self.column} holds messages, and the tokenizer has no chat_template. Set one, or give texts."

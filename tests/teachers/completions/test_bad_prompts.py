@@ -67,7 +67,7 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
         ),
         ({"input_ids": [[[5]]]}, r"input_ids\[0\]: not a list of token ids with a mask and labels of its length"),
         ({"input_ids": [[5, 6]], "labels": [[5]]}, r"input_ids\[0\]: not a list of token ids with a mask and labels"),
-        ({"prompt": [5]}, r"prompt\[0\]: of type int instead of a text or a list of messages .* a column input_ids"),
+        ({"prompt": [5]}, r"prompt\[0\]: of type int, not a text or a list of messages .*input_ids"),
         ({"prompt": [[{"role": "assistant", "content": "w5"}]]}, r"prompt\[0\]: only messages of the assistant"),
         ({"prompt": [[{"role": "user"}], [{"content": "w5"}]]}, None),
     ],
