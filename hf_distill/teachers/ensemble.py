@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from hf_distill.vocabulary import HeadAlignment, LabelMatching
 if TYPE_CHECKING:
     from hf_distill.objectives import Objective
 
-MEANS = ("probabilities", "logits")
-WEIGHTS = ("confidence", "entropy", "labels", "best")
+Mean: TypeAlias = Literal["probabilities", "logits"]
+WeightRule: TypeAlias = Literal["confidence", "entropy", "labels", "best"]
+MEANS, WEIGHTS = get_args(Mean), get_args(WeightRule)
 
 
 def _normalised_weights(weights: Sequence[float] | str | None, count: int) -> list[float] | str | None:
@@ -89,8 +90,8 @@ class Ensemble(Teacher):
         self,
         teachers: Sequence[Any],
         *,
-        mean: str = "probabilities",
-        weights: Sequence[float] | str | None = None,
+        mean: Mean = "probabilities",
+        weights: Sequence[float] | WeightRule | None = None,
     ) -> None:
         if mean not in MEANS:
             raise SettingError(f"Ensemble: mean={mean!r}: allowed are {', '.join(MEANS)}.{did_you_mean(mean, MEANS)}")
@@ -102,6 +103,11 @@ class Ensemble(Teacher):
         self._settings: list[Keywords] = [{} for _ in self._given]
         self.teachers: list[Teacher] = []
         self.alignment = HeadAlignment()
+
+    @property
+    def _rule(self) -> str | None:
+        """The rule that weights the teachers in each row, or None for fixed weights."""
+        return self._weights if isinstance(self._weights, str) else None
 
     @property
     def parts(self) -> list[Teacher]:  # type: ignore[override]  # known after `bind`
@@ -116,12 +122,12 @@ class Ensemble(Teacher):
 
     @property
     def fixed_temperature(self) -> bool:
-        mixes_probabilities = self._mean == "probabilities" or isinstance(self._weights, str)
+        mixes_probabilities = self._mean == "probabilities" or self._rule is not None
         return mixes_probabilities or any(teacher.fixed_temperature for teacher in self.teachers)
 
     @property
     def reads_labels(self) -> bool:  # type: ignore[override]  # it follows from the members
-        return self._weights in ("labels", "best") or any(teacher.reads_labels for teacher in self.teachers)
+        return self._rule in ("labels", "best") or any(teacher.reads_labels for teacher in self.teachers)
 
     def configure(
         self,
@@ -189,8 +195,7 @@ class Ensemble(Teacher):
         mean = f"the mean of their {self._mean}"
         if self._weights is None:
             return mean
-        weights = self._weights if isinstance(self._weights, str) else ", ".join(f"{w:.3g}" for w in self._weights)
-        return f"{mean}, weighted by {weights}"
+        return f"{mean}, weighted by {self._rule or ', '.join(f'{weight:.3g}' for weight in self._fixed_weights())}"
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         logits = torch.stack([self._predictions(index, task, batch, needs) for index in range(len(self.teachers))])
@@ -242,19 +247,19 @@ class Ensemble(Teacher):
 
     def _log_weights(self, log_p: Tensor, task: Task, batch: Batch) -> Tensor:
         """Return the log of each teacher's weight in each row, `[teachers ... 1]`."""
-        if not isinstance(self._weights, str):
+        if self._rule is None:
             fixed = torch.tensor(self._fixed_weights(), device=log_p.device, dtype=log_p.dtype).log()
             return fixed.view(-1, *[1] * (log_p.dim() - 1))
         confidence = log_p.amax(-1, keepdim=True)
-        if self._weights == "confidence":
+        if self._rule == "confidence":
             return confidence.log_softmax(0)
-        if self._weights == "entropy":
+        if self._rule == "entropy":
             p = log_p.exp()
             return (p * log_p.masked_fill(p == 0, 0)).sum(-1, keepdim=True).log_softmax(0)
         target = self._labels_of_rows(log_p[0], task, batch)
         has_label = target != IGNORED
         log_p_of_label = log_p.gather(-1, target.clamp(min=0).expand(log_p.shape[0], *target.shape))
-        if self._weights == "labels":
+        if self._rule == "labels":
             return torch.where(has_label, log_p_of_label, 0.0).log_softmax(0)
         best = torch.where(has_label, log_p_of_label, confidence).argmax(0, keepdim=True)
         chosen = torch.arange(log_p.shape[0], device=log_p.device).view(-1, *[1] * (log_p.dim() - 1)) == best

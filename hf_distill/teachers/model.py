@@ -209,8 +209,7 @@ def head_width(model: nn.Module) -> int | None:
 
 def _embedded_text_tokens(model: nn.Module) -> int | None:
     """Return how many input ids a text model reads; None for speech and images, and if that is not known."""
-    is_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    return embedded_tokens(model) if is_text else None
+    return embedded_tokens(model) if main_input_of(model) == "input_ids" else None
 
 
 class ModelTeacher(Teacher):

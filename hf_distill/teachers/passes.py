@@ -240,9 +240,7 @@ class ShardedPass(ABC):
             differing = [line for line in differing if not line.startswith("versions")]
         if differing:
             shown = "; ".join(differing[:_SHOWN]) + ("; and more" if len(differing) > _SHOWN else "")
-            raise DataError(
-                f"{self.folder} holds {noun} of something else: {shown}. Give another folder, or delete it."
-            )
+            raise DataError(f"{self.folder} holds {noun} of something else: {shown}. Choose another, or delete it.")
 
     def _check_finished_shards(self, finished: bool) -> None:
         """Check that the finished shards are whole and the dataset has not changed; all processes raise together."""

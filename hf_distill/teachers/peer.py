@@ -15,7 +15,7 @@ from hf_distill._types import ProcessingClass
 from hf_distill.ddp import scale_of
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.models.generation import evaluating
-from hf_distill.schedules import PROGRESS, Schedule, constant
+from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
@@ -211,9 +211,8 @@ class Peer(ModelTeacher):
 
 
 def _check_rate(rate: float | Schedule) -> Schedule:
-    if not callable(rate) and (isinstance(rate, bool) or not isinstance(rate, (int, float))):
-        raise SettingError(f"Peer: learning_rate={rate!r}. Give a number of at least 0, or a function of progress.")
-    schedule = rate if callable(rate) else constant(float(rate))
+    """Return a learning rate as a schedule; raise SettingError if it is below 0 or infinite at some point."""
+    schedule = checked_schedule("Peer: learning_rate", rate)
     for value in map(schedule, PROGRESS):
         if not 0 <= value < float("inf"):
             raise SettingError(f"Peer: learning_rate={value!r}: must be at least 0 and finite, at every moment.")

@@ -131,7 +131,7 @@ class TemporalEnsemble(Teacher):
         if self._temperature not in (None, batch.temperature):
             new, old = batch.temperature, self._temperature
             raise SettingError(
-                f"temperature={new:g}: TemporalEnsemble's targets were softened with {old:g}. Keep that."
+                f"temperature={new:g}: TemporalEnsemble's targets were softened with {old:g}. Keep it constant."
             )
         self._temperature = batch.temperature
         task, inputs = batch.task, batch.batch

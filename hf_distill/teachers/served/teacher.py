@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class ServedTeacher(Teacher):
         model: str,
         *,
         processing_class: ProcessingClass | None,
-        api: str = "vllm",
+        api: Literal["vllm", "sglang", "echo"] = "vllm",
         top_logprobs: int = 20,
         batch_size: int = 8,
         max_concurrency: int = 4,
