@@ -69,7 +69,7 @@ class _StudentModel(ModelTeacher):
 
     def __init__(self, student: nn.Module, *, keeps_mode: bool) -> None:
         super().__init__(student)
-        self._is_frozen = True  # so that it is never frozen
+        self._is_frozen = True  # skips the freezing
         self._keeps_mode = keeps_mode
 
     def _set_mode(self) -> None:

@@ -302,7 +302,7 @@ class Specialists(Teacher):
             temperature: softens all distributions.
         """
         members = self._members = self._members.to(logits.device)
-        log_sum = (logits / temperature).log_softmax(-1)  # [n v] of the probabilities that models give to a class
+        log_sum = (logits / temperature).log_softmax(-1)  # [n v] log of the sum of all models' probabilities
         probable = logits.topk(min(self._most_probable, logits.shape[-1])).indices  # [n k]
         needed = members.T[probable].any(1)  # [n m]
         log_rest = torch.full(needed.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
