@@ -1,4 +1,4 @@
-"""Fingerprints of teachers, processors and collators, by which a pass knows whether it continues what it began."""
+"""Fingerprints of teachers, processors and collators, by which a pass knows whether it continues the same work."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
+from hf_distill._types import Collator, ProcessingClass
 from hf_distill.errors import TeacherError
 from hf_distill.hub.facts import HIDDEN_PATH, looks_like_hub_id, without_paths
 from hf_distill.models.capture import start_token_of
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher
-from hf_distill.teachers.model import ModelTeacher
+from hf_distill.teachers.base import Teacher, config_of
+from hf_distill.teachers.model import ModelTeacher, tokenizer_in
 from hf_distill.teachers.shards import Json
 
 _CHUNK = 1 << 26  # bytes hashed at once
@@ -39,40 +41,36 @@ def weights_fingerprint(model: nn.Module) -> str:
     False
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, held in sorted(unwrapped(model).state_dict().items()):
-        for tensor in _tensors(held):
+    for name, entry in sorted(unwrapped(model).state_dict().items()):
+        for tensor in _tensors(entry):
             if isinstance(tensor, DTensor):
-                raise TeacherError(
-                    f"the teacher's weights lie on several processes (FSDP or tensor parallelism: {name}), and a cache "
-                    "needs them whole in each. Load it whole on each (without distributed_config), or in one process "
-                    'with device_map="auto".'
-                )
+                raise TeacherError(f"the teacher's weights are sharded ({name}). Load it without distributed_config.")
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             for piece in tensor.detach().contiguous().flatten().split(_CHUNK):
                 digest.update(piece.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _tensors(held: Any) -> Iterable[Tensor]:
+def _tensors(entry: object) -> Iterable[Tensor]:
     """Return the plain tensors in an entry of a state dict: an int8 layer packs its weight and bias into one entry."""
-    if isinstance(held, (tuple, list)):
-        return [tensor for part in held for tensor in _tensors(part)]
-    if not isinstance(held, Tensor):
+    if isinstance(entry, (tuple, list)):
+        return [tensor for part in entry for tensor in _tensors(part)]
+    if not isinstance(entry, Tensor):
         return []
-    if not held.is_quantized:
-        return [held]
-    per_channel = held.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    scale = held.q_per_channel_scales() if per_channel else torch.tensor(held.q_scale())
-    return [held.int_repr(), scale]
+    if not entry.is_quantized:
+        return [entry]
+    per_channel = entry.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scale = entry.q_per_channel_scales() if per_channel else torch.tensor(entry.q_scale())
+    return [entry.int_repr(), scale]
 
 
-def describe_processor(processor: Any) -> Json | None:
+def describe_processor(processor: ProcessingClass | None) -> Json | None:
     """Return fingerprints of a tokenizer (vocabulary and rules), feature extractor or image processor (settings)."""
     if processor is None:
         return None
     parts: Json = {}
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if hasattr(tokenizer, "get_vocab"):
+    tokenizer = tokenizer_in(processor)
+    if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
         parts["vocabulary"] = len(vocabulary)
         parts["ids"] = max(vocabulary.values()) + 1
@@ -83,14 +81,14 @@ def describe_processor(processor: Any) -> Json | None:
     return {"class": type(processor).__name__, **parts}
 
 
-def describe_collator(collator: Any) -> Json:
-    """Return a collator's class and those of its settings that are plain values."""
+def describe_collator(collator: Collator) -> Json:
+    """Return a collator's class and its settings that are plain values."""
     name = getattr(collator, "__qualname__", type(collator).__qualname__)
     return {"collator": name, "settings": _plain_values(getattr(collator, "__dict__", {}))}
 
 
 def describe_teacher(teacher: Teacher) -> Json:
-    """Return who a teacher is: its class and weights, or its class, settings and members."""
+    """Return a teacher's identity: its class and weights, or its class, settings and members."""
     if teacher.recorded is not None:
         return dict(teacher.recorded)
     if isinstance(teacher, ModelTeacher):
@@ -108,9 +106,9 @@ def describe_teacher(teacher: Teacher) -> Json:
 
 
 def describe_model(model: nn.Module) -> Json:
-    """Return who a model is: its class, weights, labels, and its name if that may be shown."""
+    """Return a model's identity: its class, weights, labels, and its name if that may be shown."""
     inner = unwrapped(model)
-    origin = getattr(getattr(inner, "config", None), "_name_or_path", "")
+    origin = getattr(config_of(inner), "_name_or_path", "")
     return {
         "name": origin if origin and looks_like_hub_id(origin) else HIDDEN_PATH if origin else None,
         "class": type(inner).__name__,
@@ -121,8 +119,8 @@ def describe_model(model: nn.Module) -> Json:
 
 
 def describe_config(model: nn.Module) -> Json:
-    """Return the part of a model's config that decides which columns of two heads mean the same."""
-    config = getattr(unwrapped(model), "config", None)
+    """Return the part of a model's config from which heads are aligned."""
+    config = config_of(model)
     labels = getattr(config, "id2label", None)
     names = ("num_labels", "problem_type", "hidden_size", "pad_token_id")
     return {
@@ -132,13 +130,13 @@ def describe_config(model: nn.Module) -> Json:
     }
 
 
-def _plain_setting(value: Any) -> Any:
+def _plain_setting(value: Any) -> object:
     """Return a teacher's setting as plain data, or None if it is no setting."""
     if isinstance(value, (Tensor, np.ndarray)):
         return hashlib.blake2b(torch.as_tensor(value).cpu().numpy().tobytes(), digest_size=16).hexdigest()
     if isinstance(value, (tuple, list)):
         return [_plain_setting(part) for part in value]
-    if isinstance(value, Teacher):  # of an ensemble in an ensemble, the settings count too
+    if isinstance(value, Teacher):  # the settings of a nested ensemble count too
         return None if value.members() == [value] else describe_teacher(value)["weights"]
     if hasattr(value, "get_vocab"):
         return (describe_processor(value) or {}).get("tokenizer")
@@ -149,8 +147,8 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "datasets", "pyarrow")}
 
 
-def _rules(tokenizer: Any) -> Any:
-    """Return what a fast tokenizer does besides its vocabulary, padding and truncation (which each call sets)."""
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Json | None:
+    """Return the rules of a fast tokenizer, without its vocabulary and the padding and truncation of a call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -163,6 +161,6 @@ def _plain_values(settings: Mapping[str, Any]) -> Json:
     return {name: without_paths(value) if isinstance(value, str) else value for name, value in kept.items()}
 
 
-def _json_digest(value: Any) -> str:
+def _json_digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_distill._types import OneOf
+from hf_distill._types import Keywords, OneOf
 from hf_distill.errors import HfDistillError, SettingError, TeacherError, did_you_mean
 from hf_distill.tasks.infer import TASKS, kind_of_class
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DtypeName: TypeAlias = Annotated[str, OneOf(DTYPES)]
-# What people call them; only proposed in messages.
+# Other names for them, which messages correct.
 DTYPE_ALIASES = {
     **dict.fromkeys(("fp32", "float", "f32", "torch.float32", "full"), "float32"),
     **dict.fromkeys(("bf16", "bfloat", "torch.bfloat16"), "bfloat16"),
@@ -36,15 +44,15 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 
-# SpecAugment's mask: many published speech checkpoints lack it, and a teacher, never in training mode, never reads it.
+# SpecAugment's mask, which is read in training mode only; many published speech checkpoints lack it.
 _READ_IN_TRAINING_ONLY = ("masked_spec_embed",)
 
 
-def as_dtype(name: str | torch.dtype | None) -> Any:
-    """A dtype by name; "auto" is the checkpoint's own.
+def as_dtype(name: str | torch.dtype | None) -> torch.dtype | str | None:
+    """Return a dtype by name; "auto" (the checkpoint's own) and None are returned as they are.
 
     Raises:
-        SettingError: no such dtype.
+        SettingError: if there is no such dtype.
     """
     if name is None or name == "auto" or isinstance(name, torch.dtype):
         return name
@@ -59,29 +67,27 @@ def load_teacher(
     kind: str,
     *,
     dtype: str | None = None,
-    quantization_config: Any = None,
-    device_map: str | dict[str, Any] | None = None,
-) -> Any:
-    """The model at `path`, with the Auto class of this kind of head, in `dtype` (default: the checkpoint's own).
+    quantization_config: QuantizationConfigMixin | None = None,
+    device_map: str | Keywords | None = None,
+) -> PreTrainedModel:
+    """Load the model at `path` with the Auto class of this kind of head.
 
     Args:
         path: a folder, or a Hub id (the only case that may use the network).
-        kind: a name in `TASKS`: the head of the student.
-        quantization_config, device_map: as `from_pretrained`.
+        kind: the student's kind of head, a name in `TASKS`.
+        dtype: the dtype to load it in; None is the checkpoint's own.
+        quantization_config: as for `from_pretrained`.
+        device_map: as for `from_pretrained`.
 
     Raises:
-        TeacherError: nothing there, no model, or weights missing from the checkpoint: a head that
-            transformers would fill at random teaches noise.
+        TeacherError: if there is no model, or its checkpoint lacks weights (a head that transformers fills with random
+            numbers teaches noise).
     """
     path = os.fspath(path)
     _check_exists(path)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise TeacherError(
-            f"teacher_model={path!r} holds a PEFT adapter, and what head its base is to get is not known here. Load "
-            "it with peft (AutoPeftModelFor....from_pretrained) and pass the model, or merge it first "
-            "(merge_and_unload, save_pretrained)."
-        )
-    options: dict[str, Any] = {"dtype": as_dtype(dtype) or "auto"}
+        raise TeacherError(f"teacher_model={path!r} holds a PEFT adapter. Pass the model, or merge it first.")
+    options: Keywords = {"dtype": as_dtype(dtype) or "auto"}
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if device_map is not None:
@@ -104,10 +110,10 @@ def load_teacher(
 
 
 def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
-    """The kind of head that a checkpoint was saved with, from its config.json; None where that does not tell.
+    """Return the kind of head that a checkpoint was saved with, or None if its config.json does not name it.
 
     Raises:
-        TeacherError: there is no such folder, or its config cannot be read.
+        TeacherError: if there is no such folder, or its config cannot be read.
     """
     path = os.fspath(path)
     _check_exists(path)
@@ -115,26 +121,23 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> str | None:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise TeacherError(f"teacher_model={path!r} cannot be loaded: {error}") from error
-    named = getattr(config, "architectures", None) or ()
-    return next((kind for kind in (kind_of_class(name, config) for name in named) if kind is not None), None)
+    kinds = (kind_of_class(name, config) for name in config.architectures or ())
+    return next((kind for kind in kinds if kind is not None), None)
 
 
 def _check_exists(path: str) -> None:
-    if not os.path.isdir(path) and _looks_local(path):
-        raise TeacherError(
-            f"teacher_model={path!r}: no such folder. Give the path of a folder written by save_pretrained, or a Hub "
-            "id like organisation/name."
-        )
+    # A Hub id is `name` or `organisation/name`, with nothing before or after.
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1 or os.path.isfile(path)
+    if looks_local and not os.path.isdir(path):
+        raise TeacherError(f"teacher_model={path!r}: no such folder. Give one from save_pretrained, or a Hub id.")
 
 
-def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> Any:
-    """The tokenizer beside a teacher's weights, to compare with the student's; None where there is none.
-
-    For a Hub id it comes from where the weights have just come from.
+def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer saved with a teacher's weights, or None if there is none.
 
     Args:
         path: a folder or a Hub id.
-        download: False: of a Hub id, only what the local cache holds.
+        download: whether it may be downloaded; if not, only folders and the local Hub cache are read.
     """
     local = not download or os.path.isdir(path)
     if not any(_has_file(path, name, local=local) for name in _TOKENIZER_FILES):
@@ -142,7 +145,7 @@ def find_tokenizer(path: str | os.PathLike[str], *, download: bool = True) -> An
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError, TypeError):
-        return None  # one that is damaged, or needs a library that is not there: then it is not known
+        return None  # damaged, or needs a library that is not installed
     return None if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens) else tokenizer
 
 
@@ -151,27 +154,22 @@ def _has_file(path: str | os.PathLike[str], name: str, *, local: bool) -> bool:
         return os.path.isfile(os.path.join(path, name))
     try:
         return cached_file(path, name, local_files_only=local) is not None
-    except OSError:  # not there, or neither in the cache nor in reach
+    except OSError:  # no such file, or neither cached nor reachable
         return False
 
 
-def _looks_local(path: str) -> bool:
-    """Whether it cannot be meant as a Hub id: `name` or `organisation/name`, nothing before or after."""
-    return path.startswith((".", "~", os.sep)) or path.count("/") > 1 or os.path.isfile(path)
+def _auto_class(path: str, kind: str) -> type[AutoModel]:
+    """Return the class to load a checkpoint with: the Auto class of this kind of head that knows its configuration.
 
-
-def _auto_class(path: str, kind: str) -> Any:
-    """The Auto class of this kind that knows the checkpoint's configuration; of a kind of the user's, the checkpoint's.
-
-    When the checkpoint names an architecture with another kind of head, it is loaded as what it is, so that the
-    mismatch is named by the check that compares student and teacher.
+    A checkpoint that names an architecture with another kind of head (or any, for a custom task) is loaded as it is, so
+    that the check that compares student and teacher can name the mismatch.
     """
     config = AutoConfig.from_pretrained(path)
     candidates = [getattr(transformers, name) for name in (TASKS[kind].auto_classes if kind in TASKS else ())]
     known = [cls for cls in candidates if type(config) in cls._model_mapping]
-    architecture = (getattr(config, "architectures", None) or [None])[0]
-    other = getattr(transformers, architecture or "", None)
-    if other is not None and architecture not in _class_names(known, config):
+    architecture = next(iter(config.architectures or ()), "")
+    other = getattr(transformers, architecture, None)
+    if other is not None and architecture not in {name for cls in known for name in _class_names(cls, config)}:
         return other
     if not known:
         raise TeacherError(
@@ -181,9 +179,6 @@ def _auto_class(path: str, kind: str) -> Any:
     return known[0]
 
 
-def _class_names(auto_classes: list[Any], config: Any) -> set[str]:
-    found: set[str] = set()
-    for cls in auto_classes:
-        models = cls._model_mapping[type(config)]
-        found.update(m.__name__ for m in (models if isinstance(models, tuple) else (models,)))
-    return found
+def _class_names(auto_class: type[AutoModel], config: PreTrainedConfig) -> list[str]:
+    models = auto_class._model_mapping[type(config)]
+    return [model.__name__ for model in (models if isinstance(models, tuple) else (models,)) if model is not None]

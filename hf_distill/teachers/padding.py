@@ -1,25 +1,26 @@
-"""What a teacher that classifies whole texts reads at padded positions, so that it answers a row as it does alone.
+"""Padding for a teacher that classifies whole texts, so that each row's prediction is the same as without padding.
 
 The classification heads of decoders (GPT-2, Llama, Qwen, Mistral, Gemma, …) read their prediction at the last token
-that is not `config.pad_token_id`. `Trainer` sets that entry for the student from its tokenizer; for a teacher nobody
-does. So padded positions are written with the teacher's own padding token before it reads them: nothing attends to
-them, and the head then skips them. XLNet reads the last position as such: for it, padding on the right moves to the
-left. The user's model and its config stay as they are.
+that is not `config.pad_token_id`. `Trainer` sets that entry for the student, from its tokenizer, but not for a teacher.
+So padded positions get the teacher's own padding token: nothing attends to them, and the head skips them. XLNet reads
+the last position whatever it is, so its padding moves to the left. The user's model and its config do not change.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from hf_distill._types import Keywords
 from hf_distill.tasks.infer import unwrapped
+from hf_distill.teachers.base import config_of, embedded_tokens, text_config_of
 
 _MASK = "attention_mask"
-_NONE = -1  # no token: nothing is padded
+_NONE = -1  # a padding token that is no token: nothing is padded
 
 
 class OwnPadding:
@@ -27,92 +28,85 @@ class OwnPadding:
 
     Args:
         model: the teacher, plain or PEFT.
-        of_tokenizer: the id that its tokenizer pads with; None where that is not known.
+        tokenizer_pad_id: the id that its tokenizer pads with, or None if unknown.
     """
 
-    def __init__(self, model: Any, of_tokenizer: int | None = None) -> None:
-        inner = unwrapped(model)
-        config: Any = getattr(inner, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        # Heads read one or the other; where a config has no such entry, no head reads it.
-        both: dict[int, Any] = {id(one): one for one in (text, config)}
-        self._configs = [one for one in both.values() if hasattr(one, "pad_token_id")]
-        self._reads_last_position = (
-            getattr(config, "model_type", None) == "xlnet"
-            and getattr(getattr(inner, "sequence_summary", None), "summary_type", None) == "last"
-        )
-        self._embedded = _embedded(inner)
+    def __init__(self, model: nn.Module, tokenizer_pad_id: int | None = None) -> None:
+        config, text = config_of(model), text_config_of(model)
+        # Some heads read the text config and others the whole config; a config without this entry is read by neither.
+        distinct = [text] if text is config else [text, config]
+        self._configs: list[PreTrainedConfig] = [c for c in distinct if c is not None and hasattr(c, "pad_token_id")]
+        summary = getattr(unwrapped(model), "sequence_summary", None)  # of XLNet, XLM and Flaubert
+        is_xlnet = getattr(config, "model_type", None) == "xlnet"
+        self._reads_last_position = is_xlnet and getattr(summary, "summary_type", None) == "last"
+        self._embedded = embedded_tokens(model) or float("inf")
         self._keeps_end_token = bool(getattr(config, "is_encoder_decoder", False))
-        self._of_tokenizer = of_tokenizer
-        self._of_batch: int | None = None
+        self._tokenizer_pad_id = tokenizer_pad_id
+        self._batch_pad_id: int | None = None
 
-    def of(self, model: Any) -> OwnPadding:
-        """Returns that of another model, of which this teacher is a quantised copy."""
-        found = OwnPadding(model, self._of_tokenizer)
-        found._of_batch = self._of_batch
-        return found
+    def for_copy(self, model: nn.Module) -> OwnPadding:
+        """Return the padding of another copy of this teacher, such as its full precision."""
+        padding = OwnPadding(model, self._tokenizer_pad_id)
+        padding._batch_pad_id = self._batch_pad_id
+        return padding
 
-    def written(self, inputs: dict[str, Any], main: str) -> dict[str, Any]:
-        """Returns the inputs as this teacher pads them itself; `main` is the name of the input ids."""
+    def apply(self, inputs: Keywords, main: str) -> Keywords:
+        """Return the inputs with this teacher's own padding.
+
+        Args:
+            inputs: the arguments of its forward.
+            main: the name of the input ids.
+        """
         ids, mask = inputs.get(main), inputs.get(_MASK)
         if not (isinstance(ids, Tensor) and isinstance(mask, Tensor)) or ids.is_floating_point():
             return inputs
-        if mask.shape != ids.shape:  # a mask of four axes says itself who sees whom
+        if mask.shape != ids.shape:  # a mask with four axes says which position attends to which
             return inputs
         padded = mask == 0
-        own = self._own_id(ids, padded)
-        if own is not None:
-            inputs = {**inputs, main: ids.masked_fill(padded, own)}
-        return _padded_left(inputs, mask) if self._reads_last_position and ids.dim() == 2 else inputs
+        pad_id = self._pad_id(ids, padded)
+        if pad_id is not None:
+            inputs = {**inputs, main: ids.masked_fill(padded, pad_id)}
+        return _pad_left(inputs, mask) if self._reads_last_position and ids.dim() == 2 else inputs
 
     @contextlib.contextmanager
     def in_config(self) -> Iterator[None]:
-        """Around the teacher's forward: every part of its config names the same padding token."""
-        own = self._known()
-        own = _NONE if own is None else own
-        kept = [(config, config.pad_token_id) for config in self._configs if config.pad_token_id != own]
+        """During the teacher's forward, let every part of its config name the same padding token."""
+        pad_id = self._known_pad_id()
+        pad_id = _NONE if pad_id is None else pad_id
+        saved = [(config, config.pad_token_id) for config in self._configs if config.pad_token_id != pad_id]
         try:
-            for config, _ in kept:
-                config.pad_token_id = own
+            for config, _ in saved:
+                config.pad_token_id = pad_id
             yield
         finally:
-            for config, before in kept:
+            for config, before in saved:
                 config.pad_token_id = before
 
-    def _known(self) -> int | None:
-        """Its config's, else the tokenizer's, else what the first padded batch held."""
-        for found in (*(config.pad_token_id for config in self._configs), self._of_tokenizer, self._of_batch):
-            if found is not None and 0 <= found < self._embedded:  # some configs have -1, or a token never embedded
-                return int(found)
+    def _known_pad_id(self) -> int | None:
+        """Return the padding token of the config, else the tokenizer's, else that of the first padded batch."""
+        for pad_id in (*(config.pad_token_id for config in self._configs), self._tokenizer_pad_id, self._batch_pad_id):
+            if pad_id is not None and 0 <= pad_id < self._embedded:  # some configs have -1, or a token not embedded
+                return int(pad_id)
         return None
 
-    def _own_id(self, ids: Tensor, padded: Tensor) -> int | None:
+    def _pad_id(self, ids: Tensor, padded: Tensor) -> int | None:
         if not self._configs:
             return None
-        own = self._known()
-        if own is None and bool(padded.any()):  # once: then it is known
-            own = self._of_batch = int(ids[padded][0])
-        if own is not None and self._keeps_end_token and own == getattr(self._configs[0], "eos_token_id", None):
+        pad_id = self._known_pad_id()
+        if pad_id is None and bool(padded.any()):  # remembered for later batches
+            pad_id = self._batch_pad_id = int(ids[padded][0])
+        if pad_id is not None and self._keeps_end_token and pad_id == getattr(self._configs[0], "eos_token_id", None):
             return None  # the heads of BART and T5 count the end tokens of a text
-        return own
+        return pad_id
 
 
-def _embedded(model: Any) -> float:
-    """How many ids the model embeds; infinity where it does not say."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return float("inf")
-    return getattr(embeddings, "num_embeddings", None) or float("inf")
-
-
-def _padded_left(inputs: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
-    """Every input `[b t]` with each row moved so that its last attended position is the last of all."""
+def _pad_left(inputs: Keywords, mask: Tensor) -> Keywords:
+    """Return the inputs with each row of every `[b t]` rotated so that its last attended position comes last."""
     t = mask.shape[1]
     positions = torch.arange(t, device=mask.device)
     end = torch.where(mask != 0, positions + 1, 0).amax(1, keepdim=True)
-    moved = (positions + end) % t  # a row without a real position stays
+    source = (positions + end) % t  # a row without an attended position stays
     return {
-        name: value.gather(1, moved) if isinstance(value, Tensor) and value.shape == mask.shape else value
+        name: value.gather(1, source) if isinstance(value, Tensor) and value.shape == mask.shape else value
         for name, value in inputs.items()
     }

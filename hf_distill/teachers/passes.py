@@ -1,16 +1,13 @@
-"""One pass of a teacher over a dataset, shard by shard: plan, run, finalize. It can be killed at any moment.
-
-The cache of a teacher and the completions of a teacher are made by such passes.
-"""
+"""A pass of a teacher over a dataset, in shards, that can be killed at any moment. Caches and completions use it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import pyarrow as pa
 from accelerate import Accelerator, PartialState
@@ -22,7 +19,7 @@ from hf_distill.errors import DataError
 from hf_distill.teachers import shards
 from hf_distill.teachers.shards import Json
 
-Advance = Callable[[int, int], None]
+Advance: TypeAlias = Callable[[int, int], None]
 _SHOWN = 4  # differing settings that a message lists
 
 
@@ -32,7 +29,7 @@ class PassProgress:
     Args:
         total: examples of this process.
         finished: how many of them an earlier run finished.
-        unit: what the speed counts, in the plural.
+        unit: the unit of the speed, in the plural.
         shown: whether to show a bar, on stderr.
         process: this process and the number of processes.
     """
@@ -65,7 +62,7 @@ class PassProgress:
 
         Args:
             examples: how many examples it has.
-            units: what the speed counts, such as tokens.
+            units: how many units it has, such as tokens.
         """
         self._units += units
         elapsed = self._progress.tasks[0].elapsed or 0.0
@@ -81,17 +78,17 @@ class ShardedPass(ABC):
 
     Args:
         folder: the folder to fill.
-        state: tells this process from the others.
+        state: the state of the processes.
         progress: whether the main process shows a progress bar.
 
     Attributes:
-        noun: what the folder of a finished pass holds, for messages.
-        unfinished: what that of an unfinished pass holds.
+        noun: a name for the contents of a finished folder, for messages.
+        unfinished: a name for the contents of an unfinished folder.
         manifest_name: the file that marks the pass as finished.
         plan_name: the file that marks it as begun.
-        kept: says how much is on the disk, with `{kept}` and `{total}`.
-        other_examples: what to do if a finished folder was made from other examples.
-        unit: what the speed counts.
+        kept: a message on how much is on the disk, with `{kept}` and `{total}`.
+        other_examples: advice if a finished folder was made from other examples.
+        unit: the unit of the speed.
         agreed: the plan that all processes follow.
     """
 
@@ -114,13 +111,13 @@ class ShardedPass(ABC):
 
     @abstractmethod
     def plan(self) -> Json:
-        """Return everything that the result follows from, as plain data; compared when a pass is resumed."""
+        """Return everything that the result depends on, as plain data; compared when a pass is resumed."""
 
     def complete_plan(self, plan: Json) -> Json:
         """Return the plan with "examples", "shard_examples" and "shard_count", when a pass begins."""
         return plan
 
-    def check_dataset(self, finished: bool) -> None:  # noqa: B027  # nothing to check by default
+    def check_dataset(self, finished: bool) -> None:  # noqa: B027  # the default checks nothing
         """Check the examples of this process before anything is written.
 
         Args:
@@ -129,7 +126,7 @@ class ShardedPass(ABC):
 
     @abstractmethod
     def has_same_examples(self, shard: int, receipt: Json) -> bool:
-        """Return whether the dataset still has the examples that a finished shard was made from."""
+        """Return whether the dataset still has the examples of a finished shard."""
 
     @abstractmethod
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
@@ -137,7 +134,7 @@ class ShardedPass(ABC):
 
         Args:
             numbers: the shards that are not finished.
-            advance: to be called after each batch, with its examples and units.
+            advance: is to be called after each batch, with its examples and units.
         """
 
     @abstractmethod
@@ -147,21 +144,21 @@ class ShardedPass(ABC):
     # The pass.
 
     def run(self) -> bool:
-        """Make what is missing. Returns whether anything was.
+        """Make the missing shards, and return whether any was missing.
 
         Raises:
             DataError: if the folder holds something else, the dataset has changed, or the disk is full.
         """
-        plan: Json = json.loads(json.dumps(self.plan()))  # as it is read from a file
+        plan: Json = json.loads(json.dumps(self.plan()))  # comparable with one that was read from a file
         found = self._find(plan)
         finished = found is not None and "shards" in found
         self.agreed = found or self.complete_plan(plan)
         self.check_dataset(finished)
         self._check_finished_shards(finished)
-        self.state.wait_for_everyone()  # until every process has looked, none writes
+        self.state.wait_for_everyone()  # no process writes before every process has looked
         if finished:
             if self.state.is_main_process:
-                self._tidy()  # an earlier run may have been killed right before
+                self._tidy()  # an earlier run may have been killed just before this
         else:
             self._run_unfinished()
         self.state.wait_for_everyone()
@@ -172,17 +169,12 @@ class ShardedPass(ABC):
             if self.state.is_main_process:
                 self._begin()
             self.state.wait_for_everyone()
-            self.agreed = shards.read_json(
-                self.folder / self.plan_name
-            )  # the main process's, as a resumed pass reads it
+            self.agreed = shards.read_json(self.folder / self.plan_name)  # as the main process wrote it
             self._run_shards()
             self.state.wait_for_everyone()
             if self.state.is_main_process:
-                receipts = [
-                    shards.read_json(self.folder / shards.receipt_name(shard))
-                    for shard in range(self.agreed["shard_count"])
-                ]
-                manifest = self.finalize(receipts)
+                names = map(shards.receipt_name, range(self.agreed["shard_count"]))
+                manifest = self.finalize([shards.read_json(self.folder / name) for name in names])
                 shards.write_json(self.folder / self.manifest_name, manifest)
                 self._tidy()
         except shards.DiskFull as error:
@@ -216,13 +208,13 @@ class ShardedPass(ABC):
         """Return the examples of each shard of this process."""
         return [self.indices(shard) for shard in self._mine()]
 
-    def write_shard(self, shard: int, columns: Mapping[str, pa.Array], **facts: Any) -> None:
+    def write_shard(self, shard: int, columns: Mapping[str, pa.Array], **facts: object) -> None:
         """Write a shard and its receipt.
 
         Args:
             shard: its number.
             columns: name → Arrow column.
-            **facts: what the receipt records beside the file.
+            **facts: further entries of the receipt.
         """
         path = self.folder / shards.shard_name(shard)
         shards.write_arrow(path, columns)
@@ -233,25 +225,22 @@ class ShardedPass(ABC):
 
     def _find(self, plan: Json) -> Json | None:
         """Return the manifest of a finished pass, the plan of an unfinished pass, or None if the folder is new."""
-        for name, what in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
+        for name, noun in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
             if (self.folder / name).is_file():
                 found = shards.read_json(self.folder / name)
-                self._check_same_plan(found, plan, what)
+                self._check_same_plan(found, plan, noun)
                 return found
         if self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir()))):
             raise DataError(f"{self.folder} holds other files than {self.noun}. Give a new or an empty folder.")
         return None
 
-    def _check_same_plan(self, found: Json, plan: Json, what: str) -> None:
+    def _check_same_plan(self, found: Json, plan: Json, noun: str) -> None:
         differing = differences({name: found.get(name) for name in plan}, plan)
-        if "shards" in found:  # then the versions of the libraries that made it do not matter
+        if "shards" in found:  # the library versions of a finished pass do not matter
             differing = [line for line in differing if not line.startswith("versions")]
         if differing:
-            raise DataError(
-                f"{self.folder} holds {what} of something else: {'; '.join(differing[:_SHOWN])}"
-                f"{'; and more' if len(differing) > _SHOWN else ''}. Choose another folder, delete this one, or repeat "
-                "the call that it was begun with."
-            )
+            shown = "; ".join(differing[:_SHOWN]) + ("; and more" if len(differing) > _SHOWN else "")
+            raise DataError(f"{self.folder} holds {noun} of something else: {shown}. Choose another, or delete it.")
 
     def _check_finished_shards(self, finished: bool) -> None:
         """Check that the finished shards are whole and the dataset has not changed; all processes raise together."""
@@ -273,7 +262,7 @@ class ShardedPass(ABC):
             changed = gather_object(changed)
         if changed:
             indices = self.indices(min(changed))
-            begun = "Give the dataset that it was begun with, or choose another folder."
+            begun = "Give the dataset of the first call, or choose another folder."
             advice = self.other_examples if finished else begun
             raise DataError(
                 f"examples {indices[0]} to {indices[-1]} of the dataset are not those that {self.folder} holds, or are "
@@ -282,13 +271,13 @@ class ShardedPass(ABC):
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for partial in self.folder.glob(f"*{shards.PARTIAL}-*"):  # left by a run that was killed
+        for partial in self.folder.glob(f"*{shards.PARTIAL}-*"):  # of a killed run
             partial.unlink()
         if not (self.folder / self.plan_name).is_file():
             shards.write_json(self.folder / self.plan_name, self.agreed)
 
     def _tidy(self) -> None:
-        """Remove what only an unfinished pass needs."""
+        """Remove the files of an unfinished pass."""
         patterns = (shards.RECEIPTS, f"*{shards.PARTIAL}-*", self.plan_name)
         for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
             path.unlink()
@@ -313,17 +302,16 @@ def _is_foreign(path: Path) -> bool:
     return shards.PARTIAL not in path.name and not path.name.startswith(".")
 
 
-def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Return where two descriptions differ, in words.
+def differences(before: object, now: object, prefix: str = "") -> list[str]:
+    """Return the differences of two descriptions, in words.
 
     >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
     ['b.c: 2 there, 3 now']
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names: Iterable[str] = sorted({*before, *now})
         return [
             line
-            for name in names
+            for name in sorted({*before, *now})
             for line in differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
         ]
     return [] if before == now else [f"{prefix}: {before} there, {now} now"]
@@ -337,7 +325,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def readable_bytes(count: float) -> str:
-    """
+    """Return a size with its unit.
+
     >>> readable_bytes(1_530_000_000), readable_bytes(12)
     ('1.5 GB', '12 B')
     """

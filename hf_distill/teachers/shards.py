@@ -1,7 +1,4 @@
-"""Shard files: JSON and Arrow written atomically, Arrow read as a memory map.
-
-Plain Arrow and JSON, nothing that is unpickled. What the columns mean is decided by the callers.
-"""
+"""Shard files: plain JSON and Arrow, written atomically; Arrow is read as a memory map."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -20,7 +17,7 @@ import pyarrow as pa
 
 from hf_distill.errors import DataError
 
-Json = dict[str, Any]  # plain data, as it stands in a manifest
+Json: TypeAlias = dict[str, Any]  # plain data, as in a manifest
 CARD = "README.md"
 STATE, INFO = "state.json", "dataset_info.json"  # read by datasets.load_from_disk
 PARTIAL = ".partial"
@@ -31,7 +28,7 @@ _open: Any = open  # tests replace it to simulate a full disk
 
 
 class DiskFull(OSError):
-    """There is no space left for a file, which was therefore not written."""
+    """There is no space left for a file; it was not written."""
 
 
 def shard_name(number: int) -> str:
@@ -71,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Json) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -145,17 +142,17 @@ def file_digest(path: Path) -> str:
 
 
 def file_entry(path: Path) -> Json:
-    """Return what a manifest records about a file: its name, size and checksum."""
+    """Return a file's name, size and checksum, for a manifest."""
     return {"file": path.name, "bytes": path.stat().st_size, "blake2b": file_digest(path)}
 
 
-def check_files(folder: Path, entries: Sequence[Mapping[str, Any]], *, checksums: bool = True) -> None:
+def check_files(folder: Path, entries: Sequence[Json], *, checksums: bool = True) -> None:
     """Check files against their entries in the manifest.
 
     Args:
         folder: the folder that holds them.
-        entries: as `file_entry` makes them.
-        checksums: whether to read every file from end to end, or to compare sizes only.
+        entries: from `file_entry`.
+        checksums: whether to compare checksums, or only sizes.
 
     Raises:
         DataError: if a file is missing, cut off or changed.
@@ -166,10 +163,8 @@ def check_files(folder: Path, entries: Sequence[Mapping[str, Any]], *, checksums
             raise DataError(f"{path} is missing. {_AGAIN}")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise DataError(
-                f"{path} has {size:,} bytes, and the manifest says {entry['bytes']:,}: it was cut off or changed. "
-                f"{_AGAIN}"
-            )
+            sizes = f"{size:,} bytes, and the manifest says {entry['bytes']:,}"
+            raise DataError(f"{path} has {sizes}: it was cut off or changed. {_AGAIN}")
         if checksums and file_digest(path) != entry["blake2b"]:
             raise DataError(f"{path} was changed: its checksum differs from the manifest's. {_AGAIN}")
 
@@ -188,7 +183,7 @@ def write_dataset_files(folder: Path, names: Sequence[str], *, fingerprint: str)
     """Write the files with which `datasets.load_from_disk` opens the shards as one dataset."""
     features = datasets.Features.from_arrow_schema(read_arrow(folder / names[0]).schema)
     write_json(folder / INFO, {"features": features.to_dict(), "description": "", "citation": ""})
-    state: dict[str, Any] = {
+    state: Json = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint,
         "_format_columns": None,

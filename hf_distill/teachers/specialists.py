@@ -1,4 +1,4 @@
-"""Making specialists: which classes belong together, a specialist's training set and its head. It trains nothing."""
+"""Specialists of a few classes each: which classes belong together, their training sets and heads, and the teacher."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import DataError, SettingError, TeacherError, require
 from hf_distill.functional.groups import fit_class_distribution
@@ -19,35 +21,36 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, TeacherSetup
+from hf_distill.teachers.base import Teacher, TeacherSetup, check_whole_number, config_of
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher, check_same_head
-from hf_distill.vocabulary import HeadAlignment, label_ids
+from hf_distill.vocabulary import HeadAlignment, has_default_names, label_ids
 
 DUSTBIN = "dustbin"
+Classes: TypeAlias = Sequence[int | str]  # label names or ids
 
 
 def confusable_classes(
-    predictions: Any, *, clusters: int, temperature: float = 1.0, seed: int = 0
+    predictions: Tensor | np.ndarray, *, clusters: int, temperature: float = 1.0, seed: int = 0
 ) -> tuple[tuple[int, ...], ...]:
-    """Sets of classes that the generalist often predicts together: K-means of the columns of the predictions'
-    covariance.
+    """Return sets of classes that the generalist often predicts together.
 
-    Hinton et al. 2015, section 5.3. There K-means is on-line, over millions of predictions; here it is scikit-learn's,
-    over all that are given.
+    K-means of the columns of the predictions' covariance (Hinton et al. 2015, section 5.3). The paper's K-means is
+    on-line, over millions of predictions; this is scikit-learn's.
 
     Args:
-        predictions: `[n v]` the generalist's logits, as `trainer.predict(...).predictions` has them.
-        clusters: how many sets to make. One of a single class is left out: there is nothing to tell apart.
-        temperature: softens them first. A generalist that is very sure shows more at 2 to 5.
-        seed: of K-means.
+        predictions: `[n v]`, the generalist's logits, such as `trainer.predict(...).predictions`.
+        clusters: the number of sets. Sets of a single class are left out.
+        temperature: softens the logits first; for a very confident generalist try 2 to 5.
+        seed: the seed of K-means.
 
     Returns:
-        Tuples of class ids, for `Specialists` and `specialist_set`; in the order of their smallest class.
+        Tuples of class ids, for `Specialists` and `specialist_set`, in the order of their smallest class.
 
     Raises:
-        DataError: no matrix of finite numbers. SettingError: as many clusters as classes, or fewer than one.
-        MissingExtraError: scikit-learn is not installed.
+        DataError: if the predictions are not a matrix of finite numbers.
+        SettingError: if there are as many clusters as classes, or no clusters.
+        MissingExtraError: if scikit-learn is not installed.
 
     >>> likes = torch.tensor([[4.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 4, 2], [0, 0, 2, 4]])
     >>> confusable_classes(likes, clusters=2)
@@ -55,29 +58,27 @@ def confusable_classes(
     """
     logits = torch.as_tensor(predictions)
     if logits.dim() != 2 or len(logits) < 2 or not bool(logits.isfinite().all()):
-        raise DataError(
-            f"confusable_classes: predictions of shape {tuple(logits.shape)}: give logits [n v] of at least two "
-            "examples, all finite numbers."
-        )
+        shape = tuple(logits.shape)
+        raise DataError(f"predictions of shape {shape}: give finite logits [n v] of at least two examples.")
     if not 1 <= clusters < logits.shape[1]:
         raise SettingError(f"confusable_classes: clusters={clusters!r} of {logits.shape[1]} classes: give 1 or more.")
     if not temperature > 0:
         raise SettingError(f"confusable_classes: temperature={temperature!r}: must be above 0.")
     kmeans = require("sklearn.cluster", extra="metrics").KMeans
     covariance = torch.cov((logits.double() / temperature).softmax(-1).T)  # [v v]
-    found = kmeans(n_clusters=clusters, n_init=10, random_state=seed).fit_predict(covariance.numpy()).tolist()
-    sets = [tuple(c for c, cluster in enumerate(found) if cluster == one) for one in range(clusters)]
-    return tuple(sorted(one for one in sets if len(one) > 1))
+    clusters_of = kmeans(n_clusters=clusters, n_init=10, random_state=seed).fit_predict(covariance.numpy()).tolist()
+    sets = [tuple(c for c, cluster in enumerate(clusters_of) if cluster == number) for number in range(clusters)]
+    return tuple(sorted(classes for classes in sets if len(classes) > 1))
 
 
 @dataclass(frozen=True)
 class SpecialistSet:
-    """What a specialist is trained on.
+    """The training set of a specialist.
 
     Attributes:
-        indices: of the examples, for `dataset.select`.
-        labels: of these examples: a place in the classes, or their number for the dustbin.
-        dustbin_bias: what corrects the trained specialist, for `Specialists(dustbin_bias=...)`.
+        indices: the examples, for `dataset.select`.
+        labels: their labels: a place in the classes, or the number of classes for the dustbin.
+        dustbin_bias: corrects the trained specialist, for `Specialists(dustbin_bias=...)`.
     """
 
     indices: tuple[int, ...]
@@ -86,34 +87,37 @@ class SpecialistSet:
 
 
 def specialist_set(labels: Sequence[int], classes: Sequence[int], *, seed: int = 0) -> SpecialistSet:
-    """Half examples of the special classes, half of all others drawn at random, in random order.
+    """Return a training set: half examples of the special classes, half examples of all others, in random order.
 
-    Hinton et al. 2015, section 5.2. The larger half is cut down, so that both are whole. The bias is the log of how
-    many times the special classes are oversampled: by it the dustbin's logit is raised, and the odds of the dustbin are
-    those of the data again.
+    Hinton et al. 2015, section 5.2. Both halves have the size of the smaller group. The bias is the log of the factor
+    by which the special classes are oversampled; added to the dustbin's logit, it restores the odds of the data.
 
     Args:
-        labels: of the generalist's training set, in its order; -100 is left out.
-        classes: ids, in the order that the specialist's head gets.
+        labels: the labels of the generalist's training set, in its order; -100 is left out.
+        classes: class ids, in the order of the columns of the specialist's head.
+        seed: the seed of the random choice.
 
     Raises:
-        DataError: no example of a special class, or none of another.
+        DataError: if a special class has no example, or all examples are of special classes.
 
     >>> made = specialist_set([0, 1, 2, 2, 3, 3, 3, 3], [0, 1])
-    >>> sorted(made.labels), round(made.dustbin_bias, 3)  # 6 others for 2 special ones, and both are halves now
+    >>> sorted(made.labels), round(made.dustbin_bias, 3)  # 6 others and 2 special ones: now halves
     ([0, 1, 2, 2], 1.099)
     """
-    place = {one: number for number, one in enumerate(classes)}
+    place = {label: number for number, label in enumerate(classes)}
     special = [index for index, label in enumerate(labels) if int(label) in place]
     others = [index for index, label in enumerate(labels) if int(label) not in place and int(label) >= 0]
-    lacking = [one for one in classes if one not in {int(labels[index]) for index in special}]
-    if lacking or not others:
-        what = f"of class {lacking[0]}" if lacking else f"outside of {tuple(classes)}"
-        raise DataError(f"specialist_set: there is no example {what} in {len(labels)} labels. Give other classes.")
+    present = {int(labels[index]) for index in special}
+    missing = [label for label in classes if label not in present]
+    if missing or not others:
+        which = f"of class {missing[0]}" if missing else f"outside of {tuple(classes)}"
+        raise DataError(f"specialist_set: there is no example {which} in {len(labels)} labels. Give other classes.")
     half = min(len(special), len(others))
     generator = torch.Generator().manual_seed(seed)
-    drawn = [one[i] for one in (special, others) for i in torch.randperm(len(one), generator=generator)[:half].tolist()]
-    indices = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+    chosen: list[int] = []
+    for group in (special, others):
+        chosen += [group[i] for i in torch.randperm(len(group), generator=generator)[:half].tolist()]
+    indices = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
     return SpecialistSet(
         tuple(indices),
         tuple(place.get(int(labels[index]), len(place)) for index in indices),
@@ -121,23 +125,27 @@ def specialist_set(labels: Sequence[int], classes: Sequence[int], *, seed: int =
     )
 
 
-def specialist_head(generalist: Any, classes: Sequence[int]) -> Any:
-    """A copy of the generalist, to be trained as a specialist: its head has a column for each class and a dustbin.
+def specialist_head(generalist: PreTrainedModel, classes: Sequence[int]) -> PreTrainedModel:
+    """Return a copy of the generalist to train as a specialist, whose head has a column for each class and a dustbin.
 
     "Each specialist model is initialized with the weights of the generalist" (Hinton et al. 2015, section 5.2): so are
-    the columns of its classes. The dustbin's are the mean of the others (the paper does not say). Names of labels are
-    kept, so that `Specialists` finds them.
+    the columns of its classes. The dustbin's column is the mean of the others (the paper does not specify it). Label
+    names are kept, so that `Specialists` finds them.
+
+    Args:
+        generalist: a classifier.
+        classes: some of its class ids.
 
     Raises:
-        SettingError: which layer is the head cannot be told, or classes that it does not have.
+        SettingError: if the head cannot be identified, or the generalist does not have these classes.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, num_labels=5)
     >>> specialist_head(Bert(config), [1, 4]).config.id2label
     {0: 'LABEL_1', 1: 'LABEL_4', 2: 'dustbin'}
     """
-    count = generalist.config.num_labels
-    if not all(isinstance(one, int) and 0 <= one < count for one in classes) or not 0 < len(set(classes)) < count:
+    count = generalist.config.num_labels or 0
+    if not set(classes) < set(range(count)) or not classes:
         raise SettingError(f"specialist_head: classes {classes!r}: give some, not all, of the ids 0 to {count - 1}.")
     heads = [
         name for name, part in generalist.named_modules() if isinstance(part, nn.Linear) and part.out_features == count
@@ -145,57 +153,51 @@ def specialist_head(generalist: Any, classes: Sequence[int]) -> Any:
     if len(heads) != 1:
         raise SettingError(
             f"specialist_head: {len(heads)} linear layers of {type(generalist).__name__} have {count} columns, so "
-            f"which one is the head is not known. Load the generalist with num_labels={len(classes) + 1} and "
+            f"which one is the head is not known. Load it with num_labels={len(classes) + 1} and "
             "ignore_mismatched_sizes=True, and name its labels."
         )
-    specialist = copy.deepcopy(generalist)
+    specialist: Any = copy.deepcopy(generalist)
     parent, _, name = heads[0].rpartition(".")
     old = specialist.get_submodule(heads[0])
     new = nn.Linear(old.in_features, len(classes) + 1, bias=old.bias is not None)
     new.to(device=old.weight.device, dtype=old.weight.dtype).requires_grad_(True)
+    others = [label for label in range(count) if label not in classes]
     with torch.no_grad():
         for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
-            ours.copy_(_with_dustbin(theirs, classes))
+            dustbin = in_full_precision(theirs[others]).mean(0, keepdim=True).to(theirs.dtype)
+            ours.copy_(torch.cat((theirs[list(classes)], dustbin)))
     setattr(specialist.get_submodule(parent), name, new)
     names = {index: label for label, index in label_ids(generalist.config).items()}
-    specialist.config.id2label = dict(enumerate([*(names[one] for one in classes), DUSTBIN]))
+    specialist.config.id2label = dict(enumerate([*(names[label] for label in classes), DUSTBIN]))
     specialist.config.label2id = {label: index for index, label in specialist.config.id2label.items()}
     if hasattr(specialist, "num_labels"):
         specialist.num_labels = len(classes) + 1
     return specialist
 
 
-def _with_dustbin(rows: Tensor, classes: Sequence[int]) -> Tensor:
-    others = [one for one in range(len(rows)) if one not in classes]
-    mean = in_full_precision(rows[others]).mean(0, keepdim=True).to(rows.dtype)
-    return torch.cat((rows[list(classes)], mean))
-
-
-Classes = Sequence[int | str]
-
-
 class Specialists(Teacher):
-    """A teacher whose generalist is corrected by specialists, each of a few classes and a dustbin for all others.
+    """A generalist that is corrected by specialists, each of a few classes and a dustbin for all others.
 
-    For each row those specialists are asked that know one of the generalist's most probable classes; the answer is the
-    distribution q over all classes that minimises `KL(p_g, q) + Σ KL(p_m, q)`. Hinton et al. 2015, section 5.4 (solved
-    exactly, see `functional.groups`). A specialist runs where a row of the batch asks for it.
+    Each row uses the specialists that know one of the generalist's most probable classes. The prediction is the
+    distribution q over all classes that minimises `KL(p_g, q) + Σ KL(p_m, q)` (Hinton et al. 2015, section 5.4; solved
+    exactly, see `functional.groups`). A specialist runs only if a row of the batch needs it.
 
-    It is solved at the temperature of the moment. There a dustbin is softened as the classes that it holds (in the
-    proportions of the generalist), not as one class: specialists that agree with the generalist change nothing, at any
-    temperature. At 1 this is the paper's.
+    q is solved for at the current temperature. There a dustbin is softened as the classes that it holds (in the
+    generalist's proportions), not as one class, so that specialists that agree with the generalist change nothing at
+    any temperature. At temperature 1 this is the paper's method.
 
     Args:
-        generalist: as `teacher_model` takes it. Classification of one label, a row an example or a token.
+        generalist: as for `teacher_model`: a single-label classifier of examples or tokens.
         specialists: classes → a model, a folder or a Hub id. Classes are the generalist's label names or ids. The
-            head has one column more than classes; label names say which is which (the one that is no class is the
-            dustbin), or, where they are transformers' default names, the classes' order with the dustbin last.
-        dustbin_bias: added to each dustbin's logit, in the order of `specialists`: `SpecialistSet.dustbin_bias`. None:
-            nothing, for specialists that were trained on data as it is, or are corrected already.
-        most_probable: how many of the generalist's classes ask for specialists (the paper's n, there 1).
+            specialist's head has a column for each class and one for the dustbin, identified by the label names; with
+            transformers' default names they are in the order of the classes, with the dustbin last.
+        dustbin_bias: added to each dustbin's logit, in the order of `specialists` (`SpecialistSet.dustbin_bias`). None
+            adds nothing, for specialists that were trained on the original data or are corrected already.
+        most_probable: how many of the generalist's most probable classes call specialists (the paper's n, 1 there).
 
     Raises:
-        SettingError, TeacherError: see the messages.
+        SettingError: if classes or numbers are not allowed.
+        TeacherError: if heads or labels do not match (at `bind`).
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
@@ -220,21 +222,19 @@ class Specialists(Teacher):
         if not isinstance(specialists, Mapping) or not specialists:
             raise SettingError("Specialists: give {classes: specialist, ...} with at least one, after the generalist.")
         for classes in specialists:
-            if not isinstance(classes, tuple) or not classes or len(set(classes)) != len(classes):
+            if not isinstance(classes, tuple) or not 0 < len(classes) == len(set(classes)):
                 raise SettingError(f"Specialists: classes {classes!r}: give a tuple of different label names or ids.")
-        bias = [0.0] * len(specialists) if dustbin_bias is None else [float(one) for one in dustbin_bias]
+        bias = [0.0] * len(specialists) if dustbin_bias is None else [float(value) for value in dustbin_bias]
         if len(bias) != len(specialists):
             raise SettingError(
-                f"Specialists: {len(bias)} numbers in dustbin_bias for {len(specialists)} specialists. Give one for "
-                "each, in their order."
+                f"Specialists: {len(bias)} numbers in dustbin_bias for {len(specialists)} specialists. Give one each."
             )
-        if not isinstance(most_probable, int) or most_probable < 1:
-            raise SettingError(f"Specialists: most_probable={most_probable!r}: must be a whole number, at least 1.")
+        check_whole_number("Specialists: most_probable", most_probable)
         self._given_generalist, self._given = generalist, list(specialists.items())
         self._bias, self._most_probable = bias, most_probable
-        self._accelerator: Any = None
+        self._accelerator: Accelerator | None = None
         self._members = torch.zeros(0, 0, dtype=torch.bool)  # [m v]
-        self._orders: list[Tensor] = []  # of each specialist: its columns in the order of the classes, dustbin last
+        self._orders: list[Tensor] = []  # each specialist's columns in the order of the classes, dustbin last
         self._generalist: Teacher | None = None
         self._specialists: list[ModelTeacher] = []
         self.alignment = HeadAlignment()
@@ -244,31 +244,28 @@ class Specialists(Teacher):
         return f"Specialists({classes}, most_probable={self._most_probable})"
 
     @property
-    def teachers(self) -> list[Teacher]:
-        """The generalist, then the specialists; none before `bind`."""
+    def parts(self) -> list[Teacher]:  # type: ignore[override]  # known after `bind`
+        """The generalist and the specialists; empty before `bind`."""
         return [] if self._generalist is None else [self._generalist, *self._specialists]
 
     @property
     def inputs(self) -> tuple[str, ...]:  # type: ignore[override]  # known after `bind`
-        """What any of them reads; known after `bind`."""
-        return tuple(dict.fromkeys(name for teacher in self.teachers for name in teacher.inputs))
+        """The inputs of all of them; known after `bind`."""
+        return tuple(dict.fromkeys(name for teacher in self.parts for name in teacher.inputs))
 
     def bind(self, setup: TeacherSetup) -> None:
-        """The generalist must be able to teach this student, and each specialist know its classes.
+        """Check that the generalist can teach this student and each specialist knows its classes.
 
         Raises:
-            TeacherError: another kind of head, or labels that do not match.
+            TeacherError: if a head is of another kind, or labels do not match.
         """
         task = setup.task
         if task.matched_by != "labels" or task.on_values:
-            raise TeacherError(
-                f"Specialists: a {task} head has no classes to be a specialist of. They are for classification of "
-                "one label: a sequence, an image, a sound, or each token."
-            )
+            raise TeacherError(f"Specialists: a {task} head has no classes to be a specialist of. Use a classifier.")
         if self._generalist is None:
             self._specialists = [_as_model_teacher(model, str(task), classes) for classes, model in self._given]
             self._generalist = as_teacher(self._given_generalist, str(task))
-        for specialist in self._specialists:  # before the generalist: what the task learns of configs is of the last
+        for specialist in self._specialists:  # first, so that the task learns its label names from the generalist
             check_same_head(unwrapped(specialist.model), task)
             specialist.bind(replace(setup, compares_predictions=False))
         self._generalist.bind(setup)
@@ -278,30 +275,17 @@ class Specialists(Teacher):
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         assert self._generalist is not None  # `bind` comes first
-        logits = self._ask(self._generalist, task, batch, needs.temperature)  # [... v]
+        logits = self._run(self._generalist, task, batch, needs.temperature)  # [... v]
         if logits.shape[-1] != self._members.shape[1]:
-            raise TeacherError(
-                f"Specialists: rows of {logits.shape[-1]} columns for {self._members.shape[1]} labels: several labels "
-                "an example, where each is a yes or no of its own, have no confusable classes. Use one label."
-            )
+            counts = f"rows of {logits.shape[-1]} columns for {self._members.shape[1]} labels"
+            raise TeacherError(f"Specialists: {counts}. Multi-label heads have no confusable classes; use one label.")
         rows = logits.reshape(-1, logits.shape[-1])
-        log_q = self._agreed(rows, task, batch, needs.temperature)
+        log_q = self._correct(rows, task, batch, needs.temperature)
         return Signals(logits=(needs.temperature * log_q).view(logits.shape), alignment=self.alignment)
 
     def to(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        for teacher in self.teachers:
-            teacher.to(accelerator)
-
-    def on_step(self, student: nn.Module) -> None:
-        for teacher in self.teachers:
-            teacher.on_step(student)
-
-    def models(self) -> list[nn.Module]:
-        return [model for teacher in self.teachers for model in teacher.models()]
-
-    def members(self) -> list[Teacher]:
-        return [member for teacher in self.teachers for member in teacher.members()]
+        super().to(accelerator)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self._generalist is None else self._generalist.state_dict()
@@ -310,104 +294,103 @@ class Specialists(Teacher):
         assert self._generalist is not None  # `bind` comes first
         self._generalist.load_state_dict(state)
 
-    @property
-    def changes_in_training(self) -> bool:
-        return self._generalist is not None and self._generalist.changes_in_training
-
-    def _ask(self, teacher: Teacher, task: Task, batch: Batch, temperature: float) -> Tensor:
+    def _run(self, teacher: Teacher, task: Task, batch: Batch, temperature: float) -> Tensor:
         needs = Needs(logits=True, temperature=temperature)
         return in_full_precision(teacher(task, batch, needs).predictions())
 
-    def _agreed(self, logits: Tensor, task: Task, batch: Batch, temperature: float) -> Tensor:
-        """`[n v]`: the log of the agreed distribution."""
+    def _correct(self, logits: Tensor, task: Task, batch: Batch, temperature: float) -> Tensor:
+        """Return the log of the corrected distribution.
+
+        Args:
+            logits: `[n v]`, the generalist's.
+            task: the student's task.
+            batch: the batch.
+            temperature: softens all distributions.
+        """
         members = self._members = self._members.to(logits.device)
-        log_told = (logits / temperature).log_softmax(-1)
+        log_sum = (logits / temperature).log_softmax(-1)  # [n v] log of the sum of all models' probabilities
         probable = logits.topk(min(self._most_probable, logits.shape[-1])).indices  # [n k]
-        asked = members.T[probable].any(1)  # [n m]
-        log_rest = torch.full(asked.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
+        needed = members.T[probable].any(1)  # [n m]
+        log_rest = torch.full(needed.shape, -torch.inf, dtype=logits.dtype, device=logits.device)
+        # Under sharding every process must run every model.
+        sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        runs_all = self._accelerator is not None and self._accelerator.distributed_type in sharded
         for number, specialist in enumerate(self._specialists):
-            if not self._is_sharded() and not bool(asked[:, number].any()):
+            if not runs_all and not bool(needed[:, number].any()):
                 continue
             special = members[number]
-            said = self._ask(specialist, task, batch, temperature)
-            said = said.reshape(-1, said.shape[-1])[:, self._orders[number].to(said.device)]  # [n k+1]
-            dustbin = (said[:, -1:] + self._bias[number]) / temperature + _spread(logits[:, ~special], temperature)
-            log_p = torch.cat((said[:, :-1] / temperature, dustbin), -1).log_softmax(-1).to(logits.dtype)
-            log_p = log_p.masked_fill(~asked[:, number, None], -torch.inf)
-            log_told[:, special] = torch.logaddexp(log_told[:, special], log_p[:, :-1])
+            own = self._run(specialist, task, batch, temperature)
+            own = own.reshape(-1, own.shape[-1])[:, self._orders[number].to(own.device)]  # [n k+1]
+            dustbin = (own[:, -1:] + self._bias[number]) / temperature + _spread(logits[:, ~special], temperature)
+            log_p = torch.cat((own[:, :-1] / temperature, dustbin), -1).log_softmax(-1).to(logits.dtype)
+            log_p = log_p.masked_fill(~needed[:, number, None], -torch.inf)
+            log_sum[:, special] = torch.logaddexp(log_sum[:, special], log_p[:, :-1])
             log_rest[:, number] = log_p[:, -1]
-        return fit_class_distribution(log_told, log_rest, members)
+        return fit_class_distribution(log_sum, log_rest, members)
 
-    def _is_sharded(self) -> bool:
-        """Then every process must run every model, whatever its rows ask for."""
-        kind = getattr(self._accelerator, "distributed_type", None)
-        return kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-
-    def _pair_columns(self, student: Any) -> None:
-        assert self._generalist is not None
-        config = getattr(unwrapped(student), "config", None)
+    def _pair_columns(self, student: nn.Module) -> None:
+        """Find the columns of each specialist among the compared columns."""
+        assert self._generalist is not None  # `bind` comes first
+        config = config_of(student)
         if config is None:
             raise TeacherError("Specialists: the student has no config, so its labels have no names. Give it one.")
-        order = self._generalist.alignment.teacher
-        order = order if isinstance(order, tuple) else tuple(range(config.num_labels))  # the generalist's ids in place
-        named = getattr(unwrapped(getattr(self._generalist, "model", student)), "config", config)
+        order = self._generalist.alignment.teacher  # the generalist's ids, in the order of the compared columns
+        order = order if isinstance(order, tuple) else tuple(range(config.num_labels or 0))
+        generalist = self._generalist
+        named = config_of(generalist.model) if isinstance(generalist, ModelTeacher) else None
+        ids = label_ids(named or config)  # without a model the student's names
+        names = {index: name for name, index in ids.items()}
         members, orders = [], []
         for (classes, _), specialist in zip(self._given, self._specialists, strict=True):
-            ids = [_id_of(one, classes, label_ids(named), len(order)) for one in classes]
-            if len(ids) >= len(order):
+            special = [_class_id(label, classes, ids, len(order)) for label in classes]
+            if len(special) >= len(order):
                 raise TeacherError(f"Specialists: {classes!r} are all classes, so there is no rest for a dustbin.")
-            special = torch.tensor([index in ids for index in order])
-            names = {index: name for name, index in label_ids(named).items()}
-            own = _own_columns(specialist, [names[index] for index in ids], classes)
-            in_place = [own[ids.index(index)] for index in order if index in ids]
-            members.append(special)
-            orders.append(torch.tensor([*in_place, own[-1]]))
+            own = _specialist_columns(config_of(specialist.model), [names[index] for index in special], classes)
+            members.append(torch.tensor([index in special for index in order]))
+            orders.append(torch.tensor([*(own[special.index(index)] for index in order if index in special), own[-1]]))
         self._members, self._orders = torch.stack(members), orders
 
 
 def _spread(rest: Tensor, temperature: float) -> Tensor:
-    """`[n 1]` the log of how much more a dustbin weighs when it is softened as its classes; 0 at temperature 1."""
+    """Return the log of the weight that a dustbin gains if it is softened as its classes: 0 at temperature 1.
+
+    Args:
+        rest: `[n w]`, the generalist's logits of the classes in the dustbin.
+        temperature: the temperature.
+    """
     if temperature == 1:
         return rest.new_zeros(len(rest), 1)
     return (rest.log_softmax(-1) / temperature).logsumexp(-1, keepdim=True)
 
 
-def _as_model_teacher(model: Any, kind: str, classes: Classes) -> ModelTeacher:
+def _as_model_teacher(model: nn.Module | str, kind: str, classes: Classes) -> ModelTeacher:
     teacher = as_teacher(model, kind)
     if not isinstance(teacher, ModelTeacher):
-        raise TeacherError(
-            f"Specialists: the specialist of {classes!r} is a {type(teacher).__name__}. Give a model, a folder or a "
-            "Hub id; a specialist's head has columns of its own."
-        )
+        name = type(teacher).__name__
+        raise TeacherError(f"Specialists: the specialist of {classes!r} is a {name}. Give a model or its folder.")
     return teacher
 
 
-def _id_of(one: int | str, classes: Classes, ids: Mapping[str, int], count: int) -> int:
-    found = ids.get(one) if isinstance(one, str) else one
-    if not isinstance(found, int) or not 0 <= found < count:
-        raise TeacherError(
-            f"Specialists: {one!r} in {classes!r} is no label of the generalist. It has ids 0 to {count - 1}: "
-            f"{', '.join(sorted(ids, key=lambda name: ids[name])[:8])}{', …' if len(ids) > 8 else ''}."
-        )
+def _class_id(label: int | str, classes: Classes, ids: Mapping[str, int], count: int) -> int:
+    found = ids.get(label, -1) if isinstance(label, str) else label
+    if found not in range(count):
+        known = ", ".join(sorted(ids, key=lambda name: ids[name])[:8]) + (", …" if len(ids) > 8 else "")
+        where = f"the generalist. It has ids 0 to {count - 1}: {known}"
+        raise TeacherError(f"Specialists: {label!r} in {classes!r} is no label of {where}.")
     return found
 
 
-def _own_columns(specialist: ModelTeacher, names: list[str], classes: Classes) -> list[int]:
-    """The specialist's columns of these classes, then that of its dustbin."""
-    config = getattr(unwrapped(specialist.model), "config", None)
+def _specialist_columns(config: PreTrainedConfig | None, names: list[str], classes: Classes) -> list[int]:
+    """Return a specialist's columns of these classes, and last that of its dustbin."""
     width = None if config is None else config.num_labels
-    if width != len(names) + 1:
-        raise TeacherError(
-            f"Specialists: the specialist of {classes!r} has {width} labels; it must have {len(names) + 1}: one for "
-            "each class, and the dustbin. `specialist_head` makes such a head."
-        )
+    if config is None or width != len(names) + 1:
+        counts = f"{width} labels; it must have {len(names) + 1}"
+        raise TeacherError(f"Specialists: the specialist of {classes!r} has {counts}. Make it with `specialist_head`.")
     ids = label_ids(config)
-    if ids == {f"LABEL_{index}": index for index in range(len(ids))}:  # numbers of columns, not names of classes
+    if has_default_names(ids):
         return list(range(len(ids)))
     if set(names) < set(ids):
         (dustbin,) = set(ids) - set(names)
         return [*(ids[name] for name in names), ids[dustbin]]
-    raise TeacherError(
-        f"Specialists: the specialist of {classes!r} has labels {sorted(ids)}; expected {names} and a dustbin. Set its "
-        "config.label2id and id2label to the generalist's names."
-    )
+    labels = f"{sorted(ids)}; expected {names} and a dustbin"
+    raise TeacherError(f"Specialists: the specialist of {classes!r} has labels {labels}. Set its label2id.")

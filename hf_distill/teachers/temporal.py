@@ -1,4 +1,4 @@
-"""What the student has said of each example so far, averaged over the epochs, as its teacher: temporal ensembling."""
+"""Temporal ensembling: the student's past predictions for each example, averaged over epochs, as its teacher."""
 
 from __future__ import annotations
 
@@ -16,40 +16,38 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
-from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
+from hf_distill.tasks.infer import forward_names, main_input_of
+from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup, check_below_one
 from hf_distill.teachers.cache.keys import content_keys, key_columns
 
 if TYPE_CHECKING:
     from hf_distill.objectives import Objective
 
 _LABELS = ("labels", "start_positions", "end_positions")
-Heard = tuple[list[bytes], list[Tensor]]  # the keys of examples, and the probabilities `[m v]` of the rows of each
 
 
 class TemporalEnsemble(Teacher):
-    """The mean of what the student said of an example in earlier epochs, later ones weighing more.
+    """The mean of the student's predictions for an example in earlier epochs, with more weight on later ones.
 
-    Laine and Aila 2017 (section 2.2): of each example Z ← momentum · Z + (1 - momentum) · z with z the student's own
-    predictions in training (dropout and augmentation included), and the target is Z / (1 - momentum^t) after t of them.
-    No second forward, and no model beside the student.
+    Laine and Aila 2017 (section 2.2): for each example Z ← momentum · Z + (1 - momentum) · z, where z are the student's
+    predictions in training (with dropout and augmentation), and the target is Z / (1 - momentum^t) after t updates.
+    There is no second forward and no second model.
 
-    An example that was not seen yet has no target: of its rows nothing is listed, all columns together have probability
-    1, and the divergence is exactly 0. So the first epoch learns from labels alone. The paper ramps the weight of this
-    term up over many epochs: `alpha_schedule="linear"` from 0. Examples without a label take part.
+    An example that was not seen yet has no target: its rows are sparse rows without columns, for which the divergence
+    is exactly 0. So the first epoch learns from labels only. The paper increases the weight of this term over many
+    epochs: `alpha_schedule="linear"` from 0. Unlabelled examples take part.
 
-    Where this differs: the paper compares probabilities by their squared difference; here a divergence of distributions
-    does (any of the KL family, or total variation), at one temperature throughout. An example is known by the content
-    that the student is shown (of an augmentation with `student_only=True`, by the clean one), or by `key`; one that is
-    there twice is remembered as one and counts twice.
+    The paper compares probabilities by their squared difference; here any divergence of the KL family or total
+    variation does, at a constant temperature. An example is identified by the student's inputs (with an augmentation
+    with `student_only=True`, by the clean inputs), or by `key`. Duplicates share one memory and count twice.
 
     Args:
         momentum: in [0, 1); 0.6 in the paper.
-        key: a column of whole numbers, one an example, that says which example this is, for inputs that are never the
-            same twice; None: by content.
+        key: a column of whole numbers that identifies the example, for inputs that differ each time; None identifies
+            examples by their inputs.
 
     Raises:
-        SettingError: a momentum that cannot be; a head that is not for classes; a temperature that moves.
+        SettingError: if momentum is out of range, the head has no classes, or the temperature changes.
 
     >>> from transformers import BertConfig, BertForSequenceClassification as Bert
     >>> from hf_distill import Distiller
@@ -65,8 +63,7 @@ class TemporalEnsemble(Teacher):
     paper = "laine2017temporal"
 
     def __init__(self, *, momentum: float = 0.6, key: str | None = None) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise SettingError(f"TemporalEnsemble: momentum={momentum!r}: must lie in [0, 1).")
+        check_below_one("TemporalEnsemble: momentum", momentum)
         self.momentum = float(momentum)
         self.key = key
         self.inputs: tuple[str, ...] = () if key is None else (key,)
@@ -81,56 +78,49 @@ class TemporalEnsemble(Teacher):
 
     @property
     def examples(self) -> int:
-        """How many it remembers."""
+        """The number of remembered examples."""
         return len(self._memory)
 
     def bind(self, setup: TeacherSetup) -> None:
-        """Start anew: nothing is remembered of another student."""
+        """Forget all examples: the predictions of another student do not count."""
         student, task = setup.student, setup.task
         if not task.has_classes:
-            raise SettingError(
-                "TemporalEnsemble remembers predictions of classification, multiple_choice and token_classification; "
-                f"this student's head is for {task}, whose predictions are no classes or too many to keep. Use "
-                "MovingAverage."
-            )
+            raise SettingError(f"TemporalEnsemble needs a head for classes, not for {task}. Use MovingAverage.")
         if not setup.compares_predictions:
-            raise SettingError(
-                "TemporalEnsemble: nothing compares predictions, which is all that it knows. Give alpha."
-            )
+            raise SettingError("TemporalEnsemble: nothing compares predictions. Give alpha.")
         if self.key is None:
             self.inputs = tuple(name for name in forward_names(student) if name not in _LABELS)
-        self._main = getattr(unwrapped(student), "main_input_name", "input_ids")
+        self._main = main_input_of(student)
         self._temperature, self._memory = None, {}
 
     def describe(self) -> str:
-        return f"what the student itself said of each example in earlier epochs (momentum {self.momentum:g})"
+        return f"the student's own predictions for each example in earlier epochs (momentum {self.momentum:g})"
 
     def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
         if needs.activations:
-            raise SettingError("TemporalEnsemble remembers predictions alone. Leave the objectives on the inside out.")
+            raise SettingError("TemporalEnsemble remembers predictions only. Leave out objectives on activations.")
 
     def to(self, accelerator: Accelerator) -> None:
         self._processes = accelerator.num_processes
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
-        keep = _kept(task, batch)
+        keep = _rows_that_count(task, batch)
         b, r = keep.shape
         known = [self._memory.get(key) for key in self._keys(batch, keep)]
         if not torch.is_grad_enabled() and None in known:
-            raise DataError(
-                f"TemporalEnsemble: {known.count(None)} of {b} examples were never trained on, so it knows nothing of "
-                "them. It cannot be asked in an evaluation: leave evaluate_with_teacher out."
-            )
+            unknown = f"{known.count(None)} of {b} examples were never trained on"
+            raise DataError(f"TemporalEnsemble: {unknown}. In evaluations leave out evaluate_with_teacher.")
         like = next((z for z, _ in filter(None, known)), torch.zeros(0, 1))
         v = like.shape[-1]
         log_p = torch.full((b, r, v), -torch.inf, dtype=like.dtype)
-        for row, mask, one in zip(log_p, keep, known, strict=True):
-            if one is not None:
-                row[mask] = (one[0] / (1 - self.momentum ** one[1])).log()
-        listed = keep & torch.tensor([one is not None for one in known])[:, None]
-        ids = torch.where(listed[..., None], torch.arange(v), -1)
-        tail = torch.zeros(b, r, dtype=like.dtype).masked_fill(listed, -torch.inf)
-        # A head with one row an example has no axis for it; a task that has one flattens it.
+        for row, mask, memory in zip(log_p, keep, known, strict=True):
+            if memory is not None:
+                z, times = memory
+                row[mask] = (z / (1 - self.momentum**times)).log()
+        has_target = keep & torch.tensor([memory is not None for memory in known])[:, None]
+        ids = torch.where(has_target[..., None], torch.arange(v), -1)
+        tail = torch.zeros(b, r, dtype=like.dtype).masked_fill(has_target, -torch.inf)
+        # A head with one row an example has no axis of rows; `select` of other tasks flattens that axis.
         one_row = task.select(log_p[..., :1], batch).dim() == 3
         ids, log_p, tail = (x[:, 0] if one_row else x for x in (ids, log_p, tail))
         device = first_tensor(batch).device
@@ -142,42 +132,43 @@ class TemporalEnsemble(Teacher):
         """Remember the student's predictions.
 
         Raises:
-            SettingError: the temperature has moved.
+            SettingError: if the temperature has changed.
         """
         if self._temperature not in (None, batch.temperature):
+            new, old = batch.temperature, self._temperature
             raise SettingError(
-                f"temperature={batch.temperature:g}: what TemporalEnsemble remembers was softened with "
-                f"{self._temperature:g}. Keep the temperature constant."
+                f"temperature={new:g}: TemporalEnsemble's targets were softened with {old:g}. Keep it constant."
             )
         self._temperature = batch.temperature
         task, inputs = batch.task, batch.batch
-        keep = _kept(task, inputs)
+        keep = _rows_that_count(task, inputs)
         rows = task.select(in_full_precision(batch.student.predictions()), inputs)
-        said = (rows / batch.temperature).softmax(-1).cpu().unflatten(0, keep.shape)
-        heard: Heard = self._keys(inputs, keep), [of_one[mask] for of_one, mask in zip(said, keep, strict=True)]
-        for keys, examples in [heard] if self._processes == 1 else gather_object([heard]):
-            for key, z in zip(keys, examples, strict=True):
+        p = (rows / batch.temperature).softmax(-1).cpu().unflatten(0, keep.shape)
+        # The key of each example and the probabilities `[m v]` of its rows, from every process.
+        pairs = list(zip(self._keys(inputs, keep), (p[i, keep[i]] for i in range(len(keep))), strict=True))
+        for gathered in [pairs] if self._processes == 1 else gather_object([pairs]):
+            for key, z in gathered:
                 before, times = self._memory.get(key, (torch.zeros_like(z), 0))
                 self._memory[key] = before.lerp(z, 1 - self.momentum), times + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Keys, how often each was heard, how many rows it has, and all rows."""
+        """Return each example's key, number of updates and number of rows, and the rows of all examples."""
         z, times = [z for z, _ in self._memory.values()], [times for _, times in self._memory.values()]
         keys = torch.tensor([list(key) for key in self._memory], dtype=torch.uint8)
         return {
             "keys": keys,
             "times": torch.tensor(times, dtype=torch.int64),
-            "lengths": torch.tensor([len(one) for one in z], dtype=torch.int64),
+            "lengths": torch.tensor([len(rows) for rows in z], dtype=torch.int64),
             "rows": torch.cat(z) if z else torch.zeros(0, 1),
             "temperature": torch.tensor(self._temperature or 0.0, dtype=torch.float64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises SettingError: of another kind of teacher."""
+        """Continue from a checkpoint; raise SettingError if it belongs to another kind of teacher."""
         if set(state) != set(self.state_dict()):
+            names = ", ".join(sorted(state)[:3])
             raise SettingError(
-                f"the checkpoint's teacher ({', '.join(sorted(state)[:3])}, ...) is no TemporalEnsemble. Resume with "
-                "the teacher of that run."
+                f"the checkpoint's teacher ({names}, ...) is no TemporalEnsemble. Resume with that teacher."
             )
         keys = [bytes(key.tolist()) for key in state["keys"]]
         rows = state["rows"].split(state["lengths"].tolist()) if keys else ()
@@ -185,27 +176,23 @@ class TemporalEnsemble(Teacher):
         self._temperature = float(state["temperature"]) or None
 
     def _keys(self, batch: Batch, keep: Tensor) -> list[bytes]:
-        """Of each example, with how many rows count: where that differs, it is another example."""
+        """Return the key of each example: its identity and the number of its rows that count."""
         if self.key is None:
             columns = key_columns(batch, main=self._main, inputs=self.inputs, decodes=False)
             found = content_keys(batch, columns, main=self._main)
         elif isinstance(batch.get(self.key), Tensor):
             found = batch[self.key].detach().cpu().numpy().astype(np.int64)
         else:
-            raise DataError(
-                f"TemporalEnsemble(key={self.key!r}): the batch has no such column, only {sorted(batch)}. Give the "
-                "dataset a column of whole numbers of that name, and keep it in the collator."
-            )
+            problem = f"the batch has no such column, only {sorted(batch)}"
+            raise DataError(f"TemporalEnsemble(key={self.key!r}): {problem}. Keep this column in dataset and collator.")
         if len(found) != batch_size(batch) or len(found) != len(keep):
-            raise DataError(
-                f"TemporalEnsemble: {len(found)} keys for {len(keep)} examples: give one whole number each."
-            )
+            raise DataError(f"TemporalEnsemble: {len(found)} keys for {len(keep)} examples. Give one for each.")
         counts = keep.sum(-1).numpy().astype(np.int64)
         return [row.tobytes() + count.tobytes() for row, count in zip(found, counts, strict=True)]
 
 
-def _kept(task: Task, batch: Batch) -> Tensor:
-    """`[b r]` on the CPU: which of the r rows of each example count."""
+def _rows_that_count(task: Task, batch: Batch) -> Tensor:
+    """Return which of the r rows of each example count, `[b r]` on the CPU."""
     b = batch_size(batch)
     keep = task.keep(batch)
     if keep is None:

@@ -55,9 +55,7 @@ def test_the_mean_of_logits_is_the_geometric_mean(name: str) -> None:
 def test_values_are_averaged_as_they_are(name: str) -> None:
     together, alone, _ = said(name, teachers_of(name), weights=[1, 1, 2])
     torch.testing.assert_close(together, (alone[0] + alone[1] + 2 * alone[2]) / 4, rtol=1e-12, atol=1e-12)
-    with pytest.raises(
-        SettingError, match="weights='best' are found from probabilities, and this task predicts values"
-    ):
+    with pytest.raises(SettingError, match="weights='best' need probabilities; this task predicts values"):
         said(name, teachers_of(name), weights="best")
 
 
@@ -144,7 +142,9 @@ def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
     ensemble = Ensemble([bert(), bert()], mean="logits", weights="best")
     logits = [torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])]
     batch = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([0])}
-    assert ensemble._averaged(logits, m.task_of("bert_single_label"), batch, 1.0).tolist() == [[3.0, 0.0, 1.0]]
+    assert ensemble._average(torch.stack(logits), m.task_of("bert_single_label"), batch, 1.0).tolist() == [
+        [3.0, 0.0, 1.0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> Non
     ensemble, student = Ensemble([bert(seed=1), bert(seed=2)]), bert()
     with pytest.raises(TeacherError, match="HiddenMatch needs the activations of the teacher"):
         Distiller(student, ensemble, objectives=HiddenMatch())
-    with pytest.raises(SettingError, match="an Ensemble shows nothing of its teachers' inside"):
+    with pytest.raises(SettingError, match="an Ensemble has no activations"):
         ensemble.check(Needs(activations=frozenset({ActivationKey("hidden", 0)})))
     asked: list[Needs] = []
     ensemble.teachers[1].check = asked.append

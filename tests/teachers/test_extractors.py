@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_distill.teachers.fingerprints import describe_processor
 from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.heads import FRAMES, HEADS, MEL
 from tests.teachers.reading import heard_by
@@ -78,3 +79,9 @@ def test_a_whisper_student_of_a_whisper_that_hears_otherwise(tmp_path, wrapped: 
 def test_a_whisper_teacher_of_a_text_student_is_another_kind_of_head(tmp_path) -> None:
     with pytest.raises(ValueError, match="WhisperForConditionalGeneration"):
         make(tmp_path, bert(), HEADS["whisper_seq2seq"].make(1), teacher_processing_class=whisper())
+
+
+def test_another_extractor_has_another_fingerprint() -> None:
+    """Also one that is not in a processor; its settings were left out of the fingerprint."""
+    one, other = (describe_processor(hf.WhisperFeatureExtractor(feature_size=bins)) for bins in (8, 12))
+    assert one is not None and other is not None and one["extractor"] != other["extractor"]

@@ -91,7 +91,7 @@ def test_inputs_of_another_shape(case: str) -> None:
     student, teacher, batch, words = CASES[case]
     with pytest.raises(TeacherError, match=r"^the teacher's forward failed") as raised:
         Distiller(student(), teacher(), alpha=1.0).teacher_signals(_prepared(student(), batch))
-    for word in [*words, "It said: "]:
+    for word in [*words, "The error: "]:
         assert word in str(raised.value), (word, str(raised.value))
     assert raised.value.__cause__ is not None
 

@@ -238,7 +238,7 @@ def test_a_folder_with_a_peft_adapter(tmp_path) -> None:
                 parameter.add_(0.5 if "lora_B" in name else 0.1)
     path = tmp_path / "adapter"
     model.save_pretrained(path)
-    with pytest.raises(TeacherError, match=r"holds a PEFT adapter.*pass the model, or merge it first"):
+    with pytest.raises(TeacherError, match=r"holds a PEFT adapter.*Pass the model, or merge it first"):
         load_teacher(path, "classification")
     merged = tmp_path / "merged"
     model.merge_and_unload().save_pretrained(merged)

@@ -96,7 +96,7 @@ def test_ready_columns_by_number(tmp_path) -> None:
 
 def test_what_is_refused(tmp_path) -> None:
     two = [bert(seed=1), of_another_tokenizer()]
-    with pytest.raises(SettingError, match=r"is a list of 1 for 2 teachers. Give one for each, None for a teacher"):
+    with pytest.raises(SettingError, match=r"is a list of 1 for 2 teachers"):
         make(tmp_path, bert(), Ensemble(two), teacher_processing_class=[tokenizer()], train_dataset=rows())
     with pytest.raises(SettingError, match=r"is a list of 2, which is for an Ensemble"):
         make(tmp_path, bert(), bert(seed=1), teacher_processing_class=[tokenizer(), None], train_dataset=rows())

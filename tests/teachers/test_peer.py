@@ -148,7 +148,7 @@ def test_of_several_peers_each_learns(tmp_path) -> None:
     ("settings", "message"),
     [
         ({"learning_rate": -1.0}, r"learning_rate=-1\.0: must be at least 0"),
-        ({"learning_rate": "fast"}, "learning_rate='fast'. Give a number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': must be a number"),
         ({"model": "folder"}, "model is a str. Load it"),
     ],
 )

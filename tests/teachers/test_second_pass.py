@@ -115,9 +115,7 @@ def test_trained_and_resumed_bit_for_bit(tmp_path) -> None:
 
 
 def test_a_student_that_draws_nothing_is_refused() -> None:
-    with pytest.raises(
-        SettingError, match=r"nothing in the student \(BertForSequenceClassification\) is drawn at random"
-    ):
+    with pytest.raises(SettingError, match=r"nothing in the student \(BertForSequenceClassification\) is random"):
         Distiller(bert(), RDropTeacher())
     heard = HEADS["wav2vec2_ctc_mean"]
     for settings in (

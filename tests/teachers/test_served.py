@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_distill import TeacherError
 from hf_distill.errors import DataError
 from hf_distill.signals import Signals
-from hf_distill.teachers.served.rows import LEAST_TAIL, listed_rows
+from hf_distill.teachers.served.rows import LEAST_TAIL, top_rows
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
 from tests.teachers.asking import NAME, SECRET, WORDS, batch_of, distiller_of, served
@@ -150,17 +150,17 @@ def test_tokens_that_the_student_does_not_have_are_left_out(server: CompletionsS
 
 def test_a_row_by_hand() -> None:
     """Tokens 0 and 7 are listed with 1/2 and 1/4; the student lacks 7, so of the 3/4 that is left 2/3 are token 0's."""
-    found = listed_rows([{0: math.log(0.5), 7: math.log(0.25)}, {1: 0.0, 0: -9999.0}], np.arange(4))
+    found = top_rows([{0: math.log(0.5), 7: math.log(0.25)}, {1: 0.0, 0: -9999.0}], np.arange(4))
     assert found.ids.tolist() == [[0, -1], [1, 0]]
     assert found.log_probabilities[0].exp().tolist() == pytest.approx([2 / 3, 0])
     assert found.log_tail[0].exp().item() == pytest.approx(1 / 3)
     assert found.log_probabilities[1, 1] == -torch.inf  # vLLM's way to write it
     assert found.log_tail[1].exp().item() == pytest.approx(LEAST_TAIL, rel=1e-4)  # rounding hides a smaller one
     with pytest.raises(TeacherError, match=r"100\.00% of the probability at one position to tokens that the student"):
-        listed_rows([{7: 0.0, 0: -20.0, 1: -20.0, 2: -20.0, 3: -20.0}], np.arange(4))
+        top_rows([{7: 0.0, 0: -20.0, 1: -20.0, 2: -20.0, 3: -20.0}], np.arange(4))
     for wrong in ({0: 2.5, 1: 1.0}, {0: -0.1, 1: -0.2}, {0: math.nan}):
         with pytest.raises(TeacherError, match="no numbers, or of which a row sums to more than 1"):
-            listed_rows([wrong], np.arange(4))
+            top_rows([wrong], np.arange(4))
 
 
 def test_order_size_and_concurrency_of_requests(server: CompletionsServer) -> None:

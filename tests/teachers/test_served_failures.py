@@ -41,7 +41,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_temperature_needs_the_whole_distribution(server: CompletionsServer) -> None:
     with pytest.raises(
-        SettingError, match=r"temperature=2: .* 6 likeliest tokens at temperature 1 .* Pass temperature=1"
+        SettingError, match=r"temperature=2: .* 6 most likely tokens at temperature 1 .* Pass temperature=1"
     ):
         distiller_of(served(server), temperature=2.0)
     for name in ("dist", "mean_squared_error", "hard"):  # also with all of them: it gives no logits
@@ -52,7 +52,7 @@ def test_temperature_needs_the_whole_distribution(server: CompletionsServer) -> 
 
 
 def test_other_tasks_inputs_and_packed_texts(server: CompletionsServer) -> None:
-    with pytest.raises(TeacherError, match="scores text from left to right, and the student is trained for masked_lm"):
+    with pytest.raises(TeacherError, match="scores text from left to right; the student is trained for masked_lm"):
         Distiller(m.student_of("bert_masked_lm"), served(server), temperature=1.0)
     distiller, batch = distiller_of(served(server)), batch_of()
     holes = batch["attention_mask"].clone()
@@ -103,8 +103,8 @@ def lists_fewer_tokens(reply: Any) -> Any:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (scores_other_tokens, r"token 1 of a prompt was \d+, which it does not tell of"),
-        (tells_fewer_positions, r"it tells \d+ of \d+ positions of a prompt"),
+        (scores_other_tokens, r"token 1 of a prompt was \d+, which it does not score"),
+        (tells_fewer_positions, r"it returned \d+ of \d+ positions of a prompt"),
         (answers_fewer_prompts, "it answered 5 of 6 prompts"),
         (lambda reply: {"choices": [{"index": i} for i in range(6)]}, "it ignores prompt_logprobs"),
         (lambda reply: ["something", "else"], "an answer of another form"),

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hf_distill import Distiller, SettingError, TeacherError
 from hf_distill.functional.groups import fit_class_distribution
+from hf_distill.teachers.peer import Peer
 from hf_distill.teachers.specialists import Specialists, specialist_head
 from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.teachers.specialized import FOUR, asked, named, specialist, told_by
-from tests.trainer.tiny import assert_same_bits, bert, make, weights
+from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
 
 SETS = {
     "one": [[0, 1, 2]],
@@ -247,7 +248,7 @@ def test_trained_with_and_the_models_stay_as_they_were(tmp_path) -> None:
         ({(0, 0): None}, {}, "classes (0, 0): give a tuple of different"),
         ({(): None}, {}, "classes (): give a tuple"),
         ({(0, 1): None}, {"dustbin_bias": [1.0, 2.0]}, "2 numbers in dustbin_bias for 1 specialists"),
-        ({(0, 1): None}, {"most_probable": 0}, "most_probable=0: must be a whole number, at least 1"),
+        ({(0, 1): None}, {"most_probable": 0}, "most_probable=0: must be a whole number of at least 1"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be(specialists: Any, settings: Any, message: str) -> None:
@@ -280,5 +281,15 @@ def test_heads_without_classes_have_no_specialists() -> None:
     several = HEADS["bert_multi_label"]
     own = specialist_head(several.make(4), [0, 1])
     distiller = Distiller(several.make(1), Specialists(several.make(3), {(0, 1): own}))
-    with pytest.raises(TeacherError, match="several labels an example, where each is a yes or no of its own"):
+    with pytest.raises(TeacherError, match="Multi-label heads have no confusable classes"):
         distiller(several.make(1), several.collate(several.examples(), None))
+
+
+def test_a_generalist_that_learns_from_batches_gets_them() -> None:
+    """A peer as generalist was never trained."""
+    student, peer = bert(**FOUR), Peer(bert(seed=1, **FOUR), learning_rate=0.1)
+    distiller = Distiller(student, Specialists(peer, {(0, 1): specialist_head(bert(seed=2, **FOUR), [0, 1])}))
+    before = weights(peer.model)
+    distiller(student, padded(examples(4))).loss.backward()
+    distiller.end_step(student)
+    assert_moved(weights(peer.model), before)

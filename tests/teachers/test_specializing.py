@@ -68,7 +68,7 @@ def test_what_cannot_be_made(monkeypatch) -> None:
     with pytest.raises(DataError, match=r"there is no example outside of \(0, 1\)"):
         specialist_set([0, 1, -100], [0, 1])
     for wrong in (torch.zeros(3), torch.full((4, 3), torch.nan), torch.zeros(1, 3)):
-        with pytest.raises(DataError, match=r"give logits \[n v\] of at least two examples, all finite"):
+        with pytest.raises(DataError, match=r"give finite logits \[n v\] of at least two examples"):
             confusable_classes(wrong, clusters=2)
     with pytest.raises(SettingError, match="clusters=3 of 3 classes"):
         confusable_classes(torch.zeros(4, 3), clusters=3)

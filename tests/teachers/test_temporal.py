@@ -108,7 +108,7 @@ def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() 
     resumed = TemporalEnsemble()
     other = Distiller(student, resumed, alpha=0.0, temperature=3.0)
     resumed.load_state_dict(distiller.teacher.state_dict())
-    with pytest.raises(SettingError, match=r"temperature=3: what TemporalEnsemble remembers was softened with 2"):
+    with pytest.raises(SettingError, match=r"temperature=3: TemporalEnsemble's targets were softened with 2"):
         other(student, batch)
     with pytest.raises(SettingError, match=r"the checkpoint's teacher \(passes, \.\.\.\) is no TemporalEnsemble"):
         resumed.load_state_dict({"passes": torch.tensor(1)})
@@ -168,13 +168,13 @@ def test_a_momentum_that_cannot_be(momentum: Any) -> None:
 
 def test_what_cannot_be_asked() -> None:
     llama = HEADS["llama_causal_lm"].make(seed=0)
-    with pytest.raises(SettingError, match="this student's head is for causal_lm, whose predictions are no classes"):
+    with pytest.raises(SettingError, match="needs a head for classes, not for causal_lm"):
         Distiller(llama, TemporalEnsemble())
     student, batch = bert(dropout=0.1), padded(examples(4))
     moving = {"temperature": lambda progress: 2.0 - progress, "alpha": lambda progress: float(progress > 0.9)}
     distiller = Distiller(student, TemporalEnsemble(), **moving)
     distiller(student, batch)
-    with pytest.raises(SettingError, match=r"temperature=1\.5: what TemporalEnsemble remembers was softened with 2"):
+    with pytest.raises(SettingError, match=r"temperature=1\.5: TemporalEnsemble's targets were softened with 2"):
         distiller(student, batch, distiller.begin_step([batch], progress=0.5))
     with torch.no_grad(), pytest.raises(DataError, match="4 of 4 examples were never trained on"):
         distiller.teacher_signals(padded(examples(8)[4:]), Needs(logits=True))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.models.positions import PositionRule
@@ -29,7 +30,7 @@ from hf_distill.teachers.cache.source import check_not_random, check_same_versio
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
 from hf_distill.teachers.fingerprints import describe_processor, weights_fingerprint
 from hf_distill.teachers.passes import differences
-from hf_distill.vocabulary import HeadAlignment
+from hf_distill.vocabulary import HeadAlignment, LabelMatching
 
 if TYPE_CHECKING:
     from hf_distill.objectives import Objective
@@ -120,7 +121,7 @@ class CachedTeacher(Teacher):
         cache: TeacherCache | str | os.PathLike[str],
         *,
         teacher: nn.Module | None = None,
-        label_matching: str = "by_name",
+        label_matching: LabelMatching = "by_name",
     ) -> None:
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.alignment = HeadAlignment()
@@ -186,7 +187,7 @@ class CachedTeacher(Teacher):
         task.learn_from(_model_facts(self.cache).config)
         self._positions = {side: PositionRule(student, task, of_decoder=side) for side in (False, True)}
 
-    def _align_heads(self, student: nn.Module, task: Task, processing_class: Any) -> HeadAlignment:
+    def _align_heads(self, student: PreTrainedModel, task: Task, processing_class: Any) -> HeadAlignment:
         tokenizer = heads.tokenizer_in(processing_class)
         known = self.cache.manifest["processor"] is not None  # then it is the student's, as was checked
         aligned = heads.matched_columns(

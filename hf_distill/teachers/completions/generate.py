@@ -1,11 +1,11 @@
-"""generate_completions: texts that a teacher generates, as a dataset, in a pass that can be killed at any moment."""
+"""generate_completions: a dataset of texts that a teacher generates, in a pass that can be killed at any moment."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hf_distill._compat import processes
+from hf_distill._types import Data, Keywords, ProcessingClass
 from hf_distill.errors import DataError, SettingError
 from hf_distill.models.generation import (
     drawn_from,
@@ -29,7 +30,8 @@ from hf_distill.models.generation import (
     try_settings,
 )
 from hf_distill.teachers import fingerprints, shards
-from hf_distill.teachers.completions.prompts import DEFAULT, Prompts
+from hf_distill.teachers.base import check_whole_number
+from hf_distill.teachers.completions.prompts import DEFAULT, Prompt, Prompts
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_of
 from hf_distill.teachers.passes import Advance, ShardedPass
@@ -66,16 +68,16 @@ _TYPES = {
 
 
 def generate_completions(
-    teacher: Any,
-    dataset: Any,
+    teacher: ModelTeacher | nn.Module | str | os.PathLike[str],
+    dataset: Data,
     path: str | os.PathLike[str],
     *,
-    processing_class: Any = None,
+    processing_class: ProcessingClass | None = None,
     max_new_tokens: int = 256,
     do_sample: bool = False,
     sampling_temperature: float = 1.0,
     num_return_sequences: int = 1,
-    generation: Mapping[str, Any] | None = None,
+    generation: Keywords | None = None,
     prompt_column: str = DEFAULT,
     batch_size: int = 8,
     shard_examples: int = 128,
@@ -84,42 +86,39 @@ def generate_completions(
 ) -> datasets.Dataset:
     """Generate the teacher's completion of each prompt of a dataset, in the folder `path`.
 
-    If it is killed at any moment, the same call continues with the shard it was at, to the same bytes; once finished,
-    the same call opens the dataset. Several processes share the shards.
+    If it is killed, the same call continues with the shard it was at, to the same bytes; once finished, the same call
+    opens the dataset. Several processes share the shards.
 
-    Columns: `index` (of the prompt in `dataset`), `input_ids` and `labels` (-100 on the prompt), ready to train on,
-    `prompt` and `completion` as texts, and `finished`: whether the teacher generated an end token. An encoder-decoder's
-    labels are its answer. For speech there are no `input_ids`: take the sounds from `dataset` by `index`. All labels
-    are the generated ids: Whisper's begin with its tokens for language, task and timestamps, and an end that was not
-    generated is not added.
+    Columns: `index` (of the prompt in `dataset`), `input_ids` and `labels` (-100 on the prompt, generated ids after
+    it), `prompt` and `completion` as texts, and `finished`: whether the teacher generated an end token. The labels of
+    an encoder-decoder hold the completion only (Whisper's begin with its tokens for language, task and timestamps). For
+    speech there are no `input_ids`: take the sounds from `dataset` by `index`.
 
-    Kim and Rush 2016 (Sequence-Level Knowledge Distillation), section 3.2, with `generation={"num_beams": 5}`; their
-    interpolation with gold texts is not here. Pseudo-labels: Gandhi et al. 2023 (Distil-Whisper), without its filter.
+    Kim and Rush 2016 (Sequence-Level Knowledge Distillation), section 3.2, with `generation={"num_beams": 5}`, without
+    their interpolation. Pseudo-labels: Gandhi et al. 2023 (Distil-Whisper), without its filter.
 
     Args:
         teacher: a model that can generate, a folder or a Hub id.
-        dataset: with `prompt_column` (texts, or messages for the chat template), or `input_ids` (up to the first label
-            that counts), or the features of sounds (`input_features` or `input_values`). Gold answers are cut off, and
-            so are the assistant's messages at the end. All prompts are checked before anything is written.
+        dataset: has `prompt_column` (texts, or messages for the chat template), `input_ids` (read up to the first label
+            that counts), or the features of sounds. The assistant's last messages are left out. All prompts are checked
+            before anything is written.
         path: the folder to fill.
-        processing_class: the teacher's tokenizer or processor. None means the one that is saved beside its weights.
+        processing_class: the teacher's tokenizer or processor; None for the tokenizer saved with its weights.
         max_new_tokens: the longest completion.
-        do_sample: whether to sample the tokens, or to generate the most likely one at each step.
-        sampling_temperature: for do_sample, of all tokens, whatever the teacher's `generation_config` says.
+        do_sample: whether to sample the tokens, or to take the most likely token at each step.
+        sampling_temperature: the temperature of sampling; it replaces that of the teacher's `generation_config`.
         num_return_sequences: completions of each prompt.
-        generation: further settings by transformers' names (`num_beams`, `top_p`, `forced_bos_token_id`); they win over
-            the arguments. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`, which guides the
-            teacher and is not in the labels. All other settings come from the teacher's `generation_config`, except
-            `forced_eos_token_id`, which would end texts that were cut off.
+        generation: further settings by transformers' names (`num_beams`, `top_p`); they take precedence over the
+            arguments. Whisper also takes `language`, `task`, `return_timestamps` and `prompt_ids`. All others come from
+            the teacher's `generation_config`, except `forced_eos_token_id`, which would end truncated texts.
         prompt_column: the column of texts or messages.
-        batch_size: prompts of a batch; rounding and sampling depend on it.
-        shard_examples: prompts of a file; at most these are lost when it is interrupted. Within a file, prompts of
-            similar length share a batch.
-        seed: another seed samples other completions.
+        batch_size: prompts in a batch; rounding and sampling depend on it.
+        shard_examples: prompts in a file, all that an interruption can lose. Within it, similar lengths share a batch.
+        seed: the seed of sampling.
         progress: whether to show a progress bar.
 
     Raises:
-        SettingError: if `generate` does not know or refuses a setting, or the model generates no text.
+        SettingError: if `generate` rejects a setting, or the model generates no text.
         DataError: if prompts cannot be used, by index, or the folder holds something else.
         TeacherError: if no teacher can be loaded.
 
@@ -131,10 +130,10 @@ def generate_completions(
     >>> generate_completions(teacher, prompts, tempfile.mkdtemp(), max_new_tokens=2)["labels"][0][:2]
     [-100, -100]
     """
-    for name, value in (("batch_size", batch_size), ("shard_examples", shard_examples)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SettingError(f"{name}={value!r}: must be a whole number of at least 1.")
-    model, processor = _load(teacher, processing_class)
+    sizes = {"batch_size": batch_size, "shard_examples": shard_examples}
+    for name, value in sizes.items():
+        check_whole_number(name, value)
+    model, processing_class = _load(teacher, processing_class)
     settings = generation_settings(
         model,
         max_new_tokens=max_new_tokens,
@@ -142,21 +141,8 @@ def generate_completions(
         sampling_temperature=sampling_temperature,
         others={"num_return_sequences": num_return_sequences, **(generation or {})},
     )
-    prompts = Prompts(dataset, model, processor, prompt_column, max_new_tokens=settings.max_new_tokens)
-    plan = {
-        "format": "hf-distill completions",
-        "version": 3,
-        "teacher": fingerprints.describe_model(model),
-        "processor": fingerprints.describe_processor(processor),
-        "generation": {k: value for k, value in settings.to_diff_dict().items() if k != "transformers_version"},
-        "column": prompts.column,
-        "seed": seed if settings.do_sample else None,
-        "batch_size": batch_size,
-        "shard_examples": shard_examples,
-        "shard_count": -(-len(prompts) // shard_examples),
-        "examples": len(prompts),
-    }
-    CompletionsPass(model, prompts, settings, Path(path), plan, seed=seed, progress=progress).run()
+    prompts = Prompts(dataset, model, processing_class, prompt_column, max_new_tokens=settings.max_new_tokens)
+    CompletionsPass(model, prompts, settings, Path(path), **sizes, seed=seed, progress=progress).run()
     return datasets.load_from_disk(str(path))
 
 
@@ -164,12 +150,13 @@ class CompletionsPass(ShardedPass):
     """The pass that fills a folder with completions.
 
     Args:
-        model: generates.
+        model: the teacher.
         prompts: the prompts of the dataset.
-        settings: of the generation.
+        settings: the settings of the generation.
         folder: the folder to fill.
-        plan: everything that the completions follow from.
-        seed: of the sampling.
+        batch_size: prompts in a batch.
+        shard_examples: prompts in a file.
+        seed: the seed of sampling.
         progress: whether to show a progress bar.
     """
 
@@ -184,8 +171,9 @@ class CompletionsPass(ShardedPass):
         prompts: Prompts,
         settings: GenerationConfig,
         folder: Path,
-        plan: Json,
         *,
+        batch_size: int,
+        shard_examples: int,
         seed: int,
         progress: bool,
     ) -> None:
@@ -193,13 +181,26 @@ class CompletionsPass(ShardedPass):
         self.model = model
         self.prompts = prompts
         self.settings = settings
+        self.batch_size = batch_size
+        self.shard_examples = shard_examples
         self.seed = seed
-        self._plan = plan
         self._digests: dict[int, str] = {}  # first prompt of a shard → digest of its prompts
-        self._reads_padding: bool | None = None  # None until it is tried
+        self._reads_padding: bool | None = None  # None until it was tried
 
     def plan(self) -> Json:
-        return self._plan
+        return {
+            "format": "hf-distill completions",
+            "version": 3,
+            "teacher": fingerprints.describe_model(self.model),
+            "processor": fingerprints.describe_processor(self.prompts.processing_class),
+            "generation": {k: v for k, v in self.settings.to_diff_dict().items() if k != "transformers_version"},
+            "column": self.prompts.column,
+            "seed": self.seed if self.settings.do_sample else None,
+            "batch_size": self.batch_size,
+            "shard_examples": self.shard_examples,
+            "shard_count": -(-len(self.prompts) // self.shard_examples),
+            "examples": len(self.prompts),
+        }
 
     def check_dataset(self, finished: bool) -> None:
         """Read all prompts of this process once; all processes raise together.
@@ -210,19 +211,20 @@ class CompletionsPass(ShardedPass):
         """
         rejected, usual = [], None
         for indices in self.my_indices():
-            read: list[Any] = []
+            prompts: list[Prompt] = []
             for index in indices:
                 try:
-                    read.append(self.prompts[index])
+                    prompt = self.prompts[index]
                 except DataError as error:
                     rejected.append((index, str(error)))
                     continue
-                if self._plan["batch_size"] > 1 and isinstance(read[-1], torch.Tensor):
-                    usual = read[-1] if usual is None else usual
-                    reason = self.prompts.other_shape(read[-1], usual) if read[-1].shape != usual.shape else None
+                prompts.append(prompt)
+                if self.prompts.is_speech and self.batch_size > 1:
+                    usual = prompt if usual is None else usual
+                    reason = self.prompts.shape_difference(prompt, usual)
                     if reason is not None:
                         rejected.append((index, f"{self.prompts.column}[{index}]: {reason}"))
-            self._digests[indices.start] = _digest_of(read)
+            self._digests[indices.start] = _digest_of(prompts)
         if self.state.num_processes > 1:
             rejected = gather_object(rejected)
         if rejected:
@@ -248,11 +250,13 @@ class CompletionsPass(ShardedPass):
 
     def finalize(self, receipts: list[Json]) -> Json:
         """Write dataset files and card; return the manifest."""
-        content = hashlib.blake2b("".join(one["blake2b"] for one in receipts).encode(), digest_size=8).hexdigest()
-        shards.write_dataset_files(self.folder, [one["file"] for one in receipts], fingerprint=content)
+        content = hashlib.blake2b(
+            "".join(receipt["blake2b"] for receipt in receipts).encode(), digest_size=8
+        ).hexdigest()
+        shards.write_dataset_files(self.folder, [receipt["file"] for receipt in receipts], fingerprint=content)
         teacher, settings = self.agreed["teacher"], self.agreed["generation"]
         card = _CARD.format(
-            rows=sum(one["rows"] for one in receipts),
+            rows=sum(receipt["rows"] for receipt in receipts),
             examples=self.agreed["examples"],
             model=teacher["class"],
             name=teacher["name"] or "no name",
@@ -263,10 +267,10 @@ class CompletionsPass(ShardedPass):
 
     # Generation.
 
-    def _rows(self, shard: int, indices: range, prompts: list[Any], advance: Advance) -> list[dict[str, Any]]:
+    def _rows(self, shard: int, indices: range, prompts: list[Prompt], advance: Advance) -> list[Keywords]:
         """Return the rows of a shard, in the order of the prompts."""
         each = self.settings.num_return_sequences or 1
-        rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+        rows: list[list[Keywords]] = [[] for _ in prompts]
         for start, places in self._batches(prompts):
             generated = self._generate([prompts[place] for place in places], shard, start)
             for position, place in enumerate(places):
@@ -274,21 +278,21 @@ class CompletionsPass(ShardedPass):
                     row = self.prompts.row(prompts[place], tokens, end_tokens(self.settings))
                     rows[place].append({"index": indices[place], **row})
             advance(len(places), sum(map(len, generated)))
-        return [row for of_prompt in rows for row in of_prompt]
+        return [row for rows_of_prompt in rows for row in rows_of_prompt]
 
-    def _batches(self, prompts: list[Any]) -> Iterator[tuple[int, list[int]]]:
-        """Return batches of prompts of similar length, as places in `prompts`, each with the prompts before it."""
-        size, order = self._plan["batch_size"], sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    def _batches(self, prompts: list[Prompt]) -> Iterator[tuple[int, list[int]]]:
+        """Yield batches of prompts of similar length: the number of prompts before it, and places in `prompts`."""
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         start = 0
         while start < len(order):
-            places = order[start : start + size]
-            if self.prompts.listens and self._padding_matters(prompts, places):
+            places = order[start : start + self.batch_size]
+            if self.prompts.is_speech and self._padding_matters(prompts, places):
                 places = [place for place in places if len(prompts[place]) == len(prompts[places[0]])]
             yield start, places
             start += len(places)
 
-    def _padding_matters(self, prompts: list[Any], places: list[int]) -> bool:
-        """Return whether these sounds would be padded and the model reads padding; tried once, on the first sound."""
+    def _padding_matters(self, prompts: list[Prompt], places: list[int]) -> bool:
+        """Return whether these sounds would be padded and the model reads padding, which is tried once."""
         if len(prompts[places[0]]) == len(prompts[places[-1]]):
             return False
         if self._reads_padding is None:
@@ -298,18 +302,18 @@ class CompletionsPass(ShardedPass):
                 self._reads_padding = sound_padding_is_read(self.model, sound, column, start)
             if self._reads_padding:
                 logger.info(
-                    f"{type(self.model).__name__} reads the padding behind a recording, so recordings of different "
-                    "lengths do not share a batch."
+                    f"{type(self.model).__name__} reads the padding of recordings, so recordings of different lengths "
+                    "do not share a batch."
                 )
         return self._reads_padding
 
-    def _generate(self, prompts: list[Any], shard: int, start: int) -> list[list[int]]:
+    def _generate(self, prompts: list[Prompt], shard: int, start: int) -> list[list[int]]:
         with drawn_from(self._device, self.seed, shard, start):
-            if not self.prompts.answers:
+            if not self.prompts.has_encoder:
                 return generate_causal(self.model, prompts, self.settings)
             return generate_seq2seq(self.model, self._inputs(prompts), self.settings)
 
-    def _inputs(self, prompts: list[Any]) -> dict[str, torch.Tensor]:
+    def _inputs(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
         batch = self.prompts.batch(prompts, padding=self.settings.pad_token_id, device=self._device)
         return {name: x.to(self.model.dtype) if x.is_floating_point() else x for name, x in batch.items()}
 
@@ -318,29 +322,26 @@ class CompletionsPass(ShardedPass):
         return next(self.model.parameters()).device
 
 
-def _digest_of(prompts: Sequence[Any]) -> str:
+def _digest_of(prompts: Sequence[Prompt]) -> str:
     """Return a hash of prompts, in their order."""
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         data = prompt.numpy().tobytes() if isinstance(prompt, torch.Tensor) else repr(list(prompt)).encode()
-        found.update(b"%d:" % len(data) + data)
-    return found.hexdigest()
+        digest.update(b"%d:" % len(data) + data)
+    return digest.hexdigest()
 
 
-def _load(teacher: Any, processor: Any) -> tuple[Any, Any]:
+def _load(teacher: object, processing_class: ProcessingClass | None) -> tuple[Any, ProcessingClass | None]:
     """Return the model, and its tokenizer or processor if that is known."""
-    if isinstance(teacher, ModelTeacher):
-        return teacher.model, processor or tokenizer_of(teacher.model)
-    if isinstance(teacher, nn.Module):
-        return teacher, processor or tokenizer_of(teacher)
-    if isinstance(teacher, (str, os.PathLike)):
-        return load_teacher(teacher, _kind_at(teacher)), processor or find_tokenizer(teacher)
+    match teacher:
+        case ModelTeacher():
+            return teacher.model, processing_class or tokenizer_of(teacher.model)
+        case nn.Module():
+            return teacher, processing_class or tokenizer_of(teacher)
+        case str() | os.PathLike():
+            try:
+                kind = "seq2seq" if AutoConfig.from_pretrained(teacher).is_encoder_decoder else "causal_lm"
+            except (OSError, ValueError, KeyError):
+                kind = "causal_lm"  # `load_teacher` will say why nothing can be read
+            return load_teacher(teacher, kind), processing_class or find_tokenizer(teacher)
     raise SettingError(f"generate_completions takes a model, a folder or a Hub id, not a {type(teacher).__name__}.")
-
-
-def _kind_at(path: str | os.PathLike[str]) -> str:
-    """Return the kind of head. If nothing can be read, `load_teacher` will say why, whatever the kind."""
-    try:
-        return "seq2seq" if AutoConfig.from_pretrained(path).is_encoder_decoder else "causal_lm"
-    except (OSError, ValueError, KeyError):
-        return "causal_lm"

@@ -1,4 +1,4 @@
-"""A teacher behind an HTTP endpoint that tells the likeliest next tokens of a prompt. No generation here."""
+"""A teacher behind an HTTP endpoint that scores prompts; it generates nothing."""
 
 from hf_distill.teachers.served.teacher import ServedTeacher
 
