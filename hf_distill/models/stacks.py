@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,26 +33,15 @@ class DepthSetting:
     def __str__(self) -> str:
         return ".".join(("config", *self.holder, self.name))
 
-    def of(self, config: PreTrainedConfig) -> Any:
+    def of(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that holds the setting."""
         for name in self.holder:
             config = getattr(config, name)
         return config
 
     def value(self, config: PreTrainedConfig) -> int:
-        """Return the current value."""
+        """Return the value of the setting in this config."""
         return int(getattr(self.of(config), self.name))
-
-
-def usual_depths(config: PreTrainedConfig) -> list[DepthSetting]:
-    """Return the settings with a usual name, without aliases."""
-    return [setting for setting in _whole_numbers(config) if setting.name in DEPTH_NAMES]
-
-
-def any_depths(config: PreTrainedConfig, length: int) -> list[DepthSetting]:
-    """Return every whole number that equals `length`, those with a usual name first."""
-    found = [setting for setting in _whole_numbers(config) if setting.value(config) == length]
-    return sorted(found, key=lambda setting: setting.name not in DEPTH_NAMES)
 
 
 def _whole_numbers(config: PreTrainedConfig, holder: tuple[str, ...] = ()) -> Iterator[DepthSetting]:
@@ -69,39 +57,31 @@ def with_layers(config: PreTrainedConfig, setting: DepthSetting, chosen: Sequenc
     new = copy.deepcopy(config)
     holder = setting.of(new)
     old = setting.value(config)
-    for name, values in _per_layer_lists(holder, setting, old):
-        setattr(holder, name, [values[i] for i in chosen])
+    for name, value in list(vars(holder).items()):
+        if _is_per_layer(name, value, setting, old):
+            setattr(holder, name, [value[i] for i in chosen])
     setattr(holder, setting.name, len(chosen))
     _recut_stages(holder, old, chosen)
     return new
 
 
-def _per_layer_lists(config: Any, setting: DepthSetting, layers: int) -> list[tuple[str, list[Any]]]:
-    return [
-        (name, list(value))
-        for name, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == layers and _speaks_of_layers(name, setting)
-    ]
-
-
-def _speaks_of_layers(name: str, setting: DepthSetting) -> bool:
-    if name == "attention_window":  # Longformer; LED's is of the encoder
+def _is_per_layer(name: str, value: object, setting: DepthSetting, layers: int) -> bool:
+    """Return whether an entry of a config is a list with one value for each layer that a setting counts."""
+    if not isinstance(value, (list, tuple)) or len(value) != layers:
+        return False
+    if name == "attention_window":  # of Longformer, or of LED's encoder
         return "decoder" not in setting.name
     other = {"encoder": "decoder", "decoder": "encoder"}
     return "layer" in name and not any(side in setting.name and other[side] in name for side in other)
 
 
-def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
+def _recut_stages(config: PreTrainedConfig, layers: int, chosen: Sequence[int]) -> None:
     """Rewrite the names of stages, and the chosen outputs, in a vision backbone's config.
 
     Outputs of removed layers are dropped; if none is left, the last layer's output is chosen.
     """
-    names = vars(config).get("stage_names")
-    if (
-        not isinstance(names, list)
-        or len(names) != layers + 1
-        or not hasattr(config, "set_output_features_output_indices")
-    ):
+    names: list[str] = vars(config).get("stage_names") or []
+    if len(names) != layers + 1 or not hasattr(config, "set_output_features_output_indices"):
         return
     out = {index % len(names) for index in config.out_indices}
     sources = [0, *(layer + 1 for layer in chosen)]
@@ -110,12 +90,12 @@ def _recut_stages(config: Any, layers: int, chosen: Sequence[int]) -> None:
     config.set_output_features_output_indices(out_features=None, out_indices=kept)
 
 
-NOTE = "The layers share their weights: the student is faster than the teacher, and has as many parameters."
+SHARED_NOTE = "The layers share their weights: the student is faster than the teacher, and has as many parameters."
 
 
 def shares_layers(teacher: PreTrainedModel) -> bool:
     """Return whether layers share weights as in ALBERT: `num_hidden_groups` sets for `num_hidden_layers` layers."""
-    return isinstance(getattr(teacher.config, "num_hidden_groups", None), int)
+    return "num_hidden_groups" in vars(teacher.config)
 
 
 def depth_of(config: PreTrainedConfig) -> DepthSetting:
@@ -134,12 +114,11 @@ def check_groups(config: PreTrainedConfig, kept: tuple[int, ...]) -> None:
     if used != would_use:
         raise TeacherError(
             f"inherit: the teacher's {layers} layers share {groups} groups of weights. Its layers {list(kept)} use "
-            f"groups {used}; a student of {len(kept)} layers uses {would_use}. Choose layers that use groups in that "
-            "order."
+            f"groups {used}; a student of {len(kept)} layers uses {would_use}. Choose layers of those groups."
         )
 
 
-# What a constructor may say to a setting that was only tried.
+# What a constructor may raise for a setting that is only tried.
 REFUSALS = (
     ValueError,
     TypeError,
@@ -163,7 +142,7 @@ class Stack:
 
     @property
     def name(self) -> str:
-        """The path of the blocks in the model."""
+        """The path of the first list in the model."""
         return self.paths[0]
 
     @property
@@ -172,7 +151,7 @@ class Stack:
         return next((part for part in self.name.split(".") if part in ("encoder", "decoder")), None)
 
 
-def empty_like(teacher: PreTrainedModel, config: PreTrainedConfig, device: str) -> Any:
+def empty_like(teacher: PreTrainedModel, config: PreTrainedConfig, device: str) -> PreTrainedModel:
     """Return a model of the teacher's class with uninitialized parameters, without drawing random numbers."""
     with (
         torch.random.fork_rng(devices=[]),
@@ -189,8 +168,8 @@ def find_stacks(teacher: PreTrainedModel) -> list[Stack]:
     """Return the stacks that are controlled by a setting with a usual name, in the order of the model."""
     lists = module_lists(teacher)
     found: dict[tuple[str, ...], Stack] = {}
-    for setting in usual_depths(teacher.config):
-        stack = _controlled(teacher, setting, lists)
+    for setting in _whole_numbers(teacher.config):
+        stack = _controlled(teacher, setting, lists) if setting.name in DEPTH_NAMES else None
         if stack is not None:
             found.setdefault(stack.paths, stack)
     order = list(lists)
@@ -204,13 +183,14 @@ def named_stack(teacher: PreTrainedModel, path: str) -> Stack:
         raise SettingError(
             f"stack={path!r}: {type(teacher).__name__} has no ModuleList of that name. {candidates(teacher)}"
         )
-    for setting in any_depths(teacher.config, lists[path]):
+    fitting = [setting for setting in _whole_numbers(teacher.config) if setting.value(teacher.config) == lists[path]]
+    for setting in sorted(fitting, key=lambda setting: setting.name not in DEPTH_NAMES):  # usual names first
         stack = _controlled(teacher, setting, lists)
         if stack is not None and path in stack.paths:
             return stack
     raise TeacherError(
         f"stack={path!r}: no setting of {type(teacher.config).__name__} that is {lists[path]} makes this list longer, "
-        f"so no config for a student of fewer layers can be written. {candidates(teacher)}"
+        f"so no config has fewer layers. {candidates(teacher)}"
     )
 
 
@@ -219,13 +199,10 @@ def candidates(teacher: nn.Module) -> str:
     lists = module_lists(teacher)
     if not lists:
         return "The model has no ModuleList at all."
-    shown = [f"{path!r} ({n} × {_class_inside(teacher, path)})" for path, n in lists.items()]
+    classes = {path: {type(block).__name__ for block in teacher.get_submodule(path).children()} for path in lists}
+    shown = [f"{path!r} ({length} × {' or '.join(sorted(classes[path]))})" for path, length in lists.items()]
     first = next(iter(lists))
     return f"Its lists of modules: {', '.join(shown)}. Name one: inherit(teacher, layers=..., stack={first!r})."
-
-
-def _class_inside(teacher: nn.Module, path: str) -> str:
-    return " or ".join(sorted({type(module).__name__ for module in teacher.get_submodule(path).children()}))
 
 
 def module_lists(model: nn.Module) -> dict[str, int]:

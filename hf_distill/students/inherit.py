@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
 from hf_distill.models.stacks import (
-    NOTE,
+    SHARED_NOTE,
     Stack,
     blocks,
     candidates,
@@ -150,7 +150,9 @@ def _inherit_shared(teacher: PreTrainedModel, given: dict[str, Layers]) -> tuple
     check_groups(teacher.config, layer_map.sources())
     config = with_layers(teacher.config, setting, layer_map.sources())
     student = empty_student(teacher, config, "inherit")
-    return student, _fill(student, teacher, {}, (StackReport("(shared layers)", str(setting), layer_map),), (NOTE,))
+    return student, _fill(
+        student, teacher, {}, (StackReport("(shared layers)", str(setting), layer_map),), (SHARED_NOTE,)
+    )
 
 
 def _fill(
