@@ -21,7 +21,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.models.generation import evaluating
-from hf_distill.models.stacks import REFUSALS, Stack, depth_of, empty_like, find_stacks, module_lists, shares_layers
+from hf_distill.models.stacks import (
+    TRIAL_ERRORS,
+    Stack,
+    depth_setting,
+    empty_model,
+    find_stacks,
+    module_lists,
+    shares_layers,
+)
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN
 from hf_distill.tasks.infer import main_input_of, unwrapped
 
@@ -52,10 +60,10 @@ def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Modu
     if isinstance(model, PreTrainedModel):  # an empty copy, so that no hook of the user sees these forwards
         names = {id(module): name for name, module in model.named_modules()}
         try:
-            twin = empty_like(model, copy.deepcopy(model.config), "meta")
+            twin = empty_model(model, copy.deepcopy(model.config), "meta")
             modules = [twin.get_submodule(names[id(module)]) for module in modules]
             model, owner = twin, twin.get_submodule(names[id(owner)])
-        except REFUSALS:
+        except TRIAL_ERRORS:
             return {}
     first, second = (_shapes(model, modules, owner, size) for size in sizes)
     widths = widths_in(config_of(model))
@@ -93,6 +101,11 @@ def as_positions(x: Tensor, features: Features | None, config: PreTrainedConfig 
 def config_of(model: nn.Module) -> PreTrainedConfig | None:
     """Return a model's config; None for a module without one."""
     return getattr(model, "config", None)
+
+
+def text_config(config: PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """Return the config of the text model within a config."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def numbers_in(config: PreTrainedConfig | None, name: str) -> tuple[int, ...]:
@@ -167,7 +180,7 @@ def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, si
     try:
         with torch.no_grad(), evaluating(model):
             functional_call(model, tensors, (), {main_input_of(model): given})
-    except REFUSALS:
+    except TRIAL_ERRORS:
         pass  # a size that this model does not take, or an operation without shapes: the shapes until here count
     finally:
         for hook in hooks:
@@ -285,7 +298,7 @@ def find_blocks(model: nn.Module, *, whose: str, side: str | None = None, stack:
         raise SettingError(_not_found(model, whose, "it is not a PreTrainedModel, so no config describes it"))
     if shares_layers(model):
         groups = next(path for path in module_lists(model) if path.endswith("groups"))
-        return _blocks(model, groups, shared=True)
+        return _blocks(model, groups, shared_by=depth_setting(model.config).value(model.config))
     stacks = [stack for stack in find_stacks(model) if len(stack.paths) == 1]
     if not stacks:
         raise SettingError(_not_found(model, whose, "no setting of its config makes one of its lists longer"))
@@ -327,36 +340,39 @@ def _side_in(path: str) -> str | None:
     return next((part for part in path.split(".") if part in SIDES), None)
 
 
-def _blocks(model: nn.Module, path: str, *, side: str | None = None, shared: bool = False) -> Blocks:
+def _blocks(model: nn.Module, path: str, *, side: str | None = None, shared_by: int | None = None) -> Blocks:
     """Return the blocks at a path.
 
     Args:
         model: the model without wrappers.
         path: the path of the list of blocks.
         side: the side of an encoder-decoder, if the path does not name it; None means the decoder.
-        shared: whether layers share weights.
+        shared_by: number of layers that share the blocks; None means that each block is a layer.
     """
     modules = tuple(model.get_submodule(path).children())
     parents = [path.rsplit(".", count)[0] for count in range(1, path.count(".") + 1)]
     around = (model.get_submodule(parent) for parent in parents)
     owner: nn.Module = next((module for module in around if isinstance(module, PreTrainedModel)), model)
     two_sided, whole = _is_two_sided(model), path.partition(".")[0]
-    if isinstance(model, PreTrainedModel) and not two_sided and whole == model.base_model_prefix:
-        owner = model.base_model  # DINOv2's head reads more than the output of the encoder
+    split_heads = False
+    if isinstance(model, PreTrainedModel):
+        split_heads = (model.tp_size or 1) > 1
+        if not two_sided and whole == model.base_model_prefix:
+            owner = model.base_model  # DINOv2's head reads more than the output of the encoder
     config, own_side = config_of(owner), _side_in(path)
     heads = _number_in(config, f"{own_side}_attention_heads") if two_sided else None
     return Blocks(
         path,
         modules,
-        depth_of(model.config).value(model.config) if shared and isinstance(model, PreTrainedModel) else len(modules),
+        shared_by or len(modules),
         owner,
         holder=model.get_submodule(path.rpartition(".")[0]),
         width=_number_in(config, "hidden_size"),
         heads=heads or _number_in(config, "num_attention_heads"),
         of_decoder=two_sided and (own_side or side or "decoder") == "decoder",
-        shared=shared,
-        split_heads=isinstance(model, PreTrainedModel) and (model.tp_size or 1) > 1,
-        features={} if shared else find_features(model, modules, owner),
+        shared=shared_by is not None,
+        split_heads=split_heads,
+        features=find_features(model, modules, owner) if shared_by is None else {},
         pads_inside=getattr(config, "model_type", None) in _PADS_INSIDE,
     )
 

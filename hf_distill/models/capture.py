@@ -27,6 +27,7 @@ from hf_distill.models.blocks import (
     numbers_in,
     stream_in,
     stream_out,
+    text_config,
 )
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey
 
@@ -289,8 +290,7 @@ def _cloned(value: object) -> object:
 
 def start_token_of(config: PreTrainedConfig | None) -> int | None:
     """Return the `bos_token_id` in the config of the text decoder."""
-    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
-    found = numbers_in(text, "bos_token_id")
+    found = numbers_in(text_config(config), "bos_token_id")
     return found[0] if found else None
 
 
@@ -321,7 +321,7 @@ class ActivationCapture:
         return start_token_of(config_of(self._model))
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
-        """Return the blocks of a side; raise SettingError if they are not found, listing the candidates."""
+        """Return the blocks of a side; raise SettingError, naming all lists of modules, if they are not found."""
         if (side, stack) not in self._found:
             self._found[side, stack] = find_blocks(self._model, whose=self.whose, side=side, stack=stack)
         return self._found[side, stack]

@@ -111,13 +111,13 @@ def check_same_as_alone(model: PreTrainedModel, prompts: Sequence[Sequence[int]]
     one_by_one = "one at a time (batch_size=1, in training per_device_train_batch_size=1)"
     if found[cached] == _ALONE and together:
         raise DataError(
-            f"{name} does not write to several prompts at once what it writes to each alone. Give it {one_by_one}, one "
+            f"{name} generates another text for several prompts at once than for each alone. Give it {one_by_one}, one "
             "text a prompt, without beams; or switch its cache off (generation_config.use_cache=False)."
         )
     if found[cached] == _OF_ONE_LENGTH and len(set(map(len, prompts))) > 1:
         raise DataError(
-            f"{name} does not leave out the padding before a prompt: what it writes changes with the longest prompt of "
-            f"the batch. Give it prompts of one length a batch, or {one_by_one}."
+            f"{name} does not leave out the padding before a prompt: its text changes with the longest prompt of the "
+            f"batch. Give it prompts of one length a batch, or {one_by_one}."
         )
 
 
@@ -206,7 +206,7 @@ _OF_SEVERAL_WINDOWS = (
 _REFUSED = {
     "stop_strings": "a text ends with a token here. Name it: eos_token_id",
     "max_length": "say how many tokens are to be written: max_new_tokens",
-    **dict.fromkeys(_OUTPUTS, "it changes what `generate` returns, not what is written"),
+    **dict.fromkeys(_OUTPUTS, "it changes what `generate` returns, not the text"),
 }
 
 
@@ -462,7 +462,7 @@ def generate_seq2seq(model: PreTrainedModel, inputs: Batch, settings: Generation
 
 
 def try_settings(model: PreTrainedModel, inputs: Batch, settings: GenerationConfig) -> None:
-    """Generate one token with Whisper, so that its `generate` refuses settings before the work begins.
+    """Generate one token with Whisper, so that its `generate` refuses wrong settings before the work begins.
 
     Raises:
         SettingError: if transformers' `generate` refuses the settings.

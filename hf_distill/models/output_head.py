@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from hf_distill._types import Batch
+from hf_distill.models.blocks import text_config
 from hf_distill.models.generation import evaluating
 from hf_distill.models.packing import is_sharded
 from hf_distill.signals import DeferredLogits
@@ -39,10 +40,10 @@ class OutputHead:
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1))
-    >>> head, heard = OutputHead(model), []
-    >>> with head.listened(heard):
+    >>> head, recorded = OutputHead(model), []
+    >>> with head.listened(recorded):
     ...     _ = model(torch.tensor([[1, 2, 3]]))
-    >>> heard[0].hidden.shape, heard[0].weight.shape
+    >>> recorded[0].hidden.shape, recorded[0].weight.shape
     (torch.Size([1, 3, 4]), torch.Size([9, 4]))
     """
 
@@ -64,8 +65,8 @@ class OutputHead:
         return is_sharded(self._module)
 
     @contextlib.contextmanager
-    def taken_over(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
-        """Inside this context, a forward calls `work` in place of the head and uses its scalar for the logits.
+    def replaced(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
+        """Let each forward call `work` in place of the head, and return its scalar in place of the logits.
 
         The scalar carries the graph, so that DDP and FSDP, which wait for gradients of the outputs, work. It is
         computed within the head's hooks and autocast, and the logits of the output are this number, repeated.
@@ -79,14 +80,14 @@ class OutputHead:
             self._work = None
 
     @contextlib.contextmanager
-    def listened(self, heard: list[DeferredLogits]) -> Iterator[None]:
-        """Inside this context, a forward without gradient appends the head's input to a list and computes no logits."""
+    def listened(self, inputs: list[DeferredLogits]) -> Iterator[None]:
+        """Let each forward, without gradient, append the head's input to a list, and compute no logits."""
 
-        def listen(given: DeferredLogits) -> Tensor:
-            heard.append(given)
+        def record(given: DeferredLogits) -> Tensor:
+            inputs.append(given)
             return given.hidden.new_zeros(())
 
-        with self.taken_over(listen):
+        with self.replaced(record):
             yield
 
     def _why_not(self) -> str | None:
@@ -106,7 +107,7 @@ class OutputHead:
 
     @torch.compiler.disable
     def _forward(self, hidden: Tensor) -> Tensor:
-        assert self._work is not None  # set by `taken_over`
+        assert self._work is not None  # set by `replaced`
         scalar = self._work(self._deferred(hidden))
         # Not a view, because models write into their logits.
         return scalar.to(hidden.dtype).expand(*[1] * (hidden.dim() - 1), self.columns).clone()
@@ -150,24 +151,24 @@ class OutputHead:
 
     def _run(self, model: nn.Module, inputs: Batch, factor: float = 1.0) -> _Run | str:
         """Run one forward on some positions, with hidden states times a factor; return it, or the disagreement."""
-        heard: list[tuple[Tensor, Tensor]] = []
+        calls: list[tuple[Tensor, Tensor]] = []
 
-        def some(hidden: Tensor) -> Tensor:
+        def compute_some(hidden: Tensor) -> Tensor:
             hidden = hidden[:1, :POSITIONS]  # cut here: not every input has an axis of examples
             part = self._deferred(hidden * min(factor, LARGEST_HIDDEN / float(hidden.abs().amax().clamp(min=1))))
             made = nn.functional.linear(part.hidden, self._module.weight, self._module.bias)
-            heard.append((made, logits_of(part)))
+            calls.append((made, logits_of(part)))
             return made.clone()  # models write into their logits
 
-        self._module.forward = some
+        self._module.forward = compute_some
         try:
             outputs = model(**inputs)
         finally:
             del self._module.forward
         name = type(self._model).__name__
-        if len(heard) != 1 or heard[0][0].dim() != 3:
+        if len(calls) != 1 or calls[0][0].dim() != 3:
             return f"{name} does not call its output head once, on [batch, time, width]"
-        (made, expected), logits = heard[0], output_named("logits", outputs).float()
+        (made, expected), logits = calls[0], output_named("logits", outputs).float()
         if logits.shape != expected.shape or not _close(logits, expected.float(), made.dtype):
             return f"{name} does more to its logits after the output head than scale them, cap them or add a bias"
         return _Run(outputs, logits, max(1.0, float(made.abs().amax())))
@@ -219,7 +220,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _after_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
     """Return the factor on the logits and their soft cap, from a config."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     scale = 1.0
     for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
         value = getattr(text, name, None)
@@ -230,5 +231,6 @@ def _after_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors are equal up to rounding in `dtype`."""
     largest = expected.abs().amax().clamp(min=1e-6)
     return bool((found - expected).abs().amax() <= _TOLERANCE.get(dtype, 1e-2) * largest)
