@@ -194,7 +194,7 @@ class FusedForward:
 
     def replacing_head(self) -> AbstractContextManager[None]:
         """Return the context of the student's forward; afterwards `terms` holds the terms."""
-        return self._head.taken_over(self._compute)
+        return self._head.replaced(self._compute)
 
     def tie(self, outputs: Any) -> None:
         """Let the backward pass through the output too: DDP with a static graph and FSDP have their hooks on it."""

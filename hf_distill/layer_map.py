@@ -26,8 +26,8 @@ class Link(NamedTuple):
 class LayerMap:
     """Links between the layers of a student and those of a teacher.
 
-    A student layer may have several links (many teacher layers to one), or none (it is then not supervised).
-    `inherit` needs exactly one for each student layer: `sources()` returns them, or raises.
+    A student layer may have several links (many teacher layers to one), or none (it is then not supervised). `inherit`
+    needs exactly one for each student layer, see `sources`.
 
     >>> print(LayerMap.even(6, 24))
     6 of 24 layers: 0←0 1←5 2←9 3←14 4←18 5←23
@@ -38,28 +38,30 @@ class LayerMap:
     links: tuple[Link, ...]
 
     def __post_init__(self) -> None:
-        for name, count in (("student_layers", self.student_layers), ("teacher_layers", self.teacher_layers)):
-            _check_count(name, count)
+        _check_count("student_layers", self.student_layers)
+        _check_count("teacher_layers", self.teacher_layers)
         if not self.links:
             raise SettingError("LayerMap: the map is empty. Give at least one (student layer, teacher layer).")
-        links = tuple(Link(*link) for link in self.links)
-        resolved = tuple(
-            Link(
-                _resolved("student", link.student, self.student_layers),
-                _resolved("teacher", link.teacher, self.teacher_layers),
-                _checked_weight(link),
-            )
-            for link in links
-        )
-        object.__setattr__(self, "links", tuple(sorted(resolved)))
-        _check_no_repeats(self.links)
+        links: dict[tuple[int, int], Link] = {}
+        for link in self.links:
+            if not isinstance(link, Sequence) or len(link) not in (2, 3):
+                raise SettingError(f"LayerMap: {link!r} is no link. Give (student layer, teacher layer[, weight]).")
+            student, teacher, weight = Link(*link)
+            student = _resolved("student", student, self.student_layers)
+            teacher = _resolved("teacher", teacher, self.teacher_layers)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise SettingError(f"LayerMap: link {student}←{teacher} has weight {weight!r}. Give a number above 0.")
+            if (student, teacher) in links:
+                raise SettingError(f"LayerMap: student layer {student} is linked to teacher layer {teacher} twice.")
+            links[student, teacher] = Link(student, teacher, float(weight))
+        object.__setattr__(self, "links", tuple(sorted(links.values())))
 
     @classmethod
     def even(cls, student_layers: int, teacher_layers: int) -> LayerMap:
         """Return evenly spaced layers, including the first and the last.
 
-        Student layer i of m goes with teacher layer i·(n-1)/(m-1), rounded to the nearest; exactly between two, to
-        the higher. One student layer goes with the first: it reads the embeddings, as it did in the teacher.
+        Student layer i of m goes with teacher layer i·(n-1)/(m-1), rounded to the nearest, or to the higher of two. A
+        single student layer goes with the first, which reads the embeddings.
 
         >>> LayerMap.even(3, 12).sources(), LayerMap.even(1, 6).sources()
         ((0, 6, 11), (0,))
@@ -106,17 +108,15 @@ class LayerMap:
         largest = teacher_layers // student_layers
         every = largest if every is None else every
         if not _is_index(every) or not 1 <= every <= largest:
-            raise SettingError(
-                f"LayerMap.skip: every={every!r}. {student_layers} student layers and {teacher_layers} teacher layers "
-                f"allow whole numbers from 1 to {largest}."
-            )
+            sizes = f"{student_layers} student layers and {teacher_layers} teacher layers"
+            raise SettingError(f"LayerMap.skip: every={every!r}. {sizes} allow whole numbers from 1 to {largest}.")
         return cls.of([(i + 1) * every - 1 for i in range(student_layers)], teacher_layers)
 
     @classmethod
     def of(cls, layers: Iterable[int], teacher_layers: int) -> LayerMap:
         """Return the map of these teacher layers to the student's in order; negative ones count from the end.
 
-        A teacher layer named twice raises, since it is mostly a slip (of 4 layers, 3 and -1 are the same). `pairs`
+        A repeated teacher layer raises, since it is mostly a mistake (of 4 layers, 3 and -1 are the same). `pairs`
         allows it.
 
         >>> LayerMap.of([0, -2, -1], 12).sources()
@@ -128,10 +128,8 @@ class LayerMap:
         for layer in given:
             teacher = _resolved("teacher", layer, teacher_layers)
             if teacher in seen:
-                raise SettingError(
-                    f"layers={given}: teacher layer {teacher} is named twice (as {seen[teacher]} and {layer}). Name "
-                    "each once, or say LayerMap.pairs([(student, teacher), ...]) to use a layer twice on purpose."
-                )
+                twice = f"teacher layer {teacher} is named twice (as {seen[teacher]} and {layer})"
+                raise SettingError(f"layers={given}: {twice}. To repeat one, use LayerMap.pairs.")
             seen[teacher] = layer
         links = tuple(Link(student, teacher) for student, teacher in enumerate(given))
         return cls(len(given) or 1, teacher_layers, links)
@@ -145,13 +143,7 @@ class LayerMap:
         >>> LayerMap.pairs([(0, 5), (1, 10, 0.5), (1, -1, 0.5)], 2, 12).of_student(1)
         (Link(student=1, teacher=10, weight=0.5), Link(student=1, teacher=11, weight=0.5))
         """
-        for link in links:
-            if not isinstance(link, Sequence) or len(link) not in (2, 3):
-                raise SettingError(
-                    f"LayerMap.pairs: {link!r} is no link. Give (student layer, teacher layer) or (student layer, "
-                    "teacher layer, weight)."
-                )
-        return cls(student_layers, teacher_layers, tuple(Link(*link) for link in links))
+        return cls(student_layers, teacher_layers, tuple(links))  # type: ignore[arg-type]  # made into Links there
 
     def of_student(self, layer: int) -> tuple[Link, ...]:
         """Return the links of one student layer, possibly none."""
@@ -161,12 +153,13 @@ class LayerMap:
     def sources(self) -> tuple[int, ...]:
         """Return the teacher layer of each student layer, in order; raise SettingError if one has none or several."""
         for layer in range(self.student_layers):
-            found = [link.teacher for link in self.of_student(layer)]
-            if len(found) != 1:
-                raise SettingError(
-                    f"student layer {layer} goes with {_listed(found)} of the teacher; to copy layers it needs "
-                    f"exactly one. The map is: {self}"
+            found = ", ".join(str(link.teacher) for link in self.of_student(layer))
+            if not found.isdecimal():
+                layers = f"layers {found}" if found else "no layer"
+                problem = (
+                    f"student layer {layer} goes with {layers} of the teacher; to copy layers it needs exactly one"
                 )
+                raise SettingError(f"{problem}. The map is: {self}")
         return tuple(link.teacher for link in self.links)
 
     def table(self) -> str:
@@ -178,10 +171,8 @@ class LayerMap:
               1  2 (×0.5), 3 (×0.5)
               2  -
         """
-        rows = [f"{'student':>7}  teacher"]
-        for layer in range(self.student_layers):
-            rows.append(f"{layer:>7}  {', '.join(_teacher(link) for link in self.of_student(layer)) or '-'}")
-        return "\n".join(rows)
+        teachers = {layer: ", ".join(map(_teacher, self.of_student(layer))) for layer in range(self.student_layers)}
+        return "\n".join(["student  teacher", *(f"{layer:>7}  {found or '-'}" for layer, found in teachers.items())])
 
     def __str__(self) -> str:
         links = " ".join(f"{link.student}←{_teacher(link).replace(' ', '')}" for link in self.links)
@@ -196,17 +187,15 @@ def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> La
     """Return the map that is given as the name of a constructor, as pairs, or as a `LayerMap`.
 
     Raises:
-        SettingError: for an unknown name, a map of other models, a layer out of range, or no pairs.
+        SettingError: if the name is unknown, the map is for other numbers of layers, or the pairs are not valid.
 
     >>> print(resolved_map([(-1, -1)], 2, 12))
     2 of 12 layers: 1←11
     """
     if isinstance(layers, LayerMap):
         if (layers.student_layers, layers.teacher_layers) != (student_layers, teacher_layers):
-            raise SettingError(
-                f"the map is for {layers.student_layers} student and {layers.teacher_layers} teacher layers; there are "
-                f"{student_layers} and {teacher_layers}. It is: {layers}"
-            )
+            sizes = f"{layers.student_layers} student and {layers.teacher_layers} teacher layers"
+            raise SettingError(f"the map is for {sizes}; there are {student_layers} and {teacher_layers}: {layers}")
         return layers
     if isinstance(layers, str):
         if layers not in NAMED:
@@ -221,10 +210,6 @@ def resolved_map(layers: object, student_layers: int, teacher_layers: int) -> La
 
 def _teacher(link: Link) -> str:
     return str(link.teacher) if link.weight == 1 else f"{link.teacher} (×{link.weight:g})"
-
-
-def _listed(layers: list[int]) -> str:
-    return f"layers {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def _is_index(value: object) -> bool:
@@ -242,7 +227,7 @@ def _check_sizes(constructor: str, student_layers: int, teacher_layers: int) -> 
     if student_layers > teacher_layers:
         raise SettingError(
             f"LayerMap.{constructor}: {student_layers} student layers cannot be taken from {teacher_layers} teacher "
-            "layers, each once. Ask for fewer, or name the layers with LayerMap.pairs."
+            "layers, each once. Take fewer, or repeat layers with LayerMap.pairs."
         )
 
 
@@ -251,29 +236,6 @@ def _resolved(whose: str, layer: int, count: int) -> int:
     if not _is_index(layer):
         raise SettingError(f"{whose} layer {layer!r}: give a whole number.")
     if not -count <= layer < count:
-        raise SettingError(
-            f"{whose} layer {layer}: out of range. The {whose} has {count} layers: 0 to {count - 1}, or -{count} to "
-            "-1 counted from the end."
-        )
+        allowed = f"0 to {count - 1}, or -{count} to -1 counted from the end"
+        raise SettingError(f"{whose} layer {layer}: out of range. The {whose} has {count} layers: {allowed}.")
     return layer % count
-
-
-def _checked_weight(link: Link) -> float:
-    weight = link.weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
-        raise SettingError(
-            f"LayerMap: link {link.student}←{link.teacher} has weight {weight!r}. Give a number above 0, or leave the "
-            "link out."
-        )
-    return float(weight)
-
-
-def _check_no_repeats(links: tuple[Link, ...]) -> None:
-    seen: set[tuple[int, int]] = set()
-    for link in links:
-        if (link.student, link.teacher) in seen:
-            raise SettingError(
-                f"LayerMap: student layer {link.student} is linked to teacher layer {link.teacher} twice. Give one "
-                "link, with the weight it shall have."
-            )
-        seen.add((link.student, link.teacher))

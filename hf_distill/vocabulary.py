@@ -1,6 +1,6 @@
 """Which columns of two heads mean the same thing: labels by name, padded vocabularies, tokenizers.
 
-It decides once, before training. It does not translate between different tokenizers: those are refused.
+Columns are paired once, before training. Different tokenizers are refused, not translated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 
@@ -23,7 +24,12 @@ LABEL_MATCHING: tuple[str, ...] = get_args(LabelMatching)
 
 @dataclass(frozen=True)
 class HeadAlignment:
-    """Which columns of each head to compare: the first so many, the listed ones in the student's order, or all."""
+    """The columns of each head that are compared.
+
+    Attributes:
+        student: columns of the student's head: indices, a number of leading columns, or None for all.
+        teacher: the columns of the teacher's head with the same meaning, in the student's order.
+    """
 
     student: tuple[int, ...] | int | None = None
     teacher: tuple[int, ...] | int | None = None
@@ -38,7 +44,7 @@ class HeadAlignment:
         return self._pick(x, "teacher", self.teacher)
 
     def as_student(self, x: Tensor, width: int) -> Tensor:
-        """Return compared columns at their places among all of the student's; -inf in the others.
+        """Return compared columns at their places among the `width` columns of the student; -inf in the others.
 
         >>> HeadAlignment(student=(2, 0)).as_student(torch.tensor([[5.0, 6.0]]), 3).tolist()
         [[6.0, -inf, 5.0]]
@@ -82,28 +88,24 @@ class HeadAlignment:
 
 
 def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> HeadAlignment:
-    """Columns of two classification heads, paired by label name from the two configs.
-
-    Both configs with transformers' default names (LABEL_0, …) are paired by index.
+    """Return the columns of two classification heads, paired by the label names in their configs.
 
     Args:
-        student: the student's config (`num_labels`, `label2id`).
-        teacher: the teacher's.
-        matching: "by_name", or "by_index" when you know that the order is the same.
+        student: the student's config.
+        teacher: the teacher's config.
+        matching: "by_name", or "by_index" if you know that the order is the same.
 
     Raises:
         TeacherError: if the label sets, or their sizes, differ.
-        SettingError: for an unknown matching.
+        SettingError: if the matching is unknown.
     """
     if matching not in LABEL_MATCHING:
         hint = did_you_mean(matching, LABEL_MATCHING)
         raise SettingError(f"label_matching={matching!r}: allowed are {' and '.join(LABEL_MATCHING)}.{hint}")
     for whose, config in (("student", student), ("teacher", teacher)):
         if sorted(label_ids(config).values()) != list(range(config.num_labels)):
-            raise TeacherError(
-                f"the {whose}'s labels {label_ids(config)} do not number its {config.num_labels} columns from 0. Set "
-                f"{whose}.config.label2id and id2label to name each column once."
-            )
+            problem = f"the {whose}'s labels {label_ids(config)} do not number its {config.num_labels} columns from 0"
+            raise TeacherError(f"{problem}. Set {whose}.config.label2id and id2label to name each column once.")
     if student.num_labels != teacher.num_labels:
         raise TeacherError(
             f"student and teacher have different numbers of labels: student {student.num_labels} {_names(student)}, "
@@ -116,11 +118,10 @@ def match_labels(student: Any, teacher: Any, *, matching: str = "by_name") -> He
     if set(student_ids) != set(teacher_ids):
         raise TeacherError(
             f"student and teacher label names differ: student {_names(student)}, teacher {_names(teacher)}. Set "
-            "student.config.label2id and id2label to the teacher's names, or pass "
-            'label_matching="by_index" if you know that the order is the same (to DistillationArguments, or in a loop '
-            "of your own to ModelTeacher)."
+            'student.config.label2id and id2label to the teacher\'s names, or pass label_matching="by_index" (to '
+            "DistillationArguments or ModelTeacher) if you know that the order is the same."
         )
-    in_student_order = sorted(student_ids, key=lambda name: student_ids[name])
+    in_student_order = sorted(student_ids, key=student_ids.__getitem__)
     order = tuple(teacher_ids[name] for name in in_student_order)
     return HeadAlignment() if order == tuple(range(len(order))) else HeadAlignment(teacher=order)
 
@@ -138,9 +139,9 @@ def has_default_names(ids: Mapping[str, int]) -> bool:
     return all(name == f"LABEL_{index}" for name, index in ids.items())
 
 
-def _names(config: Any) -> str:
+def _names(config: PreTrainedConfig) -> str:
     ids = label_ids(config)
-    return listed_names(sorted(ids, key=lambda name: ids[name]))
+    return listed_names(sorted(ids, key=ids.__getitem__))
 
 
 def listed_names(names: Sequence[str]) -> str:
@@ -156,8 +157,8 @@ def match_vocabularies(
     *,
     student_width: int,
     teacher_width: int,
-    student_tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_embeddings: int | None = None,
 ) -> HeadAlignment:
     """Return the columns that two heads over a vocabulary share: those that both tokenizers know, without padding.
@@ -167,7 +168,7 @@ def match_vocabularies(
         teacher_width: the same for the teacher's head.
         student_tokenizer: the student's tokenizer, or None if unknown.
         teacher_tokenizer: the teacher's tokenizer, or None if unknown.
-        teacher_embeddings: number of input ids that the teacher embeds.
+        teacher_embeddings: number of input ids that the teacher embeds, or None if unknown.
 
     Raises:
         TeacherError: if the tokenizers differ, or the widths differ and a tokenizer is not known.
@@ -178,14 +179,13 @@ def match_vocabularies(
         raise TeacherError(
             f"student and teacher predict vocabularies of different width ({student_width} and {teacher_width}) and "
             "which columns they share is not known. Pass processing_class= (the student's tokenizer) and "
-            "teacher_processing_class= (the teacher's), so that the padding can be told from the tokens."
+            "teacher_processing_class= (the teacher's)."
         )
     difference = tokenizer_difference(student_tokenizer, teacher_tokenizer)
     if difference is not None:
         raise TeacherError(
-            f"student and teacher have different tokenizers: {difference}. Rows of their predictions do not mean the "
-            "same thing. Use a teacher with the student's tokenizer, or build the student from the teacher; at "
-            "sequence level (classification) a teacher with another tokenizer is possible."
+            f"student and teacher have different tokenizers: {difference}. Use a teacher with the student's tokenizer, "
+            "or build the student from the teacher; at sequence level (classification) tokenizers may differ."
         )
     student_ids, teacher_ids = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     last_input = max(student_ids.values())
@@ -203,15 +203,12 @@ def match_vocabularies(
     return HeadAlignment(tuple(shared), tuple(shared))
 
 
-def tokenizer_difference(student: Any, teacher: Any) -> str | None:
-    """Return why two tokenizers do not make the same ids, or None if they do.
-
-    Tokens that only one of them knows do not matter as long as every shared token has the same id.
-    """
+def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """Return how two tokenizers differ, or None if every token that both know has the same id in both."""
     student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
     moved = [t for t, i in student_ids.items() if t in teacher_ids and teacher_ids[t] != i]
     if moved:
-        token = min(moved, key=lambda t: student_ids[t])
+        token = min(moved, key=student_ids.__getitem__)
         return (
             f"{len(moved)} tokens have other ids, {token!r} is {student_ids[token]} for the student and "
             f"{teacher_ids[token]} for the teacher"
@@ -229,34 +226,38 @@ def tokenizer_difference(student: Any, teacher: Any) -> str | None:
     return None
 
 
-_OF_MODEL = "_hf_distill_vocabulary"  # a model's attribute, not saved: which token ids it reads
+_ATTRIBUTE = "_hf_distill_vocabulary"  # of a model, not saved: a name for the token ids that it reads
 _TRIMMED = "trimmed "
 
 
-def read_the_same_ids(student: Any, teacher: Any) -> None:
+def read_the_same_ids(student: nn.Module, teacher: nn.Module) -> None:
     """Remember that a student was built from this teacher, so that one tokenizer is right for both."""
-    name = getattr(teacher, _OF_MODEL, None) or uuid.uuid4().hex
+    name = _vocabulary_of(teacher) or uuid.uuid4().hex
     for model in (student, teacher):
-        setattr(model, _OF_MODEL, name)
+        setattr(model, _ATTRIBUTE, name)
 
 
-def reads_trimmed_ids(model: Any, kept: Sequence[int]) -> None:
+def reads_trimmed_ids(model: nn.Module, kept: Sequence[int]) -> None:
     """Remember that a model reads the renumbered ids of a trimmed vocabulary, whatever tokenizer is in its folder."""
-    setattr(model, _OF_MODEL, _TRIMMED + hashlib.blake2b(repr(tuple(kept)).encode(), digest_size=8).hexdigest())
+    setattr(model, _ATTRIBUTE, _TRIMMED + hashlib.blake2b(repr(tuple(kept)).encode(), digest_size=8).hexdigest())
 
 
-def reads_ids_of(student: Any, teacher: Any) -> bool:
+def reads_ids_of(student: nn.Module, teacher: nn.Module) -> bool:
     """Return whether the student was built from this teacher, or both from the same model."""
-    name = getattr(teacher, _OF_MODEL, None)
-    return name is not None and getattr(student, _OF_MODEL, None) == name
+    return bool(_vocabulary_of(teacher)) and _vocabulary_of(student) == _vocabulary_of(teacher)
 
 
-def is_trimmed(model: Any) -> bool:
+def is_trimmed(model: nn.Module) -> bool:
     """Return whether its token ids were renumbered after it was loaded."""
-    return str(getattr(model, _OF_MODEL, "")).startswith(_TRIMMED)
+    return _vocabulary_of(model).startswith(_TRIMMED)
 
 
-def _merges(tokenizer: Any) -> Any:
+def _vocabulary_of(model: nn.Module) -> str:
+    """Return the name of the token ids that a model reads; empty if unknown."""
+    return str(getattr(model, _ATTRIBUTE, ""))
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> object:
     """Return the merge rules of a fast tokenizer, or None if it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else json.loads(backend.to_str())["model"].get("merges")

@@ -101,7 +101,7 @@ REFUSED = {
     ),
     "weight": (lambda: LayerMap.pairs([(0, 1, 0.0)], 1, 4), r"link 0←1 has weight 0.0. Give a number above 0"),
     "weight nan": (lambda: LayerMap.pairs([(0, 1, float("nan"))], 1, 4), r"has weight nan"),
-    "no link": (lambda: LayerMap.pairs([3], 1, 4), r"3 is no link. Give \(student layer, teacher layer\)"),
+    "no link": (lambda: LayerMap.pairs([3], 1, 4), r"3 is no link. Give \(student layer, teacher layer"),
     "many to one": (
         lambda: LayerMap.pairs([(0, 1), (0, 2)], 1, 4).sources(),
         r"student layer 0 goes with layers 1, 2 of the teacher; to copy layers it needs exactly one",

@@ -9,24 +9,33 @@ inputs of two sizes: the axis that keeps its length holds the features, the othe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.models.generation import evaluating
-from hf_distill.models.stacks import REFUSALS, Stack, depth_of, empty_like, find_stacks, module_lists, shares_layers
+from hf_distill.models.stacks import (
+    TRIAL_ERRORS,
+    Stack,
+    depth_setting,
+    empty_model,
+    find_stacks,
+    module_lists,
+    shares_layers,
+)
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Side
 from hf_distill.tasks.infer import main_input_of, unwrapped
 
 _IMAGE, _SOUND = "pixel_values", "input_values"
 _EXAMPLES, _DEFAULT_SIZE, _SAMPLES = 2, 224, 16_000
-Place = tuple[str, int]  # what and layer, as in `ActivationKey`
+Place = tuple[str, int]  # `what` and `layer` of an `ActivationKey`
 Shapes = dict[Place, tuple[int, ...]]
 
 
@@ -48,27 +57,27 @@ def find_features(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Modu
     sizes = _sizes(model, modules)
     if not sizes:
         return {}
-    if isinstance(model, PreTrainedModel):  # a model of the same class: no hook of the user's sees these forwards
+    if isinstance(model, PreTrainedModel):  # an empty copy, so that no hook of the user sees these forwards
         names = {id(module): name for name, module in model.named_modules()}
         try:
-            twin = empty_like(model, copy.deepcopy(model.config), "meta")
+            twin = empty_model(model, copy.deepcopy(model.config), "meta")
             modules = [twin.get_submodule(names[id(module)]) for module in modules]
             model, owner = twin, twin.get_submodule(names[id(owner)])
-        except REFUSALS:
+        except TRIAL_ERRORS:
             return {}
     first, second = (_shapes(model, modules, owner, size) for size in sizes)
-    widths = widths_in(getattr(model, "config", None))
+    widths = widths_in(config_of(model))
     found = {place: _features(shape, second.get(place), widths) for place, shape in first.items()}
     return {place: features for place, features in found.items() if features is not None}
 
 
-def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str) -> Tensor:
+def as_positions(x: Tensor, features: Features | None, config: PreTrainedConfig | None, *, what: str) -> Tensor:
     """Return a hidden state as `[b t d]`: features last, all positions on one axis, row by row.
 
     Args:
         x: the output of a block.
-        features: the axis of its features, if that is known.
-        config: the model's config, to find the axis by its width otherwise.
+        features: the axis of its features, if known; otherwise it is found by its width in the config.
+        config: the model's config.
         what: the name of the hidden state, for the message.
 
     Raises:
@@ -81,24 +90,39 @@ def as_positions(x: Tensor, features: Features | None, config: Any, *, what: str
     if x.dim() < 3 or features is None:
         why = "no axis is left for positions"
         if x.dim() > 3:
-            why = (
-                "which axis holds the features is not known: forwards on inputs of two sizes did not show it, and the "
-                "config names no width that one axis alone is long"
-            )
+            why = "which axis holds the features is not known (from trial forwards, or the widths in the config)"
         raise SettingError(
-            f"{what} is {list(x.shape)}. An objective compares [examples, positions, features], and {why}. Match "
-            "another stack of blocks (student_stack=, teacher_stack=)."
+            f"{what} is {list(x.shape)}, not [examples, positions, features]: {why}. Match another stack of blocks "
+            "(student_stack=, teacher_stack=)."
         )
     return x.movedim(features.axis, -1).flatten(1, -2)
 
 
-def widths_in(config: Any) -> set[int]:
+def config_of(model: nn.Module) -> PreTrainedConfig | None:
+    """Return a model's config; None for a module without one."""
+    return getattr(model, "config", None)
+
+
+def text_config(config: PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """Return the config of the text model within a config."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+def numbers_in(config: PreTrainedConfig | None, name: str) -> tuple[int, ...]:
+    """Return the whole number, or the list of them, that a config has under this name; empty if it has none."""
+    value = getattr(config, name, None)
+    return tuple(n for n in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(n, int))
+
+
+def _number_in(config: PreTrainedConfig | None, name: str) -> int | None:
+    found = numbers_in(config, name)
+    return found[0] if len(found) == 1 else None
+
+
+def widths_in(config: PreTrainedConfig | None) -> set[int]:
     """Return the width of the blocks, or the widths of the stages, from a config."""
-    found: set[int] = set()
-    for name in ("hidden_size", "hidden_sizes", "embed_dim", "embed_dims"):
-        value = getattr(config, name, None)
-        found |= {one for one in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(one, int)}
-    return found
+    names = ("hidden_size", "hidden_sizes", "embed_dim", "embed_dims")
+    return {width for name in names for width in numbers_in(config, name)}
 
 
 def _features(shape: tuple[int, ...], other: tuple[int, ...] | None, widths: set[int]) -> Features | None:
@@ -133,77 +157,79 @@ def _shapes(model: nn.Module, modules: Sequence[nn.Module], owner: nn.Module, si
     """Return the shape of each block's output, as far as the forward got on an input of this size."""
     shapes: Shapes = {}
 
-    def note(place: Place, value: Any) -> None:
-        if isinstance(value, Tensor):
+    def note(place: Place, value: Tensor | None) -> None:
+        if value is not None:
             shapes.setdefault(place, tuple(value.shape))
 
-    def after(place: Place) -> Any:
-        return lambda module, inputs, output: note(place, passed_on(output))
-
-    def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        note((HIDDEN, EMBEDDINGS), inputs[0] if inputs else keywords.get("hidden_states"))
+    def after(place: Place) -> Callable[[nn.Module, object, object], None]:
+        return lambda module, inputs, output: note(place, stream_out(output))
 
     hooks = [module.register_forward_hook(after((HIDDEN, layer))) for layer, module in enumerate(modules)]
-    hooks.append(owner.register_forward_hook(lambda module, inputs, output: note((LAST_HIDDEN, 0), ended_in(output))))
-    hooks.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
-    tensors = _on_meta(model)
+    hooks += [
+        owner.register_forward_hook(lambda module, inputs, output: note((LAST_HIDDEN, 0), last_hidden_in(output))),
+        modules[0].register_forward_pre_hook(
+            lambda module, args, keywords: note((HIDDEN, EMBEDDINGS), stream_in(args, keywords)), with_kwargs=True
+        ),
+    ]
+    tensors = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     given = torch.zeros(size, dtype=dtype, device="meta")
     try:
         with torch.no_grad(), evaluating(model):
             functional_call(model, tensors, (), {main_input_of(model): given})
-    except REFUSALS:
-        pass  # a size that this model does not take, or an operation without shapes: what came before counts
+    except TRIAL_ERRORS:
+        pass  # a size that this model does not take, or an operation without shapes: the shapes until here count
     finally:
         for hook in hooks:
             hook.remove()
     return shapes
 
 
-def passed_on(output: Any) -> Any:
+def stream_in(args: tuple[Any, ...], keywords: Keywords) -> Tensor | None:
+    """Return the hidden state in the arguments of a block's forward; None if there is none."""
+    given = args[0] if args else keywords.get("hidden_states")
+    return given if isinstance(given, Tensor) else None
+
+
+def stream_out(output: Any) -> Tensor | None:
     """Return the hidden state in a block's output: the first tensor (PVT v2 returns a tuple in a tuple)."""
     while not isinstance(output, Tensor) and output is not None:
         output = output[0]
     return output
 
 
-def ended_in(output: Any) -> Any:
-    """Return the last hidden state in a base model's output; None if it names none."""
-    return output.get("last_hidden_state") if isinstance(output, Mapping) else passed_on(output)
-
-
-def _on_meta(model: nn.Module) -> dict[str, Tensor]:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+def last_hidden_in(output: Any) -> Tensor | None:
+    """Return the last hidden state in a base model's output; None if there is none."""
+    return output.get("last_hidden_state") if isinstance(output, Mapping) else stream_out(output)
 
 
 def _image_size(model: nn.Module) -> tuple[int, int]:
-    for config in _configs(model):
-        size = getattr(config, "image_size", None)
-        if isinstance(size, int):
-            return size, size
-        if isinstance(size, (list, tuple)) and len(size) == 2:
-            return int(size[0]), int(size[1])
+    """Return height and width."""
+    for config in _image_configs(model):
+        size = numbers_in(config, "image_size")
+        if len(size) in (1, 2):
+            return size[0], size[-1]
     return _DEFAULT_SIZE, _DEFAULT_SIZE
 
 
 def _channels(model: nn.Module) -> int:
-    found = (getattr(config, "num_channels", None) for config in _configs(model))
-    return next((value for value in found if isinstance(value, int)), 3)
+    found = (_number_in(config, "num_channels") for config in _image_configs(model))
+    return next((number for number in found if number is not None), 3)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """Return the config, and the nested ones that may describe images."""
-    config = getattr(model, "config", None)
-    yield config
-    for name in ("vision_config", "backbone_config"):
-        yield getattr(config, name, None)
+def _image_configs(model: nn.Module) -> list[PreTrainedConfig | None]:
+    """Return the config, and the nested configs that may describe images."""
+    config = config_of(model)
+    return [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
 
 
 SIDES: tuple[Side, ...] = get_args(Side)
-_TIME_FIRST = ("xlnet", "fsmt")  # a square mask would silently fit the wrong way round
-# Their blocks compute on a multiple of an attention window or a chunk: the input is padded at its end inside the model,
-# and what the model returns is cut again. `tests/models/test_padded_inside.py` compares each with padding outside.
+_TIME_FIRST = ("xlnet", "fsmt")  # [time, example]: a square mask would silently be transposed
+# Their blocks compute on a multiple of an attention window or a chunk: the model pads its input at the end, and cuts
+# its output. `tests/models/test_padded_inside.py` compares each with padding outside.
 _PADS_INSIDE = ("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x", "reformer")
 
 
@@ -212,14 +238,15 @@ class Blocks:
     """The blocks of one stack, in the order they run.
 
     Attributes:
-        path: where the list is in the model.
-        modules: one for each layer. If layers share weights (ALBERT) and a call does not tell its layer, `shared` is
-            True and calls are counted.
+        path: the path of the list in the model.
+        modules: the blocks, one for each layer; fewer if layers share them (`shared`).
+        length: number of layers.
         owner: the model whose output is the last hidden state: the nearest `PreTrainedModel` around the list.
         holder: the module that holds the list, and runs the blocks.
-        width: width of the residual stream; None if no config has it.
-        heads: number of attention heads; None if no config has it.
+        width: width of the residual stream, or None if no config has it.
+        heads: number of attention heads, or None if no config has it.
         of_decoder: whether it is the decoder of an encoder-decoder.
+        shared: whether layers share weights (ALBERT); a block's calls are then counted to know the layer.
         split_heads: whether tensor parallelism splits the attention heads over processes.
         features: the axis and number of a block's features, if that is not obvious (images, convolutions).
         pads_inside: whether the model pads its input at the end, and cuts its output to the old length again.
@@ -248,8 +275,9 @@ def find_blocks(model: nn.Module, *, whose: str, side: Side | None = None, stack
     """Return the blocks of one side of a model.
 
     Args:
+        model: plain, compiled or PEFT.
         whose: "student" or "teacher", for messages.
-        side: "encoder" or "decoder" of an encoder-decoder; None is its decoder.
+        side: "encoder" or "decoder" of an encoder-decoder; None means its decoder.
         stack: the path of the list of blocks, if it is not found automatically.
 
     Raises:
@@ -259,35 +287,33 @@ def find_blocks(model: nn.Module, *, whose: str, side: Side | None = None, stack
     if side is not None and side not in SIDES:
         hint = did_you_mean(side, SIDES)
         raise SettingError(f"side={side!r}: allowed are 'encoder' and 'decoder', or None.{hint}")
-    if getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST:
+    if getattr(config_of(model), "model_type", None) in _TIME_FIRST:
         raise SettingError(
-            f"the {whose} ({type(model).__name__}) computes on [time, example], not [example, time]; its inside cannot "
-            "be read here. Compare its predictions alone."
+            f"the {whose} ({type(model).__name__}) computes on [time, example], not [example, time], so its "
+            "activations cannot be captured. Compare predictions only."
         )
     if stack is not None:
         return _named(model, stack, whose, side)
     if not isinstance(model, PreTrainedModel):
-        raise SettingError(_not_found(model, whose, "it is no model of transformers, so its config cannot be asked"))
+        raise SettingError(_not_found(model, whose, "it is not a PreTrainedModel, so no config describes it"))
     if shares_layers(model):
-        return _shared(model)
-    stacks = [one for one in find_stacks(model) if len(one.paths) == 1]
+        groups = next(path for path in module_lists(model) if path.endswith("groups"))
+        return _blocks(model, groups, shared_by=depth_setting(model.config).value(model.config))
+    stacks = [stack for stack in find_stacks(model) if len(stack.paths) == 1]
     if not stacks:
         raise SettingError(_not_found(model, whose, "no setting of its config makes one of its lists longer"))
-    chosen = _of_side(model, stacks, side, whose)
-    modules = tuple(model.get_submodule(chosen.name).children())
-    return _blocks(model, chosen.name, modules, len(modules))
+    return _blocks(model, _of_side(model, stacks, side, whose).name)
 
 
-def _of_side(model: Any, stacks: list[Stack], side: Side | None, whose: str) -> Stack:
-    if len(stacks) == 1:
-        only = stacks[0]
-        if side is None or not model.config.is_encoder_decoder or only.side in (None, side):
-            return only
-    wanted = side or ("decoder" if model.config.is_encoder_decoder else None)
-    found = [one for one in stacks if one.side == wanted]
+def _of_side(model: PreTrainedModel, stacks: list[Stack], side: Side | None, whose: str) -> Stack:
+    two_sided = model.config.is_encoder_decoder
+    if len(stacks) == 1 and (side is None or not two_sided or stacks[0].side in (None, side)):
+        return stacks[0]
+    wanted = side or ("decoder" if two_sided else None)
+    found = [stack for stack in stacks if stack.side == wanted]
     if wanted is not None and len(found) == 1:
         return found[0]
-    listed = ", ".join(f"{one.name!r} ({one.length} blocks)" for one in stacks)
+    listed = ", ".join(f"{stack.name!r} ({stack.length} blocks)" for stack in stacks)
     raise SettingError(
         f"the {whose} ({type(model).__name__}) has several stacks of blocks: {listed}; side={side!r} does not choose "
         f"one. Name it: {whose}_stack={stacks[0].name!r}."
@@ -295,71 +321,60 @@ def _of_side(model: Any, stacks: list[Stack], side: Side | None, whose: str) -> 
 
 
 def _named(model: nn.Module, path: str, whose: str, side: Side | None) -> Blocks:
-    lists = module_lists(model)
-    try:
-        found = model.get_submodule(path)
-    except AttributeError:
-        found = None
+    found = dict(model.named_modules(remove_duplicate=False)).get(path)
     if not isinstance(found, (nn.ModuleList, nn.Sequential)) or not len(found):
+        listed = _listed(module_lists(model))
         raise SettingError(
-            f"{whose}_stack={path!r}: {type(model).__name__} has no list of modules of that name. {_listed(lists)}"
+            f"{whose}_stack={path!r}: {type(model).__name__} has no list of modules of that name. {listed}"
         )
-    modules = tuple(found.children())
-    blocks = _blocks(model, path, modules, len(modules), wanted=side)
-    if side is not None and model.config.is_encoder_decoder and blocks.of_decoder != (side == "decoder"):  # type: ignore[union-attr]  # an encoder-decoder has a config
-        raise SettingError(f"{whose}_stack={path!r} is of the other side than side={side!r} says.")
-    return blocks
+    if side is not None and _is_two_sided(model) and _side_in(path) not in (None, side):
+        raise SettingError(f"{whose}_stack={path!r} is not in the {side}. Leave out side={side!r}.")
+    return _blocks(model, path, side=side)
 
 
-def _shared(model: Any) -> Blocks:
-    lists = [path for path in module_lists(model) if path.endswith("groups")]
-    path = lists[0]
+def _is_two_sided(model: nn.Module) -> bool:
+    return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+def _side_in(path: str) -> Side | None:
+    return next((side for part in path.split(".") for side in SIDES if side == part), None)
+
+
+def _blocks(model: nn.Module, path: str, *, side: Side | None = None, shared_by: int | None = None) -> Blocks:
+    """Return the blocks at a path.
+
+    Args:
+        model: the model without wrappers.
+        path: the path of the list of blocks.
+        side: the side of an encoder-decoder, if the path does not name it; None means the decoder.
+        shared_by: number of layers that share the blocks; None means that each block is a layer.
+    """
     modules = tuple(model.get_submodule(path).children())
-    return _blocks(model, path, modules, depth_of(model.config).value(model.config), shared=True)
-
-
-def _blocks(
-    model: nn.Module,
-    path: str,
-    modules: tuple[nn.Module, ...],
-    length: int,
-    *,
-    wanted: str | None = None,
-    shared: bool = False,
-) -> Blocks:
-    owner = model
-    parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        candidate = model.get_submodule(".".join(parts[:end]))
-        if isinstance(candidate, PreTrainedModel):
-            owner = candidate
-            break
-    whole = getattr(model, "base_model_prefix", None)
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) and whole and parts[0] == whole:
-        owner = model.get_submodule(whole)  # what ends the encoder may not be all that the head reads after (DINOv2)
-    config = getattr(owner, "config", None)
-    side = next((part for part in parts if part in SIDES), None)
-    two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    heads = getattr(config, f"{side}_attention_heads", None) if two_sided else None
+    parents = [path.rsplit(".", count)[0] for count in range(1, path.count(".") + 1)]
+    around = (model.get_submodule(parent) for parent in parents)
+    owner: nn.Module = next((module for module in around if isinstance(module, PreTrainedModel)), model)
+    two_sided, whole = _is_two_sided(model), path.partition(".")[0]
+    split_heads = False
+    if isinstance(model, PreTrainedModel):
+        split_heads = (model.tp_size or 1) > 1
+        if not two_sided and whole == model.base_model_prefix:
+            owner = model.base_model  # DINOv2's head reads more than the output of the encoder
+    config, own_side = config_of(owner), _side_in(path)
+    heads = _number_in(config, f"{own_side}_attention_heads") if two_sided else None
     return Blocks(
         path,
         modules,
-        length,
+        shared_by or len(modules),
         owner,
-        width=_whole(config, "hidden_size"),
-        heads=heads or _whole(config, "num_attention_heads"),
-        of_decoder=two_sided and (side or wanted or "decoder") == "decoder",
-        shared=shared,
-        split_heads=(getattr(model, "_tp_size", None) or 1) > 1,
-        features={} if shared else find_features(model, modules, owner),
-        pads_inside=getattr(config, "model_type", None) in _PADS_INSIDE,
         holder=model.get_submodule(path.rpartition(".")[0]),
+        width=_number_in(config, "hidden_size"),
+        heads=heads or _number_in(config, "num_attention_heads"),
+        of_decoder=two_sided and (own_side or side or "decoder") == "decoder",
+        shared=shared_by is not None,
+        split_heads=split_heads,
+        features=find_features(model, modules, owner) if shared_by is None else {},
+        pads_inside=getattr(config, "model_type", None) in _PADS_INSIDE,
     )
-
-
-def _whole(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) else None
 
 
 def _not_found(model: nn.Module, whose: str, why: str) -> str:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from hf_distill._compat import observing_attention
+from hf_distill._types import Keywords
 from hf_distill.errors import SettingError
 from hf_distill.functional.rows import in_full_precision
-from hf_distill.models.blocks import Blocks, as_positions, ended_in, find_blocks, passed_on
+from hf_distill.models.blocks import (
+    Blocks,
+    as_positions,
+    config_of,
+    find_blocks,
+    last_hidden_in,
+    numbers_in,
+    stream_in,
+    stream_out,
+    text_config,
+)
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey, Side
 
 
@@ -30,7 +44,8 @@ class AttentionRecord:
         softcap: soft cap of the scores, or None.
         mask: the mask that the attention function got: additive, bool, or None.
         causal: whether a query sees only keys up to its own position.
-        window: how many keys back a query sees, if the mask does not say; None means all.
+        window: number of keys that a query sees (itself and those before it), where the mask does not show it; None
+            means all.
     """
 
     queries: Tensor
@@ -114,23 +129,23 @@ def sources_of(block: nn.Module, what: str, *, whose: str, layer: int) -> Source
     Raises:
         SettingError: if none is known by name, or several are.
     """
-    own = {name: m for name, m in block.named_modules() if not any(part in _CROSS for part in name.split("."))}
-    found = [name for name in own if name.rpartition(".")[2] in _NAMES[what]]
+    own = {name: module for name, module in block.named_modules() if not is_cross_attention(name)}
+
+    def called(known: tuple[str, ...], except_in: tuple[str, ...] = ()) -> list[str]:
+        names = [name for name in own if name.rpartition(".")[2] in known]
+        return [name for name in names if _class_around(block, name) not in except_in]
+
+    found, fused = called(_NAMES[what]), called(_FUSED, except_in=_INTERLEAVED)
     if len(found) == 1:
         time_first = _class_around(block, found[0]) in _TIME_FIRST
         return Source(own[found[0]], _examples_first if time_first else _whole)
-    fused = [m for name, m in own.items() if name.rpartition(".")[2] in _FUSED and not _interleaves(block, name)]
     if not found and len(fused) == 1:
-        return Source(fused[0], _third(RELATED.index(what)))
-    names = [name for name in own if name and not any(True for _ in own[name].children())]
+        return Source(own[fused[0]], _third(RELATED.index(what)))
+    leaves = [name for name in own if name and next(own[name].children(), None) is None]
     raise SettingError(
         f"block {layer} of the {whose} ({type(block).__name__}): {len(found) or 'no'} modules for its {what} were "
-        f"found. Known names: {', '.join((*_NAMES[what], *_FUSED))}; it has {', '.join(names)}. Use HiddenMatch there."
+        f"found. Known names: {', '.join((*_NAMES[what], *_FUSED))}; it has {', '.join(leaves)}. Use HiddenMatch there."
     )
-
-
-def _interleaves(block: nn.Module, path: str) -> bool:
-    return _class_around(block, path) in _INTERLEAVED
 
 
 def _class_around(block: nn.Module, path: str) -> str:
@@ -150,8 +165,8 @@ def _third(index: int) -> Callable[[Tensor, Tensor], Tensor]:
     def part(given: Tensor, output: Tensor) -> Tensor:
         if output.shape[-1] != 3 * given.shape[-1]:
             raise SettingError(
-                f"a fused projection makes {output.shape[-1]} numbers of {given.shape[-1]}, which are not three equal "
-                "parts (grouped keys and values). Its relations cannot be told apart; use HiddenMatch."
+                f"a fused projection from {given.shape[-1]} to {output.shape[-1]} features is not three equal parts "
+                "(grouped keys and values). Use HiddenMatch."
             )
         return output.chunk(3, dim=-1)[index]
 
@@ -163,6 +178,7 @@ def is_cross_attention(path: str) -> bool:
     return any(part in _CROSS for part in path.split("."))
 
 
+Hook = Callable[[nn.Module, Any, Any], None]
 RandomState = list[tuple[torch.device, Tensor]]  # a device, and the state of its generator
 
 
@@ -175,14 +191,13 @@ def layerdrop_of(holder: nn.Module) -> float:
     return next((rate for _, _, rate in _settings(holder)), 0.0)
 
 
-def random_state(*values: Any) -> RandomState:
+def random_state(*values: object) -> RandomState:
     """Return the state of the random generators of the CPU and of the device of these tensors."""
-    devices = {x.device for x in values if isinstance(x, Tensor)} | {torch.device("cpu")}
-    return [(device, _state_of(device)) for device in devices]
+    return _states({x.device for x in values if isinstance(x, Tensor)} | {torch.device("cpu")})
 
 
 def input_of_stack(
-    holder: nn.Module, blocks: Any, args: tuple[Any, ...], keywords: Mapping[str, Any], before: RandomState
+    holder: nn.Module, blocks: nn.Module, args: tuple[Any, ...], keywords: Keywords, before: RandomState
 ) -> Tensor:
     """Return the input that the first block would have got.
 
@@ -193,18 +208,18 @@ def input_of_stack(
         keywords: the keyword arguments of the call.
         before: the random state in which its forward began.
     """
-    now = [(device, _state_of(device)) for device, _ in before]
-    first = blocks[0]
+    now = _states([device for device, _ in before])
+    name, first = next(blocks.named_children())
     try:
         _restore(before)
         with _without_layerdrop(holder):
-            blocks[0] = _End()
+            setattr(blocks, name, _End())
             # Clones: HuBERT writes into its input, which the backward of the first run needs as it is.
             holder(*map(_cloned, args), **{name: _cloned(value) for name, value in keywords.items()})
     except _EndError as end:
         return end.stream
     finally:
-        blocks[0] = first
+        setattr(blocks, name, first)
         _restore(now)
     raise AssertionError(f"{type(holder).__name__} has run without its first block")
 
@@ -221,12 +236,14 @@ class _End(nn.Module):
     """Stands for the first block, without hooks and checkpointing, and ends the forward."""
 
     def forward(self, *args: Any, **keywords: Any) -> None:
-        raise _EndError(args[0] if args else keywords["hidden_states"])
+        stream = stream_in(args, keywords)
+        assert stream is not None  # every block gets it
+        raise _EndError(stream)
 
 
-def _settings(holder: nn.Module) -> Iterator[tuple[Any, str, float]]:
+def _settings(holder: nn.Module) -> Iterator[tuple[object, str, float]]:
     """Yield the settings that hold LayerDrop's rate for this module: object, name, value."""
-    config = getattr(holder, "config", None)
+    config = config_of(holder)
     for place, name in ((holder, "layerdrop"), (config, "layerdrop"), (config, "speech_encoder_layerdrop")):
         rate = getattr(place, name, None)
         if isinstance(rate, (int, float)):
@@ -248,34 +265,33 @@ def _without_layerdrop(holder: nn.Module) -> Iterator[None]:
             setattr(place, name, before)
 
 
-def _state_of(device: torch.device) -> Tensor:
-    source, which = _generator_of(device)
-    state: Tensor = source.get_rng_state(*which)
-    return state
+def _states(devices: Iterable[torch.device]) -> RandomState:
+    return [(device, _generators_of(device).get_rng_state(*_which(device))) for device in devices]
 
 
 def _restore(states: RandomState) -> None:
     for device, state in states:
-        source, which = _generator_of(device)
-        source.set_rng_state(state, *which)
+        _generators_of(device).set_rng_state(state, *_which(device))
 
 
-def _generator_of(device: torch.device) -> tuple[Any, tuple[torch.device, ...]]:
-    """The module of torch that draws on a device, and what it wants to know of it: where there is one, nothing."""
-    if device.type == "cpu":
-        return torch, ()
-    return torch.get_device_module(device), () if device.type == "mps" else (device,)
+def _generators_of(device: torch.device) -> ModuleType:
+    """Return the module of torch that holds the device's generator."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
-def _cloned(value: Any) -> Any:
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """Return the arguments that choose a generator; none where there is only one."""
+    return () if device.type in ("cpu", "mps") else (device,)
+
+
+def _cloned(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def start_token_of(config: Any) -> int | None:
+def start_token_of(config: PreTrainedConfig | None) -> int | None:
     """Return the `bos_token_id` in the config of the text decoder."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(text, "bos_token_id", None)
-    return found if isinstance(found, int) else None
+    found = numbers_in(text_config(config), "bos_token_id")
+    return found[0] if found else None
 
 
 class ActivationCapture:
@@ -287,10 +303,10 @@ class ActivationCapture:
 
     >>> from transformers import BertConfig, BertModel
     >>> model = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=2, num_attention_heads=1))
-    >>> inside, read = ActivationCapture(model, "student"), ActivationKey("hidden", 1)
-    >>> with inside.capture({read}) as seen:
+    >>> capture, key = ActivationCapture(model, "student"), ActivationKey("hidden", 1)
+    >>> with capture.capture({key}) as activations:
     ...     _ = model(torch.tensor([[1, 2, 3]]))
-    >>> seen[read].shape
+    >>> activations[key].shape
     torch.Size([1, 3, 4])
     """
 
@@ -301,11 +317,11 @@ class ActivationCapture:
 
     @property
     def start_token(self) -> int | None:
-        """Return the `bos_token_id` of its config."""
-        return start_token_of(getattr(self._model, "config", None))
+        """Return the `bos_token_id` in its config."""
+        return start_token_of(config_of(self._model))
 
     def blocks(self, side: Side | None = None, stack: str | None = None) -> Blocks:
-        """Return the blocks of a side; raise SettingError if they are not found, listing the candidates."""
+        """Return the blocks of a side; raise SettingError, naming all lists of modules, if they are not found."""
         if (side, stack) not in self._found:
             self._found[side, stack] = find_blocks(self._model, whose=self.whose, side=side, stack=stack)
         return self._found[side, stack]
@@ -315,12 +331,12 @@ class ActivationCapture:
         """Capture activations of one forward; the mapping is complete when the block ends.
 
         Args:
-            keys: what to capture.
+            keys: the activations to capture.
             validate: whether to validate at the end of the block; if not, call `validate()` before using the mapping.
 
         Raises:
-            SettingError: at the end, if something was not seen: the block did not run, or its attention is computed in
-                a way that cannot be observed.
+            SettingError: at the end, if an activation was not seen: the block did not run, or its attention is computed
+                in a way that cannot be observed.
         """
         keys = frozenset(keys)
         if not keys:
@@ -360,132 +376,126 @@ class Activations(dict[ActivationKey, Any]):
         return self
 
 
-def _observe(stacks: list[_StackCapture], *call: Any) -> None:
+def _observe(
+    stacks: list[_StackCapture], module: nn.Module, query: Tensor, key: Tensor, mask: object, settings: Keywords
+) -> None:
     for stack in stacks:
-        stack.on_attention(*call)
+        stack.on_attention(module, query, key, mask, settings)
 
 
 class _StackCapture:
     """One forward of one stack of blocks."""
 
-    def __init__(self, blocks: Blocks, reads: set[ActivationKey], seen: dict[ActivationKey, Any], whose: str) -> None:
-        self._blocks, self._reads, self._seen, self._whose = blocks, reads, seen, whose
-        self._hidden = {read.layer: read for read in reads if read.what == HIDDEN}
-        self._attention = {read.layer: read for read in reads if read.what == ATTENTION}
+    def __init__(self, blocks: Blocks, keys: set[ActivationKey], seen: dict[ActivationKey, Any], whose: str) -> None:
+        self._blocks, self._keys, self._seen, self._whose = blocks, keys, seen, whose
+        self._hidden = {key.layer: key for key in keys if key.what == HIDDEN}
+        self._attention = {key.layer: key for key in keys if key.what == ATTENTION}
         self._called = False
         self._calls = 0
-        self._running = -1
+        self._running = -1  # the layer that runs now
         self._ran: set[int] = set()
-        self._stream: Tensor | None = None
-        self._length: int | None = None  # of what the model returns, where it pads inside
-        self._began: RandomState | None = None  # what the module that holds the blocks drew from
-        self._left_out = False  # all blocks
-        self._listened: set[int] = set()
+        self._stream: Tensor | None = None  # the output of the last block so far
+        self._length: int | None = None  # of the model's output, if it pads inside
+        self._began: RandomState | None = None  # before the forward of the module that holds the blocks
+        self._all_dropped = False  # by LayerDrop
+        self._attention_modules: set[int] = set()
 
     def attach(self, hooks: contextlib.ExitStack) -> None:
-        heard = {read.layer for read in self._reads if read.what == ATTENTION or read.what in RELATED}
-        follow = self._hidden or self._blocks.shared or layerdrop_of(self._blocks.holder) > 0  # any may be left out
-        for index, module in enumerate(self._blocks.modules):
-            if not (follow or index in heard):
-                continue
-            for hook in (
-                module.register_forward_pre_hook(self._before(index), with_kwargs=True),
-                module.register_forward_hook(self._after(index)),
-            ):
-                hooks.callback(hook.remove)
-        if self._attention:
-            wanted = self._blocks.modules if self._blocks.shared else self._modules(self._attention)
-            for block in wanted:
-                names = dict(block.named_modules(remove_duplicate=False))
-                self._listened |= {id(module) for name, module in names.items() if not is_cross_attention(name)}
-        holder = self._blocks.holder
-        hooks.callback(holder.register_forward_pre_hook(self._before_stack, with_kwargs=True).remove)
-        hooks.callback(holder.register_forward_hook(self._after_stack, with_kwargs=True).remove)
-        if self._blocks.pads_inside:
-            hooks.callback(self._blocks.owner.register_forward_hook(self._measure_length).remove)
-        for read in self._reads:
-            if read.what in RELATED:
-                self._attach_related(read, hooks)
-            elif read.what == LAST_HIDDEN:
-                hook = self._blocks.owner.register_forward_hook(self._owner_ended(read))
-                hooks.callback(hook.remove)
+        """Register all hooks; closing `hooks` removes them."""
+        blocks, holder, owner = self._blocks, self._blocks.holder, self._blocks.owner
+        needed = {key.layer for key in self._keys if key.what == ATTENTION or key.what in RELATED}
+        if self._hidden or blocks.shared or layerdrop_of(holder) > 0:  # any block may be skipped
+            needed = set(range(len(blocks.modules)))
 
-    def _modules(self, layers: Mapping[int, ActivationKey]) -> list[nn.Module]:
-        return [self._blocks.modules[layer] for layer in layers]
+        def add(handle: RemovableHandle) -> None:
+            hooks.callback(handle.remove)
 
-    def _attach_related(self, read: ActivationKey, hooks: contextlib.ExitStack) -> None:
-        """Attach hooks for queries, keys or values, on every block if they share weights."""
-        blocks = self._blocks.modules if self._blocks.shared else self._modules({read.layer: read})
-        for block in blocks:
-            source = sources_of(block, read.what, whose=self._whose, layer=read.layer)
-            hook = source.module.register_forward_hook(self._related(read, source.part))
-            hooks.callback(hook.remove)
+        add(holder.register_forward_pre_hook(self._before_stack, with_kwargs=True))
+        for index in sorted(needed):
+            module = blocks.modules[index]
+            add(module.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            add(module.register_forward_hook(self._after_block))
+        for layer in self._attention:
+            for block in self._modules(layer):
+                names = block.named_modules(remove_duplicate=False)
+                self._attention_modules |= {id(module) for name, module in names if not is_cross_attention(name)}
+        add(holder.register_forward_hook(self._after_stack, with_kwargs=True))
+        if blocks.pads_inside:
+            add(owner.register_forward_hook(self._measure_length))
+        for key in self._keys:
+            if key.what in RELATED:
+                for block in self._modules(key.layer):
+                    source = sources_of(block, key.what, whose=self._whose, layer=key.layer)
+                    add(source.module.register_forward_hook(self._after_projection(key, source.part)))
+            elif key.what == LAST_HIDDEN:
+                add(owner.register_forward_hook(self._after_owner(key)))
 
-    def _related(self, read: ActivationKey, part: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _modules(self, layer: int) -> tuple[nn.Module, ...]:
+        """Return the blocks that compute a layer: all of them if they share weights."""
+        return self._blocks.modules if self._blocks.shared else (self._blocks.modules[layer],)
+
+    def _after_projection(self, key: ActivationKey, part: Callable[[Tensor, Tensor], Tensor]) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             # The first call: DeBERTa calls the same modules again, with its relative positions.
-            if self._running == read.layer and read not in self._seen:
-                self._seen[read] = part(inputs[0], output)
+            if self._running == key.layer and key not in self._seen:
+                self._seen[key] = part(inputs[0], output)
 
         return hook
 
-    def _before(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def _before(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Keywords], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: Keywords) -> None:
             self._running = self._calls if self._blocks.shared else index
             self._ran.add(self._running)
-            stream = args[0] if args else keywords.get("hidden_states")
-            if not isinstance(stream, Tensor):
+            stream = stream_in(args, keywords)
+            if stream is None:
                 return
-            # The input is also what blocks put out that were left out (layerdrop), and what the embeddings did.
-            for layer, read in self._hidden.items():
-                if layer < self._running and read not in self._seen:
-                    self._seen[read] = stream
+            # The input is also the output of the embeddings, or of the blocks that LayerDrop skipped before this one.
+            for layer, key in self._hidden.items():
+                if layer < self._running and key not in self._seen:
+                    self._seen[key] = stream
 
         return hook
 
-    def _after(self, index: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._stream = passed_on(output)
-            if self._running in self._hidden:
-                self._seen[self._hidden[self._running]] = self._stream
-            self._calls += 1
-            self._running = -1
+    def _after_block(self, module: nn.Module, inputs: object, output: object) -> None:
+        self._stream = stream_out(output)
+        if self._running in self._hidden:
+            self._seen[self._hidden[self._running]] = self._stream
+        self._calls += 1
+        self._running = -1
 
-        return hook
-
-    def _before_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def _before_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: Keywords) -> None:
         self._called = True
-        if self._hidden and module.training and layerdrop_of(module) > 0 and not self._left_out:
+        if self._hidden and module.training and layerdrop_of(module) > 0 and not self._all_dropped:
             self._began = random_state(*args, *keywords.values())
 
-    def _after_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        if self._began is None or self._ran or self._left_out:
+    def _after_stack(self, module: nn.Module, args: tuple[Any, ...], keywords: Keywords, output: object) -> None:
+        if self._began is None or self._ran or self._all_dropped:
             return
-        self._left_out = True  # now, as the stack is run again
+        self._all_dropped = True  # set first, because the stack runs again
         blocks = module.get_submodule(self._blocks.path.rpartition(".")[2])
         self._stream = input_of_stack(module, blocks, args, keywords, self._began)
 
-    def _owner_ended(self, read: ActivationKey) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            last = ended_in(output)
-            if isinstance(last, Tensor):
-                self._seen[read] = last
+    def _after_owner(self, key: ActivationKey) -> Hook:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            last = last_hidden_in(output)
+            if last is not None:
+                self._seen[key] = last
 
         return hook
 
-    def _measure_length(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        last = ended_in(output)
-        self._length = last.shape[1] if isinstance(last, Tensor) else None
+    def _measure_length(self, module: nn.Module, inputs: object, output: object) -> None:
+        last = last_hidden_in(output)
+        self._length = None if last is None else last.shape[1]
 
-    def on_attention(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, settings: dict[str, Any]) -> None:
-        """Handle a call of an attention function of any module."""
-        read = self._attention.get(self._running)
-        if read is None or id(module) not in self._listened:
+    def on_attention(self, module: nn.Module, query: Tensor, key: Tensor, mask: object, settings: Keywords) -> None:
+        """Record a call of an attention function by any module, if it belongs to a layer that is captured."""
+        captured = self._attention.get(self._running)
+        if captured is None or id(module) not in self._attention_modules:
             return
         _check_masks(module, mask, settings)
         causal = settings.get("is_causal")
         scaling = settings.get("scaling")
-        self._seen[read] = AttentionRecord(
+        self._seen[captured] = AttentionRecord(
             queries=query,
             keys=key,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -497,94 +507,89 @@ class _StackCapture:
         )
 
     def finish(self) -> None:
-        for layer, read in self._hidden.items():
-            went_past = layer != EMBEDDINGS or self._left_out
-            if read not in self._seen and self._stream is not None and went_past:
-                self._seen[read] = self._stream  # the last blocks were left out (layerdrop), or all
-        for read in sorted(self._reads - set(self._seen)):
-            raise SettingError(self._not_seen(read))
-        for read in self._reads:
-            if self._length is not None and (read.what == HIDDEN or read.what in RELATED):
-                self._seen[read] = self._seen[read][:, : self._length]
-            if read.what in (HIDDEN, LAST_HIDDEN):
-                self._seen[read] = self._as_positions(read)
+        """Bring activations to `[b t d]`; raise SettingError if one was not seen, or has no gradient."""
+        for layer, key in self._hidden.items():
+            if key not in self._seen and self._stream is not None and (layer != EMBEDDINGS or self._all_dropped):
+                self._seen[key] = self._stream  # LayerDrop skipped the last blocks, or all
+        for key in sorted(self._keys - set(self._seen)):
+            raise SettingError(f"{self._named(key)}: {self._why_not_seen(key)}")
+        for key in self._keys:
+            if self._length is not None and (key.what == HIDDEN or key.what in RELATED):
+                self._seen[key] = self._seen[key][:, : self._length]
+            if key.what in (HIDDEN, LAST_HIDDEN):
+                layer = 0 if key.what == LAST_HIDDEN else key.layer
+                features, config = self._blocks.features.get((key.what, layer)), config_of(self._blocks.owner)
+                self._seen[key] = as_positions(self._seen[key], features, config, what=self._named(key))
         if torch.is_grad_enabled() and self._whose == "student":
             self._check_graphs()
 
-    def _as_positions(self, read: ActivationKey) -> Tensor:
-        """Return a hidden state as `[b t d]`."""
-        layer = 0 if read.what == LAST_HIDDEN else read.layer
-        features, config = self._blocks.features.get((read.what, layer)), getattr(self._blocks.owner, "config", None)
-        return as_positions(self._seen[read], features, config, what=self._named(read))
+    def _named(self, key: ActivationKey) -> str:
+        return f"{key.what} of block {key.layer} of the {self._whose} ({self._blocks.path})"
 
-    def _named(self, read: ActivationKey) -> str:
-        return f"{read.what} of block {read.layer} of the {self._whose} ({self._blocks.path})"
-
-    def _not_seen(self, read: ActivationKey) -> str:
-        where = self._named(read)
-        if read.what == LAST_HIDDEN and self._called:
-            return f"{where}: {type(self._blocks.owner).__name__} returns no last_hidden_state. Use HiddenMatch."
+    def _why_not_seen(self, key: ActivationKey) -> str:
+        owner, holder = type(self._blocks.owner).__name__, type(self._blocks.holder).__name__
+        if key.what == LAST_HIDDEN and self._called:
+            return f"{owner} returns no last_hidden_state. Use HiddenMatch."
         if not self._called and not self._ran:
             return (
-                f"{where}: no block ran. The model that was called is not the {self._whose} that the distiller was "
-                "made for (make it with this one, or call distiller.bind)."
+                f"no block ran. The model that was called is not the {self._whose} that the distiller was made for "
+                "(make it with this one, or call distiller.bind)."
             )
         if not self._ran and not layerdrop_of(self._blocks.holder):
             return (
-                f"{where}: no block ran as a module. {type(self._blocks.holder).__name__} passes by the hooks of its "
-                "blocks (SqueezeBERT calls their forward functions). Use CosineEmbedding, or the predictions alone."
+                f"no block ran as a module. {holder} bypasses the hooks of its blocks (SqueezeBERT calls their forward "
+                "functions). Use CosineEmbedding, or predictions only."
             )
-        if read.what != LAST_HIDDEN and read.layer not in self._ran:
+        if key.what != LAST_HIDDEN and key.layer not in self._ran:
             return (
-                f"{where}: the block did not run in this forward. Where layerdrop left it out, set layerdrop to 0 in "
-                "the config, or use HiddenMatch, which reads what went past it."
+                "the block did not run in this forward. If LayerDrop skipped it, set layerdrop to 0 in the config, or "
+                "use HiddenMatch, which reads the hidden state that bypassed it."
             )
-        if read.what == ATTENTION:
+        if key.what == ATTENTION:
             return (
-                f"{where}: its attention does not go through transformers' AttentionInterface (DeBERTa, MPNet and "
-                "WavLM compute their own), or it has none, so no scores can be read. Use RelationMatch or HiddenMatch."
+                "its attention does not go through transformers' AttentionInterface (DeBERTa, MPNet and WavLM compute "
+                "their own), or it has none, so no scores can be read. Use RelationMatch or HiddenMatch."
             )
-        return (
-            f"{where}: the module is there and was not called (WavLM hands its weights to a function). Use HiddenMatch."
-        )
+        return "its module was not called (WavLM passes its weights to a function). Use HiddenMatch."
 
     def _check_graphs(self) -> None:
+        """Raise SettingError if an activation of the student carries no gradient."""
         trained = any(p.requires_grad for p in self._blocks.owner.parameters())
-        for read in self._reads:
-            value = self._seen[read]
-            tensors = [value.queries, value.keys] if isinstance(value, AttentionRecord) else [value]
-            if not trained or read.layer == EMBEDDINGS or any(x.requires_grad for x in tensors):
+        for key in self._keys:
+            value = self._seen[key]
+            tensors = [value.queries, value.keys] if key.what == ATTENTION else [value]
+            if not trained or key.layer == EMBEDDINGS or any(x.requires_grad for x in tensors):
                 continue
-            if isinstance(value, Tensor) and self._left_out_below(read):
-                # The blocks whose parameters are trained (adapters) were left out: a leaf, so that a backward works.
-                self._seen[read] = value.detach().requires_grad_()
+            if key.what != ATTENTION and self._dropped_below(key):
+                # LayerDrop skipped the blocks whose parameters are trained (adapters): a leaf lets a backward work.
+                self._seen[key] = value.detach().requires_grad_()
                 continue
             raise SettingError(
-                f"{read.what} of block {read.layer} of the student has no gradient: gradient checkpointing with "
-                "use_reentrant=True hides it, what is below that block is frozen, or the model runs its blocks "
-                "in a backward of its own (Reformer, which can be a teacher but no student here). Pass "
+                f"{key.what} of block {key.layer} of the student has no gradient: gradient checkpointing with "
+                "use_reentrant=True hides it, the block and those below it are frozen, or the model runs its blocks "
+                "in its own backward (Reformer, which can only be a teacher here). Pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or match a block that is trained.'
             )
 
-    def _left_out_below(self, read: ActivationKey) -> bool:
+    def _dropped_below(self, key: ActivationKey) -> bool:
         """Return whether LayerDrop skipped a block that this activation depends on."""
-        last = self._blocks.length - 1 if read.what == LAST_HIDDEN else read.layer
+        last = self._blocks.length - 1 if key.what == LAST_HIDDEN else key.layer
         return layerdrop_of(self._blocks.holder) > 0 and not self._ran.issuperset(range(last + 1))
 
 
-def _check_masks(module: nn.Module, mask: Any, settings: dict[str, Any]) -> None:
+def _check_masks(module: nn.Module, mask: object, settings: Keywords) -> None:
     """Raise if the mask of the attention cannot be observed: pairs that never attend would be compared."""
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None) or ""
+    name = getattr(config_of(module), "_attn_implementation", None) or ""
     positions = settings.get("position_ids")
     packed = name.startswith("flash") and positions is not None and bool((positions.diff(dim=-1) < 0).any())
     if mask is not None and not isinstance(mask, Tensor):
         why = f"the mask is a {type(mask).__name__} (flex attention), which hides it"
     elif packed or settings.get("cu_seq_lens_q") is not None:
-        why = "sequences are packed under flash attention, and which key is of which sequence is hidden"
+        why = "sequences are packed under flash attention, which hides the sequence of each key"
     elif settings.get("s_aux") is not None:
-        why = "it has attention sinks, which are no scores of keys; no implementation shows them. Use RelationMatch"
+        why = "it has attention sinks, which are not scores of keys; no implementation shows them. Use RelationMatch"
     else:
         return
     raise SettingError(
-        f"AttentionMatch on {type(module).__name__}: {why}. Else load the model with attn_implementation='sdpa'."
+        f"AttentionMatch on {type(module).__name__}: {why}. Otherwise load the model with attn_implementation='sdpa'."
     )

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
+from hf_distill._types import Batch
+from hf_distill.models.blocks import text_config
+from hf_distill.models.generation import evaluating
+from hf_distill.models.packing import is_sharded
 from hf_distill.signals import DeferredLogits
 from hf_distill.tasks.base import output_named
 from hf_distill.tasks.infer import unwrapped
@@ -24,7 +29,7 @@ from hf_distill.tasks.infer import unwrapped
 POSITIONS = 16  # positions tried, of one example
 LARGE = 1e3  # of the enlarged logits; caps are 15 to 50
 LARGEST_HIDDEN = 3e4  # within fp16
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest; 16 bits: 1e-2
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative to the largest value; in 16 bits 1e-2
 
 
 class OutputHead:
@@ -35,10 +40,10 @@ class OutputHead:
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1))
-    >>> head, heard = OutputHead(model), []
-    >>> with head.listened(heard):
+    >>> head, recorded = OutputHead(model), []
+    >>> with head.listened(recorded):
     ...     _ = model(torch.tensor([[1, 2, 3]]))
-    >>> heard[0].hidden.shape, heard[0].weight.shape
+    >>> recorded[0].hidden.shape, recorded[0].weight.shape
     (torch.Size([1, 3, 4]), torch.Size([9, 4]))
     """
 
@@ -57,12 +62,11 @@ class OutputHead:
 
     def is_sharded(self) -> bool:
         """Return whether the weight is sharded between forwards (FSDP2, tensor parallelism, ZeRO-3)."""
-        weight = self._module.weight
-        return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+        return is_sharded(self._module)
 
     @contextlib.contextmanager
-    def taken_over(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
-        """Inside this context, a forward calls `work` in place of the head and uses its scalar for the logits.
+    def replaced(self, work: Callable[[DeferredLogits], Tensor]) -> Iterator[None]:
+        """Let each forward call `work` in place of the head, and return its scalar in place of the logits.
 
         The scalar carries the graph, so that DDP and FSDP, which wait for gradients of the outputs, work. It is
         computed within the head's hooks and autocast, and the logits of the output are this number, repeated.
@@ -76,14 +80,14 @@ class OutputHead:
             self._work = None
 
     @contextlib.contextmanager
-    def listened(self, heard: list[DeferredLogits]) -> Iterator[None]:
-        """Inside this context, a forward without gradient appends the head's input to a list and computes no logits."""
+    def listened(self, inputs: list[DeferredLogits]) -> Iterator[None]:
+        """Let each forward, without gradient, append the head's input to a list, and compute no logits."""
 
-        def listen(given: DeferredLogits) -> Tensor:
-            heard.append(given)
+        def record(given: DeferredLogits) -> Tensor:
+            inputs.append(given)
             return given.hidden.new_zeros(())
 
-        with self.taken_over(listen):
+        with self.replaced(record):
             yield
 
     def _why_not(self) -> str | None:
@@ -103,12 +107,12 @@ class OutputHead:
 
     @torch.compiler.disable
     def _forward(self, hidden: Tensor) -> Tensor:
-        assert self._work is not None  # set by `taken_over`
-        scalar = self._work(self._unmade(hidden))
+        assert self._work is not None  # set by `replaced`
+        scalar = self._work(self._deferred(hidden))
         # Not a view, because models write into their logits.
         return scalar.to(hidden.dtype).expand(*[1] * (hidden.dim() - 1), self.columns).clone()
 
-    def _unmade(self, hidden: Tensor) -> DeferredLogits:
+    def _deferred(self, hidden: Tensor) -> DeferredLogits:
         scale, softcap = _after_the_head(self._model.config)
         bias, later = self._module.bias, getattr(self._model, "final_logits_bias", None)
         if isinstance(later, Tensor):  # BART, Marian, Pegasus
@@ -120,9 +124,7 @@ class OutputHead:
     # The trial.
 
     @torch.no_grad()
-    def trial(
-        self, inputs: Mapping[str, Any], labelled: Mapping[str, Tensor], *, wrapped: nn.Module | None = None
-    ) -> Trial | str:
+    def trial(self, inputs: Batch, labelled: Mapping[str, Tensor], *, wrapped: nn.Module | None = None) -> Trial | str:
         """Run a batch through the model, and return some logits of one example, or why the head cannot be replaced.
 
         This does not depend on the labels, so that several processes all try at the same step.
@@ -138,53 +140,46 @@ class OutputHead:
         for name, labels in labelled.items():
             made_up = torch.arange(min(labels.shape[1], POSITIONS), device=labels.device) % self.columns
             known[name] = made_up[None].to(labels.dtype)
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
-        try:
-            found = self._asked(model, {**inputs, **known})
-            if isinstance(found, str):
-                return found
-            enlarged = self._asked(model, {**inputs, **known}, by=LARGE / found.largest)
-            if isinstance(enlarged, str):
-                return enlarged
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(self._model):
+            found = self._run(model, {**inputs, **known})
+            enlarged = found if isinstance(found, str) else self._run(model, {**inputs, **known}, LARGE / found.largest)
+        if isinstance(found, str) or isinstance(enlarged, str):
+            return str(enlarged)
         if known and found.outputs.get("aux_loss") is not None:
             return f"{type(self._model).__name__} adds a loss of its own (aux_loss)"
-        return Trial(found.said, known, found.outputs.get("loss") if known else None)
+        return Trial(found.logits, known, found.outputs.get("loss") if known else None)
 
-    def _asked(self, model: nn.Module, inputs: Mapping[str, Any], *, by: float = 1.0) -> _Asked | str:
-        """Run one forward on some positions with enlarged hidden states; return it, or the disagreement."""
-        heard: list[tuple[Tensor, Tensor]] = []
+    def _run(self, model: nn.Module, inputs: Batch, factor: float = 1.0) -> _Run | str:
+        """Run one forward on some positions, with hidden states times a factor; return it, or the disagreement."""
+        calls: list[tuple[Tensor, Tensor]] = []
 
-        def some(hidden: Tensor) -> Tensor:
-            hidden = hidden[:1, :POSITIONS]  # cut here: not all that is read is example by example
-            part = self._unmade(hidden * min(by, LARGEST_HIDDEN / float(hidden.abs().amax().clamp(min=1))))
+        def compute_some(hidden: Tensor) -> Tensor:
+            hidden = hidden[:1, :POSITIONS]  # cut here: not every input has an axis of examples
+            part = self._deferred(hidden * min(factor, LARGEST_HIDDEN / float(hidden.abs().amax().clamp(min=1))))
             made = nn.functional.linear(part.hidden, self._module.weight, self._module.bias)
-            heard.append((made, logits_of(part)))
+            calls.append((made, logits_of(part)))
             return made.clone()  # models write into their logits
 
-        self._module.forward = some
+        self._module.forward = compute_some
         try:
             outputs = model(**inputs)
         finally:
             del self._module.forward
         name = type(self._model).__name__
-        if len(heard) != 1 or heard[0][0].dim() != 3:
+        if len(calls) != 1 or calls[0][0].dim() != 3:
             return f"{name} does not call its output head once, on [batch, time, width]"
-        (made, expected), said = heard[0], output_named("logits", outputs).float()
-        if said.shape != expected.shape or not _close(said, expected.float(), made.dtype):
+        (made, expected), logits = calls[0], output_named("logits", outputs).float()
+        if logits.shape != expected.shape or not _close(logits, expected.float(), made.dtype):
             return f"{name} does more to its logits after the output head than scale them, cap them or add a bias"
-        return _Asked(outputs, said, max(1.0, float(made.abs().amax())))
+        return _Run(outputs, logits, max(1.0, float(made.abs().amax())))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Run:
     """A model's outputs, its logits in full precision, and the largest value of its head, at least 1."""
 
-    outputs: Any
-    said: Tensor
+    outputs: ModelOutput
+    logits: Tensor
     largest: float
 
 
@@ -223,18 +218,19 @@ def _is_linear(module: nn.Module) -> bool:
     return kind is nn.Linear or (issubclass(kind, FSDPModule) and kind.__bases__ == (FSDPModule, nn.Linear))
 
 
-def _after_the_head(config: Any) -> tuple[float, float | None]:
+def _after_the_head(config: PreTrainedConfig) -> tuple[float, float | None]:
     """Return the factor on the logits and their soft cap, from a config."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     scale = 1.0
     for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
         value = getattr(text, name, None)
-        if isinstance(value, (int, float)) and value:  # MPT has a word there, which it does not heed
+        if isinstance(value, (int, float)) and value:  # MPT has a word there, which it ignores
             scale *= float(value) ** power
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
     return scale, next((cap for cap in (getattr(text, name, None) for name in caps) if cap), None)
 
 
-def _close(said: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors are equal up to rounding in `dtype`."""
     largest = expected.abs().amax().clamp(min=1e-6)
-    return bool((said - expected).abs().amax() <= _TOLERANCE.get(dtype, 1e-2) * largest)
+    return bool((found - expected).abs().amax() <= _TOLERANCE.get(dtype, 1e-2) * largest)

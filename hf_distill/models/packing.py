@@ -8,37 +8,38 @@ themselves and are not checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_distill._types import Keywords
 from hf_distill.ddp import several_processes
 from hf_distill.errors import DataError
 from hf_distill.models.generation import evaluating
-from hf_distill.signals import Needs
+from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import forward_names, unwrapped
 
-_LENGTHS = (2, 3)  # of the two sequences that are tried
+_LENGTHS = (2, 3)  # of the two sequences of the trial
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
-_TELL = (*_BOUNDARIES, "seq_idx")  # where sequences begin, beside their positions
-PACKING_COLUMNS = ("position_ids", *_TELL)  # without one of these a batch is not packed
+_SEPARATORS = (*_BOUNDARIES, "seq_idx")  # what may separate sequences besides position_ids
+PACKING_COLUMNS = ("position_ids", *_SEPARATORS)  # a batch without any of these is not packed
 _LONGEST = ("max_length_q", "max_length_k")
 _WITHOUT_MASK = (
     "The attention_mask is why: without one they are kept apart. Drop attention_mask from the batch. (Collators that "
-    "pad, DataCollatorForSeq2Seq among them, add one: take default_data_collator, or DataCollatorWithFlattening.)"
+    "pad, such as DataCollatorForSeq2Seq, add one: use default_data_collator, or DataCollatorWithFlattening.)"
 )
 _ONE_ROW = (
-    "In a batch of one row, without attention_mask, they are kept apart (flash attention does so there alone). Use "
+    "In a batch of one row, without attention_mask, they are kept apart (by flash attention only there). Use "
     "DataCollatorWithFlattening, or one row a batch."
 )
 _NUMBERED = (
-    "The batch has no position_ids, and what else tells them apart is not looked at by this model or this attention: "
-    "leave return_position_ids of DataCollatorWithFlattening as it is, or use a collator that pads."
+    "The batch has no position_ids, and this model or its attention does not read what else separates them. Leave "
+    "return_position_ids=True in DataCollatorWithFlattening, or use a collator that pads."
 )
 _PADDED = (
     "Use a collator that pads (DataCollatorWithPadding, DataCollatorForSeq2Seq); or a model whose attention follows "
@@ -46,11 +47,23 @@ _PADDED = (
 )
 
 
+class _Teacher(Protocol):
+    """The part of a `Teacher` that is needed here."""
+
+    def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals: ...
+
+    def models(self) -> list[nn.Module]: ...
+
+
+def _class_name(model: Any) -> str:
+    return type(unwrapped(model)).__name__
+
+
 class _Layout(NamedTuple):
     """The features of packing that decide whether a model separates sequences.
 
     Attributes:
-        several_rows: whether a batch has several rows.
+        several_rows: whether the batch has several rows.
         masked: whether there is an attention mask `[b t]`.
         padded: whether the mask hides positions.
         numbered: whether the mask numbers the sequences from 1.
@@ -69,38 +82,40 @@ class PackingCheck:
         student: the model without wrappers.
     """
 
-    def __init__(self, student: Any) -> None:
+    def __init__(self, student: nn.Module) -> None:
         self.student = student
         self._several_rows = False
-        self._tried: dict[tuple[str, _Layout], str] = {}  # → the model in words, if it leaks; "": it does not
+        self._tried: dict[tuple[str, _Layout], str] = {}  # the description of a model that leaks, otherwise ""
 
-    def __call__(self, batches: Sequence[Batch], task: Task, teacher: Any, needs: Needs) -> None:
+    def __call__(self, batches: Sequence[Batch], task: Task, teacher: _Teacher | None, needs: Needs) -> None:
         """Raise if sequences are packed and one of the models does not separate them.
 
         Args:
-            batches: of an optimizer step.
-            teacher: a Teacher, or None.
+            batches: the batches of an optimizer step.
+            task: reads the teacher's predictions.
+            teacher: the teacher, or None.
             needs: what the teacher must compute.
 
         Raises:
             DataError: if the outputs for a packed sequence depend on another one.
         """
         batches = [batch for batch in batches if batch.get("input_ids") is not None]
-        free = [one for one in batches if may_be_packed(one) or _has_boundaries(one)]
-        masked = [one for one in batches if _has_a_mask(one)]
+        free = [batch for batch in batches if may_be_packed(batch) or _has_boundaries(batch)]
+        masked = [batch for batch in batches if _has_a_mask(batch)]
+        problem = ""
         if free:
-            # What was tried with several rows holds for one: then all processes try at the same step.
+            # What holds for several rows holds for one, so all processes run the trial at the same step.
             self._several_rows = self._several_rows or any(len(batch["input_ids"]) > 1 for batch in free)
             why = self._refusal(_Layout(self._several_rows), free[0], task, teacher, needs)
-            if why and any(map(_holds_several, free)):
-                raise DataError(why)
-        if masked:
+            problem = why if any(map(_holds_several, free)) else ""
+        if masked and not problem:
             is_packed, *how = self._agreed(torch.stack([_found(batch) for batch in masked]).amax(0), teacher).tolist()
-            why = self._refusal(_Layout(*map(bool, how)), masked[0], task, teacher, needs) if is_packed else ""
-            if why:
-                raise DataError(why)
+            if is_packed:
+                problem = self._refusal(_Layout(*map(bool, how)), masked[0], task, teacher, needs)
+        if problem:
+            raise DataError(problem)
 
-    def _refusal(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+    def _refusal(self, layout: _Layout, batch: Batch, task: Task, teacher: _Teacher | None, needs: Needs) -> str:
         """Return why sequences in this layout are not allowed and what to do; empty if they are."""
 
         def leaking(layout: _Layout) -> str:
@@ -114,36 +129,38 @@ class PackingCheck:
         elif layout.several_rows and not leaking(_Layout()):
             way_out = _ONE_ROW
         return (
-            f"several sequences are packed into a row, and the {leaking(layout)} lets each see those before it: what "
-            f"it makes of a sequence changes with the one packed before. {way_out}"
+            f"several sequences are packed into a row, and the {leaking(layout)} lets each see those before it: its "
+            f"outputs for a sequence change with the previous one. {way_out}"
         )
 
-    def _leaking(self, layout: _Layout, batch: Batch, task: Task, teacher: Any, needs: Needs) -> str:
+    def _leaking(self, layout: _Layout, batch: Batch, task: Task, teacher: _Teacher | None, needs: Needs) -> str:
         """Return the names of the models that leak; each is tested once, when first needed."""
         device = next(self.student.parameters()).device
         uncached = {"use_cache": False} if "use_cache" in forward_names(self.student) else {}
 
-        def ask_student(tried: Batch) -> Mapping[str, Any]:
+        def run_student(tried: Batch) -> Batch:
             with torch.no_grad(), evaluating(self.student):
-                outputs: Mapping[str, Any] = self.student(**tried, **uncached)
+                outputs: Batch = self.student(**tried, **uncached)
             return outputs
 
-        def ask_teacher(tried: Batch) -> Mapping[str, Any]:
-            shown = teacher(task, tried, needs)
-            return {"logits": shown.logits, **{str(read): value for read, value in shown.activations.items()}}
+        def run_teacher(tried: Batch) -> Batch:
+            assert teacher is not None
+            signals = teacher(task, tried, needs)
+            return {"logits": signals.logits, **{str(key): value for key, value in signals.activations.items()}}
 
-        asked: list[tuple[str, Any, Callable[[Batch], Mapping[str, Any]]]] = [("student", self.student, ask_student)]
-        if (needs.logits or needs.activations) and _models_of(teacher):
-            asked.append(("teacher", getattr(teacher, "model", teacher), ask_teacher))
-        for whose, model, ask in asked:
+        trials: list[tuple[str, str, Callable[[Batch], Batch]]] = [("student", _class_name(self.student), run_student)]
+        if teacher is not None and (needs.logits or needs.activations) and teacher.models():
+            trials.append(("teacher", _class_name(getattr(teacher, "model", teacher)), run_teacher))
+        for whose, name, run in trials:
             if (whose, layout) not in self._tried:
-                leaks = _leaks(ask, batch, layout, device)
-                self._tried[whose, layout] = f"{whose} ({type(unwrapped(model)).__name__})" if leaks else ""
-        return " and the ".join(filter(None, (self._tried[whose, layout] for whose, _, _ in asked)))
+                leaks = _leaks(run, batch, layout, device)
+                self._tried[whose, layout] = f"{whose} ({name})" if leaks else ""
+        return " and the ".join(filter(None, (self._tried[whose, layout] for whose, *_ in trials)))
 
-    def _agreed(self, found: Tensor, teacher: Any) -> Tensor:
+    def _agreed(self, found: Tensor, teacher: _Teacher | None) -> Tensor:
         """Return the findings of all processes combined, since all must run a model if one does."""
-        if several_processes() and any(map(_is_sharded, (self.student, *_models_of(teacher)))):
+        models = [self.student, *([] if teacher is None else teacher.models())]
+        if several_processes() and any(map(is_sharded, models)):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
 
@@ -161,7 +178,7 @@ def may_be_packed(batch: Batch) -> bool:
 
 def _has_boundaries(batch: Batch) -> bool:
     """Return whether the batch has boundaries of sequences (for flash attention or recurrent models), and no mask."""
-    return batch.get("attention_mask") is None and any(batch.get(name) is not None for name in _TELL)
+    return batch.get("attention_mask") is None and any(batch.get(name) is not None for name in _SEPARATORS)
 
 
 def _holds_several(batch: Batch) -> bool:
@@ -185,13 +202,13 @@ def _found(batch: Batch) -> Tensor:
     mask = batch["attention_mask"]
     several = torch.tensor(len(batch["input_ids"]) > 1, device=mask.device)
     how = torch.stack((several, torch.ones_like(several), (mask == 0).any(), (mask > 1).any()))
-    packed = _begins_anew(batch["position_ids"].expand_as(mask), mask != 0)
+    packed = _restarts(batch["position_ids"].expand_as(mask), mask != 0)
     return torch.cat((packed[None], how & packed)).int()
 
 
-def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
+def _restarts(positions: Tensor, attended: Tensor) -> Tensor:
     """Return whether the position numbers `[b t]` decrease somewhere, or start twice, a scalar bool."""
-    order = (~attended).int().argsort(dim=-1, stable=True)  # the attended ones in front, as they follow each other
+    order = (~attended).int().argsort(dim=-1, stable=True)  # attended positions first, in their order
     numbers = positions.gather(1, order)
     before, now = numbers[:, :-1], numbers[:, 1:]
     again = (now < before) | ((now == before) & (now == numbers[:, :1]))
@@ -199,26 +216,21 @@ def _begins_anew(positions: Tensor, attended: Tensor) -> Tensor:
     return (again & follows).any()
 
 
-def _models_of(teacher: Any) -> list[nn.Module]:
-    """Return the models that the teacher runs, without the student."""
-    return [] if teacher is None else teacher.models()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Return whether a model is sharded, so that every process must run its forward."""
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are sharded (FSDP2, tensor parallelism, ZeRO-3): then all processes must run a forward."""
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def _leaks(ask: Callable[[Batch], Mapping[str, Any]], batch: Batch, layout: _Layout, device: torch.device) -> bool:
+def _leaks(run: Callable[[Batch], Batch], batch: Batch, layout: _Layout, device: torch.device) -> bool:
     """Return whether changing the first of two sequences changes the outputs for the second."""
     answers = []
     for tokens in ((1, 2), (2, 3)):
         tried = _two_sequences(batch, tokens, layout, device)
-        answers.append(list(_of_second(ask(tried), width=tried["input_ids"].shape[1])))
-    return any(bool((one - other).abs().max() > 1e-5 * one.abs().max()) for one, other in zip(*answers, strict=True))
+        answers.append(list(_of_second(run(tried), width=tried["input_ids"].shape[1])))
+    return any(bool((x - other).abs().max() > 1e-5 * x.abs().max()) for x, other in zip(*answers, strict=True))
 
 
-def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device: torch.device) -> dict[str, Any]:
+def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device: torch.device) -> Keywords:
     """Return a row of two sequences, separated in the same way as in this batch."""
     lengths = (*_LENGTHS, 1) if layout.padded else _LENGTHS
     rows = 2 if layout.several_rows else 1
@@ -230,7 +242,7 @@ def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device
     def numbered(*numbers: int) -> list[int]:
         return [number for number, length in zip(numbers, lengths, strict=False) for _ in range(length)]
 
-    made: dict[str, Any] = {"input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)])}
+    made: Keywords = {"input_ids": filled([*first, 3, 1, 2, 0][: sum(lengths)])}
     if ids is not None:
         start = int((ids if mask is None else ids.expand_as(mask)[mask != 0]).min())
         made["position_ids"] = filled([start + i for length in lengths for i in range(length)])
@@ -243,7 +255,7 @@ def _two_sequences(batch: Batch, first: tuple[int, int], layout: _Layout, device
     return made | {name: max(lengths) for name in _LONGEST if batch.get(name) is not None}
 
 
-def _of_second(outputs: Mapping[str, Any], *, width: int) -> Iterator[Tensor]:
+def _of_second(outputs: Batch, *, width: int) -> Iterator[Tensor]:
     """Return a model's outputs `[b t *]` at the positions of the second sequence."""
     for name in outputs:
         value = outputs[name]

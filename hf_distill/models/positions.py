@@ -24,13 +24,14 @@ class PositionRule:
 
     Args:
         model: the student, whose rule converts samples to frames.
-        of_decoder: as `Blocks` has it.
+        task: the task of the student.
+        of_decoder: whether the positions are those of the decoder of an encoder-decoder.
     """
 
     def __init__(self, model: Any, task: Task, *, of_decoder: bool = False) -> None:
         model = unwrapped(model)
         self._of_decoder = of_decoder
-        self._predicts_them = task.has_decoder
+        self._labels_decoder = task.has_decoder
         rule = getattr(model, "_get_feat_extract_output_lengths", None)
         self._frame_lengths = rule or getattr(model, "_get_subsampling_output_length", None)
 
@@ -55,8 +56,8 @@ class PositionRule:
         """Raise DataError if a row may hold several examples, for objectives that need one a row."""
         if self.segments(batch) is not None:
             raise DataError(
-                f"{what} needs an example a row, but this batch has position_ids and no attention_mask: several may be "
-                "packed into one. Leave packing out, or use HiddenMatch or RelationMatch on all positions."
+                f"{what} needs an example a row, but position_ids without attention_mask allow several. Leave packing "
+                "out, or use HiddenMatch or RelationMatch on all positions."
             )
 
     def count(self, batch: Batch) -> Tensor:
@@ -70,11 +71,11 @@ class PositionRule:
         return torch.tensor(batch_size(batch)) if keep is None else keep.any(-1).sum()
 
     def _of_decoder_inputs(self, batch: Batch) -> Tensor:
-        if self._predicts_them and batch.get("labels") is not None:
+        if self._labels_decoder and batch.get("labels") is not None:
             return batch["labels"] != IGNORED
         if batch.get("decoder_input_ids") is not None:
             return attended(batch, "decoder_attention_mask", ("decoder_input_ids",))
-        return _of_tokens(batch)  # a decoder that is given what the encoder is (BART's classifier)
+        return _of_tokens(batch)  # a decoder with the inputs of the encoder (BART's classifier)
 
     def _of_frames(self, batch: Batch) -> Tensor | None:
         if self._frame_lengths is None or (batch.get("input_features") is not None and batch.get(_MASK) is None):
@@ -88,13 +89,13 @@ class PositionRule:
 def _of_tokens(batch: Batch) -> Tensor:
     given = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"][..., 0]
     mask = batch.get(_MASK)
-    if mask is None or mask.dim() == 4:  # one that also says who attends to whom (packed sequences)
+    if mask is None or mask.dim() == 4:  # `[b 1 t t]` masks pairs of positions (packed sequences)
         keep = torch.ones(given.shape, dtype=torch.bool, device=given.device)
     else:
         keep = mask.bool()
     theirs = batch.get(f"{TEACHER_PREFIX}{_MASK}")
     if theirs is not None and theirs.shape == keep.shape:
-        keep = keep & theirs.bool()  # what both are shown
+        keep = keep & theirs.bool()  # attended in both models
     return keep.flatten(0, -2)  # multiple choice: `[b choices t]`
 
 
@@ -108,18 +109,17 @@ def check_positions(keep: Tensor | None, shape: tuple[int, ...], *, examples: in
         whose: "student" or "teacher", for the message.
         what: name of the activation, for the message.
     """
+    where = f"{what} of the {whose} are at {list(shape)}"
     if keep is None and (shape[0] != examples or len(shape) != 2):
         raise DataError(
-            f"the batch has {examples} examples, but {what} of the {whose} are at {list(shape)}, which is not "
-            "[examples, positions]: the model computes there on a grid, or on parts of an example (windows, frames of "
-            "a video) as if each were one. Match another stack of blocks (student_stack=, teacher_stack=), or use "
-            "HiddenMatch."
+            f"the batch has {examples} examples, but {where}, not [examples, positions]: the model computes on a grid, "
+            "or on parts of an example (windows, frames of a video). Match another stack of blocks (student_stack=, "
+            "teacher_stack=), or use HiddenMatch."
         )
     if keep is None or tuple(keep.shape) == tuple(shape):
         return
     raise DataError(
-        f"the batch has {list(keep.shape)} [examples, positions], but {what} of the {whose} are at {list(shape)}. "
-        "Student and teacher must be given the same positions: the same tokenizer and padding, the same frame rate, "
-        "and no virtual tokens of prompt tuning. A model that pads to a multiple of its attention window by itself "
-        "needs a collator that does so before: pad_to_multiple_of."
+        f"the batch has {list(keep.shape)} [examples, positions], but {where}. Student and teacher need the same "
+        "positions: the same tokenizer and padding, the same frame rate, and no prompt tuning. If a model pads to a "
+        "multiple of its attention window, pad in the collator: pad_to_multiple_of."
     )

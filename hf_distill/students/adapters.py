@@ -134,7 +134,7 @@ def _head_modules(base: PreTrainedModel) -> list[str]:
 
 
 def _unknown_name(base: nn.Module, config: PeftConfig) -> str | None:
-    """A name in the config that matches no module: PEFT accepts it as long as another one matches."""
+    """Describe the problem if a name in the config matches no module: PEFT accepts it if another one matches."""
     names = [f".{name}" for name, _ in base.named_modules()]
     settings = vars(config)
     saved = set(settings.get("modules_to_save") or ()) - (_SET_BY_PEFT if config.task_type else set())
@@ -158,7 +158,7 @@ def _missing_layer(config: PeftConfig, adapted: tuple[str, ...]) -> str | None:
 
 
 def _wrong_task_type(base: PreTrainedModel, task: Task | None, config: PeftConfig) -> str | None:
-    """PEFT takes the forward, and the modules that are trained whole, from the task_type."""
+    """Describe the problem if the task_type does not fit: PEFT takes the forward and the modules to train from it."""
     classes = task.auto_classes if task is not None and base.main_input_name == "input_ids" else ()
     fitting = [*(_TASK_TYPES[name] for name in classes if name in _TASK_TYPES), None]
     given = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))

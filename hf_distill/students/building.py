@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
-from hf_distill.models.stacks import empty_like
+from hf_distill.models.stacks import empty_model
 
 
 def check_teacher(teacher: object, call: str) -> None:
@@ -67,7 +67,7 @@ def empty_student(
     """
     check_config(config, call)
     try:
-        student: PreTrainedModel = empty_like(teacher, config, "cpu")
+        student: PreTrainedModel = empty_model(teacher, config, "cpu")
     except (ValueError, IndexError, KeyError, RuntimeError) as error:
         raise TeacherError(f"{call}: {type(teacher).__name__} cannot be built with this config: {error}") from error
     _drop_absent_modules(student, teacher)
@@ -76,7 +76,7 @@ def empty_student(
 
 
 def _drop_absent_modules(student: nn.Module, teacher: nn.Module) -> None:
-    """Set to None in the student what is None in the teacher, such as the pooler of some heads."""
+    """Remove the student's modules that are None in the teacher, such as the pooler of some heads."""
     dropped: list[str] = []
     for name in [name for name, _ in student.named_modules() if name]:
         path, _, last = name.rpartition(".")
@@ -148,8 +148,8 @@ def check_weight_tying(student: nn.Module, theirs: Mapping[str, Tensor], call: s
                 )
 
 
-def _differ(one: Tensor, two: Tensor) -> bool:
-    return one is not two and not torch.equal(one, two)
+def _differ(x: Tensor, y: Tensor) -> bool:
+    return x is not y and not torch.equal(x, y)
 
 
 def copy_generation_config(
@@ -161,13 +161,13 @@ def copy_generation_config(
         student: the student, changed in place.
         teacher: the model whose generation config to copy.
         move: returns the student's [layer, head] for a decoder layer and head of the teacher, or None if the student
-            does not have that head. None means that all heads stay where they are.
+            lacks that head. Without `move`, all heads stay where they are.
     """
     if getattr(teacher, "generation_config", None) is None:
         return []
     config: Any = copy.deepcopy(teacher.generation_config)
     student.generation_config = config
-    heads = getattr(config, "alignment_heads", None)
+    heads = vars(config).get("alignment_heads")
     if not heads or move is None:
         return []
     moved = [pair for layer, head in heads if (pair := move(layer, head)) is not None]

@@ -111,9 +111,8 @@ def _class_with_the_same_head(
         if found is not None:
             result: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
             return result
-    raise TeacherError(
-        f"fresh: no class of {config_class.__name__} has the head of {teacher_class.__name__}. Pass a model instead."
-    )
+    names = f"{config_class.__name__} has the head of {teacher_class.__name__}"
+    raise TeacherError(f"fresh: no class of {names}. Pass a model instead.")
 
 
 def _embeddings(model: PreTrainedModel, whose: str) -> Tensor:
@@ -134,21 +133,17 @@ def _copy_rows(
     reduce: Literal["svd"] | None,
 ) -> tuple[int, int]:
     """Copy the rows of shared tokens; return the number of tokens with a row of the teacher and without."""
-    one, two = _word_marks(processing_class), _word_marks(teacher_processing_class)
-    if one != two:
-        raise SettingError(
-            f"fresh: the tokenizers mark words differently (student: {one}; teacher: {two}). Leave them out."
-        )
+    marks = f"student: {_word_marks(processing_class)}; teacher: {_word_marks(teacher_processing_class)}"
+    if _word_marks(processing_class) != _word_marks(teacher_processing_class):
+        raise SettingError(f"fresh: the tokenizers mark words differently ({marks}). Leave them out.")
     words, known = processing_class.get_vocab(), teacher_processing_class.get_vocab()
     pairs = sorted((index, known[token]) for token, index in words.items() if token in known)
     if not pairs:
         raise TeacherError("fresh: the two tokenizers share no token, so no embedding can be copied.")
     for whose, table, last in (("student", ours, max(words.values())), ("teacher", theirs, max(known.values()))):
         if last >= len(table):
-            raise SettingError(
-                f"fresh: the {whose}'s tokenizer has ids up to {last}, but its embeddings have {len(table)} rows. Set "
-                f"its config.vocab_size to at least {last + 1}, or pass the matching tokenizer."
-            )
+            problem = f"the {whose}'s tokenizer has ids up to {last}, but its embeddings have {len(table)} rows"
+            raise SettingError(f"fresh: {problem}. Set its config.vocab_size to at least {last + 1}.")
     rows = theirs.detach()[[index for _, index in pairs]]
     width = ours.shape[1]
     if rows.shape[1] < width or (rows.shape[1] > width and reduce is None):

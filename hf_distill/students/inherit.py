@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.layer_map import LayerMap
 from hf_distill.models.stacks import (
-    NOTE,
+    SHARED_NOTE,
     Stack,
-    blocks,
-    candidates,
-    check_groups,
-    depth_of,
+    check_layer_groups,
+    depth_setting,
+    describe_lists,
     find_stacks,
+    layers_of,
     module_lists,
     named_stack,
     shares_layers,
@@ -35,7 +35,7 @@ from hf_distill.vocabulary import read_the_same_ids
 
 Layers = int | Sequence[int] | LayerMap
 KeptLayers = dict[Stack, tuple[int, ...]]  # for each stack that is cut, the teacher's layer of each student layer
-# Attributes of modules that may differ between layers: their position, and what only affects training.
+# Attributes of modules that may differ between layers: their position, and settings of training only.
 _MAY_DIFFER = re.compile(r"idx|index|layer_id|layer_number|drop|^training$|checkpointing$|^_")
 
 
@@ -52,7 +52,7 @@ def inherit(
     Its config has the new number of layers, and lists with one entry for each layer are cut to match. Heads, poolers,
     weight tying, dtype and device are the teacher's. The student is in evaluation mode, as after `from_pretrained`, and
     all its parameters can be trained, even if the teacher is frozen. The teacher and the random state do not change.
-    `report_of(student)` shows what was copied from where.
+    `report_of(student)` lists the source of each tensor.
 
     Args:
         layers: how many layers, evenly spaced and including the first and the last; or which layers, as a list in which
@@ -96,7 +96,7 @@ def _layer_maps(teacher: PreTrainedModel, given: dict[str, Layers], path: str | 
     else:
         found = find_stacks(teacher)
         if not found:
-            raise TeacherError(f"inherit: no layer stack found in {type(teacher).__name__}. {candidates(teacher)}")
+            raise TeacherError(f"inherit: no layer stack found in {type(teacher).__name__}. {describe_lists(teacher)}")
         stacks = {name: _stack_for(name, found) for name in given}
     return {stack: _layer_map(name, given[name], stack.length) for name, stack in stacks.items()}
 
@@ -142,15 +142,16 @@ def _inherit_stacks(teacher: PreTrainedModel, maps: dict[Stack, LayerMap]) -> tu
 
 
 def _inherit_shared(teacher: PreTrainedModel, given: dict[str, Layers]) -> tuple[PreTrainedModel, InheritReport]:
-    """ALBERT: one set of weights, used for all layers."""
+    """Return the student and its report if layers share their weights (ALBERT)."""
     if list(given) != ["layers"]:
         raise SettingError(f"inherit: this model has one stack. Pass layers= instead of {', '.join(given)}=.")
-    setting = depth_of(teacher.config)
+    setting = depth_setting(teacher.config)
     layer_map = _layer_map("layers", given["layers"], setting.value(teacher.config))
-    check_groups(teacher.config, layer_map.sources())
+    check_layer_groups(teacher.config, layer_map.sources())
     config = with_layers(teacher.config, setting, layer_map.sources())
     student = empty_student(teacher, config, "inherit")
-    return student, _fill(student, teacher, {}, (StackReport("(shared layers)", str(setting), layer_map),), (NOTE,))
+    report = StackReport("(shared layers)", str(setting), layer_map)
+    return student, _fill(student, teacher, {}, (report,), (SHARED_NOTE,))
 
 
 def _fill(
@@ -185,7 +186,7 @@ def _fill(
 
 
 def _serves_all_layers(model: nn.Module, stack: Stack | None, pattern: str) -> bool:
-    """Whether only layer 0 holds this table, and hands its values to the next layers (T5, WavLM)."""
+    """Return whether only layer 0 holds this table, and passes its values to the next layers (T5, WavLM)."""
     if stack is None or stack.length == 1:
         return False
     names = all_parameters(model)
@@ -196,8 +197,7 @@ def _serves_all_layers(model: nn.Module, stack: Stack | None, pattern: str) -> b
 class _TensorCopier:
     """Fills every parameter and buffer of a student with copies of the teacher's values, dtype and device.
 
-    Attributes:
-        copied: see `InheritReport`; so are `carried`, `recut` and `left`.
+    Its public lists are those of `InheritReport`.
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, kept: KeptLayers) -> None:
@@ -208,7 +208,7 @@ class _TensorCopier:
         self.left: list[str] = []
 
     def copy(self) -> None:
-        """Copy all tensors. Raises TeacherError if a tensor of either model has no counterpart in the other."""
+        """Copy all tensors; raise TeacherError if a tensor of either model has no counterpart in the other."""
         theirs = all_parameters(self.teacher)
         outside = {name: tensor for name, tensor in theirs.items() if self._locate(name)[0] is None}
         check_weight_tying(self.student, outside, "inherit")
@@ -292,8 +292,8 @@ class _TensorCopier:
 
 def _check_layers(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tuple[int, ...]) -> None:
     """Raise TeacherError if a student layer is not equivalent to the layer whose weights it gets."""
-    of_teacher = dict(blocks(teacher, stack))
-    for layer, parts in blocks(student, Stack(stack.paths, len(kept), stack.setting)):
+    of_teacher = layers_of(teacher, stack)
+    for layer, parts in enumerate(layers_of(student, stack)):
         for path, part, source in zip(stack.paths, parts, of_teacher[kept[layer]], strict=True):
             difference = _difference(part, source, _tables_for_all_layers(teacher, stack, path))
             if difference:
@@ -302,10 +302,8 @@ def _check_layers(student: nn.Module, teacher: nn.Module, stack: Stack, kept: tu
                     advice = "Layer 0 of this architecture differs from the others: take teacher layer 0 for it"
                 elif kept[layer] == 0:
                     advice = "Layer 0 of this architecture differs from the others: it can only be student layer 0"
-                raise TeacherError(
-                    f"inherit: teacher layer {kept[layer]} of {stack.name} cannot become student layer {layer}: "
-                    f"the student's {difference}. {advice}."
-                )
+                move = f"teacher layer {kept[layer]} of {stack.name} cannot become student layer {layer}"
+                raise TeacherError(f"inherit: {move}: the student's {difference}. {advice}.")
 
 
 def _check_other_lists(student: nn.Module, teacher: nn.Module, kept: KeptLayers) -> None:
@@ -317,8 +315,10 @@ def _check_other_lists(student: nn.Module, teacher: nn.Module, kept: KeptLayers)
         pairs = zip(student.get_submodule(path).children(), teacher.get_submodule(path).children(), strict=False)
         differences = [_difference(ours, theirs, set()) for ours, theirs in pairs]
         if module_lists(teacher).get(path) != length or any(differences):
-            what = next(filter(None, differences), "its length")
-            raise TeacherError(f"inherit: cutting {', '.join(cut)} changes {path} too ({what}): they share a setting.")
+            change = next(filter(None, differences), "its length")
+            raise TeacherError(
+                f"inherit: cutting {', '.join(cut)} changes {path} too ({change}): they share a setting."
+            )
 
 
 def _tables_for_all_layers(teacher: nn.Module, stack: Stack, path: str) -> set[str]:
@@ -336,7 +336,7 @@ def _difference(student: nn.Module, teacher: nn.Module, shared: set[str]) -> str
         teacher: the teacher's layer.
         shared: paths of tables that only layer 0 holds.
     """
-    ours, theirs = ({n: m for n, m in one.named_modules() if n not in shared} for one in (student, teacher))
+    ours, theirs = ({n: m for n, m in layer.named_modules() if n not in shared} for layer in (student, teacher))
     owners = {name.rpartition(".")[0] for name in shared}
     for name in sorted({*ours, *theirs}):
         kinds = [type(modules[name]).__name__ if name in modules else "missing" for modules in (ours, theirs)]
@@ -344,11 +344,11 @@ def _difference(student: nn.Module, teacher: nn.Module, shared: set[str]) -> str
             continue  # only in training
         if kinds[0] != kinds[1]:
             return f"{name} is {kinds[0]}, the teacher's is {kinds[1]}"
-        one, two = _attributes(ours[name]), _attributes(theirs[name])
-        for key in sorted({*one, *two}):
-            if one.get(key) != two.get(key) and not (name in owners and isinstance(one.get(key), bool)):
+        new, old = _attributes(ours[name]), _attributes(theirs[name])
+        for key in sorted({*new, *old}):
+            if new.get(key) != old.get(key) and not (name in owners and isinstance(new.get(key), bool)):
                 path = f"{name}.{key}".lstrip(".")
-                return f"{path} is {one.get(key)!r}, the teacher's is {two.get(key)!r}"
+                return f"{path} is {new.get(key)!r}, the teacher's is {old.get(key)!r}"
     return None
 
 

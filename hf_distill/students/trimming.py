@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_distill.errors import DataError, SettingError, TeacherError
 
@@ -40,7 +40,7 @@ class TrimmedVocabulary:
 
     @cached_property
     def new_ids(self) -> dict[int, int]:
-        """Old id → new id."""
+        """The new id of each kept old id."""
         return {old: new for new, old in enumerate(self.kept)}
 
     def __str__(self) -> str:
@@ -248,7 +248,7 @@ def _merged(pair: tuple[str, str], model: Json) -> str:
 # The token ids in the configs of a model.
 
 
-def renumber(config: Any, new_ids: NewIds, path: str) -> list[str]:
+def renumber(config: PreTrainedConfig | GenerationConfig, new_ids: NewIds, path: str) -> list[str]:
     """Renumber every token id in a config and in the configs within it, in place; return notes.
 
     Args:
@@ -278,7 +278,9 @@ def renumber(config: Any, new_ids: NewIds, path: str) -> list[str]:
     return notes
 
 
-def _configs(config: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _configs(
+    config: PreTrainedConfig | GenerationConfig, path: str
+) -> Iterator[tuple[str, PreTrainedConfig | GenerationConfig]]:
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -289,12 +291,12 @@ def _if_kept(token: int | list[int], new_ids: NewIds) -> int | list[int] | None:
     """Return the new id, or ids; None if one of them is not kept."""
     if isinstance(token, int):
         return new_ids.get(token)
-    return [new_ids[one] for one in token] if all(one in new_ids for one in token) else None
+    return [new_ids[part] for part in token] if new_ids.keys() >= set(token) else None
 
 
 def _renumbered(value: Any, new_ids: NewIds, where: str) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_renumbered(one, new_ids, where) for one in value]
+        return [_renumbered(part, new_ids, where) for part in value]
     if value is None or value < 0:  # -1 stands for "none" in some configs
         return value
     if value not in new_ids:

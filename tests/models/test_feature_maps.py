@@ -458,7 +458,7 @@ def test_an_axis_that_is_not_known_is_not_guessed() -> None:
     named = HiddenMatch([(1, 1)], student_stack="blocks", teacher_stack="blocks")
     distiller = Distiller(student, teacher, objectives=named, alpha=None, task="classification")
     with pytest.raises(
-        SettingError, match=r"hidden of block 1 of the student \(blocks\) is \[2, 8, 8, 8\]\. .*not known"
+        SettingError, match=r"hidden of block 1 of the student \(blocks\) is \[2, 8, 8, 8\], .*not known"
     ):
         distiller(student, {"x": image()["pixel_values"]})
 

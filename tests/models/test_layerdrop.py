@@ -347,7 +347,7 @@ def test_a_stack_whose_blocks_are_not_called_is_named() -> None:
         for _ in range(2)
     )
     distiller = Distiller(student, teacher, objectives=HiddenMatch(), alpha=None)
-    with pytest.raises(SettingError, match=r"no block ran as a module\. SqueezeBertEncoder passes by the hooks"):
+    with pytest.raises(SettingError, match=r"no block ran as a module\. SqueezeBertEncoder bypasses the hooks"):
         distiller(student, {"input_ids": torch.tensor([[1, 2, 3]])})
 
 

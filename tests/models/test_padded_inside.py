@@ -176,7 +176,7 @@ def test_a_reformer_teaches_and_is_no_student() -> None:
     keep = inputs["attention_mask"].bool()
     assert found == pytest.approx((s - t).square().mean(-1)[keep].mean().item(), rel=1e-9)
     student = hf.ReformerModel(reformer.config).double().eval()
-    with pytest.raises(SettingError, match=r"no gradient: .*Reformer, which can be a teacher but no student here"):
+    with pytest.raises(SettingError, match=r"no gradient: .*Reformer, which can only be a teacher here"):
         Distiller(student, reformer, objectives=HiddenMatch([(1, 1)]), alpha=None)(student, batch("reformer", PADDED))
 
 

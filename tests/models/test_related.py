@@ -95,7 +95,7 @@ def test_grouped_keys_are_as_wide_as_they_are() -> None:
 @pytest.mark.parametrize("what", RELATED)
 def test_wavlm_hands_its_projections_to_a_function(what: str) -> None:
     name = "WavLMForCTC"
-    with pytest.raises(SettingError, match=rf"{what} of block 1 of the student .* was not called \(WavLM hands"):
+    with pytest.raises(SettingError, match=rf"{what} of block 1 of the student .* was not called \(WavLM passes"):
         read(model_of(name), [ActivationKey(what, 1)], ALL[name].batch())
 
 
@@ -119,7 +119,7 @@ WORDS = {"input_ids": torch.tensor([[1, 2, 3]])}
 def test_a_fused_projection_of_unequal_parts_is_refused(what: str) -> None:
     """Phi-3 with one group of keys: 24 + 6 + 6 numbers are divisible by three, and no thirds."""
     model = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=1, pad_token_id=0))
-    with pytest.raises(SettingError, match="makes 36 numbers of 24, which are not three equal parts"):
+    with pytest.raises(SettingError, match="from 24 to 36 features is not three equal parts"):
         read(model, [ActivationKey(what, 1)], WORDS)
     equal = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=4, pad_token_id=0))
     assert read(equal, [ActivationKey(what, 1)], WORDS)[0][ActivationKey(what, 1)].shape[-1] == 24

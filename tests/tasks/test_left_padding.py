@@ -82,9 +82,7 @@ def test_a_model_that_errs_on_several_prompts_is_refused_them() -> None:
     of_one_length = [[5, 6], [7, 8], [12, 9]]
     for prompts, others in ((of_one_length, {}), (RAGGED, {}), (of_one_length[:1], {"num_beams": 2})):
         settings.update(**{"num_beams": 1, **others})
-        with pytest.raises(
-            DataError, match=r"to several prompts at once what it writes to each alone\. Give it one at"
-        ):
+        with pytest.raises(DataError, match=r"for several prompts at once than for each alone\. Give it one at"):
             generate_causal(model, prompts, settings)
     settings.update(use_cache=False, num_beams=1)
     alone = [generate_causal(model, [prompt], settings)[0] for prompt in of_one_length]
@@ -109,12 +107,12 @@ def test_other_models_write_as_they_do_alone(name: str) -> None:
 
 def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch) -> None:
     """Of 16 bits, in the weights or by Accelerate: the logits are moved by a fifth of their spread."""
-    asked = left_padding._asked
+    asked = left_padding._steps
 
     def rounded(*given: Any, padding: int = 0, **others: Any) -> Any:
         return [(x + 0.2 * x.std() * (padding > 0), token) for x, token in asked(*given, padding=padding, **others)]
 
-    monkeypatch.setattr(left_padding, "_asked", rounded)
+    monkeypatch.setattr(left_padding, "_steps", rounded)
     with pytest.raises(DataError, match=TOLD):
         generate_causal(make("Llama"), RAGGED, settings_of(make("Llama")))
     wrapped = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(make("Llama"))

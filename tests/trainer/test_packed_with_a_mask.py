@@ -186,7 +186,7 @@ def test_boundaries_that_a_model_does_not_look_at_are_refused(told: str) -> None
 def test_sharded_models_are_tried_by_all_processes_if_one_finds_packed_rows(monkeypatch) -> None:
     """Their forward waits for every process. Here another one has found them."""
     monkeypatch.setattr(packing, "several_processes", lambda: True)
-    monkeypatch.setattr(packing, "_is_sharded", lambda model: True)
+    monkeypatch.setattr(packing, "is_sharded", lambda model: True)
     monkeypatch.setattr(packing.dist, "all_reduce", lambda found, op: found.copy_(torch.tensor([1, 0, 1, 0, 0])))
     with pytest.raises(DataError, match="Drop attention_mask"):
         Distiller(LLAMA.make(1), LLAMA.make(2)).begin_step([LAID_OUT["one text"][0]])

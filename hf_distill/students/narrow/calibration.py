@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from hf_distill._types import Batch, Keywords
 from hf_distill.errors import DataError
 from hf_distill.students.narrow.dataflow import Dataflow, trace_dataflow
-from hf_distill.students.narrow.importance import Batch, Importance, UnitScores, attended
+from hf_distill.students.narrow.importance import Importance, UnitScores, attended
 from hf_distill.students.narrow.units import UnitGroup
 
 
 class Components:
     """Adds up the second moments of the input of every norm, with each position scaled to a root mean square of 1.
 
-    As a context manager it hooks the norms.
+    The norms are hooked inside its context.
 
     Attributes:
         batch: the batch that the model reads now; its padding does not count.
@@ -46,8 +48,8 @@ class Components:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Keywords], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: Keywords) -> None:
             x = (*args, *kwargs.values())[0].detach()
             x = x.reshape(-1, x.shape[-1])
             x = x[attended(self.batch, name, len(x)).to(x.device)]
@@ -81,7 +83,7 @@ class Calibration:
         self.teacher = teacher
         self._batches = iter(data)
         self._columns = set(inspect.signature(teacher.forward).parameters)
-        self._first: dict[str, Any] = {}
+        self._first: Keywords = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Calibration:
@@ -101,23 +103,23 @@ class Calibration:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _readable(self, batch: object) -> dict[str, Any]:
+    def _readable(self, batch: Batch) -> Keywords:
         """Return the columns that the teacher reads, on its device."""
         if not hasattr(batch, "keys"):  # a BatchEncoding is not a Mapping
             raise DataError(f"narrow: data= contains a {type(batch).__name__}. Pass batches: dicts of tensors.")
-        given: Any = batch
-        columns = [str(name) for name in given.keys()]  # noqa: SIM118  # a BatchEncoding iterates over encodings
-        read = {name: given[name] for name in columns if name in self._columns}
+        columns = [str(name) for name in batch.keys()]  # noqa: SIM118  # a BatchEncoding iterates over encodings
+        read = {name: batch[name] for name in columns if name in self._columns}
         if not any(isinstance(value, Tensor) for value in read.values()):
             names = ", ".join(sorted(self._columns))
             raise DataError(f"narrow: data= has the columns {', '.join(columns)}; the teacher reads {names}.")
         device = self.teacher.device
         return {key: value.to(device) if isinstance(value, Tensor) else copy.copy(value) for key, value in read.items()}
 
-    def first(self, model: nn.Module) -> Any:
+    def first(self, model: nn.Module) -> ModelOutput:
         """Return a model's outputs for the first batch, without gradient."""
         with torch.no_grad():
-            return model(**self._first)
+            outputs: ModelOutput = model(**self._first)
+        return outputs
 
     def dataflow(self) -> Dataflow:
         """Return the dataflow of the teacher on the first batch."""
@@ -135,15 +137,16 @@ class Calibration:
         """
         scores = UnitScores(self.teacher, groups)
 
-        def forward(batch: Batch) -> Any:
+        def forward(batch: Batch) -> ModelOutput:
             if components is not None:
                 components.batch = batch
-            return self.teacher(**batch)
+            outputs: ModelOutput = self.teacher(**batch)
+            return outputs
 
         with contextlib.nullcontext() if components is None else components:
             for batch in self._all():
                 scores.add(batch, forward, importance if groups else "activation")  # no units need no gradient
         return scores.result()
 
-    def _all(self) -> Iterator[Mapping[str, Any]]:
+    def _all(self) -> Iterator[Batch]:
         return chain([self._first], (self._readable(batch) for batch in self._batches))

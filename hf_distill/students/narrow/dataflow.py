@@ -63,7 +63,7 @@ class Dataflow:
             self._parent[other] = first
 
     def reads(self, name: str, axis: int) -> bool:
-        """Whether a weight reads, along this axis, the output of other parameters."""
+        """Return whether a weight reads, along this axis, the output of other parameters."""
         return self.input_axis.get(name) == axis and name in self.feeding
 
 
@@ -72,7 +72,7 @@ def trace_dataflow(model: nn.Module, forward: Callable[[], object]) -> Dataflow:
     with torch.no_grad(), _Tracer({id(parameter): name for name, parameter in model.named_parameters()}) as tracer:
         forward()
     flow = tracer.flow
-    flow.matrices |= {name for name, one in model.named_parameters() if sum(size > 1 for size in one.shape) > 1}
+    flow.matrices |= {name for name, value in model.named_parameters() if sum(size > 1 for size in value.shape) > 1}
     return flow
 
 
@@ -98,8 +98,12 @@ class _Tracer(TorchFunctionMode):
         self.flow = Dataflow()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         given = dict(kwargs or {})
         out = func(*args, **given)
         origin: _Origin | None
@@ -158,7 +162,7 @@ class _Tracer(TorchFunctionMode):
         return _Origin(frozenset({name}))
 
 
-def _argument(args: Sequence[Any], given: Mapping[str, Any], position: int, keyword: str) -> Any:
+def _argument(args: Sequence[object], given: Mapping[str, object], position: int, keyword: str) -> Any:
     return args[position] if position < len(args) else given.get(keyword)
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from transformers.utils import ModelOutput
 
+from hf_distill._types import Batch
 from hf_distill.errors import DataError
 from hf_distill.students.narrow.units import Axis, UnitGroup
 
 Importance = Literal["activation", "gradient"]
-Batch = Mapping[str, Any]
-Forward = Callable[[Batch], Any]
+Forward = Callable[[Batch], ModelOutput]
 
 
 class UnitScores:
@@ -39,7 +40,7 @@ class UnitScores:
         """Return the scores of each group, `[units]` in float64; larger is more important.
 
         Where several matrices read a group (channels; heads that share a table of positions), each matrix gives shares
-        of what it reads, so that a large matrix does not decide alone.
+        of its input, so that a large matrix does not decide alone.
         """
         totals = []
         for group in self.groups:
@@ -105,7 +106,7 @@ class UnitScores:
 
 
 class _MatrixInputs(TorchFunctionMode):
-    """Passes the input of every matrix in `weights` (by id) through `see`."""
+    """Replaces the input of every matrix in `weights` (by id) by the result of `see`."""
 
     def __init__(self, weights: dict[int, str], see: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
@@ -113,8 +114,12 @@ class _MatrixInputs(TorchFunctionMode):
         self.see = see
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         place = {F.linear: 0, torch.addmm: 1}.get(func)
         if place is not None and len(args) > place + 1 and id(args[place + 1]) in self.weights:
             changed = self.see(self.weights[id(args[place + 1])], args[place])
@@ -126,8 +131,8 @@ def attended(batch: Batch, name: str, rows: int) -> Tensor:
     """Return which positions are not padding, `[rows]`; all, if the batch has no mask of this many positions.
 
     Args:
-        batch: what the model reads.
-        name: the parameter that reads the positions; one of a decoder uses the decoder's mask.
+        batch: the inputs of the model.
+        name: the parameter that reads the positions; a decoder's uses the decoder's mask.
         rows: number of positions.
     """
     mask = batch.get("decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_distill.errors import TeacherError
-from hf_distill.models.stacks import REFUSALS, empty_like
+from hf_distill.models.stacks import TRIAL_ERRORS, empty_model
 from hf_distill.models.stacks import DepthSetting as Setting
 from hf_distill.students.building import all_tensors
 from hf_distill.students.narrow.dataflow import Dataflow
@@ -46,7 +46,7 @@ _HEAD_SIZES = ("head_dim", "d_kv", "attention_head_size")
 
 def value_of(setting: Setting, config: PreTrainedConfig) -> int | None:
     """Return a size, or None if the model derives it from other settings (GPT-2's n_inner)."""
-    value = getattr(setting.of(config), setting.name, None)
+    value = getattr(setting.parent(config), setting.name, None)
     return value if type(value) is int else None
 
 
@@ -130,19 +130,19 @@ def _sizes_of(teacher: PreTrainedModel, kind: Kind) -> Sizes | None:
             value = _derived_intermediate(teacher, setting) if is_derived else value_of(setting, teacher.config)
             if value is not None:
                 found[setting] = value
-    if len({setting.holder for setting in found}) > 1:
+    if len({setting.parents for setting in found}) > 1:
         raise TeacherError(
             f"narrow: the teacher contains several models ({', '.join(map(str, found))}). Narrow each one."
         )
     return Sizes(kind, found) if found else None
 
 
-def _settings(config: PreTrainedConfig, holder: tuple[str, ...] = ()) -> Iterator[tuple[Setting, object]]:
+def _settings(config: PreTrainedConfig, parents: tuple[str, ...] = ()) -> Iterator[tuple[Setting, object]]:
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _settings(value, (*holder, name))
+            yield from _settings(value, (*parents, name))
         else:
-            yield Setting(holder, name), value
+            yield Setting(parents, name), value
 
 
 def _derived_intermediate(teacher: PreTrainedModel, setting: Setting) -> int:
@@ -156,19 +156,16 @@ def _derived_intermediate(teacher: PreTrainedModel, setting: Setting) -> int:
 
 def followers(kind: Kind, setting: Setting, config: PreTrainedConfig) -> list[Setting]:
     """Return the settings that must stay equal to this one."""
-    others = [Setting(setting.holder, name) for name in _FOLLOWERS.get(kind, ())]
-    return [
-        one
-        for one in others
-        if value_of(one, config) is not None and value_of(one, config) == value_of(setting, config)
-    ]
+    value = value_of(setting, config)
+    others = [Setting(setting.parents, name) for name in _FOLLOWERS.get(kind, ())]
+    return [other for other in others if value is not None and value_of(other, config) == value]
 
 
 def changed(config: PreTrainedConfig, values: Mapping[Setting, int]) -> PreTrainedConfig:
     """Return a copy of the config with these sizes."""
     new = copy.deepcopy(config)
     for setting, value in values.items():
-        setattr(setting.of(new), setting.name, value)
+        setattr(setting.parent(new), setting.name, value)
     return new
 
 
@@ -180,9 +177,9 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _grown(teacher: PreTrainedModel, config: PreTrainedConfig, values: Mapping[Setting, int]) -> Lengths | None:
     """Return by how much each axis grows with these sizes, or None if no such model can be built."""
     try:
-        before = shapes(empty_like(teacher, config, "meta"))
-        after = shapes(empty_like(teacher, changed(config, values), "meta"))
-    except REFUSALS:
+        before = shapes(empty_model(teacher, config, "meta"))
+        after = shapes(empty_model(teacher, changed(config, values), "meta"))
+    except TRIAL_ERRORS:
         return None
     if before.keys() != after.keys() or any(len(shape) != len(after[name]) for name, shape in before.items()):
         return None  # another model, not a larger one
@@ -226,7 +223,7 @@ def _find_heads(teacher: PreTrainedModel, layout: Layout, flow: Dataflow) -> Non
     heads, hidden, shared = layout.sizes["heads"], layout.sizes["hidden"], layout.sizes.get("key_value_heads")
     twice = _twice(layout.config, heads)
     for name in _HEAD_SIZES:
-        setting = Setting(heads.first.holder, heads.first.of(layout.config).attribute_map.get(name, name))
+        setting = Setting(heads.first.parents, heads.first.parent(layout.config).attribute_map.get(name, name))
         size = value_of(setting, layout.config) or hidden.value // heads.value
         try:
             config = changed(layout.config, {setting: size})

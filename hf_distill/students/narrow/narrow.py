@@ -8,12 +8,13 @@ from typing import Literal, get_args
 import torch
 from transformers import PreTrainedModel
 
+from hf_distill._types import Batch
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.students.building import check_teacher
 from hf_distill.students.narrow.build import build_student
 from hf_distill.students.narrow.calibration import Calibration
 from hf_distill.students.narrow.dataflow import Dataflow
-from hf_distill.students.narrow.importance import Batch, Importance, keep_best
+from hf_distill.students.narrow.importance import Importance, keep_best
 from hf_distill.students.narrow.layout import Kind, Layout, find_layout, find_sizes
 from hf_distill.students.narrow.projection import Projection
 from hf_distill.students.narrow.residual_stream import find_residual_stream
@@ -41,7 +42,7 @@ def narrow(
 
     The axes of each unit are found by experiments and verified: permuting units must not change the outputs. The config
     has the new sizes; weight tying, dtype and device are the teacher's. The student is in evaluation mode, as after
-    `from_pretrained`. The teacher and the random state do not change. `report_of(student)` shows what was kept.
+    `from_pretrained`. The teacher and the random state do not change. `report_of(student)` lists the kept units.
 
     Args:
         hidden: number of channels of the hidden states, the same ones in all layers; see `width`.
@@ -60,7 +61,7 @@ def narrow(
 
     Raises:
         SettingError: if the teacher does not have these sizes, or they do not fit together.
-        DataError: if the data has no batches, or lacks what importance needs.
+        DataError: if the data has no batches, or lacks the columns that importance needs.
         TeacherError: if the teacher's units cannot be identified or cut.
 
     >>> import torch

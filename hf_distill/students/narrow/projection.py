@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from hf_distill.errors import TeacherError
 from hf_distill.students.building import all_parameters, empty_student, untied_config
@@ -26,7 +26,7 @@ from hf_distill.students.narrow.layout import Layout, changed, followers
 from hf_distill.students.narrow.residual_stream import ResidualStream
 from hf_distill.students.narrow.units import TOLERANCE, difference, float_outputs, randomize, randomized
 
-Forward = Callable[[nn.Module], Any]
+Forward = Callable[[nn.Module], ModelOutput]
 
 
 class Projection:
@@ -81,7 +81,7 @@ class Projection:
             for name, tensor in student.state_dict().items():
                 tensor.copy_(tensors[name])
         ours, theirs = float_outputs(forward(student)), float_outputs(forward(model))
-        compared = [name for name in theirs if "hidden_state" not in name]  # those are in the other basis
+        compared = [name for name in theirs if "hidden_state" not in name]  # they are in the other basis
         errors = {name: difference(ours[name], theirs[name]) for name in compared} or {"outputs": float("nan")}
         for name, error in errors.items():
             if not error < TOLERANCE:
@@ -143,31 +143,31 @@ def _applied(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
 
 
 def _constants(model: nn.Module, stream: ResidualStream, forward: Forward) -> dict[str, float]:
-    """Return the factors between an embedding and the first norm, and between a norm and what reads it.
+    """Return the factors between an embedding and the first norm, and between a norm and its readers.
 
-    Gemma multiplies embeddings by √width; T5 multiplies what its head reads by 1/√width.
+    Gemma multiplies embeddings by √width; T5 multiplies the input of its head by 1/√width.
     """
     parameters = all_parameters(model)
     constants: dict[str, float] = dict.fromkeys([*stream.embeddings, *stream.readers], 1.0)
     normed: dict[str, Tensor] = {}
     looked_up: list[tuple[Tensor, Tensor]] = []
 
-    def after_embedding(module: nn.Module, args: Any, out: Tensor) -> None:
+    def after_embedding(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         weight = module.get_parameter("weight")
         looked_up[:] = [(weight, F.embedding(args[0], weight))]
 
-    def after_norm(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def see(module: nn.Module, args: Any, out: Tensor) -> None:
+    def after_norm(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             normed[name] = out
             for weight, rows in looked_up:
-                same = [one for one in stream.embeddings if parameters[one] is weight]
+                same = [table for table in stream.embeddings if parameters[table] is weight]
                 constants.update(dict.fromkeys(same, _ratio(args[0], rows)))
             looked_up.clear()
 
         return see
 
-    def before_reader(name: str, norm: str) -> Callable[[nn.Module, Any], None]:
-        def see(module: nn.Module, args: Any) -> None:
+    def before_reader(name: str, norm: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if norm in normed:
                 constants[name] = _ratio(args[0], normed[norm])
 
@@ -190,6 +190,6 @@ def _ratio(after: Tensor, before: Tensor) -> float:
     """Return the number by which `before` was multiplied; 1 if it is something else, which the check will show."""
     if after.shape != before.shape:
         return 1.0
-    after, before = (one.detach().cpu().double() for one in (after, before))
+    after, before = (x.detach().cpu().double() for x in (after, before))
     ratio = float((after * before).sum() / before.square().sum().clamp_min(1e-12))
     return ratio if difference(after, ratio * before) < TOLERANCE else 1.0

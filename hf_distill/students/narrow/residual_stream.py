@@ -24,7 +24,7 @@ class ResidualStream:
 
     Attributes:
         width: number of channels.
-        norms: for the weight of each norm, what the norm adds to it before it multiplies (1 in Gemma, otherwise 0).
+        norms: for the weight of each norm, the number that the norm adds to it (1 in Gemma, otherwise 0).
         readers: for each weight that reads the stream, its axis.
         norm_of: for each reader, the norm through which it reads, or None.
         writers: for each weight or bias whose output is added to the stream, its axis.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from hf_distill.errors import TeacherError
 from hf_distill.students.building import all_tensors
@@ -130,7 +130,7 @@ def _head_groups(layout: Layout, flow: Dataflow) -> list[UnitGroup]:
 
 
 def _attention_axes(flow: Dataflow) -> list[Place]:
-    """Return the output axes of queries, keys and values, and the input axes of what reads the attention."""
+    """Return the output axes of queries, keys and values, and the input axes of the matrices that read the result."""
     outputs = [(name, 1 - flow.input_axis[name]) for name in sorted(flow.attention_inputs) if name in flow.input_axis]
     biases = [(bias, 0) for bias, weight in flow.weight_of.items() if weight in flow.attention_inputs]
     return outputs + biases + [(name, flow.input_axis[name]) for name in sorted(flow.attention_readers)]
@@ -215,7 +215,9 @@ def _rescaled(length: Tensor, direction: Tensor, before: Tensor) -> Tensor:
     return length * direction.norm(dim=dims, keepdim=True) / before.norm(dim=dims, keepdim=True)
 
 
-def check_permutations(teacher: nn.Module, groups: list[UnitGroup], forward: Callable[[nn.Module], Any]) -> None:
+def check_permutations(
+    teacher: nn.Module, groups: list[UnitGroup], forward: Callable[[nn.Module], ModelOutput]
+) -> None:
     """Raise TeacherError if permuting the units of a kind changes the outputs of a copy with random weights."""
     model = randomized(teacher)
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +240,7 @@ def check_permutations(teacher: nn.Module, groups: list[UnitGroup], forward: Cal
             if not min(errors) < TOLERANCE:
                 raise TeacherError(
                     f"narrow: {kind}= cannot be cut in {type(teacher).__name__}: permuting its units changes {name} "
-                    f"(relative difference {min(errors):.1g}). an unknown layout, or the order matters."
+                    f"(relative difference {min(errors):.1g}): an unknown layout, or the order matters."
                 )
 
 
@@ -271,16 +273,16 @@ def randomize(model: nn.Module) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-def float_outputs(outputs: Any) -> dict[str, Tensor]:
+def float_outputs(outputs: Mapping[str, object] | tuple[object, ...]) -> dict[str, Tensor]:
     """Return the floating-point tensors in a model's outputs."""
     values = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
-    return {str(name): one for name, one in values if isinstance(one, Tensor) and one.is_floating_point()}
+    return {str(name): x for name, x in values if isinstance(x, Tensor) and x.is_floating_point()}
 
 
-def difference(one: Tensor, two: Tensor) -> float:
+def difference(x: Tensor, y: Tensor) -> float:
     """Return the relative difference of two tensors; infinite if shapes or the places of NaN and infinity differ."""
-    finite = torch.isfinite(two)
-    if one.shape != two.shape or not torch.equal(finite, torch.isfinite(one)):
+    finite = torch.isfinite(y)
+    if x.shape != y.shape or not torch.equal(finite, torch.isfinite(x)):
         return float("inf")
-    one, two = one[finite], two[finite]
-    return float((one - two).norm() / two.norm().clamp_min(1e-12))
+    x, y = x[finite], y[finite]
+    return float((x - y).norm() / y.norm().clamp_min(1e-12))
