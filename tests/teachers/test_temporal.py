@@ -1,4 +1,4 @@
-"""Temporal ensembling: the targets by Laine and Aila's formula, nothing for what is new, resumed bit for bit."""
+"""Temporal ensembling: targets by Laine and Aila's formula, none for new examples, resume bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DROPPED = {"hidden_dropout_prob": 0.3}
 
 
 def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None) -> None:
-    """Each batch of example numbers in turn, a step of SGD after each; every logits term against the formula."""
+    """Train on each batch of example numbers in turn, one SGD step each; check every logits term with the formula."""
     head = HEADS[name]
     data = head.examples(8)
     student = head.make(seed=0, **DROPPED).double().train()
@@ -55,12 +55,12 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
-def test_the_targets_are_those_of_the_formula(name: str) -> None:
-    """In another order and padded otherwise each time; a batch of known and new examples is divided by all."""
+def test_targets_follow_the_formula(name: str) -> None:
+    """In another order and with other padding each time; the mean of a batch also counts new examples."""
     epochs_of(name, [[0, 1, 2, 3], [3, 1, 4, 5], [5, 0, 1, 3], [2, 1, 3, 0]], pad_to=13)
 
 
-def test_several_labels_at_once_and_choices() -> None:
+def test_multi_label_and_multiple_choice() -> None:
     for name in ("bert_multi_label", "bert_multiple_choice"):
         head = HEADS[name]
         student = head.make(seed=0, **DROPPED).train()
@@ -70,7 +70,7 @@ def test_several_labels_at_once_and_choices() -> None:
         assert first == 0 and second > 1e-5 and teacher.examples == 4
 
 
-def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
+def test_resume_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     given = {
         "train_dataset": examples(8),
         "max_steps": 6,
@@ -91,8 +91,8 @@ def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     assert_moved(weights(whole.model), weights(bert()))
 
 
-def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() -> None:
-    """Also of the same words with other tokens labelled: that is another example."""
+def test_targets_are_distributions_at_the_stored_temperature() -> None:
+    """The same words with other labelled tokens are another example."""
     head = HEADS["bert_tokens"]
     student, batch = head.make(seed=0).double().eval(), in_double(head, head.examples(4))
     distiller = Distiller(student, TemporalEnsemble(), alpha=1.0, temperature=T)
@@ -114,8 +114,8 @@ def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() 
         resumed.load_state_dict({"passes": torch.tensor(1)})
 
 
-def test_examples_by_a_column_of_their_own(tmp_path) -> None:
-    """Inputs that are never the same twice, known by number; the student is not given the column."""
+def test_examples_are_identified_by_an_id_column(tmp_path) -> None:
+    """For inputs that change every time; the student does not receive the column."""
 
     def changing(features: list[dict[str, Any]], calls: list[int]) -> dict[str, Tensor]:
         calls.append(1)
@@ -134,7 +134,7 @@ def test_examples_by_a_column_of_their_own(tmp_path) -> None:
         trainer.distiller(bert(), padded(examples(2)))
 
 
-def test_augmented_examples_are_known_by_the_clean_one(tmp_path) -> None:
+def test_augmented_examples_are_identified_by_the_clean_one(tmp_path) -> None:
     def changed(example: dict[str, Any]) -> dict[str, Any]:
         return {**example, "input_ids": [random.randrange(1, 23) for _ in example["input_ids"]]}
 
@@ -146,8 +146,8 @@ def test_augmented_examples_are_known_by_the_clean_one(tmp_path) -> None:
     assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5 and teacher.examples == 8
 
 
-def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
-    """Two processes that see different halves of the data: each remembers all of them."""
+def test_predictions_of_other_processes_are_stored_too(monkeypatch) -> None:
+    """Two processes work on different halves of the data: each stores all predictions."""
     head = HEADS["bert_single_label"]
     teachers = [TemporalEnsemble(), TemporalEnsemble()]
     student = head.make(seed=0).eval()
@@ -161,12 +161,12 @@ def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, "0.6", True])
-def test_a_momentum_that_cannot_be(momentum: Any) -> None:
+def test_an_invalid_momentum_raises(momentum: Any) -> None:
     with pytest.raises(SettingError, match=r"momentum=.*must lie in \[0, 1\)"):
         TemporalEnsemble(momentum=momentum)
 
 
-def test_what_cannot_be_asked() -> None:
+def test_unsupported_needs_raise() -> None:
     llama = HEADS["llama_causal_lm"].make(seed=0)
     with pytest.raises(SettingError, match="this student's head is for causal_lm, whose predictions are no classes"):
         Distiller(llama, TemporalEnsemble())

@@ -1,4 +1,4 @@
-"""Caches of tiny teachers, and what their folders hold, for the tests of this folder."""
+"""Caches of tiny teachers, and the contents of their folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = {field.name for field in fields(BuildOptions)}
 
 
 def build(folder: Path, head: Head, teacher: Any, examples: list[Example], **changed: Any) -> TeacherCache:
-    """Shards of six, batches of three, all digits."""
+    """Build a cache with shards of six, batches of three, and full precision."""
     settings = {
         "student": head.make(1),
         "data_collator": head.collate,
@@ -34,14 +34,14 @@ def build(folder: Path, head: Head, teacher: Any, examples: list[Example], **cha
 
 
 def made(folder: Path, name: str, **changed: Any) -> tuple[Head, Any, list[Example], CachedTeacher]:
-    """A head, a teacher, twenty examples, and the teacher's cache of them."""
+    """Return a head, a teacher, twenty examples, and the teacher's cache of them."""
     head = HEADS[name]
     teacher, examples = head.make(2), head.examples(EXAMPLES)
     return head, teacher, examples, CachedTeacher(build(folder, head, teacher, examples, **changed))
 
 
 def shuffled(examples: list[Example], count: int, seed: int = 0) -> list[Example]:
-    """Some of the examples in another order."""
+    """Return some of the examples in another order."""
     return random.Random(seed).sample(examples, count)
 
 
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def left_padded(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Causal examples, padded on the left."""
+    """Return a batch of causal examples, padded on the left."""
     longest = max(len(one["input_ids"]) for one in examples)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
     for one in examples:
