@@ -227,10 +227,10 @@ def test_conversions_are_logged_once(caplog) -> None:
     stereo = {"array": np.stack([tone(8_000)] * 2), "sampling_rate": 8_000}
     for _ in range(2):
         features([tone(RATE), stereo, tone(RATE)])
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert said[0].startswith("teacher_audio: 1 of 3 recordings of this batch have several channels (up to 2)")
-    assert said[1].startswith("teacher_audio: recordings at 8000 Hz are resampled to the model's 16000 Hz")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("teacher_audio: 1 of 3 recordings of this batch have several channels (up to 2)")
+    assert messages[1].startswith("teacher_audio: recordings at 8000 Hz are resampled to the model's 16000 Hz")
 
 
 @pytest.mark.parametrize(

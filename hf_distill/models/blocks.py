@@ -203,7 +203,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 SIDES = ("encoder", "decoder")
 _TIME_FIRST = ("xlnet", "fsmt")  # a square mask would silently fit the wrong way round
 # Their blocks compute on a multiple of an attention window or a chunk: the input is padded at its end inside the model,
-# and what the model returns is cut again. `tests/models/test_padded_inside.py` compares each with padding outside.
+# and what the model returns is cut again. `tests/models/test_internal_padding.py` compares each with padding outside.
 _PADS_INSIDE = ("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x", "reformer")
 
 

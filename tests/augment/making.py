@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from hf_distill.teachers import ModelTeacher
 from tests import tiny_tokenizers
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -113,3 +114,10 @@ class Counting(NoPredictions):
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         Counting.calls += 1
         return dict(example)
+
+
+class PrecomputedTeacher(ModelTeacher):
+    """Has its own collator, as a cached teacher does."""
+
+    def wrap_collator(self, collator: Any) -> Any:
+        return collator

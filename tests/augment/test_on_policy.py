@@ -13,8 +13,8 @@ from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
 from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import prompts_of
 from hf_distill.models.generation import set_generation
-from hf_distill.teachers import ModelTeacher
 from hf_distill.trainer.checks import check_on_policy
+from tests.augment.making import PrecomputedTeacher
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, make, softened_kl, weights
 
@@ -152,13 +152,13 @@ def test_the_loss_is_the_mean_over_generated_tokens(tmp_path) -> None:
 def test_each_batch_has_its_own_key(tmp_path) -> None:
     class RecordingOnPolicy(OnPolicy):
         def __call__(self, batch: Any, student: Any, **key: Any) -> Any:
-            penalties.append(tuple(key[name] for name in ("step", "micro_batch", "process", "progress")))
+            keys.append(tuple(key[name] for name in ("step", "micro_batch", "process", "progress")))
             return super().__call__(batch, student, **key)
 
-    penalties: list[Any] = []
+    keys: list[Any] = []
     trainer = train(tmp_path, LLAMA.make(1), RecordingOnPolicy(student_share=0.5, max_new_tokens=2), steps=2)
     trainer.train()
-    assert penalties == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
+    assert keys == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
     trainer.create_model_card()
     assert "OnPolicy(student_share=0.5, max_new_tokens=2)" in (tmp_path / "out" / "README.md").read_text()
 
@@ -172,13 +172,6 @@ def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path) -> None:
     assert_same_bits(weights(resumed.model), weights(whole))
 
 
-class PrecomputedTeacher(ModelTeacher):
-    """Has its own collator, as a cached teacher does."""
-
-    def wrap_collator(self, collator: Any) -> Any:
-        return collator
-
-
 def test_incompatible_trainings_raise(tmp_path, monkeypatch) -> None:
     student, batch, always = (
         LLAMA.make(1),
@@ -190,8 +183,11 @@ def test_incompatible_trainings_raise(tmp_path, monkeypatch) -> None:
     for settings in ({"alpha": 0.5}, {"alpha": 0.0, "objectives": UniversalLogitMatch()}):
         with pytest.raises(SettingError, match="batches that the student continued have no gold labels"):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, **settings)
-    for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
-        with pytest.raises(SettingError, match=told):
+    for name, message in (
+        ("bert_single_label", "trained for classification"),
+        ("whisper_seq2seq", "for sound or images"),
+    ):
+        with pytest.raises(SettingError, match=message):
             make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), on_policy=always, alpha=1.0, train_dataset=None)
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, alpha=1.0)
     trainer._on_policy_checked = None
@@ -207,8 +203,8 @@ def test_incompatible_trainings_raise(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):
         OnPolicy(student_share=1.0, max_new_tokens=30)({"input_ids": torch.ones(1, 11, dtype=int)}, student, step=0)
     taught = "the teacher has columns of its own"
-    for name, told in (("position_ids", "packed"), ("teacher_input_ids", taught), ("x", "'x'")):
-        with pytest.raises(DataError, match=told):
+    for name, message in (("position_ids", "packed"), ("teacher_input_ids", taught), ("x", "'x'")):
+        with pytest.raises(DataError, match=message):
             always({**batch, name: batch["input_ids"]}, student, step=0)
     with pytest.raises(DataError, match="an empty prompt"):
         always({**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}, student, step=0)

@@ -17,9 +17,9 @@ from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import ids_not_shared
 from hf_distill.models.generation import set_generation
 from hf_distill.tasks import infer_task
-from hf_distill.teachers import ModelTeacher
 from hf_distill.trainer.checks import check_on_policy
 from hf_distill.vocabulary import HeadAlignment
+from tests.augment.making import PrecomputedTeacher
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
@@ -119,9 +119,9 @@ def test_sampling_ignores_processors_in_the_generation_config() -> None:
     for asked in NOT_FOLLOWED:
         student = LLAMA.make(1)
         set_generation(student.generation_config, asked)
-        kept, said = student.generation_config, student.generation_config.to_dict()
+        kept, before = student.generation_config, student.generation_config.to_dict()
         assert written(student) == plain, asked
-        assert student.generation_config is kept and kept.to_dict() == said
+        assert student.generation_config is kept and kept.to_dict() == before
         with pytest.raises(SettingError, match="max_new_tokens=0"):
             OnPolicy(max_new_tokens=0).bind(student, infer_task(student))
         assert student.generation_config is kept
@@ -153,13 +153,6 @@ def test_an_encoder_decoder_uses_its_own_end_and_language_tokens() -> None:
     assert {row[0] for row in written(student)} == {7}
 
 
-class PrecomputedTeacher(ModelTeacher):
-    """Has its own collator, as a cached teacher does."""
-
-    def wrap_collator(self, collator: Any) -> Any:
-        return collator
-
-
 def test_an_ensemble_is_accepted_unless_a_member_is_precomputed(tmp_path) -> None:
     view, settings = Recording(student_share=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
     data = {"train_dataset": LLAMA.examples(4), "data_collator": LLAMA.collate}
@@ -181,12 +174,12 @@ def test_the_error_names_tensor_parallelism(tmp_path) -> None:
 
 
 def test_invalid_on_policy_arguments_raise(tmp_path) -> None:
-    for view, told in (
+    for view, message in (
         ("on-policy", "on_policy='on-policy': must be an object such as"),
         (OnPolicy, "must be an object such as"),
         (lambda batch: batch, "data_collator=hf_distill.augment.AugmentingCollator"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=view, alpha=1.0)
     assert not list(tmp_path.iterdir())
 

@@ -77,12 +77,12 @@ def _forked(
         running = {process.sentinel: process for process in started}
         while running:
             ended = multiprocessing.connection.wait(list(running), timeout=SECONDS)
-            said = "\n".join(path.read_text()[-6000:] for path in sorted(Path(printed).iterdir()))
-            assert ended, f"{program} has not ended after {SECONDS} s: {said}"
+            output = "\n".join(path.read_text()[-6000:] for path in sorted(Path(printed).iterdir()))
+            assert ended, f"{program} has not ended after {SECONDS} s: {output}"
             for sentinel in ended:
                 process = running.pop(sentinel)
                 process.join()
-                assert process.exitcode == 0, said  # otherwise the others may wait for minutes
+                assert process.exitcode == 0, output  # otherwise the others may wait for minutes
         return [Path(f"{printed}/{number}.out").read_text() for number in range(len(started))]
 
 

@@ -120,8 +120,8 @@ def _says(place: Place, model: nn.Module) -> Says:
     back = [place.order.index(i) for i in range(LABELS)]
 
     def says(inputs: dict[str, Tensor], temperature: float) -> Tensor:
-        told = told_by(model, inputs, temperature)
-        return told if place.head == LANGUAGE else told[..., back]
+        probabilities = told_by(model, inputs, temperature)
+        return probabilities if place.head == LANGUAGE else probabilities[..., back]
 
     return says
 

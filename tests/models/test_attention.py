@@ -17,7 +17,7 @@ from hf_distill.functional.rows import BLOCKED
 from hf_distill.models.capture import AttentionRecord
 from hf_distill.signals import ActivationKey
 from tests.heads import HEADS
-from tests.models.reading import ALL, model_of, of_side, read, reads, with_sides
+from tests.models.capturing import ALL, model_of, of_side, read, reads, with_sides
 from tests.models.test_hidden import first_tensor
 
 OWN = ("Deberta", "MPNet", "WavLM", "Longformer")  # compute their own attention

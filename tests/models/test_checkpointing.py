@@ -82,6 +82,6 @@ def test_checkpointed_blocks_run_twice(models) -> None:
 def test_activations_inside_reentrant_blocks_raise(models, objective: str) -> None:
     with pytest.raises(SettingError) as raised:
         measured(models, objective, use_reentrant=True)
-    said = str(raised.value)
-    assert "of the student has no gradient: gradient checkpointing with use_reentrant=True hides it" in said
-    assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in said
+    message = str(raised.value)
+    assert "of the student has no gradient: gradient checkpointing with use_reentrant=True hides it" in message
+    assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in message

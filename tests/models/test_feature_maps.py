@@ -338,10 +338,10 @@ def test_exits_of_stages_with_different_widths() -> None:
         for x in block_outputs(student, "convnext.encoder.stages", {"pixel_values": image()["pixel_values"]})
     )
     features = first @ head.features.weight.double().T + head.features.bias.double()
-    said = features.tanh() @ head.classifier.weight.double().T + head.classifier.bias.double()
+    exit_logits = features.tanh() @ head.classifier.weight.double().T + head.classifier.bias.double()
     with torch.no_grad():
         aim = student(**image()).logits.double()
-    q, p = (said / 3).log_softmax(-1), (aim / 3).log_softmax(-1)
+    q, p = (exit_logits / 3).log_softmax(-1), (aim / 3).log_softmax(-1)
     expected = 9 * (p.exp() * (p - q)).sum(-1).mean() + (features - last).square().sum(-1).mean()
     assert found == pytest.approx(expected.item(), rel=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import ActivationKey
-from tests.models.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
+from tests.models.capturing import ALL, model_of, of_side, read, reads, sides_of, with_sides
 from tests.students.models import LAYERS
 
 # A norm follows the last block; transformers returns its output as the last hidden state.

@@ -82,10 +82,10 @@ class Dropping:
         return text if self.side is None else {**text, "decoder_input_ids": ids}
 
 
-def _sides(model: Any, norms: tuple[str | None, str | None], heard: str, **settings: Any) -> dict[str, Dropping]:
+def _sides(model: Any, norms: tuple[str | None, str | None], main_input: str, **settings: Any) -> dict[str, Dropping]:
     name = model.__name__.removesuffix("Model")
     return {
-        f"{name} {side}": Dropping(model, {**SIDES, **settings}, f"{side}_layerdrop", side, norm, heard)
+        f"{name} {side}": Dropping(model, {**SIDES, **settings}, f"{side}_layerdrop", side, norm, main_input)
         for side, norm in zip(("encoder", "decoder"), norms, strict=True)
     }
 
@@ -214,7 +214,7 @@ def test_loss_and_gradient_when_all_blocks_are_dropped(name: str) -> None:
     found.loss.backward()
     ours = gradients(student)
     with torch.no_grad():
-        (aim,) = [x for _, x in sorted(hidden_key(teacher, case, 1).items())]
+        (aim,) = [x for _, x in sorted(captured_hidden(teacher, case, 1).items())]
     torch.manual_seed(0)
     outputs = student(**batch)
     last = outputs.encoder_last_hidden_state if case.side == "encoder" else outputs.last_hidden_state
@@ -228,7 +228,7 @@ def test_loss_and_gradient_when_all_blocks_are_dropped(name: str) -> None:
         torch.testing.assert_close(ours[key], gradient, atol=1e-7, rtol=1e-4)
 
 
-def hidden_key(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
+def captured_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
     wanted = ActivationKey(HIDDEN, layer, case.side)
     with ActivationCapture(model, "teacher").capture({wanted}) as seen:
         model(**case.batch())

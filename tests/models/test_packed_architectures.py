@@ -94,8 +94,8 @@ def tiny(name: str, attention: str, seed: int = 0) -> Any:
 
 
 def test_the_document_lists_the_tested_architectures() -> None:
-    said = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
-    apart, seen = (re.search(f"{begin}: ([^:]*?)\\.(?: |$)", said) for begin in ("kept texts apart", "These did not"))
+    text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
+    apart, seen = (re.search(f"{begin}: ([^:]*?)\\.(?: |$)", text) for begin in ("kept texts apart", "These did not"))
     assert apart is not None and apart[1].split(", ") == list(APART)
     assert seen is not None and re.split(", | and ", re.sub(r" \(.*?\)", "", seen[1])) == list(SEEN)
 

@@ -26,8 +26,8 @@ from hf_distill import (
 from hf_distill.models.capture import ActivationCapture, AttentionRecord
 from hf_distill.signals import ActivationKey
 from tests.heads import HEADS
-from tests.laws.test_l9_inside import hooks_of
-from tests.models.reading import ALL, model_of, read, reads
+from tests.laws.test_l9_activations import hooks_of
+from tests.models.capturing import ALL, model_of, read, reads
 
 # peft asks by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

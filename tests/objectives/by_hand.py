@@ -70,6 +70,6 @@ def refused(make: Callable[[], Any], *words: str, error: type[Exception] = Setti
     """Assert that `make` raises an error whose message contains all of `words`."""
     with pytest.raises(error) as raised:
         make()
-    said = str(raised.value)
+    message = str(raised.value)
     for word in words:
-        assert word in said, (word, said)
+        assert word in message, (word, message)

@@ -213,7 +213,7 @@ def test_blocks_that_cannot_be_found_must_be_named() -> None:
     assert found.loss.item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-5)
 
 
-def test_a_named_stack_must_be_a_module_list() -> None:
+def test_a_model_without_a_module_list_is_rejected() -> None:
     refused(
         lambda: Distiller(nn.Linear(2, 2), HEAD.make(), objectives=HiddenMatch(), task="masked_lm", alpha=None),
         "no stack of blocks found in the student (Linear)",

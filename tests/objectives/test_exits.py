@@ -40,15 +40,15 @@ def by_hand(name: str, student: Any, heads: Any, batch: dict[str, Tensor]) -> fl
     last = found.logits if kept is None else found.logits[kept]
     for layer in (0, 1):
         features = rows[layer] @ heads[str(layer)].features.weight.T + heads[str(layer)].features.bias
-        said = features.tanh() @ heads[str(layer)].classifier.weight.T + heads[str(layer)].classifier.bias
+        exit_logits = features.tanh() @ heads[str(layer)].classifier.weight.T + heads[str(layer)].classifier.bias
         if name == "bert_multi_label":  # each label is a Bernoulli with logits (z, 0)
-            p, q, y = (last / T).sigmoid(), (said / T).sigmoid(), said.sigmoid()
+            p, q, y = (last / T).sigmoid(), (exit_logits / T).sigmoid(), exit_logits.sigmoid()
             kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
             of_labels = -(labels * y.log() + (1 - labels) * (1 - y).log())
         else:
-            p, q = (last / T).softmax(-1), (said / T).softmax(-1)
+            p, q = (last / T).softmax(-1), (exit_logits / T).softmax(-1)
             kl, chosen = p * (p / q).log(), labels if kept is None else labels[kept]
-            of_labels = -said.log_softmax(-1).gather(1, chosen[:, None])
+            of_labels = -exit_logits.log_softmax(-1).gather(1, chosen[:, None])
         total += ALPHA * T**2 * kl.sum() + (1 - ALPHA) * of_labels.sum()
         total += LAMBDA * (features - rows[2]).square().sum()
     return float(total) / (last.numel() if name == "bert_multi_label" else last.shape[0])
@@ -85,7 +85,7 @@ def test_padding_and_accumulation_change_nothing(name: str) -> None:
         assert loss == pytest.approx(expected, rel=1e-6) and m.difference(found, gradient) < 1e-6
 
 
-def test_ignored_rows_and_unlabelled_rows() -> None:
+def test_exits_with_ignored_and_unlabelled_rows() -> None:
     student, distiller = distiller_of("bert_tokens")
     batch = m.collated("bert_tokens", HEADS["bert_tokens"].examples(4))
     silent = {**batch, "labels": torch.full_like(batch["labels"], -100)}
@@ -166,9 +166,9 @@ def test_predictions_of_each_exit(tmp_path) -> None:
     with torch.no_grad(), distiller.capture() as inside:
         outputs = student(**batch)
     signals = distiller.student_signals(outputs, batch, activations=inside)
-    said = distiller.objectives["exits"].predictions(signals, distiller.task, batch)
+    exit_logits = distiller.objectives["exits"].predictions(signals, distiller.task, batch)
     rows = int((batch["labels"] != -100).sum())
-    assert {layer: tuple(x.shape) for layer, x in said.items()} == {0: (rows, 3), 1: (rows, 3)}
+    assert {layer: tuple(x.shape) for layer, x in exit_logits.items()} == {0: (rows, 3), 1: (rows, 3)}
     distiller.learned.save(tmp_path)
     assert (tmp_path / "distill_state.safetensors").is_file()
 

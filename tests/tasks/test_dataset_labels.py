@@ -363,7 +363,7 @@ def test_token_id_labels_are_not_checked(task: Any) -> None:
         reader(as_dataset([[1, 2], None], "labels"), task=task)
 
 
-def test_span_positions() -> None:
+def test_missing_span_positions_raise() -> None:
     data = Dataset.from_dict({"start_positions": [1, None], "end_positions": [2, None]})
     with pytest.raises(DataError, match=r"'start_positions' of the training data holds nothing \(example 1\)"):
         reader(data, task=Span())

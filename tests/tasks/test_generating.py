@@ -45,7 +45,7 @@ def test_sampling_settings_without_sampling_are_rejected(name: str) -> None:
     assert generation_settings(model, **ASKED, others={name: None}).do_sample is False
 
 
-def test_which_models_can_generate() -> None:
+def test_inputs_and_windows_of_generating_models() -> None:
     assert source_of(HEADS["llama_causal_lm"].make(1)) == source_of(HEADS["t5_seq2seq"].make(1)) == "input_ids"
     assert source_of(whisper()) == "input_features"
     assert (window_of(whisper()), window_of(HEADS["t5_seq2seq"].make(1))) == (FRAMES, None)

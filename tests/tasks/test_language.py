@@ -154,13 +154,13 @@ def long_texts(name: str, *lengths: int) -> tuple[torch.nn.Module, dict[str, tor
 def test_texts_longer_than_the_decoder_raise(name: str) -> None:
     """16 positions hold 16 tokens but not 17, as in the model's own forward."""
     student, batch = long_texts(name, 10, 17, 20, 3, 18, 19)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as raised:
         Seq2Seq().prepare(batch, student)
     assert (
         f"padded to 20 tokens, and the decoder of {type(student).__name__} has 16 positions: example 1 of the batch "
         "has 17, example 2 of the batch has 20, example 4 of the batch has 18, and 1 more are too long. Cut them "
         "(tokenizer(..., truncation=True, max_length=16)) or leave such examples out."
-    ) in str(told.value)
+    ) in str(raised.value)
     with pytest.raises((ValueError, IndexError)):
         student(**batch)
     student, batch = long_texts(name, 16, 3)
@@ -220,6 +220,6 @@ def test_labels_are_not_modified_by_a_model_that_writes_into_them() -> None:
 def test_an_incompatible_teacher_head_suggests_completions_if_it_can_generate(
     student: str, teacher: str, by_texts: bool
 ) -> None:
-    with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as told:
+    with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as raised:
         Distiller(HEADS[student].make(1), HEADS[teacher].make(2))
-    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(told.value)) is by_texts
+    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(raised.value)) is by_texts

@@ -377,10 +377,12 @@ def test_segmentation_from_a_folder_and_without_a_cache(segmentation: Task, tmp_
 def test_the_error_for_an_unknown_class_suggests_task_names_that_apply() -> None:
     with pytest.raises(SettingError) as raised:
         Distiller(segformer(1), segformer(2))
-    said = str(raised.value)
-    assert "SegformerForSemanticSegmentation: this library does not know" in said
-    assert 'only where the model\'s output has just that form (task="classification": one row of logits an exam' in said
-    assert re.search(OWN, said)
+    message = str(raised.value)
+    assert "SegformerForSemanticSegmentation: this library does not know" in message
+    assert (
+        'only where the model\'s output has just that form (task="classification": one row of logits an exam' in message
+    )
+    assert re.search(OWN, message)
 
 
 def test_a_custom_position_task_gives_rows() -> None:

@@ -67,8 +67,8 @@ class CompletionsServer:
             return 404, {"detail": "Not Found"}
         k = body.get("prompt_logprobs", body.get("logprobs", body.get("top_logprobs_num")))
         if k > self.longest_list:
-            said = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.longest_list}"
-            return 400, {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.longest_list}"
+            return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
         prompts = body["input_ids"] if self.speaks == "sglang" else body["prompt"]
         answers = [self._answer(prompt, k) for prompt in prompts]
         if self.speaks == "sglang":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ from hf_distill.models.generation import set_generation
 from hf_distill.teachers.passes import ShardedPass
 from tests.augment.test_on_policy import greedy
 from tests.heads import HEADS
+from tests.teachers.cache.built import contents
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
 
@@ -28,10 +28,6 @@ def prompt_of(example: dict[str, Any]) -> list[int]:
     return [token for i, token in enumerate(example["input_ids"]) if i == 0 or not any(
         label != -100 for label in example["labels"][1 : i + 1]
     )]  # fmt: skip
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_completions_equal_greedy_texts_and_train_a_student(tmp_path) -> None:
@@ -189,14 +185,14 @@ def test_the_command_writes_the_same_bytes(tmp_path, capsys) -> None:
 
 def test_invalid_arguments_raise(tmp_path) -> None:
     teacher, here = LLAMA.make(2), tmp_path / "made"
-    for settings, told in (
+    for settings, message in (
         ({"num_return_sequences": 2}, "num_return_sequences=2 of the likeliest text are the same text"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 \(1 or more\)"),
         ({"do_sample": True, "sampling_temperature": 0.0}, r"sampling_temperature=0.0 \(above 0"),
         ({"generation": {"num_beems": 2}}, "no setting num_beems"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             generate_completions(teacher, ANSWERED, here, **settings)
     with pytest.raises(SettingError, match="BertForMaskedLM cannot generate: it has no head that writes text"):
         generate_completions(HEADS["bert_masked_lm"].make(1), ANSWERED, here)
@@ -215,12 +211,12 @@ def test_a_folder_belongs_to_one_teacher_and_its_settings(tmp_path) -> None:
     """A finished folder is opened; with other settings it is left unchanged."""
     generate_completions(LLAMA.make(2), ANSWERED, tmp_path, **SHORT)
     before = contents(tmp_path)
-    for teacher, data, settings, told in (
+    for teacher, data, settings, message in (
         (LLAMA.make(3), ANSWERED, {}, "holds completions of something else: teacher.weights: "),
         (LLAMA.make(2), ANSWERED, {"max_new_tokens": 4}, "generation.max_new_tokens: 5 there, 4 now. Choose another"),
         (LLAMA.make(2), ANSWERED.select(range(6)), {}, "examples: 7 there, 6 now"),
         (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "examples 0 to 3 of the dataset are not those that"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             generate_completions(teacher, data, tmp_path, **{**SHORT, **settings})
         assert contents(tmp_path) == before

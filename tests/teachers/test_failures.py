@@ -161,7 +161,7 @@ def test_an_empty_text() -> None:
         collator(rows[1:2])
 
 
-def test_a_batch_without_padding_token_and_mask() -> None:
+def test_without_padding_token_and_mask_every_position_counts() -> None:
     llama = {**SIZE, "vocab_size": 23, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": None}
     teacher = hf.LlamaForSequenceClassification(hf.LlamaConfig(**llama))
     batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]])}

@@ -67,10 +67,10 @@ def test_the_error_for_other_outputs_lists_their_fields(make: Any, batch: Any, h
     student, teacher = make(), make()
     with pytest.raises(DataError) as raised:
         Distiller(student, teacher, alpha=1.0)(student, batch)
-    said = str(raised.value)
-    assert f"the student ({type(student).__name__}): its output (" in said and held in said
-    assert "and no last_hidden_state, which this task reads" in said and "hf_distill.tasks.Task" in said
-    assert "liger" not in said
+    message = str(raised.value)
+    assert f"the student ({type(student).__name__}): its output (" in message and held in message
+    assert "and no last_hidden_state, which this task reads" in message and "hf_distill.tasks.Task" in message
+    assert "liger" not in message
 
 
 def test_the_error_attributes_the_output_to_the_teacher() -> None:
@@ -240,7 +240,7 @@ def test_a_custom_task_accepts_any_class(teacher: Any) -> None:
     assert found == pytest.approx((s - t).square().mean().item(), rel=1e-5)
 
 
-def test_an_inferred_task_checks_the_class() -> None:
+def test_built_in_tasks_check_the_class() -> None:
     student, teacher = bert(), HEADS["bert_single_label"].make(vocab_size=20)
     for task in (None, "embedding"):
         with pytest.raises(TeacherError, match=r"\(BertForSequenceClassification\) has a classification head, the"):
@@ -256,10 +256,10 @@ def test_the_error_for_embeddings_of_different_widths_lists_solutions() -> None:
     student, teacher = bert(), bert(1, hidden_size=32)
     with pytest.raises(TeacherError) as raised:
         Distiller(student, teacher, alpha=1.0)
-    said = str(raised.value)
-    assert "embed in different widths (16 and 32)" in said and "alpha=None" in said
+    message = str(raised.value)
+    assert "embed in different widths (16 and 32)" in message and "alpha=None" in message
     for name in ("SimilarityMatch()", 'HiddenMatch("last")', "CosineEmbedding()"):
-        assert name in said
+        assert name in message
     batch = {"input_ids": torch.tensor([[1, 5, 2], [3, 4, 6]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     for objective in (SimilarityMatch(), HiddenMatch("last"), CosineEmbedding()):
         found = Distiller(student, teacher, alpha=None, objectives=objective, seed=0)(student, batch).loss

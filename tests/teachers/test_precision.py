@@ -95,8 +95,8 @@ def answer(name: str, teacher: Any, dtype: str | None) -> tuple[torch.Tensor, bo
     head = HEADS[name]
     distiller = Distiller(head.make(0), as_teacher(copy.deepcopy(teacher), head.kind, dtype=dtype), alpha=1.0)
     batch = distiller.prepare(head.batch(8))
-    said = distiller.teacher(distiller.task, batch, Needs(logits=True)).predictions()
-    rows, kept = distiller.task.select(said, batch), distiller.task.kept_rows(batch)
+    predictions = distiller.teacher(distiller.task, batch, Needs(logits=True)).predictions()
+    rows, kept = distiller.task.select(predictions, batch), distiller.task.kept_rows(batch)
     loss = distiller(head.make(0), head.batch(8)).loss.item()
     return (rows if kept is None else rows[kept]).double(), distiller.task.on_values, loss
 

@@ -32,10 +32,10 @@ def test_a_quantised_teacher_is_close_to_the_original(name: str) -> None:
     before = weights(full)
     teacher = quantise_dynamically(full)
     distiller, batch = distiller_of(name, teacher)
-    said = distiller.teacher_signals(batch).predictions()
+    predictions = distiller.teacher_signals(batch).predictions()
     live = distiller_of(name, full)[0].teacher_signals(batch).predictions()
     finite = live > -torch.inf
-    error = (said - live)[finite].square().mean().sqrt() / live[finite].std()
+    error = (predictions - live)[finite].square().mean().sqrt() / live[finite].std()
     assert 1e-3 < error < 0.06
     assert is_dynamic(teacher.model) and not is_dynamic(full)
     assert_same_bits(weights(full), before)

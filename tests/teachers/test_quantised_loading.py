@@ -96,15 +96,15 @@ def is_quantised(teacher: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ("int4", "teacher_quantization='int4': allowed are 'int8_dynamic', a quantization config of transformers"),
         ({"load_in_4bit": True}, 'or that as a dict with "quant_method"'),
         (8, "teacher_quantization=8: allowed are"),
     ],
 )
-def test_invalid_quantisations_raise(given: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_invalid_quantisations_raise(given: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=message):
         DistillationArguments(str(tmp_path), teacher_quantization=given, **QUIET)
 
 
@@ -113,15 +113,15 @@ def test_an_unknown_method_raises(folder: Path) -> None:
         as_teacher(folder, "classification", quantization={"quant_method": "wishes"})
 
 
-def test_options_do_not_apply_to_a_loaded_teacher(folder: Path) -> None:
+def test_load_options_for_a_loaded_teacher_raise(folder: Path) -> None:
     model, teacher = bert(), ModelTeacher(bert())
-    for given, settings, said in (
+    for given, settings, message in (
         (model, {"quantization": FOUR_BITS}, "teacher_model is a BertForSequenceClassification.*can become 'int8_dyn"),
         (teacher, {"quantization": "int8_dynamic"}, "teacher_quantization is for a teacher that is loaded here"),
         (model, {"device_map": "auto"}, "teacher_device_map='auto' is for a teacher that is loaded here"),
         (folder, {"quantization": "int8_dynamic", "device_map": "auto"}, "which stays on the CPU"),
     ):
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(SettingError, match=message):
             as_teacher(given, "classification", **settings)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,6 @@ from tests.laws import measuring as m
 from tests.teachers.asking import NAME, SECRET, WORDS, batch_of, distiller_of, served
 from tests.teachers.completions_server import CompletionsServer, serving
 from tests.trainer.tiny import make, weights
-
-
-@pytest.fixture
-def server() -> Iterator[CompletionsServer]:
-    with serving(m.teacher_of(NAME), WORDS) as running:
-        yield running
 
 
 def dense(signals: Signals) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import logging
 import pickle
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,12 +21,6 @@ from tests.laws import measuring as m
 from tests.teachers.asking import NAME, SECRET, WORDS, batch_of, distiller_of, served
 from tests.teachers.completions_server import CompletionsServer, serving
 from tests.tiny_tokenizers import tokenizer
-
-
-@pytest.fixture
-def server() -> Iterator[CompletionsServer]:
-    with serving(m.teacher_of(NAME), WORDS) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +52,12 @@ def test_other_tasks_inputs_and_packed_texts_raise(server: CompletionsServer) ->
     holes[:, 1] = 0
     positions = torch.tensor([[0, 1, 0, 1]])
     packed = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, 7, 8]])}
-    for wrong, said in (
+    for wrong, message in (
         ({**batch, "teacher_input_ids": batch["input_ids"]}, "reads the student's input_ids"),
         ({**batch, "attention_mask": holes}, "has holes"),
         ({**packed, "position_ids": positions}, "packed into one row"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             distiller.teacher_signals(wrong)
 
 
@@ -95,13 +88,13 @@ def answers_fewer_prompts(reply: Any) -> Any:
 
 def lists_fewer_tokens(reply: Any) -> Any:
     for answer in reply:
-        told = answer["meta_info"]
-        told["input_top_logprobs"] = [row and row[:2] for row in told["input_top_logprobs"]]
+        meta = answer["meta_info"]
+        meta["input_top_logprobs"] = [row and row[:2] for row in meta["input_top_logprobs"]]
     return reply
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (scores_other_tokens, r"token 1 of a prompt was \d+, which it does not tell of"),
         (tells_fewer_positions, r"it tells \d+ of \d+ positions of a prompt"),
@@ -110,10 +103,10 @@ def lists_fewer_tokens(reply: Any) -> Any:
         (lambda reply: ["something", "else"], "an answer of another form"),
     ],
 )
-def test_incomplete_and_malformed_replies_raise(server: CompletionsServer, fault: Any, said: str) -> None:
+def test_incomplete_and_malformed_replies_raise(server: CompletionsServer, fault: Any, message: str) -> None:
     distiller, batch = distiller_of(served(server)), batch_of()
     server.faults = [fault]
-    with pytest.raises(TeacherError, match=said):
+    with pytest.raises(TeacherError, match=message):
         distiller.teacher_signals(batch)
 
 
@@ -126,7 +119,7 @@ def test_fewer_tokens_than_requested_raise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speaks", "api", "said"),
+    ("speaks", "api", "message"),
     [
         ("none", "vllm", "it ignores prompt_logprobs"),
         ("echo", "vllm", "it ignores prompt_logprobs"),
@@ -136,8 +129,8 @@ def test_fewer_tokens_than_requested_raise() -> None:
         ("sglang", "vllm", r"status 404 \(Not Found\). Check the url's path"),
     ],
 )
-def test_unsuitable_servers_raise_before_the_training(speaks: str, api: str, said: str) -> None:
-    with serving(m.teacher_of(NAME), WORDS, speaks=speaks) as server, pytest.raises(TeacherError, match=said):
+def test_unsuitable_servers_raise_before_the_training(speaks: str, api: str, message: str) -> None:
+    with serving(m.teacher_of(NAME), WORDS, speaks=speaks) as server, pytest.raises(TeacherError, match=message):
         distiller_of(served(server, api=api))
 
 
@@ -163,7 +156,7 @@ def test_a_temporary_failure_changes_nothing(server: CompletionsServer, fault: A
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (500, r"failed 2 times in a row, the last time with status 500"),
         ("drop", r"the last time with a connection that failed \(RemoteDisconnected\)"),
@@ -174,13 +167,17 @@ def test_a_temporary_failure_changes_nothing(server: CompletionsServer, fault: A
     ],
 )
 def test_a_permanent_failure_raises_without_secrets(
-    server: CompletionsServer, fault: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: CompletionsServer,
+    fault: Any,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", SECRET)
     teacher = served(server, timeout_s=0.3, api_key_env="TEACHER_KEY")
     distiller, batch = distiller_of(teacher), batch_of()
     server.faults, asked = [fault] * 4, len(server.asked)
-    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError, match=said) as caught:
+    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError, match=message) as caught:
         distiller.teacher_signals(batch)
     assert server.asked[-1][1]["Authorization"] == f"Bearer {SECRET}"
     assert len(server.asked) - asked == (1 if fault in (401, 307) else 2)
@@ -216,7 +213,7 @@ def test_retry_after_is_used_only_as_seconds(wait: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"api": "tgi"}, "api='tgi': allowed are vllm, sglang, echo"),
         ({"top_logprobs": 0}, "top_logprobs=0: must be a whole number of at least 1"),
@@ -227,8 +224,8 @@ def test_retry_after_is_used_only_as_seconds(wait: str | None) -> None:
         ({"processing_class": "gpt2"}, "processing_class is a str: give the tokenizer of the served model"),
     ],
 )
-def test_invalid_settings_raise(changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_invalid_settings_raise(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         ServedTeacher("http://localhost:1/v1", "large", **{"processing_class": WORDS, **changed})
 
 

@@ -29,32 +29,32 @@ def drawn(sets: list[list[int]], n: int = 5, v: int = 7, sharpness: float = 2.0)
     """Return random predictions for classes and dustbins, the sets, and equation 5 as a function of log q `[n v]`."""
     generator = torch.Generator().manual_seed(3)
     generalist = (sharpness * torch.randn(n, v, generator=generator).double()).log_softmax(-1)
-    said = [(sharpness * torch.randn(n, len(s) + 1, generator=generator).double()).log_softmax(-1) for s in sets]
-    told = generalist.exp()
-    for special, log_p in zip(sets, said, strict=True):
-        told[:, special] += log_p[:, :-1].exp()
+    predicted = [(sharpness * torch.randn(n, len(s) + 1, generator=generator).double()).log_softmax(-1) for s in sets]
+    summed = generalist.exp()
+    for special, log_p in zip(sets, predicted, strict=True):
+        summed[:, special] += log_p[:, :-1].exp()
     members = torch.tensor([[c in s for c in range(v)] for s in sets])
-    rest = torch.stack([log_p[:, -1] for log_p in said], -1)
+    rest = torch.stack([log_p[:, -1] for log_p in predicted], -1)
 
     def equation_5(log_q: Tensor) -> Tensor:
         total = (generalist.exp() * (generalist - log_q)).sum(-1)
-        for special, log_p in zip(sets, said, strict=True):
+        for special, log_p in zip(sets, predicted, strict=True):
             others = [c for c in range(v) if c not in special]
             seen = torch.cat((log_q[:, special], log_q[:, others].logsumexp(-1, keepdim=True)), -1)
             total = total + (log_p.exp() * (log_p - seen)).sum(-1)
         return total
 
-    return told.log(), rest, members, equation_5
+    return summed.log(), rest, members, equation_5
 
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("sharpness", [0.5, 2.0, 5.0])
 def test_the_solution_equals_that_of_gradient_descent(name: str, sharpness: float) -> None:
     """On logits as in the paper, with a second-order method until convergence."""
-    told, rest, members, equation_5 = drawn(SETS[name], sharpness=sharpness)
-    found = fit_class_distribution(told, rest, members)
+    summed, rest, members, equation_5 = drawn(SETS[name], sharpness=sharpness)
+    found = fit_class_distribution(summed, rest, members)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)).double(), rtol=1e-10, atol=1e-12)
-    z = torch.zeros_like(told).requires_grad_()
+    z = torch.zeros_like(summed).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [z], max_iter=2000, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
@@ -72,8 +72,8 @@ def test_the_solution_equals_that_of_gradient_descent(name: str, sharpness: floa
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_solution_is_a_local_minimum(name: str) -> None:
-    told, rest, members, equation_5 = drawn(SETS[name])
-    found = fit_class_distribution(told, rest, members)
+    summed, rest, members, equation_5 = drawn(SETS[name])
+    found = fit_class_distribution(summed, rest, members)
     logits = found.clone().requires_grad_()
     equation_5(logits.log_softmax(-1)).sum().backward()
     assert float(logits.grad.abs().max()) < 1e-9
@@ -85,14 +85,14 @@ def test_the_solution_is_a_local_minimum(name: str) -> None:
 def test_one_specialist_by_hand() -> None:
     """Its classes: the mean of both models. Others: the mean of both dustbin masses, shared as by the generalist.
 
-    With q_C the mass outside, `told_c / q_c` must be equal for the classes inside, and
+    With q_C the mass outside, `summed_c / q_c` must be equal for the classes inside, and
     `g_c / q_c + d / q_C` for those outside: q_c = (g_c + p_c) / 2 inside; q_C = (g_C + d) / 2, q_c = g_c q_C / g_C.
     """
     double = torch.float64
     g, p, d = torch.tensor([0.6, 0.1, 0.2, 0.1], dtype=double), torch.tensor([0.1, 0.5], dtype=double), 0.4
-    told = torch.cat((g[:2] + p, g[2:]))[None].log()
+    summed = torch.cat((g[:2] + p, g[2:]))[None].log()
     members = torch.tensor([[True, True, False, False]])
-    found = fit_class_distribution(told, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
+    found = fit_class_distribution(summed, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
     expected = torch.tensor([0.35, 0.3, (0.3 + d) / 2 * 2 / 3, (0.3 + d) / 2 / 3], dtype=double)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
@@ -114,16 +114,16 @@ def test_contradicting_predictions_and_blocked_classes_stay_finite() -> None:
 
 def test_a_specialist_affects_only_rows_of_its_classes() -> None:
     generalist, one = bert(seed=3, **FOUR).double(), specialist((2, 0))
-    said, batch = asked(Specialists(generalist, {(2, 0): one}))
+    predicted, batch = asked(Specialists(generalist, {(2, 0): one}))
     g, p = told_by(generalist, batch), told_by(one, batch)
     active = (g.argmax(-1) == 0) | (g.argmax(-1) == 2)
     assert 0 < active.sum() < len(g)
-    torch.testing.assert_close(said[~active], g[~active])
+    torch.testing.assert_close(predicted[~active], g[~active])
     expected = torch.zeros_like(g)
     expected[:, 2], expected[:, 0] = (g[:, 2] + p[:, 0]) / 2, (g[:, 0] + p[:, 1]) / 2
     outside = g[:, [1, 3]]
     expected[:, [1, 3]] = outside / outside.sum(-1, keepdim=True) * (outside.sum(-1, keepdim=True) + p[:, 2:]) / 2
-    torch.testing.assert_close(said[active], expected[active], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(predicted[active], expected[active], rtol=1e-7, atol=1e-10)
     every, _ = asked(Specialists(generalist, {(2, 0): one}, most_probable=4))
     torch.testing.assert_close(every, expected, rtol=1e-7, atol=1e-10)
 
@@ -133,8 +133,8 @@ def test_an_unneeded_specialist_is_not_run() -> None:
     generalist.classifier.bias.data[1] += 1000
     one = specialist((0, 2))
     one.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
-    said, batch = asked(Specialists(generalist, {(0, 2): one}))
-    torch.testing.assert_close(said, told_by(generalist, batch))
+    predicted, batch = asked(Specialists(generalist, {(0, 2): one}))
+    torch.testing.assert_close(predicted, told_by(generalist, batch))
 
 
 class Agreeing(torch.nn.Module):
@@ -157,8 +157,8 @@ def test_specialists_that_agree_change_nothing_at_any_temperature(temperature: f
     generalist = bert(seed=3, **FOUR).double()
     sets = ((0, 2), (1,), (3, 1, 0))
     agreeing = {one: Agreeing(bert(seed=3, **FOUR).double(), one) for one in sets}
-    said, batch = asked(Specialists(generalist, agreeing, most_probable=2), temperature)
-    torch.testing.assert_close(said, told_by(generalist, batch, temperature), rtol=1e-7, atol=1e-10)
+    predicted, batch = asked(Specialists(generalist, agreeing, most_probable=2), temperature)
+    torch.testing.assert_close(predicted, told_by(generalist, batch, temperature), rtol=1e-7, atol=1e-10)
 
 
 def test_the_current_temperature_is_used() -> None:

@@ -29,7 +29,7 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
     student = head.make(seed=0, **DROPPED).double().train()
     distiller = Distiller(student, TemporalEnsemble(momentum=MOMENTUM), alpha=1.0, temperature=T)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    said: dict[int, list[Tensor]] = {}
+    history: dict[int, list[Tensor]] = {}
     for number, chosen in enumerate(batches):
         batch = in_double(head, [data[i] for i in chosen], pad_to=pad_to if number % 2 else None)
         found = distiller(student, batch)
@@ -38,7 +38,7 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
         for position, example in enumerate(chosen):
             own = logits[position][None] if logits.dim() == 2 else logits[position][batch["labels"][position] != -100]
             rows += own.shape[0]
-            past = said.setdefault(example, [])
+            past = history.setdefault(example, [])
             if past:  # Z = Σ_i (1 - m) m^(t - i) z_i, over 1 - m^t
                 t = len(past)
                 z = sum((1 - MOMENTUM) * MOMENTUM ** (t - 1 - i) * one for i, one in enumerate(past))
@@ -100,11 +100,11 @@ def test_targets_are_distributions_at_the_stored_temperature() -> None:
         distiller(student, batch)
     fewer = {**batch, "labels": batch["labels"].clone()}
     fewer["labels"][0, (fewer["labels"][0] != -100).nonzero()[0]] = -100
-    told = distiller.teacher_signals(fewer, Needs(logits=True)).sparse
+    sparse = distiller.teacher_signals(fewer, Needs(logits=True)).sparse
     known = (fewer["labels"] != -100) & (torch.arange(4) > 0)[:, None]
-    assert torch.equal(told.log_tail == -torch.inf, known) and torch.equal((told.ids >= 0).all(-1), known)
-    assert told.temperature == T and not told.log_tail[~known].any()
-    torch.testing.assert_close(told.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
+    assert torch.equal(sparse.log_tail == -torch.inf, known) and torch.equal((sparse.ids >= 0).all(-1), known)
+    assert sparse.temperature == T and not sparse.log_tail[~known].any()
+    torch.testing.assert_close(sparse.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
     resumed = TemporalEnsemble()
     other = Distiller(student, resumed, alpha=0.0, temperature=3.0)
     resumed.load_state_dict(distiller.teacher.state_dict())

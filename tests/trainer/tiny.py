@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -53,6 +54,15 @@ def padded(features: Sequence[Mapping[str, Any]], *, to: int | None = None) -> d
     ids = [list(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
     mask = [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **batch}
+
+
+def as_stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    """Return a `datasets` stream of these examples."""
+
+    def generate() -> Iterator[dict[str, Any]]:
+        yield from rows
+
+    return IterableDataset.from_generator(generate)
 
 
 def arguments(folder: Path | str, kind: Any = DistillationArguments, **changed: Any) -> Any:
@@ -114,3 +124,8 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = torch.softmax(teacher.double() / temperature, -1)
     q = torch.softmax(student.double() / temperature, -1)
     return temperature**2 * (p * (p.log() - q.log())).sum(-1)
+
+
+def messages_with(log: Any, words: str) -> list[str]:
+    """Return the captured messages that contain these words."""
+    return [record.getMessage() for record in log.records if words in record.getMessage()]

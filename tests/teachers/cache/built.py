@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from hf_distill import Distiller
 from hf_distill.teachers.cache import BuildOptions, CachedTeacher, Dense, TeacherCache
 from tests.heads import HEADS, Example, Head
+from tests.laws import measuring as m
 
 EXAMPLES = 20
 
@@ -59,3 +61,11 @@ def left_padded(examples: list[Example]) -> dict[str, torch.Tensor]:
         rows["labels"].append([-100] * missing + one["labels"])
         rows["attention_mask"].append([0] * missing + [1] * len(one["input_ids"]))
     return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def gradient(distiller: Distiller, student: Any, batch: dict) -> tuple[float, torch.Tensor]:
+    """Return the loss of one forward, and the student's gradient as one vector."""
+    student.zero_grad(set_to_none=True)
+    loss = distiller(student, batch).loss
+    loss.backward()
+    return loss.item(), m.gradient_of(student)

@@ -132,14 +132,16 @@ def test_stored_hidden_states_equal_those_of_transformers(tmp_path: Path) -> Non
 
 
 def test_the_size_is_logged_before_the_build(tmp_path: Path) -> None:
-    said: list[str] = []
-    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], announce=said.append)
+    messages: list[str] = []
+    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], announce=messages.append)
     # Blocks 0 and 2 whole, and the mean of block 1: 24 numbers of 4 bytes; three logits of 4. 12 examples of 7.1
     # positions: 12 · (7.1 · (12 + 192) + 96 + 44 + 2 · 4) = 19.2 kB.
     inside = (
         r", and activations of 192 bytes at each of 7\.1 tokens, and activations of 96 bytes at each of 1\.0 vectors; "
     )
-    assert re.search(rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", said[0])
+    assert re.search(
+        rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", messages[0]
+    )
     shards = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
     assert 19_000 < shards < 24_000  # plus Arrow's headers
 

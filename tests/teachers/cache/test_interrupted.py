@@ -154,9 +154,9 @@ def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:
     head, teacher, examples, _ = made(tmp_path, NAME)
     before, asked = contents(tmp_path), []
     teacher.register_forward_hook(lambda *_: asked.append(1))
-    said: list[str] = []
-    build(tmp_path, head, teacher, examples, announce=said.append)
-    assert contents(tmp_path) == before and len(asked) == 1 and said == [f"{tmp_path} is built already."]
+    messages: list[str] = []
+    build(tmp_path, head, teacher, examples, announce=messages.append)
+    assert contents(tmp_path) == before and len(asked) == 1 and messages == [f"{tmp_path} is built already."]
 
 
 def test_a_built_cache_of_other_examples_raises(tmp_path: Path) -> None:

@@ -135,8 +135,8 @@ def test_a_cached_teacher_with_left_padding(tmp_path: Path) -> None:
     assert stored(student, batch).loss.item() == pytest.approx(expected, rel=1e-4)
     right = head.collate(shuffled(examples, 5))
     assert stored(student, right).loss.item() == pytest.approx(expected, rel=1e-4)
-    told = stored.teacher(stored.task, batch, Needs(logits=True)).predictions()
-    assert (told[~batch["attention_mask"].bool()] == 0).all()
+    predictions = stored.teacher(stored.task, batch, Needs(logits=True)).predictions()
+    assert (predictions[~batch["attention_mask"].bool()] == 0).all()
 
 
 def test_decoder_inputs_made_by_the_collator(tmp_path: Path) -> None:

@@ -139,13 +139,13 @@ def test_fields_of_a_row() -> None:
     rows = torch.randn(40, COLUMNS, generator=torch.Generator().manual_seed(3)) * 3
     rows[:, 5:8] = -torch.inf
     for store in (Sampled(16), Sampled(16, proposal_power=0.5), Hybrid(4, 12), Hybrid(COLUMNS - 1, 2)):
-        told = store.sparse_rows(encoded(store, rows, 40), 1.0)
-        for ids, weights in zip(told.ids.tolist(), told.weights.tolist(), strict=True):
+        sparse = store.sparse_rows(encoded(store, rows, 40), 1.0)
+        for ids, weights in zip(sparse.ids.tolist(), sparse.weights.tolist(), strict=True):
             listed = [one for one in ids if one >= 0]
             assert len(set(listed)) == len(listed) and not {5, 6, 7} & set(listed)
             assert all((weight > 0) == (one >= 0) for one, weight in zip(ids, weights, strict=True))
-        assert torch.isfinite(told.log_probabilities).all() and (told.log_tail == -torch.inf).all()
-        total = told.weights.sum(-1)
+        assert torch.isfinite(sparse.log_probabilities).all() and (sparse.log_tail == -torch.inf).all()
+        total = sparse.weights.sum(-1)
         if store != Sampled(16, proposal_power=0.5):
             assert torch.allclose(total, torch.ones(40), atol=1e-6)
         assert total.mean().item() == pytest.approx(1, abs=0.2)
@@ -155,14 +155,14 @@ def test_hybrid_stores_the_likeliest_and_samples_the_others() -> None:
     rows = torch.randn(30, COLUMNS, generator=torch.Generator().manual_seed(4))
     log_p = rows.double().log_softmax(-1)
     store = Hybrid(4, 6, dtype="float32")
-    told = store.sparse_rows(encoded(store, rows, 30), 1.0)
-    assert torch.equal(told.ids[:, :4], log_p.topk(4).indices)
-    assert torch.allclose(told.weights[:, :4].double(), log_p.topk(4).values.exp(), rtol=1e-5)
+    sparse = store.sparse_rows(encoded(store, rows, 30), 1.0)
+    assert torch.equal(sparse.ids[:, :4], log_p.topk(4).indices)
+    assert torch.allclose(sparse.weights[:, :4].double(), log_p.topk(4).values.exp(), rtol=1e-5)
     others = 1 - log_p.topk(4).values.exp().sum(-1)
     for row in range(30):
-        drawn = [one for one in told.ids[row, 4:].tolist() if one >= 0]
-        assert drawn and not set(drawn) & set(told.ids[row, :4].tolist())
-        shares = told.weights[row, 4:] / (others[row] / 6)  # whole numbers of draws
+        drawn = [one for one in sparse.ids[row, 4:].tolist() if one >= 0]
+        assert drawn and not set(drawn) & set(sparse.ids[row, :4].tolist())
+        shares = sparse.weights[row, 4:] / (others[row] / 6)  # whole numbers of draws
         assert torch.allclose(shares, shares.round(), atol=1e-4) and shares.sum().round() == 6
 
 

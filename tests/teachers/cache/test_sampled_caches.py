@@ -16,20 +16,13 @@ from hf_distill.teachers import shards
 from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
-from tests.teachers.cache.built import build, contents, left_padded, made, shuffled
+from tests.teachers.cache.built import build, contents, gradient, left_padded, made, shuffled
 from tests.teachers.cache.test_interrupted import Quota
 from tests.trainer.tiny import make, update_difference, weights
 
 NAME = "llama_causal_lm"
 STORES = [Sampled(6), Sampled(6, proposal_power=0.5), Hybrid(3, 4, dtype="float32")]
 KINDS = ["sampled", "with_weights", "hybrid"]
-
-
-def gradient(distiller: Distiller, student: Any, batch: dict) -> tuple[float, Tensor]:
-    student.zero_grad(set_to_none=True)
-    loss = distiller(student, batch).loss
-    loss.backward()
-    return loss.item(), m.gradient_of(student)
 
 
 @pytest.fixture(scope="module", params=range(3), ids=KINDS)

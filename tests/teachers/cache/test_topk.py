@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,18 +14,11 @@ from hf_distill.teachers import CachedTeacher, Dense, TopK
 from hf_distill.teachers.cache.build import default_store
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
-from tests.teachers.cache.built import build, made, shuffled
+from tests.teachers.cache.built import build, gradient, made, shuffled
 from tests.tiny_tokenizers import tokenizer
 
 LANGUAGE = [name for name, head in HEADS.items() if head.kind in ("masked_lm", "causal_lm", "seq2seq", "ctc")]
 ALL = TopK(VOCABULARY, temperatures=(1.0,), dtype="float32")
-
-
-def gradient(distiller: Distiller, student: Any, batch: dict) -> tuple[float, Tensor]:
-    student.zero_grad(set_to_none=True)
-    loss = distiller(student, batch).loss
-    loss.backward()
-    return loss.item(), m.gradient_of(student)
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

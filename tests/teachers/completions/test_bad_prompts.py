@@ -41,9 +41,9 @@ def bart() -> Any:
 def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
     """30 tokens plus 3 new ones exceed 32 positions; 29 do not. The rows left by `filter` are completed."""
     texts = of(question=["w5", "w6 " * 29, "w7", "", None, "w8 " * 30, "w9", None, None])
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as message:
         generate_completions(TEACHER, texts, tmp_path / "1", processing_class=WORDS, prompt_column="question", **SHORT)
-    assert str(told.value) == (
+    assert str(message.value) == (
         "5 of 9 prompts cannot be used. question[3]: an empty prompt, which nothing can be written to: begin it with "
         "a token; question[4]: None instead of a prompt; question[5]: a prompt of 30 tokens and max_new_tokens=3 "
         "are more than the 32 positions that LlamaForCausalLM knows; question[7]: None instead of a prompt; and "
@@ -58,7 +58,7 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"input_ids": [[5], None]}, r"input_ids\[1\]: None instead of a prompt"),
         (
@@ -72,14 +72,14 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
         ({"prompt": [[{"role": "user"}], [{"content": "w5"}]]}, None),
     ],
 )
-def test_invalid_rows_are_described(tmp_path, columns: dict[str, list[Any]], told: str | None) -> None:
-    if told is None:  # a template may raise with its own message
+def test_invalid_rows_are_described(tmp_path, columns: dict[str, list[Any]], message: str | None) -> None:
+    if message is None:  # a template may raise with its own message
         words = tokenizer(40)
         words.chat_template = "{{ raise_exception('roles must alternate') }}"
-        told = r"prompt\[0\]: messages that the chat template rejects \(roles must alternate\); prompt\[1\]"
+        message = r"prompt\[0\]: messages that the chat template rejects \(roles must alternate\); prompt\[1\]"
     else:
         words = WORDS
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         generate_completions(TEACHER, of(**columns), tmp_path / "1", processing_class=words, **SHORT)
     assert not (tmp_path / "1").exists()
 
@@ -120,8 +120,8 @@ def test_inputs_of_an_encoder_decoder_exclude_answers(tmp_path) -> None:
         r"2 of 3 .*input_ids\[1\]: a source of 17 tokens is more than the 16 positions that BartFor.*\[2\]: an empty"
     )
     too_much = "max_new_tokens=17 are more than the 16 positions that the decoder of BartFor"
-    for settings, told in (({"max_new_tokens": 4}, too_long), ({"max_new_tokens": 17}, too_much)):
-        with pytest.raises((DataError, SettingError), match=told):
+    for settings, message in (({"max_new_tokens": 4}, too_long), ({"max_new_tokens": 17}, too_much)):
+        with pytest.raises((DataError, SettingError), match=message):
             generate_completions(model, of(input_ids=[[5] * 16, [5] * 17, []]), tmp_path / "1", **settings)
     assert not (tmp_path / "1").exists()
     assert len(generate_completions(model, of(input_ids=[[5] * 16]), tmp_path / "1", max_new_tokens=16)) == 1
@@ -144,7 +144,7 @@ def test_padding_in_a_dataset_is_removed_from_the_source(tmp_path) -> None:
     assert made[0].to_list() == made[1].to_list() and made[0]["input_ids"][0] == [5, 6, 7]
 
 
-def test_recordings_of_unequal_length(tmp_path) -> None:
+def test_recordings_of_unequal_length_raise(tmp_path) -> None:
     sounds = of(input_features=[torch.ones(8, 20).tolist(), torch.ones(8, 18).tolist(), None])
     with pytest.raises(
         DataError, match=r"2 of 3 .*\[1\]: a sound of shape \[8, 18\], and others are \[8, 20\].*\[2\]: "
@@ -162,7 +162,7 @@ def test_unlimited_positions_have_no_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation", "told"),
+    ("generation", "message"),
     [
         ({"num_beams": 0}, "num_beams=0: a whole number, at least 1"),
         ({"num_beams": 2.0}, "num_beams=2.0: a whole number"),
@@ -174,8 +174,8 @@ def test_unlimited_positions_have_no_limit() -> None:
         ({"max_length": 9}, "max_length=9 cannot be used: .*max_new_tokens"),
     ],
 )
-def test_invalid_settings_raise_before_anything_is_written(tmp_path, generation: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+def test_invalid_settings_raise_before_anything_is_written(tmp_path, generation: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         generate_completions(TEACHER, of(input_ids=[[5]]), tmp_path / "1", **SHORT, generation=generation)
     assert not (tmp_path / "1").exists()
 
@@ -224,11 +224,15 @@ def test_a_missing_teacher_gives_a_one_line_error(tmp_path, capsys) -> None:
     capsys.readouterr()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    for name, told in (("nope", "no such folder"), ("texts", "cannot be loaded"), ("adapter", "holds a PEFT adapter")):
+    for name, message in (
+        ("nope", "no such folder"),
+        ("texts", "cannot be loaded"),
+        ("adapter", "holds a PEFT adapter"),
+    ):
         assert main(["complete", *(str(tmp_path / one) for one in (name, "texts", "made"))]) == 2
         printed = capsys.readouterr()
-        assert told in printed.err and printed.err.startswith("hf-distill: error: teacher_model=")
-        with pytest.raises(TeacherError, match=told):
+        assert message in printed.err and printed.err.startswith("hf-distill: error: teacher_model=")
+        with pytest.raises(TeacherError, match=message):
             generate_completions(tmp_path / name, of(prompt=["w5"]), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 

@@ -124,7 +124,7 @@ def test_a_whisper_samples_if_requested(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"language": "klingon"}, "generate refuses these settings: Unsupported language: klingon"),
         ({"task": "sing"}, "The `sing` task is not supported"),
@@ -138,19 +138,21 @@ def test_a_whisper_samples_if_requested(tmp_path: Path) -> None:
         ({"no_such": 1}, "generate has no setting no_such"),
     ],
 )
-def test_invalid_settings_raise_before_anything_is_written(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+def test_invalid_settings_raise_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
     """46 tokens plus the four that begin a text exceed 48 positions."""
-    with pytest.raises(SettingError, match=told):
+    with pytest.raises(SettingError, match=message):
         written(whisper(), tmp_path / "made", generation=settings)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
-    ("own", "told"),
+    ("own", "message"),
     [({"is_multilingual": False}, "says is_multilingual=False"), ({"lang_to_id": None}, "has no lang_to_id")],
 )
-def test_a_language_without_a_token_raises(tmp_path: Path, own: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=f"language='de': the generation_config of this Whisper.* {told}"):
+def test_a_language_without_a_token_raises(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=f"language='de': the generation_config of this Whisper.* {message}"):
         written(whisper(**own), tmp_path / "made", generation={"language": "de"})
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 from hf_distill import DataError
@@ -18,6 +17,7 @@ from tests.heads import HEADS
 from tests.hub.tiny import tokenizer
 from tests.teachers.reading import WORDS, inputs_of, of_another_tokenizer
 from tests.trainer.tiny import (
+    as_stream,
     assert_moved,
     assert_same_bits,
     bert,
@@ -36,13 +36,6 @@ def with_text() -> list[dict[str, Any]]:
 
 def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
-
-
-def as_stream(rows: list[dict[str, Any]]) -> IterableDataset:
-    def generate() -> Iterator[dict[str, Any]]:
-        yield from rows
-
-    return IterableDataset.from_generator(generate)
 
 
 KINDS = {"list": list, "datasets": as_dataset, "stream": as_stream}

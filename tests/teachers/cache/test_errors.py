@@ -207,14 +207,14 @@ def test_too_little_disk_space_raises(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_size_is_logged_before_the_build(tmp_path: Path) -> None:
     """20 examples; 4 bytes per logit, three logits per position; key, positions and index take 44 bytes per example."""
-    head, said = HEADS[NAME], []
+    head, messages = HEADS[NAME], []
     examples = head.examples(20)
     positions = sum(len(one["input_ids"]) for one in examples)
-    cache = build(tmp_path, head, head.make(2), examples, announce=said.append)
-    assert len(said) == 1 and re.match(
+    cache = build(tmp_path, head, head.make(2), examples, announce=messages.append)
+    assert len(messages) == 1 and re.match(
         rf"The teacher's cache takes about 2\.\d kB in all: 20 examples of {positions / 20:.1f}"
         r" positions, 12 bytes a position; [\d.]+ GB are free at",
-        said[0],
+        messages[0],
     )
     assert cache.manifest["positions"] == positions
 

@@ -54,16 +54,16 @@ def with_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("collator", "told"),
+    ("collator", "message"),
     [
         (DataCollatorWithFlattening(return_tensors="pt"), "packed into a row, which cannot be continued. Use a collat"),
         (with_kinds, "Leave the other columns out: they would not fit the new texts"),
     ],
 )
-def test_batches_that_cannot_be_continued_raise(tmp_path, collator: Any, told: str) -> None:
+def test_batches_that_cannot_be_continued_raise(tmp_path, collator: Any, message: str) -> None:
     """The training stops before its first step."""
     trainer = trainer_of(tmp_path, data_collator=collator, remove_unused_columns=False)
     before = weights(trainer.model)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         trainer.train()
     assert_same_bits(weights(trainer.model), before)

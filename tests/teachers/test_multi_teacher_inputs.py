@@ -44,8 +44,8 @@ def test_each_member_gets_its_own_columns(tmp_path) -> None:
         assert {"input_ids", "attention_mask"} <= set(given) and not any(k.startswith("teacher_") for k in given)
         assert all(torch.equal(given[name], wanted[name]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
-        said = [teacher(**inputs).logits for teacher, inputs in zip(teachers, read, strict=True)]
-    mean = torch.stack([(logits / 3.0).softmax(-1) for logits in said]).mean(0)
+        outputs = [teacher(**inputs).logits for teacher, inputs in zip(teachers, read, strict=True)]
+    mean = torch.stack([(logits / 3.0).softmax(-1) for logits in outputs]).mean(0)
     softened_kl(expected(**batch).logits, 3.0 * mean.log(), 3.0).mean().backward()
     with torch.no_grad():
         for parameter in expected.parameters():
@@ -87,10 +87,10 @@ def test_tokenized_numbered_columns(tmp_path) -> None:
     """Of equal length they need no processor. A member without columns gets the student's."""
     ready = rows(teacher_1_input_ids=[[2, 5 + i % 6, 3] for i in range(8)]).remove_columns("teacher_text")
     teachers = [bert(seed=1), of_another_tokenizer()]
-    heard = inputs_of(teachers[1])
+    seen = inputs_of(teachers[1])
     trainer = make(tmp_path, bert(), Ensemble(teachers), train_dataset=ready, teacher_processing_class=[None, None])
     trainer.train()
-    assert all(given["input_ids"].shape[1] == 3 for given in heard) and len(heard) == 2
+    assert all(given["input_ids"].shape[1] == 3 for given in seen) and len(seen) == 2
     assert isinstance(pickle.loads(pickle.dumps(trainer.data_collator)), SeveralInputsCollator)
 
 

@@ -119,10 +119,10 @@ def test_a_student_without_dropout_raises() -> None:
         SettingError, match=r"nothing in the student \(BertForSequenceClassification\) is drawn at random"
     ):
         Distiller(bert(), RDropTeacher())
-    heard = HEADS["wav2vec2_ctc_mean"]
+    speech = HEADS["wav2vec2_ctc_mean"]
     for settings in (
         {"attention_dropout": 0.1},
         {"layerdrop": 0.1},
         {"apply_spec_augment": True, "mask_time_prob": 0.1},
     ):
-        Distiller(heard.make(0, **settings), RDropTeacher())
+        Distiller(speech.make(0, **settings), RDropTeacher())

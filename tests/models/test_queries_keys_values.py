@@ -10,7 +10,7 @@ import transformers as hf
 
 from hf_distill import SettingError
 from hf_distill.signals import RELATED, ActivationKey
-from tests.models.reading import ALL, model_of, read, reads
+from tests.models.capturing import ALL, model_of, read, reads
 
 # For each architecture: the norm before the projections, if any, and their paths in a block.
 PATHS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -93,7 +93,7 @@ def test_grouped_keys_are_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("what", RELATED)
-def test_wavlm_projections_are_captured_from_its_function_call(what: str) -> None:
+def test_wavlm_projections_passed_to_a_function_raise(what: str) -> None:
     name = "WavLMForCTC"
     with pytest.raises(SettingError, match=rf"{what} of block 1 of the student .* was not called \(WavLM hands"):
         read(model_of(name), [ActivationKey(what, 1)], ALL[name].batch())
@@ -105,9 +105,13 @@ def test_the_error_for_unknown_projections_lists_the_modules() -> None:
     wanted = ActivationKey("queries", 0, None, "wav2vec2.feature_extractor.conv_layers")
     with pytest.raises(SettingError) as raised:
         read(model_of(name), [wanted], ALL[name].batch())
-    said = str(raised.value)
-    assert "block 0 of the student" in said and "no modules for its queries were found" in said
-    assert "Known names: query, q_proj" in said and "it has conv, layer_norm" in said and "Use HiddenMatch" in said
+    message = str(raised.value)
+    assert "block 0 of the student" in message and "no modules for its queries were found" in message
+    assert (
+        "Known names: query, q_proj" in message
+        and "it has conv, layer_norm" in message
+        and "Use HiddenMatch" in message
+    )
 
 
 TINY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
