@@ -429,7 +429,7 @@ def test_attention_within_windows_raises(objective: Any) -> None:
     assert term(student, teacher, HiddenMatch([(0, 0)], **stacks("swin")), image(64)) > 0
 
 
-class Homemade(nn.Module):
+class PlainConvolution(nn.Module):
     """A convolutional classifier that is not a transformers model."""
 
     def __init__(self, width: int, *, flat: bool = False) -> None:
@@ -443,13 +443,13 @@ class Homemade(nn.Module):
         return {"logits": self.head(pixel_values.mean((2, 3)))}
 
 
-class OfAnotherInput(Homemade):
+class OfAnotherInput(PlainConvolution):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # what the test is about
         return super().forward(x)
 
 
 def test_a_plain_convolutional_module() -> None:
-    student, teacher, batch = Homemade(8), Homemade(12), image()
+    student, teacher, batch = PlainConvolution(8), PlainConvolution(12), image()
     named = {"student_stack": "blocks", "teacher_stack": "blocks"}
     distiller = Distiller(
         student, teacher, objectives=HiddenMatch([(1, 1)], **named), alpha=None, task="classification", seed=0
@@ -472,7 +472,7 @@ def test_an_unknown_feature_axis_is_not_guessed() -> None:
 
 
 def test_a_module_in_half_precision() -> None:
-    blocks = ActivationCapture(Homemade(8).bfloat16(), "student").blocks(None, "blocks")
+    blocks = ActivationCapture(PlainConvolution(8).bfloat16(), "student").blocks(None, "blocks")
     assert blocks.features[HIDDEN, 1] == Features(1, 8)
 
 

@@ -115,22 +115,22 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_laws_hold(divergence: str) -> None:
-    test_l1_equality.test_equal_models_have_nothing_to_learn(NAME, divergence)
-    test_l1_equality.test_different_models_have_something_to_learn(NAME, divergence)
-    test_l2_no_rows.test_a_silent_micro_batch_changes_nothing_for_the_others(NAME, divergence)
+    test_l1_equality.test_equal_models_have_zero_loss_and_gradient(NAME, divergence)
+    test_l1_equality.test_different_models_have_nonzero_loss_and_gradient(NAME, divergence)
+    test_l2_no_rows.test_a_silent_micro_batch_does_not_change_the_others(NAME, divergence)
     test_l3_padding.test_more_padding_changes_nothing(NAME, divergence)
-    test_l3_padding.test_rows_that_are_not_kept_are_never_looked_at(NAME, divergence, float("nan"))
+    test_l3_padding.test_rows_that_are_not_kept_are_never_read(NAME, divergence, float("nan"))
     test_l4_accumulation.test_accumulation_changes_nothing(NAME, divergence)
-    test_l9_teacher.test_gradient_reaches_the_student_alone(NAME, divergence)
+    test_l9_teacher.test_only_the_student_gets_a_gradient(NAME, divergence)
     if divergence != "hard":  # it is not zero at equality, and T scales its gradient differently
         test_l5_temperature.test_gradient_is_independent_of_a_high_temperature(NAME, divergence)
 
 
 def test_each_term_alone_and_in_two_processes() -> None:
     for alpha in (0.0, 1.0):
-        test_l4_accumulation.test_each_term_alone_is_exact_too(NAME, alpha)
+        test_l4_accumulation.test_accumulation_is_exact_for_each_term_alone(NAME, alpha)
     for parts in (1, 2):
-        test_l4_accumulation.test_two_processes_change_nothing(NAME, parts)
+        test_l4_accumulation.test_two_processes_equal_one(NAME, parts)
 
 
 def test_the_trainer_trains_a_made_up_head(tmp_path: Path) -> None:
