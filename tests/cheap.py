@@ -1,4 +1,4 @@
-"""What tiny models and trainings cost to no end: made again and again, seeds for accelerators, garbage collection."""
+"""Makes tiny models and trainings cheaper: fewer models built, seeds set, and garbage collections run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from accelerate.utils import memory
 
 
 def make_trainings_cheap() -> None:
-    """Seeding and the start of a training cost a tenth of what they do else. The numbers are the same.
+    """Make seeding and the start of a training ten times cheaper. The numbers do not change.
 
-    `torch.manual_seed` keeps a call, with its formatted stack, for each kind of accelerator that may still come: half a
+    For each possible accelerator, `torch.manual_seed` stores a call with its formatted stack: half a
     millisecond, and the tests seed twenty thousand times. Accelerate collects garbage twice in every training: ten
-    milliseconds, and a second with all of transformers to look at, which is put out of the collector's sight here.
+    milliseconds, or a second with all of transformers in memory, which is hidden from the collector here.
     """
     for accelerator in (torch.cuda, torch.xpu, torch.mtia):
         if not accelerator.is_available():
@@ -29,10 +29,10 @@ def make_trainings_cheap() -> None:
     gc.freeze()
 
 
-def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """For a function that makes a model of its arguments alone: one of each is made, and copies are given out.
+def build_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that builds a model from its arguments alone: it builds each model once and returns copies.
 
-    The tests ask for thousands, and a copy costs a fifth of that.
+    The tests need thousands of models, and a copy costs a fifth of a build.
     """
     kept: dict[str, _Kept] = {}
 
@@ -47,7 +47,7 @@ def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Kept:
-    """A model, pickled but for its tensors: `copy.deepcopy` takes eight times as long, for the dicts of hooks."""
+    """A pickled model with its tensors apart; `copy.deepcopy` takes eight times as long, for the dicts of hooks."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -55,7 +55,7 @@ class _Kept:
         written = io.BytesIO()
         try:
             _Pickler(written, self.tensors).dump(model)
-        except RuntimeError:  # with parametrizations: weight norm
+        except RuntimeError:  # parametrizations, such as weight norm
             self.pickled = None
         else:
             self.pickled = written.getvalue()
@@ -67,7 +67,7 @@ class _Kept:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts tensors aside, by number."""
+    """Stores tensors separately, by number."""
 
     def __init__(self, file: io.BytesIO, tensors: dict[int, torch.Tensor]) -> None:
         super().__init__(file)

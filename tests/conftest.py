@@ -1,4 +1,4 @@
-"""For every test: no network, one thread, a fixed seed, and nothing of Accelerate from the test before."""
+"""For every test: no network, one thread, a fixed seed, and no state of Accelerate from earlier tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set it to run on an accelerator
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # set this variable to run on an accelerator
 os.environ["MPLBACKEND"] = "Agg"
 
 import gc
@@ -21,7 +21,7 @@ import pytest
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Import what almost every test does, except where none runs: in the process that hands them out to others."""
+    """Import what almost every test needs, except in xdist's controller process, which runs no tests."""
     if session.config.getoption("numprocesses", None):
         return
     import datasets
@@ -48,14 +48,14 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_garbage_collection() -> None:
-    """What is there when a file begins stays anyway, so the collector need not look at it."""
+    """Exempt objects that exist before a test file from garbage collection; they stay alive anyway."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _no_accelerator_left_over() -> Iterator[None]:
-    """Mixed precision, and where in its data an interrupted training was, are kept in singletons."""
+    """Reset the singletons that hold mixed precision and the data position of an interrupted training."""
     yield
     from accelerate.state import AcceleratorState, GradientState
 

@@ -1,6 +1,6 @@
-"""Every kind of head a user would train, tiny: how to build it, ragged examples for it, and their collation.
+"""A tiny model for every kind of head, with ragged examples and their collation.
 
-`HEADS` is walked by the laws and by the trainer's tests. No training and no assertions here.
+The laws and the trainer's tests run over `HEADS`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 import transformers as hf
 from torch.nn import functional as F
 
-from tests.cheap import made_once
+from tests.cheap import build_once
 
 VOCABULARY = 40
 LABELS = 3
 IGNORED = -100
-LONGEST = 11  # tokens, of any example
+LONGEST = 11  # tokens in an example
 LONGEST_SOUND = 96  # samples
-MEL, FRAMES = 8, 20  # what a tiny Whisper listens to
+MEL, FRAMES = 8, 20  # input of a tiny Whisper
 Example = dict[str, Any]
-# What configs call the number of blocks, and their width.
+# The names of the number of blocks and of their width in configs.
 _DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 _WIDTHS = ("hidden_size", "dim", "n_embd", "d_model")
 
@@ -36,13 +36,13 @@ class Head:
 
     Attributes:
         kind: name in `TASKS`. model_class, config_class, settings: what `make` builds from.
-        write: random generator, index → one labelled example, of lists and numbers.
-        fill: padded columns → the value they are padded with. mask: the mask's name and the column it is of.
-        label_names: columns that `examples(labelled=False)` leaves out.
+        write: random generator, index → one labelled example of lists and numbers.
+        fill: padded columns → the padding value. mask: the mask's name and the column that it masks.
+        label_names: columns that `examples(labelled=False)` omits.
         pads: whether a batch can be padded further than its longest example.
-        longest: no example is longer than this.
-        may_ignore: label -100 is allowed for an example: it has no label.
-        labels_see_padding: the head's own loss depends on how far the batch is padded.
+        longest: upper limit of an example's length.
+        may_ignore: label -100 is allowed for a whole example, which then has no label.
+        labels_see_padding: the model's own loss depends on the amount of padding.
     """
 
     kind: str
@@ -58,12 +58,12 @@ class Head:
     may_ignore: bool = False
     labels_see_padding: bool = False
 
-    @made_once
+    @build_once
     def make(self, seed: int = 0, *, layers: int | None = None, width: int | None = None, **settings: Any) -> Any:
-        """A model, by seed. Every parameter is shaken, so that no bias is 0 and logits are far from uniform.
+        """Build a model from a seed. Every parameter is perturbed, so that no bias is 0 and logits are not uniform.
 
-        `layers` and `width`, where they are not the head's own: of all its stacks. The global random generator is left
-        alone.
+        `layers` and `width` replace the head's own in all stacks. The global random generator is not
+        used.
         """
         for value, names in ((layers, _DEPTHS), (width, _WIDTHS)):
             if value is not None:
@@ -78,7 +78,7 @@ class Head:
         return model
 
     def examples(self, n: int = 8, seed: int = 0, *, labelled: bool = True) -> list[Example]:
-        """Examples of unequal length, with unequal numbers of labels where the head allows that."""
+        """Return examples of unequal length, with unequal numbers of labels if the head allows that."""
         rng = random.Random(seed)
         made = [self.write(rng, index) for index in range(n)]
         if labelled:
@@ -86,7 +86,7 @@ class Head:
         return [{k: v for k, v in one.items() if k not in self.label_names} for one in made]
 
     def collate(self, examples: Sequence[Example], pad_to: int | None = None) -> dict[str, torch.Tensor]:
-        """A batch, padded to its longest example or to `pad_to`. Works as a `Trainer`'s data_collator."""
+        """Return a batch padded to its longest example or to `pad_to`. Works as a `Trainer`'s data_collator."""
         batch: dict[str, torch.Tensor] = {}
         for name in examples[0]:
             rows = [torch.tensor(example[name]) for example in examples]
@@ -96,7 +96,7 @@ class Head:
         return batch
 
     def batch(self, n: int = 8, seed: int = 0, **keywords: Any) -> dict[str, torch.Tensor]:
-        """`n` examples in one batch."""
+        """Return `n` examples in one batch."""
         return self.collate(self.examples(n, seed, **keywords))
 
 
@@ -164,28 +164,28 @@ def _noise(rng: random.Random, length: int) -> list[float]:
     return [rng.gauss(0, 1) for _ in range(length)]
 
 
-def _heard(rng: random.Random, index: int) -> Example:
+def _transcribed(rng: random.Random, index: int) -> Example:
     return {"input_features": [_noise(rng, FRAMES) for _ in range(MEL)], "labels": _tokens(rng, 2)}
 
 
-def _spoken(rng: random.Random, index: int) -> Example:
+def _spelled(rng: random.Random, index: int) -> Example:
     letters = [rng.randrange(1, VOCABULARY) for _ in range(rng.randint(1, 4))]
     return {"input_values": _noise(rng, rng.randint(48, LONGEST_SOUND)), "labels": letters}
 
 
-def _sounded(rng: random.Random, index: int) -> Example:
+def _audio_class(rng: random.Random, index: int) -> Example:
     return {"input_values": _noise(rng, rng.randint(48, LONGEST_SOUND)), "labels": index % LABELS}
 
 
-def _seen(rng: random.Random, index: int) -> Example:
+def _image(rng: random.Random, index: int) -> Example:
     return {"pixel_values": [[_noise(rng, 8) for _ in range(8)] for _ in range(3)], "labels": index % LABELS}
 
 
-def _bare(rng: random.Random, index: int) -> Example:
+def _unlabelled(rng: random.Random, index: int) -> Example:
     return {"input_ids": _tokens(rng)}
 
 
-# Settings of the configs: one or two layers, no dropout.
+# Config settings: one or two layers, no dropout.
 
 _BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -222,7 +222,7 @@ _WHISPER = {
     "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
 _WHISPER.pop("max_position_embeddings")
-# Layer norm in the convolutions: with group norm the frames of a sound depend on its padding.
+# Layer norm in the convolutions: with group norm, the frames of a recording depend on its padding.
 _SPEECH = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "intermediate_size": 32, "conv_dim": (8, 8), "conv_kernel": (4, 2), "conv_stride": (2, 2),
@@ -260,10 +260,10 @@ HEADS: dict[str, Head] = {
     ),
     "wav2vec2_audio_class": _of_sound(
         "classification", hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config,
-        {**_SPEECH, **_NAMED, "classifier_proj_size": 8}, _sounded, {"input_values": 0.0}, may_ignore=True,
+        {**_SPEECH, **_NAMED, "classifier_proj_size": 8}, _audio_class, {"input_values": 0.0}, may_ignore=True,
     ),
     "vit_image_class": Head(
-        "classification", hf.ViTForImageClassification, hf.ViTConfig, {**_VIT, **_NAMED}, _seen, {},
+        "classification", hf.ViTForImageClassification, hf.ViTConfig, {**_VIT, **_NAMED}, _image, {},
         pads=False, may_ignore=True,
     ),
     "bert_regression": _of_text(
@@ -286,22 +286,22 @@ HEADS: dict[str, Head] = {
     "bart_seq2seq": _of_tokens("seq2seq", hf.BartForConditionalGeneration, hf.BartConfig, _BART, _translated),
     "marian_seq2seq": _of_tokens("seq2seq", hf.MarianMTModel, hf.MarianConfig, _MARIAN, _translated),
     "whisper_seq2seq": Head(
-        "seq2seq", hf.WhisperForConditionalGeneration, hf.WhisperConfig, _WHISPER, _heard, {"labels": IGNORED}
+        "seq2seq", hf.WhisperForConditionalGeneration, hf.WhisperConfig, _WHISPER, _transcribed, {"labels": IGNORED}
     ),
     "wav2vec2_ctc_mean": _of_sound(
-        "ctc", hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, {**_SPEECH, "ctc_loss_reduction": "mean"}, _spoken, _CTC_FILL
+        "ctc", hf.Wav2Vec2ForCTC, hf.Wav2Vec2Config, {**_SPEECH, "ctc_loss_reduction": "mean"}, _spelled, _CTC_FILL
     ),
     "hubert_ctc_sum": _of_sound(
-        "ctc", hf.HubertForCTC, hf.HubertConfig, {**_SPEECH, "ctc_loss_reduction": "sum"}, _spoken, _CTC_FILL
+        "ctc", hf.HubertForCTC, hf.HubertConfig, {**_SPEECH, "ctc_loss_reduction": "sum"}, _spelled, _CTC_FILL
     ),
-    "bert_embedding": _of_text("embedding", hf.BertModel, hf.BertConfig, _BERT, _bare, label_names=()),
+    "bert_embedding": _of_text("embedding", hf.BertModel, hf.BertConfig, _BERT, _unlabelled, label_names=()),
 }  # fmt: skip
 
 
 def of_each_kind(turn: int, names: Iterable[str] = tuple(HEADS)) -> list[Any]:
-    """Parameters of a test: one head of each kind of task, which with another `turn` is another; the others are slow.
+    """Return test parameters: one head of each task, another for another `turn`; the other heads are slow.
 
-    For what depends on the task. What is held for every head quickly: alpha = 0, accumulation, resuming.
+    For tests that depend on the task. Tests of alpha = 0, accumulation and resuming run on every head.
     """
     kinds: dict[str, list[str]] = {}
     for name in names:

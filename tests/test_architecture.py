@@ -1,4 +1,4 @@
-"""House rules that a machine can hold: who imports whom, sizes, first lines, and words that do not belong in code."""
+"""House rules checked by a machine: import direction, sizes, docstrings, and words that do not belong in code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_distill"
 LINES_WITHOUT_A_REASON = 600
-# A file is one idea. One that is longer than that has its reason here.
+# A file is one idea. Longer files have their reason here.
 REASONS_TO_BE_LONG: dict[str, str] = {
     "hf_distill/trainer/mixin.py": "one class, read from top to bottom",
     "hf_distill/distiller.py": "one class, read from top to bottom",
@@ -21,7 +21,7 @@ REASONS_TO_BE_LONG: dict[str, str] = {
     "hf_distill/teachers/cache/stores.py": "one table of stores",
 }
 
-# A line may import from the lines above it. Parts of one line do not know each other, unless a + joins them.
+# A line may import from the lines above it. Parts on one line do not import each other, unless joined by a +.
 # Parts of the design that are yet to be built have their place already.
 LAYERS = (
     "errors | _types",
@@ -55,7 +55,7 @@ def name_of(path: Path) -> str:
 
 
 def part_of(path: Path) -> str:
-    """`hf_distill/tasks/ctc.py` is of `tasks`, `hf_distill/errors.py` of `errors`."""
+    """Return the part of a file: `tasks` for `hf_distill/tasks/ctc.py`, `errors` for `hf_distill/errors.py`."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -65,7 +65,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imported_modules(path: Path) -> Iterator[str]:
-    """Modules of this package, wherever in the file they are imported."""
+    """Yield the modules of this package that the file imports anywhere."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "hf_distill")
@@ -78,7 +78,7 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 
 def refused(importing: str, imported: str) -> str | None:
-    """Why one part may not import the other; None: it may."""
+    """Return why one part may not import the other, or None if it may."""
     if importing == imported:
         return None
     (level, place), (other_level, other_place) = LEVEL[importing], LEVEL[imported]
@@ -89,12 +89,12 @@ def refused(importing: str, imported: str) -> str | None:
     return None
 
 
-def test_every_part_of_the_package_stands_in_a_layer() -> None:
+def test_every_part_of_the_package_has_a_layer() -> None:
     assert {part_of(path) for path in FILES} - {"__init__"} <= set(LEVEL)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path != PACKAGE / "__init__.py"], ids=name_of)
-def test_imports_go_down(path: Path) -> None:
+def test_imports_point_down_the_layers(path: Path) -> None:
     for module in imported_modules(path):
         imported = module.split(".")[1]
         if imported not in LEVEL:  # a public name of the root, which imports everything but the top layer
@@ -117,18 +117,18 @@ def test_imports_go_down(path: Path) -> None:
         ("distiller", "cli", "upward"),
     ],
 )
-def test_the_rule_can_refuse(importing: str, imported: str, why: str | None) -> None:
+def test_the_import_rule_can_fail(importing: str, imported: str, why: str | None) -> None:
     assert refused(importing, imported) == why
 
 
-def test_the_mathematics_knows_no_models() -> None:
+def test_functional_imports_no_models() -> None:
     for path in sorted((PACKAGE / "functional").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert "transformers" not in text and "accelerate" not in text, name_of(path)
 
 
 @pytest.mark.parametrize("path", CHECKED, ids=name_of)
-def test_a_file_says_what_it_is_for_and_a_long_one_has_a_reason(path: Path) -> None:
+def test_files_have_docstrings_and_long_files_a_reason(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if path.name == "__init__.py" and not text.strip():
         return
@@ -138,7 +138,7 @@ def test_a_file_says_what_it_is_for_and_a_long_one_has_a_reason(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nothing_catches_everything(path: Path) -> None:
+def test_no_bare_except(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: bare except"
@@ -147,7 +147,7 @@ def test_nothing_catches_everything(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CHECKED, ids=name_of)
-def test_words_that_do_not_belong(path: Path) -> None:
+def test_no_banned_words(path: Path) -> None:
     paths = ["/" + "tmp/", "/" + "work/", "/" + "root/"]  # of a machine
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert not [word for word in paths if word in line], f"line {number}: {line.strip()}"

@@ -1,4 +1,4 @@
-"""Recordings as data sets hold them: formats, rates, channels, errors that name the example; features beside others."""
+"""Recordings in the forms that datasets use: formats, rates, channels, errors that name the example, features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def file_of(samples: np.ndarray, rate: int, kind: str = "WAV") -> bytes:
 
 
 class Decoder:
-    """Stands for torchcodec's: it is asked for all samples, `[c n]`."""
+    """A stand-in for torchcodec's decoder, which returns all samples `[c n]`."""
 
     def __init__(self, channels: np.ndarray, rate: int) -> None:
         self.data, self.sample_rate = torch.as_tensor(channels), rate
@@ -45,7 +45,7 @@ class Decoder:
 
 
 def cells(tmp_path: Path) -> dict[str, Any]:
-    """The same tone as every kind of cell."""
+    """Return the same tone as every kind of cell."""
     sound = tone(RATE)
     path = tmp_path / "tone.wav"
     path.write_bytes(file_of(sound, RATE))
@@ -72,7 +72,7 @@ def cells(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_every_kind_of_cell_is_the_same_sound(tmp_path) -> None:
+def test_every_kind_of_cell_gives_the_same_samples(tmp_path) -> None:
     for name, cell in cells(tmp_path).items():
         found = read_audio(cell, RATE)
         assert found.shape == (4000,) and found.dtype == np.float32, name
@@ -80,16 +80,16 @@ def test_every_kind_of_cell_is_the_same_sound(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
-def test_the_formats(kind: str) -> None:
+def test_audio_file_formats(kind: str) -> None:
     found = read_recording(file_of(tone(RATE, seconds=1), RATE, kind))
     assert found.sampling_rate == RATE and found.channels == 1
-    spectrum = np.abs(np.fft.rfft(found.samples[4000:12000]))  # lossy ones delay the start
+    spectrum = np.abs(np.fft.rfft(found.samples[4000:12000]))  # lossy formats delay the start
     assert spectrum.argmax() * RATE / 8000 == 440
     assert abs(np.abs(found.samples[4000:12000]).max() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-def test_it_is_resampled_to_the_rate_that_is_asked_for(rate: int) -> None:
+def test_recordings_are_resampled_to_the_requested_rate(rate: int) -> None:
     for cell in ({"array": tone(rate, 1.0), "sampling_rate": rate}, file_of(tone(rate, 1.0), rate)):
         found = read_audio(cell, RATE)
         assert abs(len(found) - RATE) <= 1 and found.dtype == np.float32
@@ -97,7 +97,7 @@ def test_it_is_resampled_to_the_rate_that_is_asked_for(rate: int) -> None:
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-def test_several_channels_are_mixed_by_their_mean(as_file: bool) -> None:
+def test_channels_are_averaged(as_file: bool) -> None:
     left, right = tone(RATE), tone(RATE, hertz=880)
     expected = (left.astype("float64") + right) / 2
     both = np.stack([left, right])
@@ -136,13 +136,13 @@ def test_a_bare_array_has_no_rate() -> None:
         ({"array": [0.1], "sampling_rate": 48_000}, "less than one at 16000 Hz"),
     ],
 )
-def test_what_is_no_recording_is_named(cell: Any, message: str) -> None:
+def test_invalid_cells_raise(cell: Any, message: str) -> None:
     with pytest.raises(DataError, match=rf"^example 3: .*{message}|^example 3 .*{message}"):
         read_audio(cell, RATE, name="example 3")
 
 
 @pytest.mark.parametrize(("module", "cell"), [("soundfile", b"RIFF"), ("soxr", {"array": [0.1], "sampling_rate": 8})])
-def test_the_extra_is_named(monkeypatch, module: str, cell: Any) -> None:
+def test_a_missing_dependency_raises_with_the_extra(monkeypatch, module: str, cell: Any) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=rf'{module} is not installed.*"hf-distill\[audio\]"'):
         read_audio(cell, RATE)
@@ -167,7 +167,7 @@ EXTRACTORS = {
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_features_do_not_depend_on_the_other_recordings(name: str) -> None:
+def test_features_do_not_depend_on_other_recordings(name: str) -> None:
     draw = np.random.default_rng(0)
     short, long = (draw.normal(size=n).astype("float32") for n in (4_000, 16_000))
     extractor = EXTRACTORS[name]()
@@ -182,8 +182,8 @@ def test_features_do_not_depend_on_the_other_recordings(name: str) -> None:
                 assert int(found[key][0].sum()) == int(torch.as_tensor(value).sum())
 
 
-def test_the_scale_of_a_recording_beside_a_longer_one() -> None:
-    """Wav2Vec2's extractor, as it comes, normalises over the padding: the scale would be 2.00 here."""
+def test_normalization_excludes_padding() -> None:
+    """Wav2Vec2's extractor normalizes over the padding by default: the scale would be 2.00 here."""
     draw = np.random.RandomState(0)
     rows = [{"teacher_audio": {"array": draw.randn(n), "sampling_rate": RATE}} for n in (4_000, 16_000)]
     collator = TeacherInputsCollator(lambda rows: {}, hf.Wav2Vec2FeatureExtractor())
@@ -193,12 +193,12 @@ def test_the_scale_of_a_recording_beside_a_longer_one() -> None:
         assert not first[4_000:].any()
 
 
-def test_padding_is_on_the_side_of_the_extractor() -> None:
+def test_padding_follows_the_extractors_padding_side() -> None:
     found = AudioFeatures(hf.Wav2Vec2FeatureExtractor(padding_side="left"))([tone(RATE), tone(RATE, 0.5)])
     assert not found["input_values"][0, :4_000].any() and found["input_values"][0, 4_000:].any()
 
 
-def test_a_processor_is_asked_for_its_extractor() -> None:
+def test_the_extractor_of_a_processor_is_used() -> None:
     class Processor:
         feature_extractor = hf.Wav2Vec2FeatureExtractor()
 
@@ -208,10 +208,10 @@ def test_a_processor_is_asked_for_its_extractor() -> None:
 
 
 class CharTokenizer:
-    """Reads no audio."""
+    """A tokenizer without audio input."""
 
 
-def test_the_example_and_its_file_are_named(tmp_path) -> None:
+def test_errors_name_the_example_and_its_file(tmp_path) -> None:
     path = tmp_path / "broken.flac"
     path.write_bytes(b"nothing")
     features = AudioFeatures(hf.Wav2Vec2FeatureExtractor(), "teacher_audio")
@@ -221,16 +221,16 @@ def test_the_example_and_its_file_are_named(tmp_path) -> None:
         features([{"array": np.zeros(0), "sampling_rate": RATE}])
 
 
-def test_what_is_done_to_the_recordings_is_logged_once(caplog) -> None:
+def test_conversions_are_logged_once(caplog) -> None:
     caplog.set_level(logging.INFO, "hf_distill.data.audio")
     features = AudioFeatures(hf.Wav2Vec2FeatureExtractor(), "teacher_audio")
     stereo = {"array": np.stack([tone(8_000)] * 2), "sampling_rate": 8_000}
     for _ in range(2):
         features([tone(RATE), stereo, tone(RATE)])
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert said[0].startswith("teacher_audio: 1 of 3 recordings of this batch have several channels (up to 2)")
-    assert said[1].startswith("teacher_audio: recordings at 8000 Hz are resampled to the model's 16000 Hz")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("teacher_audio: 1 of 3 recordings of this batch have several channels (up to 2)")
+    assert messages[1].startswith("teacher_audio: recordings at 8000 Hz are resampled to the model's 16000 Hz")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_what_is_done_to_the_recordings_is_logged_once(caplog) -> None:
         (hf.ASTFeatureExtractor(num_mel_bins=20, max_length=99), "1.005 s"),
     ],
 )
-def test_a_recording_that_is_cut_is_warned_of_once(caplog, extractor: Any, window: str) -> None:
+def test_truncation_gives_one_warning(caplog, extractor: Any, window: str) -> None:
     caplog.set_level(logging.INFO, "hf_distill.data.audio")
     features = AudioFeatures(extractor)
     features([tone(RATE, 1.0)] * 2)
@@ -253,12 +253,12 @@ def test_a_recording_that_is_cut_is_warned_of_once(caplog, extractor: Any, windo
     assert "(the longest has 3.0 s)" in record.getMessage()
 
 
-def test_an_extractor_without_a_window_cuts_nothing(caplog) -> None:
+def test_an_extractor_without_a_window_does_not_truncate(caplog) -> None:
     found = AudioFeatures(hf.Wav2Vec2FeatureExtractor())([tone(RATE, 3.0), tone(RATE, 40.0)])
     assert found["input_values"].shape == (2, 40 * RATE) and not caplog.records
 
 
-def test_workers_share_what_was_logged() -> None:
+def test_workers_share_the_record_of_logged_messages() -> None:
     collator = TeacherInputsCollator(lambda rows: {}, hf.Wav2Vec2FeatureExtractor())
     rows = [{"teacher_audio": np.stack([tone(RATE)] * 2)} for _ in range(4)]
     assert collator._audio is not None and not collator._audio._reported.any()

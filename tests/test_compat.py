@@ -1,4 +1,4 @@
-"""Forks on the version of transformers, each way of them, on whatever version is installed."""
+"""Both sides of each fork on the version of transformers, whatever version is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def trainer(*, accepts: bool, own: Any = None) -> Any:
 @pytest.mark.parametrize("accepts", [True, False])
 @pytest.mark.parametrize("count", [None, 7])
 @pytest.mark.parametrize("own", [None, max])
-def test_a_trainer_that_can_be_told_divides_nothing(monkeypatch, accepts: bool, count: Any, own: Any) -> None:
+def test_a_trainer_with_loss_is_scaled_for_ga_does_not_divide(monkeypatch, accepts: bool, count: Any, own: Any) -> None:
     monkeypatch.setattr(Trainer, SAYS_SO, True, raising=False)
     assert _compat.divides_the_loss(trainer(accepts=accepts, own=own), count) is False
 
@@ -28,17 +28,17 @@ def test_a_trainer_that_can_be_told_divides_nothing(monkeypatch, accepts: bool, 
 @pytest.mark.parametrize(
     ("accepts", "count", "own", "divides"),
     [
-        (True, 7, None, False),  # the head is given the count of the whole step
+        (True, 7, None, False),  # the model gets the count of the whole step
         (True, None, None, True),
         (False, 7, None, True),
         (False, None, None, True),
-        (False, 7, max, False),  # as is the user's own loss
+        (False, 7, max, False),  # the user's own loss does too
         (False, None, max, False),
         (True, 7, max, False),
         (True, None, max, False),
     ],
 )
-def test_an_older_one_divides_what_no_count_was_given_to(
+def test_older_trainers_divide_losses_without_a_count(
     monkeypatch, accepts: bool, count: Any, own: Any, divides: bool
 ) -> None:
     """The condition in `Trainer.training_step` of transformers 5.17 and 5.18."""

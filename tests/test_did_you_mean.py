@@ -1,4 +1,4 @@
-"""Names that do not exist: wherever one is refused, the nearest one that exists is proposed."""
+"""Errors for unknown names suggest the closest existing name, wherever a name is checked."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def arguments_with(**settings: Any) -> Any:
     return DistillationArguments("out", **QUIET, **settings)
 
 
-# Every place that refuses a name of a catalogue: a call, and what it proposes.
+# Every place that checks a catalogue name: a call, and its suggestion.
 PLACES: dict[str, tuple[Callable[[], Any], str]] = {
     "divergence, kl": (lambda: LogitsMatch("kl"), "forward_kl"),
     "divergence, mse": (lambda: LogitsMatch("mse"), "mean_squared_error"),
@@ -109,7 +109,7 @@ def proposal(name: str) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_nearest_name_is_proposed(place: str) -> None:
+def test_the_closest_name_is_suggested(place: str) -> None:
     call, meant = PLACES[place]
     with pytest.raises(SettingError) as raised:
         call()
@@ -119,7 +119,7 @@ def test_the_nearest_name_is_proposed(place: str) -> None:
 @pytest.mark.parametrize(
     "call", [lambda: LogitsMatch("zzz"), lambda: make_task(bert(), "zzz"), lambda: as_dtype("zzz")]
 )
-def test_where_none_is_near_nothing_is_proposed(call: Callable[[], Any]) -> None:
+def test_distant_names_give_no_suggestion(call: Callable[[], Any]) -> None:
     with pytest.raises(SettingError) as raised:
         call()
     assert "Did you mean" not in str(raised.value)
@@ -138,7 +138,7 @@ ALIASES = {
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_what_an_alias_stands_for_exists_and_it_is_none_itself(name: str) -> None:
+def test_aliases_point_to_existing_names(name: str) -> None:
     aliases, known = ALIASES[name]
     assert set(aliases.values()) <= set(known)
     assert not set(aliases) & set(known)
@@ -150,11 +150,11 @@ def test_what_an_alias_stands_for_exists_and_it_is_none_itself(name: str) -> Non
     ("given", "expected"),
     [(3, ""), (None, ""), ("", ""), ("Forward-KL", " Did you mean 'forward_kl'?"), ("zzz", "")],
 )
-def test_the_helper(given: Any, expected: str) -> None:
+def test_did_you_mean(given: Any, expected: str) -> None:
     assert did_you_mean(given, ["forward_kl"]) == expected
 
 
-# Keywords: Python's own error, with the name that was meant.
+# Keywords: Python's own error, with a suggestion.
 
 KEYWORDS: dict[str, tuple[Callable[[], Any], str]] = {
     "temprature": (lambda: arguments_with(temprature=2.0), r"Did you mean 'temperature'"),
@@ -169,7 +169,7 @@ KEYWORDS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
-def test_a_keyword_that_does_not_exist(name: str) -> None:
+def test_an_unknown_keyword_gives_a_suggestion(name: str) -> None:
     call, words = KEYWORDS[name]
     with pytest.raises(TypeError, match=words):
         call()
@@ -186,7 +186,7 @@ OF_THE_TRAINER = {
 
 
 @pytest.mark.parametrize("name", OF_THE_TRAINER)
-def test_a_keyword_that_the_trainer_does_not_have(tmp_path, name: str) -> None:
+def test_an_unknown_trainer_keyword_gives_a_suggestion(tmp_path, name: str) -> None:
     with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'.*{OF_THE_TRAINER[name]}"):
         DistillationTrainer(
             model=bert(), teacher_model=bert(seed=1), args=arguments(tmp_path), train_dataset=examples(), **{name: 1}
@@ -194,19 +194,19 @@ def test_a_keyword_that_the_trainer_does_not_have(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "meant"), [("teacher", "teacher_model"), ("view", "on_policy")])
-def test_another_name_is_named_though_the_teacher_is_missing(tmp_path, name: str, meant: str) -> None:
-    """Before the missing teacher is."""
+def test_misspelt_teacher_keywords_are_reported_before_the_missing_teacher(tmp_path, name: str, meant: str) -> None:
+    """Otherwise the error would only say that the teacher is missing."""
     with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'\. Did you mean '{meant}'"):
         DistillationTrainer(model=bert(), args=arguments(tmp_path), train_dataset=examples(), **{name: bert(seed=1)})
     assert not (tmp_path / "out").exists()
 
 
-def test_another_type_error_of_a_base_trainer_is_its_own(tmp_path) -> None:
+def test_other_type_errors_of_a_base_trainer_are_unchanged(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"cannot unpack non-iterable NoneType object$"):
         make(tmp_path, bert(), bert(seed=1), optimizers=None)
 
 
-def test_arguments_are_still_copied_pickled_and_replaced() -> None:
+def test_arguments_can_be_copied_pickled_and_replaced() -> None:
     made = arguments_with(temperature=3.0, alpha=0.25)
     for other in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made)), dataclasses.replace(made)):
         assert (type(other), other.temperature, other.alpha) == (DistillationArguments, 3.0, 0.25)
@@ -218,7 +218,7 @@ def test_signatures_are_those_of_the_constructors() -> None:
     assert {"output_dir", "alpha"} <= set(inspect.signature(DistillationArguments).parameters)
 
 
-def test_a_constructor_that_takes_any_keyword_is_not_checked() -> None:
+def test_constructors_with_kwargs_are_not_checked() -> None:
     class Own(DistillationArguments):
         def __init__(self, folder: str, **more: Any) -> None:
             self.name = more.pop("name")
@@ -228,5 +228,5 @@ def test_a_constructor_that_takes_any_keyword_is_not_checked() -> None:
     check_keywords(lambda **keywords: None, ("whatever",), called="any")
 
 
-def test_a_layer_map_is_no_name() -> None:
+def test_layer_maps_are_not_checked_as_names() -> None:
     assert resolved_map(LayerMap.even(1, 2), 1, 2) == LayerMap.even(1, 2)

@@ -1,4 +1,4 @@
-"""What the documents say is true: their programs run, and the commands, links and names that they give exist.
+"""The documents are true: their programs run, and the commands, links and names in them exist.
 
 A block that cannot run is marked on the line before it: `<!-- not run: reason -->`.
 """
@@ -33,7 +33,7 @@ NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+?) -->\s*$")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it is, what language, what it says, and why it is not run (None: it is)."""
+    """A fenced block: its place, language and text, and why it is not run (None if it is)."""
 
     document: Path
     line: int
@@ -72,7 +72,7 @@ def test_every_program_runs(block: Block, tmp_path: Path, monkeypatch) -> None:
     if block.not_run is not None:
         pytest.skip(block.not_run)
     monkeypatch.chdir(tmp_path)
-    # Line numbers as in the document, so that a traceback points at it.
+    # Keep the document's line numbers, so that a traceback points at it.
     source = "\n" * block.line + block.text
     exec(compile(source, str(block.document), "exec"), {"__name__": "__main__"})
 
@@ -82,7 +82,7 @@ def test_the_readme_shows_a_whole_program() -> None:
 
 
 def commands(document: Path) -> list[str]:
-    """The lines of blocks that a shell would read, and commands in running text, comments taken off."""
+    """Return the lines of shell blocks, and commands in running text, without comments."""
     shell = [
         line
         for block in blocks(document)
@@ -99,7 +99,7 @@ def make_targets() -> set[str]:
 
 
 @pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_make_target_that_is_named_exists(document: Path) -> None:
+def test_every_mentioned_make_target_exists(document: Path) -> None:
     named = {
         word
         for command in commands(document)
@@ -116,7 +116,7 @@ def test_the_readme_names_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_of_hf_distill_that_is_given_is_understood(document: Path) -> None:
+def test_every_hf_distill_command_parses(document: Path) -> None:
     for command in commands(document):
         words = command.split()
         if words[:1] != ["hf-distill"] or len(words) == 1:
@@ -126,12 +126,12 @@ def test_every_command_of_hf_distill_that_is_given_is_understood(document: Path)
             continue
         try:
             make_parser().parse_args(words[1:])
-        except SystemExit as stopped:  # argparse: 0 after --help, 2 for what it does not know
+        except SystemExit as stopped:  # argparse exits with 0 after --help, and with 2 for unknown arguments
             assert stopped.code == 0, command
 
 
 @pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_file_that_is_linked_exists(document: Path) -> None:
+def test_every_linked_file_exists(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     local = [target for target in targets if not re.match(r"[a-z]+:", target)]
     missing = [target for target in local if not (document.parent / target).exists()]
@@ -139,15 +139,15 @@ def test_every_file_that_is_linked_exists(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_program_file_that_is_named_exists(document: Path) -> None:
-    """`python benchmarks/x.py --flag` and the like."""
+def test_every_mentioned_program_exists(document: Path) -> None:
+    """Commands such as `python benchmarks/x.py --flag`."""
     for command in commands(document):
         for word in command.split():
             if re.fullmatch(r"(examples|benchmarks|tests|hf_distill)/[\w/]+\.(py|md)", word):
                 assert (ROOT / word).exists(), (document.name, word)
 
 
-def test_the_readme_names_every_divergence_and_no_other() -> None:
+def test_the_readme_lists_exactly_the_divergences() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (listed,) = re.findall(r"^Divergences .*?\n\n", text, flags=re.S | re.M)
     named = {word for word in re.findall(r"`(\w+)`", listed)} - {"alpha", "temperature"}
@@ -175,8 +175,8 @@ def test_the_readme_has_a_row_for_every_kind_of_head() -> None:
         assert any(row.startswith(f"| {word}") for row in rows), kind
 
 
-def test_the_readme_begins_with_what_it_is() -> None:
-    """What it is not, TRL's class, is said once, and later."""
+def test_the_readme_begins_with_a_definition() -> None:
+    """The comparison with TRL's class comes once, later."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.strip()]
     assert lines[0].startswith("# ") and "distillation" in lines[0]
@@ -191,13 +191,13 @@ def test_the_index_lists_every_page() -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "hf_distill/README.md"])
-def test_nothing_is_left_to_be_filled_in(name: str) -> None:
+def test_no_placeholders_are_left(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.findall(r"\b(?:QUICKSTART_OUTPUT|TODO|FIXME|TBD|XXX)\b", text)
 
 
 def test_settings_named_in_the_readme_exist() -> None:
-    """`name=` in running text is a setting of the arguments, of the trainer, or of a constructor that is public."""
+    """`name=` in running text must be a setting of the arguments, the trainer, or a public constructor."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     trainer = {"teacher_model", "teacher_processing_class", "task", "distiller", "model", "args", "train_dataset"}
     known = {*DistillationArguments.__dataclass_fields__, *trainer}
@@ -206,5 +206,5 @@ def test_settings_named_in_the_readme_exist() -> None:
 
 
 @pytest.mark.parametrize("name", hf_distill.__all__)
-def test_every_public_name_is_there_and_says_what_it_is_for(name: str) -> None:
+def test_every_public_name_exists_and_has_a_docstring(name: str) -> None:
     assert getattr(hf_distill, name).__doc__

@@ -1,4 +1,4 @@
-"""Layer maps: each constructor against lists worked out by hand, what is printed, and what is refused."""
+"""Layer maps: each constructor against handwritten lists, their repr, and errors."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import pytest
 from hf_distill.errors import SettingError
 from hf_distill.layer_map import LayerMap, Link
 
-# i·(n-1)/(m-1), to the nearest, halves up.
+# i·(n-1)/(m-1), rounded to the nearest integer, halves up.
 EVEN = {
     (6, 12): (0, 2, 4, 7, 9, 11),  # 0, 2.2, 4.4, 6.6, 8.8, 11
     (3, 12): (0, 6, 11),  # 0, 5.5, 11
     (2, 12): (0, 11),
     (6, 24): (0, 5, 9, 14, 18, 23),  # 0, 4.6, 9.2, 13.8, 18.4, 23
     (2, 6): (0, 5),
-    (1, 6): (0,),  # one layer: the first, which reads the embeddings as it did in the teacher
+    (1, 6): (0,),  # one layer: the first, which has the embeddings as input, as in the teacher
     (12, 12): tuple(range(12)),
     (4, 6): (0, 2, 3, 5),  # 0, 1.67, 3.33, 5
-    (3, 6): (0, 3, 5),  # 0, 2.5, 5: halves go up, not to the even number
+    (3, 6): (0, 3, 5),  # 0, 2.5, 5: halves are rounded up, not to the even number
     (1, 1): (0,),
 }
 
 
 @pytest.mark.parametrize("sizes", EVEN, ids=str)
-def test_even(sizes: tuple[int, int]) -> None:
+def test_even_maps(sizes: tuple[int, int]) -> None:
     assert LayerMap.even(*sizes).sources() == EVEN[sizes]
 
 
-def test_even_takes_each_layer_at_most_once_and_in_order() -> None:
+def test_even_maps_are_increasing() -> None:
     for teacher in range(1, 40):
         for student in range(1, teacher + 1):
             chosen = LayerMap.even(student, teacher).sources()
@@ -52,11 +52,11 @@ def test_even_takes_each_layer_at_most_once_and_in_order() -> None:
     ],
     ids=str,
 )
-def test_the_other_constructors(made: LayerMap, layers: tuple[int, ...]) -> None:
+def test_other_constructors(made: LayerMap, layers: tuple[int, ...]) -> None:
     assert made.sources() == layers
 
 
-def test_links_may_be_many_weighted_or_none() -> None:
+def test_layers_may_have_several_weighted_links_or_none() -> None:
     made = LayerMap.pairs([(-1, -1, 0.25), (0, 1), (-1, 2, 0.75)], 3, 4)
     assert made.links == (Link(0, 1), Link(2, 2, 0.75), Link(2, 3, 0.25))
     assert made.of_student(1) == () and made.of_student(-1) == made.links[1:]
@@ -69,7 +69,7 @@ def test_links_may_be_many_weighted_or_none() -> None:
     ]
 
 
-def test_equal_maps_are_equal_however_they_were_written() -> None:
+def test_maps_are_equal_in_any_notation() -> None:
     assert LayerMap.of([0, -1], 4) == LayerMap.pairs([(1, 3), (0, 0)], 2, 4) == LayerMap.even(2, 4)
     assert len({LayerMap.even(2, 4), LayerMap.first_last(2, 4)}) == 1
 
@@ -114,7 +114,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_invalid_maps_raise(case: str) -> None:
     attempt, message = REFUSED[case]
     with pytest.raises(SettingError, match=message):
         attempt()

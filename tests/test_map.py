@@ -1,4 +1,4 @@
-"""The map (`hf_distill/README.md`): its files exist, its layers are those of the test, its loop runs."""
+"""The map (`hf_distill/README.md`): its files exist, its layers are those of test_architecture, its loop runs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _, _, _AFTER = MAP.partition("## I want to add a …")
 ROWS = [line for line in _AFTER.partition("## ")[0].splitlines() if line.startswith("| ")][1:]
 
 
-def test_the_layers_are_those_that_are_held() -> None:
+def test_the_layers_are_those_of_test_architecture() -> None:
     shown = MAP.partition("## The layers")[2].split("```")[1].strip().splitlines()
     assert tuple(shown) == LAYERS
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
-def test_each_row_names_files_that_exist(row: str) -> None:
+def test_the_files_of_each_row_exist(row: str) -> None:
     named = re.findall(r"`((?:hf_distill|tests)/[^`]+)`", row)
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
 
 
-def test_each_file_and_folder_of_the_package_is_named() -> None:
+def test_every_file_and_folder_of_the_package_is_mentioned() -> None:
     table = MAP.partition("## The layers")[2].partition("## I want")[0]
     parts = {path.name + "/" if path.is_dir() else path.name for path in PACKAGE.iterdir() if path.suffix != ".md"}
     missing = sorted(part for part in parts - {"__init__.py", "__pycache__/", "py.typed"} if f"`{part}`" not in table)
     assert missing == []
 
 
-def test_no_file_is_named_that_is_not_there() -> None:
+def test_every_mentioned_file_exists() -> None:
     for name in re.findall(r"`([a-z_]+/(?:[a-z_]+/)*[a-z_]+\.py)`", MAP):
         assert any((base / name).exists() for base in (ROOT, PACKAGE)), name
 
@@ -54,8 +54,8 @@ SEARCHED = [*PACKAGE.rglob("*.py"), *TABLES, ROOT / "tests" / "heads.py"]
 
 
 @pytest.mark.parametrize("kind", MEMBERS)
-def test_a_row_names_each_file_that_lists_the_members(kind: str) -> None:
-    """A file that names two thirds of them is a place where a new one must be named too."""
+def test_each_row_names_every_file_that_lists_the_members(kind: str) -> None:
+    """A file that names two thirds of the members must also name a new one."""
     row = next(row for row in ROWS if row.split("|")[1].strip() == kind)
     members = list(MEMBERS[kind])
     for path in SEARCHED:

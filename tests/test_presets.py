@@ -21,7 +21,7 @@ MADE: dict[str, Any] = {name: (lambda: pkd(2, 4)) if name == "pkd" else make for
 
 
 def models(**student: Any) -> tuple[Any, Any]:
-    """Two of four layers, in fp64, without dropout; eager, so that transformers shows attention."""
+    """Return models of two and four layers, in fp64, without dropout; eager, so that transformers returns attention."""
     ours = bert(num_hidden_layers=2, attn_implementation="eager", **student).double().eval()
     return ours, bert(seed=1, num_hidden_layers=4, attn_implementation="eager").double().eval()
 
@@ -35,7 +35,7 @@ def shown(model: Any) -> Any:
 
 
 def found(stage: Stage | Preset, student: Any, teacher: Any) -> tuple[float, Distiller]:
-    """The loss of one step, and its distiller."""
+    """Return the loss of one step, and its distiller."""
     objectives = stage.objectives if isinstance(stage, Preset) else stage.make_objectives()
     settings = {k: v for k, v in stage.arguments.items() if k in ("alpha", "temperature")}
     distiller = Distiller(student, teacher, objectives=objectives, seed=0, **settings)
@@ -43,12 +43,12 @@ def found(stage: Stage | Preset, student: Any, teacher: Any) -> tuple[float, Dis
 
 
 def kept(x: torch.Tensor) -> torch.Tensor:
-    """`[b t d]` → the rows that are no padding."""
+    """Select the rows of `[b t d]` that are not padding."""
     return x[batch()["attention_mask"].bool()]
 
 
 def scores(model: Any, layer: int) -> torch.Tensor:
-    """`[b h t t]`: q·k/√d, from the weights and the layer's input."""
+    """Return `[b h t t]`: q·k/√d, from the weights and the layer's input."""
     own = model.bert.encoder.layer[layer].attention.self
     x = shown(model).hidden_states[layer]
     q, k = (part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (own.query, own.key))
@@ -88,7 +88,7 @@ def test_tinybert_matches_hidden_states_and_then_predictions() -> None:
     expected += first.square().mean()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert dict(inside.arguments) == {"alpha": None, "num_train_epochs": 20, "learning_rate": 5e-5}
-    # Equation 10 at t = 1: the soft cross-entropy less the teacher's own entropy.
+    # Equation 10 at t = 1: the soft cross-entropy minus the teacher's own entropy.
     p = theirs.logits.softmax(-1)
     soft = -(p * ours.logits.log_softmax(-1)).sum(-1).mean() + (p * p.log()).sum(-1).mean()
     assert found(prediction, student, teacher)[0] == pytest.approx(soft.item(), rel=1e-6)
@@ -102,7 +102,7 @@ def scores_of_width(model: Any, layer: int, head_size: int) -> torch.Tensor:
 
 
 def attention_distance(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Mean over real queries of the mean over heads and real keys."""
+    """Return the mean over real queries of the mean over heads and real keys."""
     per_query = [
         (q[b, :, i, :n] - p[b, :, i, :n]).square().mean()
         for b, n in enumerate(batch()["attention_mask"].sum(-1).tolist())
@@ -123,7 +123,7 @@ def test_pkd_equals_the_papers_code(variant: str, teacher_layer: int) -> None:
     assert found(preset, student, teacher)[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_pkd_of_base_size_matches_the_layers_that_the_paper_lists() -> None:
+def test_pkd_of_base_size_matches_the_papers_layers() -> None:
     layers = {
         v: [link.teacher + 1 for link in pkd(6, 12, variant=v).objectives[0].layers.links] for v in ("skip", "last")
     }
@@ -144,7 +144,7 @@ def test_minilm_matches_attention_and_value_relations() -> None:
 
 
 def row_kl(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Mean over real queries and heads of KL(p ‖ q) over real keys; both are probabilities over those alone."""
+    """Return the mean over real queries and heads of KL(p ‖ q) over real keys; both are normalized over those."""
     lengths = batch()["attention_mask"].sum(-1).tolist()
     rows = [
         F.kl_div(q[b, :, i, :n].log(), p[b, :, i, :n], reduction="none").sum(-1).mean()
@@ -155,7 +155,7 @@ def row_kl(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def relation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Of `[b h t d]`, both cut into h relation heads."""
+    """Return relations from `[b h t d]`, cut into h relation heads."""
     hidden = ~batch()["attention_mask"].bool()[:, None, None, :]
     made = [
         (x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1])).masked_fill(hidden, -math.inf).softmax(-1)
@@ -165,7 +165,7 @@ def relation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def test_minilmv2_matches_relations_of_queries_keys_and_values_of_a_layer() -> None:
-    """Four relation heads of widths 4 and 6, of the third layer of a teacher of another width."""
+    """Four relation heads of widths 4 and 6, from the third layer of a wider teacher."""
     student, _ = models()
     wide = bert(seed=1, num_hidden_layers=4, hidden_size=24, num_attention_heads=3, attn_implementation="eager")
     teacher = wide.double().eval()

@@ -1,4 +1,4 @@
-"""Schedules: values from start to end, beyond both, what is refused, and what the distiller refuses of their values."""
+"""Schedules: values from start to end and beyond, and errors, also of values that the distiller rejects."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ PROGRESS = [step / 20 for step in range(21)]
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize(("start", "end"), [(4.0, 1.0), (0.0, 1.0), (2.0, 2.0)])
-def test_from_start_to_end_without_turning_back(kind: str, start: float, end: float) -> None:
+def test_schedules_are_monotonic_from_start_to_end(kind: str, start: float, end: float) -> None:
     values = [SCHEDULES[kind](start, end)(p) for p in PROGRESS]
     assert values[0] == pytest.approx(start) and values[-1] == pytest.approx(end)
     assert values[10] == pytest.approx((start + end) / 2)
     assert values == sorted(values, reverse=start > end)
 
 
-def test_the_shapes() -> None:
+def test_values_of_each_schedule() -> None:
     assert linear(4.0, 0.0)(0.25) == 3.0
     assert cosine(1.0, 0.0)(0.25) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert constant(3.0)(0.25) == 3.0
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_beyond_the_ends_they_stay(kind: str) -> None:
+def test_schedules_are_constant_beyond_their_ends(kind: str) -> None:
     end = 4.0 if kind == "constant" else 1.0
     schedule = SCHEDULES[kind](4.0, end)
     assert schedule(-0.5) == pytest.approx(4.0) and schedule(1.5) == pytest.approx(end)
 
 
-def test_a_constant_with_another_end_contradicts_itself() -> None:
+def test_a_constant_schedule_with_an_end_raises() -> None:
     with pytest.raises(
         SettingError, match=r"alpha_end=1, but alpha_schedule is constant at 0.5. Choose linear or cosine"
     ):
@@ -43,7 +43,7 @@ def test_a_constant_with_another_end_contradicts_itself() -> None:
     assert make_schedule("alpha", "constant", 0.5, 0.5)(1.0) == 0.5
 
 
-def test_a_schedule_that_goes_nowhere_and_one_that_does_not_exist() -> None:
+def test_invalid_schedules_raise() -> None:
     with pytest.raises(SettingError, match=r"temperature_schedule='linear' needs temperature_end"):
         make_schedule("temperature", "linear", 2.0, None)
     with pytest.raises(SettingError, match=r"alpha_schedule='step': no such schedule. Allowed: constant, linear"):
@@ -66,7 +66,7 @@ def test_a_schedule_that_goes_nowhere_and_one_that_does_not_exist() -> None:
         ({"temperature": linear(2.0, 0.0)}, r"temperature=0: must be above 0"),
     ],
 )
-def test_values_that_cannot_be(settings: dict, message: str) -> None:
+def test_invalid_scheduled_values_raise(settings: dict, message: str) -> None:
     head = HEADS["bert_single_label"]
     teacher = head.make(2)
     with pytest.raises(SettingError, match=message):

@@ -1,4 +1,4 @@
-"""Tiny tokenizers, made in memory: words w0, w1, … with their number as id. Nothing is read or downloaded."""
+"""Tiny tokenizers, built in memory: words w0, w1, … with their number as id."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 def tokenizer(
     words: int | Mapping[str, int] = 40, *, added: Sequence[str] = (), padding: str = "w0"
 ) -> PreTrainedTokenizerFast:
-    """Of so many words, or of exactly these; `added` tokens come after them."""
+    """Return a tokenizer of a number of words, or of the given words, followed by `added` tokens."""
     ids = {f"w{i}": i for i in range(words)} if isinstance(words, int) else dict(words)
     backend = Tokenizer(models.WordLevel(ids, unk_token=next(iter(ids))))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -22,6 +22,6 @@ def tokenizer(
 
 
 def bpe_tokenizer(merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    """Always the same vocabulary, with these merge rules."""
+    """Return a tokenizer with a fixed vocabulary and these merge rules."""
     ids = {token: i for i, token in enumerate(("a", "b", "c", "ab", "bc", "abc"))}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=ids, merges=list(merges))))

@@ -1,4 +1,4 @@
-"""A tiny multilingual Whisper with its tokenizer: languages, tasks and timestamps as the published ones have them."""
+"""A tiny multilingual Whisper with its tokenizer: languages, tasks and timestamps as in the published models."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 import transformers as tf
 
 START, *TASKS = "<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"
-TIMES = [f"<|{0.02 * i:.2f}|>" for i in range(51)]  # of a window of one second
+TIMES = [f"<|{0.02 * i:.2f}|>" for i in range(51)]  # for a window of one second
 FRAMES, MELS = 100, 8
 
 
 def tokenizer() -> tf.WhisperTokenizer:
-    """Bytes, then the tokens that begin and end a text, then those of time."""
+    """Return a tokenizer of bytes, special tokens for beginning and end, and timestamps."""
     vocabulary = {**{chr(i) if 33 <= i < 127 else chr(256 + i): i for i in range(256)}, "<|endoftext|>": 256}
     made = tf.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
     made.add_special_tokens({"additional_special_tokens": [START, *TASKS]})
@@ -29,7 +29,7 @@ def ids_of(*names: str) -> list[int]:
 
 
 def whisper(seed: int = 1, **settings: Any) -> Any:
-    """A model whose generation settings were read from a file, as published: language and task are not among them."""
+    """Return a model with generation settings as published, which include neither language nor task."""
     torch.manual_seed(seed)
     parts = {f"{side}_{size}": n for side in ("encoder", "decoder") for size, n in (("layers", 1), ("ffn_dim", 16))}
     heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
@@ -40,7 +40,7 @@ def whisper(seed: int = 1, **settings: Any) -> Any:
         **parts, **heads, **ends,
     )  # fmt: skip
     model = tf.WhisperForConditionalGeneration(config)
-    with torch.no_grad():  # the end token is padding too, whose row is 0 at the start: it would never be the likeliest
+    with torch.no_grad():  # the end token is also padding, whose row starts at 0: it would never be the likeliest
         model.proj_out.weight[256] = 0.5 * torch.randn(16)
     english, german, transcribe, translate, notimestamps = ids_of(*TASKS)
     published = {
@@ -59,5 +59,5 @@ def whisper(seed: int = 1, **settings: Any) -> Any:
 
 
 def sounds(count: int = 3, *, seed: int = 0) -> torch.Tensor:
-    """Features of so many sounds `[count mel frames]`."""
+    """Return features of `count` recordings, `[count mel frames]`."""
     return torch.randn(count, MELS, FRAMES, generator=torch.Generator().manual_seed(seed))

@@ -229,7 +229,7 @@ def _image_configs(model: nn.Module) -> list[PreTrainedConfig | None]:
 SIDES: tuple[Side, ...] = get_args(Side)
 _TIME_FIRST = ("xlnet", "fsmt")  # [time, example]: a square mask would silently be transposed
 # Their blocks compute on a multiple of an attention window or a chunk: the model pads its input at the end, and cuts
-# its output. `tests/models/test_padded_inside.py` compares each with padding outside.
+# its output. `tests/models/test_internal_padding.py` compares each with padding outside.
 _PADS_INSIDE = ("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x", "reformer")
 
 

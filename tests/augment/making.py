@@ -1,4 +1,4 @@
-"""Tiny tokenizers of each kind, masked LMs for them, and augmentations to look at. No assertions here."""
+"""Tiny tokenizers of each kind, masked LMs for them, and augmentations whose calls can be observed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from hf_distill.teachers import ModelTeacher
 from tests import tiny_tokenizers
 
 SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -16,7 +17,7 @@ PIECES += ["##7", "[unused1]", "fun", "sad", "act", "##th", "a", "the"]
 
 
 def whole_words(count: int = 23) -> Any:
-    """w0 … : w0 is padding and unknown, and the last one the mask."""
+    """Return a tokenizer of words w0 …: w0 is padding and unknown, the last is the mask."""
     made = tiny_tokenizers.tokenizer(count)
     made.unk_token = "w0"
     made.mask_token = f"w{count - 1}"
@@ -24,7 +25,7 @@ def whole_words(count: int = 23) -> Any:
 
 
 def word_pieces() -> Any:
-    """As BERT's."""
+    """Return a tokenizer like BERT's."""
     model = models.WordPiece({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]")
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -33,7 +34,7 @@ def word_pieces() -> Any:
 
 
 def byte_level() -> Any:
-    """As GPT-2's and RoBERTa's: a space is the mark of a beginning."""
+    """Return a tokenizer like GPT-2's and RoBERTa's: a space marks the beginning of a word."""
     pieces = [
         "Ġgood",
         "good",
@@ -65,7 +66,7 @@ def byte_level() -> Any:
 
 
 def sentence_piece() -> Any:
-    """As T5's."""
+    """Return a tokenizer like T5's."""
     pieces = ["▁good", "▁film", "s", "▁", ",", "▁fun"]
     backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in ["<pad>", "<unk>", *pieces]], unk_id=1))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -74,7 +75,7 @@ def sentence_piece() -> Any:
 
 
 def masked_lm(tokens: int, *, seed: int = 0) -> Any:
-    """Of so many tokens; every parameter is shaken, so that no two words are equally likely."""
+    """Return a masked LM with perturbed weights, so that no two words are equally likely."""
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,7 +86,7 @@ def masked_lm(tokens: int, *, seed: int = 0) -> Any:
 
 
 class NoPredictions:
-    """An augmentation that draws from every generator, and changes nothing."""
+    """An augmentation that draws from every generator but changes nothing."""
 
     moves_positions = False
     acts_on = "example"
@@ -96,7 +97,7 @@ class NoPredictions:
 
 
 class Draws:
-    """An augmentation that writes down what it draws, as a column."""
+    """An augmentation that stores its random draw in a column."""
 
     moves_positions = False
     acts_on = "example"
@@ -106,10 +107,17 @@ class Draws:
 
 
 class Counting(NoPredictions):
-    """An augmentation that counts how often it was called."""
+    """An augmentation that counts its calls."""
 
     calls = 0
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         Counting.calls += 1
         return dict(example)
+
+
+class PrecomputedTeacher(ModelTeacher):
+    """Has its own collator, as a cached teacher does."""
+
+    def wrap_collator(self, collator: Any) -> Any:
+        return collator

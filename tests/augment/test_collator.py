@@ -1,4 +1,4 @@
-"""The collator: what is drawn follows from seed, epoch and batch alone; who is shown what; what is refused."""
+"""The collator: draws depend only on seed, epoch and batch; which model sees which batch; invalid settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(loader: Any) -> list[list[float]]:
     return [batch["drawn"].tolist() for batch in loader]
 
 
-def test_the_same_key_draws_the_same_and_any_other_draws_otherwise() -> None:
+def test_draws_depend_only_on_seed_epoch_and_batch() -> None:
     features = examples(4)
 
     def rolls(features=features, *, seed: int = 0, epoch: int = 0) -> list[float]:
@@ -42,12 +42,12 @@ def test_the_same_key_draws_the_same_and_any_other_draws_otherwise() -> None:
     found = [rolls(), rolls(seed=1), rolls(epoch=1), rolls(epoch=2), rolls(features[:3]), rolls(features[::-1])]
     assert rolls() == found[0]
     everything = [one for some in found for one in some]
-    assert len(set(everything)) == len(everything)  # also from example to example of a batch
+    assert len(set(everything)) == len(everything)  # the examples of a batch differ too
     twins = rolls([features[0], features[0]])
     assert twins[0] != twins[1]
 
 
-def test_how_often_it_was_called_does_not_matter() -> None:
+def test_draws_do_not_depend_on_earlier_calls() -> None:
     collate = AugmentingCollator(padded, Draws())
     first = collate(examples(4))["drawn"]
     torch.rand(5)
@@ -57,8 +57,8 @@ def test_how_often_it_was_called_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("workers", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
-def test_workers_draw_what_this_process_draws(workers) -> None:
-    """Also in later epochs, whose number workers that live on must be told."""
+def test_workers_draw_the_same_as_this_process(workers) -> None:
+    """In later epochs too, whose number must reach persistent workers."""
 
     def epochs(**settings: Any) -> list[list[list[float]]]:
         collate = AugmentingCollator(padded, Draws())
@@ -75,7 +75,7 @@ def test_workers_draw_what_this_process_draws(workers) -> None:
     assert len(set(everything)) == len(everything) == 24
 
 
-def test_the_generators_of_the_training_are_left_alone() -> None:
+def test_the_training_random_state_does_not_change() -> None:
     def state() -> tuple[Any, ...]:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
@@ -90,7 +90,7 @@ def test_the_generators_of_the_training_are_left_alone() -> None:
     assert state() == before
     random.random(), np.random.rand(), torch.rand(())
     collate(examples(2))
-    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]  # all three are seeded
+    assert drawn[:2] == drawn[2:] and drawn[0] != drawn[1]  # all three generators are seeded
     before = state()
     with pytest.raises(ZeroDivisionError), seeded(1):
         torch.rand(3)
@@ -98,8 +98,8 @@ def test_the_generators_of_the_training_are_left_alone() -> None:
     assert state() == before
 
 
-def test_a_hash_is_the_same_in_every_process() -> None:
-    """Written down once, so that one that depends on the process (as Python's own does) is seen."""
+def test_the_hash_is_the_same_in_every_process() -> None:
+    """A stored value detects a hash that depends on the process, as Python's own does."""
     value = {"text": "good", "ids": [1, 2], "wave": [0.5, -1.0], "array": np.arange(3, dtype=np.int32), "none": None}
     assert digest(value).hex() == "c7fc67c252bf226232d01148fcd376ca"
     others = [
@@ -119,17 +119,17 @@ def test_a_hash_is_the_same_in_every_process() -> None:
     assert digest(object()) == digest(object())
 
 
-def test_both_models_are_shown_the_same_by_default() -> None:
+def test_both_models_see_the_same_batch_by_default() -> None:
     batch = AugmentingCollator(padded, replacing())(examples(8))
     clean = padded(examples(8))
     assert list(batch) == list(clean)
     assert not torch.equal(batch["input_ids"], clean["input_ids"])
     assert torch.equal(batch["labels"], clean["labels"])
     assert torch.equal(batch["attention_mask"], clean["attention_mask"])
-    assert not (batch["input_ids"] * (1 - batch["attention_mask"])).any()  # padding stays padding
+    assert not (batch["input_ids"] * (1 - batch["attention_mask"])).any()  # padding is unchanged
 
 
-def test_the_teacher_alone_is_shown_the_clean_example() -> None:
+def test_student_only_gives_the_teacher_the_clean_example() -> None:
     features, clean = examples(8), padded(examples(8))
     batch = AugmentingCollator(padded, replacing(), student_only=True)(features)
     assert sorted(batch) == sorted([*clean, "teacher_input_ids", "teacher_attention_mask"])
@@ -140,7 +140,7 @@ def test_the_teacher_alone_is_shown_the_clean_example() -> None:
     assert features == examples(8)
 
 
-def test_augmentations_before_and_after_collation_in_their_order() -> None:
+def test_augmentations_run_in_order_before_and_after_collation() -> None:
     def write(name: str) -> Any:
         return lambda shown: {**shown, "log": shown.get("log", "") + name}
 
@@ -155,8 +155,8 @@ def test_augmentations_before_and_after_collation_in_their_order() -> None:
     assert AugmentingCollator(collate, one, whole, several, two)([{}, {}]) == {"log": "a0b+a1b|c"}
 
 
-def test_a_collator_that_draws_masks_alike_for_both() -> None:
-    """Masked LM: the same positions are masked for student and teacher, and the training's generator moves once."""
+def test_a_masking_collator_draws_the_same_masks_for_both_models() -> None:
+    """Masked LM: the same positions are masked for both models, and the training's generator advances once."""
     tokenizer = whole_words()
     masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5)
     features = [{"input_ids": example["input_ids"]} for example in examples(8)]
@@ -170,13 +170,13 @@ def test_a_collator_that_draws_masks_alike_for_both() -> None:
     assert torch.equal(batch["labels"], plain["labels"])
 
 
-def test_evaluation_has_the_collator_without_augmentation() -> None:
+def test_evaluation_uses_the_collator_without_augmentation() -> None:
     inner = AugmentingCollator(padded, Draws())
     assert inner.for_evaluation() is padded
     assert AugmentingCollator(inner, Draws()).for_evaluation() is padded
 
 
-def test_the_wrapped_collators_attributes_are_there() -> None:
+def test_attributes_of_the_wrapped_collator_are_available() -> None:
     tokenizer = whole_words()
     collate = AugmentingCollator(DataCollatorWithPadding(tokenizer), Draws())
     assert collate.tokenizer is tokenizer
@@ -184,14 +184,14 @@ def test_the_wrapped_collators_attributes_are_there() -> None:
         _ = collate.nothing_of_the_kind
 
 
-def test_columns_of_the_teachers_own() -> None:
-    """They are not augmented: refused, unless the teacher is meant to be shown the clean example."""
+def test_teacher_columns_require_student_only() -> None:
+    """They are not augmented, so they raise unless the teacher is meant to see the clean example."""
     features = [{**one, "teacher_input_ids": [3, 3, 3]} for one in examples(4)]
     with pytest.raises(DataError, match=r"columns of its own \(teacher_input_ids\), which are not augmented"):
         AugmentingCollator(TeacherInputsCollator(padded), replacing())(features)
     batch = AugmentingCollator(TeacherInputsCollator(padded), replacing(), student_only=True)(features)
     assert torch.equal(batch["teacher_input_ids"], torch.full((4, 3), 3))
-    assert "teacher_attention_mask" not in batch  # the student's would be of other tokens
+    assert "teacher_attention_mask" not in batch  # the student's mask is for other tokens
 
 
 def labelled_tokens(features: Any) -> dict[str, torch.Tensor]:
@@ -219,15 +219,15 @@ def language(features: Any) -> dict[str, torch.Tensor]:
     ],
     ids=["token labels", "language modelling", "spans"],
 )
-def test_other_words_for_the_student_only_where_rows_are_sentences(collate, features) -> None:
+def test_word_replacement_for_the_student_alone_requires_one_row_per_example(collate, features) -> None:
     with pytest.raises(DataError, match=r"rows that are tokens: .*Leave student_only out"):
         AugmentingCollator(collate, replacing(), student_only=True)(features)
-    AugmentingCollator(collate, replacing())(features)  # shown to both
+    AugmentingCollator(collate, replacing())(features)  # allowed if both models see it
     AugmentingCollator(collate, NoPredictions(), student_only=True)(features)
 
 
-def test_labels_of_a_sequence_to_sequence_model_are_not_of_the_inputs_tokens() -> None:
-    """Though one example, or a whole batch of equal lengths, may look so."""
+def test_seq2seq_labels_are_not_mistaken_for_token_labels() -> None:
+    """Even if one example, or a batch of equal lengths, looks as if they were."""
     features = [{"input_ids": [1, 2, 3], "labels": [4, 5, 6]}, {"input_ids": [1, 2, 5], "labels": [4, 5, 7]}]
     batch = AugmentingCollator(padded, replacing(), student_only=True)(features)
     assert torch.equal(batch["teacher_input_ids"], torch.tensor([[1, 2, 3], [1, 2, 5]]))
@@ -237,7 +237,7 @@ def moves(example: dict[str, Any]) -> dict[str, Any]:
     return {**example, "input_ids": example["input_ids"][1:]}
 
 
-def test_what_moves_positions_is_shown_to_both() -> None:
+def test_augmentations_that_move_positions_apply_to_both_models() -> None:
     crop = Augmentation(moves, moves_positions=True)
     for moving in (crop, replacing(same_length=False)):
         AugmentingCollator(padded, Noise(), moving)
@@ -254,11 +254,11 @@ def test_what_moves_positions_is_shown_to_both() -> None:
         (lambda: Augmentation("moves", moves_positions=False), r"needs a callable, not a str"),  # type: ignore[arg-type] # that is the point
     ],
 )
-def test_settings_that_are_refused(make, message: str) -> None:
+def test_invalid_settings_raise(make, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()
 
 
-def test_examples_that_are_no_mappings() -> None:
+def test_examples_must_be_mappings() -> None:
     with pytest.raises(DataError, match="examples that are mappings of columns, not a list"):
         AugmentingCollator(padded, Draws())([[1, 2]])  # type: ignore[list-item] # that is the point

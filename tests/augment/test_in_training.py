@@ -1,4 +1,4 @@
-"""Augmentation in a real training: who is shown what, resume bit for bit, evaluation on the data as it is."""
+"""Augmentation in a training: the batch each model sees, resume bit for bit, evaluation on clean data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def replacing(**settings: Any) -> WordReplacement:
 
 
 def shown_to(model: Any) -> list[dict[str, Tensor]]:
-    """The inputs of every forward of this model, from now on."""
+    """Record the inputs of every forward of this model from now on."""
     seen: list[dict[str, Tensor]] = []
 
     def write_down(module: Any, positional: Any, keywords: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def shown_to(model: Any) -> list[dict[str, Tensor]]:
 
 
 def in_order(batches: list[dict[str, Tensor]], features: Any) -> list[dict[str, Tensor]]:
-    """The clean batches of the same examples, found by labels that are all different."""
+    """Return the clean batches of the same examples, found by their distinct labels."""
     by_label = {one["labels"]: one for one in features}
     return [padded([by_label[label] for label in batch["labels"].tolist()]) for batch in batches]
 
@@ -46,7 +46,7 @@ def distinct(count: int = 8) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("student_only", [False, True])
-def test_student_and_teacher_are_shown_what_they_should_be(tmp_path, student_only: bool) -> None:
+def test_student_and_teacher_receive_the_intended_batches(tmp_path, student_only: bool) -> None:
     student, teacher = bert(num_labels=8), bert(seed=1, num_labels=8)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
     collate = AugmentingCollator(padded, replacing(), student_only=student_only)
@@ -59,10 +59,10 @@ def test_student_and_teacher_are_shown_what_they_should_be(tmp_path, student_onl
         assert torch.equal(theirs["input_ids"], expected["input_ids"])
         assert torch.equal(theirs["attention_mask"], expected["attention_mask"])
     seen = {tuple(row.tolist()) for batch in by_student for row in batch["input_ids"]}
-    assert len(seen) > 12  # of 16: other words in the second epoch
+    assert len(seen) > 12  # of 16: the second epoch has different words
 
 
-def test_the_loss_is_between_those_views(tmp_path) -> None:
+def test_the_loss_compares_the_two_views(tmp_path) -> None:
     student, teacher = bert(num_labels=8), bert(seed=1, num_labels=8)
     before = bert(num_labels=8)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
@@ -82,8 +82,8 @@ def test_the_loss_is_between_those_views(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
-    """With dropout; the epoch has 11 examples, so step 3 ends it, and step 4 is the first of the next."""
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path, at: int) -> None:
+    """With dropout; the epoch has 11 examples, so step 3 ends it and step 4 begins the next."""
 
     def collate() -> AugmentingCollator:
         return AugmentingCollator(padded, replacing(), seed=3)
@@ -94,7 +94,7 @@ def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
     resumed = make(tmp_path / "resumed", bert(seed=5, dropout=0.3), bert(seed=1), data_collator=collate(), **given)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{at}"))
     assert_same_bits(weights(resumed.model), weights(whole.model))
-    if at == 1:  # the augmentation takes part, and its seed
+    if at == 1:  # check once that the augmentation and its seed have an effect
         for name, other in (("plain", padded), ("seed", AugmentingCollator(padded, replacing(), seed=4))):
             otherwise = make(tmp_path / name, bert(dropout=0.3), bert(seed=1), data_collator=other, **given)
             otherwise.train()
@@ -102,8 +102,8 @@ def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_is_uninterrupted_with_sound_and_workers(tmp_path, workers: int) -> None:
-    """The student is shown noise, made in this process or in workers; either way it is the same noise."""
+def test_a_resumed_run_with_sound_and_workers_equals_the_uninterrupted_run(tmp_path, workers: int) -> None:
+    """The student's noise is the same whether this process or a worker makes it."""
     head = HEADS["wav2vec2_ctc_mean"]
     found = []
     for name, many, checkpoint in (("whole", workers, None), ("resumed", workers, "checkpoint-3"), ("here", 0, None)):
@@ -118,8 +118,8 @@ def test_resumed_is_uninterrupted_with_sound_and_workers(tmp_path, workers: int)
     assert_same_bits(found[2], found[0])
 
 
-def test_an_augmentation_that_changes_nothing_changes_nothing(tmp_path) -> None:
-    """Though it draws: dropout and shuffling go on from where they were."""
+def test_an_augmentation_without_effect_leaves_the_training_unchanged(tmp_path) -> None:
+    """Although it draws random numbers: dropout and shuffling continue from their own state."""
     found = []
     for name, collate in (
         ("with", AugmentingCollator(padded, NoPredictions(), student_only=True)),
@@ -132,19 +132,19 @@ def test_an_augmentation_that_changes_nothing_changes_nothing(tmp_path) -> None:
     assert_same_bits(*found)
 
 
-def test_every_epoch_is_another_even_of_single_examples_in_order(tmp_path) -> None:
-    """Then a batch is the same in every epoch, and only the epoch's number tells them apart."""
+def test_each_epoch_is_augmented_differently_without_shuffling(tmp_path) -> None:
+    """Each batch recurs in every epoch, and only the epoch's number distinguishes them."""
     student = bert()
     seen = shown_to(student)
     collate = AugmentingCollator(padded, replacing(probability=1.0))
     settings = {"per_device_train_batch_size": 1, "max_steps": 12, "train_dataset": examples(3)}
     make(tmp_path, student, bert(seed=1), data_collator=collate, **settings).train()
     texts = {tuple(batch["input_ids"][0].tolist()) for batch in seen}
-    assert len(seen) == 12 and len(texts) >= 11  # not three; words may agree by chance
+    assert len(seen) == 12 and len(texts) >= 11  # not three; two draws may coincide
 
 
-def test_evaluation_is_on_the_data_as_it_is(tmp_path) -> None:
-    """Within training and after it; also what `predict` is given."""
+def test_evaluation_uses_clean_data(tmp_path) -> None:
+    """During training and after it; for `predict` too."""
     found = []
     for name, collate in (("with", AugmentingCollator(padded, replacing(probability=1.0))), ("without", padded)):
         student = bert()
@@ -161,7 +161,7 @@ def test_evaluation_is_on_the_data_as_it_is(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == len(found[1]) > 1
 
 
-def test_labels_of_tokens_stay_with_both_models(tmp_path) -> None:
+def test_token_labels_are_kept_for_both_models(tmp_path) -> None:
     head = HEADS["bert_tokens"]
     student, teacher = head.make(seed=0), head.make(seed=1)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
@@ -181,8 +181,8 @@ def test_labels_of_tokens_stay_with_both_models(tmp_path) -> None:
             assert 0 < sum(a != b for a, b in zip(was, ids.tolist(), strict=False)) < length or length < 5
 
 
-def test_other_words_for_the_student_are_refused_by_the_kind_of_head(tmp_path) -> None:
-    """Also without labels, which would show it."""
+def test_word_replacement_for_the_student_alone_raises_for_token_heads(tmp_path) -> None:
+    """Even without labels that would reveal the head."""
     collate = AugmentingCollator(padded, replacing(), student_only=True)
     with pytest.raises(SettingError, match="rows that are tokens"):
         make(
@@ -195,15 +195,15 @@ def test_other_words_for_the_student_are_refused_by_the_kind_of_head(tmp_path) -
         )
 
 
-def test_other_words_for_the_student_are_refused_where_an_objective_compares_positions(tmp_path) -> None:
-    """On a classifier, whose logits alone may be of other words."""
+def test_word_replacement_for_the_student_alone_raises_with_objectives_on_positions(tmp_path) -> None:
+    """Even for a classifier, whose logits alone could be compared."""
     collate = AugmentingCollator(padded, replacing(), student_only=True)
     make(tmp_path, bert(), bert(seed=1), data_collator=collate)
     with pytest.raises(SettingError, match="rows that are tokens"):
         make(tmp_path, bert(), bert(seed=1), data_collator=collate, objectives=HiddenMatch())
 
 
-def test_whisper_is_shown_masked_features_and_its_teacher_clean_ones(tmp_path) -> None:
+def test_whisper_sees_masked_features_and_its_teacher_clean_features(tmp_path) -> None:
     head = next(one for one in HEADS.values() if "input_features" in one.examples(1)[0])
     student, teacher = head.make(seed=0), head.make(seed=1)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
@@ -218,8 +218,8 @@ def test_whisper_is_shown_masked_features_and_its_teacher_clean_ones(tmp_path) -
     assert torch.equal(mine[~masked], theirs[~masked])
 
 
-def test_a_function_of_ones_own(tmp_path) -> None:
-    """Shown to both, though it takes words away."""
+def test_a_custom_augmentation_function(tmp_path) -> None:
+    """Both models see its result, although it removes words."""
     student, teacher = bert(), bert(seed=1)
     by_student, by_teacher = shown_to(student), shown_to(teacher)
     shorter = Augmentation(lambda one: {**one, "input_ids": one["input_ids"][:-1]}, moves_positions=True)

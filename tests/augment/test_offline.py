@@ -1,4 +1,4 @@
-"""Augmented copies of a data set: how many, in which order, found again by their fingerprint."""
+"""Augmented copies of a dataset: their number and order, and the cache by fingerprint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def data(count: int = 6) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).cast_column("labels", datasets.ClassLabel(names=["a", "b", "c"]))
 
 
-def test_each_example_and_then_its_copies() -> None:
+def test_each_example_is_followed_by_its_copies() -> None:
     made = augment_dataset(data(), replacing(), copies=4, batch_size=4)
     assert made.features == data().features
     assert len(made) == 6 * 5
@@ -37,11 +37,11 @@ def test_each_example_and_then_its_copies() -> None:
     assert len(augment_dataset(data(), replacing(), copies=2, keep_original=False)) == 12
 
 
-def test_twenty_copies_by_default_as_the_paper_says() -> None:
+def test_the_default_is_twenty_copies_as_in_the_paper() -> None:
     assert len(augment_dataset(data(2), replacing())) == 2 * 21
 
 
-def test_the_copies_follow_from_the_seed() -> None:
+def test_the_seed_determines_the_copies() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = augment_dataset(data(), replacing(), copies=3)
@@ -49,20 +49,20 @@ def test_the_copies_follow_from_the_seed() -> None:
     torch.rand(3)
     assert augment_dataset(data(), replacing(), copies=3)["input_ids"][:] == first["input_ids"][:]
     assert augment_dataset(data(), replacing(), copies=3, seed=1)["input_ids"][:] != first["input_ids"][:]
-    # Of fewer copies they are the first ones.
+    # With fewer copies, they are the first ones.
     fewer = augment_dataset(data(), replacing(), copies=1, keep_original=False)["input_ids"][:]
     assert fewer == first["input_ids"][1::4]
 
 
-def test_examples_that_are_the_same_get_other_copies() -> None:
+def test_equal_examples_get_different_copies() -> None:
     twins = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 40})
     drawn = Augmentation(lambda one: {"input_ids": [int(torch.randint(10**9, ()))]}, moves_positions=True)
     made = augment_dataset(twins, drawn, copies=3, keep_original=False, batch_size=8)["input_ids"][:]
     assert len({tuple(ids) for ids in made}) == 120
 
 
-def test_it_is_found_again_by_its_fingerprint() -> None:
-    """Also after it has been used, which fills memories; and not when anything is another."""
+def test_the_fingerprint_identifies_the_augmented_dataset() -> None:
+    """It stays the same after use, which fills caches, and changes with every setting."""
     augment = WordReplacement(whole_words(), embeddings=torch.eye(WORDS), probability=0.5)
     first = augment_dataset(data(), augment, copies=2)._fingerprint
     assert augment_dataset(data(), augment, copies=2)._fingerprint == first
@@ -80,7 +80,7 @@ def test_it_is_found_again_by_its_fingerprint() -> None:
     assert len({first, *(other._fingerprint for other in others)}) == 1 + len(others)
 
 
-def test_a_data_set_on_disk_is_read_from_the_cache_the_second_time(tmp_path) -> None:
+def test_a_dataset_on_disk_is_read_from_the_cache_the_second_time(tmp_path) -> None:
     data().save_to_disk(tmp_path / "data")
     before = Counting.calls
     for _ in range(2):
@@ -88,7 +88,7 @@ def test_a_data_set_on_disk_is_read_from_the_cache_the_second_time(tmp_path) -> 
     assert Counting.calls - before == 12
 
 
-def test_sound_too() -> None:
+def test_sound_can_be_augmented_offline() -> None:
     waves = datasets.Dataset.from_dict({"input_values": [[0.1, -0.2, 0.3], [0.5, 0.5]], "labels": [[1], [2]]})
     made = augment_dataset(waves, Noise(snr_db=(0.0, 0.0)), copies=2)
     assert made["labels"][:] == [[1]] * 3 + [[2]] * 3
@@ -105,6 +105,6 @@ def test_sound_too() -> None:
         ((data(), Noise(acts_on="batch")), {}, r'acts_on="batch" changes collated batches'),
     ],
 )
-def test_what_is_refused(arguments, settings, message: str) -> None:
+def test_invalid_arguments_raise(arguments, settings, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         augment_dataset(*arguments, **settings)

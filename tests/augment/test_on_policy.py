@@ -1,4 +1,4 @@
-"""OnPolicy: what the student writes, by hand; counted after it is written; resumed; and what it refuses."""
+"""OnPolicy: the student's texts by hand, counts after generation, resume, and errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_distill import DataError, Distiller, SettingError, UniversalLogitMatch
 from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import prompts_of
 from hf_distill.models.generation import set_generation
-from hf_distill.teachers import ModelTeacher
 from hf_distill.trainer.checks import check_on_policy
+from tests.augment.making import PrecomputedTeacher
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, make, softened_kl, weights
 
@@ -23,7 +23,7 @@ NO_TEMPERATURE = 1e-4
 
 
 def greedy(model: Any, prompt: list[int], new: int, end: int = 2) -> list[int]:
-    """One token at a time, without a cache."""
+    """Generate greedily, one token at a time, without a cache."""
     written: list[int] = []
     while len(written) < new and end not in written:
         with torch.no_grad():
@@ -31,7 +31,7 @@ def greedy(model: Any, prompt: list[int], new: int, end: int = 2) -> list[int]:
     return written
 
 
-def test_a_prompt_ends_before_the_first_token_to_be_predicted() -> None:
+def test_the_prompt_ends_before_the_first_predicted_token() -> None:
     batch = {
         "input_ids": torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 0], [5, 6, 7, 0, 0], [3, 4, 5, 6, 7]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
@@ -41,12 +41,12 @@ def test_a_prompt_ends_before_the_first_token_to_be_predicted() -> None:
     assert prompts_of({"input_ids": batch["input_ids"][3:]}) == [[3, 4, 5, 6, 7]]
 
 
-def test_it_is_what_the_student_writes() -> None:
-    """Ragged prompts, of padded batches, as if each were alone; the student in training mode and with dropout."""
+def test_greedy_texts_equal_those_of_each_prompt_alone() -> None:
+    """For padded prompts of different lengths; the student is in training mode with dropout."""
     student = LLAMA.make(1, attention_dropout=0.5).train()
-    student.model.norm.eval()  # a module that is kept in evaluation mode stays so
-    asked = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}  # which would not be its own distribution
-    set_generation(student.generation_config, dict(**asked, pad_token_id=5))  # which some prompts hold
+    student.model.norm.eval()  # a module in evaluation mode stays in it
+    penalties = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}  # these would change its distribution
+    set_generation(student.generation_config, dict(**penalties, pad_token_id=5))  # some prompts contain this id
     batch = LLAMA.collate(LLAMA.examples(6), pad_to=13)
     before, modes = torch.get_rng_state(), [module.training for module in student.modules()]
     shown = OnPolicy(student_share=1.0, max_new_tokens=6, sampling_temperature=NO_TEMPERATURE)(batch, student, step=3)
@@ -64,20 +64,20 @@ def test_it_is_what_the_student_writes() -> None:
     assert len(lengths) > 1 and sorted(shown) == ["attention_mask", "input_ids", "labels"]
 
 
-def test_a_text_ends_with_its_end_token() -> None:
+def test_texts_end_at_the_end_token() -> None:
     student = LLAMA.make(1)
     with torch.no_grad():
-        student.lm_head.weight[2] += 5 * student.lm_head.weight.std()  # likelier to end
+        student.lm_head.weight[2] += 5 * student.lm_head.weight.std()  # makes the end token likelier
     batch = LLAMA.collate(LLAMA.examples(8))
     shown = OnPolicy(student_share=1.0, max_new_tokens=12, seed=1)(batch, student, step=0)
     texts = [row[row != -100].tolist() for row in shown["labels"]]
     assert all(2 not in text[:-1] for text in texts)
-    assert {text[-1] == 2 for text in texts} == {True, False}  # some came to an end, some were cut off
+    assert {text[-1] == 2 for text in texts} == {True, False}  # some ended, some were cut off
     assert all(len(text) == 12 or text[-1] == 2 for text in texts)
 
 
-def test_it_samples_from_all_tokens_by_a_key() -> None:
-    """Not from transformers' default, the 50 likeliest, nor as the student's generation_config says."""
+def test_sampling_uses_all_tokens_and_is_seeded_by_the_key() -> None:
+    """Neither transformers' default top 50 nor the student's generation_config limits the tokens."""
     student = LLAMA.make(1, vocab_size=90)
     set_generation(student.generation_config, dict(top_k=3, top_p=0.1, repetition_penalty=9.0))
     batch = {"input_ids": torch.tensor([[5, 6]]).expand(900, 2)}
@@ -96,7 +96,7 @@ def test_it_samples_from_all_tokens_by_a_key() -> None:
     assert not torch.equal(plain(batch, student, step=1, process=1)["labels"][:, 2], drawn[1])
 
 
-def test_a_share_of_the_batches() -> None:
+def test_student_share_continues_a_share_of_the_batches() -> None:
     views = {student_share: OnPolicy(student_share=student_share) for student_share in (0.0, 0.3, 1.0)}
     found = {student_share: [view.continues(step) for step in range(1000)] for student_share, view in views.items()}
     assert not any(found[0.0]) and all(found[1.0]) and 250 < sum(found[0.3]) < 350
@@ -107,7 +107,7 @@ def test_a_share_of_the_batches() -> None:
     assert views[0.0](batch, LLAMA.make(1), step=0) is batch
 
 
-def test_an_encoder_decoder_answers_anew() -> None:
+def test_an_encoder_decoder_generates_the_whole_answer() -> None:
     student, batch = T5.make(1), T5.collate(T5.examples(4))
     shown = OnPolicy(student_share=1.0, max_new_tokens=5, sampling_temperature=NO_TEMPERATURE)(batch, student, step=0)
     for i, labels in enumerate(shown["labels"]):
@@ -130,8 +130,8 @@ def train(folder: Any, student: Any, view: Any, *, steps: int = 1, **changed: An
     return trainer
 
 
-def test_a_step_is_the_mean_over_the_tokens_that_were_written(tmp_path) -> None:
-    """Some micro-batches are continued, some are not; the denominator is that of what both models were shown."""
+def test_the_loss_is_the_mean_over_generated_tokens(tmp_path) -> None:
+    """Some micro-batches are continued, others not; the denominator counts the batches that both models see."""
     student, teacher, view = LLAMA.make(1), LLAMA.make(2), OnPolicy(student_share=0.5, max_new_tokens=7)
     assert {view.continues(0, place) for place in range(4)} == {True, False}
     found = []
@@ -149,16 +149,16 @@ def test_a_step_is_the_mean_over_the_tokens_that_were_written(tmp_path) -> None:
     assert_moved(weights(student), start)
 
 
-def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
-    class Listening(OnPolicy):
+def test_each_batch_has_its_own_key(tmp_path) -> None:
+    class RecordingOnPolicy(OnPolicy):
         def __call__(self, batch: Any, student: Any, **key: Any) -> Any:
-            asked.append(tuple(key[name] for name in ("step", "micro_batch", "process", "progress")))
+            keys.append(tuple(key[name] for name in ("step", "micro_batch", "process", "progress")))
             return super().__call__(batch, student, **key)
 
-    asked: list[Any] = []
-    trainer = train(tmp_path, LLAMA.make(1), Listening(student_share=0.5, max_new_tokens=2), steps=2)
+    keys: list[Any] = []
+    trainer = train(tmp_path, LLAMA.make(1), RecordingOnPolicy(student_share=0.5, max_new_tokens=2), steps=2)
     trainer.train()
-    assert asked == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
+    assert keys == [(step, place, 0, step / 2) for step in (0, 1) for place in range(4)]
     trainer.create_model_card()
     assert (
         "OnPolicy(student_share=0.5, max_new_tokens=2, sampling_temperature=1, seed=0)"
@@ -166,7 +166,7 @@ def test_each_batch_of_a_training_has_a_key_of_its_own(tmp_path) -> None:
     )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path) -> None:
     start, settings = LLAMA.make(1), {"save_strategy": "steps", "save_steps": 1, "steps": 3}
     whole = copy.deepcopy(start)
     train(tmp_path, whole, OnPolicy(student_share=0.7, max_new_tokens=4), **settings).train()
@@ -175,14 +175,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path) -> None:
     assert_same_bits(weights(resumed.model), weights(whole))
 
 
-class AnsweredBefore(ModelTeacher):
-    """As a cached teacher, it has a collator of its own."""
-
-    def wrap_collator(self, collator: Any) -> Any:
-        return collator
-
-
-def test_refusals(tmp_path, monkeypatch) -> None:
+def test_incompatible_trainings_raise(tmp_path, monkeypatch) -> None:
     student, batch, always = (
         LLAMA.make(1),
         LLAMA.collate(LLAMA.examples(2)),
@@ -193,8 +186,11 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     for settings in ({"alpha": 0.5}, {"alpha": 0.0, "objectives": UniversalLogitMatch()}):
         with pytest.raises(SettingError, match="batches that the student continued have no gold labels"):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, **settings)
-    for name, told in (("bert_single_label", "trained for classification"), ("whisper_seq2seq", "for sound or images")):
-        with pytest.raises(SettingError, match=told):
+    for name, message in (
+        ("bert_single_label", "trained for classification"),
+        ("whisper_seq2seq", "for sound or images"),
+    ):
+        with pytest.raises(SettingError, match=message):
             make(tmp_path, HEADS[name].make(1), HEADS[name].make(2), on_policy=always, alpha=1.0, train_dataset=None)
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=always, alpha=1.0)
     trainer._on_policy_checked = None
@@ -202,7 +198,7 @@ def test_refusals(tmp_path, monkeypatch) -> None:
         sharded.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
         with pytest.raises(SettingError, match="with FSDP no process holds all of it"):
             check_on_policy(trainer)
-    trainer.distiller.teacher.__class__ = AnsweredBefore
+    trainer.distiller.teacher.__class__ = PrecomputedTeacher
     with pytest.raises(SettingError, match="a cached teacher has no answers for them"):
         check_on_policy(trainer)
     with pytest.raises(SettingError, match=r"max_new_tokens=0 \(1 or more\)"):
@@ -210,14 +206,14 @@ def test_refusals(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match="11 tokens and max_new_tokens=30 are more than the 32 positions"):
         OnPolicy(student_share=1.0, max_new_tokens=30)({"input_ids": torch.ones(1, 11, dtype=int)}, student, step=0)
     taught = "the teacher has columns of its own"
-    for name, told in (("position_ids", "packed"), ("teacher_input_ids", taught), ("x", "'x'")):
-        with pytest.raises(DataError, match=told):
+    for name, message in (("position_ids", "packed"), ("teacher_input_ids", taught), ("x", "'x'")):
+        with pytest.raises(DataError, match=message):
             always({**batch, name: batch["input_ids"]}, student, step=0)
     with pytest.raises(DataError, match="an empty prompt"):
         always({**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}, student, step=0)
 
 
-def test_in_a_hand_written_loop() -> None:
+def test_on_policy_in_a_custom_loop() -> None:
     student, view = LLAMA.make(1), OnPolicy(student_share=1.0, max_new_tokens=4)
     distiller = Distiller(student, LLAMA.make(2), alpha=1.0, divergence="reverse_kl")
     batch = view(LLAMA.collate(LLAMA.examples(2)), student, step=0)

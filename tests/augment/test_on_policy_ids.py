@@ -1,4 +1,4 @@
-"""OnPolicy: which ids the student may write, what it follows of its generation_config, and with whom it may train."""
+"""OnPolicy: the ids that the student may generate, the generation settings that apply, and the allowed teachers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hf_distill.augment import OnPolicy
 from hf_distill.augment.on_policy import ids_not_shared
 from hf_distill.models.generation import set_generation
 from hf_distill.tasks import infer_task
-from hf_distill.teachers import ModelTeacher
 from hf_distill.trainer.checks import check_on_policy
 from hf_distill.vocabulary import HeadAlignment
+from tests.augment.making import PrecomputedTeacher
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
 
 LLAMA = HEADS["llama_causal_lm"]
 OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
-WORDS = 40  # what the tokenizers know; ids of examples are below
+WORDS = 40  # known to the tokenizers; the examples use smaller ids
 PROMPTS = {"input_ids": torch.tensor([[5, 6]]).expand(60, 2)}
 
 
 def llama(seed: int, width: int, **settings: Any) -> Any:
-    """Columns without a token are the likeliest of all."""
+    """Return a model whose likeliest columns have no token."""
     model = LLAMA.make(seed, vocab_size=width, **settings)
     with torch.no_grad():
         model.lm_head.weight[WORDS:] = 3 * model.lm_head.weight[3]
@@ -46,8 +46,8 @@ class Recording(OnPolicy):
 
 
 @pytest.mark.parametrize(("ours", "theirs", "both"), [(60, 46, True), (46, 60, True), (46, 46, True), (46, 46, False)])
-def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: bool) -> None:
-    """Of heads of one width the student's tokenizer alone says which columns are tokens."""
+def test_padded_columns_are_not_generated(tmp_path, ours: int, theirs: int, both: bool) -> None:
+    """If the heads have the same width, the student's tokenizer alone decides which columns are tokens."""
     view = Recording(student_share=1.0, max_new_tokens=6)
     trainer = make(
         tmp_path, llama(1, ours), llama(2, theirs), on_policy=view, train_dataset=LLAMA.examples(8), max_steps=1,
@@ -59,8 +59,8 @@ def test_padded_columns_are_not_written(tmp_path, ours: int, theirs: int, both: 
     assert len(view.written) > 8 and view.written.max() < WORDS
 
 
-def test_they_are_drawn_from_the_other_columns_as_if_these_were_all() -> None:
-    """One token of each of 20,000: frequencies are the softmax over the columns that are left, to 5 standard errors."""
+def test_tokens_are_drawn_from_the_remaining_columns() -> None:
+    """For 20,000 tokens, frequencies equal the softmax over the remaining columns up to 5 standard errors."""
     student, view = llama(1, 46), OnPolicy(student_share=1.0, max_new_tokens=1)
     view.bind(student, infer_task(student), processing_class=tokenizer(WORDS))
     drawn = view({"input_ids": PROMPTS["input_ids"][:1].expand(20_000, 2)}, student, step=0)["labels"][:, 2]
@@ -72,7 +72,7 @@ def test_they_are_drawn_from_the_other_columns_as_if_these_were_all() -> None:
 
 
 @OLD_NAME
-def test_which_ids_are_shared() -> None:
+def test_ids_that_the_teacher_does_not_share() -> None:
     def teacher(compared: Any, *embedded: int) -> Any:
         models = [LLAMA.make(1, vocab_size=many) for many in embedded]
         return SimpleNamespace(alignment=HeadAlignment(student=compared), models=lambda: models)
@@ -82,13 +82,13 @@ def test_which_ids_are_shared() -> None:
     assert ids_not_shared(student) == ids_not_shared(student, teacher(None, 12)) == []
     assert ids_not_shared(student, teacher(10, 12)) == [10, 11]
     assert ids_not_shared(student, teacher((0, 1, 2, 5, 11), 12)) == [3, 4, 6, 7, 8, 9, 10]
-    assert ids_not_shared(student, teacher(None, 12, 30, 9)) == [9, 10, 11]  # one of the members cannot read them
+    assert ids_not_shared(student, teacher(None, 12, 30, 9)) == [9, 10, 11]  # one member cannot embed them
     assert ids_not_shared(student, teacher(11, 12), gaps) == [i for i in range(12) if i not in (0, 5)]
     adapted = peft.get_peft_model(student, peft.LoraConfig(target_modules=["lm_head", "embed_tokens"], r=2))
     assert ids_not_shared(adapted, teacher(None, 9)) == [9, 10, 11]
 
 
-def test_a_student_whose_end_token_the_teacher_does_not_know(tmp_path) -> None:
+def test_an_end_token_unknown_to_the_teacher(tmp_path) -> None:
     ours = tokenizer(WORDS, added=["end"])
     ours.eos_token = "end"
     student = llama(1, 46, eos_token_id=WORDS)
@@ -114,25 +114,25 @@ def written(student: Any) -> list[list[int]]:
     return OnPolicy(student_share=1.0, max_new_tokens=3)(PROMPTS, student, step=0)["labels"].tolist()
 
 
-def test_it_writes_from_its_own_distribution_whatever_its_generation_config_says() -> None:
+def test_sampling_ignores_processors_in_the_generation_config() -> None:
     plain = written(LLAMA.make(1))
     for asked in NOT_FOLLOWED:
         student = LLAMA.make(1)
         set_generation(student.generation_config, asked)
-        kept, said = student.generation_config, student.generation_config.to_dict()
+        kept, before = student.generation_config, student.generation_config.to_dict()
         assert written(student) == plain, asked
-        assert student.generation_config is kept and kept.to_dict() == said
+        assert student.generation_config is kept and kept.to_dict() == before
         with pytest.raises(SettingError, match="max_new_tokens=0"):
             OnPolicy(max_new_tokens=0).bind(student, infer_task(student))
         assert student.generation_config is kept
     student = LLAMA.make(1)
-    student.generation_config.eos_token_id = [2, plain[0][2]]  # a special token is followed
+    student.generation_config.eos_token_id = [2, plain[0][2]]  # special tokens still apply
     assert written(student)[0] == plain[0][:3] + [-100] * (len(plain[0]) - 3)
 
 
 @OLD_NAME
-def test_a_peft_model_with_a_generation_config_of_its_own() -> None:
-    """PEFT hands that one to the model inside at each call."""
+def test_a_peft_model_with_its_own_generation_config() -> None:
+    """PEFT copies that config to the base model at each call."""
     student = peft.get_peft_model(LLAMA.make(1), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=2))
     student.generation_config = tf.GenerationConfig(suppress_tokens=[*range(3, 30)], eos_token_id=2, pad_token_id=0)
     own, inner = student.generation_config, student.get_base_model().generation_config
@@ -140,7 +140,7 @@ def test_a_peft_model_with_a_generation_config_of_its_own() -> None:
     assert student.generation_config is own and student.get_base_model().generation_config is inner
 
 
-def test_an_encoder_decoder_ends_its_texts_itself_and_begins_them_in_its_language() -> None:
+def test_an_encoder_decoder_uses_its_own_end_and_language_tokens() -> None:
     shape = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
     shape |= {"vocab_size": 40, "d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     with torch.random.fork_rng():
@@ -148,45 +148,38 @@ def test_an_encoder_decoder_ends_its_texts_itself_and_begins_them_in_its_languag
         student = tf.BartForConditionalGeneration(tf.BartConfig(**shape))
     assert student.generation_config.forced_eos_token_id == 2
     full = [row for row in written(student) if -100 not in row]
-    assert len(full) > 30 and sum(row[-1] == 2 for row in full) < 10  # 2 is one of 40 tokens that are about as likely
+    assert len(full) > 30 and sum(row[-1] == 2 for row in full) < 10  # 40 tokens are about equally likely
     student.generation_config.forced_bos_token_id = 7
     assert {row[0] for row in written(student)} == {7}
 
 
-class AnsweredBefore(ModelTeacher):
-    """As a cached teacher, it has a collator of its own."""
-
-    def wrap_collator(self, collator: Any) -> Any:
-        return collator
-
-
-def test_an_ensemble_may_teach_unless_a_member_was_asked_before(tmp_path) -> None:
+def test_an_ensemble_is_accepted_unless_a_member_is_precomputed(tmp_path) -> None:
     view, settings = Recording(student_share=1.0, max_new_tokens=2), {"alpha": 1.0, "max_steps": 1}
     data = {"train_dataset": LLAMA.examples(4), "data_collator": LLAMA.collate}
     inner = Ensemble([LLAMA.make(3), LLAMA.make(4)])
     trainer = make(tmp_path, LLAMA.make(1), Ensemble([LLAMA.make(2), inner]), on_policy=view, **data, **settings)
     trainer.train()
     assert len(view.written)
-    inner.teachers[1].__class__ = AnsweredBefore
+    inner.teachers[1].__class__ = PrecomputedTeacher
     trainer._on_policy_checked = None
     with pytest.raises(SettingError, match="a cached teacher has no answers for them"):
         check_on_policy(trainer)
 
 
-def test_tensor_parallelism_is_named(tmp_path) -> None:
+def test_the_error_names_tensor_parallelism(tmp_path) -> None:
     trainer = make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=OnPolicy(), alpha=1.0)
     trainer._on_policy_checked, trainer.model._tp_size = None, 2
     with pytest.raises(SettingError, match="with tensor parallelism no process holds all of it"):
         check_on_policy(trainer)
 
 
-def test_what_is_no_on_policy(tmp_path) -> None:
-    for view, told in (
+def test_invalid_on_policy_arguments_raise(tmp_path) -> None:
+    for view, message in (
         ("on-policy", "on_policy='on-policy': must be an object such as"),
         (OnPolicy, "must be an object such as"),
         (lambda batch: batch, "data_collator=hf_distill.augment.AugmentingCollator"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             make(tmp_path, LLAMA.make(1), LLAMA.make(2), on_policy=view, alpha=1.0)
     assert not list(tmp_path.iterdir())
 
@@ -198,7 +191,7 @@ def one_process(tmp_path) -> Any:
     distributed.destroy_process_group()
 
 
-def test_a_student_in_ddp(one_process: Any) -> None:
+def test_on_policy_with_a_ddp_student(one_process: Any) -> None:
     student: nn.Module = DistributedDataParallel(LLAMA.make(1))
     OnPolicy().bind(student, infer_task(LLAMA.make(1)))
     assert written(student) == written(LLAMA.make(1))

@@ -1,4 +1,4 @@
-"""SpecAugment and noise: widths and places by counting, the ratio by measuring, padding and silence untouched."""
+"""SpecAugment and noise: sizes and positions by counting, the ratio by measuring; padding and silence unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from hf_distill.augment import Noise, SpecAugment
 from hf_distill.errors import DataError, SettingError
 
-MARK = -7.0  # of masked cells: nothing else has this value
+MARK = -7.0  # marks masked cells: no other cell has this value
 
 
 def close(count: int, of: int, probability: float) -> bool:
@@ -22,7 +22,7 @@ def close(count: int, of: int, probability: float) -> bool:
 
 
 def blocks(line: torch.Tensor) -> list[tuple[int, int]]:
-    """First place and width of each run of True."""
+    """Return start and width of each run of True."""
     found, start = [], None
     for place, value in enumerate([*line.tolist(), False]):
         if value and start is None:
@@ -34,7 +34,7 @@ def blocks(line: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def one_block(masked: torch.Tensor) -> tuple[int, int]:
-    """(first, width) of the only block of time in `[mel t]`, which must hold whole columns; (-1, 0): none."""
+    """Return (first, width) of the only time block in `[mel t]`, which must cover whole columns, or (-1, 0)."""
     columns = (masked == MARK).any(0)
     assert torch.equal(masked == MARK, columns.expand_as(masked))
     found = blocks(columns)
@@ -42,7 +42,7 @@ def one_block(masked: torch.Tensor) -> tuple[int, int]:
     return found[0] if found else (-1, 0)
 
 
-def test_widths_and_places_of_time_blocks() -> None:
+def test_widths_and_positions_of_time_blocks() -> None:
     augment = SpecAugment(freq_width=0, num_freq_masks=0, time_width=3, num_time_masks=1, value=MARK)
     rolls, frames = 2000, 6
     seen = Counter(
@@ -56,7 +56,7 @@ def test_widths_and_places_of_time_blocks() -> None:
     assert sum(seen.values()) == rolls and len(seen) == 1 + 6 + 5 + 4
 
 
-def test_widths_and_places_of_frequency_blocks() -> None:
+def test_widths_and_positions_of_frequency_blocks() -> None:
     augment = SpecAugment(freq_width=2, num_freq_masks=1, time_width=0, num_time_masks=0, value=MARK)
     rolls, channels = 2000, 4
     seen = Counter(
@@ -69,7 +69,7 @@ def test_widths_and_places_of_frequency_blocks() -> None:
     assert len(seen) == 1 + 4 + 3
 
 
-def test_a_time_block_is_no_longer_than_its_share_of_what_is_no_padding() -> None:
+def test_time_blocks_are_limited_to_a_share_of_the_unpadded_length() -> None:
     blocks = {"time_width": 100, "max_time_share": 0.5, "num_time_masks": 1}
     augment = SpecAugment(freq_width=0, num_freq_masks=0, value=MARK, **blocks)
     mask = torch.tensor([1] * 8 + [0] * 12)
@@ -80,8 +80,8 @@ def test_a_time_block_is_no_longer_than_its_share_of_what_is_no_padding() -> Non
     assert set(widths) == {0, 1, 2, 3, 4}
 
 
-def test_there_are_as_many_blocks_as_asked() -> None:
-    """With three blocks of exactly one channel or frame, at most three are hit, and three quite often."""
+def test_the_number_of_blocks_is_the_setting() -> None:
+    """Three blocks of exactly one channel or frame cover at most three cells, and often three."""
     augment = SpecAugment(freq_width=1, num_freq_masks=3, time_width=0, num_time_masks=0, value=MARK)
     hit = Counter(
         int((augment({"input_features": torch.zeros(50, 4)})["input_features"] == MARK).any(1).sum())
@@ -89,11 +89,11 @@ def test_there_are_as_many_blocks_as_asked() -> None:
     )
     assert set(hit) == {0, 1, 2, 3}
     assert close(hit[0], 400, 1 / 8)
-    # three drawn (1/8), and none upon another: 49/50 · 48/50
+    # three drawn (1/8) and none overlapping: 49/50 · 48/50
     assert close(hit[3], 400, 49 / 50 * 48 / 50 / 8)
 
 
-def test_the_mask_value_is_the_mean_of_the_sound() -> None:
+def test_the_mask_value_is_the_mean_of_the_recording() -> None:
     features = torch.randn(4, 10, dtype=torch.float64)
     features[:, 6:] = 1000.0  # padding
     mask = [1] * 6 + [0] * 4
@@ -108,7 +108,7 @@ def test_the_mask_value_is_the_mean_of_the_sound() -> None:
 
 @pytest.mark.parametrize("time_axis", [-1, -2])
 @pytest.mark.parametrize("kind", ["tensor", "array", "list"])
-def test_what_comes_back_is_what_was_given(time_axis: int, kind: str) -> None:
+def test_type_and_layout_are_preserved(time_axis: int, kind: str) -> None:
     features = np.random.default_rng(0).standard_normal((5, 9)).astype(np.float32)
     features = features if time_axis == -1 else features.T
     given: Any = {"tensor": torch.tensor(features), "array": features.copy(), "list": features.tolist()}[kind]
@@ -118,15 +118,15 @@ def test_what_comes_back_is_what_was_given(time_axis: int, kind: str) -> None:
     made = augment(example)
     assert type(made["input_features"]) is type(given) and made["labels"] == [1, 2]
     assert getattr(made["input_features"], "dtype", None) == getattr(given, "dtype", None)
-    assert np.array_equal(np.asarray(given, dtype=np.float32), features)  # left as it was
+    assert np.array_equal(np.asarray(given, dtype=np.float32), features)  # the input is unchanged
     found = np.asarray(made["input_features"], dtype=np.float32)
     found, features = (found, features) if time_axis == -1 else (found.T, features.T)
     assert (found[:, :7] == MARK).any()
     assert found[:, 7:].tobytes() == features[:, 7:].tobytes()
 
 
-def test_a_batch_is_augmented_as_its_examples_are() -> None:
-    """After collation each row draws as it would alone, and its padding stays."""
+def test_a_batch_is_augmented_like_its_examples() -> None:
+    """After collation each row has the same draws as alone, and its padding stays."""
     rows = [torch.randn(5, 9), torch.randn(5, 9), torch.randn(5, 9)]
     masks = [[1] * 9, [1] * 4 + [0] * 5, [0] * 9]
     settings = {"freq_width": 3, "time_width": 4, "value": MARK}
@@ -151,7 +151,7 @@ def measured_db(clean: torch.Tensor, noisy: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("noises", [None, [np.sin(np.arange(37.0))]])
 @pytest.mark.parametrize("snr", [-5.0, 0.0, 20.0])
-def test_the_ratio_is_the_asked_one_over_what_is_no_padding(noises, snr: float) -> None:
+def test_the_noise_ratio_holds_over_the_unpadded_part(noises, snr: float) -> None:
     waveform = torch.randn(400, dtype=torch.float64)
     waveform[300:] = 0.0
     example = {"input_values": waveform, "attention_mask": [1] * 300 + [0] * 100}
@@ -160,7 +160,7 @@ def test_the_ratio_is_the_asked_one_over_what_is_no_padding(noises, snr: float) 
     assert torch.equal(noisy[300:], waveform[300:])
 
 
-def test_the_ratio_is_uniform_in_its_range() -> None:
+def test_the_noise_ratio_is_uniform_in_its_range() -> None:
     waveform, noise = torch.randn(50, dtype=torch.float64), Noise(snr_db=(10.0, 20.0))
     found = [measured_db(waveform, noise({"input_values": waveform})["input_values"]) for _ in range(800)]
     assert 10 <= min(found) < 10.2 and 19.8 < max(found) <= 20
@@ -169,17 +169,17 @@ def test_the_ratio_is_uniform_in_its_range() -> None:
 
 
 def test_white_noise_is_white() -> None:
-    """No correlation from sample to sample: for n samples its standard deviation is 1/√n."""
+    """No correlation between samples: for n samples its standard deviation is 1/√n."""
     waveform = torch.ones(20000, dtype=torch.float64)
     added = Noise(snr_db=(0.0, 0.0))({"input_values": waveform})["input_values"] - waveform
     added = (added - added.mean()) / added.std()
     for lag in (1, 2, 50):
         assert abs(float((added[lag:] * added[:-lag]).mean())) < 5 / math.sqrt(20000)
-    assert abs(float((added**4).mean()) - 3) < 5 * math.sqrt(96 / 20000)  # Gaussian
+    assert abs(float((added**4).mean()) - 3) < 5 * math.sqrt(96 / 20000)  # Gaussian kurtosis
 
 
-def test_given_noises_are_parts_of_the_recordings() -> None:
-    """Each is a piece from some place on, over and over; both recordings come up."""
+def test_noise_recordings_are_cut_at_random_positions() -> None:
+    """Each noise is a piece from a random start, repeated; both recordings occur."""
     recordings = [np.array([1.0, 2.0, 4.0]), np.array([1.0, -3.0, 1.0, 5.0, 2.0])]
     waveform, noise = torch.ones(7, dtype=torch.float64), Noise(snr_db=(0.0, 0.0), noises=recordings)
     seen = Counter()
@@ -198,7 +198,7 @@ def test_given_noises_are_parts_of_the_recordings() -> None:
 
 
 @pytest.mark.parametrize("example", [{"input_values": torch.zeros(9)}, {"input_values": np.zeros(0, dtype=np.float32)}])
-def test_silence_stays(example) -> None:
+def test_silence_is_unchanged(example) -> None:
     made = Noise()(example)["input_values"]
     assert np.asarray(made).tobytes() == np.asarray(example["input_values"]).tobytes()
 
@@ -221,7 +221,7 @@ def test_a_silent_part_of_a_recording_adds_nothing() -> None:
         (lambda: Noise(noises=[np.ones(3), np.zeros(3)]), r"2 noises, of which 1 are empty, silent"),
     ],
 )
-def test_settings_that_are_refused(make, message: str) -> None:
+def test_invalid_settings_raise(make, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()
 
@@ -240,6 +240,6 @@ def test_settings_that_are_refused(make, message: str) -> None:
         (Noise(acts_on="batch"), {"input_values": torch.ones(2, 4)}, r"no attention_mask.*return_attention_mask=True"),
     ],
 )
-def test_examples_that_are_refused(augment, shown, message: str) -> None:
+def test_invalid_examples_raise(augment, shown, message: str) -> None:
     with pytest.raises(DataError, match=message):
         augment(shown)

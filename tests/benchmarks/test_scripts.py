@@ -1,4 +1,4 @@
-"""The scripts under benchmarks/ start, say what they lack, and measure what they claim. No timing is asserted."""
+"""The scripts under benchmarks/ start, report missing requirements, and measure what they claim. No timing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_every_script_is_listed_here_and_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_script_prints_help(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         run(script, "--help", monkeypatch=monkeypatch)
     assert stopped.value.code == 0
@@ -68,19 +70,19 @@ def test_overhead_reports_every_way_on_both_clocks(
     sizes = {"--batch": 2, "--length": 8, "--vocabulary": 50, "--blocks": 2, "--steps": 2, "--warm-up": 1}
     tiny = ["--tiny", *(str(part) for option in sizes.items() for part in option)]
     run("trainer_overhead", "--kind", kind, *tiny, "--output", str(tmp_path / "x.json"), monkeypatch=monkeypatch)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for way in ("bare loop", "Trainer, hand-written loss", "DistillationTrainer"):
-        assert len(re.findall(rf"^\| {way} \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", said, re.MULTILINE)) == 2
-    assert len(re.findall(r"^\| DistillationTrainer / Trainer, hand-written loss \|", said, re.MULTILINE)) == 2
+        assert len(re.findall(rf"^\| {way} \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", output, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\| DistillationTrainer / Trainer, hand-written loss \|", output, re.MULTILINE)) == 2
     assert (tmp_path / "x.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "masked_lm"])
-def test_every_way_of_a_step_has_one_loss(
+def test_every_way_of_a_step_has_the_same_loss(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     sizes = ["--batch", "2", "--length", "8", "--vocabulary", "50", "--student", "1", "16", "--teacher", "1", "16"]
-    ways = ["--ways", "bare loop", "DistillationTrainer, whole logits", "DistillationTrainer"]  # TRL may be anywhere
+    ways = ["--ways", "bare loop", "DistillationTrainer, whole logits", "DistillationTrainer"]  # without TRL
     few = ["--blocks", "1", "--steps", "1", "--no-memory", "--alpha", "0.7", "--output", str(tmp_path / "x.json")]
     run("end_to_end", "--kind", kind, *sizes, *ways, *few, monkeypatch=monkeypatch)
     rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| [\d.]+ \|  \| ([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
@@ -89,7 +91,7 @@ def test_every_way_of_a_step_has_one_loss(
     assert first > 0 and others == [pytest.approx(first, abs=2e-4)] * 2
 
 
-def test_errors_in_16_bits_are_of_both_ways(
+def test_errors_in_16_bits_are_measured_for_both_ways(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = ["--seeds", "1", "--rows", "10", "--columns", "12", "--widths", "4", "5", "--heads", "gpt2_causal_lm"]
@@ -101,12 +103,12 @@ def test_errors_in_16_bits_are_of_both_ways(
             assert 1e-4 < plain < 0.1 and [ratio, largest] == pytest.approx([ours / plain] * 2, abs=0.02)
 
 
-def test_real_data_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_data_raise_with_the_searched_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no data set 'sst2' in .* Pass --data-dir FOLDER, or set HF_DISTILL_DATA"):
         run("real_data", "sst2", "--data-dir", str(tmp_path), monkeypatch=monkeypatch)
 
 
-def test_a_missing_encoder_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_encoder_raises_with_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = tmp_path / "wnut17"
     data.mkdir()
     (data / "README.md").write_text("")

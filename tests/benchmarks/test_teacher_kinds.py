@@ -1,4 +1,4 @@
-"""The comparison of kinds of teacher: equal starts and batches, nothing done twice, gains against the right row."""
+"""The comparison of teachers: equal initializations and batches, no run repeated, gains against the right row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def teachers() -> Any:
 
 
 @pytest.mark.parametrize(("layers", "taken"), [(2, (0, 5)), (4, (0, 2, 3, 5))])
-def test_a_start_has_these_layers_of_the_teacher(teachers: Any, layers: int, taken: tuple[int, ...]) -> None:
+def test_initialization_copies_these_layers(teachers: Any, layers: int, taken: tuple[int, ...]) -> None:
     student = kinds_training.start(teachers[0], layers)
     assert len(student.bert.encoder.layer) == layers
     for ours, theirs in zip(student.bert.encoder.layer, taken, strict=True):
@@ -30,17 +30,17 @@ def test_a_start_has_these_layers_of_the_teacher(teachers: Any, layers: int, tak
     assert torch.equal(student.classifier.weight, teachers[0].classifier.weight)
 
 
-def test_teachers_together_are_the_mean_of_their_softened_probabilities(teachers: Any) -> None:
+def test_an_ensemble_averages_softened_probabilities(teachers: Any) -> None:
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}
     with torch.no_grad():
-        said = [[float(x) for x in teacher(**batch).logits[0]] for teacher in teachers]
+        output = [[float(x) for x in teacher(**batch).logits[0]] for teacher in teachers]
         found = teacher_kinds.Together(teachers)(**batch).logits.exp()[0]
     # Two classes at T = 2: the second has 1 / (1 + e^((a - b) / 2)).
-    expected = statistics.mean(1 / (1 + torch.tensor((a - b) / 2).exp().item()) for a, b in said)
+    expected = statistics.mean(1 / (1 + torch.tensor((a - b) / 2).exp().item()) for a, b in output)
     assert found.tolist() == pytest.approx([1 - expected, expected], abs=1e-6)
 
 
-def test_runs_are_of_equal_steps_and_none_is_done_twice(
+def test_runs_have_equal_steps_and_none_is_repeated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = [
@@ -56,7 +56,7 @@ def test_runs_are_of_equal_steps_and_none_is_done_twice(
     ]
     arguments += ["--steps", "1", "--batch", "4", "--learning-rates", "1e-3", "--alphas", "0.9"]
     run("teacher_kinds", *arguments, monkeypatch=monkeypatch)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(one["kind"], one["seed"]) for one in runs] == [
         (kind, seed) for seed in (0, 1) for kind in ("labels alone", "one teacher", "three teachers", "generations")
@@ -64,13 +64,13 @@ def test_runs_are_of_equal_steps_and_none_is_done_twice(
     assert all(len(one["dev"]) == len(kinds_training.KINDS[one["kind"]]) for one in runs)
     rows = ("labels alone", "one teacher", "three teachers", "second generation", "third generation")
     for row in rows:
-        assert f"\n| {row} | " in said
+        assert f"\n| {row} | " in output
     run("teacher_kinds", *arguments, monkeypatch=monkeypatch)
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(runs)
-    assert capsys.readouterr().out.split("\n\n")[1:] == said.split("\n\n")[1:]  # the same tables
+    assert capsys.readouterr().out.split("\n\n")[1:] == output.split("\n\n")[1:]  # the same tables
 
 
-def test_gains_are_seed_by_seed_against_what_a_row_is_compared_with() -> None:
+def test_gains_compare_each_seed_with_the_baseline_row() -> None:
     test = {
         "labels alone": [0.5, 0.6],
         "one teacher": [0.7, 0.7],
@@ -83,6 +83,6 @@ def test_gains_are_seed_by_seed_against_what_a_row_is_compared_with() -> None:
     assert teacher_kinds.gains(found, "three teachers", "test") == pytest.approx([0.1, -0.1])
 
 
-def test_what_is_chosen_is_best_on_dev_by_the_last_student() -> None:
+def test_the_selected_setting_is_best_on_dev_for_the_last_student() -> None:
     tried: list[Any] = [{"dev": [0.9, 0.5]}, {"dev": [0.1, 0.7]}, {"dev": [0.2, 0.7]}]
     assert teacher_kinds.best(tried) is tried[1]

@@ -85,13 +85,13 @@ def test_a_failing_model_gets_its_mode_back():
     assert model.training
 
 
-def test_too_few_calls_are_refused():
+def test_too_few_calls_are_rejected():
     with pytest.raises(SettingError, match=r"calls=49: a 95th percentile needs at least 50"):
         measured(calls=49)
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 2)])
-def test_batches_of_different_sizes_are_refused(sizes):
+def test_batches_of_different_sizes_are_rejected(sizes):
     batches = [{"x": torch.zeros(size, 3)} for size in sizes]
     with pytest.raises(SettingError, match="one or more batches of the same size"):
         measure_latency({"student": nn.Identity()}, batches)

@@ -40,7 +40,7 @@ def test_prediction_keeps_the_mode_and_makes_no_gradient():
     assert model.modes == [(False, True)] and model.training
 
 
-def test_a_head_with_a_row_for_each_token_is_refused():
+def test_token_heads_are_rejected():
     with pytest.raises(SettingError, match=r"logits of shape \(2, 3, 2\)"):
         predicted_labels(Echo({0: "a", 1: "b"}), [{"x": torch.zeros(2, 3, 2)}])
 
@@ -51,7 +51,7 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), (["a"], ["a", "b"])])
-def test_lists_that_do_not_match_are_refused(first, second):
+def test_mismatched_lists_are_rejected(first, second):
     with pytest.raises(DataError, match="same length, at least 1"):
         share_equal(first, second)
 

@@ -85,18 +85,18 @@ def test_a_row_is_found_by_name():
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 1}'])
-def test_other_json_is_refused(text):
+def test_other_json_is_rejected(text):
     with pytest.raises(DataError, match="not a report that hf-distill wrote"):
         Report.from_json(text)
 
 
-def test_another_schema_version_is_refused():
+def test_another_schema_version_is_rejected():
     raw = json.loads(report().to_json()) | {"schema_version": 99}
     with pytest.raises(DataError, match="schema version 99; this release reads 1"):
         Report.from_json(json.dumps(raw))
 
 
-def test_a_folder_without_a_report_is_refused(tmp_path):
+def test_a_folder_without_a_report_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"no report\.json in"):
         read_report(tmp_path)
 

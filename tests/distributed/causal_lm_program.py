@@ -1,7 +1,7 @@
-"""A program, not a test: texts of a teacher, texts of a student, and another tokenizer, in each of several processes.
+"""A program: completions of a teacher, on-policy texts of a student, and another tokenizer, in several processes.
 
-Started by `test_causal_lm` with FOLDER; each process writes there what it found. In fp64 and by plain SGD, so that only
-real differences from one process are seen.
+`test_causal_lm` starts it with FOLDER; each process writes its results there. In fp64 with plain SGD, so that only
+real differences from one process are visible.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from tests.trainer.steps import in_double
 from tests.trainer.tiny import make
 
 LLAMA = HEADS["llama_causal_lm"]
-GREEDY = 1e-7  # a sampling temperature at which the likeliest token is drawn, however near the next one is
+GREEDY = 1e-7  # a sampling temperature at which the likeliest token is always drawn
 SAMPLED = {"do_sample": True, "num_return_sequences": 2, "seed": 3}
-# Prompts, prompts a shard, and further settings. Of three shards the first process has two.
+# Prompts, prompts per shard, and further settings. With three shards the first process has two.
 WRITTEN: dict[str, tuple[int, int, dict[str, Any]]] = {
     "a short last shard": (7, 3, {}),
     "fewer shards than processes": (2, 3, {}),
     "sampled": (7, 2, SAMPLED),
     "interrupted": (7, 1, SAMPLED),
 }
-# student_share, sampling temperature, and whether all prompts are the same one.
+# student_share, sampling temperature, and whether all prompts are equal.
 POLICIES: dict[str, tuple[float, float, bool]] = {
     "never": (0.0, 1.0, False),
     "half, greedy": (0.5, GREEDY, False),
@@ -52,7 +52,7 @@ STEPS, ACCUMULATION = 3, 2
 
 
 def writer(seed: int) -> Any:
-    """Its texts end soon or late: each example has another number of tokens."""
+    """Return a model whose texts have different lengths."""
     model = LLAMA.make(seed).double()
     with torch.no_grad():
         model.lm_head.weight[2] += 5 * model.lm_head.weight.std()
@@ -60,7 +60,7 @@ def writer(seed: int) -> Any:
 
 
 def completions(path: Path, case: str) -> dict[str, Any]:
-    """The rows, and the shards that this process wrote, a call."""
+    """Return the rows, and for each call the shards that this process wrote."""
     count, size, settings = WRITTEN[case]
     teacher, prompts = writer(2), datasets.Dataset.from_list(LLAMA.examples(count))
     calls: list[list[int]] = []
@@ -87,8 +87,8 @@ def completions(path: Path, case: str) -> dict[str, Any]:
         ShardedPass.write_shard = write  # type: ignore[method-assign]  # as it was
 
 
-class Listening(OnPolicy):
-    """Keeps what it was asked, and what it answered."""
+class RecordingOnPolicy(OnPolicy):
+    """Records its arguments and results."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -118,10 +118,10 @@ def trained(folder: Path, student: Any, teacher: Any, *, examples_a_process: int
 
 
 def on_policy(folder: Path, case: str, *, examples_a_process: int, student: Any = None) -> dict[str, Any]:
-    """Three steps of a student that continues batches, and what it wrote."""
+    """Return three steps of a student that continues batches, and its texts."""
     student_share, temperature, same = POLICIES[case]
     view, rows = (
-        Listening(student_share=student_share, max_new_tokens=6, sampling_temperature=temperature),
+        RecordingOnPolicy(student_share=student_share, max_new_tokens=6, sampling_temperature=temperature),
         LLAMA.examples(24),
     )
     found = trained(
@@ -134,7 +134,7 @@ def on_policy(folder: Path, case: str, *, examples_a_process: int, student: Any 
 
 
 def universal(folder: Path, alpha: float | None, *, examples_a_process: int) -> dict[str, Any]:
-    """One update by a teacher with another tokenizer."""
+    """Return one update from a teacher with another tokenizer."""
     ours, theirs = (tokenizer(size) for size in (two_tokenizers.OURS, two_tokenizers.THEIRS))
     student, teacher = LLAMA.make(1).double(), LLAMA.make(2, vocab_size=len(theirs)).double()
     return trained(
@@ -145,7 +145,7 @@ def universal(folder: Path, alpha: float | None, *, examples_a_process: int) -> 
 
 
 def sharded(folder: Path) -> Any:
-    """The same student, which transformers shards over the processes while it is loaded (FSDP2)."""
+    """Return the same student, sharded over the processes by transformers at load time (FSDP2)."""
     if dist.get_rank() == 0:
         writer(1).save_pretrained(folder / "student")
     dist.barrier()
@@ -154,7 +154,7 @@ def sharded(folder: Path) -> Any:
 
 
 def refused(folder: Path) -> str:
-    """What is said to a teacher that lies on both processes."""
+    """Return the error for a teacher that is split over both processes."""
     try:
         generate_completions(sharded(folder), datasets.Dataset.from_list(LLAMA.examples(2)), folder / "refused")
     except TeacherError as error:
@@ -170,7 +170,10 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"written": {case: completions(folder, case) for case in WRITTEN}}
     found["policies"] = {case: on_policy(folder, case, examples_a_process=2) for case in POLICIES}
     found["universal"] = {alpha: universal(folder, alpha, examples_a_process=2) for alpha in (0.0, None)}
-    for how, student in (("whole", writer(1)), ("sharded", sharded(folder))):  # an example a process: unequal lengths
+    for how, student in (
+        ("whole", writer(1)),
+        ("sharded", sharded(folder)),
+    ):  # one example per process: unequal lengths
         found[how] = on_policy(folder, "always, greedy", examples_a_process=1, student=student)
     found["refused"] = refused(folder)
     path = folder / f"process-{dist.get_rank()}.pt"

@@ -1,7 +1,7 @@
-"""Running a program in processes of its own: under torchrun, or forked from one that has imported torch for all.
+"""Run a program in separate processes: under torchrun, or forked from a server that has imported torch.
 
-An interpreter takes five to ten seconds to import torch and transformers. The standard library's fork server does so
-once for all programs that a test process starts.
+An interpreter takes five to ten seconds to import torch and transformers. The standard library's fork server imports
+them once for all programs that a test process starts.
 """
 
 import multiprocessing
@@ -28,8 +28,8 @@ SECONDS = 300
 
 
 def launched(program: str, *arguments: str, says: str, processes: int) -> str:
-    """What the program printed after the word `says`."""
-    # torchrun puts no folder of ours on the path, and two threads on two cores would only spin.
+    """Return the line that the program printed after the word `says`."""
+    # torchrun does not add the repository to the path; two threads on two cores would only spin.
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -53,12 +53,12 @@ def free_port() -> str:
 
 
 def alone(program: Path, *arguments: str, folder: Path | None = None) -> str:
-    """What the program printed, run as the main module of a process of its own, in `folder`."""
+    """Run the program as the main module of a new process in `folder`; return its output."""
     return _forked(program, arguments, [{}], folder)[0]
 
 
 def two_processes(program: Path, *arguments: str) -> list[str]:
-    """What each of two processes of one group printed, by rank."""
+    """Run the program in a group of two processes; return their outputs by rank."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     return _forked(program, arguments, [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")], None)
 
@@ -66,7 +66,7 @@ def two_processes(program: Path, *arguments: str) -> list[str]:
 def _forked(
     program: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path | None
 ) -> list[str]:
-    """What a process in each of these environments printed; all of them must end well."""
+    """Run a process in each of these environments; return their outputs. All of them must exit with 0."""
     with tempfile.TemporaryDirectory() as printed, ExitStack() as stack:
         started = []
         for number, environment in enumerate(environments):
@@ -77,12 +77,12 @@ def _forked(
         running = {process.sentinel: process for process in started}
         while running:
             ended = multiprocessing.connection.wait(list(running), timeout=SECONDS)
-            said = "\n".join(path.read_text()[-6000:] for path in sorted(Path(printed).iterdir()))
-            assert ended, f"{program} has not ended after {SECONDS} s: {said}"
+            output = "\n".join(path.read_text()[-6000:] for path in sorted(Path(printed).iterdir()))
+            assert ended, f"{program} has not ended after {SECONDS} s: {output}"
             for sentinel in ended:
                 process = running.pop(sentinel)
                 process.join()
-                assert process.exitcode == 0, said  # the others may wait for it for minutes
+                assert process.exitcode == 0, output  # otherwise the others may wait for minutes
         return [Path(f"{printed}/{number}.out").read_text() for number in range(len(started))]
 
 
@@ -94,7 +94,7 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _run(program: str, arguments: Sequence[str], environment: Mapping[str, str], printed: str, folder: Path) -> None:
-    """In the new process: as `python program ARGUMENTS` would."""
+    """In the new process: do what `python program ARGUMENTS` does."""
     make_trainings_cheap()
     os.chdir(folder)
     os.environ.update(environment)

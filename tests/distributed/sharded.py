@@ -1,4 +1,4 @@
-"""A teacher sharded by FSDP2 over the processes that there are, beside itself unsharded. It asserts nothing."""
+"""A teacher sharded by FSDP2 over all processes, compared with the unsharded teacher."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_distill._compat import _with_fsdp2
 
 
 def sharded_teacher() -> dict[str, Any]:
-    """Call it last: the plugin stays in Accelerate's state."""
+    """Call this last: the plugin stays in Accelerate's state."""
     accelerator = Accelerator(cpu=True)
-    # On a CPU Accelerate's plugin silently stays DDP, so it is put there by hand; the sharding itself is Accelerate's.
+    # On a CPU Accelerate's plugin silently becomes DDP, so it is set by hand; Accelerate does the sharding itself.
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -32,7 +32,9 @@ def sharded_teacher() -> dict[str, Any]:
     with torch.no_grad():
         whole = teacher(**batch).logits
         teacher = _with_fsdp2(teacher, accelerator)
-        sharded = all(isinstance(p, DTensor) for p in teacher.parameters())  # after a forward the outermost are whole
+        sharded = all(
+            isinstance(p, DTensor) for p in teacher.parameters()
+        )  # after a forward the outermost are gathered
         found = torch.stack([teacher(**batch).logits for _ in range(3)])
     return {
         "difference": (found - whole).abs().max().item(),

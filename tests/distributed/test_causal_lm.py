@@ -1,6 +1,6 @@
-"""Two gloo processes write, continue and compare what one does: completions, OnPolicy, UniversalLogitMatch.
+"""Two gloo processes give the results of one: completions, OnPolicy, UniversalLogitMatch.
 
-What each of them is in one process: `tests/teachers/test_completions.py`, `tests/augment/test_on_policy.py` and
+Tests in one process: `tests/teachers/test_completions.py`, `tests/augment/test_on_policy.py` and
 `tests/objectives/test_universal_logit.py`.
 """
 
@@ -27,7 +27,7 @@ from tests.trainer.tiny import assert_moved, assert_same_bits, update_difference
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where two processes wrote; started once."""
+    """Return the folder of the two processes, which run once."""
     made = tmp_path_factory.mktemp("causal-lm-in-two")
     two_processes(Path(__file__).with_name("causal_lm_program.py"), str(made))
     return made
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> list[Any]:
-    """What each process found."""
+    """Return the results of each process."""
     found = [torch.load(folder / f"process-{rank}.pt") for rank in (0, 1)]
     assert [one["processes"] for one in found] == [2, 2]
     return found
@@ -46,8 +46,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", WRITTEN)
-def test_completions_are_those_of_one_process(two, folder: Path, tmp_path: Path, case: str) -> None:
-    """To the byte; each process is given the whole, having written its own shards and no others, once."""
+def test_completions_equal_those_of_one_process(two, folder: Path, tmp_path: Path, case: str) -> None:
+    """To the byte; each process writes its own shards once, and receives all of them."""
     expected = completions(tmp_path, case)
     assert contents(folder / case) == contents(tmp_path / case)
     first, second = (one["written"][case] for one in two)
@@ -58,7 +58,7 @@ def test_completions_are_those_of_one_process(two, folder: Path, tmp_path: Path,
     assert [row["index"] for row in first["rows"]] == [index for index in range(count) for _ in range(each)]
     shards = list(range(-(-count // size)))
     for found, own in ((first, shards[::2]), (second, shards[1::2]), (expected, shards)):
-        # Made again, nothing is written; killed at shard 3, those before it are not written again.
+        # A second run writes nothing; after a kill at shard 3, earlier shards are not written again.
         done = [shard for shard in own if case != "interrupted" or shard < 3]
         assert found["calls"] == [done, [shard for shard in own if shard not in done]]
 
@@ -73,22 +73,22 @@ def test_processes_agree_on_which_batches_are_continued(two) -> None:
         assert ({one["process"] for one in ours}, {one["process"] for one in theirs}) == ({0}, {1})
 
 
-def test_processes_draw_texts_of_their_own(two) -> None:
-    """To one and the same prompt, by one and the same student."""
+def test_processes_draw_different_texts(two) -> None:
+    """For the same prompt and the same student."""
     ours, theirs = ([one["texts"] for one in found["policies"]["always, sampled"]["shown"]] for found in two)
     assert len(ours) == STEPS * ACCUMULATION and ours != theirs
 
 
 @pytest.mark.parametrize("case", POLICIES)
-def test_processes_that_continue_batches_stay_one_student(two, case: str) -> None:
+def test_students_stay_equal_across_processes_with_on_policy_batches(two, case: str) -> None:
     first, second = (found["policies"][case] for found in two)
     assert_same_bits(second["weights"], first["weights"])
     assert_moved(first["weights"], first["start"])
 
 
 @pytest.mark.parametrize("case", [case for case in POLICIES if "sampled" not in case])
-def test_batches_that_two_processes_continue_are_those_of_one(two, tmp_path: Path, case: str) -> None:
-    """Where nothing is drawn. A denominator is that of the texts of both, which are of unequal length."""
+def test_on_policy_batches_of_two_processes_equal_those_of_one(two, tmp_path: Path, case: str) -> None:
+    """Without sampling. The denominator counts both processes' texts, which have unequal lengths."""
     expected = on_policy(tmp_path, case, examples_a_process=4)
     ours, theirs = (found["policies"][case] for found in two)
     shares = []
@@ -100,8 +100,8 @@ def test_batches_that_two_processes_continue_are_those_of_one(two, tmp_path: Pat
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
-def test_two_processes_learn_from_another_tokenizer_as_one_does(two, tmp_path: Path, alpha: float | None) -> None:
-    """Each process has another number of pairs."""
+def test_universal_logit_match_in_two_processes_equals_one(two, tmp_path: Path, alpha: float | None) -> None:
+    """The processes have different numbers of pairs."""
     expected = universal(tmp_path, alpha, examples_a_process=4)
     first, second = (found["universal"][alpha] for found in two)
     assert_same_bits(second["weights"], first["weights"])
@@ -116,8 +116,8 @@ def assert_as_one(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_a_student_that_was_sharded_at_load_writes_what_the_whole_one_writes(two) -> None:
-    """FSDP2 by transformers itself, whose `generate` keeps the processes in step when one has come to its end."""
+def test_a_student_sharded_at_load_time_generates_the_same_texts(two) -> None:
+    """FSDP2 by transformers, whose `generate` keeps the processes in step after one has finished."""
     lengths = [[len(text) for one in found["whole"]["shown"] for text in one["texts"]] for found in two]
     assert sum(mine != other for mine, other in zip(*lengths, strict=True)) > 1
     for found in two:
@@ -125,6 +125,6 @@ def test_a_student_that_was_sharded_at_load_writes_what_the_whole_one_writes(two
         assert_as_one(found["sharded"], found["whole"])
 
 
-def test_a_teacher_that_lies_on_several_processes_is_not_asked_by_each(two, folder: Path) -> None:
+def test_a_teacher_split_across_processes_raises_in_completions(two, folder: Path) -> None:
     assert all("weights lie on several processes" in found["refused"] for found in two)
     assert not (folder / "refused").exists()

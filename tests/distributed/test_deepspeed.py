@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 on two CPU processes: the curve of one process, with the teacher sharded at stage 3."""
+"""ZeRO 0 to 3 on two CPU processes gives the loss curve of one process, with the teacher sharded at stage 3."""
 
 import json
 from typing import Any
@@ -13,9 +13,9 @@ def curve(stage: int, *, processes: int, what: str = "classes") -> dict[str, Any
     return json.loads(launched("zero_program.py", str(stage), what, says="CURVE", processes=processes))
 
 
-@pytest.mark.slow  # DeepSpeed builds an operator with g++ the first time
+@pytest.mark.slow  # DeepSpeed compiles an operator with g++ the first time
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_has_the_curve_of_one_process(stage: int) -> None:
+def test_zero_gives_the_loss_curve_of_one_process(stage: int) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
     alone, sharded = curve(-1, processes=1), curve(stage, processes=2)
     np.testing.assert_allclose(sharded["losses"], alone["losses"], rtol=1e-5)
@@ -24,8 +24,8 @@ def test_zero_has_the_curve_of_one_process(stage: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_without_logits_has_the_curve_of_one_process_with_them(stage: int) -> None:
+def test_fused_zero_gives_the_unfused_loss_curve_of_one_process(stage: int) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
     alone, sharded = curve(-1, processes=1, what="with"), curve(stage, processes=2, what="without")
-    np.testing.assert_allclose(sharded["losses"], alone["losses"], rtol=1e-4)  # printed with that many digits
+    np.testing.assert_allclose(sharded["losses"], alone["losses"], rtol=1e-4)  # losses are printed with 4 digits
     assert len({tuple(row) for row in alone["losses"]}) > 1

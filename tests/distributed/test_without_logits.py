@@ -1,6 +1,6 @@
-"""`fused_loss=True` is the plain path in two gloo processes too: DDP, FSDP, rows that one process has alone.
+"""`fused_loss=True` equals the plain path in two gloo processes: DDP, FSDP, rows in only one process.
 
-That the plain path in two processes is that of one: `tests/trainer/test_two_processes.py`.
+The plain path in two processes against one: `tests/trainer/test_two_processes.py`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def assert_same(found: dict[str, Any], case: str) -> None:
     student, teacher = found["wrapped"]
     assert student == WRAPPED[case.split(",")[0]], case
     assert (teacher == SHARDED) == ("teacher too" in case), case
-    assert found["apart"] < 1e-6, case  # fp64, but for the count and a causal head's own loss, which are fp32
+    assert found["apart"] < 1e-6, case  # fp64, except the count and a causal head's own loss in fp32
     assert found["without"] == pytest.approx(found["with"], rel=1e-6), case
     assert len(found["with"]) >= 3 and len(set(found["with"])) > 1, case
 
 
-def test_wrapped_in_each_way() -> None:
+def test_fused_loss_under_each_wrapper() -> None:
     for case, found in run(*QUICK).items():
         assert_same(found, case)
 
 
 @pytest.mark.slow
-def test_wrapped_in_more_ways() -> None:
+def test_fused_loss_under_further_wrappers() -> None:
     for case, found in run(*(case for case in CASES if case not in QUICK)).items():
         assert_same(found, case)
         assert "twenty" not in case or len(found["with"]) == 20

@@ -1,6 +1,6 @@
-"""A program, not a test: training with whole logits and without, wrapped in each way, in each of two processes.
+"""A program: training with and without whole logits, under each wrapper, in two processes.
 
-`without_logits_program.py CASE ...` in two processes; the first prints what the two trainings of each case were.
+`without_logits_program.py CASE ...` in two processes; the first prints both trainings of each case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.trainer.tiny import PLAIN_STEP, arguments, update_difference
 
 STEPS = 3
 Trained = tuple[dict[str, Tensor], dict[str, Tensor], list[float], list[str]]
-# Head, alpha, settings of the arguments, and how student and teacher are kept: whole, or sharded at load (FSDP2).
+# Head, alpha, training arguments, and whether student and teacher are whole or sharded at load time (FSDP2).
 CASES: dict[str, tuple[str, float, dict[str, Any], tuple[bool, bool]]] = {
     "ddp": ("llama_causal_lm", 0.5, {}, (False, False)),
     "ddp, every parameter used": ("bert_masked_lm", 1.0, {"ddp_find_unused_parameters": False}, (False, False)),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, float, dict[str, Any], tuple[bool, bool]]] = {
     "fsdp2, head apart": ("llama_causal_lm", 0.5, {}, (True, False)),
     "fsdp2, head tied": ("bert_masked_lm", 1.0, {}, (True, False)),
     "fsdp1": ("llama_causal_lm", 0.5, {}, (True, False)),
-    # The rest is slow.
+    # The others are slow.
     "fsdp2, teacher too": ("llama_causal_lm", 0.5, {}, (True, True)),
     "ddp, twenty steps": ("gpt2_causal_lm", 0.5, {"max_steps": 20, "learning_rate": 0.5}, (False, False)),
     "ddp, labels": ("bert_masked_lm", 0.5, {}, (False, False)),
@@ -50,7 +50,7 @@ QUICK = tuple(CASES)[:7]
 
 
 def examples_of(head: Head, count: int, *, silent: bool) -> list[Example]:
-    """`silent`: what the second process sees has no label that counts."""
+    """`silent`: the second process's examples have no valid label."""
     made = head.examples(count)
     for index, example in enumerate(made):
         if silent and index // 2 % 2 == 1:
@@ -59,7 +59,7 @@ def examples_of(head: Head, count: int, *, silent: bool) -> list[Example]:
 
 
 def made(head: Head, seed: int, folder: str, *, sharded: bool) -> Any:
-    """The model of this seed in fp64; sharded while it is loaded."""
+    """Return the model of this seed in fp64, sharded at load time if requested."""
     path = os.path.join(folder, str(seed))
     if dist.get_rank() == 0:
         head.make(seed, layers=2).double().save_pretrained(path)
@@ -73,14 +73,14 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def wrapped_as(model: nn.Module) -> str:
-    """What stands between the loop and the model; of shards, whether every parameter is one of two."""
+    """Return the wrapper of the model; if sharded, whether every parameter is."""
     if all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters()):
         return "every parameter sharded"
     return type(model).__name__
 
 
 def with_trainer(case: str, folder: str, *, fused: bool) -> Trained:
-    """The weights after and before, the losses, and how student and teacher were wrapped."""
+    """Return the weights after and before, the losses, and the wrappers of student and teacher."""
     name, alpha, settings, (student_sharded, teacher_sharded) = CASES[case]
     micro_batch, accumulation = settings.get("cut", (2, 2))
     own = {key: value for key, value in settings.items() if key not in ("cut", "silent")}
@@ -105,14 +105,14 @@ def with_trainer(case: str, folder: str, *, fused: bool) -> Trained:
         train_dataset=examples_of(head, 8 * steps, silent="silent" in settings),
         data_collator=partial(in_double, head),
     )
-    teacher_wrapped = wrapped_as(teacher)  # after a forward without a backward its outermost parameters are whole
+    teacher_wrapped = wrapped_as(teacher)  # after a forward without a backward, its outermost parameters are gathered
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return whole(student), before, losses, [wrapped_as(trainer.model_wrapped), teacher_wrapped]
 
 
 def with_fsdp1(case: str, folder: str, *, fused: bool) -> Trained:
-    """The same, by hand: on a CPU Accelerate stays with DDP."""
+    """Do the same without the trainer: on a CPU Accelerate uses DDP."""
     head, accelerator = HEADS[CASES[case][0]], Accelerator(cpu=True)
     student, teacher = (head.make(seed, layers=2).double() for seed in (0, 1))
     distiller = Distiller(student, teacher, fused_loss=fused)
@@ -135,7 +135,7 @@ def with_fsdp1(case: str, folder: str, *, fused: bool) -> Trained:
 
 
 def compared(case: str) -> dict[str, Any]:
-    """How far the two updates are apart, and both curves."""
+    """Return the distance of the two updates, and both curves."""
     train = with_fsdp1 if case == "fsdp1" else with_trainer
     folders: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folders)

@@ -1,6 +1,6 @@
-"""One small distillation under torchrun. Arguments: the ZeRO stage, or -1 for none; what is trained. Prints its curve.
+"""A small distillation under torchrun. Arguments: the ZeRO stage (-1 for none), and the task. Prints the loss curve.
 
-What: "classes", or a causal LM "with" whole logits or "without".
+Task: "classes", or a causal LM "with" or "without" whole logits.
 """
 
 import json

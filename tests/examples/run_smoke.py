@@ -1,7 +1,7 @@
-"""Run each of the named examples with `--help`, then with `--smoke`, all in one process.
+"""Run the named examples with `--help`, then with `--smoke`, all in one process.
 
-One process for all, because importing torch and transformers takes longer than any example does. Below the working
-folder each gets a folder of its own, with `help.txt`, `smoke.txt` (what it printed) and what it saves.
+One process, because importing torch and transformers takes longer than any example. Each example gets a folder
+below the working folder, with `help.txt`, `smoke.txt` (its output) and its saved files.
 """
 
 import contextlib
@@ -12,20 +12,20 @@ from pathlib import Path
 
 
 def main(scripts: list[Path]) -> None:
-    """Stops with a traceback at the first that fails."""
+    """Stop with a traceback at the first failure."""
     top = Path.cwd()
     for script in scripts:
         folder = top / script.stem
         folder.mkdir()
         os.chdir(folder)
-        with contextlib.suppress(SystemExit):  # argparse's way to end
+        with contextlib.suppress(SystemExit):  # raised by argparse after --help
             run(script, ["--help"], folder / "help.txt")
         baseline = ["--baseline"] if script.stem == "text_classification" else []
         run(script, ["--smoke", "--output_dir", "student", *baseline], folder / "smoke.txt")
 
 
 def run(script: Path, arguments: list[str], printed: Path) -> None:
-    """As `python script.py ARGUMENTS` does: the script's folder comes first on the path."""
+    """Do what `python script.py ARGUMENTS` does: the script's folder comes first on the path."""
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     with printed.open("w") as file, contextlib.redirect_stdout(file):

@@ -1,6 +1,6 @@
-"""Every script in examples/: short, well formed, listed, answers --help, and leaves a loadable student after --smoke.
+"""Every script in examples/: short, well formed, listed, with --help, and a loadable student after --smoke.
 
-What runs here is `--smoke`. Nothing of the Hub is tested: no default model or dataset is loaded.
+Only `--smoke` runs here. The Hub is not tested: no default model or dataset is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 def run(command: list[str | Path], folder: Path) -> str:
-    """What the command prints; it must end well."""
+    """Run the command, which must succeed; return its output."""
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
@@ -42,7 +42,7 @@ def run(command: list[str | Path], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def smoked(tmp_path_factory) -> Path:
-    """A folder with, for each script, what `--help` and `--smoke` printed and the student it left."""
+    """Return a folder with the output of `--help` and `--smoke` and the student of each script."""
     folder = tmp_path_factory.mktemp("smoked")
     alone(Path(__file__).with_name("run_smoke.py"), *map(str, SCRIPTS), folder=folder)
     return folder
@@ -95,7 +95,7 @@ def test_the_classification_baseline_trains_without_the_teacher(smoked) -> None:
     printed = (smoked / "text_classification" / "smoke.txt").read_text()
     assert "distilled: {" in printed and "alone: {" in printed
     training = [line for line in printed.splitlines() if "loss/labels" in line]
-    assert len(training) == 4  # two steps each
+    assert len(training) == 4  # two steps for each of two runs
     assert [("loss/logits" in line) for line in training] == [True, True, False, False]
     assert _first_label_loss(training[0]) == _first_label_loss(training[2])  # from the same student
 
@@ -106,17 +106,17 @@ def test_short_enough_to_read(script) -> None:
     assert len(script.read_text().splitlines()) <= limit
 
 
-def test_what_is_only_for_smoke_is_small() -> None:
+def test_code_only_for_smoke_is_small() -> None:
     assert len((EXAMPLES / "smoke.py").read_text().splitlines()) <= 200
 
 
 @every_script
-def test_the_readme_lists_it(script) -> None:
+def test_the_readme_lists_every_script(script) -> None:
     readme = (EXAMPLES / "README.md").read_text()
     assert readme.count(f"`{script.name}`") >= 2 and f"python {script.name} --smoke" in readme
 
 
-def test_ruff_is_content() -> None:
+def test_ruff_passes() -> None:
     run(["-m", "ruff", "check", "--no-cache", EXAMPLES], ROOT)
     run(["-m", "ruff", "format", "--no-cache", "--check", EXAMPLES], ROOT)
 
@@ -137,9 +137,9 @@ def test_answers_are_compared_as_squad_does(answer, gold, expected, monkeypatch)
     assert compare(answer, gold) == expected
 
 
-@pytest.mark.slow  # three more processes, a launcher and two workers, import torch
-def test_the_accelerate_loop_on_two_processes_makes_the_step_of_one(tmp_path) -> None:
-    """All six examples make one step either way: 2 × 3 micro-batches of one, or 1 × 6."""
+@pytest.mark.slow  # a launcher and two workers import torch
+def test_the_accelerate_loop_in_two_processes_equals_one(tmp_path) -> None:
+    """All six examples form one step either way: 2 × 3 micro-batches of one, or 1 × 6."""
     script = EXAMPLES / "accelerate_loop.py"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = run([*launch, script, "--smoke", "--accumulation", "3", "--output_dir", "two"], tmp_path)
@@ -149,7 +149,7 @@ def test_the_accelerate_loop_on_two_processes_makes_the_step_of_one(tmp_path) ->
     weights = [
         tf.DistilBertForSequenceClassification.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")
     ]
-    # But for the biases of the keys: their gradient is zero up to rounding, of which Adam makes a whole step.
+    # Except the biases of the keys: their gradient is 0 up to rounding, which Adam turns into a whole step.
     apart = {n: float((w - weights[1][n]).abs().max()) for n, w in weights[0].items() if not n.endswith("k_lin.bias")}
     assert max(apart.values()) < 1e-6, apart
 

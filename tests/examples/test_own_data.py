@@ -1,4 +1,4 @@
-"""The scripts on data of the user's own: a CSV with gaps, folders of audio files, parquet; without torchcodec."""
+"""The scripts on a user's data: a CSV with missing values, folders of audio files, parquet; without torchcodec."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Run = Callable[[str, str], None]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scripts' folder on the path, as Python puts it there; a working folder and a cache of this test's own."""
+    """Put the scripts' folder on the path as Python does; use a new working folder and cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache of datasets"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a script with options."""
+    """Return a function that runs a script with options."""
 
     def script(name: str, options: str) -> None:
         monkeypatch.setattr(sys, "argv", [name, *options.split(), *QUICK.split()])
@@ -48,14 +48,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def wave(pitch: int) -> bytes:
-    """A WAV file of half a second at 8 kHz, which is another rate than the models'."""
+    """Return a WAV file of half a second at 8 kHz, another rate than the models'."""
     file = io.BytesIO()
     soundfile.write(file, np.sin(0.02 * pitch * np.arange(4000)), 8000, format="WAV")
     return file.getvalue()
 
 
 def with_a_table(folder: Path, column: str, values: list[str]) -> None:
-    """SPLIT/metadata.csv, and the audio files that it names."""
+    """Write SPLIT/metadata.csv and the audio files that it lists."""
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True)
         with (folder / split / "metadata.csv").open("w", newline="") as file:
@@ -67,7 +67,7 @@ def with_a_table(folder: Path, column: str, values: list[str]) -> None:
 
 
 def by_folder(folder: Path, column: str, values: list[str]) -> None:
-    """SPLIT/LABEL/x.wav."""
+    """Write SPLIT/LABEL/x.wav."""
     for split in ("train", "test"):
         for i, value in enumerate(values):
             (folder / split / value).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def by_folder(folder: Path, column: str, values: list[str]) -> None:
 
 
 def as_parquet(folder: Path, column: str, values: list[str]) -> None:
-    """Bytes in a column that is marked as audio, as on the Hub."""
+    """Write bytes in a column marked as audio, as on the Hub."""
     folder.mkdir()
     rows = {"audio": [{"bytes": wave(i + 1), "path": None} for i in range(len(values))], column: values}
     for split in ("train", "test"):
@@ -84,7 +84,7 @@ def as_parquet(folder: Path, column: str, values: list[str]) -> None:
 
 @pytest.mark.parametrize("written", [with_a_table, as_parquet])
 def test_whisper_on_real_files(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, written: Any) -> None:
-    """No language is detected in evaluation: language and task are set, and saved with the student."""
+    """The evaluation detects no language: language and task are set, and saved with the student."""
     import smoke
 
     teacher, student, _ = smoke.whisper()
@@ -104,11 +104,11 @@ def test_whisper_on_real_files(tmp_path: Path, run: Run, monkeypatch: pytest.Mon
     untold = tf.WhisperForConditionalGeneration.from_pretrained(student)
     assert not hasattr(untold.generation_config, "language")
     untold.generate(input_features=torch.zeros(1, 8, 100), max_new_tokens=2)
-    assert detections  # a multilingual Whisper, as the published ones
+    assert detections  # a multilingual Whisper, like the published ones
 
 
-def test_an_english_whisper_is_told_no_language(tmp_path: Path, run: Run) -> None:
-    """whisper-small.en has no tokens for language and task: transformers refuses them."""
+def test_an_english_whisper_gets_no_language(tmp_path: Path, run: Run) -> None:
+    """whisper-small.en has no tokens for language and task, so transformers raises if they are set."""
     import smoke
 
     teacher, student, _ = smoke.whisper()
@@ -124,7 +124,7 @@ def test_an_english_whisper_is_told_no_language(tmp_path: Path, run: Run) -> Non
 
 @pytest.mark.parametrize("written", [with_a_table, as_parquet])
 def test_ctc_on_real_files(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, written: Any) -> None:
-    """Texts are spelled in the letters that the tokenizer has: capitals, and no full stop."""
+    """Texts are converted to the tokenizer's letters: capitals, without a full stop."""
     import smoke
 
     teacher, _ = smoke.wav2vec2()
@@ -146,7 +146,7 @@ def test_ctc_on_real_files(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("written", [by_folder, with_a_table, as_parquet])
 def test_audio_classes_on_real_files(tmp_path: Path, run: Run, written: Any) -> None:
-    """Labels are taken by the names in the teacher's config, where low is 0 and high is 1."""
+    """Labels are matched by the names in the teacher's config, where low is 0 and high is 1."""
     import smoke
 
     teacher, _ = smoke.audio_classifier()
@@ -156,7 +156,7 @@ def test_audio_classes_on_real_files(tmp_path: Path, run: Run, written: Any) -> 
     assert made.config.num_hidden_layers == 1 and made.config.label2id == {"low": 0, "high": 1}
 
 
-def test_images_of_a_folder(tmp_path: Path, run: Run) -> None:
+def test_image_classes_of_a_folder(tmp_path: Path, run: Run) -> None:
     import smoke
     from PIL import Image
 
@@ -170,13 +170,13 @@ def test_images_of_a_folder(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("script", ["audio_classification.py", "image_classification.py"])
-def test_what_is_needed_is_said(run: Run, script: str, capsys: pytest.CaptureFixture) -> None:
+def test_missing_arguments_are_named(run: Run, script: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         run(script, "")
     assert "error: --teacher and --dataset are needed" in capsys.readouterr().err
 
 
-def test_labels_that_the_teacher_does_not_know(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture) -> None:
+def test_labels_unknown_to_the_teacher_raise(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture) -> None:
     import smoke
 
     teacher, _ = smoke.audio_classifier()
@@ -186,8 +186,8 @@ def test_labels_that_the_teacher_does_not_know(tmp_path: Path, run: Run, capsys:
     assert "error: the teacher's labels are ['high', 'low']; it has no ['middle']" in capsys.readouterr().err
 
 
-def test_texts_of_a_csv(tmp_path: Path, run: Run) -> None:
-    """Labels are words, some are missing; the teacher numbers them in another order, which is matched by name."""
+def test_text_classes_of_a_csv(tmp_path: Path, run: Run) -> None:
+    """Labels are names, some of them missing; the teacher has them in another order, which is matched by name."""
     import smoke
 
     teacher, student = smoke._berts(tf.BertForSequenceClassification, smoke.SENTENCES, labels=["pos", "neg"])
@@ -201,8 +201,8 @@ def test_texts_of_a_csv(tmp_path: Path, run: Run) -> None:
     assert made.config.label2id == {"neg": 0, "pos": 1}
 
 
-def test_texts_are_read_as_they_stand(tmp_path: Path) -> None:
-    """Numbers with gaps, which pandas reads as floats, keep their names; unlabelled rows are kept to train on."""
+def test_label_values_of_a_csv_are_not_converted(tmp_path: Path) -> None:
+    """Numbers with missing values, which pandas reads as floats, keep their names; unlabelled rows are kept."""
     import own_data
 
     (tmp_path / "train.csv").write_text("t,l\na,1\nb,\nc,10\nd,1\n")
@@ -216,7 +216,7 @@ def test_texts_are_read_as_they_stand(tmp_path: Path) -> None:
     assert (len(data["train"]), len(data["validation"])) == (18, 2)
 
 
-def test_recordings_without_what_is_asked_for(tmp_path: Path) -> None:
+def test_recordings_without_the_required_column_raise(tmp_path: Path) -> None:
     import own_data
 
     with_a_table(tmp_path / "data", "words", WORDS)

@@ -1,4 +1,4 @@
-"""The scripts that cut texts of a causal LM into examples, with a tokenizer that begins each text with a token."""
+"""Scripts that cut causal-LM texts into examples, with a tokenizer that adds a start token to each text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ START = "<|endoftext|>"
 
 
 class Reached(Exception):
-    """The script has made its dataset."""
+    """The script has built its dataset."""
 
 
 def dataset_of(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The tokens that the script would train on."""
+    """Return the tokens that the script would train on."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import smoke
 
@@ -47,8 +47,8 @@ def dataset_of(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> li
     return [[place for place, token in enumerate(row) if token == start] + [len(row)] for row in rows]
 
 
-def test_none_in_the_middle_of_a_text(tmp_path, monkeypatch) -> None:
-    """In this vocabulary the token that begins a text ends it, too."""
+def test_no_start_token_within_a_text(tmp_path, monkeypatch) -> None:
+    """In this vocabulary the start token is also the end token."""
     for found in dataset_of("on_policy.py", tmp_path, monkeypatch):
         *places, length = found
         assert places == [0, length - 1]

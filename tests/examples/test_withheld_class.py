@@ -1,4 +1,4 @@
-"""The withheld class, whole: a student that never sees a 3 recognises most 3s, one with hard labels none."""
+"""The withheld class: a student that never sees a 3 recognizes most 3s; one trained on hard labels recognizes none."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def script() -> dict:
     return runpy.run_path(str(SCRIPT), run_name="example")
 
 
-def test_the_bias_is_that_with_the_fewest_errors(script) -> None:
-    """Two 3s that lack 1 and 2, and a 5 that would be taken for a 3 from 4 on: anything from 2 to 4, so 3."""
+def test_the_bias_minimizes_the_errors(script) -> None:
+    """Two 3s need a bias of 1 and 2, and a 5 becomes a 3 from 4 on: any value from 2 to 4, so 3."""
     logits = np.full((3, 10), -20.0)
     logits[:, 5] = 0.0
     logits[:, 3] = [-1.0, -2.0, -4.0]
@@ -28,7 +28,7 @@ def test_the_bias_is_that_with_the_fewest_errors(script) -> None:
     assert script["shares"](logits, labels) == (0.0, pytest.approx(1 / 3))
 
 
-def test_no_3_is_in_the_transfer_set_and_shifts_are_neighbours(script) -> None:
+def test_the_transfer_set_has_no_3_and_shifts_are_to_neighbours(script) -> None:
     image = np.zeros((1, 8, 8))
     image[0, 3, 4] = 1.0
     moved = script["shifted"](image)
@@ -37,7 +37,7 @@ def test_no_3_is_in_the_transfer_set_and_shifts_are_neighbours(script) -> None:
 
 
 @pytest.mark.slow  # a minute or two: three trainings
-def test_3s_that_were_never_seen_are_recognised(script) -> None:
+def test_unseen_3s_are_recognized(script) -> None:
     found = list(script["run"]().values())
     (teacher_3s, teacher), (hard_3s, _), (before_3s, before), (after_3s, after) = found
     assert teacher > 0.93 and teacher_3s > 0.8

@@ -35,7 +35,7 @@ def test_json_round_trip() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1', '{"name": "a", "nme": 2}'])
-def test_other_json_is_refused(text: str) -> None:
+def test_other_json_is_rejected(text: str) -> None:
     with pytest.raises(SettingError, match=r"was not written by CardData\.to_json"):
         CardData.from_json(text)
 

@@ -1,7 +1,7 @@
-"""The conformance tables: a row for every task, divergence and schedule that exists; objectives: `objective_rows.py`.
+"""The conformance tables of tasks, divergences and schedules, a row each; objectives: `objective_rows.py`.
 
-`test_conformance.py` compares them with the catalogues, so a new member without a row fails the suite. Where a law
-does not hold for a member, its row says why; nowhere else is anything left out.
+`test_conformance.py` compares them with the catalogues, so a new member without a row fails the suite. If a law
+does not hold for a member, its row gives the reason; there are no other exceptions.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskRow:
-    """What the laws must know of a task.
+    """The properties of a task that the laws need.
 
     Attributes:
-        silence: a batch → the same one in which no row counts. all_rows_count: why there is none (L2, L3).
-        knobs: constructor settings → a task built with another value than its default (L8).
-        not_knobs: constructor settings that are facts of the student, and why they are nobody's to choose.
-        not_permuted: why L12 says nothing about it; None: its labels have names.
-        not_widened: why L7 says nothing about it; None: its columns are a vocabulary.
+        silence: turns a batch into the same batch in which no row counts. all_rows_count: why there is none (L2, L3).
+        knobs: constructor settings, each with a task built with a value other than the default (L8).
+        not_knobs: constructor settings determined by the student, with the reason.
+        not_permuted: why L12 does not apply, or None if its labels have names.
+        not_widened: why L7 does not apply, or None if its columns are a vocabulary.
     """
 
     silence: Callable[[Batch], Batch] | None = None
@@ -40,15 +40,15 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class DivergenceRow:
-    """What the laws must know of a divergence.
+    """The properties of a divergence that the laws need.
 
     Attributes:
-        a_row_alone: settings under which a row does not depend on the others (L3, L4).
-        knobs: setting → a value that is not its default (L8).
-        not_zero_at_equality: why L1 does not hold as it stands; then a one-hot teacher is used.
-        kinked: why rounding may show in its gradient at equality; then L1 compares logits that are equal bit for bit.
-        blind_on_two_columns: knob → why it changes nothing where a row has two columns (several labels at once).
-        no_gradient_on_two_columns: why such rows teach nothing.
+        a_row_alone: settings under which rows do not depend on each other (L3, L4).
+        knobs: settings, each with a value other than the default (L8).
+        not_zero_at_equality: why L1 does not hold directly; a one-hot teacher is used instead.
+        kinked: why rounding may show in the gradient at equality; L1 then compares logits that are equal bit for bit.
+        blind_on_two_columns: settings that change nothing for rows of two columns (multi-label), with the reason.
+        no_gradient_on_two_columns: why such rows have no gradient.
     """
 
     a_row_alone: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def _answers_cut_off(batch: Batch) -> Batch:
 
 
 def _too_short(batch: Batch) -> Batch:
-    """Three samples each: shorter than the first convolution, so there is no frame."""
+    """Cut to three samples, shorter than the first convolution, so there is no frame."""
     mask = torch.zeros_like(batch["attention_mask"])
     mask[:, :3] = 1
     return {**batch, "attention_mask": mask}
@@ -159,12 +159,12 @@ TWO_COLUMNS = ("bert_multi_label",)
 
 
 def allowed(head: str, divergence: str) -> bool:
-    """Whether this divergence compares what this head predicts: values only with a divergence of values."""
+    """Whether this divergence suits the head's predictions: values require a divergence of values."""
     return HEADS[head].kind not in ON_VALUES or divergence in VALUE_DIVERGENCES
 
 
 def default_of(head: str) -> str:
-    """The divergence where none is named."""
+    """Return the default divergence of this head."""
     return "mean_squared_error" if HEADS[head].kind in ON_VALUES else "forward_kl"
 
 
@@ -174,9 +174,9 @@ REFUSED = [pair for pair in PAIRS if not allowed(*pair)]
 
 
 def quick_cases() -> set[tuple[str, str]]:
-    """Every divergence with every task, and with one head of it in turn; every head with its default divergence.
+    """Return each divergence with each task, on one head in turn, and each head with its default divergence.
 
-    A divergence sees rows, and which rows those are is the task's: all pairs of heads and divergences hold hardly more.
+    A divergence sees rows, which the task selects, so testing all pairs would hardly find more.
     """
     special = [d for d, row in DIVERGENCE_ROWS.items() if row.blind_on_two_columns or row.no_gradient_on_two_columns]
     chosen = {(head, divergence) for head in TWO_COLUMNS for divergence in special}
@@ -190,6 +190,6 @@ def quick_cases() -> set[tuple[str, str]]:
 
 
 def walked(cases: Iterable[tuple[str, ...]]) -> list[Any]:
-    """Parameters (head, divergence, ...) of a test: those beyond the quick cases are slow."""
+    """Return test parameters (head, divergence, ...); those beyond the quick cases are slow."""
     quick = quick_cases()
     return [pytest.param(*case, marks=() if case[:2] in quick else pytest.mark.slow) for case in cases]

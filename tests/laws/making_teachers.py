@@ -1,4 +1,4 @@
-"""How the laws make each kind of teacher, and what each must say, computed without it. The table: `teacher_rows.py`."""
+"""Builders for each kind of teacher, and its expected probabilities, computed separately. Table: `teacher_rows.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.heads import HEADS, LABELS, VOCABULARY, Example
 from tests.teachers.completions_server import serving
 from tests.tiny_tokenizers import tokenizer
 
-COUNT = 8  # examples, of any row
+COUNT = 8  # examples
 NAMES = ("cold", "warm", "hot")
 SENTENCES, TOKENS, LANGUAGE = "bert_single_label", "bert_tokens", "llama_causal_lm"
 _DROPOUTS = {
@@ -45,11 +45,11 @@ Says = Callable[[dict[str, Tensor], float], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a teacher is made, and what it is to be like.
+    """The folder in which a teacher is made, and its properties.
 
     Attributes:
-        order: the teacher's labels stand in this order, and say so. names: of its labels. seed: of the student.
-        students_dropout, teachers_dropout: as they are named.
+        order: the order of the teacher's labels, as in its config. names: of the labels. seed: of the student.
+        students_dropout, teachers_dropout: the dropout of each model.
     """
 
     head: str
@@ -70,7 +70,7 @@ class Place:
         return HEADS[self.head].make(self.seed if seed is None else seed, **self._named(NAMES), **dropout).double()
 
     def model(self, seed: int = 2, **settings: Any) -> Any:
-        """A teacher, in training mode as nobody should leave it, with its columns and names in this place's order."""
+        """Return a teacher with its columns and names in this order, in training mode to test that it is reset."""
         dropout = dict.fromkeys(_DROPOUTS[self.head], self.teachers_dropout)
         named = self._named(tuple(self.names[i] for i in self.order))
         model = HEADS[self.head].make(seed, **{**named, **dropout, **settings}).double()
@@ -88,13 +88,13 @@ class Place:
 
 @dataclass(frozen=True)
 class TeacherCase:
-    """A student with a teacher for it.
+    """A student and its teacher.
 
     Attributes:
-        models: what stands behind the teacher, in this process.
-        says: model inputs, temperature → the probabilities that it must tell, `[b ... v]`, in the order of `NAMES`,
-            computed without it.
-        once_fitted: called when a Distiller holds it. processor: the student's tokenizer, where it must be given.
+        models: the models of the teacher in this process.
+        says: model inputs, temperature → the expected probabilities, `[b ... v]`, in the order of `NAMES`,
+            computed separately.
+        once_fitted: called once a Distiller holds the teacher. processor: the student's tokenizer, if required.
     """
 
     student: Any
@@ -106,7 +106,7 @@ class TeacherCase:
 
 
 def told_by(model: nn.Module, inputs: dict[str, Tensor], temperature: float) -> Tensor:
-    """Softened probabilities of a model in evaluation mode; its mode is as it was afterwards."""
+    """Return softened probabilities of the model in evaluation mode; its mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
@@ -116,12 +116,12 @@ def told_by(model: nn.Module, inputs: dict[str, Tensor], temperature: float) -> 
 
 
 def _says(place: Place, model: nn.Module) -> Says:
-    """What a model of its own tells, in the student's order of labels."""
+    """Return a function that computes a model's probabilities in the student's label order."""
     back = [place.order.index(i) for i in range(LABELS)]
 
     def says(inputs: dict[str, Tensor], temperature: float) -> Tensor:
-        told = told_by(model, inputs, temperature)
-        return told if place.head == LANGUAGE else told[..., back]
+        probabilities = told_by(model, inputs, temperature)
+        return probabilities if place.head == LANGUAGE else probabilities[..., back]
 
     return says
 
@@ -142,7 +142,7 @@ def cached(store: Any, seed: int = 2) -> Callable[[Place], TeacherCase]:
 
 
 def cache_of(make: Callable[[Place], TeacherCase], **settings: Any) -> Callable[[Place], TeacherCase]:
-    """A cache of what that kind of teacher says."""
+    """Return a builder of a cache of that kind of teacher."""
     return lambda place: _in_a_cache(place, make(place), "told", temperature=2.0, **settings)
 
 
@@ -164,7 +164,7 @@ def _in_a_cache(place: Place, made: TeacherCase, tag: str, **settings: Any) -> T
 
 
 def ensemble(place: Place) -> TeacherCase:
-    """Labels of one of them alone stand in another order."""
+    """Only one member has its labels in another order."""
     one, other = place.model(), replace(place, order=(0, 1, 2)).model(3)
     first, second = _says(place, one), _says(replace(place, order=(0, 1, 2)), other)
     teacher = Ensemble([one, other], weights=[3, 1])
@@ -182,11 +182,11 @@ def ensemble_of_caches(place: Place) -> TeacherCase:
 
 
 def specialists(place: Place) -> TeacherCase:
-    """A generalist, and one specialist of two classes, at temperature 1.
+    """A generalist and one specialist for two classes, at temperature 1.
 
-    With the probabilities g of the generalist and m of the specialist (d its dustbin), KL(g, q) + KL(m, q) is least at
+    With probabilities g of the generalist and m of the specialist (d its dustbin), KL(g, q) + KL(m, q) is minimal at
     q = (g + m) / 2 on the special classes and, where the rest is one class, q = (g + d) / 2 on it. Rows whose likeliest
-    class by g is the rest do not ask the specialist.
+    class by g is the rest do not use the specialist.
     """
     generalist = place.model()
     special = [place.names[0], place.names[1]]
@@ -204,7 +204,7 @@ def specialists(place: Place) -> TeacherCase:
 
 
 def copy_of_student(make: Callable[[], Any]) -> Callable[[Place], TeacherCase]:
-    """It says what the student would have said before it moved."""
+    """Its predictions are those of the student before it moved."""
 
     def made(place: Place) -> TeacherCase:
         student = place.student()

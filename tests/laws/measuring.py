@@ -1,4 +1,4 @@
-"""What the laws measure with: models and batches in float64, losses, gradients. No law stands here."""
+"""Tools of the laws: models and batches in float64, losses, gradients."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from tests.laws.objective_rows import Case
 
 @functools.cache
 def student_of(name: str) -> Any:
-    """A student in float64 and training mode. It is shared: no test may change its weights."""
+    """Return a shared student in float64 and training mode; no test may change its weights."""
     return new_student(name)
 
 
 @functools.cache
 def teacher_of(name: str) -> Any:
-    """Another model than the student, in float64. Shared as well."""
+    """Return a shared teacher in float64, different from the student."""
     return new_teacher(name)
 
 
 def new_student(name: str) -> Any:
-    """The same, for a test alone."""
+    """Return the same model, not shared."""
     return HEADS[name].make(1).double().train()
 
 
 def new_teacher(name: str) -> Any:
-    """The same, for a test alone."""
+    """Return the same model, not shared."""
     return HEADS[name].make(2).double()
 
 
@@ -51,47 +51,47 @@ def collated(name: str, examples: Sequence[Example], pad_to: int | None = None) 
 
 
 def distiller_of(name: str, divergence: str | None = None, *, teacher: Any = None, **settings: Any) -> Distiller:
-    """Temperature 2, rows that stand alone, and alpha 0.5 where the head has a loss of its own."""
+    """Return a distiller with temperature 2, independent rows, and alpha 0.5 if the head has its own loss."""
     alone = DIVERGENCE_ROWS[divergence].a_row_alone if divergence else {}
     settings.setdefault("divergence_kwargs", alone)
     settings.setdefault("alpha", 0.5 if HEADS[name].label_names else 1.0)
     return Distiller(student_of(name), teacher or teacher_of(name), divergence=divergence, **settings)
 
 
-# For objectives on the inside: two layers learn from three, through projections from width 16 to 24.
+# For objectives on activations: two layers are matched with three, through projections from width 16 to 24.
 
 
 @functools.cache
 def deep_student_of(name: str) -> Any:
-    """In float64 and training mode. Shared: no test may change its weights."""
+    """Return a shared student in float64 and training mode; no test may change its weights."""
     return new_deep_student(name)
 
 
 def new_deep_student(name: str) -> Any:
-    """The same, for a test alone."""
+    """Return the same model, not shared."""
     return HEADS[name].make(1, layers=2).double().train()
 
 
 @functools.cache
 def wide_teacher_of(name: str, width: int = 24) -> ModelTeacher:
-    """Deeper, and wider where `width` says so, in float64. Shared as well."""
+    """Return a shared teacher in float64, deeper and, by default, wider than the student."""
     return ModelTeacher(HEADS[name].make(2, layers=3, width=width).double())
 
 
 def inside_distiller(name: str, objectives: Any, *, teacher: Any = None, **settings: Any) -> Distiller:
-    """The objectives alone, unless alpha says otherwise."""
+    """Return a distiller of the objectives alone, unless alpha is passed."""
     settings = {"alpha": None, "seed": 3, **settings}
     return Distiller(deep_student_of(name), teacher or wide_teacher_of(name), objectives=objectives, **settings)
 
 
 @functools.cache
 def distiller_for(case: Case) -> Distiller:
-    """The case's objective alone, as its row makes it. Shared: its projections are never trained."""
+    """Return a shared distiller of the case's objective alone; its projections are never trained."""
     return inside_distiller(case.head, case.make())
 
 
 def shown(distiller: Distiller, name: str, batch: Batch) -> tuple[Batch, Signals, Signals]:
-    """A batch as both models are given it, and what they show of their inside."""
+    """Return the prepared batch, and both models' signals."""
     batch, student = distiller.prepare(batch), deep_student_of(name)
     needs, teacher_needs = distiller.blending.needs(0.0)
     with torch.no_grad(), distiller.capture() as inside:
@@ -104,7 +104,7 @@ def shown(distiller: Distiller, name: str, batch: Batch) -> tuple[Batch, Signals
 
 
 def step(distiller: Distiller, student: Any, micro_batches: Sequence[Batch], **keywords: Any) -> tuple[float, Tensor]:
-    """One optimizer step's loss, and its gradient as one vector: the student's, then that of what objectives learn."""
+    """Return one optimizer step's loss, and the gradient of the student and of learned modules as one vector."""
     counts = distiller.begin_step(micro_batches, **keywords)
     student.zero_grad(set_to_none=True)
     distiller.learned.zero_grad()
@@ -117,13 +117,13 @@ def step(distiller: Distiller, student: Any, micro_batches: Sequence[Batch], **k
 
 
 def gradient_of(*models: Any) -> Tensor:
-    """All gradients of the models as one vector; 0 where there is none."""
+    """Return all gradients of the models as one vector, 0 where there is none."""
     every = [p.grad if p.grad is not None else torch.zeros_like(p) for model in models for p in model.parameters()]
     return torch.cat([gradient.flatten().double() for gradient in every])
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Of two vectors, relative to the second."""
+    """Return the distance of two vectors relative to the second."""
     return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
@@ -134,7 +134,7 @@ def task_of(name: str) -> Task:
 
 @functools.cache
 def read_logits(name: str) -> tuple[Batch, Tensor, Tensor]:
-    """A batch, and the two models' predictions on it as the task reads them."""
+    """Return a batch, and the predictions of both models as the task selects them."""
     task, student = task_of(name), student_of(name)
     batch = task.prepare(collated(name, HEADS[name].examples()), student)
     inputs = task.without_labels(batch)
@@ -156,7 +156,7 @@ def term(
     temperature: float = 2.0,
     **settings: Any,
 ) -> tuple[float, int, Tensor]:
-    """The logits objective on given predictions: its total, its count, and the gradient on the student's."""
+    """Return total, count and the student's gradient of the logits objective for given predictions."""
     student = student.detach().clone().requires_grad_()
     match = LogitsMatch(divergence, divergence_kwargs=settings, temperature=constant(temperature))
     found = match(Signals(student), Signals(teacher), task, batch)

@@ -1,7 +1,7 @@
-"""The conformance table of the objectives on a model's inside, and the cases that the laws walk.
+"""The conformance table of objectives on activations, and the cases of the laws.
 
-The first variant of each runs over every head, and on the encoder's side of those that have one; the others over a head
-whose positions are masked and one whose positions all count. `walked` says which of these are slow.
+The first variant of each runs on every head, and on the encoder of encoder-decoders; the others on a head with masked
+positions and on one whose positions all count. `walked` marks the slow cases.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Maker = Callable[..., Any]
 
 
 class Knob(NamedTuple):
-    """A setting with another value: `settings` it is changed from, `changed`, and what the teacher must be like.
+    """A changed setting: `settings` before the change, `changed` after it, and the properties of the teacher.
 
-    `on`: a head where it can be seen; None: any.
+    `on`: a head for which it has an effect, or None for any head.
     """
 
     changed: Mapping[str, Any]
@@ -42,15 +42,15 @@ class Knob(NamedTuple):
 
 @dataclass(frozen=True)
 class ObjectiveRow:
-    """What the laws must know of an objective.
+    """The properties of an objective that the laws need.
 
     Attributes:
-        variants: name → how to make it; all their keywords can be overridden.
-        knobs: constructor settings → how another value of them changes the loss (L8).
-        not_knobs: constructor settings that are not of the loss, and what they are.
-        couples_examples: why accumulation is not the large batch (L4), and what holds instead.
-        at_equality: variant → its value there, and why it is not 0 (L1).
-        tested_elsewhere: why the laws of the inside do not run on it.
+        variants: name → constructor; all its keywords can be overridden.
+        knobs: constructor settings → how another value changes the loss (L8).
+        not_knobs: constructor settings that do not affect the loss, with the reason.
+        couples_examples: why accumulation differs from the large batch (L4), and what holds instead.
+        at_equality: variant → its value at equality, and why it is not 0 (L1).
+        tested_elsewhere: why the laws of activations do not run on it.
     """
 
     variants: dict[str, Maker] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class Case(NamedTuple):
     side: str | None = None
 
     def make(self, **settings: Any) -> Any:
-        """The objective, new."""
+        """Return a new objective."""
         sided = {"side": self.side} if self.side else {}
         return OBJECTIVE_ROWS[self.objective].variants[self.variant](**{**sided, **settings})
 
@@ -185,10 +185,10 @@ def _cases() -> list[Case]:
 
 
 def _quick() -> set[Case]:
-    """Of the first variants each with every task, and with one head of it in turn; of the others where some positions
+    """Return the first variants with each task, on one head in turn, and the other variants where some positions
     are masked.
 
-    Architectures, of which blocks and attention are read, are walked in tests/models.
+    tests/models covers the architectures.
     """
     chosen = {case for case in INSIDE if case.head == MASKED_AND_NOT[0]}
     for turn, objective in enumerate(OBJECTIVES):
@@ -202,7 +202,7 @@ def _quick() -> set[Case]:
 
 
 def walked(cases: Iterable[Case]) -> list[Any]:
-    """Parameters of a test, with their names: those beyond the quick cases are slow."""
+    """Return named test parameters; those beyond the quick cases are slow."""
     return [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow, id=str(case)) for case in cases]
 
 

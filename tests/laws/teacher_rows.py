@@ -1,7 +1,7 @@
 """The conformance table of teachers: a row for every kind that `hf_distill.teachers` exports, and for every store.
 
-`test_teachers.py` compares it with what is exported, so a new kind of teacher without a row fails the suite. Where a
-law does not hold for a kind, its row says why.
+`test_teachers.py` compares it with the exports, so a new kind of teacher without a row fails the suite. If a
+law does not hold for a kind, its row gives the reason.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from tests.laws.making_teachers import (
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """What the laws must know of a kind of teacher.
+    """The properties of a kind of teacher that the laws need.
 
     Attributes:
-        of: its name in `hf_distill.teachers`. store: of a cache. heads: one head of each sort that it teaches.
-        temperature: that it can be asked at. tolerance: of what it says, relative; with `inexact`, why.
-        nothing_fixed: why there is nothing to compare what it says with (L11), and what is tested instead.
+        of: its name in `hf_distill.teachers`. store: of a cache. heads: one head of each sort that it supports.
+        temperature: a supported temperature. tolerance: of its predictions, relative; with `inexact`, the reason.
+        nothing_fixed: why its predictions cannot be compared (L11), and which test replaces it.
         trained_along: why its weights change (L9). own_mode: why it is not in evaluation mode (L9).
-        keeps_state: a checkpoint holds something of it (L10).
-        batch_matters: why accumulation is not the large batch (L4).
-        not_permuted: why L12 says nothing about it. refuses_order: what it says to other ids of the same names.
-        divergence: where not every one can be asked for.
+        keeps_state: whether a checkpoint holds its state (L10).
+        batch_matters: why accumulation differs from the large batch (L4).
+        not_permuted: why L12 does not apply. refuses_order: its error for other ids of the same names.
+        divergence: set if not every divergence is supported.
     """
 
     of: str

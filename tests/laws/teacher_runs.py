@@ -1,4 +1,4 @@
-"""Trainings with any kind of teacher of `teacher_rows.py`; and, as a program, in each of several processes.
+"""Trainings with each kind of teacher of `teacher_rows.py`; as a program, the same in several processes.
 
 `teacher_runs.py FOLDER`, started by `test_teachers_in_two_processes.py`: process i writes FOLDER-process-i.pt.
 """
@@ -35,9 +35,9 @@ def trainer_of(folder: Path, row: TeacherRow, place: Place, made: TeacherCase | 
 
 
 def three_steps(kind: str, place: Place, *, micro_batch: int, parts: int = 1) -> tuple[Weights, Weights]:
-    """The student before and after, by plain SGD over the same eight ragged examples each time.
+    """Return the student before and after three steps of plain SGD, each on the same eight ragged examples.
 
-    What follows the student has then followed it.
+    Teachers that follow the student have been updated.
     """
     cut = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": parts, "max_steps": 3}
     settings = {**PLAIN_STEP, "learning_rate": 0.1, **cut}
@@ -50,7 +50,7 @@ def three_steps(kind: str, place: Place, *, micro_batch: int, parts: int = 1) ->
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    PartialState(cpu=True)  # the process group, in which caches are built together
+    PartialState(cpu=True)  # the process group in which caches are built together
     found = {}
     for kind in OVER_PROCESSES:
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Every member of every catalogue has a row in the conformance tables, and every exception its reason."""
+"""Every member of every catalogue has a row in the conformance tables, and every exception has a reason."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_every_member_has_a_row(catalogue: dict, rows: dict) -> None:
     assert set(rows) == set(catalogue)
 
 
-def test_every_task_has_a_head_to_try_it_on() -> None:
+def test_every_task_has_a_test_head() -> None:
     assert {head.kind for head in HEADS.values()} == set(TASKS)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_every_knob_of_a_divergence_has_another_value(name: str) -> None:
+def test_every_setting_of_a_divergence_has_a_second_value(name: str) -> None:
     row = table.DIVERGENCE_ROWS[name]
     knobs = inspect.signature(DIVERGENCES[name]).parameters.values()
     defaults = {knob.name: knob.default for knob in knobs if knob.kind is knob.KEYWORD_ONLY}
@@ -46,7 +46,7 @@ def test_every_knob_of_a_divergence_has_another_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_every_knob_of_a_task_has_another_value_or_a_reason(kind: str) -> None:
+def test_every_setting_of_a_task_has_a_second_value_or_a_reason(kind: str) -> None:
     row = table.TASK_ROWS[kind]
     constructor = TASKS[kind].__init__
     knobs = set() if constructor is object.__init__ else set(inspect.signature(constructor).parameters) - {"self"}
@@ -54,13 +54,13 @@ def test_every_knob_of_a_task_has_another_value_or_a_reason(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_a_task_has_silent_batches_or_a_reason_why_not(kind: str) -> None:
+def test_every_task_has_silent_batches_or_a_reason(kind: str) -> None:
     row = table.TASK_ROWS[kind]
     assert (row.silence is None) == (row.all_rows_count is not None)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_rows_agree_with_the_properties_that_the_library_states(name: str) -> None:
+def test_rows_agree_with_the_librarys_properties(name: str) -> None:
     row, stated = table.DIVERGENCE_ROWS[name], PROPERTIES[name]
     assert stated.zero_at_equality == (row.not_zero_at_equality is None)
     assert stated.couples_rows == bool(row.a_row_alone)
@@ -69,7 +69,7 @@ def test_rows_agree_with_the_properties_that_the_library_states(name: str) -> No
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_knob_of_an_objective_has_another_value_or_a_reason(name: str) -> None:
+def test_every_setting_of_an_objective_has_a_second_value_or_a_reason(name: str) -> None:
     row = OBJECTIVE_ROWS[name]
     if row.tested_elsewhere is not None:
         return
@@ -79,7 +79,7 @@ def test_every_knob_of_an_objective_has_another_value_or_a_reason(name: str) -> 
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_says_of_itself_what_the_table_says(name: str) -> None:
+def test_attributes_of_objectives_agree_with_the_table(name: str) -> None:
     row = OBJECTIVE_ROWS[name]
     assert bool(row.variants) == (row.tested_elsewhere is None)
     for make in row.variants.values():
@@ -99,19 +99,19 @@ def test_every_distance_and_similarity_is_a_variant(catalogue: dict, stated: dic
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_tasks_agree_with_the_table_on_what_are_values(kind: str) -> None:
+def test_tasks_agree_with_the_table_on_value_heads(kind: str) -> None:
     assert TASKS[kind].on_values == (kind in table.ON_VALUES)
 
 
 @pytest.mark.parametrize(("name", "divergence"), table.REFUSED)
-def test_a_divergence_of_distributions_is_refused_on_values(name: str, divergence: str) -> None:
+def test_a_divergence_of_distributions_raises_on_values(name: str, divergence: str) -> None:
     head = HEADS[name]
     with pytest.raises(SettingError, match=f"'{divergence}' compares distributions, but {head.kind} predicts values"):
         Distiller(head.make(1), head.make(2), divergence=divergence)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_starts_and_ends_where_it_says(name: str) -> None:
+def test_schedules_have_the_values_of_the_table(name: str) -> None:
     settings, values = table.SCHEDULE_ROWS[name]
     schedule = SCHEDULES[name](*settings)
     assert [schedule(p) for p in (0.0, 0.5, 1.0)] == pytest.approx(values)

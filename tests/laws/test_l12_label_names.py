@@ -1,4 +1,4 @@
-"""L12: permuting the teacher's labels together with its `label2id` changes nothing; other sets are refused."""
+"""L12: permuting the teacher's labels together with its `label2id` changes nothing; other label sets raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def named(names: tuple[str, ...] = NAMES) -> dict[str, Any]:
 
 
 def permuted(name: str) -> Any:
-    """The teacher of seed 2 with its labels in another order, and saying so."""
+    """Return the teacher of seed 2 with its labels in another order, in its config too."""
     teacher = HEADS[name].make(2, **named(tuple(NAMES[i] for i in ORDER))).double()
     heads = [layer for layer in teacher.modules() if isinstance(layer, nn.Linear) and layer.out_features == LABELS]
     assert len(heads) == 1
@@ -35,10 +35,10 @@ def permuted(name: str) -> Any:
     return teacher
 
 
-def test_the_table_agrees_with_the_tasks() -> None:
+def test_named_tasks_agree_with_the_table() -> None:
     named_kinds = {kind for kind, row in TASK_ROWS.items() if row.not_permuted is None}
     by_labels = {kind for kind, task in TASKS.items() if task.matched_by == "labels"}
-    assert named_kinds == by_labels - {"regression"}  # whose only column has nothing to be swapped with
+    assert named_kinds == by_labels - {"regression"}  # its only column cannot be swapped
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(NAMED))
@@ -57,8 +57,8 @@ def test_the_order_of_the_teachers_labels_does_not_matter(name: str, divergence:
 
 
 @pytest.mark.parametrize("name", NAMED_HEADS)
-def test_a_permutation_that_is_not_said_does_matter(name: str) -> None:
-    """So that the law above is not kept by a permutation that changes nothing."""
+def test_an_undeclared_permutation_changes_the_loss(name: str) -> None:
+    """Otherwise the law above could hold because the permutation has no effect."""
     student, silent = HEADS[name].make(1, **named()).double(), permuted(name)
     silent.config.label2id, silent.config.id2label = named()["label2id"], named()["id2label"]
     batch = m.collated(name, HEADS[name].examples())
@@ -68,9 +68,9 @@ def test_a_permutation_that_is_not_said_does_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED_HEADS)
-def test_other_sets_of_labels_are_refused(name: str) -> None:
+def test_other_label_sets_raise(name: str) -> None:
     student = HEADS[name].make(1, **named())
     teacher = HEADS[name].make(2, **named(("cold", "warm", "boiling")))
     with pytest.raises(TeacherError, match=r"names differ: student \{cold, warm, hot\}, teacher \{cold, warm, boil"):
         Distiller(student, teacher)
-    assert all(p.requires_grad for p in teacher.parameters())  # refused before it was touched
+    assert all(p.requires_grad for p in teacher.parameters())  # raised before the teacher was changed

@@ -1,4 +1,4 @@
-"""L1: a student equal to its teacher, dropout off: the term is 0 and its gradient is 0."""
+"""L1: for a student equal to its teacher, without dropout, the term and its gradient are 0."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.laws.conformance import CASES, DIVERGENCE_ROWS, walked
 
-# The gradient is of a sum of squares or of logarithms around its minimum: rounding, times the rows and the weights.
+# The gradient of a sum of squares or logarithms at its minimum: rounding, times the rows and the weights.
 ROUNDING = 1e-9
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(CASES))
-def test_equal_models_have_nothing_to_learn(name: str, divergence: str) -> None:
+def test_equal_models_have_zero_loss_and_gradient(name: str, divergence: str) -> None:
     if DIVERGENCE_ROWS[divergence].not_zero_at_equality:
         return equal_and_one_hot(name, divergence)
     twin = m.new_student(name)
@@ -28,7 +28,7 @@ def test_equal_models_have_nothing_to_learn(name: str, divergence: str) -> None:
 
 
 def equal_and_one_hot(name: str, divergence: str) -> None:
-    """A cross-entropy with the teacher's choice is 0 at equality only where both are certain."""
+    """A cross-entropy with the teacher's class is 0 at equality only if both models are certain."""
     batch, logits, _ = m.read_logits(name)
     certain = logits * 1e7
     total, count, gradient = m.term(m.task_of(name), batch, certain, certain, divergence)
@@ -39,8 +39,8 @@ def equal_and_one_hot(name: str, divergence: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(CASES))
-def test_different_models_have_something_to_learn(name: str, divergence: str) -> None:
-    """So that the law above is not kept by a term that is always 0."""
+def test_different_models_have_nonzero_loss_and_gradient(name: str, divergence: str) -> None:
+    """Otherwise the law above could hold because the term is always 0."""
     batch, student, teacher = m.read_logits(name)
     total, _, gradient = m.term(m.task_of(name), batch, student, teacher, divergence)
     assert total > 1e-3

@@ -1,4 +1,4 @@
-"""L2: where no row is kept a term is 0 and finite, and backward works."""
+"""L2: without kept rows a term is 0 and finite, and backward works."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SILENT = [(name, divergence) for name, divergence in CASES if TASK_ROWS[HEADS[na
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(SILENT))
-def test_no_row_is_zero_with_a_backward(name: str, divergence: str) -> None:
+def test_no_kept_rows_give_zero_with_a_working_backward(name: str, divergence: str) -> None:
     head = HEADS[name]
     silence = TASK_ROWS[head.kind].silence
     assert silence is not None
     batch = silence(m.collated(name, head.examples(4)))
-    # CTC's own loss is infinite for a sound too short for its letters; that is the head's, not ours.
+    # CTC's own loss is infinite for recordings too short for their labels; that is not this library's loss.
     alpha = 1.0 if head.kind == "ctc" else 0.5
     distiller = m.distiller_of(name, divergence, alpha=alpha, divergence_kwargs={})
     assert distiller.task.count(batch) == 0
     loss, gradient = m.step(distiller, m.student_of(name), [batch])
     assert loss == 0.0
-    assert not gradient.any()  # NaN counts as something
+    assert not gradient.any()  # NaN is truthy
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(SILENT))
-def test_a_silent_micro_batch_changes_nothing_for_the_others(name: str, divergence: str) -> None:
+def test_a_silent_micro_batch_does_not_change_the_others(name: str, divergence: str) -> None:
     head = HEADS[name]
     silence = TASK_ROWS[head.kind].silence
     assert silence is not None
@@ -44,7 +44,7 @@ def test_a_silent_micro_batch_changes_nothing_for_the_others(name: str, divergen
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.may_ignore])
-def test_examples_without_a_label_are_still_distilled(name: str) -> None:
+def test_unlabelled_examples_are_still_distilled(name: str) -> None:
     batch = m.collated(name, HEADS[name].examples(4))
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     distiller, student = m.distiller_of(name), m.student_of(name)
@@ -59,8 +59,8 @@ def test_examples_without_a_label_are_still_distilled(name: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCE_ROWS)
-def test_an_empty_batch_of_examples_is_zero(divergence: str) -> None:
-    """Tasks whose every example counts have no rows only when they have no examples."""
+def test_an_empty_batch_gives_zero(divergence: str) -> None:
+    """Tasks that count every example have no rows only in an empty batch."""
     batch, student, teacher = m.read_logits("bert_single_label")
     nothing = {name: x[:0] for name, x in batch.items()}
     total, count, gradient = m.term(m.task_of("bert_single_label"), nothing, student[:0], teacher[:0], divergence)

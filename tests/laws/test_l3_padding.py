@@ -1,4 +1,4 @@
-"""L3: padding more, or changing a row that is not kept, changes neither the value nor the gradient."""
+"""L3: more padding, or another value in a row that is not kept, changes neither the value nor the gradient."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ WITH_OTHER_ROWS = [case for case in CASES if TASK_ROWS[HEADS[case[0]].kind].sile
 @pytest.mark.parametrize(("name", "divergence"), walked(PADDED))
 def test_more_padding_changes_nothing(name: str, divergence: str) -> None:
     head = HEADS[name]
-    # Span QA's own loss in transformers takes its softmax over padded positions: there the divergence alone is ours.
+    # Span QA's loss in transformers includes padded positions in its softmax, so only the divergence is tested there.
     alpha = 1.0 if head.labels_see_padding or not head.label_names else 0.5
-    # Even a divergence that couples rows must not couple them with padding, so its defaults hold here.
+    # Even a divergence that couples rows must not couple them with padding, so its defaults are used here.
     distiller = m.distiller_of(name, divergence, alpha=alpha, divergence_kwargs={})
     examples, student = head.examples(), m.student_of(name)
     loss, gradient = m.step(distiller, student, [m.collated(name, examples)])
@@ -29,7 +29,7 @@ def test_more_padding_changes_nothing(name: str, divergence: str) -> None:
     assert m.difference(padded_gradient, gradient) < 1e-6
 
 
-# Where a decoder is, only its labels or its own inputs tell, so sequence to sequence is never without both.
+# The length of a decoder follows from its labels or inputs, so seq2seq always has one of them.
 UNLABELLED = [name for name, head in HEADS.items() if head.pads and head.kind != "seq2seq"]
 
 
@@ -45,8 +45,8 @@ def test_more_padding_changes_nothing_without_labels(name: str) -> None:
     assert m.difference(padded_gradient, gradient) < 1e-6
 
 
-def test_the_labels_term_of_span_qa_does_depend_on_padding() -> None:
-    """Stated, not hidden: it is the head's own loss in transformers, as in `Trainer`. The divergence does not."""
+def test_the_labels_term_of_span_qa_depends_on_padding() -> None:
+    """A known limit: it is transformers' own loss, as in `Trainer`. The divergence does not depend on padding."""
     examples = HEADS["bert_span"].examples()
     distiller = m.distiller_of("bert_span")
     short, long = (
@@ -57,15 +57,15 @@ def test_the_labels_term_of_span_qa_does_depend_on_padding() -> None:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_more_padding_on_the_left_changes_nothing(labelled: bool) -> None:
-    """Of the divergence: transformers' own loss lets the last padded position predict the first real token.
+def test_more_left_padding_changes_nothing(labelled: bool) -> None:
+    """For the divergence: in transformers' loss the last padded position predicts the first real token.
 
-    For Llama, whose positions are relative: absolute ones move with padding on the left.
+    With Llama, whose positions are relative: left padding moves absolute positions.
     """
     name = "llama_causal_lm"
     distiller, student = m.distiller_of(name, alpha=1.0), m.student_of(name)
     right = m.collated(name, HEADS[name].examples(labelled=False))
-    if labelled:  # the first token, too
+    if labelled:  # the first token too
         right["labels"] = right["input_ids"].masked_fill(right["attention_mask"] == 0, -100)
     expected, gradient = m.step(distiller, student, [right])
     left = {key: x.clone() for key, x in right.items()}
@@ -81,7 +81,7 @@ def test_more_padding_on_the_left_changes_nothing(labelled: bool) -> None:
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
 @pytest.mark.parametrize(("name", "divergence"), walked(WITH_OTHER_ROWS))
-def test_rows_that_are_not_kept_are_never_looked_at(name: str, divergence: str, garbage: float) -> None:
+def test_rows_that_are_not_kept_are_never_read(name: str, divergence: str, garbage: float) -> None:
     task = m.task_of(name)
     batch, student, teacher = m.read_logits(name)
     other = ~kept_positions(name, batch, student)
@@ -95,7 +95,7 @@ def test_rows_that_are_not_kept_are_never_looked_at(name: str, divergence: str, 
 
 
 def kept_positions(name: str, batch: Batch, logits: Tensor) -> Tensor:
-    """`[b t 1]` bool: where the rows that count lie, found by selecting numbered positions."""
+    """Return bool `[b t 1]`: the positions of the rows that count, found by selecting numbered positions."""
     task = m.task_of(name)
     leading = logits.shape[:-1]
     numbers = torch.arange(leading.numel()).view(*leading, 1)
@@ -105,8 +105,8 @@ def kept_positions(name: str, batch: Batch, logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCE_ROWS)
-def test_whether_rows_are_coupled_is_as_stated(divergence: str) -> None:
-    """`couples_rows`, measured: a row's result, alone and among others. With the table's settings it never is."""
+def test_couples_rows_is_correct(divergence: str) -> None:
+    """Compares a row's result alone and among other rows. With the table's settings rows are never coupled."""
     batch, student, teacher = m.read_logits("bert_single_label")
     task = m.task_of("bert_single_label")
     one = {name: x[:1] for name, x in batch.items()}

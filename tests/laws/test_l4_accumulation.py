@@ -1,4 +1,4 @@
-"""L4: one batch of 8 = 2×4 = 4×2 = 8×1 = two processes × 4, ragged: the same gradient, the labels term included."""
+"""L4: one batch of 8 = 2×4 = 4×2 = 8×1 = two processes × 4, ragged: the same gradient, labels term included."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SPLITS = (2, 4, 8)
 
 
 def split(name: str, parts: int) -> list[Batch]:
-    """Eight ragged examples in so many micro-batches, each padded to its own longest."""
+    """Return eight ragged examples in `parts` micro-batches, each padded to its own longest."""
     head = HEADS[name]
-    # Except span QA, whose own loss in transformers depends on the padding (L3).
+    # Except span QA, whose loss in transformers depends on the padding (L3).
     pad_to = head.longest if head.labels_see_padding else None
     examples = head.examples(8)
     size = 8 // parts
@@ -41,7 +41,7 @@ def test_accumulation_changes_nothing(name: str, divergence: str) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.label_names])
-def test_each_term_alone_is_exact_too(name: str, alpha: float) -> None:
+def test_accumulation_is_exact_for_each_term_alone(name: str, alpha: float) -> None:
     distiller, student = m.distiller_of(name, alpha=alpha), m.student_of(name)
     _, gradient = m.step(distiller, student, split(name, 1))
     assert m.difference(m.step(distiller, student, split(name, 4))[1], gradient) < 1e-6
@@ -51,8 +51,8 @@ RAGGED = [name for name, head in HEADS.items() if head.kind in ("token_classific
 
 
 @pytest.mark.parametrize("name", RAGGED)
-def test_the_examples_are_ragged_enough_to_tell(name: str) -> None:
-    """A mean of means must be wrong on these examples, or the law above shows nothing."""
+def test_a_mean_of_means_is_wrong_on_these_examples(name: str) -> None:
+    """Otherwise the law above would prove nothing."""
     distiller, student = m.distiller_of(name), m.student_of(name)
     micro_batches = split(name, 4)
     _, gradient = m.step(distiller, student, micro_batches)
@@ -61,11 +61,11 @@ def test_the_examples_are_ragged_enough_to_tell(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.may_ignore])
-def test_partly_labelled_examples_are_exact(name: str) -> None:
+def test_accumulation_is_exact_for_partly_labelled_examples(name: str) -> None:
     distiller, student = m.distiller_of(name), m.student_of(name)
 
     def unlabelled(parts: int) -> list[Batch]:
-        """The first three of eight have no label: with parts = 8, whole micro-batches have none."""
+        """The first three of eight have no label; with parts = 8 whole micro-batches have none."""
         batches, seen = split(name, parts), 0
         for batch in batches:
             for row in range(batch["labels"].shape[0]):
@@ -81,7 +81,7 @@ def test_partly_labelled_examples_are_exact(name: str) -> None:
 
 @dataclass
 class OtherProcess:
-    """An accelerator as one of two processes sees it: `reduce` adds what the other one counted, and its finite loss."""
+    """A fake accelerator of one of two processes: `reduce` adds the other's counts, and its finite loss."""
 
     others_counts: Tensor
     gradient_accumulation_steps: int
@@ -96,8 +96,8 @@ class OtherProcess:
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", HEADS)
-def test_two_processes_change_nothing(name: str, parts: int) -> None:
-    """DDP averages gradients over processes, Accelerate divides by its accumulation steps: both are undone."""
+def test_two_processes_equal_one(name: str, parts: int) -> None:
+    """DDP averages gradients over processes, and Accelerate divides by its accumulation steps: both are undone."""
     distiller, student = m.distiller_of(name), m.student_of(name)
     _, gradient = m.step(distiller, student, split(name, 1))
     micro_batches = split(name, 2 * parts)
@@ -112,13 +112,13 @@ def test_two_processes_change_nothing(name: str, parts: int) -> None:
 
 
 def own_counts(distiller: Any, micro_batches: list[Batch]) -> Tensor:
-    if distiller.task.sums_over_examples:  # `count` reports ones then; what is reduced does not matter
+    if distiller.task.sums_over_examples:  # then `count` is 1 for each example, and the reduced value does not matter
         return torch.ones(len(distiller.begin_step(micro_batches).denominators))
     return torch.stack(list(distiller.begin_step(micro_batches).denominators.values()))
 
 
-def test_processes_that_see_the_same_batch_count_once() -> None:
-    """Tensor parallelism: two processes, one batch."""
+def test_a_batch_shared_by_processes_counts_once() -> None:
+    """Tensor parallelism: two processes work on the same batch."""
     distiller, student = m.distiller_of("bert_tokens"), m.student_of("bert_tokens")
     batches = split("bert_tokens", 1)
     _, gradient = m.step(distiller, student, batches)
@@ -127,7 +127,7 @@ def test_processes_that_see_the_same_batch_count_once() -> None:
     assert m.difference(found, gradient) < 1e-12
 
 
-def test_deepspeed_does_not_divide_so_we_do_not_multiply() -> None:
+def test_the_loss_is_not_multiplied_for_deepspeed_which_does_not_divide() -> None:
     distiller = m.distiller_of("bert_tokens")
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED,
@@ -138,10 +138,10 @@ def test_deepspeed_does_not_divide_so_we_do_not_multiply() -> None:
     assert distiller.begin_step(split("bert_tokens", 4), accelerator).scale == 1.0
 
 
-def test_an_answer_whose_end_alone_is_cut_off_is_beyond_the_labels_term() -> None:
-    """Stated, not hidden. Span QA's own loss is the mean of two means, over starts and over ends; where a micro-batch
-    has more of the one than of the other, its parts cannot be told apart from outside. Preprocessing that cuts both
-    (or points both at the first token), as transformers' scripts do, never meets this. The divergence is exact always.
+def test_span_accumulation_is_inexact_if_only_the_end_is_cut_off() -> None:
+    """A known limit. Span QA's loss is the mean of two means, over starts and over ends; if a micro-batch has
+    more valid starts than ends, its parts cannot be separated from outside. Preprocessing that cuts both (or points
+    both at the first token), as transformers' scripts do, avoids this. The divergence is always exact.
     """
     name, head = "bert_span", HEADS["bert_span"]
     examples = head.examples(8)

@@ -1,7 +1,7 @@
-"""L5: as the temperature grows past the logits, the gradient of a term does not depend on it; T^p is in the gradient.
+"""L5: at temperatures far above the logits, the gradient of a term does not depend on T, as it includes T^p.
 
-Of every task, with whole logits. The fused loss, whose backward is written by hand, is in
-tests/functional/test_fused_temperature.py; finite differences of everything else are in tests/functional as well.
+For every task, with whole logits. The fused loss, with its handwritten backward, is in
+tests/functional/test_fused_temperature.py; finite differences of everything else are in tests/functional too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def test_gradient_is_independent_of_a_high_temperature(name: str, divergence: st
 
 
 @pytest.mark.parametrize("divergence", [name for name, p in PROPERTIES.items() if not p.softens])
-def test_what_is_not_softened_does_not_hear_of_the_temperature(divergence: str) -> None:
+def test_unsoftened_divergences_ignore_the_temperature(divergence: str) -> None:
     batch, student, teacher = m.read_logits("bert_single_label")
     task = m.task_of("bert_single_label")
     cold = m.term(task, batch, student, teacher, divergence, temperature=1.0)

@@ -1,4 +1,4 @@
-"""L7: a head over a vocabulary with extra, padded columns gives the same number as one without."""
+"""L7: a vocabulary head with additional padded columns gives the same number as one without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITH_VOCABULARY = [case for case in CASES if TASK_ROWS[HEADS[case[0]].kind].not_
 
 
 def widened(name: str, seed: int, width: int) -> Any:
-    """The model of that seed, with rows of noise after its vocabulary."""
+    """Return the model of that seed with rows of noise after its vocabulary."""
     narrow, wide = HEADS[name].make(seed).double(), HEADS[name].make(seed + 100, vocab_size=width).double()
     values = narrow.state_dict()
     with torch.no_grad():
@@ -27,14 +27,14 @@ def widened(name: str, seed: int, width: int) -> Any:
     return wide
 
 
-def test_the_table_agrees_with_the_tasks() -> None:
+def test_padded_heads_agree_with_the_table() -> None:
     assert {k for k, row in TASK_ROWS.items() if row.not_widened is None} == {
         kind for kind, task in TASKS.items() if task.matched_by == "vocabulary"
     }
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(WITH_VOCABULARY))
-def test_a_padded_teacher_says_the_same(name: str, divergence: str) -> None:
+def test_padded_columns_of_the_teacher_change_nothing(name: str, divergence: str) -> None:
     batch, student = m.collated(name, HEADS[name].examples()), m.student_of(name)
     found = []
     for width in (VOCABULARY, VOCABULARY + 8):
@@ -52,8 +52,8 @@ def test_a_padded_teacher_says_the_same(name: str, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in WITH_VOCABULARY}))
-def test_a_padded_student_learns_the_same(name: str) -> None:
-    """Both heads padded, each to another width: as if neither were. (Its own loss on labels does see its padding.)"""
+def test_padded_columns_of_both_models_change_nothing(name: str) -> None:
+    """The heads are padded to different widths. (The model's own loss on labels does include its padding.)"""
     batch = m.collated(name, HEADS[name].examples())
     found = []
     for widths in ((VOCABULARY, VOCABULARY), (VOCABULARY + 3, VOCABULARY + 8)):

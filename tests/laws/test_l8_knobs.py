@@ -1,4 +1,4 @@
-"""L8: every knob, when changed, changes the loss."""
+"""L8: every setting, when changed, changes the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK_KNOBS = [(name, knob, value) for name, head in HEADS.items() for knob, valu
 
 
 @pytest.mark.parametrize(("name", "divergence", "knob"), walked(KNOBS))
-def test_a_setting_of_a_divergence(name: str, divergence: str, knob: str) -> None:
+def test_each_setting_of_a_divergence_changes_the_loss(name: str, divergence: str, knob: str) -> None:
     row = DIVERGENCE_ROWS[divergence]
     batch, student, teacher = m.read_logits(name)
     before, _, gradient_before = m.term(m.task_of(name), batch, student, teacher, divergence)
@@ -30,7 +30,7 @@ def test_a_setting_of_a_divergence(name: str, divergence: str, knob: str) -> Non
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(SOFTENED))
-def test_the_temperature(name: str, divergence: str) -> None:
+def test_temperature_changes_the_loss(name: str, divergence: str) -> None:
     batch, task = m.collated(name, HEADS[name].examples()), m.task_of(name)
     losses = [
         m.distiller_of(name, divergence, temperature=t, task=task, divergence_kwargs={})(m.student_of(name), batch)
@@ -41,7 +41,7 @@ def test_the_temperature(name: str, divergence: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.label_names])
-def test_alpha(name: str) -> None:
+def test_alpha_changes_the_loss(name: str) -> None:
     batch, student = m.collated(name, HEADS[name].examples()), m.student_of(name)
     by_alpha = {alpha: m.distiller_of(name, alpha=alpha)(student, batch) for alpha in (0.0, 0.3, 0.7, 1.0)}
     losses = [found.loss.item() for found in by_alpha.values()]
@@ -52,7 +52,7 @@ def test_alpha(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "knob", "value"), TASK_KNOBS)
-def test_a_setting_of_a_task(name: str, knob: str, value: str) -> None:
+def test_each_setting_of_a_task_changes_the_loss(name: str, knob: str, value: str) -> None:
     batch, student = m.collated(name, HEADS[name].examples()), m.student_of(name)
     changed = TASKS[HEADS[name].kind](**{knob: value})
     before = m.distiller_of(name)(student, batch).terms["logits"].item()

@@ -1,6 +1,6 @@
-"""L9, its gradient part: gradient reaches the student and never the teacher, which stays as it is, in eval mode.
+"""L9, gradients: only the student gets one; the teacher is unchanged and in evaluation mode.
 
-That it is in no optimizer, checkpoint, export or push is the trainer's part.
+Optimizers, checkpoints, exports and pushes are tested with the trainer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.laws.conformance import CASES, DIVERGENCE_ROWS, TWO_COLUMNS, walked
 
 
 @pytest.mark.parametrize(("name", "divergence"), walked(CASES))
-def test_gradient_reaches_the_student_alone(name: str, divergence: str) -> None:
+def test_only_the_student_gets_a_gradient(name: str, divergence: str) -> None:
     teacher = m.new_teacher(name)
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     distiller = m.distiller_of(name, divergence, teacher=teacher, alpha=1.0, divergence_kwargs={})
@@ -25,8 +25,8 @@ def test_gradient_reaches_the_student_alone(name: str, divergence: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-def test_two_columns_are_the_only_rows_dist_is_blind_to() -> None:
-    """The reason in the table, measured: with `intra_weight=0` several labels at once learn nothing from `dist`."""
+def test_dist_has_no_gradient_only_for_two_columns() -> None:
+    """Confirms the reason in the table: with `intra_weight=0`, `dist` has no gradient for multi-label rows."""
     name, row = TWO_COLUMNS[0], DIVERGENCE_ROWS["dist"]
     distiller = m.distiller_of(name, "dist", alpha=1.0, divergence_kwargs=row.a_row_alone)
     _, gradient = m.step(distiller, m.student_of(name), [m.collated(name, HEADS[name].examples())])
@@ -34,7 +34,7 @@ def test_two_columns_are_the_only_rows_dist_is_blind_to() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_after_training_the_teacher_is_bitwise_what_it_was(name: str) -> None:
+def test_training_leaves_the_teacher_bitwise_unchanged(name: str) -> None:
     student, teacher = HEADS[name].make(1).train(), HEADS[name].make(2).train()
     weights = {key: value.clone() for key, value in teacher.state_dict().items()}
     own = {key: value.clone() for key, value in student.state_dict().items()}
@@ -47,7 +47,7 @@ def test_after_training_the_teacher_is_bitwise_what_it_was(name: str) -> None:
         distiller.end_step(student)
     assert all(torch.equal(value, weights[key]) for key, value in teacher.state_dict().items())
     assert any(not torch.equal(value, own[key]) for key, value in student.state_dict().items())
-    assert set(own) == set(student.state_dict())  # nothing was hung onto the student
+    assert set(own) == set(student.state_dict())  # no module was added to the student
 
 
 DROPOUT = {
@@ -59,8 +59,8 @@ DROPOUT = {
 
 
 @pytest.mark.parametrize("name", DROPOUT)
-def test_the_teacher_is_in_eval_mode_in_every_step(name: str) -> None:
-    """Even when something has set it, or all of its parts but not itself, to training mode since the step before."""
+def test_the_teacher_is_in_evaluation_mode_in_every_step(name: str) -> None:
+    """Even if it, or only its submodules, was set to training mode after the previous step."""
     student, teacher = HEADS[name].make(1), HEADS[name].make(2, **DROPOUT[name])
     distiller = Distiller(student, teacher, alpha=1.0)
     batch = HEADS[name].batch(4)

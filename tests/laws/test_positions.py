@@ -1,4 +1,4 @@
-"""Rows are compared position by position: packed documents stay apart, and rows of another shape are refused."""
+"""Rows are compared position by position: packed documents stay separate, and rows of another shape raise."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ T = 3.0
 
 
 def packed(name: str, examples: Any = None) -> dict[str, Any]:
-    """All documents one after the other in one row, as transformers packs them."""
+    """Return all documents in one row, packed as by transformers."""
     examples = HEADS[name].examples(6) if examples is None else examples
     return DataCollatorWithFlattening(return_tensors="pt")(copy.deepcopy(examples))
 
 
 def one_by_one(name: str, student: Any, teacher: Any) -> float:
-    """The mean over every token that counts, of each document alone: no padding and no packing."""
+    """Return the mean over valid tokens of each document alone, without padding and packing."""
     found = []
     for example in HEADS[name].examples(6):
         ids = torch.tensor([example["input_ids"]])
@@ -52,11 +52,11 @@ def one_by_one(name: str, student: Any, teacher: Any) -> float:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", CAUSAL)
-def test_equal_models_have_nothing_to_learn_from_a_packed_batch(name: str, attention: str) -> None:
+def test_equal_models_have_zero_loss_on_a_packed_batch(name: str, attention: str) -> None:
     student = HEADS[name].make(1, attn_implementation=attention).double()
     distiller = Distiller(student, copy.deepcopy(student), alpha=1.0)
     batch = packed(name)
-    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch  # so that it is packed
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch  # the batch is really packed
     found = distiller(student, batch)
     found.loss.backward()
     assert abs(found.loss.item()) < 1e-9
@@ -65,7 +65,7 @@ def test_equal_models_have_nothing_to_learn_from_a_packed_batch(name: str, atten
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", CAUSAL)
-def test_a_packed_batch_is_its_documents(name: str, attention: str) -> None:
+def test_a_packed_batch_equals_its_documents(name: str, attention: str) -> None:
     student, teacher = (HEADS[name].make(seed, attn_implementation=attention).double().eval() for seed in (1, 2))
     expected = one_by_one(name, student, teacher)
     distiller = Distiller(student, teacher, alpha=1.0, temperature=T)
@@ -75,16 +75,16 @@ def test_a_packed_batch_is_its_documents(name: str, attention: str) -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_whatever_the_configs_say_of_a_cache(name: str, use_cache: bool) -> None:
+def test_packing_works_with_any_use_cache(name: str, use_cache: bool) -> None:
     student, teacher = HEADS[name].make(1, use_cache=use_cache), HEADS[name].make(2, use_cache=not use_cache)
     expected = one_by_one(name, student, teacher)
     distiller = Distiller(student, teacher, alpha=1.0, temperature=T)
     assert distiller(student, packed(name)).terms["logits"].item() == pytest.approx(expected, rel=1e-4)
-    assert (student.config.use_cache, teacher.config.use_cache) == (use_cache, not use_cache)  # left as they were
+    assert (student.config.use_cache, teacher.config.use_cache) == (use_cache, not use_cache)  # configs are unchanged
 
 
-def test_packing_does_matter() -> None:
-    """So that the tests above can fail: without positions the documents do see each other."""
+def test_packing_without_positions_changes_the_loss() -> None:
+    """Otherwise the tests above could not fail: without positions the documents attend to each other."""
     name = "llama_causal_lm"
     student, teacher = HEADS[name].make(1), HEADS[name].make(2)
     batch = packed(name)
@@ -96,15 +96,15 @@ def test_packing_does_matter() -> None:
 
 @pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding, AttentionMatch, RelationMatch])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_the_inside_of_a_packed_batch_is_that_of_its_documents(name: str, objective: Any) -> None:
-    """Padded in a batch they are apart. RelationMatch must itself leave out pairs of two documents."""
+def test_activations_of_a_packed_batch_equal_those_of_its_documents(name: str, objective: Any) -> None:
+    """Compared with a padded batch. RelationMatch must exclude pairs from different documents."""
     student, teacher = (HEADS[name].make(seed).double() for seed in (1, 2))
     distiller = Distiller(student, teacher, alpha=None, objectives=objective())
     found, apart = (distiller(student, batch).loss.item() for batch in (packed(name), HEADS[name].batch(6)))
     assert found == pytest.approx(apart, rel=1e-6)
 
 
-def test_what_needs_an_example_a_row_refuses_packed_ones() -> None:
+def test_objectives_on_whole_examples_reject_packing() -> None:
     name = "llama_causal_lm"
     student, teacher = (HEADS[name].make(seed) for seed in (1, 2))
     for objective, what in (
@@ -123,8 +123,8 @@ def test_what_needs_an_example_a_row_refuses_packed_ones() -> None:
 # Masks of student and teacher.
 
 
-def test_a_position_counts_where_both_models_are_shown_it() -> None:
-    """The teacher is shown no more than three tokens; what it makes of the others is not compared."""
+def test_a_position_counts_if_both_models_attend_to_it() -> None:
+    """The teacher attends to at most three tokens; other positions are not compared."""
     head = HEADS["bert_tokens"]
     student, teacher, batch = head.make(0), head.make(1), head.batch(4)
     shorter = batch["attention_mask"].clone()
@@ -152,7 +152,7 @@ def refused(student: Any, teacher: Any, batch: dict[str, Any], *words: str) -> N
 
 @pytest.mark.parametrize("name", ["wav2vec2_ctc_mean", "hubert_ctc_sum"])
 @pytest.mark.parametrize("slower", ["student", "teacher"])
-def test_ctc_with_another_frame_rate(name: str, slower: str) -> None:
+def test_ctc_models_with_different_frame_rates_raise(name: str, slower: str) -> None:
     head = HEADS[name]
     models = {"student": head.make(0), "teacher": head.make(1)}
     models[slower] = head.make(2, conv_stride=(4, 2))
@@ -162,7 +162,7 @@ def test_ctc_with_another_frame_rate(name: str, slower: str) -> None:
 @pytest.mark.parametrize("name", ["bert_tokens", "bert_masked_lm", "gpt2_causal_lm", "llama_causal_lm"])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("more", [-1, 3])
-def test_teacher_columns_of_another_length(name: str, labelled: bool, more: int) -> None:
+def test_teacher_inputs_of_another_length_raise(name: str, labelled: bool, more: int) -> None:
     head = HEADS[name]
     batch = head.batch(4, labelled=labelled)
     length = batch["input_ids"].shape[1] + more
@@ -171,7 +171,7 @@ def test_teacher_columns_of_another_length(name: str, labelled: bool, more: int)
 
 
 @pytest.mark.parametrize("more", [-1, 3])
-def test_teacher_columns_of_another_length_for_spans(more: int) -> None:
+def test_teacher_inputs_of_another_length_raise_for_spans(more: int) -> None:
     head = HEADS["bert_span"]
     batch = head.batch(4)
     batch["teacher_input_ids"] = torch.ones(4, batch["input_ids"].shape[1] + more, dtype=torch.long)
@@ -180,7 +180,7 @@ def test_teacher_columns_of_another_length_for_spans(more: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["t5_seq2seq", "bart_seq2seq"])
-def test_decoder_inputs_of_another_length(name: str) -> None:
+def test_decoder_inputs_of_another_length_raise(name: str) -> None:
     head = HEADS[name]
     batch = head.batch(4)
     batch["teacher_decoder_input_ids"] = torch.ones(4, batch["labels"].shape[1] + 2, dtype=torch.long)
@@ -193,7 +193,7 @@ def test_decoder_inputs_of_another_length(name: str) -> None:
 )  # peft asks by the old name
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_prompt_tuning_adds_rows(name: str, side: str) -> None:
+def test_rows_added_by_prompt_tuning_raise(name: str, side: str) -> None:
     head = HEADS[name]
     models = {"student": head.make(0), "teacher": head.make(1)}
     tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -201,8 +201,8 @@ def test_prompt_tuning_adds_rows(name: str, side: str) -> None:
     refused(models["student"], models["teacher"], head.batch(4), "no virtual tokens of prompt tuning")
 
 
-def test_columns_of_the_same_length_are_taken() -> None:
-    """What the teacher is to read may differ, as long as the positions are the same."""
+def test_teacher_inputs_of_the_same_length_are_accepted() -> None:
+    """The teacher's inputs may differ if the positions correspond."""
     head = HEADS["bert_tokens"]
     student, teacher, batch = head.make(0), head.make(1), head.batch(4)
     other = batch["input_ids"].flip(1).clamp(min=1)

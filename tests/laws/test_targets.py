@@ -1,4 +1,4 @@
-"""A divergence that looks at the label finds it where the compared columns are: holes, padding, unknown tokens."""
+"""A divergence that uses labels finds them among the compared columns: id gaps, padding, unknown tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("gpt2_causal_lm", "bert_masked_lm", "t5_seq2seq")
 
 
 def rows(name: str, student: Any, teacher: Any, batch: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The predictions of both, and the labels, by hand."""
+    """Return the predictions of both models and the labels, by hand."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if name == "t5_seq2seq":
@@ -35,7 +35,7 @@ def rows(name: str, student: Any, teacher: Any, batch: dict[str, Any]) -> tuple[
 
 
 def by_hand(name: str, student: Any, teacher: Any, batch: dict[str, Any], columns: list[int]) -> float:
-    """`decoupled` over these columns; a label that is none of them is replaced by the teacher's choice (-100)."""
+    """`decoupled` over these columns; other labels become the teacher's class (-100)."""
     ours, theirs, labels = rows(name, student, teacher, batch)
     places = torch.tensor([columns.index(int(label)) if int(label) in columns else -100 for label in labels])
     return T**2 * decoupled(ours[:, columns] / T, theirs[:, columns] / T, places).mean().item()
@@ -57,7 +57,7 @@ def found(student: Any, teacher: Any, batch: dict[str, Any], ours: Any, theirs: 
 
 
 def without_holes(name: str) -> dict[str, Any]:
-    """A batch in which no id is one that the tokenizer does not know."""
+    """Return a batch without ids that the tokenizer does not have."""
     batch = HEADS[name].batch(6)
     for hole in HOLES:
         for key in ("input_ids", "labels"):
@@ -66,20 +66,20 @@ def without_holes(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tokenizer_with_holes_in_its_ids(name: str) -> None:
+def test_tokenizer_with_gaps_in_its_ids(name: str) -> None:
     student, teacher, batch = HEADS[name].make(0), HEADS[name].make(1), without_holes(name)
     columns = sorted(HOLED.values())
-    assert int((batch["labels"] > HOLES[0]).sum()) > 3  # so that a label beyond a hole is there
+    assert int((batch["labels"] > HOLES[0]).sum()) > 3  # some labels lie beyond a gap
     expected = by_hand(name, student, teacher, batch, columns)
     assert found(student, teacher, batch, tokenizer(HOLED), tokenizer(HOLED)) == pytest.approx(expected, rel=1e-4)
     ours, theirs, labels = rows(name, student, teacher, batch)
     unmapped = T**2 * decoupled(ours[:, columns] / T, theirs[:, columns] / T, labels.clamp(max=37)).mean().item()
-    assert unmapped != pytest.approx(expected, rel=1e-3)  # so that the comparison above says something
+    assert unmapped != pytest.approx(expected, rel=1e-3)  # so the comparison above is meaningful
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_label_that_only_the_student_knows(name: str) -> None:
-    """It is no column that is compared: the teacher's most likely one stands for it."""
+def test_a_label_unknown_to_the_teacher_uses_the_teachers_class(name: str) -> None:
+    """Its column is not compared, so the teacher's likeliest class replaces it."""
     student, teacher, batch = (
         HEADS[name].make(0, vocab_size=42),
         HEADS[name].make(1, vocab_size=48),
@@ -92,8 +92,8 @@ def test_a_label_that_only_the_student_knows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_holes_and_a_label_in_one(name: str) -> None:
-    """A label that is a hole of the teacher's tokenizer."""
+def test_a_label_in_a_gap_of_the_teachers_ids(name: str) -> None:
+    """The teacher's tokenizer does not have the label's id."""
     student, teacher, batch = HEADS[name].make(0), HEADS[name].make(1), without_holes(name)
     batch["labels"][0, (batch["labels"][0] != -100).nonzero()[-1]] = HOLES[1]
     expected = by_hand(name, student, teacher, batch, sorted(HOLED.values()))
@@ -101,7 +101,7 @@ def test_holes_and_a_label_in_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("widths", [(40, 48), (48, 40), (48, 64)])
-def test_padded_heads(widths: tuple[int, int]) -> None:
+def test_labels_with_padded_heads(widths: tuple[int, int]) -> None:
     name = "gpt2_causal_lm"
     student, teacher = HEADS[name].make(0, vocab_size=widths[0]), HEADS[name].make(1, vocab_size=widths[1])
     batch = without_holes(name)
@@ -109,8 +109,8 @@ def test_padded_heads(widths: tuple[int, int]) -> None:
     assert found(student, teacher, batch, tokenizer(), tokenizer()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_labels_of_a_classifier_are_the_students() -> None:
-    """The teacher's columns are put into the student's order; the label is the student's already."""
+def test_classifier_labels_use_the_students_ids() -> None:
+    """The teacher's columns are reordered to the student's; the label already is in that order."""
     head = HEADS["bert_single_label"]
     names = {"id2label": {0: "c", 1: "a", 2: "b"}, "label2id": {"c": 0, "a": 1, "b": 2}}
     ours = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}

@@ -1,4 +1,4 @@
-"""L4, L9 to L12 for every kind of teacher in `teacher_rows.py`: training code does not know which one it has."""
+"""L4, L9 to L12 for every kind of teacher in `teacher_rows.py`: training code does not depend on the kind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STATE = "distill_teacher.safetensors"
 
 @pytest.fixture
 def placed(tmp_path: Path) -> Any:
-    """A place to make a teacher of a head in; servers are stopped afterwards."""
+    """Make `Place`s for teachers; their servers are stopped afterwards."""
     with ExitStack() as stack:
         yield lambda head, **changed: Place(head, tmp_path, stack, **changed)
 
@@ -49,13 +49,13 @@ def test_every_kind_of_teacher_has_a_row() -> None:
     assert set(STORES) <= {row.store for row in TEACHER_ROWS.values() if row.store} | set(STORES_WITHOUT_ROWS)
 
 
-# L11, and that nothing a teacher says depends on the batch it is asked in.
+# L11, and independence of the batch.
 
 
 @pytest.mark.parametrize(("kind", "head"), EVERY)
-def test_it_says_what_it_must_in_whatever_batch(placed: Any, kind: str, head: str) -> None:
-    """By the definition of the divergence, from what the models behind it tell in evaluation mode, though they are in
-    training mode with dropout; asked in another order than the cache was built in, and padded further."""
+def test_predictions_are_exact_and_do_not_depend_on_the_batch(placed: Any, kind: str, head: str) -> None:
+    """From the definition of the divergence and the models in evaluation mode, although they are set to
+    training mode with dropout; in another order than the cache was built, and with more padding."""
     row, place = TEACHER_ROWS[kind], placed(head, teachers_dropout=0.4)
     made = row.make(place)
     if row.nothing_fixed:
@@ -74,7 +74,7 @@ def test_it_says_what_it_must_in_whatever_batch(placed: Any, kind: str, head: st
 
 
 def defined(distiller: Distiller, made: TeacherCase, batch: dict[str, Tensor], t: float) -> tuple[float, Tensor]:
-    """T² KL(p ‖ q), the mean over the rows that count, and its gradient."""
+    """Return T² KL(p ‖ q), the mean over rows that count, and its gradient."""
     task, inputs = distiller.task, {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert made.says is not None
     p, logits = made.says(inputs, t), made.student(**inputs).logits
@@ -96,7 +96,7 @@ RUN |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.parametrize("kind", TEACHER_ROWS)
-def test_training_moves_the_student_alone_and_is_resumed_bit_for_bit(placed: Any, tmp_path: Path, kind: str) -> None:
+def test_training_changes_only_the_student_and_resumes_bit_for_bit(placed: Any, tmp_path: Path, kind: str) -> None:
     row = TEACHER_ROWS[kind]
     place = placed(row.heads[0], students_dropout=0.3)
     made = row.make(place)
@@ -118,7 +118,7 @@ def test_training_moves_the_student_alone_and_is_resumed_bit_for_bit(placed: Any
 def check_the_teacher_is_apart(
     row: TeacherRow, made: TeacherCase, trainer: Any, before: list[dict[str, Tensor]]
 ) -> None:
-    """L9: in no optimizer, without gradient, bit for bit what it was. An adapted student's base is the student's."""
+    """L9: not in an optimizer, no gradient, bitwise unchanged. An adapted student's base belongs to the student."""
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in made.student.parameters() if p.requires_grad}
     students = {id(p) for p in made.student.parameters()}
@@ -132,7 +132,7 @@ def check_the_teacher_is_apart(
 
 
 def check_what_is_saved(row: TeacherRow, made: TeacherCase, trainer: Any, checkpoint: Path) -> None:
-    """L9: of the teacher nothing is exported, and a checkpoint holds what moves alone."""
+    """L9: the teacher is not exported, and a checkpoint holds only its changing state."""
     exported = checkpoint.parent.parent / "exported"
     trainer.save_model(str(exported))
     trained = hasattr(made.student, "peft_config")
@@ -159,7 +159,7 @@ def test_accumulation_changes_nothing(placed: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind, row in TEACHER_ROWS.items() if not row.not_permuted])
-def test_the_order_of_the_labels_does_not_matter_and_other_labels_are_refused(placed: Any, kind: str) -> None:
+def test_label_order_does_not_matter_and_other_labels_raise(placed: Any, kind: str) -> None:
     row, head = TEACHER_ROWS[kind], TEACHER_ROWS[kind].heads[0]
     batch = HEADS[head].batch(6)
     if row.refuses_order:
@@ -176,8 +176,8 @@ def test_the_order_of_the_labels_does_not_matter_and_other_labels_are_refused(pl
         distiller_of(row, made)
 
 
-def test_the_order_that_is_not_said_does_matter(placed: Any) -> None:
-    """Or the law above shows nothing."""
+def test_an_undeclared_label_order_changes_the_loss(placed: Any) -> None:
+    """Otherwise the law above would prove nothing."""
     row, losses = TEACHER_ROWS["model"], []
     for order in ((0, 1, 2), (2, 0, 1)):
         made = row.make(placed("bert_single_label", order=order))

@@ -1,4 +1,4 @@
-"""L4 over processes: with any of several kinds of teacher, two gloo processes make the three steps that one makes."""
+"""L4 over processes: with several kinds of teacher, two gloo processes make the same three steps as one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[Any]:
-    """The students of each of two processes."""
+    """Return the students of each of two processes."""
     folder = tmp_path_factory.mktemp("two") / "teachers"
     two_processes(Path(__file__).with_name("teacher_runs.py"), str(folder))
     return [torch.load(f"{folder}-process-{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("kind", OVER_PROCESSES)
-def test_two_processes_train_what_one_does(two, tmp_path: Path, kind: str) -> None:
+def test_two_processes_train_the_same_student_as_one(two, tmp_path: Path, kind: str) -> None:
     assert [process["processes"] for process in two] == [2, 2]
     first, second = (process["found"][kind] for process in two)
     assert_same_bits(first, second)

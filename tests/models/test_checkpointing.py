@@ -1,4 +1,4 @@
-"""Reading under gradient checkpointing: the gradients without it, or a refusal where the graph is hidden."""
+"""Capturing under gradient checkpointing: equal gradients, or an error where the graph is hidden."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "relations": RelationMatch,
     "similarity": SimilarityMatch,
 }
-INSIDE_A_BLOCK = ("attention", "relations")  # what the reentrant kind computes without a graph
+INSIDE_A_BLOCK = ("attention", "relations")  # reentrant checkpointing computes these without a graph
 
 
 @pytest.fixture(params=NAMES)
@@ -51,9 +51,9 @@ def measured(models: tuple[str, Any, Any], objective: str, **checkpointing: Any)
         student.gradient_checkpointing_disable()
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # of torch, of the teacher
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")  # torch, in the teacher
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_the_gradients_are_those_without_it(models, reentrant: bool) -> None:
+def test_gradients_equal_those_without_checkpointing(models, reentrant: bool) -> None:
     for objective in OBJECTIVES:
         if reentrant and objective in INSIDE_A_BLOCK:
             continue
@@ -63,8 +63,8 @@ def test_the_gradients_are_those_without_it(models, reentrant: bool) -> None:
         assert gradient.norm() > 1e-4 and m.difference(found, gradient) < 1e-12, objective
 
 
-def test_blocks_really_run_twice(models) -> None:
-    """So that the test above says something: what is in a block is computed again in the backward."""
+def test_checkpointed_blocks_run_twice(models) -> None:
+    """The test above is only meaningful if the backward recomputes each block."""
     name, student, _ = models
     runs: list[object] = []
     block = ActivationCapture(student, "student").blocks().modules[0]
@@ -79,9 +79,9 @@ def test_blocks_really_run_twice(models) -> None:
 
 
 @pytest.mark.parametrize("objective", INSIDE_A_BLOCK)
-def test_what_the_reentrant_kind_hides_is_refused(models, objective: str) -> None:
+def test_activations_inside_reentrant_blocks_raise(models, objective: str) -> None:
     with pytest.raises(SettingError) as raised:
         measured(models, objective, use_reentrant=True)
-    said = str(raised.value)
-    assert "of the student has no gradient: gradient checkpointing with use_reentrant=True hides it" in said
-    assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in said
+    message = str(raised.value)
+    assert "of the student has no gradient: gradient checkpointing with use_reentrant=True hides it" in message
+    assert 'gradient_checkpointing_kwargs={"use_reentrant": False}' in message

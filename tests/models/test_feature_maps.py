@@ -1,7 +1,7 @@
-"""Hidden states of images and convolutions as `[example, position, feature]`, wherever a model keeps its features.
+"""Hidden states of images and convolutions as `[example, position, feature]`, whatever axis holds the features.
 
-Where each architecture keeps them is written here by hand; values are worked out in float64 from what its blocks put
-out, pixel by pixel.
+The axes of each architecture are listed by hand; values are computed in float64 from the outputs of its blocks,
+pixel by pixel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SEGFORMER = {
     "strides": [4, 2], "mlp_ratios": [1, 1], "decoder_hidden_size": 8, **_STAGES,
 }  # fmt: skip
 
-# Architecture → class, config, the path of the blocks, the axes of their output, and their widths.
+# Architecture → class, config, path of the blocks, axes of their output, and their widths.
 ARCHITECTURES: dict[str, tuple[Any, dict[str, Any], str, str, list[int]]] = {
     "convnext": (
         hf.ConvNextForImageClassification, {"num_stages": 2, "patch_size": 4, **_STAGES},
@@ -116,7 +116,7 @@ def made(name: str, seed: int, **settings: Any) -> Any:
 
 @functools.cache
 def model_of(name: str, seed: int = 1) -> Any:
-    """Shared: no test may change it."""
+    """Return a shared model, which no test may change."""
     return made(name, seed)
 
 
@@ -124,8 +124,8 @@ def image(size: int = 32, count: int = 2) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))}
 
 
-def put_out(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
-    """What each block puts out, as it is, in float64."""
+def block_outputs(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Return the unchanged outputs of the blocks in float64."""
     found: list[Tensor] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
@@ -142,7 +142,7 @@ def put_out(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def pixels(x: Tensor, axes: str) -> Tensor:
-    """`[b t d]`, one position after the other."""
+    """Return `[b t d]`, pixel by pixel."""
     if axes == TOKENS:
         return x
     height, width = (x.shape[2], x.shape[3]) if axes == FIRST else (x.shape[1], x.shape[2])
@@ -158,29 +158,29 @@ def read(model: Any, reads: set[ActivationKey], batch: dict[str, Tensor]) -> Any
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_pixel_is_a_position(name: str, size: int) -> None:
-    """At 32 px ConvNeXt's first stage is `[2, 8, 8, 8]`: the shape of one forward would not tell."""
+def test_each_pixel_is_a_position(name: str, size: int) -> None:
+    """At 32 px ConvNeXt's first stage is `[2, 8, 8, 8]`: the shape of one forward is ambiguous."""
     if size == 64 and name in ("sam", "vit", "swin", "pvt_v2"):
-        return  # they have one image size, or were made for this one
+        return  # only one image size, or built for this one
     _, _, path, axes, widths = ARCHITECTURES[name]
     model, batch = model_of(name), image(size)
     reads = {ActivationKey(HIDDEN, layer, None, path) for layer in range(len(widths))}
     seen = read(model, reads, batch)
-    for layer, (raw, width) in enumerate(zip(put_out(model, path, batch), widths, strict=True)):
+    for layer, (raw, width) in enumerate(zip(block_outputs(model, path, batch), widths, strict=True)):
         found = seen[ActivationKey(HIDDEN, layer, None, path)]
         assert found.shape[-1] == width and found.dim() == 3
         torch.testing.assert_close(found.double(), pixels(raw, axes), atol=0, rtol=0)
 
 
-def test_a_shape_that_tells_nothing_is_told_by_another_size() -> None:
+def test_an_ambiguous_shape_is_resolved_with_another_input_size() -> None:
     """The first stage of ConvNeXt, at 32 px."""
-    raw = put_out(model_of("convnext"), "convnext.encoder.stages", image(32))[0]
+    raw = block_outputs(model_of("convnext"), "convnext.encoder.stages", image(32))[0]
     assert raw.shape == (2, 8, 8, 8)
     assert not torch.equal(pixels(raw, FIRST), pixels(raw, LAST))
 
 
-def test_the_axes_are_found_without_a_forward_of_the_model() -> None:
-    """On torch's meta device: no hook of the user's sees it, no weight is touched, no random number is drawn."""
+def test_axes_are_found_without_running_the_users_model() -> None:
+    """A copy on torch's meta device runs: no user hook is called, no weight touched, no random number drawn."""
     model, calls = made("resnet", 1).train(), []
     model.resnet.register_forward_hook(lambda *_: calls.append(1))
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
@@ -200,8 +200,8 @@ def term(student: Any, teacher: Any, objective: Any, batch: dict[str, Tensor]) -
     ).loss.item()
 
 
-def far(distance: str, s: Tensor, t: Tensor) -> float:
-    """The mean over examples of the mean over positions, of `[b t d]`, position by position."""
+def distance_by_hand(distance: str, s: Tensor, t: Tensor) -> float:
+    """Return the mean over examples of the mean over positions, from `[b t d]`, position by position."""
     each = []
     for example, position in itertools.product(range(s.shape[0]), range(s.shape[1])):
         a, b = s[example, position], t[example, position]
@@ -215,22 +215,22 @@ def far(distance: str, s: Tensor, t: Tensor) -> float:
 @pytest.mark.parametrize("distance", ["mean_squared", "cosine"])
 @pytest.mark.parametrize("name", ["convnext", "resnet", "segformer", "vitdet", "sam", "swin", "pvt_v2"])
 def test_hidden_states_are_compared_pixel_by_pixel(name: str, distance: str) -> None:
-    """ConvNeXt gave four times the mean squared, eight times at twice the size, and a cosine over image lines."""
+    """Once ConvNeXt gave four times the mean square, eight times at twice the size, and cosines over image rows."""
     _, _, path, axes, widths = ARCHITECTURES[name]
     student, teacher, last = model_of(name), model_of(name, 2), len(widths) - 1
     for size in (32, 64) if name in ("convnext", "resnet") else (32,):
         batch = image(size)
-        s, t = (pixels(put_out(model, path, batch)[last], axes) for model in (student, teacher))
+        s, t = (pixels(block_outputs(model, path, batch)[last], axes) for model in (student, teacher))
         found = term(student, teacher, HiddenMatch([(last, last)], distance=distance, **stacks(name)), batch)
-        assert found == pytest.approx(far(distance, s, t), rel=1e-5)
+        assert found == pytest.approx(distance_by_hand(distance, s, t), rel=1e-5)
 
 
-def test_a_block_that_is_found_by_itself_is_no_exception() -> None:
-    """VitDet's blocks are found without a name, and compute on `[b c h w]`."""
+def test_hidden_states_of_automatically_found_blocks() -> None:
+    """VitDet's blocks are found without a stack name, and compute on `[b c h w]`."""
     student, teacher, batch = model_of("vitdet"), model_of("vitdet", 2), image()
-    s, t = (pixels(put_out(model, "encoder.layer", batch)[1], FIRST) for model in (student, teacher))
+    s, t = (pixels(block_outputs(model, "encoder.layer", batch)[1], FIRST) for model in (student, teacher))
     distiller = Distiller(student, teacher, objectives=HiddenMatch([(1, 1)]), alpha=None, task="classification")
-    assert distiller(student, batch).loss.item() == pytest.approx(far("mean_squared", s, t), rel=1e-5)
+    assert distiller(student, batch).loss.item() == pytest.approx(distance_by_hand("mean_squared", s, t), rel=1e-5)
 
 
 def test_the_input_of_the_first_block_and_the_last_hidden_state() -> None:
@@ -247,12 +247,14 @@ def test_the_input_of_the_first_block_and_the_last_hidden_state() -> None:
     student, teacher = model_of("convnext"), model_of("convnext", 2)
     with torch.no_grad():
         s, t = (pixels(one.convnext(**batch).last_hidden_state.double(), FIRST) for one in (student, teacher))
-    assert term(student, teacher, CosineEmbedding(**stacks("convnext")), batch) == pytest.approx(far("cosine", s, t))
+    assert term(student, teacher, CosineEmbedding(**stacks("convnext")), batch) == pytest.approx(
+        distance_by_hand("cosine", s, t)
+    )
 
 
 @pytest.mark.parametrize("name", ["convnext", "segformer"])
-def test_a_projection_to_another_width(name: str) -> None:
-    """Each stage has its own widths: 8 → 12 and 16 → 24, by matrices that are used as they stand."""
+def test_projections_have_the_widths_of_each_stage(name: str) -> None:
+    """Each stage has its own widths, 8 → 12 and 16 → 24; the test sets the matrices."""
     wider = made(name, 2, hidden_sizes=[12, 24])
     student, batch, path = model_of(name), image(), ARCHITECTURES[name][2]
     objective = HiddenMatch("even", embeddings=name == "convnext", **stacks(name))
@@ -262,13 +264,13 @@ def test_a_projection_to_another_width(name: str) -> None:
     assert shapes == {"0_0": (12, 8), "1_1": (24, 16)} | ({"embeddings": (12, 8)} if name == "convnext" else {})
     expected = 0.0
     for layer in (0, 1):
-        s, t = (pixels(put_out(model, path, batch)[layer], FIRST) for model in (student, wider))
+        s, t = (pixels(block_outputs(model, path, batch)[layer], FIRST) for model in (student, wider))
         projected = s @ matrices[f"{layer}_{layer}"].weight.detach().double().T
-        expected += far("mean_squared", projected, t)
+        expected += distance_by_hand("mean_squared", projected, t)
     if name == "convnext":
         with torch.no_grad():
             s, t = (pixels(m.convnext.embeddings(batch["pixel_values"]).double(), FIRST) for m in (student, wider))
-        expected += far("mean_squared", s @ matrices["embeddings"].weight.detach().double().T, t)
+        expected += distance_by_hand("mean_squared", s @ matrices["embeddings"].weight.detach().double().T, t)
     found = distiller(student, batch)
     assert found.loss.item() == pytest.approx(expected, rel=1e-5)
     found.loss.backward()
@@ -276,7 +278,7 @@ def test_a_projection_to_another_width(name: str) -> None:
     student.zero_grad()
 
 
-def test_a_shared_projection_needs_one_pair_of_widths() -> None:
+def test_a_shared_projection_requires_equal_width_pairs() -> None:
     wider = made("convnext", 2, hidden_sizes=[12, 24])
     with pytest.raises(SettingError, match=r"projection='shared' .*\(16, 24\), \(8, 12\)"):
         term(model_of("convnext"), wider, HiddenMatch("even", projection="shared", **stacks("convnext")), image())
@@ -286,12 +288,12 @@ def test_a_shared_projection_needs_one_pair_of_widths() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
 def test_similarity_pools_pixels(pooling: str) -> None:
-    """Tung and Mori by hand; the maps need not be of one size, nor of one width."""
+    """Tung and Mori by hand; the maps may differ in size and width."""
     student, teacher = model_of("convnext"), made("convnext", 2, hidden_sizes=[12, 24], patch_size=8)
     batch = image(64, count=3)
     vectors = []
     for model in (student, teacher):
-        x = pixels(put_out(model, "convnext.encoder.stages", batch)[1], FIRST)
+        x = pixels(block_outputs(model, "convnext.encoder.stages", batch)[1], FIRST)
         vectors.append(x.mean(1) if pooling == "mean" else x[:, 0] if pooling == "first" else x[:, -1])
     tables = [x @ x.T for x in vectors]
     q, p = (table / table.norm(dim=1, keepdim=True) for table in tables)
@@ -301,7 +303,7 @@ def test_similarity_pools_pixels(pooling: str) -> None:
 
 
 def test_relations_between_pixels() -> None:
-    """Queries of SegFormer's last stage are `[b t d]`, by MiniLM's formula."""
+    """Queries of SegFormer's last stage are `[b t d]`; MiniLM's formula by hand."""
     student, teacher, batch = model_of("segformer"), model_of("segformer", 2), image()
     objective = RelationMatch([(1, 1)], relations=["queries"], relation_heads=2, **stacks("segformer"))
     found = term(student, teacher, objective, batch)
@@ -321,8 +323,8 @@ def test_relations_between_pixels() -> None:
     assert found == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_exits_of_stages_with_other_widths() -> None:
-    """The features of an exit are as wide as the last stage's, as in the paper."""
+def test_exits_of_stages_with_different_widths() -> None:
+    """As in the paper, the features of an exit are as wide as the last stage's."""
     student, batch = made("convnext", 1), image() | {"labels": torch.tensor([0, 1])}
     objective = ExitMatch([0], feature_weight=1.0, alpha=1.0, student_stack="convnext.encoder.stages")
     distiller = Distiller(student, alpha=0.0, objectives=objective, seed=0)
@@ -331,19 +333,19 @@ def test_exits_of_stages_with_other_widths() -> None:
     found = distiller(student, batch).terms["exits"].item()
     first, last = (
         pixels(x, FIRST).mean(1)
-        for x in put_out(student, "convnext.encoder.stages", {"pixel_values": image()["pixel_values"]})
+        for x in block_outputs(student, "convnext.encoder.stages", {"pixel_values": image()["pixel_values"]})
     )
     features = first @ head.features.weight.double().T + head.features.bias.double()
-    said = features.tanh() @ head.classifier.weight.double().T + head.classifier.bias.double()
+    exit_logits = features.tanh() @ head.classifier.weight.double().T + head.classifier.bias.double()
     with torch.no_grad():
         aim = student(**image()).logits.double()
-    q, p = (said / 3).log_softmax(-1), (aim / 3).log_softmax(-1)
+    q, p = (exit_logits / 3).log_softmax(-1), (aim / 3).log_softmax(-1)
     expected = 9 * (p.exp() * (p - q)).sum(-1).mean() + (features - last).square().sum(-1).mean()
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, SimilarityMatch])
-def test_a_cached_teacher_is_as_the_live_one(objective: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_cached_teacher_equals_the_live_one(objective: Callable[..., Any], tmp_path: Path) -> None:
     student, teacher = model_of("convnext"), made("convnext", 2, hidden_sizes=[12, 24])
     matched, batch = objective(layers=[(1, 1)], **stacks("convnext")), image(count=3)
     data = [{"pixel_values": one} for one in batch["pixel_values"]]
@@ -361,11 +363,11 @@ def test_a_cached_teacher_is_as_the_live_one(objective: Callable[..., Any], tmp_
 
 
 def test_training_on_feature_maps(tmp_path: Path) -> None:
-    """In the trainer, over micro-batches: the loss that is logged is the mean over pixels of the step."""
+    """In the trainer with micro-batches, the logged loss is the mean over the pixels of the step."""
     student, teacher = made("convnext", 1), made("convnext", 2)
     batch = image(count=4)
     data = [{"pixel_values": one, "labels": 0} for one in batch["pixel_values"]]
-    s, t = (pixels(put_out(model, "convnext.encoder.stages", batch)[1], FIRST) for model in (student, teacher))
+    s, t = (pixels(block_outputs(model, "convnext.encoder.stages", batch)[1], FIRST) for model in (student, teacher))
     args = arguments(
         tmp_path, alpha=None, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1
     )
@@ -374,11 +376,13 @@ def test_training_on_feature_maps(tmp_path: Path) -> None:
         objectives=HiddenMatch([(1, 1)], **stacks("convnext")),
     )  # fmt: skip
     trainer.train()
-    assert trainer.state.log_history[0]["loss/hidden"] == pytest.approx(far("mean_squared", s, t), rel=1e-4)
+    assert trainer.state.log_history[0]["loss/hidden"] == pytest.approx(
+        distance_by_hand("mean_squared", s, t), rel=1e-4
+    )
 
 
 def test_the_convolutions_of_a_speech_model() -> None:
-    """`[b c t]`, with as many frames as channels: the last of them are at the frames that a mask tells of."""
+    """`[b c t]`, with as many frames as channels; the mask applies to the frames of the last convolutions."""
     shape = {
         "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
         "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (10, 5), "num_conv_pos_embeddings": 4,
@@ -388,7 +392,7 @@ def test_the_convolutions_of_a_speech_model() -> None:
     mask[1, 300:] = 0
     batch = {"input_values": torch.randn(2, 400), "attention_mask": mask}
     student, teacher = (hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**shape)).eval() for _ in range(2))
-    raw = [put_out(model, path, batch)[1].transpose(1, 2) for model in (student, teacher)]
+    raw = [block_outputs(model, path, batch)[1].transpose(1, 2) for model in (student, teacher)]
     assert raw[0].shape == (2, 8, 8)
     frames = student._get_feat_extract_output_lengths(mask.sum(1)).tolist()
     each = [(raw[0][b, t] - raw[1][b, t]).square().mean() for b in range(2) for t in range(frames[b])]
@@ -400,10 +404,10 @@ def test_the_convolutions_of_a_speech_model() -> None:
         earlier(student, batch)
 
 
-# What is refused.
+# Errors.
 
 
-def test_maps_of_other_sizes_are_not_paired() -> None:
+def test_feature_maps_of_different_sizes_raise() -> None:
     other = made("convnext", 2, patch_size=8)
     words = r"block 1 of the student have 16 positions, .* block 1 of the teacher 4.*one resolution.*SimilarityM"
     with pytest.raises(DataError, match=words):
@@ -414,8 +418,8 @@ def test_maps_of_other_sizes_are_not_paired() -> None:
 @pytest.mark.parametrize(
     "objective", [AttentionMatch, functools.partial(RelationMatch, relation_heads=2)], ids=["attention", "relations"]
 )
-def test_attention_within_windows_is_not_taken_for_examples(objective: Any) -> None:
-    """Swin's windows stand on the first axis: their mean would be multiplied by how many there are."""
+def test_attention_within_windows_raises(objective: Any) -> None:
+    """Swin puts windows on the first axis, so the mean would be multiplied by their number."""
     student, teacher = (made("swin", seed, image_size=64) for seed in (1, 2))
     words = r"the batch has 2 examples, but (queries|keys) of block 0 of the student are at \[32, 16\].*windows"
     with pytest.raises(DataError, match=words):
@@ -423,8 +427,8 @@ def test_attention_within_windows_is_not_taken_for_examples(objective: Any) -> N
     assert term(student, teacher, HiddenMatch([(0, 0)], **stacks("swin")), image(64)) > 0
 
 
-class Homemade(nn.Module):
-    """A convolutional classifier, no model of transformers."""
+class PlainConvolution(nn.Module):
+    """A convolutional classifier that is not a transformers model."""
 
     def __init__(self, width: int, *, flat: bool = False) -> None:
         super().__init__()
@@ -437,23 +441,25 @@ class Homemade(nn.Module):
         return {"logits": self.head(pixel_values.mean((2, 3)))}
 
 
-class OfAnotherInput(Homemade):
+class OfAnotherInput(PlainConvolution):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # what the test is about
         return super().forward(x)
 
 
-def test_a_module_of_the_users_own() -> None:
-    student, teacher, batch = Homemade(8), Homemade(12), image()
+def test_a_plain_convolutional_module() -> None:
+    student, teacher, batch = PlainConvolution(8), PlainConvolution(12), image()
     named = {"student_stack": "blocks", "teacher_stack": "blocks"}
     distiller = Distiller(
         student, teacher, objectives=HiddenMatch([(1, 1)], **named), alpha=None, task="classification", seed=0
     )
     weight = distiller.objectives["hidden"].learned.matrices["1_1"].weight.detach().double()
-    s, t = (pixels(put_out(model, "blocks", batch)[1], FIRST) for model in (student, teacher))
-    assert distiller(student, batch).loss.item() == pytest.approx(far("mean_squared", s @ weight.T, t), rel=1e-5)
+    s, t = (pixels(block_outputs(model, "blocks", batch)[1], FIRST) for model in (student, teacher))
+    assert distiller(student, batch).loss.item() == pytest.approx(
+        distance_by_hand("mean_squared", s @ weight.T, t), rel=1e-5
+    )
 
 
-def test_an_axis_that_is_not_known_is_not_guessed() -> None:
+def test_an_unknown_feature_axis_is_not_guessed() -> None:
     student, teacher = OfAnotherInput(8), OfAnotherInput(8)
     named = HiddenMatch([(1, 1)], student_stack="blocks", teacher_stack="blocks")
     distiller = Distiller(student, teacher, objectives=named, alpha=None, task="classification")
@@ -464,7 +470,7 @@ def test_an_axis_that_is_not_known_is_not_guessed() -> None:
 
 
 def test_a_module_in_half_precision() -> None:
-    blocks = ActivationCapture(Homemade(8).bfloat16(), "student").blocks(None, "blocks")
+    blocks = ActivationCapture(PlainConvolution(8).bfloat16(), "student").blocks(None, "blocks")
     assert blocks.features[HIDDEN, 1] == Features(1, 8)
 
 
@@ -473,9 +479,7 @@ def test_a_module_in_half_precision() -> None:
     [((2, 16, 4, 4), [16], 1), ((2, 4, 4, 16), [16], 3), ((2, 16, 4, 16), [16], None), ((2, 4, 4, 4), [16], None),
      ((2, 16, 8, 8), [8, 16], None), ((2, 16), [16], None)],
 )  # fmt: skip
-def test_a_config_that_names_the_width_of_one_axis_will_do(
-    shape: tuple[int, ...], widths: list[int], axis: Any
-) -> None:
+def test_a_width_in_the_config_identifies_the_axis(shape: tuple[int, ...], widths: list[int], axis: Any) -> None:
     config, x = hf.ConvNextConfig(hidden_sizes=widths), torch.randn(shape)
     if axis is None:
         words = "which axis holds the features is not known" if x.dim() > 3 else "no axis is left for positions"
@@ -486,7 +490,7 @@ def test_a_config_that_names_the_width_of_one_axis_will_do(
 
 
 def test_a_model_without_a_last_hidden_state() -> None:
-    """HGNet's classifier has no base model of its own."""
+    """HGNet's classifier has no base model."""
     shape = {
         "embedding_size": 8, "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8], "stage_mid_channels": [8, 8],
         "stage_out_channels": [8, 16], "stage_num_blocks": [1, 1], "stage_downsample": [False, True],

@@ -1,4 +1,4 @@
-"""What is read of every architecture's blocks is what transformers shows as `hidden_states` and what the head reads."""
+"""Captured hidden states of every architecture equal transformers' `hidden_states` and the head's input."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.signals import ActivationKey
-from tests.models.reading import ALL, model_of, of_side, read, reads, sides_of, with_sides
+from tests.models.capturing import ALL, model_of, of_side, read, reads, sides_of, with_sides
 from tests.students.models import LAYERS
 
-# A norm stands behind the last block, and transformers shows what comes out of that in its place.
+# A norm follows the last block; transformers returns its output as the last hidden state.
 NORM_SHOWN = ("GPT2", "Llama", "Qwen", "Gemma", "ModernBert", "T5", "Whisper")
-CONVOLVED = "DebertaV2"  # a convolution follows the first block, and is in hidden_states[1]
-WINDOWS = "Longformer"  # pads to its attention window inside, and shows it without
+CONVOLVED = "DebertaV2"  # a convolution follows the first block and is in hidden_states[1]
+WINDOWS = "Longformer"  # pads internally; hidden_states has the padding removed
 
 
 @pytest.mark.parametrize(("name", "side"), with_sides(ALL))
 def test_block_k_is_hidden_state_k_plus_1(name: str, side: str | None) -> None:
-    """And the embeddings are the first; and the forward is the same whether it is read or not."""
+    """The embeddings are the first hidden state; capturing does not change the forward."""
     model, batch = model_of(name), ALL[name].batch()
     wanted = reads("hidden", side, range(-1, LAYERS))
     seen, outputs = read(model, wanted, batch, output_hidden_states=True)
@@ -46,14 +46,14 @@ def first_tensor(outputs: object) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "side"), with_sides(ALL))
 def test_last_hidden_is_what_the_head_reads(name: str, side: str | None) -> None:
-    """After a last norm, where there is one: the base model's own output."""
+    """The output of the base model, including its last norm if it has one."""
     model, batch = model_of(name), ALL[name].batch()
     wanted = ActivationKey("last_hidden", 0, side)
     seen, outputs = read(model, [wanted], batch, output_hidden_states=True)
     base = model.base_model
     if side is None and "last_hidden_state" in outputs:
         expected = outputs["last_hidden_state"]
-    elif base is model or name == "BertForMultipleChoice":  # no model inside; folded choices
+    elif base is model or name == "BertForMultipleChoice":  # no base model; choices folded into the batch
         expected = of_side(outputs, "hidden_states", side)[-1]
     else:
         with torch.no_grad():
@@ -63,8 +63,8 @@ def test_last_hidden_is_what_the_head_reads(name: str, side: str | None) -> None
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_blocks_of_every_architecture_are_found(name: str) -> None:
-    """By the path that the tables of `inherit` write by hand, how many, how wide, and with how many heads."""
+def test_blocks_of_every_architecture_are_found(name: str) -> None:
+    """Compared with the paths, counts, widths and head counts that the tables of `inherit` list by hand."""
     model = model_of(name)
     for (argument, path), side in zip(ALL[name].stacks.items(), sides_of(name), strict=True):
         blocks = ActivationCapture(model, "student").blocks(side)
@@ -76,7 +76,7 @@ def test_the_blocks_of_every_architecture_are_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if len(sides_of(name)) == 2])
-def test_without_a_side_it_is_the_decoder(name: str) -> None:
+def test_the_default_side_is_the_decoder(name: str) -> None:
     seen, _ = read(
         model_of(name), [ActivationKey("hidden", 1), ActivationKey("hidden", 1, "decoder")], ALL[name].batch()
     )
@@ -84,7 +84,7 @@ def test_without_a_side_it_is_the_decoder(name: str) -> None:
     assert len(seen) == 2
 
 
-def test_both_sides_are_read_in_one_forward() -> None:
+def test_both_sides_are_captured_in_one_forward() -> None:
     name = "BartForConditionalGeneration"
     wanted = [*reads("hidden", "encoder"), *reads("hidden", "decoder"), *reads("attention", "decoder", [2])]
     seen, outputs = read(model_of(name), wanted, ALL[name].batch(), output_hidden_states=True)

@@ -1,7 +1,7 @@
-"""Layerdrop: what goes past blocks that are left out, one or all of them; a legal draw stops no training.
+"""Layerdrop: the hidden states around dropped blocks, one or all of them; no draw stops a training.
 
-What went past a whole stack is checked against the model's own output: the stack's input is that output, or comes to be
-it by the one norm behind the blocks.
+Hidden states that bypass the whole stack are checked against the model's output, which is the stack's input, up to the
+norm that follows the blocks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MELS = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 1
 
 @dataclass(frozen=True)
 class Dropping:
-    """An architecture that leaves out blocks. norm: the path of what stands behind them, None: nothing does."""
+    """An architecture with layerdrop. norm: the path of the norm behind the blocks, or None."""
 
     model: Any
     settings: dict[str, Any]
@@ -82,10 +82,10 @@ class Dropping:
         return text if self.side is None else {**text, "decoder_input_ids": ids}
 
 
-def _sides(model: Any, norms: tuple[str | None, str | None], heard: str, **settings: Any) -> dict[str, Dropping]:
+def _sides(model: Any, norms: tuple[str | None, str | None], main_input: str, **settings: Any) -> dict[str, Dropping]:
     name = model.__name__.removesuffix("Model")
     return {
-        f"{name} {side}": Dropping(model, {**SIDES, **settings}, f"{side}_layerdrop", side, norm, heard)
+        f"{name} {side}": Dropping(model, {**SIDES, **settings}, f"{side}_layerdrop", side, norm, main_input)
         for side, norm in zip(("encoder", "decoder"), norms, strict=True)
     }
 
@@ -123,7 +123,7 @@ DROPPING = {
 }  # fmt: skip
 
 
-def everything(case: Dropping, count: int = 2) -> set[ActivationKey]:
+def all_keys(case: Dropping, count: int = 2) -> set[ActivationKey]:
     return {ActivationKey(HIDDEN, layer, case.side) for layer in range(EMBEDDINGS, count)} | {
         ActivationKey(LAST_HIDDEN, 0, case.side)
     }
@@ -132,7 +132,7 @@ def everything(case: Dropping, count: int = 2) -> set[ActivationKey]:
 def run(
     model: Any, inside: ActivationCapture, case: Dropping, seed: int
 ) -> tuple[Any, list[tuple[int, Tensor, Tensor]]]:
-    """What is read of one forward, and by hooks set up here, each block that ran, its input and its output."""
+    """Run one forward; return its activations and, from separate hooks, each block's input and output."""
     ran: list[tuple[int, Tensor, Tensor]] = []
 
     def note(layer: int) -> Any:
@@ -145,7 +145,7 @@ def run(
     blocks = inside.blocks(case.side).modules
     hooks = [block.register_forward_hook(note(i), with_kwargs=True) for i, block in enumerate(blocks)]
     torch.manual_seed(seed)
-    with inside.capture(everything(case)) as seen:
+    with inside.capture(all_keys(case)) as seen:
         model(**case.batch())
     for hook in hooks:
         hook.remove()
@@ -153,8 +153,8 @@ def run(
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_every_draw_shows_what_went_past(name: str) -> None:
-    """Whatever is left out: layer k is what the last block up to k put out, or else the stack's input."""
+def test_hidden_states_of_dropped_blocks_for_every_draw(name: str) -> None:
+    """Layer k is the output of the last block up to k that ran, or else the stack's input."""
     case = DROPPING[name]
     model, left_out = case.make(0.6), set()
     inside, norm = ActivationCapture(model, "student"), None if case.norm is None else model.get_submodule(case.norm)
@@ -171,19 +171,19 @@ def test_every_draw_shows_what_went_past(name: str) -> None:
         behind = stream if norm is None else norm(stream)
         torch.testing.assert_close(behind, last, atol=1e-6, rtol=1e-6)
         assert seen[ActivationKey(HIDDEN, 1, case.side)].requires_grad
-    assert len(left_out) > 2 or name == "WavLM"  # which always keeps its first block
+    assert len(left_out) > 2 or name == "WavLM"  # WavLM always keeps its first block
     assert (() in left_out) != (name == "WavLM")
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_reading_changes_neither_draws_nor_outputs_nor_statistics(name: str) -> None:
-    """The stack is run again where every block was left out; nothing else may notice."""
+def test_capturing_changes_neither_draws_nor_outputs_nor_statistics(name: str) -> None:
+    """If all blocks are dropped, the stack runs once more; nothing else may change."""
     case = DROPPING[name]
     read, unread = case.make(1.0), case.make(1.0)
     inside = ActivationCapture(read, "student")
     for seed in range(2):
         found = []
-        for model, reads in ((read, everything(case)), (unread, set())):
+        for model, reads in ((read, all_keys(case)), (unread, set())):
             torch.manual_seed(seed)
             with inside.capture(reads):
                 found.append((model(**case.batch()), torch.get_rng_state()))
@@ -202,8 +202,8 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["Hubert", "Wav2Vec2", "UniSpeech", "Bart encoder"])
-def test_loss_and_gradient_where_every_block_was_left_out(name: str) -> None:
-    """Equal to those of the last hidden state, which it is there; dropout, masks and all."""
+def test_loss_and_gradient_when_all_blocks_are_dropped(name: str) -> None:
+    """They equal those of the last hidden state, with dropout and masks."""
     case = DROPPING[name]
     student, teacher, batch = case.make(1.0), case.make(0.0, seed=2).eval(), case.batch()
     distiller = Distiller(
@@ -214,7 +214,7 @@ def test_loss_and_gradient_where_every_block_was_left_out(name: str) -> None:
     found.loss.backward()
     ours = gradients(student)
     with torch.no_grad():
-        (aim,) = [x for _, x in sorted(read_hidden(teacher, case, 1).items())]
+        (aim,) = [x for _, x in sorted(captured_hidden(teacher, case, 1).items())]
     torch.manual_seed(0)
     outputs = student(**batch)
     last = outputs.encoder_last_hidden_state if case.side == "encoder" else outputs.last_hidden_state
@@ -228,7 +228,7 @@ def test_loss_and_gradient_where_every_block_was_left_out(name: str) -> None:
         torch.testing.assert_close(ours[key], gradient, atol=1e-7, rtol=1e-4)
 
 
-def read_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
+def captured_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, Tensor]:
     wanted = ActivationKey(HIDDEN, layer, case.side)
     with ActivationCapture(model, "teacher").capture({wanted}) as seen:
         model(**case.batch())
@@ -237,8 +237,8 @@ def read_hidden(model: Any, case: Dropping, layer: int) -> dict[ActivationKey, T
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
-def test_beside_labels_that_need_the_first_run_as_it_was(alpha: float | None, mixed: bool) -> None:
-    """HuBERT writes zeros into the padded frames of its encoder's input, which is needed for the backward."""
+def test_a_labelled_backward_after_all_blocks_are_dropped(alpha: float | None, mixed: bool) -> None:
+    """HuBERT zeroes the padded frames of its encoder's input in place, and the backward needs that input."""
 
     def make(seed: int, rate: float) -> Any:
         torch.manual_seed(seed)
@@ -257,7 +257,7 @@ def test_beside_labels_that_need_the_first_run_as_it_was(alpha: float | None, mi
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_under_gradient_checkpointing(reentrant: bool) -> None:
+def test_dropped_blocks_under_gradient_checkpointing(reentrant: bool) -> None:
     case = DROPPING["Bart encoder"]
     student, teacher, batch = case.make(0.6), case.make(0.0, seed=2), case.batch()
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -271,8 +271,8 @@ def test_under_gradient_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.6])
-def test_adapters_of_blocks_that_were_left_out_get_no_gradient(rate: float) -> None:
-    """Nothing that is trained is in the stream then; the step goes on, and the others of it count."""
+def test_adapters_of_dropped_blocks_get_no_gradient(rate: float) -> None:
+    """Then nothing trainable is in the stream; the step continues with its other micro-batches."""
     case = DROPPING["Hubert"]
     student = get_peft_model(case.make(rate), LoraConfig(target_modules=["q_proj"])).train()
     teacher, batch = case.make(0.0, seed=2), case.batch()
@@ -288,8 +288,8 @@ def test_adapters_of_blocks_that_were_left_out_get_no_gradient(rate: float) -> N
     assert learned == 0 if rate == 1.0 else 0 < learned < 12
 
 
-def test_what_is_frozen_below_is_still_refused() -> None:
-    """No draw is to blame for that."""
+def test_layers_above_only_frozen_parameters_still_raise() -> None:
+    """Layerdrop is not the cause there."""
     case = DROPPING["Bart encoder"]
     student = case.make(0.0)
     for name, parameter in student.named_parameters():
@@ -300,8 +300,8 @@ def test_what_is_frozen_below_is_still_refused() -> None:
         distiller(student, case.batch())
 
 
-def test_the_student_as_its_own_teacher_in_a_second_pass() -> None:
-    """Both passes leave out what they draw."""
+def test_rdrop_with_layerdrop() -> None:
+    """Each pass drops its own blocks."""
     case = DROPPING["Hubert"]
     student, batch = case.make(0.8), case.batch()
     distiller = Distiller(student, RDropTeacher(), objectives=HiddenMatch([(1, 1)]), alpha=None, task="embedding")
@@ -311,16 +311,16 @@ def test_the_student_as_its_own_teacher_in_a_second_pass() -> None:
 
 @pytest.mark.parametrize("objective", [AttentionMatch, RelationMatch])
 @pytest.mark.parametrize("name", DROPPING)
-def test_what_is_in_a_block_is_refused_before_the_first_step(name: str, objective: Any) -> None:
-    """Of a block that was left out it cannot be known what its attention would have been."""
+def test_activations_inside_droppable_blocks_raise_before_training(name: str, objective: Any) -> None:
+    """The attention of a dropped block is unknown."""
     case = DROPPING[name]
     student, teacher = case.make(0.1), case.make(0.0, seed=2)
     with pytest.raises(SettingError, match=r"skips blocks at random \(layerdrop=0\.1\)"):
         Distiller(student, teacher, alpha=None, objectives=objective("even", side=case.side), task="embedding")
 
 
-def test_a_training_at_a_high_rate_goes_to_its_end(tmp_path: Any) -> None:
-    """transformers' default of 0.1 stopped one of two blocks after 62 and 168 steps."""
+def test_a_training_with_a_high_drop_rate_finishes(tmp_path: Any) -> None:
+    """With transformers' default of 0.1, trainings of two blocks once stopped after 62 and 168 steps."""
     case = DROPPING["Hubert"]
     student, teacher = case.make(0.8), case.make(0.0, seed=2)
     before = copy.deepcopy(student.state_dict())
@@ -336,8 +336,8 @@ def test_a_training_at_a_high_rate_goes_to_its_end(tmp_path: Any) -> None:
     assert not torch.equal(before["feature_projection.projection.weight"], student.feature_projection.projection.weight)
 
 
-def test_a_stack_whose_blocks_are_not_called_is_named() -> None:
-    """SqueezeBERT calls its blocks' forward functions, which no hook sees; it was said to be another model."""
+def test_an_error_names_a_stack_whose_blocks_are_not_called() -> None:
+    """SqueezeBERT calls `block.forward`, which bypasses hooks; the error used to blame another model."""
     groups = {f"{one}_groups": 2 for one in ("q", "k", "v", "intermediate", "output")}
     shape = {"vocab_size": 20, "hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, **groups}
     student, teacher = (
@@ -351,7 +351,7 @@ def test_a_stack_whose_blocks_are_not_called_is_named() -> None:
         distiller(student, {"input_ids": torch.tensor([[1, 2, 3]])})
 
 
-def test_the_rate_of_a_stack() -> None:
+def test_layerdrop_rate_of_a_stack() -> None:
     def rate(model: Any, side: str | None = None) -> float:
         return layerdrop_of(ActivationCapture(model, "student").blocks(side).holder)
 
@@ -363,8 +363,8 @@ def test_the_rate_of_a_stack() -> None:
 
 
 @pytest.mark.parametrize("name", ["Hubert", "Bart decoder"])
-def test_a_teacher_runs_whole_at_any_rate(name: str) -> None:
-    """In evaluation mode nothing is left out, however it was given."""
+def test_a_teacher_never_drops_blocks(name: str) -> None:
+    """However it is passed, a teacher in evaluation mode drops nothing."""
     case = DROPPING[name]
     student, losses = case.make(0.0).eval(), []
     for teacher in (case.make(1.0, seed=2).train(), case.make(0.0, seed=2)):

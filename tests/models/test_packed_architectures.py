@@ -1,6 +1,6 @@
-"""Which architectures keep packed texts apart: those that docs/causal_lm.md names, each tried with a tiny model.
+"""Which architectures keep packed texts apart: each one that docs/causal_lm.md names, tried with a tiny model.
 
-What is refused in training, and what it says: `tests/trainer/test_padding_free.py`.
+Errors in training: `tests/trainer/test_padding_free.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_distill import DataError, Distiller
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/causal_lm.md"
 TEXTS = [[1, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16, 17]]
-# By every name that a config may have for it; each config takes those that it knows. Windows are shorter than texts.
+# Every config takes the names that it knows. Windows are shorter than the texts.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "attention_hidden_size"), 16),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), 32),
@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
     **{"sliding_window": 4, "window_size": 4, "mamba_dt_rank": 4, "pad_token_id": 0, "bos_token_id": 1},
 }
 LOCAL_AND_GLOBAL = {"layer_types": ["sliding_attention", "full_attention"]}
-# As the document names it: as transformers does, and what else its config needs.
+# As the document lists them: the name in transformers, and further settings of the config.
 APART: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Mistral": ("Mistral", {}),
@@ -93,17 +93,17 @@ def tiny(name: str, attention: str, seed: int = 0) -> Any:
     return model.eval()
 
 
-def test_the_document_names_those_that_are_tried() -> None:
-    said = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
-    apart, seen = (re.search(f"{begin}: ([^:]*?)\\.(?: |$)", said) for begin in ("kept texts apart", "These did not"))
+def test_the_document_lists_the_tested_architectures() -> None:
+    text = " ".join(DOCUMENT.read_text(encoding="utf-8").split())
+    apart, seen = (re.search(f"{begin}: ([^:]*?)\\.(?: |$)", text) for begin in ("kept texts apart", "These did not"))
     assert apart is not None and apart[1].split(", ") == list(APART)
     assert seen is not None and re.split(", | and ", re.sub(r" \(.*?\)", "", seen[1])) == list(SEEN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attention"), CASES)
-def test_packed_texts_are_kept_apart_or_refused(name: str, attention: str) -> None:
-    """By the logits of each text alone, and by what the library says of the model."""
+def test_packed_texts_are_kept_apart_or_rejected(name: str, attention: str) -> None:
+    """Compares with the logits of each text alone, and with the library's own check of the model."""
     model = tiny(name, attention)
     batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": text} for text in TEXTS])
     read = inspect.signature(model.forward).parameters

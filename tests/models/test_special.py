@@ -1,4 +1,4 @@
-"""Layerdrop, odd axes, adapters, exceptions, copies of a model that is read; nothing is kept but what was asked for."""
+"""Layerdrop, unusual axes, adapters, exceptions and copies; only requested activations are kept."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from hf_distill import (
 from hf_distill.models.capture import ActivationCapture, AttentionRecord
 from hf_distill.signals import ActivationKey
 from tests.heads import HEADS
-from tests.laws.test_l9_inside import hooks_of
-from tests.models.reading import ALL, model_of, read, reads
+from tests.laws.test_l9_activations import hooks_of
+from tests.models.capturing import ALL, model_of, read, reads
 
 # peft asks by the old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-# Layerdrop: a block that is left out passes on what it was given.
+# Layerdrop: a dropped block passes its input on.
 
 DROPPING = {
     "wav2vec2_ctc_mean": ({"layerdrop": 0.3}, "hidden_states", None),
@@ -42,7 +42,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("name", DROPPING)
-def test_a_block_that_was_left_out_shows_what_went_past_it(name: str) -> None:
+def test_a_dropped_block_has_its_input_as_hidden_state(name: str) -> None:
     settings, shown, side = DROPPING[name]
     student = HEADS[name].make(1, layers=4, **settings).train()
     batch, wanted = HEADS[name].batch(2), reads("hidden", side, range(-1, 4))
@@ -59,7 +59,7 @@ def test_a_block_that_was_left_out_shows_what_went_past_it(name: str) -> None:
             hook.remove()
         left_out += 4 - len(runs)
         by_hand = outputs[shown]
-        if len(by_hand) == 5:  # BART shows nothing of a layer that it leaves out
+        if len(by_hand) == 5:  # BART returns nothing for a dropped layer
             assert all(torch.equal(seen[one], by_hand[one.layer + 1]) for one in wanted)
         else:
             kept = {id_of(x) for x in by_hand}
@@ -72,8 +72,8 @@ def id_of(x: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("objective", [AttentionMatch, RelationMatch])
-def test_what_is_inside_a_block_that_was_left_out_is_refused(objective: Any) -> None:
-    """Before the first step, or in it: it cannot be known what its attention would have been."""
+def test_activations_inside_a_dropped_block_raise(objective: Any) -> None:
+    """Before the first step or in it: the attention of a dropped block is unknown."""
     head = HEADS["hubert_ctc_sum"]
     student, teacher = head.make(1, layers=2, layerdrop=0.9).train(), head.make(2, layers=2)
     with pytest.raises(SettingError, match="layerdrop"):
@@ -81,7 +81,7 @@ def test_what_is_inside_a_block_that_was_left_out_is_refused(objective: Any) -> 
         Distiller(student, teacher, alpha=None, objectives=objective("even"))(student, head.batch(2))
 
 
-def test_a_teacher_with_layerdrop_runs_whole() -> None:
+def test_a_teacher_with_layerdrop_runs_all_blocks() -> None:
     head = HEADS["hubert_ctc_sum"]
     student, teacher = head.make(1, layers=2), head.make(2, layers=3, layerdrop=0.9).train()
     distiller = Distiller(student, teacher, alpha=None, objectives=AttentionMatch("even"))
@@ -89,11 +89,11 @@ def test_a_teacher_with_layerdrop_runs_whole() -> None:
     assert distiller(student, batch).loss == distiller(student, batch).loss
 
 
-# Axes and sides that are not as elsewhere.
+# Unusual axes and sides.
 
 
-def test_blocks_that_compute_on_time_first_are_refused() -> None:
-    """With as many examples as positions a mask would fit the wrong way round, unnoticed."""
+def test_time_first_blocks_raise() -> None:
+    """With as many examples as positions, a transposed mask would fit unnoticed."""
     config = hf.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=16)
     student, teacher = (hf.XLNetForSequenceClassification(config) for _ in range(2))
     with pytest.raises(SettingError, match=r"\(XLNetForSeq.*\) computes on \[time, example\].* Compare pred"):
@@ -101,8 +101,8 @@ def test_blocks_that_compute_on_time_first_are_refused() -> None:
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch, CosineEmbedding])
-def test_an_encoder_whose_config_speaks_of_a_decoder_too(objective: Any) -> None:
-    """Whisper's classifier: frames are matched, all of them, so an example counts as one."""
+def test_an_encoder_whose_config_also_describes_a_decoder(objective: Any) -> None:
+    """Whisper's classifier: all frames are matched, so each example counts once."""
     head = HEADS["whisper_seq2seq"]
     student, teacher = (hf.WhisperForAudioClassification(head.make(seed).config) for seed in (1, 2))
     batch = {"input_features": head.batch(2)["input_features"], "labels": torch.tensor([0, 1])}
@@ -121,13 +121,13 @@ def lora(targets: list[str]) -> Any:
     )
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            if "lora_B" in name:  # else an adapter changes nothing yet
+            if "lora_B" in name:  # zero-initialized, so the adapter would change nothing
                 parameter.normal_(std=0.3)
     return student
 
 
-def test_an_adapter_is_in_what_is_read() -> None:
-    """Queries as the adapted projection gives them, and the same with the adapter merged."""
+def test_activations_include_the_adapter() -> None:
+    """Queries come from the adapted projection, and equal those of the merged model."""
     student, batch = lora(["query", "value"]), HEADS["bert_tokens"].batch(2)
     wanted = [ActivationKey("queries", 1), ActivationKey("hidden", 0), ActivationKey("last_hidden", 0)]
     adapted, _ = read(student.eval(), wanted, batch)
@@ -140,7 +140,7 @@ def test_an_adapter_is_in_what_is_read() -> None:
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding, AttentionMatch, RelationMatch])
-def test_an_adapter_learns_from_the_inside(objective: Any) -> None:
+def test_an_adapter_is_trained_by_objectives_on_activations(objective: Any) -> None:
     head, student = HEADS["bert_tokens"], lora(["query", "key", "value"])
     distiller = Distiller(student, head.make(2, layers=3, width=24), alpha=None, objectives=objective(), seed=0)
     distiller(student, head.batch(4)).loss.backward()
@@ -148,28 +148,28 @@ def test_an_adapter_learns_from_the_inside(objective: Any) -> None:
     assert learning and all("lora_" in name for name in learning)
 
 
-def test_a_block_below_which_nothing_is_trained_is_refused() -> None:
-    head, student = HEADS["bert_tokens"], lora(["dense"])  # block 0's queries come from frozen weights alone
+def test_a_block_above_only_frozen_parameters_raises() -> None:
+    head, student = HEADS["bert_tokens"], lora(["dense"])  # only frozen weights produce block 0's queries
     distiller = Distiller(student, head.make(2, layers=3, width=24), alpha=None, objectives=AttentionMatch("even"))
     with pytest.raises(SettingError, match=r"attention of block 0 of the student has no gradient: .* or match a block"):
         distiller(student, head.batch(2))
 
 
-def test_a_bias_of_the_keys_alone_is_enough() -> None:
+def test_a_trainable_key_bias_is_enough() -> None:
     head, student = HEADS["bert_tokens"], lora(["key"])
     distiller = Distiller(student, head.make(2, layers=3, width=24), alpha=None, objectives=AttentionMatch("even"))
     distiller(student, head.batch(2)).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
-# Nothing is left, and nothing more is kept.
+# Hooks and memory.
 
 
 class Broken(RuntimeError):
     pass
 
 
-def test_hooks_are_gone_after_an_exception_in_the_forward() -> None:
+def test_hooks_are_removed_after_an_exception_in_the_forward() -> None:
     name = "BertForMaskedLM"
     model = ALL[name].make()
     inside = ActivationCapture(model, "student")
@@ -190,8 +190,8 @@ def test_hooks_are_gone_after_an_exception_in_the_forward() -> None:
     assert set(seen) == wanted
 
 
-def test_a_model_that_is_read_can_be_copied_and_pickled() -> None:
-    """Between forwards, with a distiller that holds it: there is no hook to be copied along."""
+def test_a_bound_model_can_be_copied_and_pickled() -> None:
+    """Between forwards no hook is left that a copy would contain."""
     head = HEADS["bert_tokens"]
     student, teacher, batch = head.make(1, layers=2), head.make(2, layers=3, width=24), head.batch(2)
     objectives = [HiddenMatch(), AttentionMatch(), RelationMatch()]
@@ -205,7 +205,7 @@ def test_a_model_that_is_read_can_be_copied_and_pickled() -> None:
 
 
 def test_only_matched_layers_are_kept() -> None:
-    """What other blocks put out is free as soon as the forward is over; attentions of them are never recorded."""
+    """Outputs of other blocks are freed after the forward, and their attentions are never recorded."""
     name = "BertForMaskedLM"
     model = model_of(name)
     alive: dict[int, Any] = {}
@@ -226,14 +226,14 @@ def test_only_matched_layers_are_kept() -> None:
     assert all(output() is None for output in alive.values())
 
 
-def test_nothing_asked_nothing_hooked() -> None:
+def test_no_hooks_without_requested_activations() -> None:
     model = ALL["BertForMaskedLM"].make()
     with ActivationCapture(model, "student").capture(set()) as seen:
         assert hooks_of(model) == 0
     assert not seen
 
 
-def test_a_model_that_was_not_called() -> None:
+def test_capture_without_a_forward_raises() -> None:
     with (
         pytest.raises(
             SettingError,

@@ -1,4 +1,4 @@
-"""Signals written by hand for an objective, without a model: what its blocks are, and what they show of one batch."""
+"""Handwritten signals, so that objectives can be tested without a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_distill.tasks import TASKS
 
 
 class Shown:
-    """Stands for `ActivationCapture`: blocks of a width and with heads, and no model behind them."""
+    """A stand-in for `ActivationCapture`: blocks with the given width and heads, without a model."""
 
     def __init__(self, length: int, width: int, heads: int = 1, *, two_sided: bool = False) -> None:
         self.made = Blocks("blocks", (), length, nn.Module(), width=width, heads=heads, of_decoder=False)
@@ -31,7 +31,7 @@ class Shown:
 
 
 def fitted(objective: Any, student: Shown, teacher: Shown, *, kind: str = "token_classification") -> Any:
-    """The objective after it has learned of both models; of the student it asks the dtype of its parameters."""
+    """Bind the objective to both stand-ins; the student's parameters are in float64."""
     models: Any = (student, teacher)
     setup = ObjectiveSetup(*models, TASKS[kind](), nn.Linear(1, 1).double())
     objective.bind(setup)
@@ -46,7 +46,7 @@ def found(
     *,
     kind: str = "token_classification",
 ) -> tuple[float, int]:
-    """Its sum and its count."""
+    """Return the value and the count of the objective."""
     result = objective(Signals(None, activations=student), Signals(None, activations=teacher), TASKS[kind](), batch)
     return result.value.item(), int(result.count)
 
@@ -56,20 +56,20 @@ def doubles(*values: Any) -> Tensor:
 
 
 def attended(*rows: list[int]) -> dict[str, Tensor]:
-    """A batch of tokens with this mask."""
+    """Return a batch of tokens with this attention mask."""
     mask = torch.tensor(rows)
     return {"input_ids": torch.ones_like(mask), "attention_mask": mask}
 
 
 def hidden(layer: int, *rows: Any, side: str | None = None) -> dict[ActivationKey, Tensor]:
-    """`[b t d]` of one block."""
+    """Return one block's hidden states `[b t d]`."""
     return {ActivationKey("hidden", layer, side): doubles(*rows)}
 
 
 def refused(make: Callable[[], Any], *words: str, error: type[Exception] = SettingError) -> None:
-    """It raises, and says all of this."""
+    """Assert that `make` raises an error whose message contains all of `words`."""
     with pytest.raises(error) as raised:
         make()
-    said = str(raised.value)
+    message = str(raised.value)
     for word in words:
-        assert word in said, (word, said)
+        assert word in message, (word, message)

@@ -1,4 +1,4 @@
-"""Objectives as parts of a loss: which lists of them, weights and alphas are refused, and what one says of itself."""
+"""Objectives as terms of the loss: invalid lists, weights and alphas are rejected; each has a one-line repr."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ HEAD = HEADS["bert_tokens"]
         ([None], ("None is no objective",)),
     ],
 )
-def test_what_is_no_list_of_objectives(objectives: Any, words: tuple[str, ...]) -> None:
+def test_invalid_lists_of_objectives_are_rejected(objectives: Any, words: tuple[str, ...]) -> None:
     refused(lambda: Distiller(HEAD.make(1), HEAD.make(2), objectives=objectives), *words)
 
 
 @pytest.mark.parametrize("objectives", [None, [], {}])
-def test_alpha_none_is_a_loss_of_objectives(objectives: Any) -> None:
+def test_alpha_none_requires_objectives(objectives: Any) -> None:
     refused(
         lambda: Distiller(HEAD.make(1), HEAD.make(2), alpha=None, objectives=objectives),
         "alpha=None is a loss of the objectives alone, and there are none. Pass objectives=",
@@ -50,7 +50,7 @@ def test_alpha_none_is_a_loss_of_objectives(objectives: Any) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, None])
 def test_objectives_need_a_teacher(alpha: float | None) -> None:
-    """Also where alpha alone would not."""
+    """Even where alpha alone does not need one."""
     refused(
         lambda: Distiller(HEAD.make(1), None, alpha=alpha, objectives=HiddenMatch()),
         "there is no teacher",
@@ -59,7 +59,7 @@ def test_objectives_need_a_teacher(alpha: float | None) -> None:
     )
 
 
-def test_every_term_at_weight_zero() -> None:
+def test_a_step_whose_terms_all_weigh_zero_is_rejected() -> None:
     distiller = Distiller(
         HEAD.make(1), HEAD.make(2), alpha=None, objectives=HiddenMatch(weight=lambda progress: progress)
     )
@@ -70,19 +70,19 @@ def test_every_term_at_weight_zero() -> None:
     assert set(distiller.begin_step([HEAD.batch(2)], progress=0.5).denominators) == {"hidden"}
 
 
-def test_what_an_objective_says_of_itself_is_a_line() -> None:
-    """For logs and cards: as it was made, and once it has met the models which layers go together."""
+def test_repr_is_one_line_and_shows_the_layer_map_once_bound() -> None:
+    """Logs and model cards print it."""
     objective = HiddenMatch("skip", distance="cosine")
     assert repr(objective).startswith("HiddenMatch(layers 'skip', distance='cosine'")
     distiller = Distiller(HEAD.make(1, layers=2), HEAD.make(2, layers=4), objectives=objective)
-    fitted_one = repr(distiller.objectives["hidden"])
-    assert re.match(r"HiddenMatch\(layers 2 of 4 layers: 0←1 1←3, distance='cosine'", fitted_one)
-    assert objective.layer_map is None  # the user's own is left as it was, for another distiller
+    bound = repr(distiller.objectives["hidden"])
+    assert re.match(r"HiddenMatch\(layers 2 of 4 layers: 0←1 1←3, distance='cosine'", bound)
+    assert objective.layer_map is None  # the user's object is unchanged and can be passed to another distiller
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch])
-def test_autocast_around_a_loop_does_not_reach_them(objective: Any) -> None:
-    """The products of scores, relations, similarities and projections would be rounded to bf16."""
+def test_objectives_ignore_an_outer_autocast(objective: Any) -> None:
+    """Autocast would round the products of scores, relations, similarities and projections to bf16."""
     student, teacher, batch = HEAD.make(1), HEAD.make(2, width=24), HEAD.batch(4)
     distiller = Distiller(student, teacher, alpha=None, objectives=objective(name="one"), seed=0)
     with distiller.capture() as inside:

@@ -1,4 +1,4 @@
-"""What an objective cannot compare is refused before the first step, with a message that says the way out."""
+"""Objectives reject what they cannot compare before the first step, with a message that says what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.objectives.by_hand import Shown, fitted, refused
 HEAD = HEADS["bert_tokens"]
 
 
-# When it is built.
+# At construction.
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,17 @@ HEAD = HEADS["bert_tokens"]
         (lambda: SimilarityMatch(pooling="max"), ("pooling='max': allowed are mean, first, last",)),
     ],
 )
-def test_a_setting_that_cannot_be(make: Callable[[], Any], words: tuple[str, ...]) -> None:
+def test_invalid_settings_are_rejected(make: Callable[[], Any], words: tuple[str, ...]) -> None:
     refused(make, *words)
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding, AttentionMatch, RelationMatch, SimilarityMatch])
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), True, "1", None, lambda progress: 0.5 - progress])
-def test_a_weight_that_cannot_be(objective: Any, weight: Any) -> None:
+def test_invalid_weights_are_rejected(objective: Any, weight: Any) -> None:
     refused(lambda: objective(weight=weight), objective.__name__, "at least 0")
 
 
-# When it meets the models.
+# When bound to the models.
 
 TWO_OF_THREE = Shown(2, 16, 2), Shown(3, 16, 2)
 
@@ -89,18 +89,18 @@ TWO_OF_THREE = Shown(2, 16, 2), Shown(3, 16, 2)
     ],
 )
 @pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch])
-def test_layers_that_are_not_there(objective: Any, layers: Any, words: tuple[str, ...]) -> None:
+def test_missing_layers_are_rejected(objective: Any, layers: Any, words: tuple[str, ...]) -> None:
     refused(lambda: fitted(objective(layers), *TWO_OF_THREE), f"{objective.__name__}: layers:", *words)
 
 
-def test_a_student_deeper_than_its_teacher_needs_pairs() -> None:
+def test_a_student_deeper_than_its_teacher_requires_explicit_pairs() -> None:
     deeper = Shown(3, 16, 2), Shown(2, 16, 2)
     refused(lambda: fitted(HiddenMatch(), *deeper), "3 student layers cannot be taken from 2 teacher layers", "pairs")
     assert fitted(HiddenMatch([(2, 1)]), *deeper).layer_map.links
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, CosineEmbedding])
-def test_widths_that_differ_without_a_projection(objective: Any) -> None:
+def test_different_widths_require_a_projection(objective: Any) -> None:
     other = Shown(2, 16), Shown(2, 24)
     refused(
         lambda: fitted(objective(projection="none"), *other),
@@ -122,13 +122,13 @@ def test_widths_that_differ_without_a_projection(objective: Any) -> None:
         ([[0], []], (2, 4), ("name at least one teacher head for each student head",)),
     ],
 )
-def test_head_counts_that_differ(heads: Any, numbers: tuple[int, int], words: tuple[str, ...]) -> None:
+def test_unmatchable_head_counts_are_rejected(heads: Any, numbers: tuple[int, int], words: tuple[str, ...]) -> None:
     ours, theirs = (Shown(1, 24, number) for number in numbers)
     refused(lambda: fitted(AttentionMatch(heads=heads), ours, theirs), *words)
 
 
-def test_relation_heads_that_divide_nothing() -> None:
-    """Known only when the vectors are seen: grouped keys are narrower than the model."""
+def test_relation_heads_must_divide_the_width_of_the_vectors() -> None:
+    """The width is known only at the first batch: grouped keys are narrower than the model."""
     head = HEADS["llama_causal_lm"]
     student, teacher = head.make(1, layers=2), head.make(2, layers=2)
     distiller = Distiller(student, teacher, alpha=None, objectives=RelationMatch(relation_heads=16))
@@ -138,8 +138,8 @@ def test_relation_heads_that_divide_nothing() -> None:
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_heads_that_lie_on_several_processes(whose: str) -> None:
-    """Tensor parallelism, as transformers marks the model that it loaded; hidden states are whole on each."""
+def test_heads_split_across_processes_are_rejected(whose: str) -> None:
+    """Tensor parallelism, as marked by transformers on the loaded model; each process has whole hidden states."""
     head = HEADS["llama_causal_lm"]
     models = {"student": head.make(1), "teacher": head.make(2)}
     models[whose]._tp_size = 2
@@ -149,7 +149,7 @@ def test_heads_that_lie_on_several_processes(whose: str) -> None:
     Distiller(*models.values(), alpha=None, objectives=[HiddenMatch(), CosineEmbedding()])
 
 
-def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
+def test_a_teacher_without_activations_is_rejected() -> None:
     class OnlyLogits(Teacher):
         def __call__(self, task: Any, batch: Any, needs: Any) -> Any: ...
 
@@ -163,8 +163,8 @@ def test_a_teacher_that_shows_nothing_of_its_inside() -> None:
 # Stacks.
 
 
-class Homemade(nn.Module):
-    """Called with keywords, with logits in its output, and no model of transformers."""
+class PlainModel(nn.Module):
+    """A plain module that takes keywords and returns logits, not a transformers model."""
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -179,26 +179,30 @@ class Homemade(nn.Module):
         return {"logits": self.out(x)}
 
 
-def homemade(objective: Any, **settings: Any) -> Any:
+def distiller_of_plain_models(objective: Any, **settings: Any) -> Any:
     settings = {"task": "token_classification", "alpha": None, **settings}
-    return Distiller(Homemade(16, 2), Homemade(16, 3), objectives=objective, **settings)
+    return Distiller(PlainModel(16, 2), PlainModel(16, 3), objectives=objective, **settings)
 
 
-def test_a_model_whose_blocks_cannot_be_found_and_naming_them() -> None:
+def test_blocks_that_cannot_be_found_must_be_named() -> None:
     refused(
-        lambda: homemade(HiddenMatch()),
-        "no stack of blocks found in the student (Homemade)",
+        lambda: distiller_of_plain_models(HiddenMatch()),
+        "no stack of blocks found in the student (PlainModel)",
         "Its lists of modules: 'tower' (2)",
         "Name one with student_stack=",
     )
-    refused(lambda: homemade(HiddenMatch(student_stack="tower")), "in the teacher (Homemade)", "teacher_stack=")
     refused(
-        lambda: homemade(HiddenMatch(student_stack="towers", teacher_stack="tower")),
-        "student_stack='towers': Homemade has no list of modules of that name. Its lists of modules: 'tower' (2)",
+        lambda: distiller_of_plain_models(HiddenMatch(student_stack="tower")),
+        "in the teacher (PlainModel)",
+        "teacher_stack=",
+    )
+    refused(
+        lambda: distiller_of_plain_models(HiddenMatch(student_stack="towers", teacher_stack="tower")),
+        "student_stack='towers': PlainModel has no list of modules of that name. Its lists of modules: 'tower' (2)",
     )
     named = HiddenMatch([(1, 2)], student_stack="tower", teacher_stack="tower", projection="none")
-    distiller = homemade(named)
-    student: Any = Homemade(16, 2)
+    distiller = distiller_of_plain_models(named)
+    student: Any = PlainModel(16, 2)
     distiller.bind(student)
     ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
     found = distiller(student, {"input_ids": ids, "attention_mask": mask})
@@ -209,7 +213,7 @@ def test_a_model_whose_blocks_cannot_be_found_and_naming_them() -> None:
     assert found.loss.item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-5)
 
 
-def test_a_module_without_a_list() -> None:
+def test_a_model_without_a_module_list_is_rejected() -> None:
     refused(
         lambda: Distiller(nn.Linear(2, 2), HEAD.make(), objectives=HiddenMatch(), task="masked_lm", alpha=None),
         "no stack of blocks found in the student (Linear)",
@@ -217,7 +221,7 @@ def test_a_module_without_a_list() -> None:
     )
 
 
-def test_a_model_of_two_towers_is_asked_which() -> None:
+def test_a_model_with_two_towers_requires_a_choice() -> None:
     sides = {name: {key: v for key, v in _BERT.items() if "dropout" not in key} for name in ("text", "vision")}
     config = hf.CLIPConfig(
         text_config=sides["text"], vision_config={**sides["vision"], "image_size": 8, "patch_size": 4}
@@ -230,19 +234,19 @@ def test_a_model_of_two_towers_is_asked_which() -> None:
     )
 
 
-def test_a_side_that_is_none() -> None:
+def test_an_invalid_side_is_rejected() -> None:
     refused(
         lambda: Distiller(HEAD.make(1), HEAD.make(2), objectives=HiddenMatch(side="left")),
         "side='left': allowed are 'encoder' and 'decoder', or None",
     )
 
 
-# When it meets a batch.
+# At a batch.
 
 
 @pytest.mark.parametrize("objective", [HiddenMatch, AttentionMatch, RelationMatch, SimilarityMatch])
-def test_positions_that_are_not_the_students(objective: Any) -> None:
-    """Teacher columns of another length; the logits' own check is not there with alpha=None."""
+def test_positions_that_differ_between_the_models_are_rejected(objective: Any) -> None:
+    """The teacher's inputs have another length; alpha=None skips the check of the logits."""
     student, teacher, batch = HEAD.make(1), HEAD.make(2), HEAD.batch(4)
     batch["teacher_input_ids"] = torch.ones(4, batch["input_ids"].shape[1] + 2, dtype=torch.long)
     distiller = Distiller(student, teacher, alpha=None, objectives=objective())
@@ -255,15 +259,15 @@ def test_positions_that_are_not_the_students(objective: Any) -> None:
     )
 
 
-def test_frames_of_another_rate() -> None:
+def test_frames_at_another_rate_are_rejected() -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     student, teacher = head.make(1), head.make(2, conv_stride=(4, 2))
     distiller = Distiller(student, teacher, alpha=None, objectives=HiddenMatch())
     refused(lambda: distiller(student, head.batch(2)), "of the teacher are at", "the same frame rate", error=DataError)
 
 
-def test_other_tokenizers_are_refused_for_what_compares_positions() -> None:
-    """Also for a classifier, whose predictions alone could be compared."""
+def test_objectives_on_positions_reject_different_tokenizers() -> None:
+    """Even for a classifier, whose predictions alone could be compared."""
     head = HEADS["bert_single_label"]
     student, teacher = head.make(1), head.make(2, vocab_size=50)
     refused(

@@ -1,4 +1,4 @@
-"""Exits by hand in float64; padding, rows that do not count, accumulation; without a teacher, resumed, on a card."""
+"""ExitMatch: values by hand in float64, padding, accumulation, training without a teacher, resume, and its card."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def exits(**changed: Any) -> ExitMatch:
 
 
 def distiller_of(name: str, *, blend: float | None = 0.0, **changed: Any) -> tuple[Any, Distiller]:
-    """A student of three blocks in float64, its exits after the first two."""
+    """Return a student of three blocks in float64, with exits after the first two, and its distiller."""
     student = HEADS[name].make(1, layers=3).double().train()
     return student, Distiller(student, alpha=blend, objectives=exits(**changed), seed=3)
 
 
 @torch.no_grad()
 def by_hand(name: str, student: Any, heads: Any, batch: dict[str, Tensor]) -> float:
-    """The sum over exits and rows, from the formula, over the rows: with transformers' own hidden states."""
+    """Return the formula's mean over rows of the sum over exits, from the hidden states that transformers returns."""
     found = student(**{k: x for k, x in batch.items() if k != "labels"}, output_hidden_states=True)
     states, labels, total = found.hidden_states[1:], batch["labels"], 0.0
     kept = labels != -100 if name == "bert_tokens" else None
@@ -40,22 +40,22 @@ def by_hand(name: str, student: Any, heads: Any, batch: dict[str, Tensor]) -> fl
     last = found.logits if kept is None else found.logits[kept]
     for layer in (0, 1):
         features = rows[layer] @ heads[str(layer)].features.weight.T + heads[str(layer)].features.bias
-        said = features.tanh() @ heads[str(layer)].classifier.weight.T + heads[str(layer)].classifier.bias
-        if name == "bert_multi_label":  # each label a Bernoulli: (z, 0)
-            p, q, y = (last / T).sigmoid(), (said / T).sigmoid(), said.sigmoid()
+        exit_logits = features.tanh() @ heads[str(layer)].classifier.weight.T + heads[str(layer)].classifier.bias
+        if name == "bert_multi_label":  # each label is a Bernoulli with logits (z, 0)
+            p, q, y = (last / T).sigmoid(), (exit_logits / T).sigmoid(), exit_logits.sigmoid()
             kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
             of_labels = -(labels * y.log() + (1 - labels) * (1 - y).log())
         else:
-            p, q = (last / T).softmax(-1), (said / T).softmax(-1)
+            p, q = (last / T).softmax(-1), (exit_logits / T).softmax(-1)
             kl, chosen = p * (p / q).log(), labels if kept is None else labels[kept]
-            of_labels = -said.log_softmax(-1).gather(1, chosen[:, None])
+            of_labels = -exit_logits.log_softmax(-1).gather(1, chosen[:, None])
         total += ALPHA * T**2 * kl.sum() + (1 - ALPHA) * of_labels.sum()
         total += LAMBDA * (features - rows[2]).square().sum()
     return float(total) / (last.numel() if name == "bert_multi_label" else last.shape[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_by_hand(name: str) -> None:
+def test_value_matches_the_formula(name: str) -> None:
     student, distiller = distiller_of(name)
     batch = m.collated(name, HEADS[name].examples(6))
     found = distiller(student, batch)
@@ -64,7 +64,7 @@ def test_by_hand(name: str) -> None:
     assert found.loss.item() == pytest.approx((found.terms["labels"] + found.terms["exits"]).item(), rel=1e-12)
 
 
-def test_the_last_prediction_is_a_teacher_and_gets_no_gradient() -> None:
+def test_the_last_prediction_teaches_without_gradient() -> None:
     student, distiller = distiller_of("bert_single_label", blend=None)
     m.step(distiller, student, [m.collated("bert_single_label", HEADS["bert_single_label"].examples(4))])
     gradients = {key: p.grad for key, p in student.named_parameters()}
@@ -85,7 +85,7 @@ def test_padding_and_accumulation_change_nothing(name: str) -> None:
         assert loss == pytest.approx(expected, rel=1e-6) and m.difference(found, gradient) < 1e-6
 
 
-def test_rows_that_do_not_count_and_labels_that_are_not_known() -> None:
+def test_exits_with_ignored_and_unlabelled_rows() -> None:
     student, distiller = distiller_of("bert_tokens")
     batch = m.collated("bert_tokens", HEADS["bert_tokens"].examples(4))
     silent = {**batch, "labels": torch.full_like(batch["labels"], -100)}
@@ -126,7 +126,7 @@ def test_every_setting_changes_the_loss(changed: dict[str, Any]) -> None:
         assert (after.loss - before.loss).item() == pytest.approx(before.terms["exits"].item())
 
 
-def test_trained_without_a_teacher_and_resumed_bit_for_bit(tmp_path) -> None:
+def test_training_without_a_teacher_resumes_bit_for_bit(tmp_path) -> None:
     given = {
         "train_dataset": examples(8),
         "objectives": ExitMatch([0], feature_weight=0.03),
@@ -159,21 +159,21 @@ def test_trained_without_a_teacher_and_resumed_bit_for_bit(tmp_path) -> None:
     assert "Hinton" not in card
 
 
-def test_what_the_exits_say(tmp_path) -> None:
-    """To use them, or to measure them."""
+def test_predictions_of_each_exit(tmp_path) -> None:
+    """Exits can be used for early exit, and measured."""
     student, distiller = distiller_of("bert_tokens")
     batch = m.collated("bert_tokens", HEADS["bert_tokens"].examples(4))
     with torch.no_grad(), distiller.capture() as inside:
         outputs = student(**batch)
     signals = distiller.student_signals(outputs, batch, activations=inside)
-    said = distiller.objectives["exits"].predictions(signals, distiller.task, batch)
+    exit_logits = distiller.objectives["exits"].predictions(signals, distiller.task, batch)
     rows = int((batch["labels"] != -100).sum())
-    assert {layer: tuple(x.shape) for layer, x in said.items()} == {0: (rows, 3), 1: (rows, 3)}
+    assert {layer: tuple(x.shape) for layer, x in exit_logits.items()} == {0: (rows, 3), 1: (rows, 3)}
     distiller.learned.save(tmp_path)
     assert (tmp_path / "distill_state.safetensors").is_file()
 
 
-def test_beside_a_teacher() -> None:
+def test_exits_train_together_with_a_teacher() -> None:
     student = HEADS["bert_single_label"].make(1, layers=3).double()
     distiller = Distiller(student, HEADS["bert_single_label"].make(2).double(), objectives=exits())
     found = distiller(student, m.collated("bert_single_label", HEADS["bert_single_label"].examples(4)))
@@ -194,11 +194,11 @@ def test_beside_a_teacher() -> None:
         ({"pooling": "max"}, "pooling='max': allowed are mean, first, last"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Distiller(HEADS["bert_single_label"].make(1, layers=3), alpha=0.0, objectives=exits(**settings))
 
 
-def test_heads_that_it_does_not_know() -> None:
+def test_unsupported_heads_are_rejected() -> None:
     with pytest.raises(SettingError, match="token_classification, not causal_lm"):
         Distiller(HEADS["llama_causal_lm"].make(1, layers=3), alpha=0.0, objectives=exits())

@@ -1,4 +1,4 @@
-"""HiddenMatch and CosineEmbedding on numbers that can be followed on paper, in float64."""
+"""HiddenMatch and CosineEmbedding in float64, on numbers small enough to check on paper."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from tests.objectives.by_hand import Shown, attended, doubles, fitted, found, hi
 
 NAN = float("nan")
 ONE, TWO, THREE = (Shown(layers, 2) for layers in (1, 2, 3))
-MASK = attended([1, 1], [1, 0])  # three positions count
+MASK = attended([1, 1], [1, 0])  # three valid positions
 # Differences (1, 0), (1, 1) and (0, 3); the fourth position is padding.
 OURS = [[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [NAN, NAN]]
 THEIRS = [[0.0, 2.0], [2.0, 3.0]], [[5.0, 3.0], [9.0, 9.0]]
 
 
-def test_mean_squared_over_the_positions_that_count() -> None:
+def test_mean_squared_over_valid_positions() -> None:
     """(1² + 0²)/2 + (1² + 1²)/2 + (0² + 3²)/2 = 0.5 + 1 + 4.5 = 6, over 3 positions."""
     objective = fitted(HiddenMatch(), ONE, ONE)
     assert found(objective, hidden(0, *OURS), hidden(0, *THEIRS), MASK) == (6.0, 3)
 
 
-def test_first_and_last_count_examples() -> None:
+def test_first_and_last_pooling_count_examples() -> None:
     """First: 0.5 and 4.5, over 2 examples. Last of the first example is its second position: 1 + 4.5."""
     for positions, expected in (("first", 5.0), ("last", 5.5)):
         objective = fitted(HiddenMatch(pooling=positions), ONE, ONE)
         assert found(objective, hidden(0, *OURS), hidden(0, *THEIRS), MASK) == (expected, 2)
 
 
-def test_first_and_last_of_what_is_padded_on_the_left() -> None:
-    """The first that counts, not position 0: of the second example it is position 1, which is its last as well.
+def test_first_and_last_pooling_with_left_padding() -> None:
+    """The first valid position, not position 0: in the second example it is position 1, which is also the last.
 
-    Differences there: (1, 0) and (1, 1) of the first example; of the second (2, 0) at position 1.
+    Differences: (1, 0) and (1, 1) in the first example; (2, 0) at position 1 of the second.
     First: 0.5 + 2 = 2.5; last: 1 + 2 = 3.
     """
     ours = hidden(0, [[1.0, 2.0], [3.0, 4.0]], [[NAN, NAN], [2.0, 0.0]])
@@ -45,7 +45,7 @@ def test_first_and_last_of_what_is_padded_on_the_left() -> None:
         assert found(objective, ours, theirs, attended([1, 1], [0, 1])) == (expected, 2)
 
 
-def test_an_example_without_a_position_has_no_first() -> None:
+def test_an_example_without_valid_positions_is_not_counted() -> None:
     objective = fitted(HiddenMatch(pooling="first"), ONE, ONE)
     assert found(objective, hidden(0, *OURS), hidden(0, *THEIRS), attended([0, 0], [1, 0])) == (4.5, 1)
 
@@ -53,11 +53,11 @@ def test_an_example_without_a_position_has_no_first() -> None:
 @pytest.mark.parametrize(
     ("distance", "settings", "expected"),
     [
-        # At the first position (3, 4) meets (4, 3): cosine 24/25; at the second (1, 0) meets (0, 2): cosine 0.
+        # The first position compares (3, 4) with (4, 3): cosine 24/25; the second (1, 0) with (0, 2): cosine 0.
         ("cosine", {}, (1 - 24 / 25) + 1),
         ("normalized_squared", {}, 2 * (1 - 24 / 25) + 2),  # |a - b|² of unit vectors is 2 - 2 cos
-        # Two numbers less their mean are (-x, x), of variance 1 (-1, 1) or (1, -1): (3, 4) is up, the others
-        # down, down and up: 4 where one is up and the other down, so 4 at both positions.
+        # Two numbers minus their mean are (-x, x), standardized to (-1, 1) or (1, -1): (3, 4) rises, the others
+        # fall, fall and rise: 4 where the directions are opposite, so 4 at both positions.
         ("standardized_squared", {}, 4.0 + 4.0),
         # |differences| 1, 1 and 1, 2. beta 1: 1 - 1/2 and 2 - 1/2, means 0.5 and 1. beta 2: x²/4: 1/4 and (1/4 + 1)/2
         ("smooth_l1", {}, 0.5 + 1.0),
@@ -67,7 +67,7 @@ def test_an_example_without_a_position_has_no_first() -> None:
         ("l1_cosine", {"cosine_weight": 0.0}, 2.5),
     ],
 )
-def test_each_distance(distance: str, settings: dict, expected: float) -> None:
+def test_each_distance_by_hand(distance: str, settings: dict, expected: float) -> None:
     objective = fitted(HiddenMatch(distance=distance, distance_kwargs=settings), ONE, ONE)
     total, count = found(
         objective, hidden(0, [[3.0, 4.0], [1.0, 0.0]]), hidden(0, [[4.0, 3.0], [0.0, 2.0]]), attended([1, 1])
@@ -75,11 +75,11 @@ def test_each_distance(distance: str, settings: dict, expected: float) -> None:
     assert total == pytest.approx(expected, rel=1e-12) and count == 2
 
 
-def test_pairs_of_layers_are_added_with_their_weights() -> None:
-    """Student 0 learns from teacher 0 with 0.25 and from teacher 2 with 0.75, student 1 from teacher 1.
+def test_layer_pairs_are_summed_with_their_weights() -> None:
+    """Student 0 is matched with teacher 0 at 0.25 and with teacher 2 at 0.75, student 1 with teacher 1.
 
-    One position, width 2. Student 0 is (1, 1): from (0, 0) it is 1 apart, from (3, 1) 2 apart (4/2); student 1 is
-    (2, 2), from (2, 0) 2 apart. 0.25 · 1 + 0.75 · 2 + 2 = 3.75.
+    One position, width 2. Distances: student 0 (1, 1) from (0, 0) is 1, from (3, 1) is 4/2 = 2; student 1
+    (2, 2) from (2, 0) is 2. 0.25 · 1 + 0.75 · 2 + 2 = 3.75.
     """
     objective = fitted(HiddenMatch([(0, 0, 0.25), (0, -1, 0.75), (1, 1)]), TWO, THREE)
     ours = {**hidden(0, [[1.0, 1.0]]), **hidden(1, [[2.0, 2.0]])}
@@ -89,8 +89,8 @@ def test_pairs_of_layers_are_added_with_their_weights() -> None:
     assert {read.layer for read in objective.teacher_needs.activations} == {0, 1, 2}
 
 
-def test_embeddings_are_matched_beside_the_blocks_or_alone() -> None:
-    """Embeddings 2 apart (each of two numbers by 2: 4), the block 1 apart: 4 + 1, or 4."""
+def test_embeddings_are_matched_with_the_blocks_or_alone() -> None:
+    """Both numbers of the embeddings differ by 2: 4; the blocks are 1 apart: 4 + 1, or 4 alone."""
     ours = {**hidden(-1, [[2.0, 2.0]]), **hidden(0, [[1.0, 1.0]])}
     theirs = {**hidden(-1, [[0.0, 0.0]]), **hidden(0, [[0.0, 0.0]])}
     both = fitted(HiddenMatch(embeddings=True), ONE, ONE)
@@ -100,8 +100,8 @@ def test_embeddings_are_matched_beside_the_blocks_or_alone() -> None:
     assert found(alone, ours, theirs, attended([1])) == (4.0, 1)
 
 
-def test_a_projection_stands_on_the_students_side() -> None:
-    """W = [[1, 0], [0, 2], [1, 1]] takes (1, 2) to (1, 4, 3); from (0, 4, 0) that is (1 + 0 + 9) / 3 apart."""
+def test_the_projection_is_applied_to_the_student() -> None:
+    """W = [[1, 0], [0, 2], [1, 1]] maps (1, 2) to (1, 4, 3), which is (1 + 0 + 9) / 3 from (0, 4, 0)."""
     objective = fitted(HiddenMatch(), ONE, Shown(1, 3))
     assert {name: tuple(p.shape) for name, p in objective.learned.named_parameters()} == {"matrices.0_0.weight": (3, 2)}
     with torch.no_grad():
@@ -121,15 +121,15 @@ def test_a_projection_stands_on_the_students_side() -> None:
         ("linear", 2, ["embeddings", "0_0", "1_2"]),
     ],
 )
-def test_what_is_learned(projection: str, teacher: int, names: list[str] | None) -> None:
+def test_projections_are_learned_where_widths_differ(projection: str, teacher: int, names: list[str] | None) -> None:
     objective = fitted(HiddenMatch(projection=projection, embeddings=True), TWO, Shown(3, teacher))
     learned = None if objective.learned is None else list(objective.learned.matrices)
     assert learned == names
     assert all(p.dtype == torch.float64 for p in (objective.learned.parameters() if names else ()))
 
 
-def test_where_nothing_masks_each_example_counts_as_one() -> None:
-    """Two images of two patches. Apart by (1, 0), (1, 1) and (0, 3), (2, 2): (0.5 + 1)/2 + (4.5 + 4)/2 = 5, of 2."""
+def test_without_a_mask_each_example_counts_once() -> None:
+    """Two images of two patches; differences (1, 0), (1, 1) and (0, 3), (2, 2): (0.5 + 1)/2 + (4.5 + 4)/2 = 5, of 2."""
     objective = fitted(HiddenMatch(), ONE, ONE, kind="embedding")
     ours = hidden(0, [[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [2.0, 2.0]])
     theirs = hidden(0, [[0.0, 2.0], [2.0, 3.0]], [[5.0, 3.0], [0.0, 0.0]])
@@ -141,11 +141,11 @@ def test_where_nothing_masks_each_example_counts_as_one() -> None:
     assert found(last, ours, theirs, batch, kind="embedding") == (5.0, 2)  # 1 + 4
 
 
-def test_the_side_says_whose_mask_counts() -> None:
-    """The encoder's positions are those of the mask, the decoder's those of the labels.
+def test_the_side_selects_the_mask() -> None:
+    """The encoder uses the attention mask, the decoder uses the labels.
 
-    Encoder: differences 1 and 2 at the two that are attended, (1 + 4)/... width 2, both entries: 1 + 4 = 5, of 2.
-    Decoder: the labels leave its second position out: 9, of 1.
+    Encoder: differences 1 and 2 in both entries at the two attended positions: 1 + 4 = 5, of 2.
+    Decoder: the labels exclude its second position: 9, of 1.
     """
     batch = {**attended([1, 1, 0]), "labels": torch.tensor([[5, -100]])}
     ours = {
@@ -158,7 +158,7 @@ def test_the_side_says_whose_mask_counts() -> None:
         assert found(objective, ours, theirs, batch, kind="seq2seq") == expected
 
 
-def test_both_models_are_asked_for_the_named_stack() -> None:
+def test_the_named_stack_is_used_in_both_models() -> None:
     student, teacher = Shown(2, 2), Shown(2, 2)
     objective = fitted(HiddenMatch(side="encoder", student_stack="a.b", teacher_stack="c"), student, teacher)
     assert (student.asked, teacher.asked) == ([("encoder", "a.b")], [("encoder", "c")])
@@ -166,8 +166,8 @@ def test_both_models_are_asked_for_the_named_stack() -> None:
     assert {read.stack for read in objective.teacher_needs.activations} == {"c"}
 
 
-def test_cosine_embedding_is_one_less_the_cosine_of_what_the_head_reads() -> None:
-    """(3, 4) and (4, 3): 1 - 24/25; (1, 0) and (-2, 0): 2; a zero vector: 1; padding is not read. Sum 3.04 of 3."""
+def test_cosine_embedding_is_one_minus_the_cosine_of_the_last_hidden_states() -> None:
+    """(3, 4) and (4, 3): 1 - 24/25; (1, 0) and (-2, 0): 2; a zero vector: 1; padding is skipped. Sum 3.04 of 3."""
     read = ActivationKey("last_hidden", 0)
     ours = {read: doubles([[3, 4], [1, 0], [0, 0], [NAN, NAN]])}
     theirs = {read: doubles([[4, 3], [-2, 0], [1, 1], [1, 1]])}

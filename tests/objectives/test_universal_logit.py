@@ -1,4 +1,4 @@
-"""UniversalLogitMatch: by hand from unpadded texts, the laws, and raw texts through the trainer to the same number."""
+"""UniversalLogitMatch: by hand from unpadded texts, the laws, and raw texts through the trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import arguments, make
 
 LLAMA = HEADS["llama_causal_lm"]
-OURS, THEIRS = 40, 50  # columns of the two heads
+OURS, THEIRS = 40, 50  # the heads' numbers of columns
 Example = dict[str, list[int]]
 
 
@@ -41,7 +41,7 @@ def teacher(padding: int = 0) -> Any:
 
 
 def examples(count: int = 8) -> list[Example]:
-    """The same answers in two tokenizers: other ids, and another number of them."""
+    """Return the same answers in two tokenizers, with different ids and different lengths."""
     rng, made = random.Random(3), []
     for _ in range(count):
         one: Example = {}
@@ -54,7 +54,7 @@ def examples(count: int = 8) -> list[Example]:
 
 
 def collated(rows: list[Example], *, more: int = 0) -> dict[str, torch.Tensor]:
-    """The student's padded on the right, the teacher's on the left (rotary positions then differ by rounding)."""
+    """Pad the student's texts on the right and the teacher's on the left (rotary positions differ by rounding)."""
     batch = {}
     for prefix, side in (("", "right"), ("teacher_", "left")):
         for name, filled in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
@@ -68,7 +68,7 @@ def collated(rows: list[Example], *, more: int = 0) -> dict[str, torch.Tensor]:
 
 
 def by_hand(rows: list[Example], temperature: float = 1.0) -> float:
-    """The mean of the paper's distance over pairs of answer tokens, each text read alone."""
+    """Return the paper's mean distance over pairs of answer tokens, with a forward for each text."""
     found = []
     for one in rows:
         sides = []
@@ -86,7 +86,7 @@ def distiller(taught_by: Any = None, *, alpha: float | None = None, **settings: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_it_is_the_papers_distance_of_answers_by_place(temperature: float) -> None:
+def test_value_is_the_papers_distance_between_answers_position_by_position(temperature: float) -> None:
     rows = examples()
     found = distiller(temperature=temperature)(student(), collated(rows)).loss.item()
     assert found == pytest.approx(by_hand(rows, temperature), rel=1e-6)
@@ -96,8 +96,8 @@ def test_it_is_the_papers_distance_of_answers_by_place(temperature: float) -> No
 
 
 @pytest.mark.parametrize("starts", [(False, True), (True, False), (True, True), (False, False)])
-def test_whole_texts_are_paired_token_by_token_whoever_adds_a_start(starts: tuple[bool, bool]) -> None:
-    """The first token of a text is predicted where a start was read before it; the start itself is never compared."""
+def test_whole_texts_are_paired_whichever_tokenizer_adds_a_start_token(starts: tuple[bool, bool]) -> None:
+    """The first token is predicted only after a start token; the start token itself is never compared."""
     rng, start, rows = random.Random(5), 2, []
     for length in (5, 3, 4):
         text = [rng.randrange(3, OURS) for _ in range(length)]
@@ -113,13 +113,13 @@ def test_whole_texts_are_paired_token_by_token_whoever_adds_a_start(starts: tupl
         texts = [torch.tensor([one[f"{prefix}input_ids"]]) for prefix in ("", "teacher_")]
         with torch.no_grad():
             q, p = (model(input_ids=ids).logits[0].tolist() for model, ids in zip((ours, theirs), texts, strict=True))
-        if starts != (True, True):  # one side has nothing to predict the first token from
+        if starts != (True, True):  # one model has no input from which to predict the first token
             q, p = q[int(starts[0]) :], p[int(starts[1]) :]
         expected += [slow(a, b) for a, b in zip(q[:-1], p[:-1], strict=True)]
     assert found == pytest.approx(sum(expected) / len(expected), rel=1e-6)
 
 
-def test_beside_labels() -> None:
+def test_it_trains_together_with_labels() -> None:
     batch, ours = collated(examples()), distiller(alpha=0, weight=1.5)
     found = ours(student(), batch)
     assert found.loss.item() == pytest.approx(found.terms["labels"].item() + 1.5 * by_hand(examples()), rel=1e-6)
@@ -127,7 +127,7 @@ def test_beside_labels() -> None:
     assert found.terms["labels"].item() == pytest.approx(student()(**inputs).loss.item())
 
 
-def test_equal_models_that_read_the_same_have_nothing_to_learn() -> None:
+def test_equal_models_with_equal_inputs_give_zero() -> None:
     """L1."""
     batch = LLAMA.collate(LLAMA.examples())
     loss, gradient = step(distiller(LLAMA.make(1).double()), student(), [batch])
@@ -135,7 +135,7 @@ def test_equal_models_that_read_the_same_have_nothing_to_learn() -> None:
     assert step(distiller(LLAMA.make(2).double()), student(), [batch])[0] > 0.01
 
 
-def test_without_an_answer_it_is_0_and_learns_nothing() -> None:
+def test_batches_without_answers_give_zero_loss_and_gradient() -> None:
     """L2."""
     for name in ("labels", "teacher_labels"):
         batch = collated(examples())
@@ -144,7 +144,7 @@ def test_without_an_answer_it_is_0_and_learns_nothing() -> None:
         assert loss == 0 and gradient.abs().max() == 0
 
 
-def test_padding_and_prompts_that_do_not_count_change_nothing() -> None:
+def test_padding_and_prompts_change_nothing() -> None:
     """L3."""
     rows = examples()
     expected = step(distiller(), student(), [collated(rows)])
@@ -152,16 +152,16 @@ def test_padding_and_prompts_that_do_not_count_change_nothing() -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-6) and difference(found[1], expected[1]) < 1e-6
 
 
-def test_the_gradient_does_not_shrink_with_the_temperature() -> None:
-    """L5: of logits that are small beside it. (Over unequal vocabularies it is 0 there: 1 / 40 > 1 / 50 throughout.)"""
+def test_the_gradient_does_not_shrink_at_high_temperatures() -> None:
+    """L5, for logits much smaller than T. (With unequal vocabularies the limit is 0: 1 / 40 > 1 / 50 everywhere.)"""
     batch, found = LLAMA.collate(LLAMA.examples()), []
     for temperature in (1e3, 1e4):
         found.append(step(distiller(LLAMA.make(2).double(), temperature=temperature), student(), [batch])[1])
     assert difference(found[1], found[0]) < 0.02 and found[0].norm() > 1e-3
 
 
-def test_the_large_batch_is_its_micro_batches() -> None:
-    """L4: each with another number of pairs."""
+def test_a_large_batch_equals_its_micro_batches() -> None:
+    """L4, with a different number of pairs in each."""
     rows, ours = examples(), distiller(alpha=0)
     expected = step(ours, student(), [collated(rows)])
     assert gradient_of(student()).norm() > 0.1
@@ -171,8 +171,8 @@ def test_the_large_batch_is_its_micro_batches() -> None:
         assert found[0] == pytest.approx(expected[0], rel=1e-6) and difference(found[1], expected[1]) < 1e-6
 
 
-def test_a_padded_head_says_the_same() -> None:
-    """L7: the columns that its tokenizer cannot write are left out."""
+def test_padded_columns_of_a_head_change_nothing() -> None:
+    """L7: columns beyond the tokenizer's ids are excluded."""
     found = []
     for padding in (0, 6):
         taught_by = ModelTeacher(teacher(padding), processing_class=tokenizer({f"t{i}": i for i in range(THEIRS)}))
@@ -184,8 +184,8 @@ def test_a_padded_head_says_the_same() -> None:
     assert difference(found[1][1], found[0][1]) < 1e-9
 
 
-def test_encoder_decoders_with_inputs_of_their_own() -> None:
-    """Each decoder reads its own answer; the teacher's inputs are given, since the student's rule is not its own."""
+def test_encoder_decoders_with_teacher_inputs() -> None:
+    """Each decoder reads its own answer; the teacher's inputs are passed, as its rule for them differs."""
     t5, rng = HEADS["t5_seq2seq"], random.Random(5)
     models = {"": t5.make(1).double(), "teacher_": t5.make(2, vocab_size=THEIRS).double()}
     batch: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def test_encoder_decoders_with_inputs_of_their_own() -> None:
 
 
 def raw_texts() -> tuple[list[dict[str, Any]], list[Example]]:
-    """Texts whose words both tokenizers know by other ids, and what should become of them."""
+    """Return texts whose words have different ids in the two tokenizers, and the expected examples."""
     raw, made = [], []
     for prompt, answer in (("w3 w4 w5", "w6 w7"), ("w8", "w9 w10 w11"), ("w12 w13", "w14")):
         ours, theirs = ([int(word[1:]) for word in part.split()] for part in (prompt, answer))
@@ -220,8 +220,8 @@ def raw_texts() -> tuple[list[dict[str, Any]], list[Example]]:
     return raw, made
 
 
-def test_raw_texts_through_the_trainer(tmp_path) -> None:
-    """A teacher whose tokenizer gives other ids reads `teacher_text`; or its ids are in the dataset, with labels."""
+def test_raw_texts_are_tokenized_for_both_models_in_the_trainer(tmp_path) -> None:
+    """The teacher's tokenizer reads `teacher_text`; or its ids and labels are in the dataset."""
     raw, made = raw_texts()
     processor = tokenizer({f"w{i}": THEIRS - i for i in range(1, THEIRS)} | {"[PAD]": 0}, padding="[PAD]")
     expected = by_hand(made)
@@ -239,7 +239,7 @@ def test_raw_texts_through_the_trainer(tmp_path) -> None:
         assert logged["loss"] == pytest.approx(logged["loss/labels"] + 2 * expected, rel=1e-5)
 
 
-def test_refusals(tmp_path) -> None:
+def test_invalid_combinations_are_rejected(tmp_path) -> None:
     batch = collated(examples())
     unmarked = {name: value for name, value in batch.items() if name != "teacher_labels"}
     with pytest.raises(DataError, match="but the teacher's prompts are not known"):
@@ -249,7 +249,7 @@ def test_refusals(tmp_path) -> None:
     with pytest.raises(DataError, match="texts may be packed, so the teacher's cannot be paired"):
         distiller()(student(), packed)
     own = ModelTeacher(teacher(), processing_class=tokenizer({f"t{i}": i for i in range(THEIRS)}))
-    with pytest.raises(TeacherError, match="different tokenizers"):  # the logits' term compares token with token
+    with pytest.raises(TeacherError, match="different tokenizers"):  # the logits' term compares token by token
         Distiller(student(), own, processing_class=tokenizer(OURS), objectives=UniversalLogitMatch())
     with pytest.raises(SettingError, match="is for causal_lm and seq2seq, not for masked_lm"):
         head = HEADS["bert_masked_lm"]

@@ -19,13 +19,6 @@ from tests.runs.tiny_chain import accuracy, links, run, student, teacher
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, padded, softened_kl, weights
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, Any]:
-    """The uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    return {"folder": folder / "out", "result": run(folder)}
-
-
 def saved(folder: Path | str) -> Any:
     return BertForSequenceClassification.from_pretrained(folder).eval()
 

@@ -31,12 +31,6 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("whole")
-    return {"folder": folder / "out", "result": run(folder)}
-
-
 def assert_same_students(found: Path, expected: Path) -> None:
     for name in ("1-assistant", "2-half", "3-student", "."):
         assert_same_bits(*(load_file(folder / name / "model.safetensors") for folder in (found, expected)))

@@ -83,7 +83,7 @@ def test_a_later_stage_that_cannot_match_the_heads(tmp_path) -> None:
     )
 
 
-def test_the_student_as_its_own_teacher(tmp_path) -> None:
+def test_the_student_as_its_own_teacher_is_an_error(tmp_path) -> None:
     model = student()
     with pytest.raises(TeacherError, match="stage 'inside': "):
         run(tmp_path, model, teacher_model=model)

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 from hf_distill.students import report_of
-from tests.cheap import made_once
+from tests.cheap import build_once
 from tests.heads import _BART, _BERT, _DISTILBERT, _GPT2, _LLAMA, _SPEECH, _T5, _VIT, _WHISPER, FRAMES, MEL, VOCABULARY
 
 LAYERS = 4
@@ -38,7 +38,7 @@ class Tiny:
     modality: str = "text"
     generates: bool = False
 
-    @made_once
+    @build_once
     def make(self, layers: int = LAYERS, **settings: Any) -> Any:
         """Return a teacher whose parameters all differ, so that no two layers are equal by chance."""
         wanted = {**self.settings, **{name: layers for name in DEPTHS if name in self.settings}, **settings}

@@ -1,4 +1,4 @@
-"""CTC frames against the head's own lengths, and embeddings pooled by hand."""
+"""CTC frames match the lengths that the model computes; embeddings are pooled as by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CTC_HEADS = [name for name, head in HEADS.items() if head.kind == "ctc"]
 
 
 @pytest.mark.parametrize("name", CTC_HEADS)
-def test_frames_are_those_of_the_heads_own_loss(name: str) -> None:
+def test_frames_match_those_of_the_models_loss(name: str) -> None:
     model, batch = HEADS[name].make(), HEADS[name].batch(8)
     own = torch.nn.functional.ctc_loss
     with mock.patch("torch.nn.functional.ctc_loss", side_effect=own) as spied, torch.no_grad():
@@ -34,19 +34,19 @@ def test_frames_are_those_of_the_heads_own_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CTC_HEADS)
-def test_without_a_mask_every_frame_counts(name: str) -> None:
+def test_without_a_mask_all_frames_count(name: str) -> None:
     model, batch = HEADS[name].make(), HEADS[name].batch(2)
     with torch.no_grad():
         frames = model(batch["input_values"]).logits.shape[1]
     assert CTC.from_model(model).keep({"input_values": batch["input_values"]}).sum() == 2 * frames
 
 
-def test_the_reduction_of_the_heads_loss_is_known() -> None:
+def test_the_reduction_of_the_models_loss_is_read_from_its_config() -> None:
     sums = {name: CTC.from_model(HEADS[name].make()).sums_over_examples for name in CTC_HEADS}
     assert sums == {"wav2vec2_ctc_mean": False, "hubert_ctc_sum": True}
 
 
-def test_a_rule_of_ones_own_and_a_model_without_any() -> None:
+def test_a_custom_length_function_and_a_model_without_one() -> None:
     task = CTC(lambda samples: samples // 10)
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 25:] = 0
@@ -74,26 +74,26 @@ LEFT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
         ("last", None, [99.0, 8.0]),
     ],
 )
-def test_pooling(pooling: str, mask: torch.Tensor | None, pooled: list[float]) -> None:
+def test_pooling_by_hand(pooling: str, mask: torch.Tensor | None, pooled: list[float]) -> None:
     batch = {} if mask is None else {"attention_mask": mask}
     found = Embedding(pooling=pooling).read({"last_hidden_state": HIDDEN}, batch, HeadAlignment(), teacher=False)
     assert found.flatten().tolist() == pytest.approx(pooled)
 
 
-def test_a_hidden_state_that_is_no_number_under_the_mask_is_not_read() -> None:
+def test_nan_in_masked_hidden_states_is_not_read() -> None:
     hidden = HIDDEN.clone()
     hidden[0, 3] = float("nan")
     found = Embedding().read({"last_hidden_state": hidden}, {"attention_mask": RIGHT}, HeadAlignment(), teacher=False)
     assert found.flatten().tolist() == [2.0, 6.5]
 
 
-def test_the_teachers_own_mask_is_used_for_the_teacher() -> None:
+def test_the_teacher_is_pooled_with_its_own_mask() -> None:
     batch = {"attention_mask": LEFT, "teacher_attention_mask": RIGHT}
     task, outputs = Embedding(), {"last_hidden_state": HIDDEN}
     assert task.read(outputs, batch, HeadAlignment(), teacher=True).flatten().tolist() == [2.0, 6.5]
     assert task.read(outputs, batch, HeadAlignment(), teacher=False)[0].item() == pytest.approx(104 / 3)
 
 
-def test_a_wrong_pooling_is_refused() -> None:
+def test_an_unknown_pooling_is_rejected() -> None:
     with pytest.raises(SettingError, match=r"pooling='max': allowed are mean, first, last"):
         Embedding(pooling="max")

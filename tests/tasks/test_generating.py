@@ -1,4 +1,4 @@
-"""Settings of `generate` are taken, or the one that transformers leaves aside is named."""
+"""Settings of `generate` take effect; a setting that transformers would ignore raises an error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.tiny_whisper import FRAMES, whisper
 ASKED = {"max_new_tokens": 4, "do_sample": False, "sampling_temperature": 1.0}
 
 
-def test_what_transformers_leaves_aside_is_named() -> None:
-    """`GenerationConfig.update` keeps neither language nor task of a published Whisper, and raises for nothing."""
+def test_settings_that_transformers_ignores_are_named() -> None:
+    """`GenerationConfig.update` drops the language and task of a published Whisper without an error."""
     settings = whisper().generation_config
     assert set(settings.update(language="english", task="transcribe")) == {"language", "task"}
     with pytest.raises(SettingError, match="transformers' generate has no setting language, task"):
@@ -27,7 +27,7 @@ def test_what_transformers_leaves_aside_is_named() -> None:
         set_generation(settings, {"cache_implementation": "no such cache"})
 
 
-def test_settings_of_a_whisper_survive_a_folder(tmp_path: Path) -> None:
+def test_whisper_settings_survive_saving(tmp_path: Path) -> None:
     settings = generation_settings(whisper(), **ASKED, others={"language": "de", "return_timestamps": True})
     settings.save_pretrained(tmp_path)
     read = tf.GenerationConfig.from_pretrained(tmp_path)
@@ -35,8 +35,8 @@ def test_settings_of_a_whisper_survive_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "temperature", "min_p"])
-def test_settings_of_sampling_without_it_are_refused(name: str) -> None:
-    """They would be ignored, and the likeliest text written."""
+def test_sampling_settings_without_sampling_are_rejected(name: str) -> None:
+    """generate would ignore them and decode greedily."""
     model, values = HEADS["llama_causal_lm"].make(1), {name: 5 if name == "top_k" else 0.5}
     with pytest.raises(SettingError, match=f"{name}=.* without sampling changes nothing. Pass do_sample=True"):
         generation_settings(model, **ASKED, others=values)
@@ -45,7 +45,7 @@ def test_settings_of_sampling_without_it_are_refused(name: str) -> None:
     assert generation_settings(model, **ASKED, others={name: None}).do_sample is False
 
 
-def test_what_a_model_writes_to() -> None:
+def test_inputs_and_windows_of_generating_models() -> None:
     assert source_of(HEADS["llama_causal_lm"].make(1)) == source_of(HEADS["t5_seq2seq"].make(1)) == "input_ids"
     assert source_of(whisper()) == "input_features"
     assert (window_of(whisper()), window_of(HEADS["t5_seq2seq"].make(1))) == (FRAMES, None)

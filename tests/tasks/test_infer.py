@@ -1,4 +1,4 @@
-"""The task of a model, from its class: every class in transformers' tables, PEFT, subclasses, and unknown ones."""
+"""The task is inferred from the model's class: all classes in transformers' tables, PEFT models, subclasses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_distill.tasks import TASKS, Classification, Task, infer_task, make_task
 from hf_distill.tasks.infer import infer_kind
 from tests.heads import HEADS
 
-# By the ending of a class's name. What does not follow it stands below, by hand.
+# By the suffix of the class name; exceptions are listed below.
 ENDINGS = {
     "ForCTC": "ctc",
     "ForSequenceClassification": "classification",
@@ -51,7 +51,7 @@ IRREGULAR = {
     "SeamlessM4Tv2ForSpeechToText": "seq2seq",
     "SpeechT5ForSpeechToText": "seq2seq",
 }
-# Their own loss does not shift the labels, as the causal-LM task does: not for us to guess.
+# Unlike the causal-LM task, their own loss does not shift the labels, so their task is not inferred.
 UNSHIFTED = {"XLNetLMHeadModel", "ProphetNetForCausalLM", "CpmAntForCausalLM"}
 
 
@@ -78,11 +78,11 @@ SEQ2SEQ = {
     **auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     **auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
-COMPOSITE = ("encoder-decoder", "speech-encoder-decoder")  # their config wants two others; both are encoder-decoders
+COMPOSITE = ("encoder-decoder", "speech-encoder-decoder")  # encoder-decoders whose config needs two others
 
 
 def named(name: str, **config: Any) -> Any:
-    """An object of a class with that name, and as much config as inference reads."""
+    """Return an object of a class with that name, with the config entries that inference uses."""
     settings = {"problem_type": None, "num_labels": 3, "is_encoder_decoder": False, **config}
     made = type(name, (), {})()
     made.config = SimpleNamespace(**settings)
@@ -96,21 +96,21 @@ def expected(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("kind", sorted({*ENDINGS.values()}))
-def test_every_class_with_a_head(kind: str) -> None:
+def test_every_class_with_a_head_has_its_task(kind: str) -> None:
     names = [name for name in WITH_HEADS if expected(name) == kind and name not in UNSHIFTED]
     assert len(names) > 10
     assert {name: infer_kind(named(name)) for name in names} == dict.fromkeys(names, kind)
 
 
-def test_classes_with_a_head_that_no_rule_here_names() -> None:
-    """All of them models that write text to something seen or heard; a new name has to be looked at, by a person."""
+def test_no_class_with_a_head_is_left_unclassified() -> None:
+    """The known ones generate text from images or audio; a person has to look at any new name."""
     unnamed = {name for name in WITH_HEADS if expected(name) is None}
     assert all(name.endswith("ForConditionalGeneration") for name in unnamed), unnamed
 
 
 @pytest.mark.parametrize("kind_of_config", [kind for kind in SEQ2SEQ if kind not in COMPOSITE])
 def test_encoder_decoders_are_seq2seq_and_audio_language_models_are_causal(kind_of_config: str) -> None:
-    """transformers lists both in the same tables; only the former have decoder inputs, the latter shift labels."""
+    """transformers lists both in the same tables, but only encoder-decoders have decoder inputs."""
     names, config = SEQ2SEQ[kind_of_config], hf.CONFIG_MAPPING[kind_of_config]
     for name in (names,) if isinstance(names, str) else names:
         model = named(name, is_encoder_decoder=config.is_encoder_decoder)
@@ -128,7 +128,7 @@ def _forward_parameters(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(UNSHIFTED))
-def test_causal_models_that_do_not_shift_their_labels_are_not_guessed(name: str) -> None:
+def test_causal_models_that_do_not_shift_labels_are_not_inferred(name: str) -> None:
     with pytest.raises(SettingError, match=name):
         infer_kind(named(name))
 
@@ -146,8 +146,8 @@ GENERATORS = [name for name in BARE if re.search(r"For[A-Z]", name) and name not
 
 
 @pytest.mark.parametrize("name", [n for n in GENERATORS if n not in WITH_HEADS])
-def test_a_head_we_do_not_know_is_no_embedding(name: str) -> None:
-    """transformers' table of bare models holds models with heads of their own, too."""
+def test_an_unknown_head_is_not_an_embedding(name: str) -> None:
+    """transformers' table of base models also contains models with special heads."""
     with pytest.raises(SettingError, match=f"{name}: this library does not know where it keeps its predictions"):
         infer_kind(named(name))
 
@@ -164,31 +164,31 @@ def test_a_head_we_do_not_know_is_no_embedding(name: str) -> None:
         ({"num_labels": 5, "problem_type": "multi_label_classification"}, "classification"),
     ],
 )
-def test_the_config_tells_classification_from_regression(config: dict[str, Any], kind: str) -> None:
+def test_the_config_distinguishes_classification_from_regression(config: dict[str, Any], kind: str) -> None:
     assert infer_kind(named("BertForSequenceClassification", **config)) == kind
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_of_the_catalogue(name: str) -> None:
+def test_every_model_of_the_test_catalogue(name: str) -> None:
     model = HEADS[name].make()
     assert infer_kind(model) == HEADS[name].kind
     assert type(infer_task(model)) is TASKS[HEADS[name].kind]
 
 
-def test_a_subclass_is_what_it_derives_from() -> None:
+def test_a_subclass_has_the_task_of_its_base_class() -> None:
     class MyBert(hf.BertForTokenClassification):
         pass
 
     assert infer_kind(MyBert(HEADS["bert_tokens"].make().config)) == "token_classification"
 
 
-# peft 0.19 reads an attribute that transformers 5.23 has renamed; that is between the two of them.
+# peft 0.19 reads an attribute that transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["bert_single_label", "gpt2_causal_lm", "t5_seq2seq"])
-def test_a_peft_model_is_what_it_wraps(name: str) -> None:
+def test_a_peft_model_has_the_task_of_its_base_model(name: str) -> None:
     peft = pytest.importorskip("peft", reason="an optional extra")
     targets = {"bert_single_label": ["query"], "gpt2_causal_lm": ["c_attn"], "t5_seq2seq": ["q"]}
-    fan_in_fan_out = name == "gpt2_causal_lm"  # its projections are stored the other way round
+    fan_in_fan_out = name == "gpt2_causal_lm"  # GPT-2 stores its projections transposed
     config = peft.LoraConfig(r=2, target_modules=targets[name], fan_in_fan_out=fan_in_fan_out)
     student = peft.get_peft_model(HEADS[name].make(1), config)
     assert infer_kind(student) == HEADS[name].kind
@@ -197,7 +197,7 @@ def test_a_peft_model_is_what_it_wraps(name: str) -> None:
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
-def test_an_unknown_class_is_named_with_the_kinds_and_the_way_out() -> None:
+def test_the_error_for_an_unknown_class_lists_the_tasks() -> None:
     with pytest.raises(SettingError) as found:
         infer_kind(named("SegformerForSemanticSegmentation"))
     text = str(found.value)
@@ -206,7 +206,7 @@ def test_an_unknown_class_is_named_with_the_kinds_and_the_way_out() -> None:
     assert 'task="classification"' in text and "hf_distill.tasks.Task" in text
 
 
-def test_a_task_by_name_as_object_and_by_a_wrong_name() -> None:
+def test_task_argument_as_name_object_and_invalid_name() -> None:
     unknown = named("SegformerForSemanticSegmentation")
     assert isinstance(make_task(unknown, "classification"), Classification)
     own = Task()

@@ -1,4 +1,4 @@
-"""Rows over a vocabulary, by hand: masked, causal (shifted), and decoder inputs equal to what the models derive."""
+"""Rows over a vocabulary, by hand: masked, causal (shifted), and decoder inputs equal to those of the models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
 
 
-def test_masked_lm_keeps_masked_positions_or_all_that_are_read() -> None:
+def test_masked_lm_keeps_masked_or_all_attended_positions() -> None:
     task = MaskedLM()
     labels = torch.tensor([[-100, 6, -100, -100], [5, -100, -100, -100]])
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
@@ -42,14 +42,14 @@ def test_causal_lm_shifts_labels_by_one() -> None:
     task, logits = CausalLM(), torch.randn(2, 4, 9)
     rows = task.select(logits, CAUSAL)
     assert torch.equal(rows, logits[:, :-1].reshape(6, 9))
-    # position 1 predicts token 2 and position 2 token 3; label 0 of the second example is nobody's to predict
+    # position 1 predicts token 2 and position 2 token 3; label 0 of the second example has no position before it
     assert task.kept_rows(CAUSAL).tolist() == [1, 2, 3, 4]
     assert task.targets(CAUSAL)[[1, 2, 3, 4]].tolist() == [7, 8, 6, 7]
     assert (task.rows(CAUSAL), task.count(CAUSAL), task.label_count(CAUSAL)) == (6, 4, 4)
 
 
-def test_causal_lm_rows_are_those_of_the_models_own_loss() -> None:
-    """The cross-entropy on the selected, kept rows is the loss that the model itself reports."""
+def test_causal_lm_rows_match_those_of_the_models_loss() -> None:
+    """The cross-entropy over the kept rows equals the loss that the model returns."""
     for name in ("gpt2_causal_lm", "llama_causal_lm"):
         model, batch, task = HEADS[name].make(), HEADS[name].batch(), CausalLM()
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_causal_lm_rows_are_those_of_the_models_own_loss() -> None:
         assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
-def test_causal_lm_takes_shifted_labels_at_their_word() -> None:
+def test_causal_lm_does_not_shift_shift_labels() -> None:
     task, logits = CausalLM(), torch.randn(2, 4, 9)
     shifted = torch.tensor([[-100, 7, 8, -100], [6, 7, -100, 5]])
     batch = {**CAUSAL, "shift_labels": shifted}
@@ -70,16 +70,16 @@ def test_causal_lm_takes_shifted_labels_at_their_word() -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_causal_lm_without_labels_keeps_what_is_read(side: str) -> None:
+def test_causal_lm_without_labels_keeps_attended_positions(side: str) -> None:
     mask = MASK if side == "right" else MASK.flip(-1)
     kept = CausalLM().keep({"input_ids": IDS, "attention_mask": mask}).view(2, 3).tolist()
-    # A row counts when its own position and the token that it predicts are read: padding predicts nothing.
+    # A row counts if its own position and the predicted token are attended: padding predicts nothing.
     assert kept == ([[1, 1, 1], [1, 1, 0]] if side == "right" else [[1, 1, 1], [0, 1, 1]])
 
 
-def test_a_row_on_left_padding_counts_for_the_labels_term_alone() -> None:
-    """transformers' own loss lets the last padded position predict the first real token. The teacher's row there is
-    the output of a position that read nothing, so it is not distilled."""
+def test_a_row_on_left_padding_counts_only_in_the_labels_term() -> None:
+    """In transformers' loss the last padding position predicts the first real token. The teacher has attended to
+    nothing at that position, so the row is not distilled."""
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 5, 6, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
@@ -89,16 +89,16 @@ def test_a_row_on_left_padding_counts_for_the_labels_term_alone() -> None:
     with torch.no_grad():
         outputs = model(**batch)
     rows, targets = task.select(outputs.logits, batch), task.targets(batch)
-    ours = F.cross_entropy(rows, targets)  # over the 7 that the head counts
+    ours = F.cross_entropy(rows, targets)  # over the 7 rows that the model's loss counts
     assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
-def test_without_labels_and_inputs_the_batch_is_named() -> None:
+def test_an_error_names_the_batch_without_labels_and_inputs() -> None:
     with pytest.raises(DataError, match=r"neither labels nor attention_mask nor input_ids.*only \['other'\]"):
         CausalLM().keep({"other": IDS})
 
 
-def test_seq2seq_is_not_shifted() -> None:
+def test_seq2seq_labels_are_not_shifted() -> None:
     task, logits = Seq2Seq(), torch.randn(2, 3, 9)
     batch = {"input_ids": IDS, "labels": torch.tensor([[5, 6, 2], [7, 2, -100]])}
     assert torch.equal(task.select(logits, batch), logits.reshape(6, 9))
@@ -109,8 +109,8 @@ def test_seq2seq_is_not_shifted() -> None:
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
-def test_decoder_inputs_are_the_models_own(name: str) -> None:
-    """The model given our decoder inputs says, bit for bit, what it says when it derives them from the labels."""
+def test_decoder_inputs_equal_those_that_the_model_derives(name: str) -> None:
+    """With our decoder inputs the model's output equals, bit for bit, its output from the labels alone."""
     model, batch = HEADS[name].make().eval(), HEADS[name].batch()
     assert (batch["labels"] == -100).any()
     ours = Seq2Seq().prepare(dict(batch), model)
@@ -120,17 +120,17 @@ def test_decoder_inputs_are_the_models_own(name: str) -> None:
         derived, given = model(**batch), model(**ours)
     assert torch.equal(given.logits, derived.logits)
     assert torch.equal(given.loss, derived.loss)
-    assert (batch["labels"] == -100).any()  # the labels themselves are left alone
+    assert (batch["labels"] == -100).any()  # the labels are not modified
 
 
-def test_decoder_inputs_that_are_given_are_kept() -> None:
+def test_existing_decoder_inputs_are_kept() -> None:
     batch = {"labels": IDS, "decoder_input_ids": IDS}
     assert Seq2Seq().prepare(batch, None) is batch
 
 
 @pytest.mark.parametrize("method", ["prepare", "keep"])
-def test_a_decoder_without_labels_and_inputs_is_refused(method: str) -> None:
-    """Also at alpha=1: the error names the way to labels."""
+def test_a_decoder_needs_labels_or_decoder_inputs(method: str) -> None:
+    """At alpha=1 too; the error suggests labels."""
     task, batch = Seq2Seq(), {"input_features": torch.ones(1, 2, 3)}
     with pytest.raises(
         DataError,
@@ -140,7 +140,7 @@ def test_a_decoder_without_labels_and_inputs_is_refused(method: str) -> None:
 
 
 def long_texts(name: str, *lengths: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A student with 16 positions in its decoder, and a batch of texts of these lengths."""
+    """Return a student with 16 decoder positions, and a batch of texts of these lengths."""
     positions = {"whisper_seq2seq": "max_target_positions"}.get(name, "max_position_embeddings")
     student = HEADS[name].make(1, **({} if name == "t5_seq2seq" else {positions: 16}))
     inputs = {key: value for key, value in HEADS[name].batch(len(lengths)).items() if key != "labels"}
@@ -151,23 +151,23 @@ def long_texts(name: str, *lengths: int) -> tuple[torch.nn.Module, dict[str, tor
 
 
 @pytest.mark.parametrize("name", ["whisper_seq2seq", "bart_seq2seq", "marian_seq2seq"])
-def test_texts_longer_than_the_decoder_are_named(name: str) -> None:
-    """16 positions hold 16 tokens and not 17, as the model's own forward has it."""
+def test_texts_longer_than_the_decoder_raise(name: str) -> None:
+    """16 positions hold 16 tokens but not 17, as in the model's own forward."""
     student, batch = long_texts(name, 10, 17, 20, 3, 18, 19)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as raised:
         Seq2Seq().prepare(batch, student)
     assert (
         f"padded to 20 tokens, and the decoder of {type(student).__name__} has 16 positions: example 1 of the batch "
         "has 17, example 2 of the batch has 20, example 4 of the batch has 18, and 1 more are too long. Cut them "
         "(tokenizer(..., truncation=True, max_length=16)) or leave such examples out."
-    ) in str(told.value)
+    ) in str(raised.value)
     with pytest.raises((ValueError, IndexError)):
         student(**batch)
     student, batch = long_texts(name, 16, 3)
     assert student(**Seq2Seq().prepare(batch, student)).loss.isfinite()
 
 
-def test_a_decoder_without_a_table_of_positions_has_no_limit() -> None:
+def test_a_decoder_without_a_position_table_has_no_limit() -> None:
     student, batch = long_texts("t5_seq2seq", 90, 3)
     assert student(**Seq2Seq().prepare(batch, student)).loss.isfinite()
     grows = hf.M2M100ForConditionalGeneration(hf.M2M100Config(
@@ -177,13 +177,13 @@ def test_a_decoder_without_a_table_of_positions_has_no_limit() -> None:
     assert grows(**Seq2Seq().prepare(batch, grows)).loss.isfinite()
 
 
-def test_a_config_without_a_start_token_is_refused() -> None:
+def test_a_config_without_a_start_token_raises() -> None:
     student = SimpleNamespace(config=SimpleNamespace(decoder_start_token_id=None, pad_token_id=0))
     with pytest.raises(DataError, match="no decoder_start_token_id or no pad_token_id"):
         decoder_inputs(IDS, student)
 
 
-def test_each_decoder_begins_with_its_own_start_token() -> None:
+def test_each_decoder_uses_its_own_start_token() -> None:
     head = HEADS["bart_seq2seq"]
     student, teacher = head.make(1), head.make(2, decoder_start_token_id=1)
     ours, theirs = [], []
@@ -195,8 +195,8 @@ def test_each_decoder_begins_with_its_own_start_token() -> None:
     assert "labels" not in theirs[0]
 
 
-def test_labels_are_left_alone_by_a_rule_that_writes_into_them() -> None:
-    """FSMT's puts its padding token where labels are ignored."""
+def test_labels_are_not_modified_by_a_model_that_writes_into_them() -> None:
+    """FSMT replaces ignored labels by its padding token, in place."""
     config = hf.FSMTConfig(
         langs=["a", "b"], src_vocab_size=20, tgt_vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1,
@@ -217,7 +217,9 @@ def test_labels_are_left_alone_by_a_rule_that_writes_into_them() -> None:
         ("bert_masked_lm", "llama_causal_lm", False),
     ],
 )
-def test_a_teacher_with_another_head_may_still_write_texts(student: str, teacher: str, by_texts: bool) -> None:
-    with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as told:
+def test_an_incompatible_teacher_head_suggests_completions_if_it_can_generate(
+    student: str, teacher: str, by_texts: bool
+) -> None:
+    with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as raised:
         Distiller(HEADS[student].make(1), HEADS[teacher].make(2))
-    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(told.value)) is by_texts
+    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(raised.value)) is by_texts

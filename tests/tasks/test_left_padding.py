@@ -1,4 +1,4 @@
-"""Ragged prompts in a batch: models that read the padding before them are refused, others write as they do alone."""
+"""Prompts of different lengths in a batch: models that attend to padding raise, others generate as for each alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADAPTERS: dict[str, Any] = {
     "PrefixTuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "Lora": LoraConfig(target_modules=["q_proj"]),
 }
-pytestmark = [  # PEFT's
+pytestmark = [  # warnings of PEFT
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
@@ -41,7 +41,7 @@ TOLD = "does not leave out the padding before a prompt.* prompts of one length a
 
 
 def make(name: str) -> Any:
-    """Shaken, so that what is written differs from prompt to prompt; virtual tokens as large as others."""
+    """Return a perturbed model, so that texts differ between prompts; virtual tokens are as large as others."""
     prefix = "Llama" if name in ADAPTERS else name
     config_class = getattr(hf, f"{prefix}Config")
     known = {*inspect.signature(config_class).parameters, *config_class.attribute_map}
@@ -63,7 +63,7 @@ def settings_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_models_that_read_padding_are_refused_ragged_prompts(name: str) -> None:
+def test_models_that_attend_to_padding_reject_ragged_prompts(name: str) -> None:
     model = make(name)
     settings = settings_of(model)
     with pytest.raises(DataError, match=TOLD):
@@ -75,8 +75,8 @@ def test_models_that_read_padding_are_refused_ragged_prompts(name: str) -> None:
     assert len({*map(tuple, alone)}) > 1
 
 
-def test_a_model_that_errs_on_several_prompts_is_refused_them() -> None:
-    """RWKV, with its cache: in batches of more than one row; and it reads padding, with a cache or without."""
+def test_a_model_that_is_wrong_on_batches_rejects_several_prompts() -> None:
+    """RWKV is wrong with a cache and more than one row, and attends to padding with or without a cache."""
     model = make("Rwkv")
     settings = settings_of(model)
     of_one_length = [[5, 6], [7, 8], [12, 9]]
@@ -92,8 +92,8 @@ def test_a_model_that_errs_on_several_prompts_is_refused_them() -> None:
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_other_models_write_as_they_do_alone(name: str) -> None:
-    """And once they are tried they are not tried again, with random numbers and settings left as they were."""
+def test_other_models_generate_as_without_padding(name: str) -> None:
+    """The trial runs once, and leaves the random state and the settings unchanged."""
     model = make(name)
     settings, own, state = settings_of(model), model.generation_config, torch.get_rng_state()
     together = generate_causal(model, RAGGED, settings)
@@ -105,8 +105,8 @@ def test_other_models_write_as_they_do_alone(name: str) -> None:
     assert model.generation_config is own and torch.equal(torch.get_rng_state(), state)
 
 
-def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch) -> None:
-    """Of 16 bits, in the weights or by Accelerate: the logits are moved by a fifth of their spread."""
+def test_rounding_is_not_mistaken_for_attention_to_padding(monkeypatch) -> None:
+    """In 16 bits, from the weights or from Accelerate: logits move by a fifth of their spread."""
     asked = left_padding._steps
 
     def rounded(*given: Any, padding: int = 0, **others: Any) -> Any:
@@ -120,7 +120,7 @@ def test_rounding_is_not_taken_for_padding_that_is_read(monkeypatch) -> None:
         generate_causal(model, RAGGED, settings_of(model))
 
 
-def test_completions_and_on_policy_refuse_them(tmp_path) -> None:
+def test_completions_and_on_policy_reject_ragged_prompts(tmp_path) -> None:
     teacher = make("Bart")
     prompts = Dataset.from_dict({"input_ids": RAGGED})
     with pytest.raises(DataError, match=TOLD):

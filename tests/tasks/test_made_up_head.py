@@ -1,6 +1,6 @@
-"""A new kind of head is one file: a made-up one, whose rows are pairs of neighbouring tokens, obeys the laws.
+"""A new kind of head fits in one file: a made-up head, whose rows are pairs of neighbouring tokens, obeys the laws.
 
-The model, its task and its rows of the conformance tables all stand here; nothing in the package knows of them.
+The model, its task and its conformance rows are all defined here; the package does not know them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BertForPairs(hf.BertPreTrainedModel):
 
 
 class Pairs(PositionTask):
-    """One row for each token and its successor; the label of a pair stands at its second token."""
+    """One row for each token and its successor; the label of a pair is at its second token."""
 
     kind = "pairs"
     matched_by = "labels"
@@ -102,8 +102,8 @@ def silent(batch: Batch) -> Batch:
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head in the catalogue and in the tables, for one test."""
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the head to the catalogue and the tables for one test."""
     monkeypatch.setitem(TASKS, "pairs", Pairs)
     monkeypatch.setitem(HEADS, NAME, HEAD)
     monkeypatch.setitem(conformance.TASK_ROWS, "pairs", conformance.TaskRow(silence=silent))
@@ -115,25 +115,25 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_laws_hold(divergence: str) -> None:
-    test_l1_equality.test_equal_models_have_nothing_to_learn(NAME, divergence)
-    test_l1_equality.test_different_models_have_something_to_learn(NAME, divergence)
-    test_l2_no_rows.test_a_silent_micro_batch_changes_nothing_for_the_others(NAME, divergence)
+    test_l1_equality.test_equal_models_have_zero_loss_and_gradient(NAME, divergence)
+    test_l1_equality.test_different_models_have_nonzero_loss_and_gradient(NAME, divergence)
+    test_l2_no_rows.test_a_silent_micro_batch_does_not_change_the_others(NAME, divergence)
     test_l3_padding.test_more_padding_changes_nothing(NAME, divergence)
-    test_l3_padding.test_rows_that_are_not_kept_are_never_looked_at(NAME, divergence, float("nan"))
+    test_l3_padding.test_rows_that_are_not_kept_are_never_read(NAME, divergence, float("nan"))
     test_l4_accumulation.test_accumulation_changes_nothing(NAME, divergence)
-    test_l9_teacher.test_gradient_reaches_the_student_alone(NAME, divergence)
-    if divergence != "hard":  # which is not zero at equality, and is not softened alike
+    test_l9_teacher.test_only_the_student_gets_a_gradient(NAME, divergence)
+    if divergence != "hard":  # it is not zero at equality, and T scales its gradient differently
         test_l5_temperature.test_gradient_is_independent_of_a_high_temperature(NAME, divergence)
 
 
-def test_each_term_and_two_processes() -> None:
+def test_each_term_alone_and_in_two_processes() -> None:
     for alpha in (0.0, 1.0):
-        test_l4_accumulation.test_each_term_alone_is_exact_too(NAME, alpha)
+        test_l4_accumulation.test_accumulation_is_exact_for_each_term_alone(NAME, alpha)
     for parts in (1, 2):
-        test_l4_accumulation.test_two_processes_change_nothing(NAME, parts)
+        test_l4_accumulation.test_two_processes_equal_one(NAME, parts)
 
 
-def test_the_trainer_trains_it(tmp_path: Path) -> None:
+def test_the_trainer_trains_a_made_up_head(tmp_path: Path) -> None:
     trainer = make(
         tmp_path,
         HEAD.make(0),
@@ -147,7 +147,7 @@ def test_the_trainer_trains_it(tmp_path: Path) -> None:
     assert {"loss/labels", "loss/logits"} <= trainer.state.log_history[0].keys()
 
 
-def test_nothing_outside_of_tasks_compares_kinds() -> None:
-    """What is known of a head stands in its `Task`."""
+def test_no_code_outside_tasks_compares_kinds() -> None:
+    """The facts about a head belong in its `Task`."""
     outside = [path for path in FILES if path.parent.name != "tasks"]
     assert [name_of(path) for path in outside if "task.kind" in path.read_text(encoding="utf-8")] == []

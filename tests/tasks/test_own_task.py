@@ -1,6 +1,6 @@
-"""Rows are `[n v]`, whatever the task: other axes are refused, and a Task of the user's own gives the right number.
+"""Rows are `[n v]` for every task: other axes raise an error, and a custom Task gives the right number.
 
-The right numbers are worked out in float64 from the models' own outputs.
+The right numbers are computed in float64 from the models' outputs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def images(count: int = 2) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
 
 
-# What has other axes is refused.
+# Outputs with other axes are rejected.
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def images(count: int = 2) -> dict[str, Tensor]:
         ),
         (yolos, r"student's logits are \[2, 5, 4\], this task reads \[example, class\]"),
     ],
-    ids=["a row a pixel", "a row a query"],
+    ids=["row per pixel", "row per query"],
 )
-def test_a_classifier_of_more_than_examples_is_refused(make: Any, words: str) -> None:
-    """SegFormer gave 95.84 where 1.0274 was right, and DETR the right value times its queries."""
+def test_a_classifier_with_more_rows_than_examples_is_rejected(make: Any, words: str) -> None:
+    """Once SegFormer gave 95.84 instead of 1.0274, and DETR the right value times its number of queries."""
     with pytest.raises(SettingError, match=f"{words}.*{OWN}"):
         Distiller(make(1), make(2), task="classification", alpha=1.0)(make(1), images())
 
 
-def test_the_class_axis_is_named_only_where_it_is_known() -> None:
+def test_the_error_names_the_class_axis_only_if_it_is_known() -> None:
     for shape, classes, words in (
         ((2, 5, 4), 4, "Axis 2 is as long as config.num_labels (4): an example has several rows. "),
         ((2, 4, 5, 5), 4, "Axis 1 is as long as config.num_labels (4): the last axis would be taken for the classes. "),
@@ -97,8 +97,8 @@ def test_the_class_axis_is_named_only_where_it_is_known() -> None:
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 @pytest.mark.parametrize("task", [Classification(SimpleNamespace(problem_type=None)), MultipleChoice(), Regression()])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 5)])
-def test_rows_of_more_axes_are_refused_of_both(task: Task, whose: str, shape: tuple[int, ...]) -> None:
-    """Also where the read has let them pass: a task of the user's may read what it likes."""
+def test_rows_with_extra_axes_are_rejected_for_both_models(task: Task, whose: str, shape: tuple[int, ...]) -> None:
+    """Even if `select` passes them: a custom task may select anything."""
     signals = {"student": torch.randn(2, shape[-1]), "teacher": torch.randn(2, shape[-1])} | {whose: torch.randn(shape)}
     between = r"axis 1 \(3 long\)" + (r" and axis 2 \(4 long\)" if len(shape) == 4 else "")
     words = rf"of the {whose}'s predictions \[2, 3, 4.*axis {len(shape) - 1} .* for the columns, and {between} would be"
@@ -106,8 +106,8 @@ def test_rows_of_more_axes_are_refused_of_both(task: Task, whose: str, shape: tu
         LogitsMatch()(Signals(signals["student"]), Signals(signals["teacher"]), task, images())
 
 
-def test_positions_with_an_axis_too_many_or_too_few() -> None:
-    """`[b t a v]` for a row a token; and what a cache lists of such rows."""
+def test_token_rows_with_an_axis_too_many_or_too_few_are_rejected() -> None:
+    """`[b t a v]` for token rows, and a sparse cache of such rows."""
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}
     task, good, bad = TASKS["masked_lm"](), torch.randn(2, 3, 5), torch.randn(2, 3, 4, 5)
     with pytest.raises(SettingError, match=r"masked_lm task \(MaskedLM\) selected \[6, 4, 5\] of the student's"):
@@ -119,7 +119,7 @@ def test_positions_with_an_axis_too_many_or_too_few() -> None:
         LogitsMatch(temperature=lambda _: 1.0)(Signals(good), Signals(None, sparse=listed), task, batch)
 
 
-def test_a_span_has_one_axis_of_positions() -> None:
+def test_span_logits_have_one_axis_of_positions() -> None:
     task, batch = TASKS["span"](), {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     with pytest.raises(
         SettingError, match=r"teacher's start_logits are \[2, 3, 3\], this task reads \[example, position\]"
@@ -127,8 +127,8 @@ def test_a_span_has_one_axis_of_positions() -> None:
         task.read({"start_logits": torch.randn(2, 3, 3), "end_logits": torch.randn(2, 3, 3)}, batch, None, teacher=True)
 
 
-def test_a_pooled_hidden_state_has_positions_and_features() -> None:
-    """ConvNeXt's last hidden state is `[b c h w]`, and is not pooled over its channels."""
+def test_only_hidden_states_of_positions_and_features_are_pooled() -> None:
+    """ConvNeXt's last hidden state is `[b c h w]`; it must not be pooled over channels."""
     config = hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, patch_size=4)
     student, teacher = hf.ConvNextModel(config), hf.ConvNextModel(config)
     words = r"student's last_hidden_state are \[2, 8, 4, 4\], .*\[example, position, feature\].*pooler_output"
@@ -137,15 +137,15 @@ def test_a_pooled_hidden_state_has_positions_and_features() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(TASKS) - {"ctc"}))
-def test_no_kind_of_head_takes_a_row_a_pixel(kind: str) -> None:
-    """Whatever is said of SegFormer by name, and whatever else is in the batch."""
+def test_no_built_in_task_accepts_pixel_rows(kind: str) -> None:
+    """Whichever task is set by name for SegFormer, and whatever else the batch contains."""
     with pytest.raises(HfDistillError):
         student, teacher = segformer(1), segformer(2)
         labels = {"labels": torch.zeros(2, 32, 32, dtype=torch.long)} if kind not in ("embedding", "span") else {}
         Distiller(student, teacher, task=kind, alpha=1.0)(student, images() | labels)
 
 
-def test_an_ensemble_is_refused_as_one_teacher_is() -> None:
+def test_an_ensemble_with_pixel_rows_is_rejected() -> None:
     for task in ("classification", "multiple_choice"):
         student = segformer(1)
         distiller = Distiller(student, Ensemble([segformer(2), segformer(3)]), task=task, alpha=1.0)
@@ -154,14 +154,14 @@ def test_an_ensemble_is_refused_as_one_teacher_is() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "multiple_choice"])
-def test_a_cache_of_it_is_not_built(task: str, tmp_path: Path) -> None:
+def test_a_cache_of_pixel_rows_is_not_built(task: str, tmp_path: Path) -> None:
     data = [{"pixel_values": image} for image in images(4)["pixel_values"]]
     words = rf"predictions are \[4, 3, 8, 8\], and a cache for a {task} task keeps \[example, column\].*live teacher"
     with pytest.raises(SettingError, match=words):
         TeacherCache.build(segformer(2), data, tmp_path / "cache", task=task, progress=False)
 
 
-def test_an_evaluation_with_the_teacher_is_refused_as_well(tmp_path: Path) -> None:
+def test_an_evaluation_with_the_teacher_rejects_pixel_rows(tmp_path: Path) -> None:
     data = [{"pixel_values": image} for image in images(4)["pixel_values"]]
     args = arguments(tmp_path, alpha=1.0, evaluate_with_teacher=True)
     trainer = DistillationTrainer(
@@ -171,7 +171,7 @@ def test_an_evaluation_with_the_teacher_is_refused_as_well(tmp_path: Path) -> No
         trainer.evaluate()
 
 
-def test_an_exit_beside_such_predictions() -> None:
+def test_exits_reject_pixel_rows() -> None:
     student = segformer(1)
     distiller = Distiller(
         student, alpha=0.0, task="classification", objectives=ExitMatch([0], student_stack="segformer.stages")
@@ -180,18 +180,18 @@ def test_an_exit_beside_such_predictions() -> None:
         distiller(student, images() | {"labels": torch.zeros(2, 32, 32, dtype=torch.long)})
 
 
-# Where no logits are made.
+# Fused, without whole logits.
 
 
 class Unfolded(CausalLM):
-    """Leaves an axis between rows and columns."""
+    """Leaves an extra axis between rows and columns."""
 
     def select(self, x: Tensor, batch: Any) -> Tensor:
         return super().select(x, batch)[:, None]
 
 
 class Longer(CausalLM):
-    """Says of more rows than there are whether they count."""
+    """`keep` is longer than the number of rows."""
 
     def keep(self, batch: Any) -> Tensor:
         return torch.cat([super().keep(batch)] * 2)
@@ -200,16 +200,16 @@ class Longer(CausalLM):
         return self.keep(batch).numel() // 2
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["logits", "no logits"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole logits", "fused"])
 @pytest.mark.parametrize(
     ("task", "words"),
     [
         (Unfolded(), r"\(Unfolded\) selected \[14, 1, "),
         (Longer(), r"Longer\.keep\(\) must have the shape \[14\] of the rows, not \[28\]"),
     ],
-    ids=["an axis too many", "keep too long"],
+    ids=["extra axis", "keep too long"],
 )
-def test_a_task_over_a_vocabulary(task: Task, words: str, whole: bool) -> None:
+def test_an_invalid_vocabulary_task_is_rejected(task: Task, words: str, whole: bool) -> None:
     head = HEADS["llama_causal_lm"]
     student, teacher, batch = head.make(1), head.make(2), head.batch(2)
     batch = {name: value[:, :8] for name, value in batch.items()}
@@ -222,7 +222,7 @@ def test_a_task_over_a_vocabulary(task: Task, words: str, whole: bool) -> None:
 
 
 class Halved(Task):
-    """Two rows an example, of which some count."""
+    """Two rows per example, some of which count."""
 
     kind, matched_by = "halved", "width"
 
@@ -244,7 +244,7 @@ class KeepsWithTwoAxes(Halved):
 
 
 class CountsExamples(Halved):
-    """A loss that is a sum over four rows would be divided by two."""
+    """A sum over four rows would be divided by two."""
 
     def count(self, batch: Any) -> Tensor:
         return torch.tensor(2)
@@ -273,13 +273,13 @@ class RowsAreExamples(Halved):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Task) else "",
 )
-def test_rows_are_as_many_as_are_counted(task: Task, error: type[Exception], words: str) -> None:
+def test_rows_must_agree_with_their_count(task: Task, error: type[Exception], words: str) -> None:
     shown = Signals(torch.randn(2, 4)), Signals(torch.randn(2, 4))
     with pytest.raises(error, match=words):
         LogitsMatch()(*shown, task, {"input_ids": torch.ones(2, 1, dtype=torch.long)})
 
 
-def test_rows_that_agree_with_their_count_pass() -> None:
+def test_a_task_whose_rows_agree_with_their_count_passes() -> None:
     class Kept(Halved):
         def keep(self, batch: Any) -> Tensor:
             return torch.tensor([True, False, True, True])
@@ -295,11 +295,11 @@ def test_rows_that_agree_with_their_count_pass() -> None:
     assert found.value.item() == pytest.approx(float(sum(rows)), rel=1e-6) and int(found.count) == 3
 
 
-# A task of the user's: the one in the documentation.
+# A custom task: the example in the documentation.
 
 
 def documented() -> dict[str, Any]:
-    """The names of the program in docs/heads.md, after it ran."""
+    """Run the program in docs/heads.md and return its names."""
     text = (Path(__file__).parents[2] / "docs" / "heads.md").read_text(encoding="utf-8")
     (program,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Segmentation" in block]
     names: dict[str, Any] = {}
@@ -318,13 +318,13 @@ def kl(teacher: Tensor, student: Tensor, dim: int = -1, t: float = 1.0) -> Tenso
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """`[b classes h w]` in float64."""
+    """Return `[b classes h w]` in float64."""
     with torch.no_grad():
         return model(pixel_values=batch["pixel_values"]).logits.double()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_segmentation_is_a_row_a_pixel(segmentation: Task, temperature: float) -> None:
+def test_segmentation_has_a_row_per_pixel(segmentation: Task, temperature: float) -> None:
     student, teacher, batch = segformer(1), segformer(2), images()
     distiller = Distiller(student, teacher, task=segmentation, alpha=1.0, temperature=temperature)
     ours = distiller(student, batch).loss.item()
@@ -333,10 +333,10 @@ def test_segmentation_is_a_row_a_pixel(segmentation: Task, temperature: float) -
     pixels = itertools.product(range(2), range(8), range(8))
     one_by_one = [kl(t[b, :, y, x], s[b, :, y, x], t=temperature) for b, y, x in pixels]
     assert ours == pytest.approx(torch.stack(one_by_one).mean().item(), rel=1e-5)
-    assert abs(ours - kl(t, s, -1, temperature).sum().item() / 2) > 1  # what used to be found
+    assert abs(ours - kl(t, s, -1, temperature).sum().item() / 2) > 1  # the earlier, wrong number
 
 
-def test_segmentation_over_micro_batches_labels_names_and_several_teachers(segmentation: Task) -> None:
+def test_segmentation_with_micro_batches_labels_names_and_several_teachers(segmentation: Task) -> None:
     student, one, other, batch = segformer(1), segformer(2), segformer(3), images(3)
     batch["labels"] = torch.randint(3, (3, 32, 32), generator=torch.Generator().manual_seed(2))
     batch["labels"][0, :30] = 255
@@ -366,7 +366,7 @@ def test_segmentation_in_an_evaluation(segmentation: Task, tmp_path: Path) -> No
 
 
 def test_segmentation_from_a_folder_and_without_a_cache(segmentation: Task, tmp_path: Path) -> None:
-    """The teacher is loaded by the class that its checkpoint names."""
+    """The teacher is loaded with the class that its checkpoint names."""
     student, teacher, batch = segformer(1), segformer(2), images()
     teacher.save_pretrained(tmp_path / "teacher")
     distiller = Distiller(student, str(tmp_path / "teacher"), task=segmentation, alpha=1.0)
@@ -378,17 +378,17 @@ def test_segmentation_from_a_folder_and_without_a_cache(segmentation: Task, tmp_
         TeacherCache.build(teacher, [{"pixel_values": batch["pixel_values"][0]}], tmp_path / "c", task=segmentation)
 
 
-def test_an_unknown_class_is_told_when_a_name_is_right() -> None:
+def test_the_error_for_an_unknown_class_suggests_task_names_that_apply() -> None:
     with pytest.raises(SettingError) as raised:
         Distiller(segformer(1), segformer(2))
-    said = str(raised.value)
-    assert "SegformerForSemanticSegmentation: this library does not know" in said
-    assert 'only if the model\'s output has exactly that form (task="classification": one row of logits an exam' in said
-    assert re.search(OWN, said)
+    message = str(raised.value)
+    assert "SegformerForSemanticSegmentation: this library does not know" in message
+    assert 'only if the model\'s output has exactly that form (task="classification": one row of logits' in message
+    assert re.search(OWN, message)
 
 
-def test_positions_of_a_users_own_are_rows() -> None:
-    """`PositionTask` needs `keep` alone."""
+def test_a_custom_position_task_gives_rows() -> None:
+    """A `PositionTask` only has to define `keep`."""
 
     class Own(PositionTask):
         kind, matched_by = "own", "width"
@@ -406,8 +406,8 @@ def test_positions_of_a_users_own_are_rows() -> None:
         LogitsMatch()(Signals(q[:, :2]), Signals(p[:, :2]), Own(), {"input_ids": mask, "attention_mask": mask})
 
 
-def test_answers_at_other_positions_than_the_batch_has() -> None:
-    """Over two vocabularies rows are paired by number, so a model that adds positions would shift them all."""
+def test_logits_at_extra_positions_are_rejected() -> None:
+    """With two vocabularies, rows are paired by index, so extra positions would shift all pairs."""
     from hf_distill import UniversalLogitMatch
 
     head = HEADS["llama_causal_lm"]

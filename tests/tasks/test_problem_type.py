@@ -1,4 +1,4 @@
-"""One label or several at once: what the two configs say, what the labels say, and where they contradict each other."""
+"""Single-label or multi-label: decided by the configs and the labels; contradictions raise an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = 2.0
 
 
 def by_hand(student: Any, teacher: Any, batch: dict[str, Any]) -> float:
-    """The mean over examples and labels of T² KL between two Bernoulli distributions."""
+    """Return the mean over examples and labels of T² KL between two Bernoulli distributions."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         q, p = (torch.sigmoid(model(**inputs)["logits"].double() / T) for model in (student, teacher))
@@ -31,8 +31,8 @@ def logits_term(student: Any, teacher: Any, batch: dict[str, Any], **settings: A
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), [(None, SEVERAL), (SEVERAL, None), (SEVERAL, SEVERAL)])
-def test_one_of_the_configs_is_enough(ours: str | None, theirs: str | None, labelled: bool) -> None:
-    """A fine-tuned teacher knows; a fresh student's config says so only after its first labelled step."""
+def test_one_config_with_a_problem_type_is_enough(ours: str | None, theirs: str | None, labelled: bool) -> None:
+    """A fine-tuned teacher's config has it; a fresh student's config has it only after its first labelled step."""
     student, teacher = HEAD.make(0, problem_type=ours), HEAD.make(1, problem_type=theirs)
     batch = HEAD.batch(4, labelled=labelled)
     alpha = 0.5 if labelled else 1.0
@@ -40,21 +40,21 @@ def test_one_of_the_configs_is_enough(ours: str | None, theirs: str | None, labe
     assert logits_term(student, teacher, batch, alpha=alpha) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_labels_are_enough() -> None:
+def test_the_labels_alone_are_enough() -> None:
     student, teacher = HEAD.make(0, problem_type=None), HEAD.make(1, problem_type=None)
     batch = HEAD.batch(4)
     assert logits_term(student, teacher, batch) == pytest.approx(by_hand(student, teacher, batch), rel=1e-4)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(ONE, SEVERAL), (SEVERAL, ONE)])
-def test_a_contradiction_is_refused(ours: str, theirs: str) -> None:
+def test_contradicting_configs_raise(ours: str, theirs: str) -> None:
     with pytest.raises(TeacherError, match=f"student's problem_type is '{ours}', the teacher's '{theirs}'.*of both"):
         Distiller(HEAD.make(0, problem_type=ours), HEAD.make(1, problem_type=theirs))
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("bert_single_label", SEVERAL), ("bert_multi_label", ONE)])
-def test_a_contradiction_that_comes_late_is_refused(name: str, theirs: str) -> None:
-    """The labels make transformers write into the student's config what the teacher's contradicts."""
+def test_a_contradiction_during_training_raises(name: str, theirs: str) -> None:
+    """From the labels transformers sets a problem type in the student's config that contradicts the teacher's."""
     head = HEADS[name]
     student, teacher = head.make(0, problem_type=None), head.make(1, problem_type=theirs)
     distiller = Distiller(student, teacher)
@@ -63,7 +63,7 @@ def test_a_contradiction_that_comes_late_is_refused(name: str, theirs: str) -> N
 
 
 @pytest.mark.parametrize("theirs", [SEVERAL, ONE])
-def test_a_config_that_is_set_late_is_read_late(theirs: str) -> None:
+def test_a_problem_type_set_after_construction_is_used(theirs: str) -> None:
     student, teacher = HEAD.make(0, problem_type=None), HEAD.make(1, problem_type=theirs)
     distiller = Distiller(student, teacher, alpha=1.0, temperature=T)
     student.config.problem_type = SEVERAL
@@ -76,7 +76,7 @@ def test_a_config_that_is_set_late_is_read_late(theirs: str) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(None, ONE), (ONE, None), (ONE, ONE), (None, None)])
-def test_one_label_stays_one_label(ours: str | None, theirs: str | None) -> None:
+def test_single_label_models_stay_single_label(ours: str | None, theirs: str | None) -> None:
     head = HEADS["bert_single_label"]
     batch = head.batch(4)
     student, teacher = head.make(0, problem_type=ours), head.make(1, problem_type=theirs)
@@ -86,7 +86,7 @@ def test_one_label_stays_one_label(ours: str | None, theirs: str | None) -> None
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=str)
-def test_in_the_trainer_from_the_first_step(tmp_path, labelled: bool, cut: tuple[int, int]) -> None:
+def test_the_trainer_uses_the_problem_type_from_the_first_step(tmp_path, labelled: bool, cut: tuple[int, int]) -> None:
     student, teacher = HEAD.make(0, problem_type=None), HEAD.make(1)
     expected = by_hand(student, teacher, HEAD.batch(8))
     trainer = make(
@@ -100,7 +100,7 @@ def test_in_the_trainer_from_the_first_step(tmp_path, labelled: bool, cut: tuple
     assert trainer.state.log_history[-2]["loss/logits"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_labels_decide_how_many_rows_there_are_where_a_student_has_no_config() -> None:
+def test_labels_decide_the_rows_of_a_student_without_a_config() -> None:
     class Bag(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

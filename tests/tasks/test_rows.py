@@ -1,4 +1,4 @@
-"""Which rows are predictions and which of them count, for heads of one row an example, tokens and spans: by hand."""
+"""Rows of classification, token and span heads, and which of them count: by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(
     return task.read({"logits": logits, **outputs}, batch, columns or HeadAlignment(), teacher=False)
 
 
-def test_single_label_is_a_row_an_example_labelled_or_not() -> None:
+def test_single_label_has_one_row_per_example_with_or_without_labels() -> None:
     task, logits = classification(), torch.randn(3, 3)
     batch = {"input_ids": torch.ones(3, 5, dtype=torch.long), "labels": torch.tensor([2, -100, 0])}
     assert torch.equal(task.select(read(task, logits, batch), batch), logits)
@@ -47,11 +47,13 @@ def test_single_label_is_a_row_an_example_labelled_or_not() -> None:
         (None, None, False),
     ],
 )
-def test_which_of_the_two_classifications_it_is(problem_type: str | None, labels: Any, several: bool) -> None:
+def test_multi_label_is_inferred_from_problem_type_and_labels(
+    problem_type: str | None, labels: Any, several: bool
+) -> None:
     assert classification(problem_type).is_multi_label({"labels": labels}) is several
 
 
-def test_multi_label_is_a_bernoulli_row_a_label() -> None:
+def test_multi_label_has_one_bernoulli_row_per_label() -> None:
     task = classification("multi_label_classification")
     logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([[1.0, 0, 1], [0, 0, 1]])}
@@ -62,8 +64,10 @@ def test_multi_label_is_a_bernoulli_row_a_label() -> None:
     assert task.targets(batch) is None
 
 
-@pytest.mark.parametrize("task", [classification("multi_label_classification"), Regression()], ids=["several", "value"])
-def test_a_missing_label_is_refused_where_it_would_be_learnt_as_a_value(task: Any) -> None:
+@pytest.mark.parametrize(
+    "task", [classification("multi_label_classification"), Regression()], ids=["multi_label", "value"]
+)
+def test_ignored_labels_raise_where_they_would_be_trained_as_values(task: Any) -> None:
     labels = (
         torch.tensor([[0.5, 1.0], [-100.0, 1.0]]) if isinstance(task, Classification) else torch.tensor([0.5, -100])
     )
@@ -72,7 +76,7 @@ def test_a_missing_label_is_refused_where_it_would_be_learnt_as_a_value(task: An
     task.check_labels({"labels": labels[:1]})
 
 
-def test_columns_are_picked_from_each_side() -> None:
+def test_alignment_selects_columns_of_both_models() -> None:
     task, logits = classification(), torch.tensor([[0.0, 1.0, 2.0]])
     columns = HeadAlignment(student=2, teacher=(2, 0))
     outputs = {"logits": logits}
@@ -80,7 +84,7 @@ def test_columns_are_picked_from_each_side() -> None:
     assert task.read(outputs, {}, columns, teacher=True).tolist() == [[2.0, 0.0]]
 
 
-def test_multiple_choice_is_a_row_a_question() -> None:
+def test_multiple_choice_has_one_row_per_question() -> None:
     task, logits = MultipleChoice(), torch.randn(2, 4)
     batch = {"input_ids": torch.ones(2, 4, 7, dtype=torch.long), "labels": torch.tensor([3, 0])}
     assert torch.equal(task.select(read(task, logits, batch), batch), logits)
@@ -88,11 +92,11 @@ def test_multiple_choice_is_a_row_a_question() -> None:
     assert task.targets(batch).tolist() == [3, 0]
 
 
-def test_regression_is_a_row_of_values() -> None:
+def test_regression_has_one_row_of_values_per_example() -> None:
     task = Regression()
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0.5, -0.5])}
     assert read(task, torch.tensor([[1.0], [2.0]]), batch).tolist() == [[1.0], [2.0]]
-    assert read(task, torch.tensor([1.0, 2.0]), batch).tolist() == [[1.0], [2.0]]  # heads that squeeze
+    assert read(task, torch.tensor([1.0, 2.0]), batch).tolist() == [[1.0], [2.0]]  # some heads squeeze the last axis
     assert (task.count(batch), task.label_count(batch)) == (2, 2)
 
 
@@ -111,7 +115,7 @@ TAGGED = {
         ("labelled", False, [T, T, T, F, T, T, T, T]),
     ],
 )
-def test_tokens(rows: str, labelled: bool, kept: list[bool]) -> None:
+def test_token_rows_that_count(rows: str, labelled: bool, kept: list[bool]) -> None:
     task, logits = TokenClassification(rows=rows), torch.randn(2, 4, 3)
     batch = TAGGED if labelled else {k: v for k, v in TAGGED.items() if k != "labels"}
     assert task.keep(batch).tolist() == kept
@@ -123,13 +127,13 @@ def test_tokens(rows: str, labelled: bool, kept: list[bool]) -> None:
         assert task.targets(batch).tolist() == [-100, 1, -100, -100, -100, 2, 0, -100]
 
 
-def test_tokens_without_mask_and_labels_are_all_read() -> None:
+def test_tokens_without_mask_and_labels_all_count() -> None:
     assert TokenClassification().keep({"input_ids": torch.ones(1, 3)}).tolist() == [T, T, T]
     with pytest.raises(DataError, match="the positions that count are unknown"):
         TokenClassification().keep({"something": torch.ones(1, 3)})
 
 
-def test_a_wrong_choice_of_rows_is_refused() -> None:
+def test_an_unknown_choice_of_rows_raises() -> None:
     with pytest.raises(SettingError, match=r"rows='all': allowed are 'labelled' and 'attended'"):
         TokenClassification(rows="all")
 
@@ -137,12 +141,12 @@ def test_a_wrong_choice_of_rows_is_refused() -> None:
 SPAN = {
     "input_ids": torch.tensor([[5, 6, 7, 0], [5, 6, 7, 8], [5, 6, 0, 0]]),
     "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]),
-    "start_positions": torch.tensor([1, 0, 3]),  # the last one lies on padding
-    "end_positions": torch.tensor([2, 4, 1]),  # the second lies outside of the input
+    "start_positions": torch.tensor([1, 0, 3]),  # the last is on padding
+    "end_positions": torch.tensor([2, 4, 1]),  # the second is outside the input
 }
 
 
-def test_spans_are_two_rows_an_example_over_positions_that_are_read() -> None:
+def test_spans_have_two_rows_per_example_over_attended_positions() -> None:
     task, start, end = Span(), torch.randn(3, 4), torch.randn(3, 4)
     logits = task.read({"start_logits": start, "end_logits": end}, SPAN, HeadAlignment(), teacher=False)
     rows = task.select(logits, SPAN)
@@ -157,7 +161,7 @@ def test_spans_outside_the_text_do_not_count() -> None:
     assert task.keep(SPAN).tolist() == [T, T, T, F, F, T]
     assert (task.rows(SPAN), task.count(SPAN)) == (6, 4)
     assert task.targets(SPAN).tolist() == [1, 2, 0, -100, -100, 1]
-    # transformers ignores what lies beyond the padded input, and no more than that
+    # transformers ignores only positions beyond the padded input
     assert task.label_count(SPAN) == 5
     negative = {**SPAN, "start_positions": torch.tensor([-1, 0, 0])}
     assert task.keep(negative).tolist()[0] is F
@@ -171,7 +175,7 @@ def test_spans_without_positions_all_count() -> None:
     assert not Span().has_labels(batch) and Span().has_labels(SPAN)
 
 
-def test_positions_may_come_as_a_column_vector() -> None:
+def test_span_positions_may_be_a_column_vector() -> None:
     batch = {
         **SPAN,
         "start_positions": SPAN["start_positions"][:, None],

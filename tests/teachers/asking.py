@@ -1,4 +1,4 @@
-"""A served teacher of the tiny causal language model, its student, and their batches. No tests here."""
+"""A served teacher of the tiny causal language model, its student, and their batches."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A real HTTP server on loopback that scores prompts with a tiny model, as vLLM, SGLang and plain completions do.
+"""A real HTTP server on loopback that scores prompts with a tiny model, like vLLM, SGLang and plain completions.
 
-It can be told to fail: each request takes one fault from `faults`, as long as there are some.
+It can be made to fail: each request takes one fault from `faults` until none is left.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Top = list[tuple[int, float]]
 class CompletionsServer:
     """Attributes:
     speaks: "vllm", "sglang", "echo", "echo_by_text" or "none" (no log-probabilities of prompts).
-    faults: what is wrong with the next answers: "slow", "trickle", "drop", "cut", a status, or a function of the reply.
-    asked: every request: path, headers, body. most_at_once: requests under way at the same time, at most.
+    faults: faults of the next replies: "slow", "trickle", "drop", "cut", a status, or a function of the reply.
+    asked: every request: path, headers, body. most_at_once: maximum number of concurrent requests.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, speaks: str = "vllm", longest_list: int = 10_000) -> None:
@@ -67,8 +67,8 @@ class CompletionsServer:
             return 404, {"detail": "Not Found"}
         k = body.get("prompt_logprobs", body.get("logprobs", body.get("top_logprobs_num")))
         if k > self.longest_list:
-            said = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.longest_list}"
-            return 400, {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.longest_list}"
+            return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
         prompts = body["input_ids"] if self.speaks == "sglang" else body["prompt"]
         answers = [self._answer(prompt, k) for prompt in prompts]
         if self.speaks == "sglang":
@@ -109,7 +109,7 @@ def _echo(server: CompletionsServer, prompt: list[int], tops: list[Top], own: li
     by_text = server.speaks == "echo_by_text"
     name = server.text if by_text else "token_id:{}".format
     rows = [{**{name(i): p for i, p in top}, name(t): v} for top, t, v in zip(tops, prompt[1:], own, strict=False)]
-    echoed = [*prompt, tops[-1][0][0]]  # and the token that it wrote
+    echoed = [*prompt, tops[-1][0][0]]  # and the generated token
     tops_of = [None, *rows, {name(i): p for i, p in tops[-1]}]
     return {"logprobs": {"tokens": [name(t) for t in echoed], "top_logprobs": tops_of}, "prompt_logprobs": None}
 
@@ -157,7 +157,7 @@ def _handler(server: CompletionsServer) -> type[BaseHTTPRequestHandler]:
             self.close_connection = fault == "cut"
 
         def log_message(self, *parts: Any) -> None:
-            """Not to the terminal."""
+            """Log nothing."""
 
     return Handler
 

@@ -1,4 +1,4 @@
-"""What a teacher with a tokenizer of its own reads, and what a model was called with."""
+"""A teacher with its own tokenizer, and a record of a model's inputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ WORDS = (
 )
 
 
-def heard_by(model: Any) -> list[dict[str, Any]]:
-    """Grows by what the model's forward is called with."""
+def inputs_of(model: Any) -> list[dict[str, Any]]:
+    """Return a list that collects the inputs of every forward of the model."""
     seen: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda _, __, given: seen.append(dict(given)), with_kwargs=True)
     return seen
 
 
 def of_another_tokenizer() -> Any:
-    """A teacher that embeds the eleven words of `tests.hub.tiny`, where the student embeds 23."""
+    """Return a teacher that embeds the eleven words of `tests.hub.tiny`; the student embeds 23."""
     return bert(seed=1, vocab_size=11)

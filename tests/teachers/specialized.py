@@ -1,4 +1,4 @@
-"""Tiny generalists and specialists, and what they say together, for the tests of both."""
+"""Tiny generalists and specialists, and their predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def specialist(classes: tuple[int, ...], seed: int = 5, **changed: Any) -> Any:
 
 
 def asked(teacher: Specialists, temperature: float = 1.0, student: Any = None) -> tuple[Tensor, Any]:
-    """What it says of some sentences, as probabilities at the temperature; and the batch."""
+    """Return the probabilities for some sentences at this temperature, and the batch."""
     distiller = Distiller(student or bert(seed=9, **FOUR).double(), teacher, alpha=1.0, temperature=temperature)
     batch = padded(examples(24, labels=4))
     needs = Needs(logits=True, temperature=temperature)

@@ -1,8 +1,7 @@
-"""generate_completions: texts by hand, every kind of prompt, killed and resumed to the same bytes, and trained on."""
+"""generate_completions: texts by hand, every kind of prompt, kill and resume to the same bytes, training on them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,6 +15,7 @@ from hf_distill.models.generation import set_generation
 from hf_distill.teachers.passes import ShardedPass
 from tests.augment.test_on_policy import greedy
 from tests.heads import HEADS
+from tests.teachers.cache.built import contents
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make
 
@@ -30,12 +30,8 @@ def prompt_of(example: dict[str, Any]) -> list[int]:
     )]  # fmt: skip
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_it_is_what_the_teacher_writes_and_ready_to_train_on(tmp_path) -> None:
-    """Ragged prompts in padded batches, as if each were alone; the gold answers are not looked at."""
+def test_completions_equal_greedy_texts_and_train_a_student(tmp_path) -> None:
+    """Padded prompts of different lengths, as each alone; gold answers are ignored."""
     teacher, words = LLAMA.make(2), tokenizer(40)
     made = generate_completions(teacher, ANSWERED, tmp_path / "made", processing_class=words, **SHORT)
     for index, (row, example) in enumerate(zip(made, ANSWERED, strict=True)):
@@ -55,8 +51,8 @@ def test_it_is_what_the_teacher_writes_and_ready_to_train_on(tmp_path) -> None:
     assert trainer.state.log_history[0]["loss/labels"] > 0.1 and trainer.state.log_history[0]["loss/logits"] > 0.1
 
 
-def test_beams_are_those_of_generate(tmp_path) -> None:
-    """Kim and Rush write with a beam search. Each prompt alone: then nothing is padded."""
+def test_beams_equal_those_of_generate(tmp_path) -> None:
+    """Kim and Rush use beam search. With one prompt per batch nothing is padded."""
     teacher = LLAMA.make(2)
     settings = {"num_return_sequences": 2, "generation": {"num_beams": 3, "length_penalty": 0.5}}
     made = generate_completions(teacher, ANSWERED, tmp_path / "made", max_new_tokens=4, batch_size=1, **settings)
@@ -71,7 +67,7 @@ def test_beams_are_those_of_generate(tmp_path) -> None:
             assert row["finished"] or len(row["input_ids"]) == len(sequence)
 
 
-def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
+def test_a_killed_pass_resumes_to_the_same_bytes(tmp_path, monkeypatch) -> None:
     teacher, sampled = LLAMA.make(2), {**SHORT, "do_sample": True, "num_return_sequences": 2, "seed": 3}
     whole = generate_completions(teacher, ANSWERED, tmp_path / "whole", **sampled)
     write = ShardedPass.write_shard
@@ -89,22 +85,22 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch) -> None:
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **{**sampled, "seed": 4})
     with pytest.raises(DataError, match=r"examples 0 to 3 of the dataset are not those that .* holds"):
         generate_completions(teacher, ANSWERED.select(range(6, -1, -1)), tmp_path / "killed", **sampled)
-    torch.rand(3)  # what others draw does not matter
+    torch.rand(3)  # the global random state must not matter
     resumed = generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
     assert resumed.to_list() == whole.to_list()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert sorted(contents(tmp_path / "whole")) == [
         "README.md", "completions.json", "dataset_info.json", "shard-00000.arrow", "shard-00001.arrow", "state.json"
     ]  # fmt: skip
-    teacher.generate = None  # it is not asked again
+    teacher.generate = None  # must not be called
     monkeypatch.setattr(type(teacher), "can_generate", lambda self: True)
     assert generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled).to_list() == whole.to_list()
 
 
-def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
+def test_samples_use_all_tokens_and_depend_on_the_seed(tmp_path) -> None:
     teacher = LLAMA.make(2, vocab_size=90)
     set_generation(teacher.generation_config, dict(top_k=2, temperature=0.01))
-    data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, 6]]})  # in batches of one: each draws its own
+    data = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, 6]]})  # in batches of one: each has its own draws
     settings = {
         "batch_size": 1,
         "max_new_tokens": 1,
@@ -120,7 +116,7 @@ def test_samples_are_of_all_tokens_and_follow_from_the_seed(tmp_path) -> None:
 def test_texts_and_messages_are_prompts(tmp_path) -> None:
     teacher, words = LLAMA.make(2), tokenizer(40)
     words.eos_token = "w2"
-    texts = datasets.Dataset.from_dict({"question": ["w5 w6 w7", "w8 w2"]})  # as of a tokenizer that adds an end
+    texts = datasets.Dataset.from_dict({"question": ["w5 w6 w7", "w8 w2"]})  # w2: an end token added by the tokenizer
     made = generate_completions(
         teacher, texts, tmp_path / "1", processing_class=words, prompt_column="question", **SHORT
     )
@@ -134,7 +130,7 @@ def test_texts_and_messages_are_prompts(tmp_path) -> None:
     assert made["input_ids"][0][:3] == [5, 6, 9] and made["labels"][0][:4].count(-100) == 3
 
 
-def test_an_encoder_decoder_answers(tmp_path) -> None:
+def test_completions_of_an_encoder_decoder(tmp_path) -> None:
     t5 = HEADS["t5_seq2seq"].make(2)
     sources = datasets.Dataset.from_list(HEADS["t5_seq2seq"].examples(4))
     made = generate_completions(t5, sources, tmp_path / "1", **SHORT)
@@ -147,7 +143,7 @@ def test_an_encoder_decoder_answers(tmp_path) -> None:
         assert (row["input_ids"], row["labels"]) == (source["input_ids"], written)
 
 
-def test_from_a_folder(tmp_path) -> None:
+def test_completions_of_a_teacher_in_a_folder(tmp_path) -> None:
     teacher, words = LLAMA.make(2), tokenizer(40)
     teacher.save_pretrained(tmp_path / "teacher")
     words.save_pretrained(tmp_path / "teacher")
@@ -157,8 +153,8 @@ def test_from_a_folder(tmp_path) -> None:
     assert str(tmp_path) not in (tmp_path / "made" / "completions.json").read_text()
 
 
-def test_the_command(tmp_path, capsys) -> None:
-    """What the function writes, byte for byte; an error of ours is one line."""
+def test_the_command_writes_the_same_bytes(tmp_path, capsys) -> None:
+    """As the function does; the library's errors take one line."""
     teacher, words = LLAMA.make(2), tokenizer(40)
     teacher.save_pretrained(tmp_path / "teacher")
     words.save_pretrained(tmp_path / "teacher")
@@ -187,16 +183,16 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "no column prompt or input_ids" in capsys.readouterr().err
 
 
-def test_refusals(tmp_path) -> None:
+def test_invalid_arguments_raise(tmp_path) -> None:
     teacher, here = LLAMA.make(2), tmp_path / "made"
-    for settings, told in (
+    for settings, message in (
         ({"num_return_sequences": 2}, "num_return_sequences=2 of the likeliest text are the same text"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 \(1 or more\)"),
         ({"do_sample": True, "sampling_temperature": 0.0}, r"sampling_temperature=0.0 \(above 0"),
         ({"generation": {"num_beems": 2}}, "no setting num_beems"),
     ):
-        with pytest.raises(SettingError, match=told):
+        with pytest.raises(SettingError, match=message):
             generate_completions(teacher, ANSWERED, here, **settings)
     with pytest.raises(SettingError, match="BertForMaskedLM cannot generate: it has no head that writes text"):
         generate_completions(HEADS["bert_masked_lm"].make(1), ANSWERED, here)
@@ -211,16 +207,16 @@ def test_refusals(tmp_path) -> None:
         generate_completions(teacher, ANSWERED, here, **SHORT)
 
 
-def test_a_folder_is_of_one_teacher_and_its_settings(tmp_path) -> None:
-    """Once finished it is opened; asked for something else, it is left as it is."""
+def test_a_folder_belongs_to_one_teacher_and_its_settings(tmp_path) -> None:
+    """A finished folder is opened; with other settings it is left unchanged."""
     generate_completions(LLAMA.make(2), ANSWERED, tmp_path, **SHORT)
     before = contents(tmp_path)
-    for teacher, data, settings, told in (
+    for teacher, data, settings, message in (
         (LLAMA.make(3), ANSWERED, {}, "holds completions of something else: teacher.weights: "),
         (LLAMA.make(2), ANSWERED, {"max_new_tokens": 4}, "generation.max_new_tokens: 5 there, 4 now. Choose another"),
         (LLAMA.make(2), ANSWERED.select(range(6)), {}, "examples: 7 there, 6 now"),
         (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "examples 0 to 3 of the dataset are not those that"),
     ):
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             generate_completions(teacher, data, tmp_path, **{**SHORT, **settings})
         assert contents(tmp_path) == before

@@ -1,6 +1,6 @@
-"""A sequence-to-sequence teacher begins with its own start token, not with the student's.
+"""A seq2seq teacher starts with its own start token, not with the student's.
 
-What is right is each model's own forward of the labels, in float64, over the labels that count.
+The expected value comes from each model's own forward of the labels, in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_distill.teachers.cache import CachedTeacher, Dense, TeacherCache
 from tests.heads import HEADS
 from tests.trainer.tiny import QUIET, arguments, make, softened_kl
 
-# The head, and the start token of its teacher; that of its student is the head's own.
+# The head, and the start token of its teacher; the student keeps the head's start token.
 STARTS = {"t5_seq2seq": 3, "bart_seq2seq": 1, "marian_seq2seq": 3, "whisper_seq2seq": 4}
 
 
@@ -32,7 +32,7 @@ def pair(name: str) -> tuple[Any, Any]:
 
 
 def from_own_start(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """`[n v]` in float64: what the model makes of the labels by itself."""
+    """Return `[n v]` in float64: the model's own forward of the labels."""
     with torch.no_grad():
         logits = model.double().eval()(
             **{k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -45,9 +45,9 @@ def right(student: Any, teacher: Any, batch: dict[str, Tensor]) -> float:
     return float(softened_kl(from_own_start(student, batch), from_own_start(teacher, batch), 2.0).mean())
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["with logits", "without logits"])
+@pytest.mark.parametrize("fused", [False, True], ids=["whole logits", "fused"])
 @pytest.mark.parametrize("name", STARTS)
-def test_live(name: str, fused: bool, caplog) -> None:
+def test_a_live_teacher_uses_its_own_start_token(name: str, fused: bool, caplog) -> None:
     student, teacher = pair(name)
     batch = HEADS[name].batch(4)
     expected = right(student, teacher, batch)
@@ -59,7 +59,7 @@ def test_live(name: str, fused: bool, caplog) -> None:
 
 @pytest.mark.parametrize("of_student", [True, False], ids=["student given", "teacher alone"])
 @pytest.mark.parametrize("name", STARTS)
-def test_cached(tmp_path: Path, name: str, of_student: bool) -> None:
+def test_a_cached_teacher_uses_its_own_start_token(tmp_path: Path, name: str, of_student: bool) -> None:
     student, teacher = pair(name)
     head = HEADS[name]
     expected = right(student, teacher, head.batch(4))
@@ -71,7 +71,7 @@ def test_cached(tmp_path: Path, name: str, of_student: bool) -> None:
     assert distiller(student, head.batch(4)).loss.item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_an_ensemble_whose_members_begin_differently() -> None:
+def test_ensemble_members_with_different_start_tokens() -> None:
     head = HEADS["t5_seq2seq"]
     student = head.make(1)
     members = [head.make(2, decoder_start_token_id=start) for start in (0, 3)]
@@ -84,8 +84,8 @@ def test_an_ensemble_whose_members_begin_differently() -> None:
 
 @pytest.mark.parametrize("trainer", ["plain", "seq2seq"])
 @pytest.mark.parametrize("from_collator", [False, True], ids=["labels", "decoder inputs of the collator"])
-def test_training_and_evaluation(tmp_path, trainer: str, from_collator: bool) -> None:
-    """`DataCollatorForSeq2Seq(model=student)` gives the decoder inputs that the student makes of the labels."""
+def test_start_tokens_in_training_and_evaluation(tmp_path, trainer: str, from_collator: bool) -> None:
+    """`DataCollatorForSeq2Seq(model=student)` makes decoder inputs with the student's rule."""
     head = HEADS["t5_seq2seq"]
     student, teacher = pair("t5_seq2seq")
     expected = right(student, teacher, head.batch(8))
@@ -111,7 +111,7 @@ def test_training_and_evaluation(tmp_path, trainer: str, from_collator: bool) ->
 
 
 def seen(student: Any, teacher: Any, batch: dict[str, Tensor]) -> list[list[int]]:
-    """What the teacher's decoder is given."""
+    """Return the decoder inputs of the teacher."""
     read: list[Any] = []
     handle = teacher.register_forward_pre_hook(lambda _, __, inputs: read.append(inputs), with_kwargs=True)
     distiller = Distiller(student, teacher, alpha=1.0)
@@ -120,40 +120,40 @@ def seen(student: Any, teacher: Any, batch: dict[str, Tensor]) -> list[list[int]
     return read[0]["decoder_input_ids"].tolist()
 
 
-def test_a_prompt_of_the_collators_is_shared_as_it_is() -> None:
+def test_a_decoder_prompt_of_the_collator_is_shared_unchanged() -> None:
     """Whisper's: <|startofprev|>, a prompt, <|startoftranscript|> and so on; its labels are ignored up to the text."""
     student, teacher = pair("whisper_seq2seq")
     batch = HEADS["whisper_seq2seq"].batch(2)
     prompted = torch.tensor([[9, 5, 6, 1, 20, 21, 22], [1, 20, 21, 22, 23, 0, 0]])
     batch["decoder_input_ids"] = prompted
     batch["labels"] = torch.tensor([[-100, -100, -100, 20, 21, 22, 2], [20, 21, 22, 23, 2, -100, -100]])
-    expected = [prompted[0].tolist(), [4, 20, 21, 22, 23, 2, 0]]  # the second is the student's rule, up to its end
+    expected = [prompted[0].tolist(), [4, 20, 21, 22, 23, 2, 0]]  # the second follows the student's rule up to its end
     assert seen(student, teacher, batch) == expected
 
 
-def test_without_labels_the_first_token_is_the_teachers() -> None:
-    student, teacher = pair("bart_seq2seq")  # 2 and 1
+def test_without_labels_the_teachers_start_token_is_used() -> None:
+    student, teacher = pair("bart_seq2seq")  # start tokens 2 and 1
     batch = HEADS["bart_seq2seq"].batch(2)
     del batch["labels"]
     batch["decoder_input_ids"] = torch.tensor([[2, 7, 8], [9, 2, 8]])
     assert seen(student, teacher, batch) == [[1, 7, 8], [9, 2, 8]]
 
 
-def test_columns_of_the_teachers_own_are_taken_at_their_word() -> None:
+def test_teacher_decoder_inputs_are_used_unchanged() -> None:
     student, teacher = pair("bart_seq2seq")
     batch = HEADS["bart_seq2seq"].batch(2)
     batch["teacher_input_ids"], batch["teacher_decoder_input_ids"] = batch["input_ids"], batch["labels"].clamp(min=2)
     assert seen(student, teacher, batch) == batch["labels"].clamp(min=2).tolist()
 
 
-def test_a_teacher_without_a_rule_is_given_the_students() -> None:
+def test_a_teacher_without_its_own_rule_gets_the_students_inputs() -> None:
     student, teacher = HEADS["t5_seq2seq"].make(1, decoder_start_token_id=3), HEADS["t5_seq2seq"].make(2)
     teacher.config.decoder_start_token_id = None
     assert [row[0] for row in seen(student, teacher, HEADS["t5_seq2seq"].batch(2))] == [3, 3]
 
 
-def test_a_rule_that_wraps_the_last_token() -> None:
-    """mBART's begins with the language at the end of the labels."""
+def test_mbart_moves_the_last_token_to_the_front() -> None:
+    """mBART starts with the language token at the end of the labels."""
     shape = {**HEADS["bart_seq2seq"].settings, "decoder_start_token_id": None}
     torch.manual_seed(0)
     teacher = hf.MBartForConditionalGeneration(hf.MBartConfig(**shape))

@@ -1,4 +1,4 @@
-"""Several teachers as one: the means by their formulas, weights by row, and what is refused."""
+"""Ensembles: the means by their formulas, weights for each row, and errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def teachers_of(name: str, count: int = 3) -> list[Any]:
     return [HEADS[name].make(seed).double() for seed in range(10, 10 + count)]
 
 
-def said(name: str, teachers: list[Any], temperature: float = 2.0, **settings: Any) -> tuple[Tensor, list[Tensor], Any]:
-    """What the ensemble says, and each of them alone, on the rows that the task selects."""
+def predictions(
+    name: str, teachers: list[Any], temperature: float = 2.0, **settings: Any
+) -> tuple[Tensor, list[Tensor], Any]:
+    """Return the predictions of the ensemble and of each member, on the rows that the task selects."""
     student = m.student_of(name)
     distiller = Distiller(student, Ensemble(teachers, **settings), alpha=1.0, temperature=temperature)
     batch = distiller.prepare(m.collated(name, HEADS[name].examples()))
@@ -37,30 +39,30 @@ def said(name: str, teachers: list[Any], temperature: float = 2.0, **settings: A
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_the_mean_of_probabilities_is_that_at_the_temperature(name: str) -> None:
+def test_probabilities_are_averaged_at_the_temperature(name: str) -> None:
     for temperature in (1.0, 4.0):
-        together, alone, _ = said(name, teachers_of(name), temperature)
+        together, alone, _ = predictions(name, teachers_of(name), temperature)
         expected = sum((one / temperature).softmax(-1) for one in alone) / 3
         torch.testing.assert_close((together / temperature).softmax(-1), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SINGLE)
-def test_the_mean_of_logits_is_the_geometric_mean(name: str) -> None:
-    together, alone, _ = said(name, teachers_of(name), mean="logits", weights=[1, 2, 5])
+def test_averaged_logits_give_the_geometric_mean(name: str) -> None:
+    together, alone, _ = predictions(name, teachers_of(name), mean="logits", weights=[1, 2, 5])
     product = sum(w * one.log_softmax(-1).nan_to_num(neginf=-1e30) for w, one in zip((1, 2, 5), alone, strict=True))
     torch.testing.assert_close(together.softmax(-1), (product / 8).softmax(-1), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["bert_regression", "bert_embedding"])
-def test_values_are_averaged_as_they_are(name: str) -> None:
-    together, alone, _ = said(name, teachers_of(name), weights=[1, 1, 2])
+def test_values_are_averaged(name: str) -> None:
+    together, alone, _ = predictions(name, teachers_of(name), weights=[1, 1, 2])
     torch.testing.assert_close(together, (alone[0] + alone[1] + 2 * alone[2]) / 4, rtol=1e-12, atol=1e-12)
     with pytest.raises(SettingError, match="weights='best' need probabilities; this task predicts values"):
-        said(name, teachers_of(name), weights="best")
+        predictions(name, teachers_of(name), weights="best")
 
 
-def test_weights_of_a_row_by_hand() -> None:
-    """Two teachers on a row of two classes at T = 1: p1 = (3/4, 1/4), p2 = (1/2, 1/2); the label is class 1."""
+def test_row_weights_by_hand() -> None:
+    """Two teachers, one row of two classes, T = 1: p1 = (3/4, 1/4), p2 = (1/2, 1/2); the label is class 1."""
     name = "bert_single_label"
     logits = [torch.tensor([[math.log(3.0), 0.0]]).double(), torch.zeros(1, 2).double()]
     log_p = torch.stack(logits).log_softmax(-1)
@@ -72,19 +74,19 @@ def test_weights_of_a_row_by_hand() -> None:
         return found.exp().flatten().tolist()
 
     assert weights_of("confidence") == pytest.approx([0.6, 0.4])  # 3/4 : 1/2
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # and log 2
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # the other is log 2
     of_first = math.exp(-entropy) / (math.exp(-entropy) + 0.5)
     assert weights_of("entropy") == pytest.approx([of_first, 1 - of_first])
     assert weights_of("labels") == pytest.approx([1 / 3, 2 / 3])  # 1/4 : 1/2
     assert weights_of("labels", -100) == pytest.approx([0.5, 0.5])
     assert weights_of("best") == pytest.approx([0.0, 1.0])
-    assert weights_of("best", -100) == pytest.approx([1.0, 0.0])  # the more confident one
+    assert weights_of("best", -100) == pytest.approx([1.0, 0.0])  # without a label, the more confident teacher
 
 
 @pytest.mark.parametrize("name", ["bert_tokens", "llama_causal_lm", "bert_span", "t5_seq2seq", "bert_masked_lm"])
-def test_the_best_teacher_is_found_where_the_labels_are(name: str) -> None:
-    """Also where rows are shifted, or two an example."""
-    together, alone, (task, batch) = said(name, teachers_of(name), temperature=1.0, weights="best")
+def test_the_best_teacher_is_selected_by_the_labels(name: str) -> None:
+    """For shifted rows and for two rows per example too."""
+    together, alone, (task, batch) = predictions(name, teachers_of(name), temperature=1.0, weights="best")
     target = task.targets(batch)
     of_label = torch.stack([one.log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0] for one in alone])
     best = of_label.argmax(0)
@@ -94,7 +96,7 @@ def test_the_best_teacher_is_found_where_the_labels_are(name: str) -> None:
         torch.testing.assert_close(together[row].softmax(-1), alone[best[row]][row].softmax(-1))
 
 
-def test_equal_teachers_are_one_teacher() -> None:
+def test_an_ensemble_of_equal_teachers_equals_one_teacher() -> None:
     name = "bert_tokens"
     teacher, batch = m.teacher_of(name), m.collated(name, HEADS[name].examples())
     expected, gradient = m.step(m.distiller_of(name), m.student_of(name), [batch])
@@ -116,7 +118,7 @@ def test_accumulation_changes_nothing(settings: dict) -> None:
     assert m.difference(m.step(distiller, m.student_of(name), parts)[1], gradient) < 1e-6
 
 
-def test_trained_with_and_the_teachers_stay_as_they_were(tmp_path) -> None:
+def test_training_leaves_the_members_unchanged(tmp_path) -> None:
     teachers = [bert(seed=1), bert(seed=2)]
     before = [weights(teacher) for teacher in teachers]
     trainer = make(tmp_path, bert(), Ensemble(teachers))
@@ -128,7 +130,7 @@ def test_trained_with_and_the_teachers_stay_as_they_were(tmp_path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().count("a local model") >= 2
 
 
-def test_what_the_trainer_knows_of_its_teacher_reaches_each(tmp_path) -> None:
+def test_the_trainer_sets_up_each_member(tmp_path) -> None:
     teachers = [bert(seed=1), bert(seed=2)]
     make(tmp_path, bert(), Ensemble(teachers), teacher_dtype="bfloat16", label_matching="by_index").train()
     assert {p.dtype for teacher in teachers for p in teacher.parameters()} == {torch.bfloat16}
@@ -138,7 +140,7 @@ def test_what_the_trainer_knows_of_its_teacher_reaches_each(tmp_path) -> None:
         make(tmp_path, bert(), MovingAverage(), teacher_dtype="bfloat16")
 
 
-def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
+def test_a_column_blocked_in_another_member_is_open_in_the_best() -> None:
     ensemble = Ensemble([bert(), bert()], mean="logits", weights="best")
     logits = [torch.tensor([[3.0, 0.0, 1.0]]), torch.tensor([[0.0, 0.0, -torch.inf]])]
     batch = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([0])}
@@ -156,18 +158,18 @@ def test_a_column_that_another_blocks_is_not_blocked_for_the_best() -> None:
         ({"weights": [1.0, 0.0]}, "give one number above 0 for each of 2 teachers"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict, message: str) -> None:
+def test_invalid_settings_raise(settings: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Ensemble([bert(), bert()], **settings)
 
 
-def test_one_is_no_ensemble() -> None:
+def test_an_ensemble_requires_two_teachers() -> None:
     for one in (bert(), [bert()], "a/path"):
         with pytest.raises(SettingError, match="at least two teachers, as a list"):
             Ensemble(one)
 
 
-def test_teachers_that_predict_different_things() -> None:
+def test_members_with_incompatible_predictions_raise() -> None:
     student = bert()
     names = {"id2label": {0: "LABEL_0", 1: "LABEL_1", 2: "other"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1, "other": 2}}
     odd = bert(seed=1)
@@ -176,7 +178,7 @@ def test_teachers_that_predict_different_things() -> None:
         Distiller(student, Ensemble([bert(seed=2), odd]))
 
 
-def test_what_one_of_them_cannot_be_asked_is_said_before_the_first_step() -> None:
+def test_unsupported_needs_of_a_member_raise_before_the_first_step() -> None:
     ensemble, student = Ensemble([bert(seed=1), bert(seed=2)]), bert()
     with pytest.raises(TeacherError, match="HiddenMatch needs the activations of the teacher"):
         Distiller(student, ensemble, objectives=HiddenMatch())

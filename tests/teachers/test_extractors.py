@@ -1,4 +1,4 @@
-"""`teacher_audio` through every kind of feature extractor: each pads as its model needs it, Whisper to all frames."""
+"""`teacher_audio` with every kind of feature extractor: each pads as its model requires, Whisper to all frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers as hf
 from hf_distill.teachers.fingerprints import describe_processor
 from hf_distill.trainer.collators import TeacherInputsCollator
 from tests.heads import FRAMES, HEADS, MEL
-from tests.teachers.reading import heard_by
+from tests.teachers.reading import inputs_of
 from tests.trainer.tiny import assert_moved, bert, examples, make, padded, weights
 
 RATE = 16_000
@@ -20,7 +20,7 @@ WAVES = [np.random.default_rng(i).normal(size=5_000 + 500 * i).astype("float32")
 
 
 def whisper(bins: int = MEL) -> Any:
-    """One that reads a second: 20 frames of 800 samples, what the tiny Whisper of `tests.heads` listens to."""
+    """Return an extractor for one second: 20 frames of 800 samples, the input of the tiny Whisper of `tests.heads`."""
     return hf.WhisperFeatureExtractor(feature_size=bins, chunk_length=1, hop_length=RATE // FRAMES)
 
 
@@ -33,7 +33,7 @@ EXTRACTORS = {
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_it_is_what_the_extractor_makes_of_the_waves(name: str) -> None:
+def test_teacher_inputs_equal_the_extractors_output(name: str) -> None:
     extractor = EXTRACTORS[name]()
     rows = [{**row, "teacher_audio": wave} for row, wave in zip(examples(), WAVES, strict=True)]
     found = TeacherInputsCollator(padded, extractor)(rows)
@@ -46,18 +46,18 @@ def test_it_is_what_the_extractor_makes_of_the_waves(name: str) -> None:
         assert torch.equal(made[f"teacher_{key}"], torch.as_tensor(value)), key
 
 
-def test_whisper_is_given_all_of_its_frames() -> None:
+def test_whisper_inputs_are_padded_to_all_frames() -> None:
     rows = [{**row, "teacher_audio": wave} for row, wave in zip(examples(), WAVES, strict=True)]
     assert TeacherInputsCollator(padded, whisper())(rows)["teacher_input_features"].shape == (8, MEL, FRAMES)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["extractor", "processor"])
-def test_a_whisper_student_of_a_whisper_that_hears_otherwise(tmp_path, wrapped: bool) -> None:
-    """The set-up that needs `teacher_audio`: another number of mel bins."""
+def test_a_whisper_teacher_with_other_mel_bins(tmp_path, wrapped: bool) -> None:
+    """This setup requires `teacher_audio`."""
     head = HEADS["whisper_seq2seq"]
     extractor = whisper(2 * MEL)
     student, teacher = head.make(0), head.make(1, num_mel_bins=2 * MEL)
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
 
     class Processor:
         feature_extractor = extractor
@@ -76,7 +76,7 @@ def test_a_whisper_student_of_a_whisper_that_hears_otherwise(tmp_path, wrapped: 
     assert_moved(weights(student), weights(head.make(0)))
 
 
-def test_a_whisper_teacher_of_a_text_student_is_another_kind_of_head(tmp_path) -> None:
+def test_a_whisper_teacher_with_another_head_raises(tmp_path) -> None:
     with pytest.raises(ValueError, match="WhisperForConditionalGeneration"):
         make(tmp_path, bert(), HEADS["whisper_seq2seq"].make(1), teacher_processing_class=whisper())
 

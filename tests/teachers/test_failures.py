@@ -1,4 +1,4 @@
-"""A teacher whose forward fails: whose it was, on what, what it reads, and the way out."""
+"""Errors in a teacher's forward name the teacher, the batch, the accepted inputs, and a solution."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Tensor], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inputs_of_another_shape(case: str) -> None:
+def test_inputs_of_the_wrong_shape(case: str) -> None:
     student, teacher, batch, words = CASES[case]
     with pytest.raises(TeacherError, match=r"^the teacher's forward failed") as raised:
         Distiller(student(), teacher(), alpha=1.0).teacher_signals(_prepared(student(), batch))
@@ -112,7 +112,7 @@ def failing(teacher: Any, batch: dict[str, Tensor]) -> str:
     return str(raised.value)
 
 
-def test_token_types_that_it_does_not_know() -> None:
+def test_unknown_token_types() -> None:
     batch = padded(examples(4))
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     batch["token_type_ids"][2, 1] = 1
@@ -121,7 +121,7 @@ def test_token_types_that_it_does_not_know() -> None:
     assert "Leave token_type_ids out of the dataset" in found and "teacher_text" in found
 
 
-def test_ids_that_it_does_not_embed() -> None:
+def test_ids_beyond_the_embeddings() -> None:
     batch = padded(examples(4))
     batch["input_ids"][1, 0] = 22
     assert "Example 1 of the batch has input_ids up to 22; it embeds 20 tokens" in failing(
@@ -131,8 +131,8 @@ def test_ids_that_it_does_not_embed() -> None:
 
 
 @pytest.mark.parametrize(("teacher", "longest"), [(bert, 6), (roberta, 11)], ids=["BERT", "RoBERTa"])
-def test_more_positions_than_it_reads(teacher: Any, longest: int) -> None:
-    """RoBERTa counts from behind its padding token: 12 positions with padding token 0 are 11."""
+def test_too_many_positions(teacher: Any, longest: int) -> None:
+    """RoBERTa's positions start after its padding token: 12 positions with padding token 0 are 11."""
     made = teacher(max_position_embeddings=6 if teacher is bert else 12)
     rows = [{"input_ids": [5, 6]}, {"input_ids": list(range(1, 16))}]
     found = failing(made, padded(rows))
@@ -143,7 +143,7 @@ def test_more_positions_than_it_reads(teacher: Any, longest: int) -> None:
     assert f"Set teacher_processing_class.model_max_length = {longest}" in found and "Truncate" not in found
 
 
-def test_the_way_out_of_too_long_a_text_works(tmp_path) -> None:
+def test_the_suggested_solution_for_long_texts_works(tmp_path) -> None:
     rows = [{**row, "teacher_text": "w5 " * 40} for row in examples(8)]
     teacher, read = bert(seed=1, max_position_embeddings=12), tokenizer(23)
     with pytest.raises(TeacherError, match=r"model_max_length = 12"):
@@ -152,7 +152,7 @@ def test_the_way_out_of_too_long_a_text_works(tmp_path) -> None:
     make(tmp_path, bert(), teacher, train_dataset=rows, teacher_processing_class=read).train()
 
 
-def test_an_empty_text_is_named() -> None:
+def test_an_empty_text() -> None:
     collator = TeacherInputsCollator(padded, tokenizer(23))
     rows = [{**row, "teacher_text": text} for row, text in zip(examples(3), ("w5 w6", "", "w7"), strict=True)]
     with pytest.raises(DataError, match=r"makes no token of example 1 of the batch \(''\).*Leave empty texts out"):
@@ -161,15 +161,15 @@ def test_an_empty_text_is_named() -> None:
         collator(rows[1:2])
 
 
-def test_no_padding_token_and_nothing_that_shows_the_padding() -> None:
+def test_without_padding_token_and_mask_every_position_counts() -> None:
     llama = {**SIZE, "vocab_size": 23, "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": None}
     teacher = hf.LlamaForSequenceClassification(hf.LlamaConfig(**llama))
     batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]])}
-    found = Distiller(bert(), teacher, alpha=1.0).teacher_signals(batch)  # then every position is taken for a token
+    found = Distiller(bert(), teacher, alpha=1.0).teacher_signals(batch)  # then every position counts as a token
     assert found.predictions().shape == (2, 3)
 
 
-def test_a_mask_of_another_length() -> None:
+def test_a_mask_of_the_wrong_length() -> None:
     batch = padded(examples(4))
     batch["attention_mask"] = batch["attention_mask"][:, :-1]
     found = failing(bert(seed=1), batch)
@@ -190,8 +190,8 @@ def test_a_failure_without_a_known_cause() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA out of memory.")])
-def test_memory_is_left_to_trainer(tmp_path, error: Exception) -> None:
-    """`auto_find_batch_size` knows the error by its class and words."""
+def test_out_of_memory_errors_are_left_to_trainer(tmp_path, error: Exception) -> None:
+    """`auto_find_batch_size` recognizes them by class and message."""
     teacher, sizes = bert(seed=1), []
 
     def fail(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -205,7 +205,7 @@ def test_memory_is_left_to_trainer(tmp_path, error: Exception) -> None:
     assert trainer.state.global_step == 1 and sizes[0] == 8 and sizes[-1] <= 2
 
 
-def test_it_is_the_teacher_also_beside_others(tmp_path: Path) -> None:
+def test_the_failing_member_of_an_ensemble_is_named(tmp_path: Path) -> None:
     rows = [{"input_ids": list(range(1, 16))} for _ in range(4)]
     short = bert(seed=1, max_position_embeddings=6)
     assert "teacher 1 of the Ensemble: the teacher's forward failed" in failing(
@@ -219,7 +219,7 @@ def test_it_is_the_teacher_also_beside_others(tmp_path: Path) -> None:
         TeacherCache.build(short, rows, tmp_path, data_collator=padded, batch_size=4, progress=False)
 
 
-def test_the_examples_of_a_later_batch_of_a_cache_are_named(tmp_path: Path) -> None:
+def test_the_failing_examples_of_a_cache_build_are_named(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7]} for _ in range(8)] + [{"input_ids": list(range(1, 16))}] * 2
     with pytest.raises(TeacherError, match="examples 8 to 9 of the dataset: the teacher's forward failed"):
         TeacherCache.build(
@@ -227,11 +227,11 @@ def test_the_examples_of_a_later_batch_of_a_cache_are_named(tmp_path: Path) -> N
         )
 
 
-# What it needs of a batch.
+# The columns that a teacher needs.
 
 
-class HomeMade(nn.Module):
-    """A class of one's own, as in transformers' tests: its input has a name of its own."""
+class CustomInput(nn.Module):
+    """A custom class, as in transformers' tests, whose input has an unusual name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,8 +243,8 @@ class HomeMade(nn.Module):
         return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
 
 
-class Inherits(hf.PreTrainedModel):
-    """Leaves `main_input_name` at transformers' default, input_ids, which its forward does not take."""
+class DefaultInput(hf.PreTrainedModel):
+    """Keeps transformers' default `main_input_name`, input_ids, which its forward does not accept."""
 
     config_class = hf.PretrainedConfig
 
@@ -252,18 +252,18 @@ class Inherits(hf.PreTrainedModel):
         super().__init__(hf.PretrainedConfig(num_labels=3))
         self.layer = nn.Linear(4, 3)
 
-    forward = HomeMade.forward
+    forward = CustomInput.forward
 
 
-@pytest.mark.parametrize("kind", [HomeMade, Inherits])
-def test_a_teacher_is_asked_for_what_its_forward_names(tmp_path, kind: Any) -> None:
+@pytest.mark.parametrize("kind", [CustomInput, DefaultInput])
+def test_required_columns_follow_the_signature_of_forward(tmp_path, kind: Any) -> None:
     rows = [{"input_x": [0.1 * i, 0.2, 0.3, 0.4], "labels": i % 3} for i in range(8)]
     trainer = make(
-        tmp_path, HomeMade(), kind(), train_dataset=rows, data_collator=hf.default_data_collator,
+        tmp_path, CustomInput(), kind(), train_dataset=rows, data_collator=hf.default_data_collator,
         task="classification", max_steps=1,
     )  # fmt: skip
     trainer.train()
-    student = HomeMade()
+    student = CustomInput()
     distiller = Distiller(student, kind(), task="classification", alpha=1.0)
     own = {"input_x": torch.ones(2, 4), "teacher_input_x": torch.zeros(2, 4)}
     teacher = distiller.teacher
@@ -274,8 +274,8 @@ def test_a_teacher_is_asked_for_what_its_forward_names(tmp_path, kind: Any) -> N
         distiller.teacher_signals({"input_y": torch.ones(2, 4)})
 
 
-def test_settings_of_a_run_name_the_failing_teacher(tmp_path) -> None:
-    """The same in a training, with images of another size."""
+def test_the_error_during_training_names_the_teacher(tmp_path) -> None:
+    """In a training with images of another size."""
     rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": i % 2} for i in range(4)]
     trainer = make(
         tmp_path, vit(32), vit(64), train_dataset=rows, data_collator=hf.default_data_collator,

@@ -1,4 +1,4 @@
-"""`teacher_image` cells as `datasets` gives them: PIL images, or files that are yet to be opened."""
+"""`teacher_image` cells in the forms of `datasets`: PIL images, or files that are not opened yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_distill.trainer.collators import TeacherInputsCollator
 
 
 class Pixels:
-    """Stands for an image processor: what it is given, as numbers."""
+    """A stand-in for an image processor that returns its input as numbers."""
 
     def __call__(self, images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.stack([torch.tensor(np.asarray(image)) for image in images])}
@@ -28,7 +28,7 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_files_are_opened_and_images_left_as_they_are(tmp_path) -> None:
+def test_files_are_opened_and_images_are_unchanged(tmp_path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(png(3))
     column = Dataset.from_dict({"image": [{"bytes": png(1), "path": None}, {"bytes": None, "path": str(path)}]})
@@ -38,7 +38,7 @@ def test_files_are_opened_and_images_left_as_they_are(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("cell", [{"bytes": b"no picture", "path": None}, {"bytes": None, "path": "gone.png"}])
-def test_what_cannot_be_opened_is_named(cell: dict[str, Any]) -> None:
+def test_unreadable_images_raise(cell: dict[str, Any]) -> None:
     rows = [{"teacher_image": {"bytes": png(1), "path": None}}, {"teacher_image": cell}]
     with pytest.raises(DataError, match="teacher_image: example 1 of the batch cannot be opened"):
         TeacherInputsCollator(lambda rows: {}, Pixels()).teacher_batch(rows)

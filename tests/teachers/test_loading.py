@@ -1,4 +1,4 @@
-"""A teacher from a folder: the Auto class of the student's head, dtype, labels; what cannot be loaded is refused."""
+"""Teachers from a folder: Auto class of the student's head, dtype, labels; errors for other checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_of(trainer: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", of_each_kind(8))
-def test_every_head_from_a_folder_is_the_model_itself(tmp_path, name: str) -> None:
+def test_a_loaded_teacher_equals_the_saved_model(tmp_path, name: str) -> None:
     head = HEADS[name]
     path = saved(tmp_path, head.make(seed=1))
     found = []
@@ -49,11 +49,11 @@ def test_every_head_from_a_folder_is_the_model_itself(tmp_path, name: str) -> No
         assert_same_bits(weights(model_of(trainer)), weights(head.make(seed=1)))
         trainer.train()
         found.append(weights(student))
-    # To rounding: a file's weights lie elsewhere in memory, where products may be summed in another order.
+    # Up to rounding: loaded weights have other memory addresses, which may change the order of sums.
     assert update_difference(*found, weights(head.make(seed=0))) < 1e-4
 
 
-def test_a_path_object_and_a_folder_named_without_a_slash(tmp_path, monkeypatch) -> None:
+def test_path_objects_and_relative_folders(tmp_path, monkeypatch) -> None:
     saved(tmp_path, bert(seed=1))
     monkeypatch.chdir(tmp_path)
     for path in (Path("teacher"), "teacher", "./teacher", tmp_path / "teacher"):
@@ -72,7 +72,7 @@ def test_a_path_object_and_a_folder_named_without_a_slash(tmp_path, monkeypatch)
         ("float32", "float16", torch.float16),
     ],
 )
-def test_teacher_dtype(tmp_path, kept_in: str, asked: str | None, expected: torch.dtype) -> None:
+def test_teacher_dtype_from_a_folder(tmp_path, kept_in: str, asked: str | None, expected: torch.dtype) -> None:
     path = saved(tmp_path, bert(seed=1).to(getattr(torch, kept_in)))
     student = bert()
     trainer = make(tmp_path, student, path, teacher_dtype=asked)
@@ -82,17 +82,17 @@ def test_teacher_dtype(tmp_path, kept_in: str, asked: str | None, expected: torc
     assert_moved(weights(student), weights(bert()))
 
 
-def test_teacher_dtype_of_a_model_that_is_given(tmp_path) -> None:
+def test_teacher_dtype_of_a_model_object(tmp_path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=1), teacher_dtype="bfloat16")
     assert {p.dtype for p in model_of(trainer).parameters()} == {torch.bfloat16}
     with pytest.raises(SettingError, match="teacher_dtype='int8'"):
         load_teacher(saved(tmp_path, bert(seed=1)), "classification", dtype="int8")
 
 
-# What cannot be loaded.
+# Errors.
 
 
-def test_a_checkpoint_without_the_heads_weights(tmp_path) -> None:
+def test_a_checkpoint_without_the_heads_weights_raises(tmp_path) -> None:
     path = Path(saved(tmp_path, bert(seed=1)))
     tensors = load_file(path / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if not name.startswith("classifier")}
@@ -102,19 +102,19 @@ def test_a_checkpoint_without_the_heads_weights(tmp_path) -> None:
         make(tmp_path, bert(), str(path))
 
 
-def test_a_bare_encoder_for_a_classifier(tmp_path) -> None:
+def test_a_bare_encoder_for_a_classifier_raises(tmp_path) -> None:
     path = saved(tmp_path, HEADS["bert_embedding"].make(seed=1))
     with pytest.raises(TeacherError, match=r"BertModel.*embedding head.*classification"):
         make(tmp_path, bert(), path)
 
 
-def test_a_folder_with_another_kind_of_head(tmp_path) -> None:
+def test_a_folder_with_another_head_raises(tmp_path) -> None:
     path = saved(tmp_path, bert("TokenClassification", seed=1))
     with pytest.raises(TeacherError, match=r"BertForTokenClassification.*token_classification head"):
         make(tmp_path, bert(), path)
 
 
-def test_a_model_of_a_family_without_such_a_head(tmp_path) -> None:
+def test_an_architecture_without_the_head_raises(tmp_path) -> None:
     path = saved(tmp_path, HEADS["vit_image_class"].make(seed=1))
     (config,) = Path(path).glob("config.json")
     settings = json.loads(config.read_text())
@@ -158,7 +158,7 @@ def spoil(path: Path, how: str) -> Path:
         "weights of another size",
     ],
 )
-def test_whatever_is_wrong_with_the_folder_it_is_a_teacher_error_that_names_it(tmp_path, how: str) -> None:
+def test_broken_folders_give_a_teacher_error_with_the_path(tmp_path, how: str) -> None:
     path = spoil(Path(saved(tmp_path, bert(seed=1))), how)
     there = sorted(tmp_path.rglob("*"))
     student = bert().train()
@@ -169,11 +169,11 @@ def test_whatever_is_wrong_with_the_folder_it_is_a_teacher_error_that_names_it(t
     assert all(p.requires_grad for p in student.parameters()) and student.training
 
 
-# Labels and tokenizers, by path.
+# Labels and tokenizers of a folder.
 
 
 def permuted(model: Any, order: list[int]) -> Any:
-    """The same classifier with its labels in another order, and names that say so."""
+    """Return the same classifier with its labels in another order, in its config too."""
     names = [model.config.id2label[i] for i in order]
     with torch.no_grad():
         model.classifier.weight.copy_(model.classifier.weight[order].clone())
@@ -201,32 +201,32 @@ def test_law_l12_the_order_of_the_teachers_labels_changes_nothing(tmp_path, head
     assert update_difference(found[1], found[0], weights(bert(head, **small))) < 1e-5
 
 
-def test_label_names_that_differ_are_refused_by_path(tmp_path) -> None:
+def test_different_label_names_raise_with_the_path(tmp_path) -> None:
     path = saved(tmp_path, bert(seed=1, **NAMES))
     with pytest.raises(TeacherError, match=r"label names differ.*LABEL_0.*neg, mid, pos.*label_matching"):
         make(tmp_path, bert(), path)
     make(tmp_path, bert(), path, label_matching="by_index").train()
 
 
-def test_the_tokenizer_in_the_folder_is_compared_with_the_students(tmp_path) -> None:
+def test_the_tokenizer_in_the_folder_is_compared(tmp_path) -> None:
     small = {"vocab_size": 11}
     words = tokenizer()
     words.add_tokens(["extra"])
     path = saved(tmp_path, bert("MaskedLM", seed=1, vocab_size=12), with_tokenizer=words)
     trainer = make(tmp_path, bert("MaskedLM", **small), path, processing_class=tokenizer(), train_dataset=None)
-    assert trainer.distiller.teacher.alignment.teacher == 11  # the column that only the teacher knows is left out
+    assert trainer.distiller.teacher.alignment.teacher == 11  # the column that only the teacher has is excluded
     with pytest.raises(TeacherError, match="different width"):
         make(tmp_path, bert("MaskedLM", **small), path, train_dataset=None)
 
 
-# An adapter as teacher.
+# Adapters.
 
 
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft asks by the old name
-def test_a_folder_with_a_peft_adapter(tmp_path) -> None:
-    """Refused, with two ways out that teach the same."""
+def test_a_folder_with_a_peft_adapter_raises(tmp_path) -> None:
+    """The error suggests two equivalent solutions."""
     peft = pytest.importorskip("peft")
     base = tmp_path / "base"
     bert(seed=1).save_pretrained(base)
@@ -255,7 +255,7 @@ def test_a_folder_with_a_peft_adapter(tmp_path) -> None:
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft asks by the old name
-def test_an_adapted_model_object_as_teacher_is_frozen_whole(tmp_path) -> None:
+def test_a_peft_model_as_teacher_is_completely_frozen(tmp_path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
     teacher = peft.get_peft_model(bert(seed=1), config)

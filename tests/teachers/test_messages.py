@@ -1,4 +1,4 @@
-"""One message for each cause: an output without what is read, a forward of another library, a head by its class."""
+"""Error messages for each cause: outputs without logits, forwards of other libraries, heads judged by their class."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dpr() -> Any:
     return hf.DPRQuestionEncoder(hf.DPRConfig(vocab_size=20, **SIZES)).eval()
 
 
-# What a model's output does not hold.
+# Missing outputs.
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def dpr() -> Any:
     ],
     ids=["CLIPModel", "DPRQuestionEncoder"],
 )
-def test_an_output_of_another_kind_is_named_with_what_it_holds(make: Any, batch: Any, held: str) -> None:
-    """It was said to leave out use_liger_kernel, which nobody had asked for."""
+def test_the_error_for_other_outputs_lists_their_fields(make: Any, batch: Any, held: str) -> None:
+    """The error used to suggest leaving out use_liger_kernel, which was not set."""
     student, teacher = make(), make()
     with pytest.raises(DataError) as raised:
         Distiller(student, teacher, alpha=1.0)(student, batch)
-    said = str(raised.value)
-    assert f"the student ({type(student).__name__}): its output (" in said and held in said
-    assert "and no last_hidden_state, which this task reads" in said and "hf_distill.tasks.Task" in said
-    assert "liger" not in said
+    message = str(raised.value)
+    assert f"the student ({type(student).__name__}): its output (" in message and held in message
+    assert "and no last_hidden_state, which this task reads" in message and "hf_distill.tasks.Task" in message
+    assert "liger" not in message
 
 
-def test_the_teachers_output_is_called_the_teachers() -> None:
+def test_the_error_attributes_the_output_to_the_teacher() -> None:
     class Own(Embedding):
-        """A Task of the user's, so that the class of the teacher is not looked at."""
+        """A custom Task, so that the teacher's class is not checked."""
 
     student = bert()
     with pytest.raises(DataError, match=r"the teacher \(DPRQuestionEncoder\): its output \(DPRQuestionEncoderOutput\)"):
@@ -96,13 +96,13 @@ def test_the_teachers_output_is_called_the_teachers() -> None:
     ],
     ids=["fused loss", "nothing", "tuple", "tensor", "another name"],
 )
-def test_each_cause_has_its_own_words(outputs: Any, words: str) -> None:
+def test_each_cause_has_its_own_message(outputs: Any, words: str) -> None:
     with pytest.raises(DataError, match=words):
         output_named("logits", outputs)
 
 
-def test_logits_withheld_from_a_training(tmp_path: Any) -> None:
-    """As a fused kernel does."""
+def test_missing_logits_during_training(tmp_path: Any) -> None:
+    """A fused kernel omits them."""
 
     class Withheld(hf.BertForSequenceClassification):
         def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
@@ -121,11 +121,11 @@ def test_logits_withheld_from_a_training(tmp_path: Any) -> None:
         trainer.train()
 
 
-# A forward of another library.
+# Forwards of other libraries.
 
 
 class Net(nn.Module):
-    """As torchvision and timm have them."""
+    """Like torchvision's and timm's models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,14 +136,14 @@ class Net(nn.Module):
 
 
 class Named(Net):
-    """The same, as a teacher is called."""
+    """The same with a keyword that the teacher is called with."""
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:  # type: ignore[override]  # what is tried
         return {"logits": super().forward(pixel_values)}
 
 
 class Sentence(nn.Module):
-    """As sentence-transformers has it."""
+    """Like an earlier sentence-transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,8 +162,8 @@ def vit() -> Any:
     return hf.ViTForImageClassification(hf.ViTConfig(image_size=32, patch_size=8, **SIZES))
 
 
-def test_a_module_that_takes_no_column_by_name() -> None:
-    """It was said to need input_ids, of images."""
+def test_a_module_without_named_columns_raises() -> None:
+    """The error used to require input_ids for images."""
     student, images = vit(), {"pixel_values": torch.randn(2, 3, 32, 32)}
     words = (
         r"the teacher \(Net\) needs x, the batch has \['pixel_values'\]\. .* pass a module whose forward takes columns"
@@ -179,8 +179,8 @@ def test_a_module_that_takes_no_column_by_name() -> None:
 
 
 @pytest.mark.parametrize("teacher", [Sentence, SentenceTransformer])
-def test_a_sentence_transformer_as_teacher(teacher: Any) -> None:
-    """It was said to need input_ids, of a batch that has them. Its transformers model is what can teach."""
+def test_a_sentence_transformer_raises(teacher: Any) -> None:
+    """The error used to require input_ids, which the batch has; its transformers model can be the teacher."""
     student, given = bert(), teacher()
     takes = "features" if teacher is Sentence else "input"
     words = rf"the teacher \({teacher.__name__}\) needs {takes}, .*model\[0\]\.auto_model.*pooling="
@@ -192,7 +192,7 @@ def test_a_sentence_transformer_as_teacher(teacher: Any) -> None:
     assert found == pytest.approx((s - t).square().mean().item(), rel=1e-5)
 
 
-def test_the_main_input_of_a_model() -> None:
+def test_main_input_name() -> None:
     class Passes(nn.Module):
         def forward(self, **inputs: Any) -> Any: ...
 
@@ -200,7 +200,7 @@ def test_the_main_input_of_a_model() -> None:
     assert found == ["input_ids", "pixel_values", "x", "pixel_values", "features", "input_ids"]
 
 
-def test_a_missing_column_is_still_called_missing() -> None:
+def test_a_missing_column_is_reported() -> None:
     student = bert()
     batch = {"input_ids": IDS["input_ids"], "teacher_attention_mask": torch.ones(1, 3)}
     with pytest.raises(DataError, match=r"the teacher \(ViTModel\) needs pixel_values, .*teacher_pixel_values"):
@@ -208,7 +208,7 @@ def test_a_missing_column_is_still_called_missing() -> None:
         Distiller(student, teacher, alpha=1.0)(student, batch)
 
 
-def test_a_plain_module_of_images_is_cached(tmp_path: Any) -> None:
+def test_a_plain_image_module_can_be_cached(tmp_path: Any) -> None:
     teacher, images = Named(), torch.randn(3, 3, 32, 32)
     teacher.config = SimpleNamespace(num_labels=2, label2id={"a": 0, "b": 1}, id2label={0: "a", 1: "b"})
     student = vit()
@@ -221,7 +221,7 @@ def test_a_plain_module_of_images_is_cached(tmp_path: Any) -> None:
     )
 
 
-# A head is judged by its class only where the library chose the task.
+# The head's class is checked only if the library inferred the task.
 
 
 class Pooled(Task):
@@ -232,7 +232,7 @@ class Pooled(Task):
 
 
 @pytest.mark.parametrize("teacher", [bert, dpr])
-def test_a_task_of_the_users_reads_whatever_class_there_is(teacher: Any) -> None:
+def test_a_custom_task_accepts_any_class(teacher: Any) -> None:
     student, given = bert(1), teacher()
     found = Distiller(student, given, alpha=1.0, task=Pooled())(student, IDS).loss.item()
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_task_of_the_users_reads_whatever_class_there_is(teacher: Any) -> None
     assert found == pytest.approx((s - t).square().mean().item(), rel=1e-5)
 
 
-def test_the_librarys_own_choice_is_still_judged() -> None:
+def test_built_in_tasks_check_the_class() -> None:
     student, teacher = bert(), HEADS["bert_single_label"].make(vocab_size=20)
     for task in (None, "embedding"):
         with pytest.raises(TeacherError, match=r"\(BertForSequenceClassification\) has a classification head, the"):
@@ -249,17 +249,17 @@ def test_the_librarys_own_choice_is_still_judged() -> None:
         Distiller(teacher, student, alpha=1.0)
 
 
-# Embeddings of another width.
+# Embeddings of different widths.
 
 
-def test_an_embedding_of_another_width_and_the_ways_out() -> None:
+def test_the_error_for_embeddings_of_different_widths_lists_solutions() -> None:
     student, teacher = bert(), bert(1, hidden_size=32)
     with pytest.raises(TeacherError) as raised:
         Distiller(student, teacher, alpha=1.0)
-    said = str(raised.value)
-    assert "embed in different widths (16 and 32)" in said and "alpha=None" in said
+    message = str(raised.value)
+    assert "embed in different widths (16 and 32)" in message and "alpha=None" in message
     for name in ("SimilarityMatch()", 'HiddenMatch("last")', "CosineEmbedding()"):
-        assert name in said
+        assert name in message
     batch = {"input_ids": torch.tensor([[1, 5, 2], [3, 4, 6]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     for objective in (SimilarityMatch(), HiddenMatch("last"), CosineEmbedding()):
         found = Distiller(student, teacher, alpha=None, objectives=objective, seed=0)(student, batch).loss
@@ -267,16 +267,16 @@ def test_an_embedding_of_another_width_and_the_ways_out() -> None:
         assert found.item() > 0 and any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
-def test_a_distance_of_hidden_states_is_no_divergence() -> None:
+def test_a_distance_of_hidden_states_is_not_a_divergence() -> None:
     with pytest.raises(SettingError, match=r"divergence='cosine': no such .*HiddenMatch\('last', distance='cos"):
         Distiller(bert(), bert(1), alpha=1.0, divergence="cosine")
 
 
-# Several teachers.
+# Lists of teachers.
 
 
 @pytest.mark.parametrize("several", [list, tuple])
-def test_a_list_of_teachers_is_an_ensemble(several: Any) -> None:
+def test_a_list_of_teachers_suggests_an_ensemble(several: Any) -> None:
     head = HEADS["bert_single_label"]
     teachers = several([head.make(1), head.make(2)])
     with pytest.raises(TeacherError, match=rf"is a {several.__name__} of 2\. .*teacher_model=Ensemble\(\[\.\.\.\]\)"):

@@ -1,4 +1,4 @@
-"""A teacher of another modality, at sequence level: text for one that hears or sees, audio and images for text."""
+"""Teachers of another modality, at sequence level: text for audio or images, audio and images for text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from tests.heads import HEADS
 from tests.hub.tiny import tokenizer
-from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
+from tests.teachers.reading import WORDS, inputs_of, of_another_tokenizer
 from tests.trainer.tiny import (
     assert_moved,
     bert,
@@ -31,10 +31,10 @@ def with_columns(name: str, **columns: list[Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["wav2vec2_audio_class", "vit_image_class"])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_text_teacher_of_a_student_that_hears_or_sees(tmp_path, name: str, accumulation: int) -> None:
+def test_a_text_teacher_of_an_audio_or_image_student(tmp_path, name: str, accumulation: int) -> None:
     head, teacher = HEADS[name], of_another_tokenizer().double()
     student = head.make(seed=0).double()
-    theirs, ours = heard_by(teacher), heard_by(student)
+    theirs, ours = inputs_of(teacher), inputs_of(student)
 
     def collate(features: Any) -> Any:
         return {k: v.double() if v.is_floating_point() else v for k, v in head.collate(features).items()}
@@ -63,7 +63,7 @@ RATE = 16_000
 
 
 def sounds(rate: int | None) -> list[Any]:
-    """Samples, as bare arrays or as the cells of a `datasets` audio column."""
+    """Return samples as plain arrays or as cells of a `datasets` audio column."""
     waves = [np.random.default_rng(i).normal(size=60 + 5 * i).astype("float32") for i in range(8)]
     return waves if rate is None else [{"array": wave, "sampling_rate": rate} for wave in waves]
 
@@ -72,7 +72,7 @@ def sounds(rate: int | None) -> list[Any]:
 def test_an_audio_teacher_of_a_text_student(tmp_path, rate: int | None) -> None:
     student, teacher = bert(), HEADS["wav2vec2_audio_class"].make(seed=1)
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
     rows = [{**row, "teacher_audio": sound} for row, sound in zip(examples(), sounds(rate), strict=True)]
     make(
         tmp_path, student, teacher, train_dataset=rows, teacher_processing_class=extractor, max_steps=1,
@@ -84,11 +84,11 @@ def test_an_audio_teacher_of_a_text_student(tmp_path, rate: int | None) -> None:
     assert_moved(weights(student), weights(bert()))
 
 
-def test_a_sampling_rate_that_the_teacher_does_not_read(tmp_path) -> None:
-    """The teacher is given the recordings at its own rate, each extracted by itself."""
+def test_recordings_are_resampled_for_the_teacher(tmp_path) -> None:
+    """Each recording is resampled to the teacher's rate and extracted alone."""
     teacher, student = HEADS["wav2vec2_audio_class"].make(seed=1), bert()
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
     rows = [{**row, "teacher_audio": sound} for row, sound in zip(examples(), sounds(8_000), strict=True)]
     make(
         tmp_path, student, teacher, train_dataset=rows, teacher_processing_class=extractor, max_steps=1,
@@ -102,7 +102,7 @@ def test_a_sampling_rate_that_the_teacher_does_not_read(tmp_path) -> None:
 
 
 class Pixels:
-    """Stands for an image processor: brightness from 0..255 to 0..1."""
+    """A stand-in for an image processor: brightness from 0..255 to 0..1."""
 
     def __call__(self, images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
         assert return_tensors == "pt"
@@ -111,7 +111,7 @@ class Pixels:
 
 def test_an_image_teacher_of_a_text_student(tmp_path) -> None:
     student, teacher = bert(), HEADS["vit_image_class"].make(seed=1)
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
     pictures = [np.full((3, 8, 8), 20 * i, dtype="uint8") for i in range(8)]
     rows = [{**row, "teacher_image": picture} for row, picture in zip(examples(), pictures, strict=True)]
     make(

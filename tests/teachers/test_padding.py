@@ -1,7 +1,7 @@
-"""A teacher that classifies whole texts answers a padded row as it does alone, whatever the batch is padded with.
+"""A sequence classifier as teacher predicts the same for a padded row as for the row alone, whatever the padding.
 
-The heads of decoders find the last token by `config.pad_token_id`; XLNet's reads the last position. What is right is
-the model itself, row by row and unpadded.
+Decoder heads find the last token by `config.pad_token_id`; XLNet uses the last position. The expected values come
+from the model itself, row by row and unpadded.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DECODERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral": (hf.MistralForSequenceClassification, hf.MistralConfig, LLAMA),
     "gemma": (hf.GemmaForSequenceClassification, hf.GemmaConfig, {**LLAMA, "head_dim": 8}),
 }  # fmt: skip
-PADDED_WITH = 0  # by the collator of tests.trainer.tiny
+PADDED_WITH = 0  # the padding of the collator in tests.trainer.tiny
 ROWS = [{"input_ids": ids} for ids in ([5, 6, 7, 8, 9], [4, 3], [11, 12, 3, 13, 14, 15, 16], [17], [18, 19, 20])]
 TEXTS = ["w5 w6 w7 w8 w9", "w4 w3", "w11 w12 w3 w13 w14 w15 w16", "w17", "w18 w19 w20"]
 
@@ -64,42 +64,42 @@ def made(name: str, *, pad: int | None, seed: int = 1, **settings: Any) -> Any:
 
 
 def alone(model: Any, rows: list[dict[str, Any]]) -> Tensor:
-    """`[b v]`: each row unpadded, by the model as it is, which reads it alone."""
+    """Return `[b v]`: each row unpadded, by the unchanged model."""
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows]).double()
 
 
-def said(teacher: Any, batch: dict[str, Tensor], student: Any = None, **settings: Any) -> Tensor:
+def predictions(teacher: Any, batch: dict[str, Tensor], student: Any = None, **settings: Any) -> Tensor:
     distiller = Distiller(student or bert(), teacher, alpha=1.0, **settings)
     return distiller.teacher_signals(batch, Needs(logits=True)).predictions().double()
 
 
 @pytest.mark.parametrize("pad", [3, None, -1, 0], ids=["another", "none", "minus one", "the batch's"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_padded_row_is_read_as_alone(name: str, pad: int | None) -> None:
-    """3 stands within the texts and at the end of one, where the model alone skips it too."""
+def test_predictions_do_not_depend_on_right_padding(name: str, pad: int | None) -> None:
+    """Token 3 occurs within the texts and at the end of one, where the model alone skips it too."""
     teacher = made(name, pad=pad)
     expected = alone(teacher, ROWS)
-    found = said(teacher, padded(ROWS))
+    found = predictions(teacher, padded(ROWS))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert teacher.config.pad_token_id == pad
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 @pytest.mark.parametrize("pad", [3, None])
-def test_padding_on_the_left(name: str, pad: int | None) -> None:
-    """Of models whose positions are relative: the others see another position."""
+def test_predictions_do_not_depend_on_left_padding(name: str, pad: int | None) -> None:
+    """For models with relative positions; absolute positions would change."""
     teacher, batch = made(name, pad=pad), padded(ROWS)
     for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
         for column in batch.values():
             column[row] = column[row].roll(column.shape[1] - length)
-    assert torch.allclose(said(teacher, batch), alone(teacher, ROWS), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(predictions(teacher, batch), alone(teacher, ROWS), rtol=1e-4, atol=1e-5)
 
 
-def test_without_padding_the_last_token_is_read() -> None:
+def test_without_padding_the_last_token_is_used() -> None:
     teacher = made("llama", pad=None)
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]}]
-    assert torch.allclose(said(teacher, padded(rows)), alone(teacher, rows), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(predictions(teacher, padded(rows)), alone(teacher, rows), rtol=1e-4, atol=1e-5)
 
 
 def xlnet(**settings: Any) -> Any:
@@ -109,17 +109,17 @@ def xlnet(**settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_xlnet_reads_the_last_position(side: str) -> None:
+def test_xlnet_uses_the_last_position(side: str) -> None:
     teacher, batch = xlnet(), padded(ROWS)
     if side == "left":
         for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
             for column in batch.values():
                 column[row] = column[row].roll(column.shape[1] - length)
-    assert torch.allclose(said(teacher, batch), alone(teacher, ROWS), rtol=1e-4, atol=1e-5)
-    assert batch["input_ids"].tolist() != padded(ROWS, to=9)["input_ids"].tolist()  # the batch itself is left alone
+    assert torch.allclose(predictions(teacher, batch), alone(teacher, ROWS), rtol=1e-4, atol=1e-5)
+    assert batch["input_ids"].tolist() != padded(ROWS, to=9)["input_ids"].tolist()  # the batch is not modified
 
 
-# Through training, by each way that inputs reach a teacher.
+# In a training, for each way that inputs reach a teacher.
 
 
 def right(teacher: Any, student: Any, rows: list[dict[str, Any]] = ROWS, temperature: float = 2.0) -> float:
@@ -130,7 +130,7 @@ def right(teacher: Any, student: Any, rows: list[dict[str, Any]] = ROWS, tempera
 
 
 def trained(tmp_path: Any, teacher: Any, rows: list[dict[str, Any]], **settings: Any) -> float:
-    """The loss of one step at which nothing is learned."""
+    """Return the loss of one step with learning rate 0."""
     trainer = make(
         tmp_path, settings.pop("student", None) or bert(), teacher, alpha=1.0, temperature=2.0, train_dataset=rows,
         max_steps=1, learning_rate=0.0, per_device_train_batch_size=len(rows), logging_steps=1, **settings,
@@ -140,14 +140,14 @@ def trained(tmp_path: Any, teacher: Any, rows: list[dict[str, Any]], **settings:
 
 
 @pytest.mark.parametrize("pad", [3, None])
-def test_the_students_ids(tmp_path, pad: int | None) -> None:
+def test_padding_with_the_students_ids(tmp_path, pad: int | None) -> None:
     teacher = made("llama", pad=pad)
     assert trained(tmp_path, teacher, ROWS) == pytest.approx(right(teacher, bert()), rel=1e-4)
 
 
 @pytest.mark.parametrize("pad", [3, None])
 @pytest.mark.parametrize("form", ["text", "input_ids"])
-def test_inputs_of_its_own(tmp_path, pad: int | None, form: str) -> None:
+def test_padding_of_teacher_columns(tmp_path, pad: int | None, form: str) -> None:
     teacher = made("gpt2", pad=pad)
     own = TEXTS[::-1] if form == "text" else [row["input_ids"] for row in ROWS[::-1]]
     rows = [{**row, f"teacher_{form}": text} for row, text in zip(ROWS, own, strict=True)]
@@ -156,14 +156,14 @@ def test_inputs_of_its_own(tmp_path, pad: int | None, form: str) -> None:
 
 
 @pytest.mark.parametrize("pad", [3, None])
-def test_a_cache(tmp_path, caplog, pad: int | None) -> None:
+def test_padding_with_a_cache(tmp_path, caplog, pad: int | None) -> None:
     teacher = made("gpt2", pad=pad)
     cache = TeacherCache.build(teacher, ROWS, tmp_path / "cache", data_collator=padded, batch_size=5, progress=False)
     assert "depends on how far its batch is padded" not in caplog.text
     assert trained(tmp_path, cache, ROWS) == pytest.approx(right(teacher, bert()), rel=1e-3)
 
 
-def test_members_of_an_ensemble(tmp_path) -> None:
+def test_padding_with_an_ensemble(tmp_path) -> None:
     members = [made("gpt2", pad=3), made("llama", pad=None, seed=2), xlnet()]
     theirs = torch.stack([(alone(one, ROWS) / 2).softmax(-1) for one in members]).mean(0).log() * 2
     with torch.no_grad():
@@ -172,23 +172,23 @@ def test_members_of_an_ensemble(tmp_path) -> None:
     assert trained(tmp_path, Ensemble(members), ROWS) == pytest.approx(expected, rel=1e-4)
 
 
-def test_specialists() -> None:
+def test_padding_with_specialists() -> None:
     generalist, specialist = made("llama", pad=3), made("gpt2", pad=None, num_labels=3)
     rows = [{**row, "labels": 0} for row in ROWS]
     teacher = Specialists(generalist, {(0, 2): specialist}, most_probable=3)
-    together = said(teacher, padded(rows))
+    together = predictions(teacher, padded(rows))
     one_by_one = torch.cat(
-        [said(Specialists(generalist, {(0, 2): specialist}, most_probable=3), padded([row])) for row in rows]
+        [predictions(Specialists(generalist, {(0, 2): specialist}, most_probable=3), padded([row])) for row in rows]
     )
     assert torch.allclose(together, one_by_one, atol=1e-4)
 
 
-def test_evaluation_with_a_copy_of_the_student(tmp_path) -> None:
-    """The student has the batch's padding token, its copy has another: they agree on every row."""
+def test_padding_in_an_evaluation_with_a_copy_of_the_student(tmp_path) -> None:
+    """The student has the batch's padding token, its copy another: they agree on every row."""
     student, teacher = made("llama", pad=PADDED_WITH), made("llama", pad=3)
-    teacher.load_state_dict(student.state_dict())  # an embedding begins with 0 for its padding token
+    teacher.load_state_dict(student.state_dict())  # a new embedding is 0 for its padding token
     rows = [{"input_ids": [1 + (7 * i + 3 * j) % 22 for j in range(1 + i % 6)]} for i in range(32)]
-    rows = [row for row in rows if row["input_ids"][-1] != 3]  # which its own config calls padding
+    rows = [row for row in rows if row["input_ids"][-1] != 3]  # 3 is padding in its own config
     trainer = make(
         tmp_path, student, teacher, alpha=1.0, eval_dataset=rows, evaluate_with_teacher=True,
         per_device_eval_batch_size=8,
@@ -199,14 +199,14 @@ def test_evaluation_with_a_copy_of_the_student(tmp_path) -> None:
 
 @pytest.mark.parametrize("own", [MovingAverage, lambda: Snapshot(every=9)], ids=["average", "snapshot"])
 @pytest.mark.parametrize("pad", [3, None])
-def test_a_copy_of_the_student_is_aligned_with_it(tmp_path, own: Any, pad: int | None) -> None:
-    """`Trainer` sets the student's config when training starts, after the copy was made: both answer the same."""
-    rows = [*ROWS, {"input_ids": [7, 8, 3]}]  # ends with what the old config called padding
+def test_padding_with_averages_and_snapshots(tmp_path, own: Any, pad: int | None) -> None:
+    """`Trainer` sets the student's config at the start of training, after the copy: both predict the same."""
+    rows = [*ROWS, {"input_ids": [7, 8, 3]}]  # ends with the padding token of the old config
     found = trained(tmp_path, own(), rows, student=made("llama", pad=pad), processing_class=tokenizer(23))
     assert found == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_second_pass_reads_what_the_student_reads() -> None:
+def test_padding_with_rdrop() -> None:
     student = made("gpt2", pad=3, attn_pdrop=0.5)
     signals = Distiller(student, RDropTeacher(), alpha=1.0).teacher_signals
     student.eval()
@@ -215,8 +215,8 @@ def test_a_second_pass_reads_what_the_student_reads() -> None:
         assert torch.equal(signals(padded(ROWS), Needs(logits=True)).predictions(), expected)
 
 
-def test_encoder_decoders_count_end_tokens() -> None:
-    """BART's head reads the last end token: padding must not be written as one, whatever its config says."""
+def test_padding_is_not_mistaken_for_end_tokens() -> None:
+    """BART's head uses the last end token, so padding must not be written as one, whatever its config has."""
     config = hf.BartConfig(
         vocab_size=23, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
@@ -225,5 +225,5 @@ def test_encoder_decoders_count_end_tokens() -> None:
     torch.manual_seed(0)
     teacher = hf.BartForSequenceClassification(config).eval()
     rows = [{"input_ids": [*row["input_ids"], 2]} for row in ROWS]
-    found = said(ModelTeacher(teacher), padded(rows))
+    found = predictions(ModelTeacher(teacher), padded(rows))
     assert torch.allclose(found, alone(teacher, rows), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Mutual learning: two optimizers written by hand in float64 make the same steps; saved, resumed, refused."""
+"""Mutual learning: equal to two handwritten optimizers in float64; saving, resume, errors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 
 def rows_of(head: Any, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the rows that count."""
+    """Return logits and labels of the rows that count."""
     logits = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
     labels = batch["labels"].flatten()
     return logits.flatten(0, -2)[labels != -100], labels[labels != -100]
 
 
 def by_hand(head: Any, student: Any, peer: Any, steps: list[list[dict[str, Tensor]]], max_norm: float) -> None:
-    """Both learn from each other's logits of before the step; means are over all rows of a step's micro-batches."""
+    """Train both on each other's logits from before the step; means are over all rows of a step's micro-batches."""
     ours = torch.optim.SGD(student.parameters(), lr=RATE)
     theirs = torch.optim.SGD(peer.parameters(), lr=PEERS_RATE, momentum=0.9)
     for number, micro_batches in enumerate(steps):
@@ -53,7 +53,7 @@ def by_hand(head: Any, student: Any, peer: Any, steps: list[list[dict[str, Tenso
 
 
 @pytest.mark.parametrize(("name", "cut"), [("bert_single_label", (8, 1)), ("bert_tokens", (2, 4))])
-def test_two_optimizers_by_hand(tmp_path, name: str, cut: tuple[int, int]) -> None:
+def test_training_equals_two_optimizers_by_hand(tmp_path, name: str, cut: tuple[int, int]) -> None:
     head, (size, accumulated) = HEADS[name], cut
     data = head.examples(24)
     student, other = head.make(seed=0).double(), head.make(seed=1, layers=2).double()
@@ -83,7 +83,7 @@ def test_two_optimizers_by_hand(tmp_path, name: str, cut: tuple[int, int]) -> No
             torch.testing.assert_close(weights(found)[key], value, rtol=1e-7, atol=1e-8)
 
 
-def test_resumed_with_its_optimizer_bit_for_bit(tmp_path) -> None:
+def test_resume_restores_the_peers_optimizer_bit_for_bit(tmp_path) -> None:
     given = {
         "train_dataset": examples(8),
         "max_steps": 4,
@@ -112,7 +112,7 @@ def test_resumed_with_its_optimizer_bit_for_bit(tmp_path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
 
 
-def test_without_alpha_as_yet_it_learns_from_the_labels_alone() -> None:
+def test_while_alpha_is_0_the_peer_learns_from_labels_alone() -> None:
     student, other = bert(), bert(seed=1)
     expected, batch = copy.deepcopy(other), padded(examples(4))
     peer = Peer(other, optimizer=torch.optim.SGD, learning_rate=0.1, max_grad_norm=0)
@@ -125,7 +125,7 @@ def test_without_alpha_as_yet_it_learns_from_the_labels_alone() -> None:
         torch.testing.assert_close(found, one - 0.1 * step)
 
 
-def test_asked_in_an_evaluation_it_is_as_it_was(tmp_path) -> None:
+def test_an_evaluation_does_not_change_the_peer(tmp_path) -> None:
     peer = Peer(bert(seed=1, dropout=0.5).train())
     trainer = make(tmp_path, bert(), peer, eval_dataset=examples(4), evaluate_with_teacher=True)
     before = weights(peer.model)
@@ -136,7 +136,7 @@ def test_asked_in_an_evaluation_it_is_as_it_was(tmp_path) -> None:
     assert all(p.grad is None and p.requires_grad for p in peer.model.parameters())
 
 
-def test_of_several_peers_each_learns(tmp_path) -> None:
+def test_every_peer_of_an_ensemble_learns(tmp_path) -> None:
     peers = [Peer(bert(seed=seed), learning_rate=0.1) for seed in (1, 2)]
     trainer = make(tmp_path, bert(), Ensemble(peers), max_steps=1)
     trainer.train()
@@ -152,12 +152,12 @@ def test_of_several_peers_each_learns(tmp_path) -> None:
         ({"model": "folder"}, "model is a str. Load it"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Peer(**{"model": bert(), **settings})
 
 
-def test_what_cannot_be() -> None:
+def test_invalid_combinations_raise() -> None:
     names = {"label2id": {"a": 2, "b": 0, "c": 1}, "id2label": {2: "a", 0: "b", 1: "c"}}
     turned = {"label2id": {"a": 0, "b": 1, "c": 2}, "id2label": {0: "a", 1: "b", 2: "c"}}
     with pytest.raises(TeacherError, match="its labels or tokens have other ids than the student's"):
@@ -175,7 +175,7 @@ def test_what_cannot_be() -> None:
     distiller = Distiller(student, peer)
     distiller(student, padded(examples(2)))
     distiller.end_step(student)
-    Distiller(student, peer)  # another stage of the same student
+    Distiller(student, peer)  # another stage of the same student is allowed
     with pytest.raises(SettingError, match="it has learned beside another student"):
         Distiller(bert(seed=3), peer)
     heads = [HEADS[name].make(0) for name in ("wav2vec2_ctc_mean", "hubert_ctc_sum")]

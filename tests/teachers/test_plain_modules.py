@@ -1,4 +1,4 @@
-"""Models that are not quite transformers': a forward that passes everything on, compiled models, plain modules."""
+"""Unusual models: forwards that only pass arguments on, compiled models, plain modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PassesKeywordsOn(BertForSequenceClassification):
 
 
 class Wrapper(nn.Module):
-    """Names nothing in its forward."""
+    """Its forward names no argument."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Wrapper(nn.Module):
 
 
 class Plain(nn.Module):
-    """A bag of words: no config, no base class."""
+    """A bag of words without config and base class."""
 
     def __init__(self, seed: int, labels: int = 3) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Plain(nn.Module):
 
 
 class OwnTask(Task):
-    """Rows of anything, paired by their width."""
+    """Accepts any rows, paired by their width."""
 
     kind = "classification"
     matched_by = "width"
@@ -88,7 +88,7 @@ MADE = {
 
 
 def expected_terms() -> dict[str, float]:
-    """Of the two models that all of them are: by transformers and by the definition."""
+    """Return the terms of the two underlying models, from transformers and the definition."""
     batch = HEAD.batch(4)
     with torch.no_grad():
         ours = HEAD.make(0)(**batch)
@@ -105,12 +105,12 @@ def terms(student: Any, teacher: Any, **settings: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_such_a_student_is_the_student_that_it_is(name: str) -> None:
+def test_wrapped_students_give_the_same_terms(name: str) -> None:
     assert terms(MADE[name](0), HEAD.make(1)) == pytest.approx(expected_terms(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_such_a_teacher_is_the_teacher_that_it_is(name: str) -> None:
+def test_wrapped_teachers_give_the_same_terms(name: str) -> None:
     teacher = MADE[name](1)
     assert terms(HEAD.make(0), teacher) == pytest.approx(expected_terms(), rel=1e-5)
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -119,7 +119,7 @@ def test_such_a_teacher_is_the_teacher_that_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "compiled in place" else ()) for name in MADE]
 )
-def test_both_in_the_trainer(tmp_path, name: str) -> None:
+def test_wrapped_models_in_the_trainer(tmp_path, name: str) -> None:
     student = MADE[name](0)
     given = {"remove_unused_columns": False, "per_device_train_batch_size": 4, "max_steps": 1, "logging_steps": 1}
     trainer = make(
@@ -133,19 +133,19 @@ def test_both_in_the_trainer(tmp_path, name: str) -> None:
     assert logged == pytest.approx(expected_terms(), rel=1e-4)
 
 
-def test_a_wrapper_that_names_nothing_is_given_what_the_student_is_given() -> None:
+def test_a_wrapper_without_named_arguments_gets_the_students_inputs() -> None:
     assert terms(HEAD.make(0), Wrapper(HEAD.make(1))) == pytest.approx(expected_terms(), rel=1e-5)
     student = Wrapper(HEAD.make(0))
     assert terms(student, HEAD.make(1), task="classification") == pytest.approx(expected_terms(), rel=1e-5)
 
 
-def test_teacher_columns_do_not_reach_such_a_student() -> None:
+def test_teacher_columns_do_not_reach_a_wrapped_student() -> None:
     student, batch = MADE["forward(**inputs)"](0), HEAD.batch(4)
     batch["teacher_input_ids"] = batch["input_ids"].flip(1)
-    Distiller(student, HEAD.make(1))(student, batch)  # its inner forward would refuse an unknown name
+    Distiller(student, HEAD.make(1))(student, batch)  # its inner forward would reject an unknown name
 
 
-def test_a_teacher_that_lacks_its_input_says_which() -> None:
+def test_a_missing_input_is_named() -> None:
     teacher = MADE["forward(*args, **kwargs)"](1)
     batch = HEAD.batch(4)
     batch["words"] = batch.pop("input_ids")
@@ -158,7 +158,7 @@ def test_a_teacher_that_lacks_its_input_says_which() -> None:
 
 
 def plain_terms(student: Any, teacher: Any) -> dict[str, float]:
-    """By hand, whatever the two are."""
+    """Return the terms by hand, for any two models."""
     batch = HEAD.batch(4)
     labels = batch.pop("labels")
     with torch.no_grad():
@@ -171,19 +171,19 @@ def by_index(model: Any) -> ModelTeacher:
     return ModelTeacher(model, label_matching="by_index")
 
 
-def test_a_plain_teacher_of_a_bert() -> None:
+def test_a_plain_teacher_with_a_bert_student() -> None:
     student, teacher = HEAD.make(0), Plain(1)
     assert terms(student, by_index(teacher)) == pytest.approx(plain_terms(student, teacher), rel=1e-4)
 
 
-def test_a_bert_as_teacher_of_a_plain_student() -> None:
+def test_a_bert_teacher_with_a_plain_student() -> None:
     student, teacher = Plain(0), HEAD.make(1)
     found = terms(student, by_index(teacher), task="classification")
     assert found == pytest.approx(plain_terms(student, teacher), rel=1e-4)
 
 
 @pytest.mark.parametrize("own_task", [True, False])
-def test_both_plain(tmp_path, own_task: bool) -> None:
+def test_two_plain_modules_in_the_trainer(tmp_path, own_task: bool) -> None:
     student, teacher = Plain(0), Plain(1)
     task = OwnTask() if own_task else "classification"
     given = teacher if own_task else by_index(teacher)
@@ -201,20 +201,20 @@ def test_both_plain(tmp_path, own_task: bool) -> None:
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_side_without_a_config_has_no_label_names(side: str) -> None:
+def test_a_model_without_a_config_requires_matching_by_index(side: str) -> None:
     student, teacher = (Plain(0), HEAD.make(1)) if side == "student" else (HEAD.make(0), Plain(1))
     with pytest.raises(TeacherError, match=r"Plain has no config, so its labels have no names.*by_index"):
         Distiller(student, teacher, task="classification")
 
 
-def test_a_plain_teacher_with_another_number_of_labels() -> None:
+def test_a_plain_teacher_with_another_number_of_labels_raises() -> None:
     student = HEAD.make(0)
     with pytest.raises(TeacherError, match="equally many columns"):
         Distiller(student, by_index(Plain(1, labels=4)))(student, HEAD.batch(4))
 
 
 def test_a_plain_teacher_over_a_vocabulary() -> None:
-    """A head that is not found: the rows are compared as they are, and their width at the first step."""
+    """Its head is unknown: rows are compared unchanged, and their width is checked at the first step."""
 
     class Tokens(nn.Module):
         def __init__(self, width: int) -> None:
@@ -237,7 +237,7 @@ def test_a_plain_teacher_over_a_vocabulary() -> None:
 
 
 class OwnNames(Plain):
-    """Its forward calls its input `x`, and the class left `main_input_name` as it was, if there is one."""
+    """Its forward names its input `x`, but its `main_input_name`, if any, is the default."""
 
     def forward(self, x: Tensor, labels: Any = None) -> dict[str, Tensor]:  # type: ignore[override]  # on purpose
         return super().forward(x, labels=labels)
@@ -245,8 +245,8 @@ class OwnNames(Plain):
 
 @pytest.mark.parametrize("own_column", [False, True])
 @pytest.mark.parametrize("has_name", [False, True])
-def test_the_main_input_is_what_the_forward_names(has_name: bool, own_column: bool) -> None:
-    """Not `input_ids`, which nothing but the default of `main_input_name` says."""
+def test_the_main_input_is_taken_from_forward(has_name: bool, own_column: bool) -> None:
+    """Not `input_ids`, which is only the default of `main_input_name`."""
     student, teacher = OwnNames(0), OwnNames(1)
     if has_name:
         teacher.main_input_name = "input_ids"

@@ -1,4 +1,4 @@
-"""Dynamic int8: what is quantised, that the teacher given stays as it is, and its agreement by the definition."""
+"""Dynamic int8: quantised layers, an unchanged original, and the agreement by its definition."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def distiller_of(name: str, teacher: Any) -> tuple[Distiller, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_quantised_teacher_is_nearly_itself(name: str) -> None:
-    """Rounding to 255 steps: each layer adds an error of about half a step, so percents of the logits' spread."""
+def test_a_quantised_teacher_is_close_to_the_original(name: str) -> None:
+    """With 255 steps each layer adds an error of about half a step, so a few percent of the logits' spread."""
     full = HEADS[name].make(2)
     before = weights(full)
     teacher = quantise_dynamically(full)
     distiller, batch = distiller_of(name, teacher)
-    said = distiller.teacher_signals(batch).predictions()
+    predictions = distiller.teacher_signals(batch).predictions()
     live = distiller_of(name, full)[0].teacher_signals(batch).predictions()
     finite = live > -torch.inf
-    error = (said - live)[finite].square().mean().sqrt() / live[finite].std()
+    error = (predictions - live)[finite].square().mean().sqrt() / live[finite].std()
     assert 1e-3 < error < 0.06
     assert is_dynamic(teacher.model) and not is_dynamic(full)
     assert_same_bits(weights(full), before)
 
 
-def test_the_head_and_the_embeddings_stay() -> None:
+def test_head_and_embeddings_are_not_quantised() -> None:
     teacher = quantise_dynamically(HEADS["llama_causal_lm"].make(2))
     kinds = {name: type(part).__module__ for name, part in teacher.model.named_modules()}
     assert type(teacher.model.lm_head) is nn.Linear
@@ -51,7 +51,7 @@ def test_the_head_and_the_embeddings_stay() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_agreement_by_its_definition(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_agreement_follows_its_definition(name: str, caplog: pytest.LogCaptureFixture) -> None:
     teacher = quantise_dynamically(full := HEADS[name].make(2))
     distiller, batch = distiller_of(name, teacher)
     with caplog.at_level(logging.WARNING):
@@ -73,7 +73,7 @@ def test_the_agreement_by_its_definition(name: str, caplog: pytest.LogCaptureFix
     assert caplog.text.count("against its full precision") == 1 and str(found) in caplog.text
 
 
-def test_the_figures_in_words() -> None:
+def test_the_agreement_as_text() -> None:
     assert str(Agreement(8, kl=0.01234, same_choice=0.875)) == (
         "KL 0.0123 nats a row, the same choice in 87.5%, over 8 rows"
     )
@@ -92,7 +92,9 @@ def not_there() -> nn.Module:
         ({"full": not_there}, r"it cannot be loaded \(OSError\)"),
     ],
 )
-def test_no_figure_where_none_can_be_had(settings: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unavailable_agreement_has_a_reason(
+    settings: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher = QuantisedTeacher(bert(seed=2), how="four bits", **settings)
     distiller = Distiller(bert(), teacher)
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
@@ -104,17 +106,17 @@ def test_no_figure_where_none_can_be_had(settings: dict[str, Any], why: str, cap
     assert caplog.text.count("not compared with its full precision") == (0 if settings["full"] is None else 1)
 
 
-def test_the_random_numbers_of_the_training_stay() -> None:
+def test_the_random_state_does_not_change() -> None:
     teacher = quantise_dynamically(bert(seed=2))
     distiller, made = Distiller(bert(), teacher), teacher._full
     teacher._full = lambda: (torch.rand(3), made())[1]  # type: ignore[misc]  # `made` is one here
     state = torch.get_rng_state()
     distiller.teacher_signals({"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])})
     assert teacher.agreement is not None and torch.equal(torch.get_rng_state(), state)
-    assert teacher._full is None  # its memory is free again
+    assert teacher._full is None  # its memory has been freed
 
 
-def test_only_the_main_process_measures() -> None:
+def test_only_the_main_process_measures_agreement() -> None:
     teacher = quantise_dynamically(bert(seed=2))
     distiller = Distiller(bert(), teacher)
     teacher._accelerator = SimpleNamespace(is_main_process=False)
@@ -122,20 +124,20 @@ def test_only_the_main_process_measures() -> None:
     assert teacher.agreement is None and teacher.not_measured == "it is measured on the main process"
 
 
-def test_what_cannot_be_quantised() -> None:
+def test_models_that_cannot_be_quantised_raise() -> None:
     with pytest.raises(SettingError, match=r"the body of GPT2LMHeadModel has no torch\.nn\.Linear"):
         quantise_dynamically(HEADS["gpt2_causal_lm"].make())
     with pytest.raises(SettingError, match="starts from float32 weights, and these are bfloat16"):
         quantise_dynamically(bert().bfloat16())
 
 
-def test_it_computes_on_a_cpu_only() -> None:
+def test_dynamic_int8_requires_a_cpu() -> None:
     teacher = quantise_dynamically(bert())
     with pytest.raises(SettingError, match="needs a CPU, and this training is on cuda"):
         teacher.to(SimpleNamespace(device=torch.device("cuda")))
 
 
-def test_a_torch_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_quantisation_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.torch.ao, "quantization", SimpleNamespace())
     with pytest.raises(SettingError, match=r"has no dynamic int8 here"):
         quantise_dynamically(bert())

@@ -1,10 +1,9 @@
-"""A served teacher says what the live one says, over real HTTP; a training with it leaves no secret behind."""
+"""A served teacher gives the live teacher's predictions over real HTTP; a training with it stores no secret."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +22,17 @@ from tests.teachers.completions_server import CompletionsServer, serving
 from tests.trainer.tiny import make, weights
 
 
-@pytest.fixture
-def server() -> Iterator[CompletionsServer]:
-    with serving(m.teacher_of(NAME), WORDS) as running:
-        yield running
-
-
 def dense(signals: Signals) -> Tensor:
-    """`[b t v]`, where every column is listed."""
+    """Return `[b t v]` of signals that list every column."""
     sparse = signals.sparse
     assert sparse is not None and sparse.ids.max() == VOCABULARY - 1
     rows = torch.full((*sparse.ids.shape[:2], VOCABULARY + 1), torch.nan, dtype=torch.float64)
-    ids = sparse.ids.masked_fill(sparse.ids < 0, VOCABULARY)  # what is not there, into a column of its own
+    ids = sparse.ids.masked_fill(sparse.ids < 0, VOCABULARY)  # missing entries go to an extra column
     return rows.scatter(-1, ids, sparse.log_probabilities.double())[..., :-1]
 
 
 def left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each row turned until its padding stands before it."""
+    """Rotate each row so that its padding comes first."""
     lengths, longest = batch["attention_mask"].sum(-1).tolist(), batch["input_ids"].shape[1]
     return {
         name: torch.stack([row.roll(longest - length) for row, length in zip(x, lengths, strict=True)])
@@ -47,12 +40,12 @@ def left_padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-# What it says.
+# Predictions.
 
 
 @pytest.mark.parametrize("speaks", ["vllm", "sglang", "echo"])
-def test_with_the_whole_vocabulary_it_is_the_live_teacher(speaks: str) -> None:
-    """At any temperature. The log-probabilities are kept in fp32: 1e-6."""
+def test_the_whole_vocabulary_equals_the_live_teacher(speaks: str) -> None:
+    """At any temperature. Log-probabilities are in fp32: 1e-6."""
     with serving(m.teacher_of(NAME), WORDS, speaks=speaks) as server:
         for settings in ({}, {"temperature": 3.0}, {"temperature": 0.5, "divergence": "reverse_kl"}):
             batch = batch_of()
@@ -64,8 +57,8 @@ def test_with_the_whole_vocabulary_it_is_the_live_teacher(speaks: str) -> None:
 
 
 @pytest.mark.parametrize("speaks", ["vllm", "sglang", "echo"])
-def test_a_divergence_of_what_is_listed_and_the_rest(speaks: str) -> None:
-    """By the definition: the k likeliest, the token that stands there (which servers tell too), and all others."""
+def test_the_divergence_over_listed_tokens_and_the_tail(speaks: str) -> None:
+    """From the definition: the k likeliest tokens, the actual token (which servers return too), and all others."""
     batch = batch_of()
     task = m.task_of(NAME)
     with serving(m.teacher_of(NAME), WORDS, speaks=speaks) as server, torch.no_grad():
@@ -85,13 +78,13 @@ def test_a_divergence_of_what_is_listed_and_the_rest(speaks: str) -> None:
 
 
 @pytest.mark.parametrize("k", [3, VOCABULARY])
-def test_padding_and_its_side_change_nothing(server: CompletionsServer, k: int) -> None:
+def test_padding_and_padding_side_change_nothing(server: CompletionsServer, k: int) -> None:
     distiller = distiller_of(served(server, top_logprobs=k), alpha=1.0)
     batch = batch_of()
     loss, gradient = m.step(distiller, m.student_of(NAME), [batch])
     assert m.step(distiller, m.student_of(NAME), [batch_of(pad_to=17)])[0] == pytest.approx(loss, rel=1e-6)
     turned = left_padded(batch)
-    positions = (turned["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # as generation numbers them
+    positions = (turned["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # as in generation
     found = m.step(distiller, m.student_of(NAME), [{**turned, "position_ids": positions}])
     assert found[0] == pytest.approx(loss, rel=1e-6) and m.difference(found[1], gradient) < 1e-5
 
@@ -105,7 +98,7 @@ def test_accumulation_changes_nothing(server: CompletionsServer, k: int) -> None
 
 
 @pytest.mark.parametrize("k", [3, VOCABULARY])
-def test_no_row_is_no_request_and_no_loss(server: CompletionsServer, k: int) -> None:
+def test_no_rows_need_no_request_and_give_zero(server: CompletionsServer, k: int) -> None:
     distiller, batch = distiller_of(served(server, top_logprobs=k), alpha=1.0), batch_of()
     asked = len(server.asked)
     loss, gradient = m.step(
@@ -114,11 +107,11 @@ def test_no_row_is_no_request_and_no_loss(server: CompletionsServer, k: int) -> 
     assert loss == 0 and gradient.abs().max() == 0 and len(server.asked) == asked
 
 
-def test_the_row_after_the_last_token_is_asked_for_where_it_counts(server: CompletionsServer) -> None:
-    """Padding whose labels are not -100 (the end's token as padding), and labels that are shifted already."""
+def test_the_row_after_the_last_token_is_requested_if_it_counts(server: CompletionsServer) -> None:
+    """For padding whose labels are not -100 (the end token as padding), and for labels that are already shifted."""
     batch = batch_of(count=3)
     del batch["labels"]
-    ended = {**batch, "labels": batch["input_ids"].clone()}  # every padded position is labelled
+    ended = {**batch, "labels": batch["input_ids"].clone()}  # every padded position has a label
     next_tokens = ended["labels"].roll(-1, -1)
     shifted = {**batch, "shift_labels": next_tokens.masked_fill(batch["attention_mask"] == 0, -100)}
     asked = distiller_of(served(server, top_logprobs=VOCABULARY), alpha=1.0)
@@ -130,14 +123,14 @@ def test_the_row_after_the_last_token_is_asked_for_where_it_counts(server: Compl
         sent = [len(prompt) for prompt in server.asked[-1][2]["prompt"]]
         lengths = batch["attention_mask"].sum(-1).tolist()
         longest = max(lengths)
-        assert sent == [n + 1 if one is shifted or n < longest else n for n in lengths]  # one token more, of any kind
+        assert sent == [n + 1 if one is shifted or n < longest else n for n in lengths]  # one more token, of any kind
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     with pytest.raises(DataError, match="a label counts where the attention mask shows padding"):
         asked.teacher_signals({**shifted, "shift_labels": next_tokens})
 
 
-def test_tokens_that_the_student_does_not_have_are_left_out(server: CompletionsServer) -> None:
-    """As between two models: the server's padded columns are taken out and the rest is normalised anew (law L7)."""
+def test_tokens_that_the_student_lacks_are_excluded(server: CompletionsServer) -> None:
+    """As between two models: the server's padded columns are removed and the rest is renormalized (L7)."""
     wide = HEADS[NAME].make(2, vocab_size=VOCABULARY + 8).double()
     with serving(wide, WORDS) as padded, torch.no_grad():
         distiller = distiller_of(served(padded, top_logprobs=VOCABULARY + 8), alpha=1.0)
@@ -148,14 +141,14 @@ def test_tokens_that_the_student_does_not_have_are_left_out(server: CompletionsS
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_row_by_hand() -> None:
-    """Tokens 0 and 7 are listed with 1/2 and 1/4; the student lacks 7, so of the 3/4 that is left 2/3 are token 0's."""
+def test_one_row_by_hand() -> None:
+    """Tokens 0 and 7 have 1/2 and 1/4; the student lacks 7, so token 0 has 2/3 of the remaining 3/4."""
     found = top_rows([{0: math.log(0.5), 7: math.log(0.25)}, {1: 0.0, 0: -9999.0}], np.arange(4))
     assert found.ids.tolist() == [[0, -1], [1, 0]]
     assert found.log_probabilities[0].exp().tolist() == pytest.approx([2 / 3, 0])
     assert found.log_tail[0].exp().item() == pytest.approx(1 / 3)
-    assert found.log_probabilities[1, 1] == -torch.inf  # vLLM's way to write it
-    assert found.log_tail[1].exp().item() == pytest.approx(LEAST_TAIL, rel=1e-4)  # rounding hides a smaller one
+    assert found.log_probabilities[1, 1] == -torch.inf  # as vLLM writes it
+    assert found.log_tail[1].exp().item() == pytest.approx(LEAST_TAIL, rel=1e-4)  # rounding would hide a smaller tail
     with pytest.raises(TeacherError, match=r"100\.00% of the probability at one position to tokens that the student"):
         top_rows([{7: 0.0, 0: -20.0, 1: -20.0, 2: -20.0, 3: -20.0}], np.arange(4))
     for wrong in ({0: 2.5, 1: 1.0}, {0: -0.1, 1: -0.2}, {0: math.nan}):
@@ -163,8 +156,8 @@ def test_a_row_by_hand() -> None:
             top_rows([wrong], np.arange(4))
 
 
-def test_order_size_and_concurrency_of_requests(server: CompletionsServer) -> None:
-    """Rows come back to their examples, no request is larger and no more are under way than allowed."""
+def test_requests_keep_order_and_respect_size_and_concurrency(server: CompletionsServer) -> None:
+    """Rows return to their examples; requests stay within the size and concurrency limits."""
     server.pause_s = 0.02
     batch = batch_of(count=8)
     one = distiller_of(served(server, batch_size=8, max_concurrency=1)).teacher_signals(batch).sparse
@@ -178,7 +171,7 @@ def test_order_size_and_concurrency_of_requests(server: CompletionsServer) -> No
 # In a training.
 
 
-def test_a_training_leaves_no_address_behind(
+def test_a_training_stores_no_address(
     server: CompletionsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Checkpoints, card, log: no address and no key; the random numbers are those of a training with a live teacher."""

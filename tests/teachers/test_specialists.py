@@ -1,4 +1,4 @@
-"""Specialists: the solution of equation 5 by other ways, temperatures, label names, and what is refused."""
+"""Specialists: the solution of equation 5 by other methods, temperatures, label names, and errors."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ SETS = {
 
 
 def drawn(sets: list[list[int]], n: int = 5, v: int = 7, sharpness: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Random models: what is told of classes, of dustbins, who is in which set, and equation 5 of a log q `[n v]`."""
+    """Return random predictions for classes and dustbins, the sets, and equation 5 as a function of log q `[n v]`."""
     generator = torch.Generator().manual_seed(3)
     generalist = (sharpness * torch.randn(n, v, generator=generator).double()).log_softmax(-1)
-    said = [(sharpness * torch.randn(n, len(s) + 1, generator=generator).double()).log_softmax(-1) for s in sets]
-    told = generalist.exp()
-    for special, log_p in zip(sets, said, strict=True):
-        told[:, special] += log_p[:, :-1].exp()
+    predicted = [(sharpness * torch.randn(n, len(s) + 1, generator=generator).double()).log_softmax(-1) for s in sets]
+    summed = generalist.exp()
+    for special, log_p in zip(sets, predicted, strict=True):
+        summed[:, special] += log_p[:, :-1].exp()
     members = torch.tensor([[c in s for c in range(v)] for s in sets])
-    rest = torch.stack([log_p[:, -1] for log_p in said], -1)
+    rest = torch.stack([log_p[:, -1] for log_p in predicted], -1)
 
     def equation_5(log_q: Tensor) -> Tensor:
         total = (generalist.exp() * (generalist - log_q)).sum(-1)
-        for special, log_p in zip(sets, said, strict=True):
+        for special, log_p in zip(sets, predicted, strict=True):
             others = [c for c in range(v) if c not in special]
             seen = torch.cat((log_q[:, special], log_q[:, others].logsumexp(-1, keepdim=True)), -1)
             total = total + (log_p.exp() * (log_p - seen)).sum(-1)
         return total
 
-    return told.log(), rest, members, equation_5
+    return summed.log(), rest, members, equation_5
 
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("sharpness", [0.5, 2.0, 5.0])
-def test_the_solution_is_that_of_gradient_descent_on_logits(name: str, sharpness: float) -> None:
-    """As the paper does it, with a second-order method, long enough."""
-    told, rest, members, equation_5 = drawn(SETS[name], sharpness=sharpness)
-    found = fit_class_distribution(told, rest, members)
+def test_the_solution_equals_that_of_gradient_descent(name: str, sharpness: float) -> None:
+    """On logits as in the paper, with a second-order method until convergence."""
+    summed, rest, members, equation_5 = drawn(SETS[name], sharpness=sharpness)
+    found = fit_class_distribution(summed, rest, members)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)).double(), rtol=1e-10, atol=1e-12)
-    z = torch.zeros_like(told).requires_grad_()
+    z = torch.zeros_like(summed).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [z], max_iter=2000, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
@@ -72,9 +72,9 @@ def test_the_solution_is_that_of_gradient_descent_on_logits(name: str, sharpness
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_nothing_near_the_solution_is_better(name: str) -> None:
-    told, rest, members, equation_5 = drawn(SETS[name])
-    found = fit_class_distribution(told, rest, members)
+def test_the_solution_is_a_local_minimum(name: str) -> None:
+    summed, rest, members, equation_5 = drawn(SETS[name])
+    found = fit_class_distribution(summed, rest, members)
     logits = found.clone().requires_grad_()
     equation_5(logits.log_softmax(-1)).sum().backward()
     assert float(logits.grad.abs().max()) < 1e-9
@@ -84,26 +84,26 @@ def test_nothing_near_the_solution_is_better(name: str) -> None:
 
 
 def test_one_specialist_by_hand() -> None:
-    """Its classes: the mean of both. All others: the mean of the two dustbins, shared as the generalist does.
+    """Its classes: the mean of both models. Others: the mean of both dustbin masses, shared as by the generalist.
 
-    With q_C the mass outside, `told_c / q_c` must be the same for the classes inside, and
+    With q_C the mass outside, `summed_c / q_c` must be equal for the classes inside, and
     `g_c / q_c + d / q_C` for those outside: q_c = (g_c + p_c) / 2 inside; q_C = (g_C + d) / 2, q_c = g_c q_C / g_C.
     """
     double = torch.float64
     g, p, d = torch.tensor([0.6, 0.1, 0.2, 0.1], dtype=double), torch.tensor([0.1, 0.5], dtype=double), 0.4
-    told = torch.cat((g[:2] + p, g[2:]))[None].log()
+    summed = torch.cat((g[:2] + p, g[2:]))[None].log()
     members = torch.tensor([[True, True, False, False]])
-    found = fit_class_distribution(told, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
+    found = fit_class_distribution(summed, torch.tensor([[d]], dtype=double).log(), members).exp()[0]
     expected = torch.tensor([0.35, 0.3, (0.3 + d) / 2 * 2 / 3, (0.3 + d) / 2 / 3], dtype=double)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
-def test_far_apart_opinions_and_blocked_classes_stay_numbers() -> None:
-    """A generalist that is sure of the special classes, a specialist that is sure of its dustbin, in fp32 logits."""
+def test_contradicting_predictions_and_blocked_classes_stay_finite() -> None:
+    """A generalist certain of the special classes, a specialist certain of its dustbin, in fp32 logits."""
     log_g = torch.tensor([[0.0, -200.0, -300.0, -301.0, -torch.inf]]).log_softmax(-1)
     members = torch.tensor([[True, True, False, False, False]])
     found = fit_class_distribution(log_g, torch.tensor([[0.0]]), members)
-    # Half of all says class 0, half says "none of them", which is shared as 1 : 1/e.
+    # Half of the mass is on class 0, half on the dustbin, which is shared as 1 : 1/e.
     assert found.exp()[0].tolist() == pytest.approx(
         [0.5, 0.0, 0.5 / (1 + math.exp(-1)), 0.5 / (1 + math.e), 0.0], abs=1e-6
     )
@@ -113,33 +113,33 @@ def test_far_apart_opinions_and_blocked_classes_stay_numbers() -> None:
 # As a teacher.
 
 
-def test_only_rows_of_its_classes_ask_a_specialist() -> None:
+def test_a_specialist_affects_only_rows_of_its_classes() -> None:
     generalist, one = bert(seed=3, **FOUR).double(), specialist((2, 0))
-    said, batch = asked(Specialists(generalist, {(2, 0): one}))
+    predicted, batch = asked(Specialists(generalist, {(2, 0): one}))
     g, p = told_by(generalist, batch), told_by(one, batch)
     active = (g.argmax(-1) == 0) | (g.argmax(-1) == 2)
     assert 0 < active.sum() < len(g)
-    torch.testing.assert_close(said[~active], g[~active])
+    torch.testing.assert_close(predicted[~active], g[~active])
     expected = torch.zeros_like(g)
     expected[:, 2], expected[:, 0] = (g[:, 2] + p[:, 0]) / 2, (g[:, 0] + p[:, 1]) / 2
     outside = g[:, [1, 3]]
     expected[:, [1, 3]] = outside / outside.sum(-1, keepdim=True) * (outside.sum(-1, keepdim=True) + p[:, 2:]) / 2
-    torch.testing.assert_close(said[active], expected[active], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(predicted[active], expected[active], rtol=1e-7, atol=1e-10)
     every, _ = asked(Specialists(generalist, {(2, 0): one}, most_probable=4))
     torch.testing.assert_close(every, expected, rtol=1e-7, atol=1e-10)
 
 
-def test_a_specialist_that_nobody_asks_is_not_run() -> None:
+def test_an_unneeded_specialist_is_not_run() -> None:
     generalist = bert(seed=3, **FOUR).double()
     generalist.classifier.bias.data[1] += 1000
     one = specialist((0, 2))
     one.register_forward_pre_hook(lambda *_: pytest.fail("it was run"))
-    said, batch = asked(Specialists(generalist, {(0, 2): one}))
-    torch.testing.assert_close(said, told_by(generalist, batch))
+    predicted, batch = asked(Specialists(generalist, {(0, 2): one}))
+    torch.testing.assert_close(predicted, told_by(generalist, batch))
 
 
 class Agreeing(torch.nn.Module):
-    """A specialist that says what the generalist says of its classes and of all others together."""
+    """A specialist that agrees with the generalist on its classes and on all others together."""
 
     def __init__(self, generalist: Any, classes: tuple[int, ...]) -> None:
         super().__init__()
@@ -158,16 +158,16 @@ def test_specialists_that_agree_change_nothing_at_any_temperature(temperature: f
     generalist = bert(seed=3, **FOUR).double()
     sets = ((0, 2), (1,), (3, 1, 0))
     agreeing = {one: Agreeing(bert(seed=3, **FOUR).double(), one) for one in sets}
-    said, batch = asked(Specialists(generalist, agreeing, most_probable=2), temperature)
-    torch.testing.assert_close(said, told_by(generalist, batch, temperature), rtol=1e-7, atol=1e-10)
+    predicted, batch = asked(Specialists(generalist, agreeing, most_probable=2), temperature)
+    torch.testing.assert_close(predicted, told_by(generalist, batch, temperature), rtol=1e-7, atol=1e-10)
 
 
-def test_the_temperature_of_the_moment_is_used() -> None:
+def test_the_current_temperature_is_used() -> None:
     generalist, one = bert(seed=3, **FOUR).double(), specialist((2, 0))
     found = {t: asked(Specialists(generalist, {(2, 0): one}, most_probable=4), t)[0] for t in (1.0, 4.0)}
     _, batch = asked(Specialists(generalist, {(2, 0): one}))
     g, p = told_by(generalist, batch), told_by(one, batch)
-    # The specialist's dustbin, spread as the generalist spreads it, softened class by class.
+    # The specialist's dustbin, distributed as by the generalist, softened class by class.
     full = torch.zeros_like(g)
     full[:, 2], full[:, 0] = p[:, 0], p[:, 1]
     full[:, [1, 3]] = p[:, 2:] * g[:, [1, 3]] / g[:, [1, 3]].sum(-1, keepdim=True)
@@ -185,14 +185,14 @@ def test_the_bias_corrects_the_dustbin() -> None:
 
 
 def with_columns(model: Any, order: list[int]) -> Any:
-    """The same model with its labels in another order."""
+    """Return the same model with its labels in another order."""
     names = [model.config.id2label[index] for index in order]
     model.classifier.weight.data = model.classifier.weight.data[order]
     model.classifier.bias.data = model.classifier.bias.data[order]
     return named(model, names)
 
 
-def test_labels_are_found_by_name_whatever_their_order() -> None:
+def test_labels_are_matched_by_name() -> None:
     names = ["cat", "dog", "cow", "owl"]
 
     def made(generalist_order: list[int], order: list[int], classes: tuple[Any, ...]) -> Tensor:
@@ -204,7 +204,7 @@ def test_labels_are_found_by_name_whatever_their_order() -> None:
     expected = made([0, 1, 2, 3], [0, 1, 2], ("cow", "cat"))
     for generalist_order, order, classes in (
         ([2, 0, 3, 1], [1, 2, 0], ("cow", "cat")),
-        ([2, 0, 3, 1], [2, 1, 0], (0, 1)),  # ids are the generalist's: cow and cat
+        ([2, 0, 3, 1], [2, 1, 0], (0, 1)),  # these ids are the generalist's: cow and cat
         ([3, 2, 1, 0], [0, 1, 2], ("cat", "cow")),
     ):
         torch.testing.assert_close(made(generalist_order, order, classes), expected)
@@ -212,7 +212,7 @@ def test_labels_are_found_by_name_whatever_their_order() -> None:
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens", "vit_image_class", "wav2vec2_audio_class"])
 def test_every_kind_of_classifier_can_have_specialists(name: str) -> None:
-    """Accumulated is one batch; equal models in another cut; a gradient reaches the student alone."""
+    """Accumulation changes nothing, equal models have zero loss, and only the student gets a gradient."""
     generalist = HEADS[name].make(4).double()
     own = specialist_head(HEADS[name].make(5).double(), [0, 1])
     count = generalist.config.num_labels
@@ -229,7 +229,7 @@ def test_every_kind_of_classifier_can_have_specialists(name: str) -> None:
     assert all(p.grad is None and not p.requires_grad for one in (generalist, own) for p in one.parameters())
 
 
-def test_trained_with_and_the_models_stay_as_they_were(tmp_path) -> None:
+def test_training_leaves_the_models_unchanged(tmp_path) -> None:
     models = [bert(seed=1), bert(seed=2, num_labels=3)]
     before = [weights(model) for model in models]
     trainer = make(tmp_path, bert(), Specialists(models[0], {(0, 2): models[1]}))
@@ -251,7 +251,7 @@ def test_trained_with_and_the_models_stay_as_they_were(tmp_path) -> None:
         ({(0, 1): None}, {"most_probable": 0}, "most_probable=0: must be a whole number of at least 1"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be(specialists: Any, settings: Any, message: str) -> None:
+def test_invalid_settings_raise(specialists: Any, settings: Any, message: str) -> None:
     with pytest.raises(SettingError) as refusal:
         Specialists(bert(), specialists, **settings)
     assert message in str(refusal.value)
@@ -268,13 +268,13 @@ def test_settings_that_cannot_be(specialists: Any, settings: Any, message: str) 
         ((0, 1), bert("TokenClassification", num_labels=3), "has a token_classification head, the student needs"),
     ],
 )  # fmt: skip
-def test_specialists_that_cannot_be(classes: Any, model: Any, message: str) -> None:
+def test_invalid_specialists_raise(classes: Any, model: Any, message: str) -> None:
     with pytest.raises(TeacherError) as refusal:
         Distiller(bert(seed=2, **FOUR), Specialists(bert(seed=1, **FOUR), {classes: model}))
     assert message in str(refusal.value)
 
 
-def test_heads_without_classes_have_no_specialists() -> None:
+def test_heads_without_classes_raise() -> None:
     values = bert(num_labels=1)
     with pytest.raises(TeacherError, match="a regression head has no classes to be a specialist of"):
         Distiller(values, Specialists(bert(seed=1, num_labels=1), {(0,): bert(seed=2)}))

@@ -1,4 +1,4 @@
-"""Making specialists: the classes that belong together, half and half, and a head that begins as the generalist's."""
+"""Making specialists: confusable classes, balanced examples, and a head initialized from the generalist's."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from tests.teachers.specialized import FOUR, named
 from tests.trainer.tiny import assert_same_bits, bert, weights
 
 
-def test_classes_that_are_predicted_together_are_found() -> None:
-    """Eight classes in pairs and a triple: each prediction is sure of its set, and torn inside of it."""
+def test_classes_that_are_predicted_together_form_a_set() -> None:
+    """Eight classes in pairs and a triple: each prediction is certain of its set but not within it."""
     sets = ((0, 5), (1, 2, 7), (3, 6))
     generator = torch.Generator().manual_seed(0)
     which = torch.randint(0, 3, (600,), generator=generator)
     logits = torch.randn(600, 8, generator=generator)
     for row, one in enumerate(which.tolist()):
         logits[row, list(sets[one])] += 6
-    logits[:, 4] -= 20  # a class that is never predicted, in whichever set: alone, it is left out
+    logits[:, 4] -= 20  # a class that is never predicted is alone and left out
     assert confusable_classes(logits.numpy(), clusters=4) == sets
     assert confusable_classes(logits, clusters=4, temperature=1.5, seed=3) == sets
 
 
-def test_half_of_a_specialists_examples_are_special_and_the_bias_restores_the_odds() -> None:
+def test_half_the_examples_are_special_and_the_bias_restores_the_odds() -> None:
     labels = [i % 10 for i in range(200)] + [-100] * 5
     made = specialist_set(labels, [7, 2])
     assert len(made.indices) == len(set(made.indices)) == 80
     assert sorted(set(made.labels)) == [0, 1, 2] and made.labels.count(2) == 40
     for index, label in zip(made.indices, made.labels, strict=True):
         assert {7: 0, 2: 1}.get(labels[index], 2) == label and labels[index] >= 0
-    # Of all examples 1 in 5 is special, of these 1 in 2: odds of the dustbin 4 and 1.
+    # 1 in 5 of all examples is special, 1 in 2 of these: dustbin odds of 4 and 1.
     assert made.dustbin_bias == pytest.approx(math.log(4))
     assert list(made.indices) != sorted(made.indices)
     assert specialist_set(labels, [7, 2]) == made != specialist_set(labels, [7, 2], seed=1)
 
 
-def test_where_most_are_special_the_others_are_oversampled() -> None:
+def test_other_examples_are_oversampled_if_most_are_special() -> None:
     made = specialist_set([0, 0, 0, 0, 0, 0, 1, 2, 2], [0])
     assert made.labels.count(0) == made.labels.count(1) == 3
     assert made.dustbin_bias == pytest.approx(math.log(3 / 6))
 
 
-def test_a_specialists_head_begins_as_the_generalists() -> None:
+def test_the_head_is_initialized_from_the_generalists() -> None:
     generalist = named(bert(seed=3, **FOUR), ["cat", "dog", "cow", "owl"])
     before = weights(generalist)
     made = specialist_head(generalist.requires_grad_(False), [2, 0])
@@ -62,7 +62,7 @@ def test_a_specialists_head_begins_as_the_generalists() -> None:
     )
 
 
-def test_what_cannot_be_made(monkeypatch) -> None:
+def test_invalid_specialists_raise(monkeypatch) -> None:
     with pytest.raises(DataError, match=r"there is no example of class 3 in 3 labels"):
         specialist_set([0, 1, 2], [1, 3])
     with pytest.raises(DataError, match=r"there is no example outside of \(0, 1\)"):
@@ -79,7 +79,7 @@ def test_what_cannot_be_made(monkeypatch) -> None:
     with pytest.raises(
         SettingError, match="2 linear layers of BertForSequenceClassification have 16 columns, so which"
     ):
-        # A head as wide as the layers, of which there are the pooler and it at least.
+        # The head has the width of the layers, as does at least the pooler.
         specialist_head(_without_others(bert(num_labels=16)), [0, 1])
     monkeypatch.setitem(__import__("sys").modules, "sklearn.cluster", None)
     with pytest.raises(MissingExtraError, match=r"hf-distill\[metrics\]"):

@@ -1,4 +1,4 @@
-"""Temporal ensembling: the targets by Laine and Aila's formula, nothing for what is new, resumed bit for bit."""
+"""Temporal ensembling: targets by Laine and Aila's formula, none for new examples, resume bit for bit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DROPPED = {"hidden_dropout_prob": 0.3}
 
 
 def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None) -> None:
-    """Each batch of example numbers in turn, a step of SGD after each; every logits term against the formula."""
+    """Train on each batch of example numbers in turn, one SGD step each; check every logits term with the formula."""
     head = HEADS[name]
     data = head.examples(8)
     student = head.make(seed=0, **DROPPED).double().train()
     distiller = Distiller(student, TemporalEnsemble(momentum=MOMENTUM), alpha=1.0, temperature=T)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
-    said: dict[int, list[Tensor]] = {}
+    history: dict[int, list[Tensor]] = {}
     for number, chosen in enumerate(batches):
         batch = in_double(head, [data[i] for i in chosen], pad_to=pad_to if number % 2 else None)
         found = distiller(student, batch)
@@ -38,7 +38,7 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
         for position, example in enumerate(chosen):
             own = logits[position][None] if logits.dim() == 2 else logits[position][batch["labels"][position] != -100]
             rows += own.shape[0]
-            past = said.setdefault(example, [])
+            past = history.setdefault(example, [])
             if past:  # Z = Σ_i (1 - m) m^(t - i) z_i, over 1 - m^t
                 t = len(past)
                 z = sum((1 - MOMENTUM) * MOMENTUM ** (t - 1 - i) * one for i, one in enumerate(past))
@@ -55,12 +55,12 @@ def epochs_of(name: str, batches: list[list[int]], *, pad_to: int | None = None)
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
-def test_the_targets_are_those_of_the_formula(name: str) -> None:
-    """In another order and padded otherwise each time; a batch of known and new examples is divided by all."""
+def test_targets_follow_the_formula(name: str) -> None:
+    """In another order and with other padding each time; the mean of a batch also counts new examples."""
     epochs_of(name, [[0, 1, 2, 3], [3, 1, 4, 5], [5, 0, 1, 3], [2, 1, 3, 0]], pad_to=13)
 
 
-def test_several_labels_at_once_and_choices() -> None:
+def test_multi_label_and_multiple_choice() -> None:
     for name in ("bert_multi_label", "bert_multiple_choice"):
         head = HEADS[name]
         student = head.make(seed=0, **DROPPED).train()
@@ -70,7 +70,7 @@ def test_several_labels_at_once_and_choices() -> None:
         assert first == 0 and second > 1e-5 and teacher.examples == 4
 
 
-def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
+def test_resume_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     given = {
         "train_dataset": examples(8),
         "max_steps": 6,
@@ -91,8 +91,8 @@ def test_resumed_within_the_second_epoch_bit_for_bit(tmp_path) -> None:
     assert_moved(weights(whole.model), weights(bert()))
 
 
-def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() -> None:
-    """Also of the same words with other tokens labelled: that is another example."""
+def test_targets_are_distributions_at_the_stored_temperature() -> None:
+    """The same words with other labelled tokens are another example."""
     head = HEADS["bert_tokens"]
     student, batch = head.make(seed=0).double().eval(), in_double(head, head.examples(4))
     distiller = Distiller(student, TemporalEnsemble(), alpha=1.0, temperature=T)
@@ -100,11 +100,11 @@ def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() 
         distiller(student, batch)
     fewer = {**batch, "labels": batch["labels"].clone()}
     fewer["labels"][0, (fewer["labels"][0] != -100).nonzero()[0]] = -100
-    told = distiller.teacher_signals(fewer, Needs(logits=True)).sparse
+    sparse = distiller.teacher_signals(fewer, Needs(logits=True)).sparse
     known = (fewer["labels"] != -100) & (torch.arange(4) > 0)[:, None]
-    assert torch.equal(told.log_tail == -torch.inf, known) and torch.equal((told.ids >= 0).all(-1), known)
-    assert told.temperature == T and not told.log_tail[~known].any()
-    torch.testing.assert_close(told.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
+    assert torch.equal(sparse.log_tail == -torch.inf, known) and torch.equal((sparse.ids >= 0).all(-1), known)
+    assert sparse.temperature == T and not sparse.log_tail[~known].any()
+    torch.testing.assert_close(sparse.log_probabilities[known].exp().sum(-1), torch.ones(int(known.sum())).double())
     resumed = TemporalEnsemble()
     other = Distiller(student, resumed, alpha=0.0, temperature=3.0)
     resumed.load_state_dict(distiller.teacher.state_dict())
@@ -114,8 +114,8 @@ def test_what_it_tells_is_a_distribution_and_what_it_kept_has_its_temperature() 
         resumed.load_state_dict({"passes": torch.tensor(1)})
 
 
-def test_examples_by_a_column_of_their_own(tmp_path) -> None:
-    """Inputs that are never the same twice, known by number; the student is not given the column."""
+def test_examples_are_identified_by_an_id_column(tmp_path) -> None:
+    """For inputs that change every time; the student does not receive the column."""
 
     def changing(features: list[dict[str, Any]], calls: list[int]) -> dict[str, Tensor]:
         calls.append(1)
@@ -134,7 +134,7 @@ def test_examples_by_a_column_of_their_own(tmp_path) -> None:
         trainer.distiller(bert(), padded(examples(2)))
 
 
-def test_augmented_examples_are_known_by_the_clean_one(tmp_path) -> None:
+def test_augmented_examples_are_identified_by_the_clean_one(tmp_path) -> None:
     def changed(example: dict[str, Any]) -> dict[str, Any]:
         return {**example, "input_ids": [random.randrange(1, 23) for _ in example["input_ids"]]}
 
@@ -146,8 +146,8 @@ def test_augmented_examples_are_known_by_the_clean_one(tmp_path) -> None:
     assert logged[:2] == [0, 0] and min(logged[2:]) > 1e-5 and teacher.examples == 8
 
 
-def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
-    """Two processes that see different halves of the data: each remembers all of them."""
+def test_predictions_of_other_processes_are_stored_too(monkeypatch) -> None:
+    """Two processes work on different halves of the data: each stores all predictions."""
     head = HEADS["bert_single_label"]
     teachers = [TemporalEnsemble(), TemporalEnsemble()]
     student = head.make(seed=0).eval()
@@ -161,12 +161,12 @@ def test_what_other_processes_heard_is_remembered_too(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, "0.6", True])
-def test_a_momentum_that_cannot_be(momentum: Any) -> None:
+def test_an_invalid_momentum_raises(momentum: Any) -> None:
     with pytest.raises(SettingError, match=r"momentum=.*must lie in \[0, 1\)"):
         TemporalEnsemble(momentum=momentum)
 
 
-def test_what_cannot_be_asked() -> None:
+def test_unsupported_needs_raise() -> None:
     llama = HEADS["llama_causal_lm"].make(seed=0)
     with pytest.raises(SettingError, match="needs a head for classes, not for causal_lm"):
         Distiller(llama, TemporalEnsemble())

@@ -1,4 +1,4 @@
-"""Whether the teacher's tokenizer is the student's: found, compared, and which of its ids the teacher reads."""
+"""Finding the teacher's tokenizer, comparing it with the student's, and checking the ids that the teacher embeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_distill.students.narrow.narrow import narrow
 from hf_distill.students.trimming import trim_vocabulary
 from hf_distill.teachers.load import find_tokenizer
 from tests.heads import HEADS, VOCABULARY
-from tests.teachers.reading import heard_by
+from tests.teachers.reading import inputs_of
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import make, softened_kl
 
@@ -29,12 +29,12 @@ LOGGER = "hf_distill.teachers.model"
 
 
 def swapped() -> Any:
-    """As many words, but two have changed places: the same width, other tokens."""
+    """Return a tokenizer with two swapped words: the same width, other tokens."""
     return tokenizer({f"w{i}": i for i in range(VOCABULARY)} | {"w3": 4, "w4": 3})
 
 
 def saved(folder: Path, name: str, beside: Any = None) -> str:
-    """A teacher's folder, with a tokenizer or without."""
+    """Save a teacher, with or without a tokenizer."""
     HEADS[name].make(1).save_pretrained(folder)
     if beside is not None:
         beside.save_pretrained(folder)
@@ -42,7 +42,7 @@ def saved(folder: Path, name: str, beside: Any = None) -> str:
 
 
 def in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, beside: Any = None) -> str:
-    """A Hub id, downloaded earlier: what `from_pretrained` reads without a network."""
+    """Put a model into the local Hub cache, from which `from_pretrained` loads without a network."""
     commit = "0" * 40
     repository = cache / "models--somebody--teacher"
     (repository / "refs").mkdir(parents=True)
@@ -57,11 +57,11 @@ def build(folder: Path, name: str, teacher: Any, **settings: Any) -> Any:
     return make(folder, HEADS[name].make(0), teacher, **{**given, **settings})
 
 
-# A Hub id.
+# Hub ids.
 
 
 @pytest.mark.parametrize("name", [*VOCABULARIES, *POSITIONS])
-def test_a_hub_ids_tokenizer_is_compared(tmp_path, monkeypatch, name: str) -> None:
+def test_the_tokenizer_of_a_hub_id_is_compared(tmp_path, monkeypatch, name: str) -> None:
     teacher = in_the_cache(tmp_path / "cache", monkeypatch, name, swapped())
     with pytest.raises(TeacherError, match=r"2 tokens have other ids, 'w3' is 3 for the student and 4"):
         build(tmp_path, name, teacher)
@@ -80,7 +80,7 @@ WITHOUT = ("gpt2_causal_lm", "bert_masked_lm", "bert_tokens", "t5_seq2seq", "mar
 
 @pytest.mark.parametrize("name", [*WITHOUT, "wav2vec2_ctc_mean", "whisper_seq2seq", "wav2vec2_audio_class"])
 def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) -> None:
-    """transformers would make an empty one of the model's class: that is none."""
+    """transformers would return an empty tokenizer of the model's class, which must not count."""
     teacher = in_the_cache(tmp_path / "cache", monkeypatch, name)
     assert find_tokenizer(teacher) is None
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -90,19 +90,19 @@ def test_a_hub_id_without_a_tokenizer(tmp_path, monkeypatch, caplog, name: str) 
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "GPT2Tokenizer", "Wav2Vec2CTCTokenizer"])
-def test_a_folder_with_the_settings_of_a_tokenizer_but_no_words(tmp_path, kind: str) -> None:
+def test_a_folder_with_tokenizer_settings_but_no_vocabulary(tmp_path, kind: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}), encoding="utf-8")
     assert find_tokenizer(tmp_path) is None
 
 
-def test_a_byte_level_tokenizer_has_no_file_of_words(tmp_path) -> None:
+def test_a_byte_level_tokenizer_needs_no_vocabulary_file(tmp_path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     found = find_tokenizer(tmp_path)
     assert found is not None and found("a")["input_ids"] == ByT5Tokenizer()("a")["input_ids"]
 
 
 @pytest.mark.parametrize("right", ["given", "found"])
-def test_what_is_given_goes_before_what_is_found(tmp_path, right: str) -> None:
+def test_an_explicit_tokenizer_takes_precedence(tmp_path, right: str) -> None:
     path = saved(tmp_path / "teacher", "gpt2_causal_lm", swapped() if right == "given" else tokenizer())
     if right == "given":
         build(tmp_path, "gpt2_causal_lm", path, teacher_processing_class=tokenizer())
@@ -111,11 +111,11 @@ def test_what_is_given_goes_before_what_is_found(tmp_path, right: str) -> None:
         build(tmp_path, "gpt2_causal_lm", path, teacher_processing_class=swapped())
 
 
-# A model object.
+# Model objects.
 
 
 @pytest.mark.parametrize("name", [*VOCABULARIES, *POSITIONS])
-def test_a_model_that_was_loaded_from_a_folder_knows_its_tokenizer(tmp_path, name: str) -> None:
+def test_the_tokenizer_of_a_model_loaded_from_a_folder_is_found(tmp_path, name: str) -> None:
     model = HEADS[name].model_class.from_pretrained(saved(tmp_path / "teacher", name, swapped()))
     with pytest.raises(TeacherError, match="2 tokens have other ids"):
         build(tmp_path, name, model)
@@ -125,8 +125,8 @@ def test_a_model_that_was_loaded_from_a_folder_knows_its_tokenizer(tmp_path, nam
     build(tmp_path, name, same)
 
 
-def test_a_classifier_from_a_folder_does_not_read_the_students_ids(tmp_path) -> None:
-    """At sequence level another tokenizer is allowed, with inputs of its own."""
+def test_a_classifier_with_another_tokenizer_requires_its_own_inputs(tmp_path) -> None:
+    """At sequence level another tokenizer is allowed with teacher columns."""
     name = "bert_single_label"
     model = HEADS[name].model_class.from_pretrained(saved(tmp_path / "teacher", name, swapped()))
     trainer = build(tmp_path, name, model, train_dataset=HEADS[name].examples(4))
@@ -134,7 +134,7 @@ def test_a_classifier_from_a_folder_does_not_read_the_students_ids(tmp_path) -> 
         trainer.train()
 
 
-def test_an_unknown_tokenizer_is_said_once_to_be_unknown(caplog) -> None:
+def test_an_unknown_tokenizer_gives_one_warning(caplog) -> None:
     head = HEADS["gpt2_causal_lm"]
     with caplog.at_level(logging.WARNING, LOGGER):
         distiller = Distiller(head.make(0), head.make(1), processing_class=tokenizer())
@@ -143,7 +143,7 @@ def test_an_unknown_tokenizer_is_said_once_to_be_unknown(caplog) -> None:
     assert "was not compared with the student's" in caplog.text and "teacher_processing_class=" in caplog.text
 
 
-def test_nothing_is_said_where_there_is_nothing_to_compare_or_it_was(caplog) -> None:
+def test_no_warning_if_the_comparison_is_done_or_not_needed(caplog) -> None:
     head = HEADS["gpt2_causal_lm"]
     with caplog.at_level(logging.WARNING, LOGGER):
         Distiller(head.make(0), head.make(1))
@@ -151,7 +151,7 @@ def test_nothing_is_said_where_there_is_nothing_to_compare_or_it_was(caplog) -> 
     assert not caplog.records
 
 
-def test_a_processor_is_asked_for_its_tokenizer() -> None:
+def test_the_tokenizer_of_a_processor_is_used() -> None:
     class Processor:
         tokenizer = swapped()
 
@@ -166,7 +166,7 @@ MORE = {"added": ["<user>", "<bot>"]}  # ids 40 and 41
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_regression", "bert_embedding"])
-def test_a_whole_sequence_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
+def test_ids_beyond_the_teachers_embeddings_raise_at_sequence_level(name: str) -> None:
     head = HEADS[name]
     student, teacher = head.make(0, vocab_size=42), head.make(1)
     batch = head.batch(4)
@@ -177,13 +177,13 @@ def test_a_whole_sequence_with_ids_that_the_teacher_cannot_embed(name: str) -> N
     with pytest.raises(DataError, match=r"makes ids up to 41, the teacher embeds 40.*teacher_text"):
         distiller(student, batch)
     given = {"teacher_input_ids": batch["input_ids"].clamp(max=39), "teacher_attention_mask": batch["attention_mask"]}
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
     assert distiller(student, {**batch, **given}).loss > 0
     assert int(seen[-1]["input_ids"].max()) < 40
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_positions_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
+def test_ids_beyond_the_teachers_embeddings_raise_at_token_level(name: str) -> None:
     head = HEADS[name]
     with pytest.raises(TeacherError, match=r"makes ids up to 41, the teacher embeds 40"):
         Distiller(
@@ -194,8 +194,8 @@ def test_positions_with_ids_that_the_teacher_cannot_embed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
-def test_a_teacher_with_padded_embeddings_reads_them(name: str) -> None:
-    """48 rows for 40 tokens: the student's two more have a place, and no message."""
+def test_padded_embeddings_accept_additional_ids(name: str) -> None:
+    """48 rows for 40 tokens: the student's two additional ids have rows, so there is no message."""
     head = HEADS[name]
     student, teacher = head.make(0, vocab_size=42), head.make(1, vocab_size=48)
     distiller = Distiller(
@@ -214,10 +214,10 @@ def test_a_teacher_with_padded_embeddings_reads_them(name: str) -> None:
     assert distiller(student, {**batch, "labels": labels}).loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-# What is not known, and the near way out.
+# Tokenizers that cannot be compared.
 
 
-def test_embeddings_of_other_widths_whose_tokenizers_were_not_compared() -> None:
+def test_different_embedding_widths_without_tokenizers_raise() -> None:
     head = HEADS["bert_single_label"]
     student, teacher, batch = head.make(0, vocab_size=48), head.make(1), head.batch(4)
     known = {"processing_class=": {}, "teacher_processing_class=": {"processing_class": tokenizer()}}
@@ -234,8 +234,8 @@ def test_embeddings_of_other_widths_whose_tokenizers_were_not_compared() -> None
     assert way_out(student, batch).loss > 0
 
 
-def test_a_model_from_the_hub_knows_its_tokenizer(tmp_path, monkeypatch, caplog) -> None:
-    """It lies in the local cache beside the weights; nothing is downloaded."""
+def test_the_tokenizer_of_a_model_from_the_hub_is_found(tmp_path, monkeypatch, caplog) -> None:
+    """It is in the local cache with the weights; nothing is downloaded."""
     name = "gpt2_causal_lm"
     hub_id = in_the_cache(tmp_path / "cache", monkeypatch, name, tokenizer())
     teacher = HEADS[name].model_class.from_pretrained(hub_id)
@@ -248,7 +248,7 @@ def test_a_model_from_the_hub_knows_its_tokenizer(tmp_path, monkeypatch, caplog)
 
 @pytest.mark.parametrize("name", ["gpt2_causal_lm", "bert_masked_lm", "bert_single_label"])
 @pytest.mark.parametrize("made", ["inherit", "narrow", "both", "copy"])
-def test_a_student_that_was_built_from_the_teacher_has_its_tokenizer(caplog, name: str, made: str) -> None:
+def test_a_student_built_from_the_teacher_has_its_tokenizer(caplog, name: str, made: str) -> None:
     teacher = HEADS[name].make(1, layers=2)
     student = inherit(teacher, layers=1) if made in ("inherit", "both", "copy") else teacher
     if made in ("narrow", "both"):
@@ -262,8 +262,8 @@ def test_a_student_that_was_built_from_the_teacher_has_its_tokenizer(caplog, nam
     assert "was not compared" in caplog.text
 
 
-def test_models_of_a_trimmed_vocabulary_do_not_read_the_tokenizer_of_their_folder(tmp_path, caplog) -> None:
-    """Both were cut to the same tokens; beside the checkpoint lies the tokenizer of all."""
+def test_trimmed_models_do_not_use_the_tokenizer_of_their_folder(tmp_path, caplog) -> None:
+    """Both were cut to the same tokens; the folder has the full tokenizer."""
     name = "bert_single_label"
     whole = HEADS[name].model_class.from_pretrained(saved(tmp_path, name, tokenizer()))
     trimmed = trim_vocabulary(tokenizer(), ["w3 w5 w7 w9 w11"])
@@ -276,8 +276,8 @@ def test_models_of_a_trimmed_vocabulary_do_not_read_the_tokenizer_of_their_folde
     assert not caplog.records
 
 
-def test_the_warning_comes_once_for_each_teacher(tmp_path, caplog) -> None:
-    """A training in stages builds a trainer for each of them."""
+def test_each_teacher_gives_one_warning(tmp_path, caplog) -> None:
+    """Although each stage of a training builds its own trainer."""
     head, teacher = HEADS["gpt2_causal_lm"], HEADS["gpt2_causal_lm"].make(1)
     with caplog.at_level(logging.WARNING, LOGGER):
         for _ in range(4):

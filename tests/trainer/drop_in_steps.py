@@ -1,4 +1,4 @@
-"""Trainings of the drop-in promise that several processes make too: unknown classes, base trainers, a rising alpha."""
+"""Drop-in trainings that also run in several processes: unknown classes, base trainers, a rising alpha."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ UNKNOWN = ("module", "home_made", "no_labels")
 
 
 class Raise(TrainerCallback):
-    """Lets the teacher in after the first step."""
+    """Raises alpha after the first step, so that the teacher is used."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         args.alpha = 0.5
 
 
 def unknown_class(folder: Path | str, name: str, *, ours: bool) -> tuple[Any, ...]:
-    """Weights, logged losses and `eval_loss` of a class that is not known, with accumulation."""
+    """Return weights, logged losses and `eval_loss` of an unknown class, with accumulation."""
     case = CASES[name]
     kind, base, more = (TrainingArguments, Trainer, {})
     if ours:
         kind, base, more = DistillationArguments, DistillationTrainer, {"alpha": 0.0}
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    cut["per_device_eval_batch_size"] = 2  # full batches in two processes too: Trainer counts those that fill up
+    cut["per_device_eval_batch_size"] = 2  # full batches in two processes too: Trainer counts duplicated examples
     student = case.make()
     trainer = base(
         model=student,
@@ -45,7 +45,7 @@ def unknown_class(folder: Path | str, name: str, *, ours: bool) -> tuple[Any, ..
 
 
 def own_forward(folder: Path | str, batch: int) -> tuple[dict[str, torch.Tensor], float]:
-    """One step over a base trainer whose outputs carry no gradient: two forwards, one backward."""
+    """Run one step over a base trainer whose outputs have no gradient: two forwards, one backward."""
     given = base_args(folder, alpha=0.5, temperature=2.0, per_device_train_batch_size=batch)
     trainer = mine(folder, args=given)
     trainer.train()
@@ -53,7 +53,7 @@ def own_forward(folder: Path | str, batch: int) -> tuple[dict[str, torch.Tensor]
 
 
 def rising_alpha(folder: Path | str, batch: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Two steps, the second with a teacher that was not loaded before."""
+    """Run two steps, the second with a teacher that was not loaded before."""
     student = bert().double()
     settings = {"per_device_train_batch_size": batch, "train_sampling_strategy": "sequential", "logging_steps": 1}
     trainer = make(folder, student, bert(seed=1).double(), alpha=0.0, callbacks=[Raise()], **settings)
@@ -62,7 +62,7 @@ def rising_alpha(folder: Path | str, batch: int) -> tuple[dict[str, torch.Tensor
 
 
 def everything(folder: Path | str, batch: int) -> dict[str, Any]:
-    """What a process finds; `batch` examples are its part of eight."""
+    """Return the results of a process; `batch` examples are its share of eight."""
     found: dict[str, Any] = {
         name: [unknown_class(folder, name, ours=ours) for ours in (False, True)] for name in UNKNOWN
     }

@@ -1,4 +1,4 @@
-"""Evaluations whose figures must not depend on the number of processes. Used by tests and by a child process."""
+"""Evaluations whose metrics must not depend on the number of processes, for tests and a child process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.heads import HEADS, Head
 from tests.trainer.steps import in_double
 from tests.trainer.tiny import arguments
 
-BATCH = 2  # examples of a process
-SIZES = range(1, 10)  # each remainder of two processes, and fewer examples than there are processes
-# What is evaluated: a head, how many examples, and what is special about it.
+BATCH = 2  # examples per process
+SIZES = range(1, 10)  # each remainder for two processes, and fewer examples than processes
+# The evaluations: a head, the number of examples, and a special property.
 EVALUATIONS: list[tuple[str, int, str]] = [
     *(("bert_single_label", size, "plain") for size in SIZES),
     *(("bert_tokens", size, "plain") for size in (1, 3, 5, 6)),
@@ -56,7 +56,7 @@ class Stream(IterableDataset):
 
 
 def summed(evaluated: Any, compute_result: bool = True) -> dict[str, float]:
-    """Figures that change with each example, and with its predictions where they do not depend on the padding."""
+    """Return metrics that depend on each example, and on its predictions if those do not depend on padding."""
     predictions = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
     labels = evaluated.label_ids[0] if isinstance(evaluated.label_ids, tuple) else evaluated.label_ids
     predictions, labels = np.asarray(predictions), np.asarray(labels, dtype=float)
@@ -66,7 +66,7 @@ def summed(evaluated: Any, compute_result: bool = True) -> dict[str, float]:
         "labels": float(labels[labels != -100].sum()),
         "firsts": float(np.abs(predictions.reshape(len(predictions), -1)[:, 0]).sum()),
     }
-    if predictions.dtype.kind == "i":  # chosen or generated tokens; they are padded with -100 and with token 0
+    if predictions.dtype.kind == "i":  # predicted or generated tokens, padded with -100 and token 0
         found["tokens"] = float(predictions.clip(min=0).sum())
     elif predictions.shape[: labels.ndim] == labels.shape:
         found["squares"] = float((predictions[labels != -100] ** 2).sum())
@@ -76,7 +76,7 @@ def summed(evaluated: Any, compute_result: bool = True) -> dict[str, float]:
 
 
 def evaluated(folder: Path | str, name: str, size: int, special: str) -> dict[str, Any]:
-    """The metrics of `evaluate`, and the predictions and metrics of `predict`."""
+    """Return the metrics of `evaluate`, and the predictions and metrics of `predict`."""
     head, two = HEADS[name], special in ("seq2seq", "generates")
     settings: dict[str, Any] = {"per_device_eval_batch_size": BATCH, "temperature": 3.0, "evaluate_with_teacher": True}
     given: dict[str, Any] = {"compute_metrics": summed}
@@ -136,7 +136,7 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class Batches:
-    """Metrics that are summed batch by batch."""
+    """Metrics summed over batches."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}

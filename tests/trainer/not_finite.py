@@ -1,4 +1,4 @@
-"""Trainings with a loss or a gradient that is not finite. Used by tests and by a child process."""
+"""Trainings whose loss or gradient is not finite, for tests and a child process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_distill import Distiller, HfDistillError
 from tests.heads import HEADS, Head
 from tests.trainer.tiny import make, weights
 
-# What is wrong with one example of process 1: how it is trained, and what is wrong.
+# The fault of one example of process 1: the kind of training, and the fault.
 FAULTS = [
     ("trainer", "labels"),
     ("trainer", "input"),
@@ -26,12 +26,12 @@ FAULTS = [
 
 
 def sounds(head: Head, count: int, *, wrong: int | None, fault: str) -> list[dict[str, Any]]:
-    """Examples of a CTC head, one of which is wrong."""
+    """Return examples of a CTC head, one of which has the fault."""
     examples = head.examples(count)
     if wrong is None:
         return examples
     if fault == "labels":
-        examples[wrong]["labels"] = [4] * 30  # 59 frames; the longest sound makes 24
+        examples[wrong]["labels"] = [4] * 30  # needs 59 frames; the longest recording gives 24
     elif fault == "input":
         examples[wrong]["input_values"][7] = float("nan")
     elif fault == "teacher":
@@ -39,11 +39,11 @@ def sounds(head: Head, count: int, *, wrong: int | None, fault: str) -> list[dic
     return examples
 
 
-MARK = 1234.5  # a sample that the teacher of `deaf` answers with NaN
+MARK = 1234.5  # a sample for which the teacher of `deaf` returns NaN
 
 
 def deaf(model: Any) -> Any:
-    """The model, whose logits are NaN for the examples that hold `MARK`."""
+    """Return the model, with NaN logits for examples that contain `MARK`."""
     seen: dict[str, Any] = {}
 
     def look(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -58,14 +58,14 @@ def deaf(model: Any) -> Any:
 
 
 def what_each_process_raises(folder: Path | str, fault: tuple[str, str]) -> dict[str, Any]:
-    """What is raised, and whether the student is as it was, by process; example 1 of process 1's second batch is wrong.
+    """Return each process's error, and whether its student is unchanged; example 1 of process 1's batch 2 is faulty.
 
     The first step of a process is two micro-batches of two examples.
     """
     how, what = fault
     head, rank = HEADS["wav2vec2_ctc_mean"], PartialState().process_index
     student, teacher = head.make(seed=0), deaf(head.make(seed=1))
-    examples = sounds(head, 8, wrong=7, fault=what)  # process 1 reads 2 3 and 6 7
+    examples = sounds(head, 8, wrong=7, fault=what)  # process 1 has examples 2 3 and 6 7
     message = None
     try:
         if how == "loop":
@@ -98,7 +98,7 @@ def trained(folder: Any, head: Head, student: Any, teacher: Any, examples: list[
 
 
 def loop(head: Head, student: Any, teacher: Any, examples: list[Any]) -> None:
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # SpecAugment's, which is off
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # SpecAugment's parameters, as it is off
     accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     distiller = Distiller(student, teacher)
     model = accelerator.prepare(student.train())

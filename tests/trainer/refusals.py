@@ -1,4 +1,4 @@
-"""Checks that a refused run said what it had to say and left models and folders as they were."""
+"""Checks that an error has the expected message and leaves models and folders unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Everything that a refused teacher or student must still be: bits, dtypes, mode, what is trained."""
+    """Return everything that an error must not change: bits, dtypes, mode, trainable parameters."""
     return (
         {name: (value.dtype, value.clone()) for name, value in model.state_dict().items()},
         [module.training for module in model.modules()],
@@ -31,7 +31,7 @@ def assert_unchanged(model: nn.Module, before: tuple[Any, ...]) -> None:
 
 @contextmanager
 def refused(folder: Path, error: type[Exception], *words: str, models: tuple[Any, ...] = ()) -> Iterator[None]:
-    """Raises `error` with all of these words in its message; afterwards models and folder are as before."""
+    """Expect `error` with all of these words in its message; models and folder must be unchanged afterwards."""
     before = [state_of(model) for model in models]
     there = sorted(folder.rglob("*"))
     with pytest.raises(error) as raised:

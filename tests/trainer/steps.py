@@ -1,4 +1,4 @@
-"""Optimizer steps of any head, cut into micro-batches in any way. Used by tests and by a child process."""
+"""Optimizer steps of any head, split into micro-batches in any way, for tests and a child process."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.heads import Head
 from tests.trainer.tiny import PLAIN_STEP, arguments, weights
 
 BATCH = 8
-NO_LOSS = ("bert_embedding",)  # a bare encoder has no loss of its own: it learns from the teacher alone
+NO_LOSS = ("bert_embedding",)  # a bare encoder has no loss of its own: it learns only from the teacher
 
 
 def in_double(head: Head, features: Sequence[dict[str, Any]], *, pad_to: int | None = None) -> dict[str, torch.Tensor]:
-    """A collator that gives fp64 where the head's own gives fp32, so that only real differences are seen."""
+    """Collate with fp64 in place of fp32, so that only real differences are visible."""
     batch = head.collate(features, pad_to)
     return {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
 
@@ -35,18 +35,18 @@ def alphas_of(name: str) -> tuple[float, ...]:
 
 
 def dropout_of(head: Head, rate: float) -> dict[str, float]:
-    """The settings of this head's config that turn dropout on."""
+    """Return the config settings that turn on dropout in this head."""
     return {key: rate for key, value in head.settings.items() if "drop" in key and "layer" not in key and value == 0.0}
 
 
 def own_mean(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-    """A `compute_loss_func` that does not look at the count that it is given: a mean over this micro-batch."""
+    """A `compute_loss_func` that ignores the count: the mean over this micro-batch."""
     logits, labels = rows_of(outputs, labels)
     return 2 * torch.nn.functional.cross_entropy(logits, labels)
 
 
 def own_share(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-    """The same, as transformers' documentation shows it: a sum, over the count that it is given."""
+    """A `compute_loss_func` as in transformers' documentation: the sum divided by the count."""
     logits, labels = rows_of(outputs, labels)
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return 2 * torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count
@@ -56,7 +56,7 @@ def rows_of(outputs: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return outputs["logits"].flatten(0, -2), labels.flatten()
 
 
-# Ways to say what the labels' loss is: keywords of the trainer and settings of its arguments.
+# Ways to define the labels' loss: keywords of the trainer and settings of its arguments.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "smoothed": ({}, {"label_smoothing_factor": 0.2}),
@@ -70,16 +70,16 @@ VARIED = [
     (name, variant)
     for name in ("bert_single_label", "bert_tokens", "llama_causal_lm", "t5_seq2seq")
     for variant in VARIANTS
-    if variant != "plain" and not ("own" in variant and name == "llama_causal_lm")  # whose labels would be shifted
+    if variant != "plain" and not ("own" in variant and name == "llama_causal_lm")  # its labels would need a shift
 ]
 
 
 def one_step(
     folder: Path | str, head: Head, *, alpha: float, micro_batch: int, accumulation: int, variant: str = "plain"
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights after one plain SGD step on eight ragged examples, and what was logged."""
+    """Return the weights after one plain SGD step on eight ragged examples, and the log."""
     student, teacher = head.make(seed=0).double(), head.make(seed=1).double()
-    # The labels' loss of some heads depends on the padding; there every batch is padded alike.
+    # The labels' loss of some heads depends on the padding; their batches all have the same length.
     pad_to = head.longest if head.labels_see_padding and alpha < 1 else None
     keywords, settings = VARIANTS[variant]
     args = arguments(
@@ -109,7 +109,7 @@ def one_step(
 
 
 def asked_teacher(folder: Path | str, head: Head, *, count: int) -> dict[str, float]:
-    """What an evaluation with the teacher measures on `count` examples, three at a time."""
+    """Return the metrics of an evaluation with the teacher on `count` examples, three at a time."""
     args = arguments(folder, alpha=0.5, temperature=3.0, evaluate_with_teacher=True, per_device_eval_batch_size=3)
     trainer = DistillationTrainer(
         model=head.make(seed=0).double(),
@@ -123,16 +123,16 @@ def asked_teacher(folder: Path | str, head: Head, *, count: int) -> dict[str, fl
     return {name: metrics[name] for name in asked if name in metrics}
 
 
-# Objectives on the inside, whose projections are trained beside the student.
+# Objectives on activations, whose projections are trained with the student.
 
-WHOLE = 3 * BATCH  # examples, for three steps: a mistake in what a step leaves behind shows in the next
+WHOLE = 3 * BATCH  # examples for three steps: an error in the state after a step shows in the next
 
 OBJECTIVES_OF: dict[str, Callable[[], list[Any]]] = {
     "projected": lambda: [HiddenMatch("even", embeddings=True, weight=2.0), CosineEmbedding()],
     "attention": lambda: [AttentionMatch("last"), RelationMatch()],
-    # Nothing in the first step, so that its projections have no gradient there.
+    # Weight 0 in the first step, so that its projections have no gradient there.
     "scheduled": lambda: [HiddenMatch("even", weight=lambda progress: float(progress > 0.1))],
-    "lower_block": lambda: [HiddenMatch([(0, 0)])],  # with alpha=None nothing asks the upper block and the head
+    "lower_block": lambda: [HiddenMatch([(0, 0)])],  # with alpha=None the upper block and the head are unused
     "similarity": lambda: [SimilarityMatch(), SimilarityMatch(distance="centered_kernel_alignment", name="cka")],
 }
 
@@ -140,7 +140,7 @@ OBJECTIVES_OF: dict[str, Callable[[], list[Any]]] = {
 def inside_steps(
     folder: Path | str, head: Head, *, kind: str, alpha: float | None, micro_batch: int, accumulation: int, optim: str
 ) -> dict[str, Any]:
-    """The weights of student and projections after three clipped steps, and what was logged of each."""
+    """Return the weights of student and projections after three clipped steps, and the logs of each step."""
     student, teacher = head.make(0, layers=2).double(), head.make(1, layers=3, width=inside_width(head, alpha)).double()
     args = arguments(
         folder,
@@ -150,7 +150,7 @@ def inside_steps(
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
         logging_steps=1,
-        adam_epsilon=1e-4,  # some gradients are 0 but for rounding, which a small one blows up
+        adam_epsilon=1e-4,  # some gradients are 0 up to rounding, which a small epsilon would amplify
         **{**PLAIN_STEP, "optim": optim, "learning_rate": 0.01, "max_grad_norm": 0.05, "weight_decay": 0.1},
     )
     trainer = DistillationTrainer(
@@ -172,5 +172,5 @@ def inside_steps(
 
 
 def inside_width(head: Head, alpha: float | None) -> int | None:
-    """Another than the student's, so that something is learned; an embedding that is compared bridges no widths."""
+    """Return a width other than the student's, so that projections are learned; embeddings need equal widths."""
     return None if head.kind == "embedding" and alpha is not None else 24

@@ -1,4 +1,4 @@
-"""Law L4: however a batch is cut into micro-batches, the update is the same, for every head."""
+"""Law L4: the update does not depend on how a batch is split into micro-batches, for every head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.trainer.tiny import (
 )
 
 ONE_OF_A_KIND = set({head.kind: name for name, head in HEADS.items()}.values())
-# All heads with all that they learn from; each term alone for one head of a kind, and slow for the others.
+# All heads with all terms; each term alone on one head of each kind, and slow for the others.
 CASES = [
     pytest.param(name, alpha, marks=() if alpha == 0.5 or name in ONE_OF_A_KIND else pytest.mark.slow)
     for name in HEADS
@@ -29,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "alpha"), CASES)
-def test_one_batch_of_eight_is_any_accumulation(tmp_path, name: str, alpha: float) -> None:
+def test_accumulation_equals_one_batch_of_eight(tmp_path, name: str, alpha: float) -> None:
     head = HEADS[name]
     start = weights(head.make(seed=0).double())
     whole, logged = one_step(tmp_path, head, alpha=alpha, micro_batch=8, accumulation=1)
@@ -41,8 +41,8 @@ def test_one_batch_of_eight_is_any_accumulation(tmp_path, name: str, alpha: floa
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels_see_padding])
-def test_where_the_labels_see_padding_the_teachers_term_does_not(tmp_path, name: str) -> None:
-    """The padding of the batch of eight is that of its longest example; alone, each has its own."""
+def test_the_teachers_term_does_not_depend_on_padding(tmp_path, name: str) -> None:
+    """The batch of eight is padded to its longest example; single examples are not padded."""
     head = HEADS[name]
     start = weights(head.make(seed=0).double())
     whole, _ = one_step(tmp_path, head, alpha=1.0, micro_batch=8, accumulation=1)
@@ -51,7 +51,7 @@ def test_where_the_labels_see_padding_the_teachers_term_does_not(tmp_path, name:
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIED)
-def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
+def test_accumulation_is_exact_for_every_labels_loss(tmp_path, name: str, variant: str) -> None:
     head = HEADS[name]
     start = weights(head.make(seed=0).double())
     whole, logged = one_step(tmp_path, head, alpha=0.5, micro_batch=8, accumulation=1, variant=variant)
@@ -60,8 +60,8 @@ def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
     assert cut_logged == pytest.approx(logged, rel=1e-4)
 
 
-def test_a_variant_is_another_loss(tmp_path) -> None:
-    """So that the test above tests what it says; the two ways to write one's own loss are one loss."""
+def test_the_variants_of_the_labels_loss_differ(tmp_path) -> None:
+    """Otherwise the test above would be meaningless; the two custom losses are the same loss."""
     head = HEADS["bert_tokens"]
     found = {
         variant: one_step(tmp_path, head, alpha=0.5, micro_batch=8, accumulation=1, variant=variant)[1]["loss/labels"]
@@ -73,7 +73,7 @@ def test_a_variant_is_another_loss(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
-def test_the_update_is_the_one_of_plain_torch(tmp_path, accumulation: int) -> None:
+def test_the_update_equals_plain_torch(tmp_path, accumulation: int) -> None:
     data = examples()
     expected, teacher = bert().double(), bert(seed=1).double().eval()
     batch = padded(data)
@@ -108,21 +108,21 @@ def trained(folder, **changed) -> dict[str, torch.Tensor]:
     return weights(student)
 
 
-def test_the_last_step_of_an_epoch_has_fewer_examples(tmp_path) -> None:
-    """Eleven examples: a step of eight, then one of three, twice over."""
+def test_a_smaller_last_step_of_an_epoch(tmp_path) -> None:
+    """Eleven examples: a step of eight, then a step of three, for two epochs."""
     whole = trained(tmp_path, per_device_train_batch_size=8)
     cut = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert update_difference(cut, whole, weights(bert().double())) < 1e-6
 
 
-def test_a_cut_that_changes_nothing_changes_no_bit(tmp_path) -> None:
+def test_the_same_micro_batches_give_the_same_bits(tmp_path) -> None:
     first = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     again = trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert_same_bits(again, first)
 
 
-def test_in_single_precision(tmp_path) -> None:
-    """As users train. Weights are rounded to 6e-8 of their size: 1e-6 and more of a small update, hence 1e-5."""
+def test_accumulation_in_single_precision(tmp_path) -> None:
+    """As in practice. Weights are rounded to 6e-8 of their size: 1e-6 or more of a small update, hence 1e-5."""
     found = []
     for micro_batch, accumulation in ((8, 1), (2, 4)):
         student = bert()
@@ -138,8 +138,8 @@ def test_in_single_precision(tmp_path) -> None:
     assert update_difference(found[1], found[0], weights(bert())) < 1e-5
 
 
-def test_with_label_smoothing_and_unlabelled_examples(tmp_path) -> None:
-    """A micro-batch without any label has a mean of nothing; it must not poison the step."""
+def test_accumulation_with_label_smoothing_and_unlabelled_examples(tmp_path) -> None:
+    """The mean over a micro-batch without labels is NaN, which must not spread to the step."""
     data = [{**example, "labels": example["labels"] if i % 4 == 0 else -100} for i, example in enumerate(examples())]
     found = []
     for micro_batch, accumulation in ((8, 1), (2, 4), (1, 8)):
@@ -159,8 +159,8 @@ def test_with_label_smoothing_and_unlabelled_examples(tmp_path) -> None:
         assert update_difference(cut, found[0], weights(bert().double())) < 1e-6
 
 
-def test_arguments_of_accelerate_that_accumulate_are_no_way_around(tmp_path) -> None:
-    """`accelerator_config` may set the number of steps too; the update is the same."""
+def test_accumulation_set_by_accelerator_config(tmp_path) -> None:
+    """`accelerator_config` can also set the number of steps; the update is the same."""
     given = {"max_steps": 1, "per_device_train_batch_size": 2}
     student, other = bert().double(), bert().double()
     args = arguments(tmp_path, accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 4}}, **given)

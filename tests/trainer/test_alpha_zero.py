@@ -1,4 +1,4 @@
-"""alpha=0 is `Trainer`: the same weights, bit for bit, after the same steps; the teacher is never run."""
+"""alpha=0 equals `Trainer`: the same weights, bit for bit, after the same steps; the teacher never runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.trainer.tiny import (
     weights,
 )
 
-DROPOUT = 0.3  # so that a single draw too many from the random generator shows
+DROPOUT = 0.3  # makes any additional random draw visible
 
 
 def after_training(trainer_class: Any, args: Any, **given: Any) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def after_training(trainer_class: Any, args: Any, **given: Any) -> dict[str, tor
 
 
 def both(folder: Any, *, teacher: Any = None, settings: dict[str, Any] | None = None, **given: Any) -> None:
-    """Train the same student with `Trainer` and with ours, and compare."""
+    """Train the same student with `Trainer` and `DistillationTrainer`, and compare."""
     shared = {"max_steps": 3, "optim": "adamw_torch", "max_grad_norm": 1.0, **(settings or {})}
     theirs = after_training(Trainer, arguments(folder / "theirs", TrainingArguments, **shared), **given)
     args = arguments(folder / "ours", DistillationArguments, alpha=0.0, **shared)
@@ -52,7 +52,7 @@ def both(folder: Any, *, teacher: Any = None, settings: dict[str, Any] | None = 
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name not in NO_LOSS])
-def test_every_head(tmp_path, name: str) -> None:
+def test_every_head_trains_as_with_trainer(tmp_path, name: str) -> None:
     head = HEADS[name]
     found = []
     for trainer_class, kind, more in (
@@ -76,11 +76,11 @@ def test_every_head(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIED)
-def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
-    """Label smoothing of every shape, and losses of one's own, in one batch a step."""
+def test_every_labels_loss_trains_as_with_trainer(tmp_path, name: str, variant: str) -> None:
+    """Label smoothing for every shape, and custom losses, with one batch per step."""
     head = HEADS[name]
     keywords, settings = VARIANTS[variant]
-    # With label smoothing the labels do not reach the model, so that a decoder's inputs must be in the batch.
+    # With label smoothing the model gets no labels, so a decoder's inputs must be in the batch.
     data = head.examples(8)
     if head.kind == "seq2seq":
         data = [{**e, "decoder_input_ids": [0, *e["labels"][:-1]]} for e in data]
@@ -99,21 +99,21 @@ def test_whatever_the_labels_loss_is(tmp_path, name: str, variant: str) -> None:
     assert_same_bits(found[1], found[0])
 
 
-def test_without_a_teacher(tmp_path) -> None:
+def test_it_equals_trainer_without_a_teacher(tmp_path) -> None:
     both(tmp_path)
 
 
-def test_with_a_teacher_that_is_never_run(tmp_path) -> None:
+def test_it_equals_trainer_and_never_runs_the_teacher(tmp_path) -> None:
     both(tmp_path, teacher=never_called(bert(seed=1)))
 
 
-def test_with_a_teacher_of_the_wrong_kind_that_is_never_looked_at(tmp_path) -> None:
+def test_it_equals_trainer_and_never_checks_the_teacher(tmp_path) -> None:
     teacher = bert("TokenClassification", seed=1)
     both(tmp_path, teacher=teacher)
     assert teacher.training and all(p.requires_grad for p in teacher.parameters())
 
 
-def test_label_smoothing(tmp_path) -> None:
+def test_label_smoothing_equals_trainer(tmp_path) -> None:
     both(tmp_path, settings={"label_smoothing_factor": 0.2})
 
 
@@ -122,24 +122,24 @@ def mean_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torc
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-def test_compute_loss_func(tmp_path) -> None:
+def test_compute_loss_func_equals_trainer(tmp_path) -> None:
     both(tmp_path, compute_loss_func=mean_loss)
 
 
-def test_clipping_decay_and_a_learning_rate_schedule(tmp_path) -> None:
+def test_clipping_decay_and_schedules_equal_trainer(tmp_path) -> None:
     both(tmp_path, settings={"weight_decay": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1})
 
 
-def test_a_last_batch_that_is_smaller_and_several_epochs(tmp_path) -> None:
+def test_a_smaller_last_batch_over_several_epochs_equals_trainer(tmp_path) -> None:
     both(tmp_path, settings={"max_steps": -1, "num_train_epochs": 2}, train_dataset=examples(10))
 
 
-def test_with_evaluation_between_the_steps(tmp_path) -> None:
+def test_evaluation_between_steps_equals_trainer(tmp_path) -> None:
     both(tmp_path, settings={"eval_strategy": "steps", "eval_steps": 1}, eval_dataset=examples(5))
 
 
-def test_a_compute_loss_func_that_is_exact_is_the_same_under_accumulation(tmp_path) -> None:
-    """Where `Trainer` is right under accumulation, so are we; the sums are ordered otherwise, so not bit for bit."""
+def test_an_exact_compute_loss_func_equals_trainer_under_accumulation(tmp_path) -> None:
+    """`Trainer` is exact there; sums have another order, so the result is not equal bit for bit."""
     shared = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     given = {"compute_loss_func": mean_loss, "train_dataset": examples(8)}
     theirs = after_training(Trainer, arguments(tmp_path / "theirs", TrainingArguments, **shared), **given)
@@ -149,7 +149,7 @@ def test_a_compute_loss_func_that_is_exact_is_the_same_under_accumulation(tmp_pa
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_model_init(tmp_path) -> None:
+def test_model_init_equals_trainer(tmp_path) -> None:
     def fresh() -> Any:
         return bert(dropout=DROPOUT)
 
@@ -169,14 +169,14 @@ def test_model_init(tmp_path) -> None:
     assert_same_bits(found[1], found[0])
 
 
-def test_seq2seq_trainer(tmp_path) -> None:
+def test_it_equals_seq2seq_trainer(tmp_path) -> None:
     shared = {"max_steps": 3, "optim": "adamw_torch"}
     theirs = after_training(Seq2SeqTrainer, arguments(tmp_path / "theirs", Seq2SeqTrainingArguments, **shared))
     args = arguments(tmp_path / "ours", Seq2SeqDistillationArguments, alpha=0.0, **shared)
     assert_same_bits(after_training(Seq2SeqDistillationTrainer, args), theirs)
 
 
-def test_the_positional_arguments_of_trainer_keep_their_places(tmp_path) -> None:
+def test_positional_arguments_are_those_of_trainer(tmp_path) -> None:
     found = []
     for trainer_class, kind, more in (
         (Trainer, TrainingArguments, {}),
@@ -190,7 +190,7 @@ def test_the_positional_arguments_of_trainer_keep_their_places(tmp_path) -> None
     assert found[1][1] == found[0][1]
 
 
-def test_plain_training_arguments_use_the_defaults_and_so_need_a_teacher(tmp_path) -> None:
+def test_plain_training_arguments_need_a_teacher(tmp_path) -> None:
     args = arguments(tmp_path, TrainingArguments)
     with pytest.raises(SettingError, match=r"alpha is 0\.5 but there is no teacher"):
         DistillationTrainer(model=bert(), args=args, train_dataset=examples(), data_collator=padded)
@@ -203,7 +203,7 @@ def test_plain_training_arguments_use_the_defaults_and_so_need_a_teacher(tmp_pat
     assert trainer.state.global_step == 2
 
 
-def test_making_the_trainer_draws_nothing_that_trainer_does_not_draw(tmp_path) -> None:
+def test_construction_draws_the_same_random_numbers_as_trainer(tmp_path) -> None:
     set_seed(7)
     Trainer(model=bert(), args=arguments(tmp_path / "a", TrainingArguments))
     expected = torch.rand(3)

@@ -1,6 +1,6 @@
-"""`assistant_masks` and `completion_mask` of causal language models: the loss over the answers alone, however collated.
+"""`assistant_masks` and `completion_mask` of causal LMs: the loss over the answers alone, with any collator.
 
-The right value is worked out example by example, unpadded, in fp64.
+The expected values are computed example by example, unpadded, in fp64.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def models(name: str = "llama_causal_lm") -> tuple[Any, Any]:
 
 
 def by_hand(data: list[dict[str, Any]], alpha: float, head: str = "llama_causal_lm") -> tuple[float, float, float]:
-    """Loss, cross-entropy and divergence over the tokens that every mask of an example keeps."""
+    """Return loss, cross-entropy and divergence over the tokens that every mask of an example keeps."""
     student, teacher = (model.double().eval() for model in models(head))
     labels, divergences = [], []
     for row in data:
@@ -80,7 +80,7 @@ def with_labels(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "labels": row["input_ids"]} for row in data]
 
 
-# How examples become a batch: data, and keywords of the trainer.
+# Ways to make batches: data, and keywords of the trainer.
 WAYS: dict[str, Callable[[list[dict[str, Any]]], tuple[Any, dict[str, Any]]]] = {
     "tokenizer": lambda data: (Dataset.from_list(data), {"processing_class": tokenizer()}),
     "left_padding": lambda data: (Dataset.from_list(data), {"processing_class": left()}),
@@ -108,7 +108,7 @@ WAYS: dict[str, Callable[[list[dict[str, Any]]], tuple[Any, dict[str, Any]]]] = 
 
 
 def padded_masks(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A collator of the user's that pads every column with 0, the masks too, and makes no labels."""
+    """A custom collator that pads every column with 0, masks included, and makes no labels."""
     longest = max(len(feature["input_ids"]) for feature in features)
     return {
         name: torch.tensor([feature[name] + [0] * (longest - len(feature[name])) for feature in features])
@@ -125,20 +125,20 @@ CASES += [(names, "tokenizer") for names in NAMES[1:]]
 def test_the_loss_is_over_the_answers_alone(tmp_path, names: tuple[str, ...], way: str, alpha: float) -> None:
     data, given = WAYS[way](rows(*names))
     expected = by_hand(rows(*names), alpha)[0]
-    assert expected != pytest.approx(by_hand(rows(), alpha)[0], rel=1e-2)  # a mask that is not read would show
+    assert expected != pytest.approx(by_hand(rows(), alpha)[0], rel=1e-2)  # ignoring the masks would be visible
     assert first_loss(tmp_path, data, alpha=alpha, **given) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["gpt2_causal_lm"])
-def test_another_architecture(tmp_path, head: str) -> None:
+def test_the_loss_is_over_the_answers_for_another_architecture(tmp_path, head: str) -> None:
     data = rows("assistant_masks")
     found = first_loss(tmp_path, data, alpha=0.5, head=head, processing_class=tokenizer())
     assert found == pytest.approx(by_hand(data, 0.5, head)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_a_cached_teacher(tmp_path, alpha: float) -> None:
-    """Built of the same examples, or of those without masks: it knows every row either way."""
+def test_answer_masks_with_a_cached_teacher(tmp_path, alpha: float) -> None:
+    """Built from the same examples with or without masks: it contains every row in both cases."""
     for data in (rows("assistant_masks"), rows()):
         cache = TeacherCache.build(
             models()[1], data, tmp_path / str(len(data[0])), processing_class=tokenizer(), progress=False
@@ -148,7 +148,7 @@ def test_a_cached_teacher(tmp_path, alpha: float) -> None:
         assert found == pytest.approx(by_hand(rows("assistant_masks"), alpha)[0], rel=1e-3)
 
 
-def test_no_masks_change_nothing(tmp_path) -> None:
+def test_data_without_masks_is_unchanged(tmp_path) -> None:
     given = {"data_collator": DataCollatorForLanguageModeling(tokenizer(), mlm=False)}
     assert first_loss(tmp_path, rows(), alpha=0.5, **given) == pytest.approx(by_hand(rows(), 0.5)[0], rel=1e-5)
     student, teacher = models()
@@ -165,7 +165,7 @@ def test_an_example_without_an_answer(tmp_path) -> None:
     assert found == pytest.approx(by_hand(data[1:], 0.5)[0], rel=1e-5)
 
 
-def test_evaluation_too_of_a_dataset_that_alone_has_masks(tmp_path) -> None:
+def test_masks_in_the_evaluation_dataset_alone(tmp_path) -> None:
     student, teacher = models()
     given = {"processing_class": tokenizer(), "evaluate_with_teacher": True, "data_collator": None}
     masked = Dataset.from_list(rows("assistant_masks"))
@@ -180,8 +180,8 @@ def test_evaluation_too_of_a_dataset_that_alone_has_masks(tmp_path) -> None:
         assert metrics["eval_divergence"] == pytest.approx(apart, rel=1e-5)
 
 
-def test_a_collator_that_reads_the_masks_itself_is_left_to_it(tmp_path) -> None:
-    """Here the other way round: the prompt is what is learned."""
+def test_a_collator_that_uses_the_masks_itself_is_respected(tmp_path) -> None:
+    """This collator trains on the prompt instead."""
 
     def inverted(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = padded_masks(features)
@@ -198,7 +198,7 @@ def test_a_collator_that_reads_the_masks_itself_is_left_to_it(tmp_path) -> None:
     assert found == pytest.approx(by_hand(prompts, 0.5)[0], rel=1e-5)
 
 
-def test_at_alpha_0_it_is_trainer_which_does_not_read_them(tmp_path, caplog) -> None:
+def test_alpha_0_ignores_masks_as_trainer_does(tmp_path, caplog) -> None:
     data = Dataset.from_list(rows("assistant_masks"))
     given = {"train_dataset": data, "data_collator": DataCollatorForLanguageModeling(tokenizer(), mlm=False)}
     student, _ = models()
@@ -217,7 +217,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_masks_that_do_not_fit_their_tokens(tmp_path, name: str) -> None:
+def test_masks_of_the_wrong_length_raise(tmp_path, name: str) -> None:
     spoil, words = BAD[name]
     data = [spoil(row) if i == 4 else row for i, row in enumerate(rows("assistant_masks"))]
     with pytest.raises(DataError, match=words):
@@ -231,7 +231,7 @@ def collated(inner: Any, data: list[dict[str, Any]]) -> Any:
     return AnswerMaskCollator(inner, reads_masks=False)(data)
 
 
-def test_tokens_that_were_cut_off_take_their_mask_with_them() -> None:
+def test_truncated_tokens_have_truncated_masks() -> None:
     def cut(at: slice) -> Any:
         return lambda features: {"input_ids": torch.tensor([feature["input_ids"][at] for feature in features])}
 
@@ -240,7 +240,7 @@ def test_tokens_that_were_cut_off_take_their_mask_with_them() -> None:
     assert collated(cut(slice(-3, None)), data)["labels"].tolist() == [[6, -100, 8]] * 2
 
 
-def test_labels_that_are_shifted_already() -> None:
+def test_masks_with_shifted_labels() -> None:
     def shifted(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = torch.tensor([feature["input_ids"] for feature in features])
         return {"input_ids": ids, "shift_labels": torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), 1)}
@@ -249,8 +249,8 @@ def test_labels_that_are_shifted_already() -> None:
     assert batch["shift_labels"].tolist() == [[6, -100, 8, -100]] and "labels" not in batch
 
 
-def test_padding_that_looks_like_a_token_is_told_by_the_attention_mask() -> None:
-    """The pad token is the example's own: without the mask either end could be the padding."""
+def test_the_attention_mask_distinguishes_padding_from_tokens() -> None:
+    """The example contains the pad token: without the mask either end could be padding."""
     made = tokenizer(padding="w5")
     made.padding_side = "left"
     data = [{"input_ids": [5, 5], "assistant_masks": [0, 1]}, {"input_ids": [5, 5, 5], "assistant_masks": [0, 1, 1]}]
@@ -258,7 +258,7 @@ def test_padding_that_looks_like_a_token_is_told_by_the_attention_mask() -> None
     assert batch["labels"].tolist() == [[-100, -100, 5], [-100, 5, 5]]
 
 
-def test_a_batch_of_other_tokens_is_refused() -> None:
+def test_a_batch_with_other_tokens_raises() -> None:
     def other(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([[1 + token for token in feature["input_ids"]] for feature in features])}
 
@@ -266,5 +266,5 @@ def test_a_batch_of_other_tokens_is_refused() -> None:
         collated(other, [{"input_ids": [5, 6], "assistant_masks": [0, 1]}] * 2)
 
 
-def test_examples_that_are_no_dicts_are_the_collators() -> None:
+def test_examples_that_are_not_dicts_are_left_to_the_collator() -> None:
     assert collated(lambda features: {"input_ids": torch.tensor(features)}, [[1, 2]])["input_ids"].tolist() == [[1, 2]]

@@ -1,4 +1,4 @@
-"""DistillationArguments: from the command line, from a file, to JSON and back; every value that cannot be is named."""
+"""DistillationArguments: command line, files, JSON round trip; invalid values raise."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ OWN = {
 QUIET = {"report_to": "none", "use_cpu": True}
 
 
-def test_the_two_kinds_are_the_two_of_transformers() -> None:
+def test_argument_classes_derive_from_those_of_transformers() -> None:
     assert issubclass(DistillationArguments, TrainingArguments)
     assert issubclass(Seq2SeqDistillationArguments, Seq2SeqTrainingArguments)
 
 
 @BOTH
-def test_it_adds_its_own_settings_and_nothing_else(kind: Any) -> None:
+def test_it_adds_only_its_own_settings(kind: Any) -> None:
     base = Seq2SeqTrainingArguments if issubclass(kind, Seq2SeqTrainingArguments) else TrainingArguments
     added = set(kind.__dataclass_fields__) - set(base.__dataclass_fields__)
     assert added == set(OWN)
@@ -46,7 +46,7 @@ def test_it_adds_its_own_settings_and_nothing_else(kind: Any) -> None:
 
 
 @BOTH
-def test_from_the_command_line(tmp_path, kind: Any) -> None:
+def test_parsing_the_command_line(tmp_path, kind: Any) -> None:
     line = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"]
     for name, value in OWN.items():
         line += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -58,7 +58,7 @@ def test_from_the_command_line(tmp_path, kind: Any) -> None:
 
 @BOTH
 @pytest.mark.parametrize("as_text", [False, True], ids=["object", "text"])
-def test_from_a_json_file(tmp_path, kind: Any, as_text: bool) -> None:
+def test_parsing_a_json_file(tmp_path, kind: Any, as_text: bool) -> None:
     settings = {**OWN, **QUIET, "output_dir": str(tmp_path)}
     if as_text:
         settings["divergence_kwargs"] = json.dumps(settings["divergence_kwargs"])
@@ -68,17 +68,17 @@ def test_from_a_json_file(tmp_path, kind: Any, as_text: bool) -> None:
 
 
 @BOTH
-def test_to_json_and_back(tmp_path, kind: Any) -> None:
+def test_json_round_trip(tmp_path, kind: Any) -> None:
     args = kind(output_dir=str(tmp_path), **QUIET, **OWN)
     written = json.loads(args.to_json_string())
     assert {name: written[name] for name in OWN} == OWN
     assert {name: args.to_dict()[name] for name in OWN} == OWN
     again = kind(output_dir=str(tmp_path), **QUIET, **{name: written[name] for name in OWN})
     assert json.loads(again.to_json_string()).items() >= {name: written[name] for name in OWN}.items()
-    json.dumps(args.to_sanitized_dict())  # what loggers are given
+    json.dumps(args.to_sanitized_dict())  # the form for loggers
 
 
-def test_from_a_dict_with_a_parser(tmp_path) -> None:
+def test_parsing_a_dict(tmp_path) -> None:
     (found,) = HfArgumentParser(DistillationArguments).parse_dict({"output_dir": str(tmp_path), **QUIET, **OWN})
     assert found.divergence_kwargs == {"beta": 0.3}
 
@@ -116,7 +116,7 @@ REFUSED = [
 
 @BOTH
 @pytest.mark.parametrize(("settings", "words"), REFUSED, ids=lambda value: str(value)[:60])
-def test_a_value_that_cannot_be_is_named_when_the_arguments_are_made(
+def test_invalid_values_raise_at_construction(
     tmp_path, kind: Any, settings: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(SettingError) as raised:
@@ -127,12 +127,12 @@ def test_a_value_that_cannot_be_is_named_when_the_arguments_are_made(
 
 
 @pytest.mark.parametrize("end", [0.5, None])
-def test_an_end_that_a_constant_already_has_is_no_contradiction(tmp_path, end: float | None) -> None:
+def test_a_constant_may_repeat_its_value_as_its_end(tmp_path, end: float | None) -> None:
     assert arguments(tmp_path, alpha=0.5, alpha_end=end).alpha_end == end
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0])
-def test_the_ends_of_the_range_are_inside_it(tmp_path, alpha: float) -> None:
+def test_the_range_of_alpha_is_closed(tmp_path, alpha: float) -> None:
     assert arguments(tmp_path, alpha=alpha).alpha == alpha
 
 
@@ -148,8 +148,8 @@ def test_the_ends_of_the_range_are_inside_it(tmp_path, alpha: float) -> None:
         ),
     ],
 )
-def test_a_setting_reaches_the_loss(tmp_path, settings: dict[str, Any], same_as: dict[str, Any]) -> None:
-    """Two ways of saying the same thing are the same training; and neither is the default's, unless it is."""
+def test_equivalent_settings_give_the_same_loss(tmp_path, settings: dict[str, Any], same_as: dict[str, Any]) -> None:
+    """Two spellings of a setting give the same training, which differs from the default unless it is the default."""
     assert first_loss(tmp_path, **settings) == first_loss(tmp_path, **same_as)
 
 

@@ -1,4 +1,4 @@
-"""What people do with a `Trainer`, done with ours: precision, memory, adapters, samplers, streams, columns."""
+"""Features of `Trainer` that must work unchanged: precision, memory, adapters, samplers, streams, columns."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from hf_distill import BaseModelTeacher, TeacherError
-from tests.heads import HEADS
+from hf_distill import BaseModelTeacher, DistillationTrainer, TeacherError
+from tests.heads import HEADS, of_each_kind
 from tests.hub.tiny import tokenizer
+from tests.trainer.steps import alphas_of
 from tests.trainer.tiny import (
     arguments,
     assert_moved,
@@ -28,7 +29,7 @@ from tests.trainer.tiny import (
     weights,
 )
 
-# its name from transformers 5.2x on, and before
+# the name before and after transformers 5.2x
 NAMES = {"activation_checkpointing", "gradient_checkpointing"} & set(TrainingArguments.__dataclass_fields__)
 CHECKPOINTING = min(NAMES)
 
@@ -43,8 +44,8 @@ def trained(folder: Any, **changed: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "gpt2_causal_lm", "t5_seq2seq"])
-def test_gradient_checkpointing_changes_nothing(tmp_path, name: str) -> None:
-    """The recomputed pass is the same; only the order in which a T5's gradients are summed is another."""
+def test_gradient_checkpointing_does_not_change_the_update(tmp_path, name: str) -> None:
+    """The recomputed pass is the same; only the order in which T5's gradients are summed differs."""
     head = HEADS[name]
     found = []
     for on in (False, True):
@@ -67,10 +68,10 @@ def test_bf16_is_close_to_fp32_and_leaves_both_models_in_fp32(tmp_path) -> None:
     for exact, rough in zip(*logged, strict=True):
         for term in ("loss", "loss/labels", "loss/logits"):
             assert rough[term] == pytest.approx(exact[term], rel=0.05)
-            assert rough[term] != exact[term]  # mixed precision was on
+            assert rough[term] != exact[term]  # mixed precision was active
 
 
-def test_under_bf16_the_teacher_is_run_in_mixed_precision_unless_it_has_a_dtype(tmp_path) -> None:
+def test_bf16_applies_to_the_teacher_unless_it_has_a_dtype(tmp_path) -> None:
     for teacher_dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
         teacher, seen = bert(seed=1), []
         trainer = make(tmp_path, bert(), teacher, bf16=True, teacher_dtype=teacher_dtype, max_steps=1)
@@ -83,7 +84,7 @@ def test_under_bf16_the_teacher_is_run_in_mixed_precision_unless_it_has_a_dtype(
 OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-@pytest.mark.slow  # the compiler needs a minute of one core, and a C++ compiler
+@pytest.mark.slow  # compiling takes a minute of one core, and needs a C++ compiler
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
 def test_torch_compile(tmp_path) -> None:
     found = trained(tmp_path, torch_compile=True)
@@ -101,7 +102,7 @@ def lora(**changed: Any) -> Any:
 
 
 @OLD_NAME
-def test_a_peft_student_learns_its_adapter_and_saves_nothing_else(tmp_path) -> None:
+def test_a_peft_student_trains_and_saves_only_its_adapter(tmp_path) -> None:
     student = lora()
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     start = weights(student)
@@ -119,7 +120,7 @@ def test_a_peft_student_learns_its_adapter_and_saves_nothing_else(tmp_path) -> N
 
 
 @OLD_NAME
-def test_a_peft_student_makes_the_update_of_accumulation_too(tmp_path) -> None:
+def test_a_peft_student_with_accumulation(tmp_path) -> None:
     found = []
     for micro_batch, accumulation in ((8, 1), (2, 4)):
         student = lora().double()
@@ -130,16 +131,16 @@ def test_a_peft_student_makes_the_update_of_accumulation_too(tmp_path) -> None:
 
 
 @OLD_NAME
-def test_a_peft_student_whose_base_is_the_teacher_object_is_refused(tmp_path) -> None:
+def test_a_peft_student_whose_base_is_the_teacher_raises(tmp_path) -> None:
     student = lora()
     with pytest.raises(TeacherError, match=r"same object.*student has adapters.*teacher_model=BaseModelTeacher\(\)"):
         make(tmp_path, student, student.get_base_model())
-    make(tmp_path, student, BaseModelTeacher()).train()  # the way out that it names
+    make(tmp_path, student, BaseModelTeacher()).train()  # the suggested solution
 
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length", "batch_rebalance"])
-def test_every_sampling_strategy_gives_the_examples_of_trainer(tmp_path, strategy: str) -> None:
-    """Seen by the student's forward: the same batches, in the same order."""
+def test_every_sampling_strategy_gives_the_same_batches_as_trainer(tmp_path, strategy: str) -> None:
+    """Recorded in the student's forward: the same batches, in the same order."""
     settings = {"train_sampling_strategy": strategy, "max_steps": 2, "gradient_accumulation_steps": 2}
     seen: list[list[Any]] = []
     for ours in (False, True):
@@ -164,14 +165,14 @@ def stream(count: int | None = None) -> Iterator[dict[str, Any]]:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Examples without an end, and so without a length."""
+    """An infinite dataset without a length."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return stream()
 
 
 @pytest.mark.parametrize("dataset", [Stream(), IterableDataset.from_generator(stream)], ids=["torch", "datasets"])
-def test_a_stream_trains_for_max_steps_and_is_a_list_of_the_same(tmp_path, dataset: Any) -> None:
+def test_a_stream_trains_for_max_steps_like_a_list(tmp_path, dataset: Any) -> None:
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "alpha_schedule": "linear", "alpha_end": 1.0}
     found = trained(tmp_path, train_dataset=dataset, **settings)
     listed = {"train_dataset": examples(8) * 3, "train_sampling_strategy": "sequential"}
@@ -183,7 +184,7 @@ def as_dataset(count: int = 8, **more: list[Any]) -> Dataset:
     return Dataset.from_dict({**{name: [row[name] for row in rows] for name in rows[0]}, **more})
 
 
-def test_columns_that_nobody_needs_are_removed_or_left_to_the_collator(tmp_path) -> None:
+def test_unused_columns_are_removed_or_passed_to_the_collator(tmp_path) -> None:
     expected = trained(tmp_path)
     rows = as_dataset(note=list("abcdefgh"))
     assert_same_bits(trained(tmp_path, train_dataset=rows), expected)
@@ -198,8 +199,8 @@ def test_columns_that_nobody_needs_are_removed_or_left_to_the_collator(tmp_path)
     assert seen[0] == ["input_ids", "labels", "note"]
 
 
-def test_a_label_column_by_its_other_name(tmp_path) -> None:
-    """transformers' own collators call `label` `labels`; that the dataset says `label` is no missing label."""
+def test_a_column_named_label_is_accepted(tmp_path) -> None:
+    """transformers' collators rename `label` to `labels`, so it counts as labels."""
     rows = (
         as_dataset().rename_column("labels", "label").map(lambda row: {"input_ids": [i % 11 for i in row["input_ids"]]})
     )
@@ -219,8 +220,8 @@ def test_a_label_column_by_its_other_name(tmp_path) -> None:
     assert trainer.state.log_history[0]["loss/labels"] > 0
 
 
-def test_two_trainings_share_no_figure(tmp_path) -> None:
-    """What the first run never logged is no part of what the second logs."""
+def test_two_trainings_share_no_logged_values(tmp_path) -> None:
+    """Values that the first run never logged must not appear in the second run's log."""
     trainer = make(tmp_path, bert(), bert(seed=1), logging_steps=3, max_steps=2, learning_rate=0.0)
     trainer.train()
     trainer.args.logging_steps = 1
@@ -231,8 +232,8 @@ def test_two_trainings_share_no_figure(tmp_path) -> None:
         assert entry["loss"] == pytest.approx(0.5 * entry["loss/labels"] + 0.5 * entry["loss/logits"], rel=1e-4)
 
 
-def test_a_bare_encoder_with_a_loss_of_its_own(tmp_path) -> None:
-    """Its labels are whatever the loss makes of them; the teacher's term is on the pooled hidden states."""
+def test_a_bare_encoder_with_a_custom_loss(tmp_path) -> None:
+    """The loss defines its labels; the teacher's term is on pooled hidden states."""
     head = HEADS["bert_embedding"]
     data = [{**e, "labels": float(i % 2)} for i, e in enumerate(head.examples(8))]
 
@@ -247,7 +248,7 @@ def test_a_bare_encoder_with_a_loss_of_its_own(tmp_path) -> None:
         train_dataset=data,
         data_collator=head.collate,
         compute_loss_func=pull,
-        label_names=["labels"],  # its forward knows none, so Trainer would drop them
+        label_names=["labels"],  # its forward has none, so Trainer would drop them
         logging_steps=1,
         max_steps=1,
         per_device_train_batch_size=8,
@@ -264,7 +265,7 @@ def test_a_bare_encoder_with_a_loss_of_its_own(tmp_path) -> None:
     assert logged["loss/logits"] == pytest.approx(apart.square().mean().item(), rel=1e-4)
 
 
-def test_compute_loss_called_by_hand_takes_the_batch_for_a_whole_step(tmp_path) -> None:
+def test_a_direct_call_of_compute_loss_treats_the_batch_as_a_step(tmp_path) -> None:
     student, teacher = bert(), bert(seed=1)
     trainer = make(tmp_path, student, teacher, alpha=0.25, temperature=3.0, gradient_accumulation_steps=4)
     student.train()
@@ -276,3 +277,19 @@ def test_compute_loss_called_by_hand_takes_the_batch_for_a_whole_step(tmp_path) 
     own = torch.nn.functional.cross_entropy(outputs.logits, labels)
     expected = 0.75 * own + 0.25 * softened_kl(outputs.logits, theirs, 3.0).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", of_each_kind(2))
+def test_every_head_trains_with_the_default_collator(tmp_path, name: str) -> None:
+    head = HEADS[name]
+    alpha = 0.5 if 0.5 in alphas_of(name) else 1.0  # embeddings have no labels
+    examples = head.examples(1) * 4  # equal lengths: there is no tokenizer to pad with
+
+    def loss(**given: object) -> float:
+        args = arguments(tmp_path, max_steps=1, logging_steps=1, alpha=alpha)
+        trainer = DistillationTrainer(model=head.make(1), teacher_model=head.make(2), args=args, **given)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    expected = loss(train_dataset=examples, data_collator=head.collate)
+    assert loss(train_dataset=Dataset.from_list(examples)) == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Bad input, line by line: the message says what came, what is allowed and what to do, and nothing is left behind."""
+"""Bad input: the message has the value, what is allowed, and what to do; models and folders stay unchanged."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make
 
 
 def training_models(**changed: Any) -> tuple[Any, Any]:
-    """In training mode with gradients, as `from_config` leaves them: what a careless `freeze` would change."""
+    """Return models in training mode with gradients, as after `from_config`: a careless `freeze` would change them."""
     return bert().train(), bert(seed=1, **changed).train()
 
 
 @pytest.mark.parametrize("kind", [DistillationArguments, TrainingArguments])
-def test_no_teacher_and_alpha_above_zero(tmp_path, kind: Any) -> None:
+def test_alpha_above_zero_without_a_teacher(tmp_path, kind: Any) -> None:
     student, _ = training_models()
     words = ("alpha is 0.5", "no teacher", "teacher_model=", "alpha=0")
     with refused(tmp_path, SettingError, *words, models=(student,)):
         make(tmp_path, student, args=arguments(tmp_path, kind))
 
 
-def test_no_teacher_and_an_alpha_that_rises(tmp_path) -> None:
+def test_a_rising_alpha_without_a_teacher(tmp_path) -> None:
     with refused(tmp_path, SettingError, "no teacher", "teacher_model="):
         make(tmp_path, bert(), alpha=0.0, alpha_schedule="linear", alpha_end=0.5)
 
 
-def test_no_teacher_to_evaluate_with(tmp_path) -> None:
+def test_evaluation_with_a_missing_teacher(tmp_path) -> None:
     with refused(tmp_path, SettingError, "evaluate_with_teacher=True needs a teacher", "teacher_model="):
         make(tmp_path, bert(), alpha=0.0, evaluate_with_teacher=True)
 
@@ -53,8 +53,8 @@ def test_temperature_not_above_zero(tmp_path, temperature: float) -> None:
         arguments(tmp_path, temperature=temperature)
 
 
-def test_a_setting_spoilt_after_the_arguments_were_made(tmp_path) -> None:
-    """`args.alpha = 2` behind the arguments' back is found when the trainer is made."""
+def test_an_invalid_value_set_after_construction(tmp_path) -> None:
+    """`args.alpha = 2` bypasses the arguments' checks and is found at the construction of the trainer."""
     student, teacher = training_models()
     args = arguments(tmp_path)
     args.alpha = 2.0
@@ -70,7 +70,7 @@ def test_a_teacher_with_another_kind_of_head(tmp_path, head: str) -> None:
         make(tmp_path, student, teacher)
 
 
-def test_label_sets_that_differ(tmp_path) -> None:
+def test_different_label_sets(tmp_path) -> None:
     student, teacher = training_models()
     student.config.label2id = {"neg": 0, "mid": 1, "pos": 2}
     student.config.id2label = {0: "neg", 1: "mid", 2: "pos"}
@@ -79,10 +79,10 @@ def test_label_sets_that_differ(tmp_path) -> None:
     words = ("label names differ", "{neg, mid, pos}", "{bad, mid, good}", "label2id", 'label_matching="by_index"')
     with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
         make(tmp_path, student, teacher)
-    make(tmp_path, student, teacher, label_matching="by_index").train()  # the way out that it names
+    make(tmp_path, student, teacher, label_matching="by_index").train()  # the suggested solution
 
 
-def test_numbers_of_labels_that_differ(tmp_path) -> None:
+def test_different_numbers_of_labels(tmp_path) -> None:
     student, teacher = training_models(num_labels=4)
     words = ("different numbers of labels", "student 3", "teacher 4", "num_labels=")
     with refused(tmp_path, TeacherError, *words, models=(student, teacher)):
@@ -90,7 +90,7 @@ def test_numbers_of_labels_that_differ(tmp_path) -> None:
 
 
 def renamed_tokenizer() -> Any:
-    """The same size, but two words have changed places."""
+    """Return a tokenizer of the same size with two swapped words."""
     words = tiny_hub.WORDS
     words[5], words[6] = words[6], words[5]
     try:
@@ -100,7 +100,7 @@ def renamed_tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM"])
-def test_a_tokenizer_that_differs_at_token_level(tmp_path, head: str) -> None:
+def test_different_tokenizers_at_token_level(tmp_path, head: str) -> None:
     small = {"vocab_size": 11}
     student, teacher = bert(head, **small).train(), bert(head, seed=1, **small).train()
     words = (
@@ -115,7 +115,7 @@ def test_a_tokenizer_that_differs_at_token_level(tmp_path, head: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering", "MaskedLM"])
-def test_vocabularies_of_different_size_at_token_level(tmp_path, head: str) -> None:
+def test_vocabularies_of_different_sizes_at_token_level(tmp_path, head: str) -> None:
     student, teacher = bert(head).train(), bert(head, seed=1, vocab_size=40).train()
     with refused(tmp_path, TeacherError, "23", "40", "processing_class=", models=(student, teacher)):
         make(tmp_path, student, teacher)
@@ -126,7 +126,7 @@ def unlabelled() -> Dataset:
 
 
 def test_an_unlabelled_dataset_with_alpha_below_one(tmp_path) -> None:
-    """Known before training where the dataset says its columns and the collator is transformers' own."""
+    """Found before training if the dataset has column names and the collator is transformers' own."""
     student, teacher = training_models()
     words = ("alpha < 1 weighs labels", "no labels in ['input_ids']", "alpha=1")
     with refused(tmp_path, DataError, *words, models=(student, teacher)):
@@ -135,7 +135,7 @@ def test_an_unlabelled_dataset_with_alpha_below_one(tmp_path) -> None:
 
 @pytest.mark.parametrize("data", [unlabelled(), examples(labels=None)], ids=["datasets", "list"])
 def test_an_unlabelled_batch_with_alpha_below_one(tmp_path, data: Any) -> None:
-    """A collator might have made the labels; that it has not is known at the first batch, before any step."""
+    """The collator might add labels; that it does not is known at the first batch, before any step."""
     student, teacher = training_models()
     trainer = make(tmp_path, student, teacher, train_dataset=data)
     with pytest.raises(DataError, match=r"alpha < 1 weighs labels.*no labels in.*alpha=1"):
@@ -155,38 +155,38 @@ def test_an_unlabelled_dataset_for_spans_names_both_columns(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "a/b/nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
-def test_a_teacher_path_that_does_not_exist(tmp_path, path: str) -> None:
+def test_a_missing_teacher_path(tmp_path, path: str) -> None:
     student, _ = training_models()
     with refused(tmp_path, TeacherError, path, "no such folder", "save_pretrained", "Hub id", models=(student,)):
         make(tmp_path, student, path)
 
 
-def test_a_hub_id_that_cannot_be_had(tmp_path) -> None:
+def test_an_unavailable_hub_id(tmp_path) -> None:
     student, _ = training_models()
     with refused(tmp_path, TeacherError, "nobody/nothing-of-the-kind", "cannot be loaded", models=(student,)):
         make(tmp_path, student, "nobody/nothing-of-the-kind")
 
 
-def test_a_teacher_that_is_no_teacher(tmp_path) -> None:
+def test_an_object_that_is_not_a_teacher(tmp_path) -> None:
     with refused(tmp_path, TeacherError, "teacher_model is a int", "a model, a folder or Hub id"):
         make(tmp_path, bert(), 7)
 
 
-def test_a_student_that_is_the_teacher_object(tmp_path) -> None:
+def test_the_same_object_as_student_and_teacher(tmp_path) -> None:
     student, _ = training_models()
     with refused(tmp_path, TeacherError, "same object", "copy.deepcopy", models=(student,)):
         make(tmp_path, student, student)
-    make(tmp_path, student, copy.deepcopy(student)).train()  # the way out that it names
+    make(tmp_path, student, copy.deepcopy(student)).train()  # the suggested solution
 
 
-def test_a_student_that_shares_a_weight_with_its_teacher(tmp_path) -> None:
+def test_a_weight_shared_by_student_and_teacher(tmp_path) -> None:
     student, teacher = training_models()
     teacher.classifier.weight = student.classifier.weight
     with refused(tmp_path, TeacherError, "share weights", "classifier.weight", models=(student, teacher)):
         make(tmp_path, student, teacher)
 
 
-def test_data_parallel_is_refused_with_the_line_to_use(tmp_path) -> None:
+def test_data_parallel_suggests_a_command(tmp_path) -> None:
     student, teacher = training_models()
     args = arguments(tmp_path)
     args._n_gpu = 2
@@ -195,8 +195,8 @@ def test_data_parallel_is_refused_with_the_line_to_use(tmp_path) -> None:
         make(tmp_path, student, teacher, args=args)
 
 
-def test_a_column_that_the_teacher_needs_was_dropped(tmp_path) -> None:
-    """A text teacher of a speech student, whose `teacher_` columns a map() has dropped."""
+def test_a_dropped_column_that_the_teacher_needs(tmp_path) -> None:
+    """A text teacher of a speech student, whose `teacher_` columns were dropped by map()."""
     speech = HEADS["wav2vec2_audio_class"]
     student, teacher = speech.make(seed=0), HEADS["bert_single_label"].make(seed=1)
     trainer = make(tmp_path, student, teacher, train_dataset=speech.examples(8), data_collator=speech.collate)
@@ -213,7 +213,7 @@ def test_a_column_that_the_teacher_needs_was_dropped(tmp_path) -> None:
     assert trainer.state.global_step == 0
 
 
-def test_a_teacher_whose_tokenizer_is_not_known_and_no_inputs_of_its_own(tmp_path) -> None:
+def test_a_teacher_with_an_unknown_tokenizer_and_no_inputs(tmp_path) -> None:
     student, teacher = bert().train(), bert(seed=1, vocab_size=40).train()
     trainer = make(tmp_path, student, teacher)
     with pytest.raises(DataError) as raised:
@@ -223,20 +223,20 @@ def test_a_teacher_whose_tokenizer_is_not_known_and_no_inputs_of_its_own(tmp_pat
     assert_same_bits(weights(student), weights(bert()))
 
 
-def test_a_task_that_does_not_exist(tmp_path) -> None:
+def test_an_unknown_task(tmp_path) -> None:
     with refused(tmp_path, SettingError, "task='sorting'", "Allowed: classification"):
         make(tmp_path, bert(), bert(seed=1), task="sorting")
 
 
 class Unknown(nn.Module):
-    """No model of transformers."""
+    """Not a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
 
 
-def test_a_student_that_nobody_knows(tmp_path) -> None:
+def test_an_unknown_student_class(tmp_path) -> None:
     words = (
         "Unknown",
         "Supported kinds of head",
@@ -249,27 +249,27 @@ def test_a_student_that_nobody_knows(tmp_path) -> None:
         make(tmp_path, Unknown(), bert(seed=1))
 
 
-def test_a_divergence_of_distributions_for_a_regression(tmp_path) -> None:
+def test_a_divergence_of_distributions_for_regression(tmp_path) -> None:
     student, teacher = bert(num_labels=1).train(), bert(seed=1, num_labels=1).train()
     words = ("divergence='forward_kl'", "regression predicts values", "mean_squared_error")
     with refused(tmp_path, SettingError, *words, models=(student, teacher)):
         make(tmp_path, student, teacher, divergence="forward_kl")
 
 
-def test_a_teacher_that_is_refused_keeps_its_dtype(tmp_path) -> None:
+def test_a_rejected_teacher_keeps_its_dtype(tmp_path) -> None:
     student, teacher = training_models(num_labels=4)
     with refused(tmp_path, TeacherError, "different numbers of labels", models=(student, teacher)):
         make(tmp_path, student, teacher, teacher_dtype="bfloat16")
 
 
-def test_an_error_of_trainers_own_leaves_the_teacher_as_it_was(tmp_path) -> None:
-    """eval_strategy without an eval_dataset: `Trainer` refuses it after the teacher was looked at."""
+def test_an_error_of_trainer_leaves_the_teacher_unchanged(tmp_path) -> None:
+    """eval_strategy without an eval_dataset: `Trainer` raises after the teacher was checked."""
     student, teacher = training_models()
     with refused(tmp_path, ValueError, "eval_dataset", models=(student, teacher)):
         make(tmp_path, student, teacher, eval_strategy="steps", eval_steps=1)
 
 
-def test_the_output_folder_of_another_run_is_left_alone(tmp_path) -> None:
+def test_the_output_folder_of_another_run_is_unchanged(tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept.txt").write_text("theirs")
     with refused(tmp_path, TeacherError, "head"):

@@ -1,6 +1,6 @@
-"""`class Mine(DistillationMixin, BaseTrainer)` where the base makes model, inputs, labels and loss itself.
+"""`class Mine(DistillationMixin, BaseTrainer)` where the base prepares model, inputs, labels and loss itself.
 
-A stand-in with the manners of TRL's `SFTTrainer`, which tests/trainer/test_trl.py runs where TRL is installed.
+A stand-in that behaves like TRL's `SFTTrainer`, which tests/trainer/test_trl.py runs if TRL is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXTS = [" ".join(f"w{1 + (7 * i + 3 * j) % 30}" for j in range(3 + i % 4)) for 
 
 @dataclass
 class OwnArguments(TrainingArguments):
-    """Of the base trainer: with a setting and a default of its own."""
+    """Arguments of the base trainer, with a new setting and a new default."""
 
     prompt_tokens: int = field(default=1, metadata={"help": "how many tokens of a text are no answer"})
     learning_rate: float = field(default=0.123)
@@ -38,13 +38,13 @@ class OwnArguments(TrainingArguments):
 
 @dataclass
 class Arguments(DistillationArgumentsMixin, OwnArguments):
-    """Both."""
+    """Both kinds of settings."""
 
 
 class Preparing(Trainer):
-    """Loads a model by path, adds adapters, tokenises texts, makes labels, and computes its loss without logits.
+    """Loads a model by path, adds adapters, tokenizes texts, makes labels, and computes its loss without logits.
 
-    Its `compute_loss` makes the outputs that it returns in a second forward, without gradient.
+    Its `compute_loss` makes the returned outputs in a second forward, without gradient.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Preparing(Trainer):
         prepared = {name: one if one is None else self.prepared(one, args) for name, one in data.items()}
         super().__init__(model, args, data_collator=self.collate, **prepared, **keywords)
         self.model_accepts_loss_kwargs = False
-        len(self.get_train_dataloader())  # as some do, to know how many steps there will be
+        len(self.get_train_dataloader())  # as some trainers do, to compute the number of steps
 
     @staticmethod
     def prepared(data: Dataset, args: Any) -> Dataset:
@@ -101,11 +101,11 @@ class Preparing(Trainer):
 
 
 class Mine(DistillationMixin, Preparing):
-    """What a user writes."""
+    """The class that a user writes."""
 
 
 class LogitFree(Preparing):
-    """The outputs that it returns are of one forward, with gradient, and hold no logits."""
+    """Returns the outputs of one forward, with gradient but without logits."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -117,7 +117,7 @@ class LogitFree(Preparing):
 
 
 class MineLogitFree(DistillationMixin, LogitFree):
-    """Of that one."""
+    """Distillation on top of it."""
 
 
 def texts() -> Dataset:
@@ -144,7 +144,7 @@ def mine(folder: Any, *, cls: Any = Mine, double: bool = True, **given: Any) -> 
 
 
 def by_hand(alpha: float, prompt: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and weights after one step, text by text, unpadded, in fp64."""
+    """Return loss and weights after one step, text by text, unpadded, in fp64."""
     ours, theirs = HEAD.make(1).double(), HEAD.make(2).double().eval()
     own, apart = [], []
     for text in TEXTS:
@@ -167,8 +167,8 @@ CUTS = ({"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 2, "
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("cut", CUTS, ids=["whole", "accumulated"])
 @pytest.mark.parametrize("cls", [Mine, MineLogitFree])
-def test_the_step_is_right(tmp_path, cls: Any, cut: dict[str, int], alpha: float) -> None:
-    """Labels made by the base; the divergence's gradient reaches the student although the base's outputs have none."""
+def test_the_step_equals_the_one_by_hand(tmp_path, cls: Any, cut: dict[str, int], alpha: float) -> None:
+    """The base makes the labels; the divergence's gradient reaches the student though the base's outputs have none."""
     trainer = mine(tmp_path, cls=cls, alpha=alpha, temperature=T, prompt_tokens=2, **cut)
     trainer.train()
     loss, expected = by_hand(alpha, prompt=2)
@@ -177,15 +177,15 @@ def test_the_step_is_right(tmp_path, cls: Any, cut: dict[str, int], alpha: float
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
 
 
-def test_its_compute_loss_is_called_once_a_micro_batch(tmp_path) -> None:
-    """Also for the first one, which shows whether its outputs can be used: what it counts is not counted twice."""
+def test_compute_loss_is_called_once_per_micro_batch(tmp_path) -> None:
+    """Even for the first, which shows whether its outputs can be used: its metrics must not count twice."""
     trainer = mine(tmp_path, max_steps=3)
     trainer.train()
     assert trainer.calls == 3
 
 
-def test_alpha_0_is_the_base_trainer(tmp_path) -> None:
-    """Bit for bit, with dropout, which its outputs' second forward would draw from too."""
+def test_alpha_0_equals_the_base_trainer(tmp_path) -> None:
+    """Bit for bit, with dropout, from which the second forward of the base also draws."""
     found = []
     for cls, more in ((Preparing, {}), (Mine, {"alpha": 0.0})):
         model = student(**dropout_of(HEAD, 0.3))
@@ -199,8 +199,8 @@ def test_alpha_0_is_the_base_trainer(tmp_path) -> None:
     assert found[0][1:] == found[1][1:]
 
 
-def test_resumed_is_uninterrupted(tmp_path) -> None:
-    """With dropout: what was drawn to find out about the base's outputs leaves no trace."""
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path) -> None:
+    """With dropout: the trial of the base's outputs does not change the random state."""
     run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "double": False}
     whole = mine(tmp_path / "a", model=student(**dropout_of(HEAD, 0.3)), **run)
     whole.train()
@@ -210,8 +210,8 @@ def test_resumed_is_uninterrupted(tmp_path) -> None:
         assert torch.equal(weights(resumed.model)[name], value), name
 
 
-def test_objectives_on_the_inside(tmp_path) -> None:
-    """Read of the student's own forward, not of the one without gradient; as with a plain `Trainer` on such data."""
+def test_objectives_on_activations_over_a_base_trainer(tmp_path) -> None:
+    """Captured in the student's own forward, not in the one without gradient; equal to a plain `Trainer`."""
     found = []
     for cls in (Mine, type("OverTrainer", (DistillationMixin, Trainer), {})):
         given = {"train_dataset": Preparing.prepared(texts(), args(tmp_path)).remove_columns("text")}
@@ -228,12 +228,12 @@ def test_objectives_on_the_inside(tmp_path) -> None:
         torch.testing.assert_close(found[0][0][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_evaluation_with_the_teacher(tmp_path) -> None:
+def test_evaluation_with_the_teacher_over_a_base_trainer(tmp_path) -> None:
     trainer = mine(tmp_path, eval_dataset=texts(), evaluate_with_teacher=True, alpha=1.0, temperature=T)
     assert trainer.evaluate()["eval_divergence"] == pytest.approx(by_hand(1.0)[0], rel=1e-5)
 
 
-def test_a_model_that_the_base_loads(tmp_path) -> None:
+def test_a_model_loaded_by_the_base(tmp_path) -> None:
     student().save_pretrained(tmp_path / "model")
     trainer = mine(tmp_path, model=str(tmp_path / "model"), double=False, alpha=1.0, temperature=T)
     trainer.train()
@@ -241,8 +241,8 @@ def test_a_model_that_the_base_loads(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
-def test_adapters_that_the_base_adds(tmp_path) -> None:
-    """The teacher is the base under them, which is known only when they are there."""
+def test_adapters_added_by_the_base(tmp_path) -> None:
+    """The teacher is their base model, which exists only after the base has added them."""
     peft = pytest.importorskip("peft")
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     given = {"adapters": adapters, "teacher_model": BaseModelTeacher(), "double": False}
@@ -259,12 +259,12 @@ def test_defaults_of_the_base_arguments_are_kept(tmp_path) -> None:
         Arguments(output_dir=str(tmp_path), alpha=7.0, **QUIET)
 
 
-def test_arguments_of_the_base_alone_mean_the_defaults(tmp_path) -> None:
+def test_plain_base_arguments_use_the_defaults(tmp_path) -> None:
     own = args(tmp_path, OwnArguments)
     assert mine(tmp_path, args=own).distiller.blending.alpha(0.0) == 0.5
 
 
-def test_data_that_the_base_leaves_unlabelled_are_found_at_the_first_batch(tmp_path) -> None:
+def test_missing_labels_of_the_base_are_found_at_the_first_batch(tmp_path) -> None:
     data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8})
     trainer = mine(tmp_path, train_dataset=data)
     with pytest.raises(DataError, match="there is no labels in"):
@@ -272,13 +272,13 @@ def test_data_that_the_base_leaves_unlabelled_are_found_at_the_first_batch(tmp_p
     assert trainer.state.global_step == 0
 
 
-def test_a_teacher_that_cannot_teach_leaves_nothing_behind(tmp_path) -> None:
+def test_an_incompatible_teacher_leaves_nothing_behind(tmp_path) -> None:
     with pytest.raises(TeacherError, match="head"):
         mine(tmp_path, teacher_model=HEADS["bert_tokens"].make(1))
     assert not list(tmp_path.iterdir())
 
 
-def test_keywords_that_do_not_exist_name_the_right_one(tmp_path) -> None:
+def test_unknown_keywords_give_a_suggestion(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'techer_model'\. Did you mean 'teacher_model'\?"):
         mine(tmp_path, techer_model=HEAD.make(2))
     with pytest.raises(TypeError, match=r"'temperature'.*is a setting: pass args=.*DistillationArgumentsMixin"):
@@ -286,14 +286,14 @@ def test_keywords_that_do_not_exist_name_the_right_one(tmp_path) -> None:
 
 
 class Scaled(Preparing):
-    """Says of its own loss that `Trainer` has to divide it."""
+    """Declares that `Trainer` has to divide its loss."""
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         super().__init__(*positional, **keywords)
         self.loss_is_scaled_for_ga = False
 
 
-def test_what_a_base_says_of_its_loss_is_not_said_of_ours(tmp_path) -> None:
+def test_the_loss_scaling_of_the_base_does_not_apply(tmp_path) -> None:
     trainer = mine(
         tmp_path, cls=type("MineScaled", (DistillationMixin, Scaled), {}), alpha=0.5, temperature=T, **CUTS[1]
     )

@@ -1,4 +1,4 @@
-"""Data as people have them: words, gaps, names in another order, text that is not tokenized, rows that nobody pads."""
+"""Real-world data: label names, missing values, other label orders, text that is not tokenized, unpadded rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rows(labels: list[Any]) -> list[dict[str, Any]]:
 
 
 class Examples(TorchDataset):
-    """Of torch: has a length, and its examples are made when they are asked for."""
+    """A torch dataset with a length, whose examples are made on access."""
 
     def __init__(self, made: list[dict[str, Any]]) -> None:
         self.made = made
@@ -93,8 +93,8 @@ def trained(folder: Path, teacher: Any, **given: Any) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_words_and_gaps_train_as_their_numbers(tmp_path: Path, kind: str, alpha: float) -> None:
-    """In every kind of dataset; and at alpha=0 as Trainer does on the numbers."""
+def test_label_names_and_missing_values_train_like_ids(tmp_path: Path, kind: str, alpha: float) -> None:
+    """In every kind of dataset; at alpha=0 as Trainer does on the ids."""
     found = trained(tmp_path, named(seed=1), train_dataset=KINDS[kind](rows(WORDS)), alpha=alpha)
     assert_same_bits(found, trained(tmp_path, named(seed=1), train_dataset=rows(NUMBERS), alpha=alpha))
     if alpha == 0:
@@ -105,7 +105,7 @@ def test_words_and_gaps_train_as_their_numbers(tmp_path: Path, kind: str, alpha:
         assert_same_bits(found, weights(student))
 
 
-def test_in_workers_with_a_cached_teacher_and_the_other_trainer(tmp_path: Path) -> None:
+def test_label_names_in_workers_with_a_cached_teacher_and_seq2seq_trainer(tmp_path: Path) -> None:
     data, teacher = rows(WORDS), named(seed=1)
     cache = TeacherCache.build(teacher, data, tmp_path / "cache", progress=False)
     expected = trained(tmp_path, CachedTeacher(cache), train_dataset=rows(NUMBERS))
@@ -118,7 +118,7 @@ def test_in_workers_with_a_cached_teacher_and_the_other_trainer(tmp_path: Path) 
     assert_same_bits(weights(student), expected)
 
 
-def test_what_was_read_is_said_with_its_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_conversion_is_logged_with_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = datasets.Dataset.from_list(rows(WORDS))
     with caplog.at_level(logging.WARNING, LOGGER):
         make(tmp_path, named(), named(seed=1), train_dataset=data, eval_dataset={"dev": data}, **PLAIN)
@@ -134,21 +134,21 @@ def test_what_was_read_is_said_with_its_counts(tmp_path: Path, caplog: pytest.Lo
     assert data["label"][:2] == ["good", None]
 
 
-def test_the_reading_can_be_sent_to_another_process(tmp_path: Path) -> None:
-    """Workers that are not forked are sent the collator."""
+def test_the_converting_collator_can_be_pickled(tmp_path: Path) -> None:
+    """Workers that are not forked receive a pickled collator."""
     loader = make(tmp_path, named(), named(seed=1), train_dataset=rows(WORDS), **PLAIN).get_train_dataloader()
     collate = pickle.loads(pickle.dumps(loader.collate_fn.data_collator))
     assert collate(rows(WORDS))["labels"].tolist() == NUMBERS
 
 
-def test_clean_labels_are_not_talked_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_valid_labels_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "hf_distill"):
         make(tmp_path, named(), named(seed=1), train_dataset=rows([0, 1, 2, 0]), **PLAIN)
     assert not caplog.records
 
 
-def test_evaluation_and_prediction_read_words_too(tmp_path: Path) -> None:
-    """Each dataset by its own reading: the training's are numbers, here are words; compute_metrics is given numbers."""
+def test_evaluation_and_prediction_convert_label_names(tmp_path: Path) -> None:
+    """Each dataset is converted on its own: ids for training, names here; compute_metrics receives ids."""
     seen: list[Any] = []
 
     def metrics(prediction: Any) -> dict[str, float]:
@@ -166,8 +166,8 @@ def test_evaluation_and_prediction_read_words_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reads_words", [True, False])
-def test_words_are_left_to_a_collator_of_the_users_own(tmp_path: Path, reads_words: bool) -> None:
-    """Which may read them as it likes; the gaps among numbers are filled for it."""
+def test_label_names_are_left_to_a_custom_collator(tmp_path: Path, reads_words: bool) -> None:
+    """It may convert them itself; missing values among ids are filled for it."""
     numbers = {"good": 2, "bad": 0, "fair": 1, "": -100, None: -100}
 
     def collate(features: list[Any]) -> dict[str, torch.Tensor]:
@@ -190,7 +190,7 @@ def test_words_are_left_to_a_collator_of_the_users_own(tmp_path: Path, reads_wor
         trained(tmp_path, named(seed=1), train_dataset=rows(["good"] * 8), data_collator=collate)
 
 
-# Names of the dataset in another order (F6).
+# Label names of the dataset in another order.
 
 
 def with_names(labels: list[Any], names: list[str], *, tokens: bool = False) -> datasets.Dataset:
@@ -199,7 +199,7 @@ def with_names(labels: list[Any], names: list[str], *, tokens: bool = False) -> 
 
 
 def cross_entropy(student: Any, batch_ids: list[list[int]], targets: list[Any]) -> float:
-    """Row by row, in float64."""
+    """Return the mean over rows in float64."""
     losses: list[float] = []
     student = student.double().eval()
     with torch.no_grad():
@@ -214,11 +214,11 @@ def cross_entropy(student: Any, batch_ids: list[list[int]], targets: list[Any]) 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", ["bert_single_label", "distilbert_single_label", "bert_tokens"])
-def test_labels_are_matched_by_the_names_of_the_dataset(tmp_path: Path, name: str, stream: bool) -> None:
+def test_dataset_labels_are_matched_by_name(tmp_path: Path, name: str, stream: bool) -> None:
     head, tokens = HEADS[name], name == "bert_tokens"
 
     def student() -> Any:
-        """One that is sure of its choices, so that the two losses differ."""
+        """Return a confident student, so that the two losses differ."""
         model = head.make(0, **NAMED)
         with torch.no_grad():
             model.classifier.weight.mul_(30)
@@ -265,7 +265,7 @@ def test_labels_of_another_name_are_matched_too(tmp_path: Path, kind: str) -> No
     assert trainer.state.log_history[0]["loss/labels"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_at_alpha_0_the_numbers_are_trainers_and_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_alpha_0_keeps_the_label_ids_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = with_names([0, 1, 2, 0, 1, 2, 0, 1], NAMES[::-1])
     with caplog.at_level(logging.WARNING, LOGGER):
         found = trained(tmp_path, named(seed=1), train_dataset=data, alpha=0.0)
@@ -276,7 +276,7 @@ def test_at_alpha_0_the_numbers_are_trainers_and_it_says_so(tmp_path: Path, capl
     assert_same_bits(found, weights(student))
 
 
-def test_evaluation_data_have_an_order_of_their_own(tmp_path: Path) -> None:
+def test_evaluation_data_may_have_another_label_order(tmp_path: Path) -> None:
     train, other = with_names([0, 1, 2, 0], NAMES), with_names([0, 1, 2, 0], NAMES[::-1])
     given = {"train_dataset": train, "eval_dataset": other, "per_device_eval_batch_size": 4, **PLAIN}
     found = make(tmp_path, named(), named(seed=1), **given).evaluate()["eval_loss"]
@@ -304,10 +304,10 @@ def soft_cross_entropy(student: Any, targets: list[Any], smoothing: float = 0.0)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cut", "smoothing"), [((4, 1), 0.0), ((2, 2), 0.0), ((1, 4), 0.2)], ids=str)
-def test_probabilities_have_their_cross_entropy(
+def test_probabilities_are_trained_with_soft_cross_entropy(
     tmp_path: Path, kind: str, cut: tuple[int, int], smoothing: float
 ) -> None:
-    """One row has no label. Over the whole step, however it is cut; evaluation too."""
+    """One row has no label. Exact over the whole step for any split; evaluation too."""
     labels = [SOFT[0], SOFT[1], None, SOFT[2]] if kind in ("list", "Dataset") else SOFT
     trainer = make(
         tmp_path, bert(**SINGLE), bert(seed=1, **SINGLE), train_dataset=KINDS[kind](rows(labels)), data_collator=None,
@@ -326,14 +326,14 @@ def test_probabilities_have_their_cross_entropy(
     )
 
 
-def test_probabilities_in_a_loop_of_ones_own() -> None:
+def test_probabilities_in_a_custom_loop() -> None:
     student = bert(**SINGLE)
     distiller = Distiller(student, bert(seed=1))
     batch = {"input_ids": torch.tensor(ids(4)), "labels": torch.tensor(SOFT)}
     assert distiller(student, batch).terms["labels"].item() == pytest.approx(soft_cross_entropy(bert(), SOFT), rel=1e-5)
 
 
-def test_a_teacher_may_say_that_rows_are_probabilities(tmp_path: Path) -> None:
+def test_the_teachers_problem_type_applies_to_probability_labels(tmp_path: Path) -> None:
     trainer = make(
         tmp_path, bert(), bert(seed=1, **SINGLE), train_dataset=rows(SOFT), data_collator=None, max_steps=1,
         logging_steps=1, learning_rate=0.0,
@@ -342,10 +342,10 @@ def test_a_teacher_may_say_that_rows_are_probabilities(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss/labels"] == pytest.approx(soft_cross_entropy(bert(), SOFT), rel=1e-5)
 
 
-# What cannot be read is named before the training.
+# Unusable data raise before the training.
 
 
-def test_words_of_a_column_of_another_name(tmp_path: Path) -> None:
+def test_label_names_in_a_column_of_another_name(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(rows(WORDS)).rename_column("label", "mood").add_column("text", ["a b"] * 8)
     words = (
         "no column called label or labels",
@@ -364,7 +364,7 @@ def test_words_of_a_column_of_another_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_a_column_of_numbers_that_holds_the_labels_is_named(tmp_path: Path, as_list: bool) -> None:
+def test_the_error_names_a_likely_label_column(tmp_path: Path, as_list: bool) -> None:
     given = [{**row, "mood": i % 3, "length": 3} for i, row in enumerate(rows([None] * 8))]
     for row in given:
         row.pop("label", None)
@@ -376,8 +376,8 @@ def test_a_column_of_numbers_that_holds_the_labels_is_named(tmp_path: Path, as_l
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kind", ["list", "Dataset"])
 @pytest.mark.parametrize("name", ["bert_single_label", "llama_causal_lm", "t5_seq2seq"])
-def test_text_that_is_not_tokenized(tmp_path: Path, name: str, kind: str, alpha: float) -> None:
-    """The cause, whatever else is missing; and the way out that it names works."""
+def test_text_that_is_not_tokenized_raises(tmp_path: Path, name: str, kind: str, alpha: float) -> None:
+    """The error names this cause first, and its suggestion works."""
     head = HEADS[name]
     data = KINDS[kind]([{"label": i % 2, "source": "web", "text": f"w3 w{4 + i}"} for i in range(8)])
     words = ("the training data has the columns", "none that the", "Tokenize the text first", "tokenizer(rows['text']")
@@ -389,8 +389,8 @@ def test_text_that_is_not_tokenized(tmp_path: Path, name: str, kind: str, alpha:
         make(tmp_path, head.make(0), head.make(1), teacher_processing_class=tokenizer(), **given).train()
 
 
-def test_text_for_a_collator_of_the_users_own(tmp_path: Path) -> None:
-    """It may tokenize, where the text reaches it."""
+def test_text_for_a_custom_collator(tmp_path: Path) -> None:
+    """It may tokenize the text, if the column reaches it."""
 
     def collate(features: list[Any]) -> Any:
         made = tokenizer()([feature["text"] for feature in features], padding=True, return_tensors="pt")
@@ -406,15 +406,15 @@ def test_text_for_a_collator_of_the_users_own(tmp_path: Path) -> None:
     make(tmp_path, student, teacher, remove_unused_columns=False, **given).train()
 
 
-def test_sounds_that_are_not_processed(tmp_path: Path) -> None:
+def test_unprocessed_recordings_raise(tmp_path: Path) -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     data = KINDS["Dataset"]([{"audio": [0.0, 0.1], "labels": [1, 2]}] * 4)
     with refused(tmp_path, DataError, "none that the Wav2Vec2ForCTC reads (input_values)", "dataset.map"):
         make(tmp_path, head.make(0), head.make(1), train_dataset=data, data_collator=None)
 
 
-def test_images_are_made_by_a_transform(tmp_path: Path) -> None:
-    """Then the columns of the table are not those of the examples."""
+def test_images_from_a_transform(tmp_path: Path) -> None:
+    """Then the table's columns differ from those of the examples."""
     head = HEADS["vit_image_class"]
     made = head.examples(8)
     data = datasets.Dataset.from_dict({"number": list(range(8)), "label": ["LABEL_1"] * 8})
@@ -429,8 +429,8 @@ def test_images_are_made_by_a_transform(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens", "llama_causal_lm", "t5_seq2seq"])
-def test_rows_that_nothing_pads(tmp_path: Path, name: str) -> None:
-    """In the training and in the building of a cache, which takes the same collator."""
+def test_unpadded_rows_raise(tmp_path: Path, name: str) -> None:
+    """In a training and in a cache build with the same collator."""
     head = HEADS[name]
     data, teacher = head.examples(8), head.make(1)
     message = r"The examples of a batch are of unequal length \(input_ids: \d+ to \d+\), and nothing pads them\. Pass "
@@ -443,7 +443,7 @@ def test_rows_that_nothing_pads(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_labels_that_the_collator_does_not_pad(tmp_path: Path) -> None:
+def test_labels_that_the_collator_does_not_pad_raise(tmp_path: Path) -> None:
     head, words = HEADS["bert_tokens"], tokenizer()
     given = {"train_dataset": head.examples(8), "processing_class": words, "teacher_processing_class": words}
     trainer = make(tmp_path, head.make(0), head.make(1), data_collator=DataCollatorWithPadding(words), **given)
@@ -454,8 +454,8 @@ def test_labels_that_the_collator_does_not_pad(tmp_path: Path) -> None:
     ).train()  # fmt: skip
 
 
-def test_labels_that_cannot_be_read_at_alpha_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They weigh nothing, so they are left out, with a word."""
+def test_unusable_labels_are_dropped_at_alpha_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no weight, so they are dropped with a warning."""
     found = []
     for labels in (["who", "knows"] * 4, [0] * 8):
         with caplog.at_level(logging.WARNING, LOGGER):
@@ -464,8 +464,8 @@ def test_labels_that_cannot_be_read_at_alpha_1(tmp_path: Path, caplog: pytest.Lo
     assert "The labels of the training data weigh nothing and are left out, as they cannot be read" in caplog.text
 
 
-def test_a_cache_is_built_whatever_the_labels_are(tmp_path: Path) -> None:
-    """Nothing that it keeps depends on them."""
+def test_a_cache_build_ignores_the_labels(tmp_path: Path) -> None:
+    """Its contents do not depend on them."""
     teacher = bert(seed=1)
     for number, labels in enumerate((["who", "knows"] * 4, WORDS, [0.5] * 8, NUMBERS)):
         TeacherCache.build(teacher, rows(labels), tmp_path / str(number), progress=False)
@@ -473,7 +473,7 @@ def test_a_cache_is_built_whatever_the_labels_are(tmp_path: Path) -> None:
     assert kept[0] == kept[1] == kept[2] == kept[3]
 
 
-def test_a_cache_of_text_that_is_not_tokenized(tmp_path: Path) -> None:
+def test_a_cache_of_text_that_is_not_tokenized_raises(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": ["w1 w2"] * 4, "label": [0] * 4})
     with pytest.raises(
         DataError, match=r"the dataset has the columns \['text', 'label'\], and none .*Tokenize the text"

@@ -1,7 +1,7 @@
-"""The same script on `Trainer` and on ours at alpha=0: equal logs, weights, files and events.
+"""The same script with `Trainer` and with alpha=0: equal logs, weights, files and events.
 
-Each scenario is a behaviour that transformers' own Trainer tests hold, run twice: once with `Trainer`, once with
-`DistillationTrainer(args=DistillationArguments(alpha=0))` and nothing else. `loss/labels` is the one figure more.
+Each scenario is a behaviour from transformers' own Trainer tests, run twice: with `Trainer`, and with
+`DistillationTrainer(args=DistillationArguments(alpha=0))`. Only `loss/labels` is logged in addition.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TIMES = ("runtime", "per_second", "preparation_time")
 
 
 class Net(nn.Module):
-    """A class that no library knows: no config, and a forward of its own names. Its first layer has dropout."""
+    """A class that no library knows, without a config, with its own argument names. Its first layer has dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def points(count: int = 8, *, labelled: bool = True) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Student:
-    """How to make a student, and examples for it."""
+    """A student, and examples for it."""
 
     make: Callable[[], Any]
     examples: Callable[..., list[dict[str, Any]]]
@@ -110,7 +110,7 @@ def without_times(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained(trainer: Any, **keywords: Any) -> dict[str, Any]:
-    """Train, and what can be seen of it."""
+    """Train, and return the observable results."""
     output = trainer.train(**keywords)
     return {
         "weights": weights(trainer.model),
@@ -122,7 +122,7 @@ def trained(trainer: Any, **keywords: Any) -> dict[str, Any]:
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Equal to the bit, in whatever containers; NaN is NaN."""
+    """Assert bitwise equality in any containers; NaN equals NaN."""
     assert type(found) is type(expected), where
     if isinstance(found, Mapping):
         assert list(found) == list(expected), where
@@ -157,17 +157,17 @@ def scenario(*students: Student) -> Callable[[Scenario], Scenario]:
     SCENARIOS,
     ids=lambda one: {id(KNOWN): "known", id(UNKNOWN): "unknown"}.get(id(one)) or one.__name__,
 )
-def test_the_same_script(tmp_path, run: Scenario, student: Student) -> None:
+def test_the_script_gives_the_same_results(tmp_path, run: Scenario, student: Student) -> None:
     theirs = run(Script(False, tmp_path / "a", student))
     assert_same(run(Script(True, tmp_path / "b", student)), theirs)
-    assert theirs  # it has compared something
+    assert theirs  # something was compared
 
 
-# What is trained, and for how long.
+# Training length and parameters.
 
 
 @scenario()
-def training_arguments_are_left_alone(script: Script) -> Any:
+def training_arguments_are_unchanged(script: Script) -> Any:
     args = script.args()
     before = args.to_dict()
     script.trainer(args=args).train()
@@ -175,7 +175,7 @@ def training_arguments_are_left_alone(script: Script) -> Any:
 
 
 @scenario()
-def steps_and_epochs_with_a_last_batch_that_is_kept_or_dropped(script: Script) -> Any:
+def steps_and_epochs_with_a_kept_or_dropped_last_batch(script: Script) -> Any:
     data = script.student.examples(10)
     kinds = [{"dataloader_drop_last": drop, "num_train_epochs": n} for drop, n in ((False, 1.5), (True, 1))]
     return [trained(script.trainer(train_dataset=data, max_steps=-1, **kind)) for kind in kinds]
@@ -183,7 +183,7 @@ def steps_and_epochs_with_a_last_batch_that_is_kept_or_dropped(script: Script) -
 
 @scenario(UNKNOWN)
 def accumulation(script: Script) -> Any:
-    """Of a class that is not known, all is the base trainer's own; known heads are made exact (docs/heads.md)."""
+    """For an unknown class the base trainer does everything; known heads are made exact (docs/heads.md)."""
     data = script.student.examples(10)
     return trained(script.trainer(train_dataset=data, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2))
 
@@ -206,25 +206,25 @@ class Endless(torch.utils.data.IterableDataset):
 
 
 @scenario()
-def a_stream_for_max_steps_also_where_it_is_shorter(script: Script) -> Any:
+def a_stream_for_max_steps_even_if_shorter(script: Script) -> Any:
     data = script.student.examples(8)
     return [trained(script.trainer(train_dataset=Endless(data, n), max_steps=3)) for n in (9, 1)]
 
 
 @scenario()
-def frozen_parameters_stay(script: Script) -> Any:
+def frozen_parameters_do_not_change(script: Script) -> Any:
     model = script.student.make()
     getattr(model, script.student.body).requires_grad_(False)
     return trained(script.trainer(model))
 
 
 @scenario()
-def clipping_and_the_norm_that_is_logged(script: Script) -> Any:
+def clipping_and_the_logged_norm(script: Script) -> Any:
     return [trained(script.trainer(max_grad_norm=norm)) for norm in (0.0, 0.1)]
 
 
 @scenario()
-def an_optimizer_and_a_scheduler_of_ones_own(script: Script) -> Any:
+def a_custom_optimizer_and_scheduler(script: Script) -> Any:
     model = script.student.make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -234,7 +234,7 @@ def an_optimizer_and_a_scheduler_of_ones_own(script: Script) -> Any:
 
 
 @scenario()
-def a_scheduler_that_looks_at_the_metric(script: Script) -> Any:
+def a_scheduler_that_uses_the_metric(script: Script) -> Any:
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
     more = {"metric_for_best_model": "loss", "lr_scheduler_kwargs": {"patience": 0}, "max_steps": 4}
     return trained(script.trainer(eval_dataset=script.student.examples(4), **settings, **more))
@@ -247,7 +247,7 @@ def model_init_trained_twice(script: Script) -> Any:
 
 
 @scenario()
-def trained_on_after_the_end(script: Script) -> Any:
+def training_continued_after_the_end(script: Script) -> Any:
     trainer = script.trainer()
     return trained(trainer), trained(trainer)
 
@@ -262,12 +262,12 @@ def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.T
 
 
 @scenario()
-def a_loss_of_ones_own(script: Script) -> Any:
+def a_custom_loss(script: Script) -> Any:
     return trained(script.trainer(compute_loss_func=summed))
 
 
 class Hungry(Net):
-    """Runs out of memory on batches of more than two."""
+    """Runs out of memory on batches larger than two."""
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         if len(x) > 2:
@@ -276,7 +276,7 @@ class Hungry(Net):
 
 
 @scenario(UNKNOWN)
-def the_batch_size_is_found(script: Script) -> Any:
+def auto_find_batch_size(script: Script) -> Any:
     trainer = script.trainer(Hungry(), auto_find_batch_size=True, per_device_train_batch_size=8)
     return trained(trainer), trainer._train_batch_size, trainer.state.train_batch_size
 
@@ -330,7 +330,7 @@ class Tuples(Net):
 
 
 @scenario(UNKNOWN)
-def outputs_that_are_tuples(script: Script) -> Any:
+def tuple_outputs(script: Script) -> Any:
     trainer = script.trainer(Tuples(), compute_metrics=mean_error)
     found = trained(trainer)
     return found, without_times(trainer.evaluate(script.student.examples(5)))
@@ -340,7 +340,7 @@ def outputs_that_are_tuples(script: Script) -> Any:
 
 
 class NanOnce(Net):
-    """Its loss is NaN in one forward of the training, and its gradient is not."""
+    """Its loss is NaN in one training forward, but its gradient is finite."""
 
     calls = 0
 
@@ -353,7 +353,7 @@ class NanOnce(Net):
 
 
 @scenario(UNKNOWN)
-def a_loss_that_is_no_number_in_the_log(script: Script) -> Any:
+def a_nan_loss_in_the_log(script: Script) -> Any:
     kinds = ({"logging_nan_inf_filter": kept} for kept in (True, False))
     return [trained(script.trainer(NanOnce(), max_steps=4, logging_steps=2, **kind)) for kind in kinds]
 
@@ -382,7 +382,7 @@ def memory_metrics(script: Script) -> Any:
 
 
 @scenario(KNOWN)
-def tokens_that_were_seen(script: Script) -> Any:
+def the_number_of_tokens_seen(script: Script) -> Any:
     trainer = script.trainer(include_num_input_tokens_seen="all")
     return trained(trainer), trainer.state.num_input_tokens_seen
 
@@ -393,7 +393,7 @@ EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
 class Recorder(TrainerCallback):
-    """Writes down every event, and does in some of them what it is told."""
+    """Records every event, and acts on some of them."""
 
     def __init__(self, act: Callable[[str, Any, Any], None] | None = None) -> None:
         self.events: list[str] = []
@@ -427,7 +427,7 @@ def the_list_of_callbacks(script: Script) -> Any:
 
 
 @scenario()
-def a_list_of_callbacks_that_a_script_replaces(script: Script) -> Any:
+def a_replaced_list_of_callbacks(script: Script) -> Any:
     trainer = script.trainer()
     trainer.callback_handler.callbacks = [one for one in trainer.callback_handler.callbacks if "Flow" in str(type(one))]
     return trained(trainer)
@@ -450,7 +450,7 @@ def callbacks_that_stop_an_epoch_or_the_training(script: Script) -> Any:
 
 
 @scenario()
-def callbacks_that_ask_for_logs_evaluations_and_checkpoints(script: Script) -> Any:
+def callbacks_that_request_logs_evaluations_and_checkpoints(script: Script) -> Any:
     def act(event: str, state: Any, control: Any) -> None:
         if event == "on_step_end" and state.global_step == 2:
             control.should_log = control.should_evaluate = control.should_save = True
@@ -473,7 +473,7 @@ def early_stopping(script: Script) -> Any:
 
 
 class Counting(TrainerCallback, ExportableState):
-    """Its count is kept in checkpoints."""
+    """Its count is stored in checkpoints."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -519,7 +519,7 @@ def resumed_without_an_optimizer(script: Script) -> Any:
 
 
 @scenario()
-def checkpoints_that_are_rotated(script: Script) -> Any:
+def rotated_checkpoints(script: Script) -> Any:
     settings = {**SAVED, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
     trainer = script.trainer(eval_dataset=script.student.examples(4), load_best_model_at_end=True, **settings)
     found = trained(trainer)
@@ -535,8 +535,8 @@ def the_best_model_by_a_metric(script: Script) -> Any:
 
 
 @scenario()
-def what_is_saved(script: Script) -> Any:
-    """Names of files in a checkpoint and in what `save_model` writes; ours records its settings beside them."""
+def saved_files(script: Script) -> Any:
+    """File names in a checkpoint and after `save_model`; ours adds only its settings."""
     trainer = script.trainer(**{**SAVED, "max_steps": 1})
     trainer.train()
     trainer.save_model(str(script.folder / "model"))
@@ -544,11 +544,11 @@ def what_is_saved(script: Script) -> Any:
     return [sorted(path.name for path in folder.iterdir() if path.name != SETTINGS_FILE) for folder in folders]
 
 
-# Data, and search.
+# Data and search.
 
 
 @scenario()
-def columns_that_no_forward_takes(script: Script) -> Any:
+def unused_columns(script: Script) -> Any:
     rows = script.student.examples(8)
     columns = {name: [np.asarray(row[name]).tolist() for row in rows] for name in rows[0]}
     data = Dataset.from_dict({**columns, "note": list("abcdefgh")})
@@ -558,7 +558,7 @@ def columns_that_no_forward_takes(script: Script) -> Any:
 
 
 @scenario()
-def a_search(script: Script) -> Any:
+def hyperparameter_search(script: Script) -> Any:
     trainer = script.trainer(
         model_init=script.student.make,
         eval_dataset=script.student.examples(4),
@@ -574,7 +574,7 @@ def a_search(script: Script) -> Any:
     return best.run_id, best.objective, best.hyperparameters
 
 
-def test_the_control_flags_are_those_that_are_known() -> None:
-    """`callbacks_that_...` set flags by name."""
+def test_all_control_flags_are_covered() -> None:
+    """`callbacks_that_...` sets flags by name."""
     for flag in ("should_training_stop", "should_epoch_stop", "should_log", "should_evaluate", "should_save"):
         assert hasattr(TrainerControl(), flag)

@@ -1,4 +1,4 @@
-"""What is taken out of a last batch, process by process. Real processes: `test_two_processes`."""
+"""Duplicates are removed from the last batch, process by process. Real processes: `test_two_processes`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.trainer.each_once import Stream
 
 
 class TwoProcesses:
-    """Stands for an Accelerator: gathers what this process gives, and what the other would."""
+    """A stand-in for an Accelerator: gathers this process's values and those of the other process."""
 
     num_processes = 2
 
@@ -36,8 +36,8 @@ def batch() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("remainder", "kept"), [(1, (1, 2)), (2, (2, 2)), (3, (2, 1)), (0, (2, 2)), (-1, (2, 2))], ids=str
 )
-def test_what_is_left_of_a_last_batch(remainder: int, kept: tuple[int, int]) -> None:
-    """Of two processes with two examples each; a share of fillers alone is left as it is, and not gathered."""
+def test_duplicates_are_removed_from_the_last_batch(remainder: int, kept: tuple[int, int]) -> None:
+    """Two processes with two examples each; a share of only duplicates is left unchanged, and not gathered."""
     for rank in (0, 1):
         shown = batch()
         EachOnce(TwoProcesses(rank, remainder=remainder), None, whole_batches=False).begin(shown)
@@ -48,8 +48,8 @@ def test_what_is_left_of_a_last_batch(remainder: int, kept: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("whole_batches", [False, True])
-def test_what_is_gathered(whole_batches: bool) -> None:
-    """Three examples; the second process holds one and a filler. Two rows an example."""
+def test_gathered_rows_exclude_duplicates(whole_batches: bool) -> None:
+    """Three examples; the second process has one and a duplicate. Two rows per example."""
     accelerator = TwoProcesses(1, remainder=3)
     once = EachOnce(accelerator, None, whole_batches=whole_batches)
     once.begin(batch())
@@ -62,7 +62,7 @@ def test_what_is_gathered(whole_batches: bool) -> None:
     assert isinstance(nested, tuple) and len(nested[0]) == 6
 
 
-def test_a_batch_whose_rows_are_not_its_examples_is_left_whole_and_that_is_said(caplog) -> None:
+def test_a_batch_with_other_rows_than_examples_is_unchanged_with_a_warning(caplog) -> None:
     """Packed images: three patches for two examples."""
     once = EachOnce(TwoProcesses(1, remainder=3), None, whole_batches=False)
     shown = {**batch(), "patches": torch.zeros(3, 4)}
@@ -75,12 +75,12 @@ def test_a_batch_whose_rows_are_not_its_examples_is_left_whole_and_that_is_said(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_examples_that_each_process_reads_for_itself_are_counted(caplog, workers: int) -> None:
+def test_examples_of_a_sharded_stream_are_counted(caplog, workers: int) -> None:
     shard = IterableDatasetShard(Stream(list(range(5))), batch_size=2, num_processes=2)
     original = shard.dataset
     loader = SimpleNamespace(dataset=shard, num_workers=workers)
     with caplog.at_level(logging.WARNING, logger="hf_distill"), examples_counted(loader) as counted:
-        assert len(list(shard)) == 4  # filled up to two of four
+        assert len(list(shard)) == 4  # filled up to two batches of two
     assert shard.dataset is original
     assert (counted is None) == (workers > 0) and len(caplog.records) == (workers > 0)
     if counted is not None:

@@ -1,8 +1,7 @@
-"""Evaluation is `Trainer`'s; only `evaluate_with_teacher` runs the teacher, and its two figures are checked by hand."""
+"""Evaluation is `Trainer`'s; only `evaluate_with_teacher` runs the teacher, and its metrics are checked by hand."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def by_hand(student: Any, teacher: Any, data: list[dict[str, Any]], temperature: float) -> tuple[float, float]:
-    """Divergence and agreement over sequence classification examples, one at a time: no padding, no batches."""
+    """Return divergence and agreement over classification examples, one at a time, without padding or batches."""
     found = []
     for example in data:
         batch = padded([example])
@@ -43,7 +42,7 @@ def by_hand(student: Any, teacher: Any, data: list[dict[str, Any]], temperature:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_loss_and_metrics_are_those_of_trainer_and_the_teacher_is_not_run(tmp_path, alpha: float) -> None:
+def test_loss_and_metrics_equal_trainers_and_the_teacher_does_not_run(tmp_path, alpha: float) -> None:
     given = {"eval_dataset": examples(7), "data_collator": padded, "compute_metrics": accuracy}
     settings = {"per_device_eval_batch_size": 3}
     student = bert(dropout=0.3)
@@ -76,20 +75,20 @@ def flat(predictions: Any) -> list[Any]:
     return [predictions]
 
 
-def asked(folder: Any, student: Any, teacher: Any, **changed: Any) -> Any:
+def with_teacher(folder: Any, student: Any, teacher: Any, **changed: Any) -> Any:
     settings = {"evaluate_with_teacher": True, "temperature": 3.0, "per_device_eval_batch_size": 3}
     return make(folder, student, teacher, **{**settings, **changed})
 
 
 @pytest.mark.parametrize("labels", [3, None], ids=["labelled", "unlabelled"])
 @pytest.mark.parametrize("count", [6, 7], ids=["whole-batches", "a-smaller-last-batch"])
-def test_agreement_and_divergence_are_those_of_plain_torch(tmp_path, count: int, labels: int | None) -> None:
+def test_agreement_and_divergence_equal_plain_torch(tmp_path, count: int, labels: int | None) -> None:
     student, teacher, data = bert(), bert(seed=4), examples(count, labels=labels)
-    metrics = asked(tmp_path, student, teacher, eval_dataset=data).evaluate()
+    metrics = with_teacher(tmp_path, student, teacher, eval_dataset=data).evaluate()
     divergence, agreement = by_hand(student, teacher, data, 3.0)
     assert metrics["eval_divergence"] == pytest.approx(divergence, rel=1e-4)
     assert metrics["eval_teacher_agreement"] == pytest.approx(agreement)
-    assert 0 < agreement < 1  # so that the comparison says something
+    assert 0 < agreement < 1  # so the comparison is meaningful
     assert ("eval_loss" in metrics) == (labels is not None)
 
 
@@ -102,32 +101,32 @@ def test_teacher_whose_predictions_are_not_finite_is_not_compared(tmp_path, valu
     data[4]["input_ids"][0] = token
     with torch.no_grad():
         teacher.bert.embeddings.word_embeddings.weight[token] = value
-    trainer = asked(tmp_path, bert(), teacher, eval_dataset=data)
+    trainer = with_teacher(tmp_path, bert(), teacher, eval_dataset=data)
     with pytest.raises(TeacherError, match=r"hold NaN or inf for example 4 of the evaluation \(1 such examples in its"):
         trainer.evaluate()
 
 
-def test_the_loss_stays_that_of_the_task(tmp_path) -> None:
+def test_the_loss_is_still_the_tasks(tmp_path) -> None:
     student = bert()
     plain = make(tmp_path, student, bert(seed=4), eval_dataset=examples(7), per_device_eval_batch_size=3).evaluate()
-    metrics = asked(tmp_path, student, bert(seed=4), eval_dataset=examples(7)).evaluate()
+    metrics = with_teacher(tmp_path, student, bert(seed=4), eval_dataset=examples(7)).evaluate()
     assert {name: metrics[name] for name in without_times(plain)} == without_times(plain)
 
 
-def test_a_dict_of_datasets(tmp_path) -> None:
+def test_a_dict_of_evaluation_datasets(tmp_path) -> None:
     student, teacher = bert(), bert(seed=4)
     data = {"a": examples(4), "b": examples(7, labels=None)}
-    metrics = asked(tmp_path, student, teacher, eval_dataset=data).evaluate()
+    metrics = with_teacher(tmp_path, student, teacher, eval_dataset=data).evaluate()
     for name, rows in data.items():
         divergence, agreement = by_hand(student, teacher, rows, 3.0)
         assert metrics[f"eval_{name}_divergence"] == pytest.approx(divergence, rel=1e-4)
         assert metrics[f"eval_{name}_teacher_agreement"] == pytest.approx(agreement)
 
 
-def test_predict(tmp_path) -> None:
+def test_predict_with_the_teacher(tmp_path) -> None:
     student, teacher = bert(), bert(seed=4)
     divergence, agreement = by_hand(student, teacher, examples(7), 3.0)
-    trainer = asked(tmp_path, student, teacher)
+    trainer = with_teacher(tmp_path, student, teacher)
     for prefix, metrics in (
         ("test", trainer.predict(examples(7)).metrics),
         ("held_out", trainer.predict(examples(7), metric_key_prefix="held_out").metrics),
@@ -136,10 +135,10 @@ def test_predict(tmp_path) -> None:
         assert metrics[f"{prefix}_teacher_agreement"] == pytest.approx(agreement)
 
 
-def test_between_the_steps_of_a_training(tmp_path) -> None:
+def test_evaluation_during_training(tmp_path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3, "metric_for_best_model": "teacher_agreement"}
     student, teacher = bert(), bert(seed=4)
-    trainer = asked(tmp_path, student, teacher, eval_dataset=examples(5), **settings)
+    trainer = with_teacher(tmp_path, student, teacher, eval_dataset=examples(5), **settings)
     trainer.train()
     measured = [entry for entry in trainer.state.log_history if "eval_divergence" in entry]
     assert [entry["step"] for entry in measured] == [1, 2, 3]
@@ -148,7 +147,7 @@ def test_between_the_steps_of_a_training(tmp_path) -> None:
     assert measured[-1]["eval_teacher_agreement"] == pytest.approx(agreement)
 
 
-def test_asking_the_teacher_changes_no_weight(tmp_path) -> None:
+def test_evaluating_with_the_teacher_changes_no_weight(tmp_path) -> None:
     found = []
     for ask in (False, True):
         student = bert(dropout=0.3)
@@ -163,12 +162,12 @@ ASKING += [("t5_seq2seq", 0.0), ("bart_seq2seq", 0.0), ("bert_span", 0.0), ("t5_
 
 
 @pytest.mark.parametrize(("name", "alpha"), ASKING)
-def test_every_head_asks_its_teacher(tmp_path, name: str, alpha: float) -> None:
-    """A student that is a copy of its teacher: no divergence, full agreement; another one: some."""
+def test_every_head_evaluates_with_its_teacher(tmp_path, name: str, alpha: float) -> None:
+    """A copy of the teacher has no divergence and full agreement; another student has some divergence."""
     head = HEADS[name]
     given = {"eval_dataset": head.examples(5), "data_collator": head.collate, "train_dataset": None, "alpha": alpha}
-    same = asked(tmp_path, head.make(seed=1), head.make(seed=1), **given).evaluate()
-    other = asked(tmp_path, head.make(seed=0), head.make(seed=1), **given).evaluate()
+    same = with_teacher(tmp_path, head.make(seed=1), head.make(seed=1), **given).evaluate()
+    other = with_teacher(tmp_path, head.make(seed=0), head.make(seed=1), **given).evaluate()
     assert same["eval_divergence"] == pytest.approx(0, abs=1e-6)
     assert other["eval_divergence"] > 1e-4
     if head.kind in ("regression", "embedding"):
@@ -177,12 +176,12 @@ def test_every_head_asks_its_teacher(tmp_path, name: str, alpha: float) -> None:
         assert same["eval_teacher_agreement"] == 1.0
 
 
-def test_tokens_count_each_by_itself(tmp_path) -> None:
-    """The mean is over tokens with a label, not over sequences or batches."""
+def test_metrics_are_means_over_tokens(tmp_path) -> None:
+    """Over labelled tokens, not over sequences or batches."""
     head = HEADS["bert_tokens"]
     student, teacher, data = head.make(seed=0), head.make(seed=1), head.examples(5)
     given = {"eval_dataset": data, "data_collator": head.collate, "train_dataset": None}
-    metrics = asked(tmp_path, student, teacher, **given).evaluate()
+    metrics = with_teacher(tmp_path, student, teacher, **given).evaluate()
     divergences, agrees = [], []
     for example in data:
         kept = torch.tensor(example["labels"]) != -100
@@ -196,7 +195,7 @@ def test_tokens_count_each_by_itself(tmp_path) -> None:
 
 
 def teacher_forced(head: Head, student: Any, teacher: Any, data: list[dict[str, Any]]) -> tuple[float, float]:
-    """By hand over the target positions of a T5, whose decoder starts with token 0 and then reads the labels."""
+    """Return the metrics by hand over the target positions of a T5, whose decoder reads 0 and then the labels."""
     divergences, agrees = [], []
     for example in data:
         labels = example["labels"]
@@ -213,7 +212,7 @@ def teacher_forced(head: Head, student: Any, teacher: Any, data: list[dict[str, 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("generate", [False, True], ids=["teacher-forced", "predict-with-generate"])
-def test_a_seq2seq_trainer(tmp_path, generate: bool, alpha: float) -> None:
+def test_seq2seq_trainer_with_the_teacher(tmp_path, generate: bool, alpha: float) -> None:
     head = HEADS["t5_seq2seq"]
     student, teacher, data = head.make(seed=0), head.make(seed=1), head.examples(5)
     shared = {"predict_with_generate": generate, "generation_max_length": 6, "per_device_eval_batch_size": 2}
@@ -236,20 +235,20 @@ def test_a_seq2seq_trainer(tmp_path, generate: bool, alpha: float) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_dataset_of_datasets_with_more_columns_than_are_needed(tmp_path) -> None:
+def test_a_dataset_with_additional_columns(tmp_path) -> None:
     data = examples(5)
     columns = {name: [example[name] for example in data] for name in data[0]}
     rows = Dataset.from_dict({**columns, "note": ["x"] * 5})
     student, teacher = bert(), bert(seed=4)
-    metrics = asked(tmp_path, student, teacher, eval_dataset=rows).evaluate()
+    metrics = with_teacher(tmp_path, student, teacher, eval_dataset=rows).evaluate()
     assert metrics["eval_divergence"] == pytest.approx(by_hand(student, teacher, data, 3.0)[0], rel=1e-4)
 
 
-# The teacher's metrics beside the student's.
+# The teacher's metrics.
 
 
 def scored(kind: str) -> Any:
-    """A metric of a head: how often a choice is the label, or how far a value is from it."""
+    """Return a metric for a head: the accuracy, or the distance of a value."""
 
     def score(found: Any) -> dict[str, float]:
         predictions = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
@@ -259,7 +258,7 @@ def scored(kind: str) -> Any:
         if kind == "several":
             return {"score": float(((predictions > 0) == labels).mean())}
         if kind == "ctc":
-            return {"score": float(predictions.max(-1)[:, 0].mean())}  # every sound has a first frame
+            return {"score": float(predictions.max(-1)[:, 0].mean())}  # every recording has a first frame
         known = (labels >= 0) & (labels < predictions.shape[-1])
         at_label = np.take_along_axis(predictions, np.where(known, labels, 0)[..., None], -1)[..., 0]
         return {
@@ -271,14 +270,14 @@ def scored(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if HEADS[name].kind != "embedding"])
-def test_the_teachers_metrics_are_those_of_the_teacher_in_a_trainer(tmp_path, name: str) -> None:
-    """The same function on the same examples, of the teacher as the model of a plain `Trainer`."""
+def test_the_teachers_metrics_equal_those_in_a_trainer(tmp_path, name: str) -> None:
+    """The same function on the same examples, with the teacher as the model of a plain `Trainer`."""
     head = HEADS[name]
     metric = scored("several" if name == "bert_multi_label" else head.kind)
     given = {"eval_dataset": head.examples(7), "data_collator": head.collate, "compute_metrics": metric}
     args = arguments(tmp_path, TrainingArguments, per_device_eval_batch_size=3)
     expected = Trainer(model=head.make(seed=1), args=args, **given).evaluate()
-    found = asked(tmp_path, head.make(seed=0), head.make(seed=1), train_dataset=None, **given).evaluate()
+    found = with_teacher(tmp_path, head.make(seed=0), head.make(seed=1), train_dataset=None, **given).evaluate()
     names = {key.removeprefix("eval_") for key in expected if key.endswith(("_score", "_error", "_logit"))}
     assert names and {f"eval_teacher_{metric}" for metric in names} <= set(found)
     for metric in names:
@@ -288,15 +287,15 @@ def test_the_teachers_metrics_are_those_of_the_teacher_in_a_trainer(tmp_path, na
 
 
 @pytest.mark.parametrize("accumulates", [None, 1, 2])
-def test_labels_of_another_order_are_put_into_the_students(tmp_path, accumulates: int | None) -> None:
-    """The teacher's classes are the student's in another order; what it chooses is compared by name."""
+def test_teacher_predictions_are_reordered_to_the_students_labels(tmp_path, accumulates: int | None) -> None:
+    """The teacher has the same classes in another order; its predictions are matched by name."""
     ours, theirs = ("no", "yes", "maybe"), ("maybe", "no", "yes")
     named = [
         {"label2id": {name: i for i, name in enumerate(names)}, "id2label": dict(enumerate(names))}
         for names in (ours, theirs)
     ]
     student, teacher, data = bert(**named[0]), bert(seed=4, **named[1]), examples(7)
-    metrics = asked(
+    metrics = with_teacher(
         tmp_path, student, teacher, eval_dataset=data, compute_metrics=accuracy, eval_accumulation_steps=accumulates
     ).evaluate()
     right = []
@@ -309,11 +308,11 @@ def test_labels_of_another_order_are_put_into_the_students(tmp_path, accumulates
     assert 0 < np.mean(right) < 1
 
 
-def test_the_names_of_prefixes_and_datasets(tmp_path) -> None:
+def test_metric_names_with_prefixes_and_datasets(tmp_path) -> None:
     data = {"a": examples(4), "b": examples(7)}
-    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=data, compute_metrics=accuracy)
+    trainer = with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=data, compute_metrics=accuracy)
     alone = {
-        name: asked(tmp_path, bert(), bert(seed=4), eval_dataset=rows, compute_metrics=accuracy).evaluate()
+        name: with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=rows, compute_metrics=accuracy).evaluate()
         for name, rows in data.items()
     }
     found = trainer.evaluate()
@@ -325,24 +324,24 @@ def test_the_names_of_prefixes_and_datasets(tmp_path) -> None:
     def prefixed(found: Any) -> dict[str, float]:
         return {f"eval_{name}": value for name, value in accuracy(found).items()}
 
-    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=prefixed)
+    trainer = with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=prefixed)
     assert trainer.evaluate()["eval_teacher_accuracy"] == alone["b"]["eval_teacher_accuracy"]
     assert trainer.compute_metrics is prefixed
 
 
-def test_a_function_that_writes_into_the_labels_does_not_see_its_own_writing(tmp_path) -> None:
-    """As examples of transformers do, which put the padding token where -100 stood."""
+def test_compute_metrics_may_modify_the_labels(tmp_path) -> None:
+    """Examples of transformers do that: they replace -100 by the padding token."""
 
     def shifted(found: Any) -> dict[str, float]:
         figure = float(found.label_ids.sum())
         found.label_ids += 100
         return {"sum": figure}
 
-    metrics = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=shifted).evaluate()
+    metrics = with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=shifted).evaluate()
     assert metrics["eval_teacher_sum"] == metrics["eval_sum"] == sum(e["labels"] for e in examples(7))
 
 
-def test_preprocessed_predictions_and_the_inputs(tmp_path) -> None:
+def test_preprocess_logits_and_include_inputs(tmp_path) -> None:
     head, seen = HEADS["bert_tokens"], []
 
     def chosen(logits: Any, labels: Any) -> Any:
@@ -357,85 +356,84 @@ def test_preprocessed_predictions_and_the_inputs(tmp_path) -> None:
         }
 
     given = {"eval_dataset": head.examples(5), "data_collator": head.collate, "train_dataset": None}
-    plain = asked(tmp_path, head.make(), head.make(seed=1), compute_metrics=scored("tokens"), **given).evaluate()
-    found = asked(
+    plain = with_teacher(tmp_path, head.make(), head.make(seed=1), compute_metrics=scored("tokens"), **given).evaluate()
+    found = with_teacher(
         tmp_path, head.make(), head.make(seed=1), compute_metrics=share, preprocess_logits_for_metrics=chosen,
         include_for_metrics=["inputs"], **given,
     ).evaluate()  # fmt: skip
     assert found["eval_teacher_score"] == pytest.approx(plain["eval_teacher_score"])
     assert found["eval_teacher_inputs"] == found["eval_inputs"] > 0
-    assert len(seen) == 4 and seen[0] == seen[1]  # two batches, of the student and of the teacher
+    assert len(seen) == 4 and seen[0] == seen[1]  # two batches, for the student and for the teacher
 
 
-@pytest.fixture
-def log(caplog: Any) -> Any:
-    caplog.set_level(logging.WARNING, logger="hf_distill")
-    return caplog
-
-
-def said(log: Any) -> list[str]:
+def metric_messages(log: Any) -> list[str]:
     messages = [record.getMessage() for record in log.records]
     return [message for message in messages if "eval_" in message or "test_" in message]
 
 
-def test_a_cached_teacher_has_the_metrics_of_the_live_one(tmp_path) -> None:
+def test_a_cached_teachers_metrics_equal_the_live_ones(tmp_path) -> None:
     data = examples(7)
     cache = TeacherCache.build(
         bert(seed=4), data, tmp_path / "cache", data_collator=padded, store=Dense("float32"), progress=False
     )
     live, cached = (
-        asked(tmp_path, bert(), teacher, train_dataset=data, eval_dataset=data, compute_metrics=accuracy).evaluate()
+        with_teacher(
+            tmp_path, bert(), teacher, train_dataset=data, eval_dataset=data, compute_metrics=accuracy
+        ).evaluate()
         for teacher in (bert(seed=4), cache)
     )
     assert cached["eval_teacher_accuracy"] == live["eval_teacher_accuracy"]
 
 
-def test_a_cache_that_lists_some_columns_has_none_and_says_so(tmp_path, log) -> None:
+def test_a_sparse_cache_has_no_teacher_metrics_with_a_warning(tmp_path, log) -> None:
     head = HEADS["bert_masked_lm"]
     data, store = head.examples(6), TopK(3, temperatures=(2.0,))
     cache = TeacherCache.build(
         head.make(seed=1), data, tmp_path / "cache", data_collator=head.collate, store=store, progress=False
     )
-    found = asked(
+    found = with_teacher(
         tmp_path, head.make(), cache, temperature=2.0, train_dataset=data, eval_dataset=data,
         data_collator=head.collate, compute_metrics=scored("tokens"),
     ).evaluate()  # fmt: skip
     assert "eval_score" in found and "eval_divergence" in found and "eval_teacher_score" not in found
-    assert said(log) == [
+    assert metric_messages(log) == [
         "There is no eval_teacher_<metric>: this teacher lists only the likeliest columns of each row, and a metric "
         "may look at all."
     ]
 
 
-def test_an_embedding_has_none_and_says_so(tmp_path, log) -> None:
+def test_an_embedding_has_no_teacher_metrics_with_a_warning(tmp_path, log) -> None:
     head = HEADS["bert_embedding"]
     rows = [{**example, "labels": 0} for example in head.examples(4)]
-    found = asked(
+    found = with_teacher(
         tmp_path, head.make(), head.make(seed=1), alpha=1.0, train_dataset=None, eval_dataset=rows,
         label_names=["labels"], data_collator=padded, compute_metrics=lambda found: {"rows": len(found.predictions[0])},
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs["last_hidden_state"].mean(),
     ).evaluate()  # fmt: skip
     assert found["eval_rows"] == 4 and "eval_divergence" in found and "eval_teacher_rows" not in found
-    assert said(log) == [
+    assert metric_messages(log) == [
         "There is no eval_teacher_<metric>: the outputs of a head for embedding do not follow from what is compared."
     ]
 
 
-def test_metrics_of_batches_have_none_and_say_so(tmp_path, log) -> None:
+def test_batch_metrics_have_no_teacher_metrics_with_a_warning(tmp_path, log) -> None:
     def score(found: Any, compute_result: bool) -> dict[str, float]:
         return {"rows": float(len(found.predictions))}
 
-    trainer = asked(
+    trainer = with_teacher(
         tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), batch_eval_metrics=True, compute_metrics=score
     )
     found = trainer.evaluate()
     assert found["eval_rows"] == 1 and "eval_divergence" in found and "eval_teacher_rows" not in found
     trainer.evaluate()
-    assert len(said(log)) == 1 and "batch_eval_metrics=True: compute_metrics keeps sums" in said(log)[0]
+    assert (
+        len(metric_messages(log)) == 1
+        and "batch_eval_metrics=True: compute_metrics keeps sums" in metric_messages(log)[0]
+    )
 
 
-def test_generated_texts_are_the_students_and_that_is_said(tmp_path, log) -> None:
-    """Also a prediction of examples without labels, of which nothing can be compared."""
+def test_generation_has_no_teacher_metrics_with_a_warning(tmp_path, log) -> None:
+    """Nor has a prediction without labels, which cannot be compared."""
     head = HEADS["t5_seq2seq"]
     args = arguments(
         tmp_path, Seq2SeqDistillationArguments, predict_with_generate=True, generation_max_length=6,
@@ -447,16 +445,18 @@ def test_generated_texts_are_the_students_and_that_is_said(tmp_path, log) -> Non
     )  # fmt: skip
     found = trainer.evaluate(head.examples(3))
     assert "eval_length" in found and "eval_divergence" in found and "eval_teacher_length" not in found
-    assert said(log) == [
+    assert metric_messages(log) == [
         "There is no eval_teacher_<metric>: predict_with_generate=True: the metrics are of texts that only the student "
         "generates."
     ]
     log.clear()
     assert not [key for key in trainer.predict(head.examples(3, labelled=False)).metrics if "teacher" in key]
-    assert any("there is no test_divergence and nothing else of the teacher" in message for message in said(log))
+    assert any(
+        "there is no test_divergence and nothing else of the teacher" in message for message in metric_messages(log)
+    )
 
 
-def test_a_function_that_fails_on_the_teacher_stops_nothing(tmp_path, log) -> None:
+def test_an_error_in_the_teachers_metrics_does_not_stop_the_run(tmp_path, log) -> None:
     calls = []
 
     def once(found: Any) -> dict[str, float]:
@@ -465,27 +465,27 @@ def test_a_function_that_fails_on_the_teacher_stops_nothing(tmp_path, log) -> No
             raise KeyError("logits")
         return accuracy(found)
 
-    trainer = asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=once)
+    trainer = with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=once)
     assert "eval_teacher_accuracy" not in trainer.evaluate()
-    assert said(log) == [
+    assert metric_messages(log) == [
         "There is no eval_teacher_<metric>: compute_metrics failed on the teacher's predictions: KeyError('logits')."
     ]
 
 
-def test_without_a_function_of_metrics_no_prediction_is_kept(tmp_path, monkeypatch) -> None:
+def test_without_compute_metrics_no_predictions_are_stored(tmp_path, monkeypatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("predictions were collected")
 
     monkeypatch.setattr(TeacherPredictions, "add", never)
-    assert "eval_divergence" in asked(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7)).evaluate()
-    trainer = asked(
+    assert "eval_divergence" in with_teacher(tmp_path, bert(), bert(seed=4), eval_dataset=examples(7)).evaluate()
+    trainer = with_teacher(
         tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=accuracy, prediction_loss_only=True
     )
     assert "eval_divergence" in trainer.evaluate()
 
 
-def test_the_best_model_may_be_chosen_by_the_students_metric_still(tmp_path) -> None:
-    trainer = asked(
+def test_the_best_model_can_be_selected_by_the_students_metric(tmp_path) -> None:
+    trainer = with_teacher(
         tmp_path, bert(), bert(seed=4), eval_dataset=examples(7), compute_metrics=accuracy, max_steps=2,
         eval_strategy="steps", eval_steps=1, metric_for_best_model="accuracy",
     )  # fmt: skip

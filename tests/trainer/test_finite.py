@@ -1,6 +1,6 @@
-"""No optimizer step is made on a loss or a gradient that is not finite; the message names term, example and cause.
+"""No optimizer step is made on a loss or gradient that is not finite; the message names term, example and cause.
 
-What a teacher says that is no number: `test_no_number`. Several processes: `test_two_processes`.
+Teachers with NaN: `test_no_number`. Several processes: `test_two_processes`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CTC_HEADS = ["wav2vec2_ctc_mean", "hubert_ctc_sum"]
 
 
 def raised_by(folder: Any, student: Any, teacher: Any, kind: type[Exception], **given: Any) -> str:
-    """The message of the error that the first step raises; the student is as it was."""
+    """Return the message of the error in the first step; the student must be unchanged."""
     start = weights(student)
     trainer = make(folder, student, teacher, **given)
     with pytest.raises(kind) as raised:
@@ -51,11 +51,11 @@ def raised_by(folder: Any, student: Any, teacher: Any, kind: type[Exception], **
 
 @pytest.mark.parametrize("alpha", [0.5, 0.01])
 @pytest.mark.parametrize("name", CTC_HEADS)
-def test_a_text_of_more_than_its_frames_is_named(tmp_path, name: str, alpha: float) -> None:
-    """30 equal letters need 59 frames: 29 blanks between them."""
+def test_a_label_longer_than_its_frames_is_named(tmp_path, name: str, alpha: float) -> None:
+    """30 equal letters need 59 frames, with 29 blanks between them."""
     head = HEADS[name]
     data = sounds(head, 8, wrong=3, fault="labels")
-    said = raised_by(
+    message = raised_by(
         tmp_path, head.make(), head.make(seed=1), DataError,
         train_dataset=data, data_collator=head.collate, alpha=alpha, **ORDER,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_text_of_more_than_its_frames_is_named(tmp_path, name: str, alpha: flo
         "student.config.ctc_zero_infinity=True",
         "No step was made.",
     ):
-        assert words in said, (words, said)
+        assert words in message, (words, message)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -87,20 +87,20 @@ def test_evaluation_names_labels_that_need_more_frames(tmp_path, caplog, alpha: 
     assert record.getMessage().startswith("In a batch of the evaluation the labels of example 1 need 59 frames")
 
 
-def test_with_a_cached_teacher_too(tmp_path) -> None:
+def test_a_long_label_with_a_cached_teacher(tmp_path) -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     data = sounds(head, 8, wrong=3, fault="labels")
     cache = TeacherCache.build(
         head.make(seed=1), data, tmp_path / "cache", data_collator=head.collate, store=Dense(), progress=False
     )
-    said = raised_by(
+    message = raised_by(
         tmp_path, head.make(), cache, DataError, train_dataset=data, data_collator=head.collate, **ORDER
     )  # fmt: skip
-    assert "micro-batch 1 of 2 (the term labels is inf): the labels of example 1 need 59 frames" in said
+    assert "micro-batch 1 of 2 (the term labels is inf): the labels of example 1 need 59 frames" in message
 
 
-def test_the_reproduction_of_the_trial() -> None:
-    """Nine equal letters need 17 of 10 frames."""
+def test_a_long_label_in_a_custom_loop() -> None:
+    """Nine equal letters need 17 frames; there are 10."""
     task = CTC(lambda samples: samples // 100)
     batch = {"input_values": torch.randn(2, 1000), "labels": torch.tensor([[1, 2, 3] + [-100] * 6, [4] * 9])}
     assert task.frames(batch).tolist() == [10, 10] and task.frames_needed(batch).tolist() == [3, 17]
@@ -108,8 +108,8 @@ def test_the_reproduction_of_the_trial() -> None:
     assert fault is not None and "example 1 need 17 frames" in fault and "its input makes 10" in fault
 
 
-def test_the_frames_that_are_needed_are_those_of_torch() -> None:
-    """Every text of up to four letters out of two, on up to eight frames: its loss is infinite or not."""
+def test_required_frames_agree_with_torch() -> None:
+    """For every label of up to four letters out of two, on up to eight frames: torch's loss is infinite or not."""
     for length in range(5):
         for letters in product((1, 2), repeat=length):
             needed = int(CTC(lambda x: x).frames_needed({"labels": torch.tensor([[*letters, -100]])}))
@@ -119,15 +119,15 @@ def test_the_frames_that_are_needed_are_those_of_torch() -> None:
                 assert bool(loss.isinf()) == (needed > frames), (letters, frames)
 
 
-def test_labels_with_gaps_and_blanks_are_counted_as_the_head_counts_them() -> None:
-    config = HEADS["wav2vec2_ctc_mean"].make().config  # pads with 0, which is its blank
+def test_required_frames_with_ignored_and_blank_labels() -> None:
+    config = HEADS["wav2vec2_ctc_mean"].make().config  # its padding, 0, is also its blank
     labels = torch.tensor([[4, -100, 4, 0, 0, 4], [0, 5, 6, -100, -100, -100]])
     assert CTC(lambda x: x, config=config).frames_needed({"labels": labels}).tolist() == [5, 2]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("name", CTC_HEADS)
-def test_those_that_count_as_0_are_counted_in_the_log(tmp_path, name: str, alpha: float) -> None:
+def test_zeroed_infinite_losses_are_counted_in_the_log(tmp_path, name: str, alpha: float) -> None:
     head = HEADS[name]
     data = sounds(head, 8, wrong=3, fault="labels") + sounds(head, 8, wrong=0, fault="labels")
     student = head.make(ctc_zero_infinity=True)
@@ -138,44 +138,44 @@ def test_those_that_count_as_0_are_counted_in_the_log(tmp_path, name: str, alpha
     )  # fmt: skip
     trainer.train()
     logged = [entry["ctc_labels_too_long"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [1, 1] and all(isinstance(count, int) for count in logged)  # one of the first eight, and one more
+    assert logged == [1, 1] and all(isinstance(count, int) for count in logged)  # one in the first eight, and another
     assert_moved(weights(student), start)
     assert all(torch.isfinite(value).all() for value in weights(student).values())
 
 
-def test_other_heads_log_no_such_count(tmp_path) -> None:
+def test_other_heads_do_not_log_that_count(tmp_path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=1), logging_steps=1)
     trainer.train()
     assert not any("ctc" in key for entry in trainer.state.log_history for key in entry)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_input_that_is_not_finite_is_named_before_the_models(tmp_path, value: float) -> None:
+def test_a_nonfinite_input_is_named_before_a_forward(tmp_path, value: float) -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     data = head.examples(8)
     data[2]["input_values"][5] = value
-    said = raised_by(
+    message = raised_by(
         tmp_path, head.make(), head.make(seed=1), DataError, train_dataset=data, data_collator=head.collate, **ORDER
     )
     assert (
         f"micro-batch 1 of 2 (the term labels is nan, the term logits is nan): input_values of example 0 holds {value}"
-        in said
+        in message
     )
-    assert "1 of the 2 examples" in said and "Repair these examples" in said
+    assert "1 of the 2 examples" in message and "Repair these examples" in message
 
 
-def test_a_label_that_is_not_finite_is_named(tmp_path) -> None:
+def test_a_nonfinite_label_is_named(tmp_path) -> None:
     head = HEADS["bert_regression"]
     data = head.examples(8)
-    data[1]["labels"] = float("inf")  # NaN means that there is no label, which the data check names first
-    said = raised_by(
+    data[1]["labels"] = float("inf")  # NaN would be a missing label, which the data check reports first
+    message = raised_by(
         tmp_path, head.make(), head.make(seed=1), DataError, train_dataset=data, data_collator=head.collate, **ORDER
     )
-    assert "micro-batch 0 of 2 (the term labels is inf): labels of example 1 holds inf" in said
+    assert "micro-batch 0 of 2 (the term labels is inf): labels of example 1 holds inf" in message
 
 
 class Overflow(nn.Module):
-    """A block whose last layer overflows for the examples that hold a token."""
+    """A block whose last layer overflows for examples with a certain token."""
 
     def __init__(self, model: Any, place: str, token: int) -> None:
         super().__init__()
@@ -201,53 +201,57 @@ OVERFLOWS = {
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("name", OVERFLOWS)
-def test_a_student_that_overflows_on_an_example_names_it(tmp_path, name: str, alpha: float) -> None:
-    """With and without whole logits; token 39 is in the third of four examples alone."""
+def test_an_overflow_of_the_student_names_the_example(tmp_path, name: str, alpha: float) -> None:
+    """With and without whole logits; only the third of four examples has token 39."""
     head, (place, settings) = HEADS[name], OVERFLOWS[name]
     data = [{**e, "input_ids": [min(i, 38) for i in e["input_ids"]]} for e in head.examples(4)]
     data[2]["input_ids"][1] = 39
     student = head.make()
     Overflow(student, place, 39)
-    said = raised_by(
+    message = raised_by(
         tmp_path, student, head.make(seed=1), TrainingError,
         train_dataset=data, data_collator=head.collate, alpha=alpha, **ORDER, **settings,
     )  # fmt: skip
-    assert "in micro-batch 1 of 2 (the term" in said and "for example 0 alone, the student's " in said
-    assert "No step was made. The teacher's values and the inputs are finite. Causes: overflow" in said
+    assert "in micro-batch 1 of 2 (the term" in message and "for example 0 alone, the student's " in message
+    assert "No step was made. The teacher's values and the inputs are finite. Causes: overflow" in message
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path) -> None:
+def test_nonfinite_weights_are_named(tmp_path) -> None:
     student = bert()
     student.classifier.bias.data[1] = torch.inf
-    said = raised_by(tmp_path, student, bert(seed=1), TrainingError)
+    message = raised_by(tmp_path, student, bert(seed=1), TrainingError)
     named = len(list(student.parameters()))
-    assert f"1 of the student's {named} weights hold NaN or inf, the first is classifier.bias. They did before" in said
+    assert (
+        f"1 of the student's {named} weights hold NaN or inf, the first is classifier.bias. They did before" in message
+    )
 
 
 def root(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-    """A loss of 0 whose gradient is infinite: a square root at 0."""
+    """A loss of 0 with an infinite gradient: a square root at 0."""
     gap = outputs["logits"] - outputs["logits"].detach()
     return torch.sqrt(gap.pow(2).sum())
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_under_a_loss_that_is(tmp_path, max_grad_norm: float) -> None:
-    said = raised_by(tmp_path, bert(), bert(seed=1), TrainingError, compute_loss_func=root, max_grad_norm=max_grad_norm)
-    assert "the norm of the gradient is nan" in said and "every term of the loss is finite" in said
-    assert "No step was made" in said and "set_detect_anomaly" in said
+def test_a_nonfinite_gradient_with_a_finite_loss(tmp_path, max_grad_norm: float) -> None:
+    message = raised_by(
+        tmp_path, bert(), bert(seed=1), TrainingError, compute_loss_func=root, max_grad_norm=max_grad_norm
+    )
+    assert "the norm of the gradient is nan" in message and "every term of the loss is finite" in message
+    assert "No step was made" in message and "set_detect_anomaly" in message
 
 
-def test_a_loss_that_is_not_finite_under_a_gradient_that_is(tmp_path) -> None:
-    """The weights would not be lost, and the step is refused all the same: its other terms count for nothing."""
+def test_a_nonfinite_loss_with_a_finite_gradient(tmp_path) -> None:
+    """The weights would survive, but the step raises because its other terms would be lost."""
 
     def far(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         return outputs["logits"].sum() + torch.inf
 
-    said = raised_by(tmp_path, bert(), bert(seed=1), TrainingError, compute_loss_func=far)
-    assert "the loss is inf in micro-batch 0 of 1 (the term labels is inf)" in said
+    message = raised_by(tmp_path, bert(), bert(seed=1), TrainingError, compute_loss_func=far)
+    assert "the loss is inf in micro-batch 0 of 1 (the term labels is inf)" in message
 
 
-def test_both_trainers(tmp_path) -> None:
+def test_seq2seq_trainer_raises_on_nonfinite_weights(tmp_path) -> None:
     head = HEADS["t5_seq2seq"]
     student = head.make()
     student.lm_head.weight.data[3] = torch.inf
@@ -261,7 +265,7 @@ def test_both_trainers(tmp_path) -> None:
     assert_same_bits(weights(student), start)
 
 
-# A training that is Trainer's.
+# Trainings that equal Trainer's.
 
 
 def trained_by(trainer_class: Any, kind: Any, folder: Any, **more: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -275,17 +279,17 @@ def trained_by(trainer_class: Any, kind: Any, folder: Any, **more: Any) -> tuple
     return trainer, weights(student)
 
 
-def test_without_a_teacher_it_is_trainer_and_warns_once(tmp_path, caplog) -> None:
+def test_without_a_teacher_it_equals_trainer_and_warns_once(tmp_path, caplog) -> None:
     _, theirs = trained_by(Trainer, TrainingArguments, tmp_path / "theirs")
     with caplog.at_level(logging.WARNING, logger="hf_distill"):
         trainer, ours = trained_by(DistillationTrainer, DistillationArguments, tmp_path / "ours", alpha=0.0)
     assert trainer.state.global_step == 3
     assert all(torch.equal(ours[name].isnan(), theirs[name].isnan()) for name in theirs)
     assert any(value.isnan().any() for value in ours.values())
-    said = [record.getMessage() for record in caplog.records if "weights are lost" in record.getMessage()]
-    assert len(said) == 1
-    assert "the norm of the gradient is nan" in said[0] and "this is Trainer's training, which goes on" in said[0]
-    assert said[0].endswith("Examples whose labels need more frames than they have, since the last log: 1.")
+    message = [record.getMessage() for record in caplog.records if "weights are lost" in record.getMessage()]
+    assert len(message) == 1
+    assert "the norm of the gradient is nan" in message[0] and "this is Trainer's training, which goes on" in message[0]
+    assert message[0].endswith("Examples whose labels need more frames than they have, since the last log: 1.")
 
 
 # The gradient scaler of fp16.
@@ -297,8 +301,8 @@ def scaled(folder: Any, student: Any, teacher: Any, **given: Any) -> Any:
     return trainer
 
 
-def test_what_a_scaler_leaves_out_is_not_refused(tmp_path) -> None:
-    """A loss that overflows in the first step: no step is made, the scale is halved, and the run goes on."""
+def test_steps_skipped_by_the_scaler_do_not_raise(tmp_path) -> None:
+    """An overflow in the first step: it is skipped, the scale is halved, and the run continues."""
     student = bert()
     start, overflows = weights(student), iter([True, False])
     student.classifier.register_forward_hook(lambda _, __, logits: logits * (torch.inf if next(overflows) else 1.0))
@@ -317,7 +321,7 @@ def test_what_a_scaler_leaves_out_is_not_refused(tmp_path) -> None:
     assert trainer.accelerator.scaler.get_scale() == 2.0
 
 
-def test_under_a_scaler_a_fault_of_teacher_or_labels_is_an_error_still(tmp_path) -> None:
+def test_faults_of_teacher_or_labels_raise_under_a_scaler(tmp_path) -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     for fault, kind, words in (
         ("labels", DataError, "example 1 need 59 frames"),
@@ -333,10 +337,10 @@ def test_under_a_scaler_a_fault_of_teacher_or_labels_is_an_error_still(tmp_path)
         assert_same_bits(weights(student), weights(head.make()))
 
 
-# A loop of one's own.
+# Custom loops.
 
 
-def test_a_loop_of_ones_own(tmp_path) -> None:
+def test_a_custom_loop_is_checked(tmp_path) -> None:
     head = HEADS["wav2vec2_ctc_mean"]
     student = head.make().train()
     distiller = Distiller(student, head.make(seed=1))
@@ -349,7 +353,7 @@ def test_a_loop_of_ones_own(tmp_path) -> None:
         distiller(student, bad)
 
 
-def test_a_loss_that_is_only_looked_at_is_not_refused() -> None:
+def test_a_loss_without_backward_does_not_raise() -> None:
     student = bert()
     student.classifier.bias.data[1] = torch.nan
     distiller = Distiller(student, bert(seed=1))
@@ -359,18 +363,18 @@ def test_a_loss_that_is_only_looked_at_is_not_refused() -> None:
         distiller(student, padded(examples()))
 
 
-def test_labels_alone_in_a_loop_of_ones_own_are_checked_too() -> None:
+def test_a_custom_loop_with_labels_alone_is_checked() -> None:
     student = bert()
     student.classifier.bias.data[1] = torch.nan
     with pytest.raises(TrainingError, match=r"the loss is nan in micro-batch 0 of 1 \(the term labels is nan\)"):
         Distiller(student, alpha=0)(student, padded(examples()))
 
 
-# What the check costs.
+# The cost of the check.
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts what would make a CPU wait for an accelerator: reading a tensor's value."""
+    """Counts operations that make a CPU wait for an accelerator by reading a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,7 +386,7 @@ class Synchronisations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_check_waits_once_a_step_in_the_trainer(tmp_path, monkeypatch, accumulation: int) -> None:
+def test_the_check_synchronizes_once_per_step(tmp_path, monkeypatch, accumulation: int) -> None:
     settings = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     found, original = [], FiniteCheck.__init__
     for checks in (True, False):

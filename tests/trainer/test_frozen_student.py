@@ -1,4 +1,4 @@
-"""A student that cannot be trained is refused before the first step: it was a teacher, or its class has no loss."""
+"""An untrainable student raises before the first step: it was a teacher before, or its class has no loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BATCH = padded(examples(4))
 
 @pytest.mark.parametrize("which", ["the model", "a copy of it"])
 @pytest.mark.parametrize("where", ["trainer", "loop"])
-def test_a_model_that_was_a_teacher(tmp_path, which: str, where: str) -> None:
-    """Born again by hand: what was the teacher is trained as a student."""
+def test_a_former_teacher_raises_as_student(tmp_path, which: str, where: str) -> None:
+    """Students that were frozen as teachers earlier."""
     used = bert(seed=1)
-    make(tmp_path / "first", bert(), used)  # puts it to use
+    make(tmp_path / "first", bert(), used)  # freezes it
     student = used if which == "the model" else copy.deepcopy(used)
     words = r"student \(BertForSequenceClassification\) has no trainable parameter.*frozen.*requires_grad_\(True\)"
     with pytest.raises(SettingError, match=words):
@@ -44,13 +44,13 @@ def test_a_frozen_student_can_be_evaluated(tmp_path) -> None:
         assert Distiller(student, bert(seed=1))(student, BATCH).loss > 0
 
 
-def test_a_projection_is_something_to_train() -> None:
+def test_a_learned_projection_is_enough_to_train() -> None:
     student = bert().requires_grad_(False)
     distiller = Distiller(student, bert(seed=1, hidden_size=8), objectives=HiddenMatch("last"), alpha=None)
     distiller(student, BATCH).loss.backward()
 
 
-# Classes with a head for a teacher.
+# Classes with a head for a teacher (distillation token).
 
 
 def deit(kind: str, seed: int = 0) -> Any:
@@ -76,7 +76,7 @@ HEADS = {"DeiT": (deit, 8), "Levit": (levit, 32)}
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_labels_for_a_class_with_a_head_for_a_teacher(tmp_path, name: str) -> None:
+def test_labels_raise_for_classes_with_a_distillation_head(tmp_path, name: str) -> None:
     build, size = HEADS[name]
     two, one = f"{name}ForImageClassificationWithTeacher", f"{name}ForImageClassification"
     words = rf"{two} has a head for labels and a head for a teacher.*Train {one} instead.*alpha=1"
@@ -88,7 +88,7 @@ def test_labels_for_a_class_with_a_head_for_a_teacher(tmp_path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_at_alpha_1_the_mean_of_both_heads_learns(name: str) -> None:
+def test_at_alpha_1_the_mean_of_both_heads_is_trained(name: str) -> None:
     build, size = HEADS[name]
     student = build(f"{name}ForImageClassificationWithTeacher")
     images = {"pixel_values": torch.randn(4, 3, size, size)}
@@ -97,17 +97,17 @@ def test_at_alpha_1_the_mean_of_both_heads_learns(name: str) -> None:
     assert len([g for g in heads if g is not None and g.abs().sum() > 0]) >= 2
 
 
-def test_such_a_teacher_says_the_mean_of_both_heads() -> None:
+def test_such_a_teacher_predicts_the_mean_of_both_heads() -> None:
     teacher, student = deit("DeiTForImageClassificationWithTeacher"), deit("DeiTForImageClassification", 1)
     images = {"pixel_values": torch.randn(4, 3, 8, 8)}
     with torch.no_grad():
-        said = teacher.eval()(**images)
+        outputs = teacher.eval()(**images)
     found = Distiller(student, teacher, alpha=1.0).teacher_signals(images).predictions()
-    assert torch.allclose(found, (said.cls_logits + said.distillation_logits) / 2, atol=1e-6)
+    assert torch.allclose(found, (outputs.cls_logits + outputs.distillation_logits) / 2, atol=1e-6)
 
 
-def test_a_loss_of_ones_own_takes_the_labels(tmp_path) -> None:
-    """As in DeiT's paper: the labels are for one head."""
+def test_a_custom_loss_can_use_the_labels(tmp_path) -> None:
+    """As in DeiT's paper, only one head is trained on labels."""
 
     def of_labels(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs["cls_logits"], labels)

@@ -1,4 +1,4 @@
-"""A divergence that is a function: saved by its name where it cannot be pickled, and resumed."""
+"""A function as divergence: saved by its name if it cannot be pickled, and resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def local() -> Callable[[Tensor, Tensor], Tensor]:
     return within
 
 
-# What is given, and what training_args.bin and JSON say of it.
+# The divergence, and its form in training_args.bin and JSON.
 FUNCTIONS: dict[str, tuple[Any, str]] = {
     "lambda": (lambda student, teacher: apart(student, teacher), "own:<lambda>"),
     "local": (local(), "own:within"),
@@ -45,7 +45,7 @@ PICKLED = ("function", "object", "settings_bound")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_checkpoints_are_saved_and_resumed(tmp_path, name: str) -> None:
+def test_checkpoints_with_a_function_are_saved_and_resumed(tmp_path, name: str) -> None:
     function, named = FUNCTIONS[name]
     run = {"alpha": 1.0, "divergence": function, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     whole = make(tmp_path / "a", bert(dropout=0.3), bert(seed=1), **run)
@@ -60,15 +60,15 @@ def test_checkpoints_are_saved_and_resumed(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_arguments_are_written_as_json(tmp_path, name: str) -> None:
-    """What TensorBoard is given when a training begins."""
+def test_arguments_with_a_function_are_written_as_json(tmp_path, name: str) -> None:
+    """TensorBoard receives them at the start of a training."""
     function, named = FUNCTIONS[name]
     args = arguments(tmp_path, divergence=function)
     assert json.loads(args.to_json_string())["divergence"] == named
     assert args.divergence is function
 
 
-def test_the_model_is_saved_at_the_end(tmp_path) -> None:
+def test_the_model_is_saved_with_a_local_function(tmp_path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=1), divergence=FUNCTIONS["lambda"][0])
     trainer.save_model(str(tmp_path / "student"))
     assert torch.load(tmp_path / "student" / "training_args.bin", weights_only=False).divergence == "own:<lambda>"

@@ -1,4 +1,4 @@
-"""The Distiller in a loop of one's own with Accelerate: the update of DistillationTrainer, and of one batch."""
+"""The Distiller in a custom loop with Accelerate: the same update as DistillationTrainer, and as one batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {"alpha": 0.5, "temperature": 3.0}
 
 
 def by_hand(head: Head, *, micro_batch: int, accumulation: int, alpha: float, pad_to: int | None) -> Any:
-    """One optimizer step as the documentation shows it, with Accelerate counting the accumulation."""
+    """Run one optimizer step as in the documentation, with Accelerate counting the accumulation."""
     student, teacher = head.make(seed=0).double().train(), head.make(seed=1).double()
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
     distiller = Distiller(student, teacher_model=teacher, alpha=alpha, temperature=3.0)
@@ -41,7 +41,7 @@ def by_hand(head: Head, *, micro_batch: int, accumulation: int, alpha: float, pa
 
 
 @pytest.mark.parametrize("name", of_each_kind(4))
-def test_a_loop_of_ones_own_is_the_trainer(tmp_path, name: str) -> None:
+def test_a_custom_loop_equals_the_trainer(tmp_path, name: str) -> None:
     head = HEADS[name]
     alpha = 1.0 if name in NO_LOSS else 0.5
     pad_to = head.longest if head.labels_see_padding else None
@@ -67,7 +67,7 @@ def test_a_loop_of_ones_own_is_the_trainer(tmp_path, name: str) -> None:
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_without_accelerate_a_batch_is_a_whole_step() -> None:
+def test_without_accelerate_a_batch_is_a_step() -> None:
     student, teacher = bert().train(), bert(seed=1)
     output = Distiller(student, teacher, **SETTINGS)(student, padded(examples()))
     terms = output.terms
@@ -78,8 +78,8 @@ def test_without_accelerate_a_batch_is_a_whole_step() -> None:
     assert any(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_counts_of_several_batches_without_accelerate() -> None:
-    """Plain torch accumulation: backward on each part, no division."""
+def test_accumulation_without_accelerate() -> None:
+    """Plain torch accumulation: backward on each part, without a division."""
     data = examples()
     found = []
     for size in (8, 2):
@@ -94,8 +94,8 @@ def test_counts_of_several_batches_without_accelerate() -> None:
     assert update_difference(found[1], found[0], zero) < 1e-6
 
 
-def test_a_step_knows_its_moment() -> None:
-    """Weights and needs follow from the progress that the step began with."""
+def test_a_step_keeps_its_progress() -> None:
+    """Weights and needs follow from the progress at which the step began."""
     student = bert()
     distiller = Distiller(student, bert(seed=1), objectives=HiddenMatch(weight=lambda progress: progress))
     batch = padded(examples())
@@ -103,8 +103,8 @@ def test_a_step_knows_its_moment() -> None:
     assert distiller(student, batch, distiller.begin_step([batch], progress=0.5)).terms["hidden"] > 0
 
 
-def test_a_distiller_of_another_student(tmp_path) -> None:
-    """The hooks and the decoder's inputs are its student's. One that `model_init` made it may learn of."""
+def test_a_distiller_of_another_student_raises(tmp_path) -> None:
+    """Hooks and decoder inputs belong to its student. A student made by `model_init` can be set."""
     other = Distiller(bert(), bert(seed=1), objectives=HiddenMatch())
     with pytest.raises(SettingError, match=r"made for another student than model=\. .* distiller\.bind\(model\) first"):
         make(tmp_path, bert(), distiller=other)
@@ -115,7 +115,7 @@ def test_a_distiller_of_another_student(tmp_path) -> None:
     trainer.train()
 
 
-def test_the_settings_of_a_distiller_are_checked_as_the_arguments_are() -> None:
+def test_distiller_settings_are_checked_like_the_arguments() -> None:
     for settings, words in (
         ({"alpha": 2.0}, "must lie in"),
         ({"temperature": 0.0}, "above 0"),

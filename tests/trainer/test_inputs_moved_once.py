@@ -1,6 +1,6 @@
-"""A batch goes to the device once: student and teacher are called with the same tensors, wherever both read them.
+"""A batch is moved to the device once: student and teacher receive the same tensors where both use them.
 
-Features are copied on the device for each model: some models write into them.
+Features are copied on the device for each model, as some models modify them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from tests.heads import HEADS
-from tests.teachers.reading import heard_by
+from tests.teachers.reading import inputs_of
 from tests.trainer.tiny import bert, make, padded
 
 WAYS = [(name, None) for name in ("bert_tokens", "llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean")]
-WAYS += [("llama_causal_lm", True), ("t5_seq2seq", True)]  # never whole logits
+WAYS += [("llama_causal_lm", True), ("t5_seq2seq", True)]  # fused
 Batch = dict[str, torch.Tensor]
 
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, bool]]:
-    """Batches as they arrive at the device, and whether by a non-blocking copy.
+    """Record batches as they reach the device, and whether by a non-blocking copy.
 
-    They are copied, as a move from host to device is: on a CPU it would be the same tensor after any number of moves.
+    They are copied, as from host to device: on a CPU, a move would return the same tensor.
     """
     arrived: list[tuple[Batch, bool]] = []
 
@@ -37,20 +37,20 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Batch, bool]]:
 
 
 @pytest.mark.parametrize(("name", "fused"), WAYS)
-def test_both_models_read_the_tensors_that_were_moved(tmp_path, moved, name: str, fused: bool | None) -> None:
+def test_both_models_receive_the_moved_tensors(tmp_path, moved, name: str, fused: bool | None) -> None:
     head = HEADS[name]
     student, teacher = head.make(0), head.make(1)
     trainer = make(
         tmp_path, student, teacher, train_dataset=head.examples(8), data_collator=head.collate, max_steps=2,
         gradient_accumulation_steps=2, per_device_train_batch_size=2, fused_loss=fused,
     )  # fmt: skip
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     trainer.train()
-    assert len(moved) == 4  # micro-batches: none is sent again for the teacher
-    # Without logits, each model is tried once before the first.
+    assert len(moved) == 4  # micro-batches; none is moved again for the teacher
+    # With the fused loss, each model runs once more for the trial.
     for (batch, _), student_read, teacher_read in zip(moved, ours[-4:], theirs[-4:], strict=True):
         shared = [x for x in teacher_read if isinstance(teacher_read[x], torch.Tensor) and x in student_read]
-        assert {x for x in batch if x != "labels"} <= set(shared)  # and what is made for both: decoder inputs
+        assert {x for x in batch if x != "labels"} <= set(shared)  # and decoder inputs made for both
         for x in shared:
             if student_read[x].is_floating_point():
                 assert torch.equal(teacher_read[x], batch[x]) and torch.equal(student_read[x], batch[x]), x
@@ -59,13 +59,13 @@ def test_both_models_read_the_tensors_that_were_moved(tmp_path, moved, name: str
             assert x not in batch or student_read[x] is batch[x], x
 
 
-def test_inputs_of_the_teachers_own_travel_with_the_batch(tmp_path, moved) -> None:
+def test_teacher_columns_are_moved_with_the_batch(tmp_path, moved) -> None:
     def collate(features: list[dict[str, Any]]) -> Batch:
         batch = padded(features)
         return {**batch, "teacher_input_ids": batch["input_ids"].flip(0)}
 
     student, teacher = bert(), bert(seed=1)
-    theirs = heard_by(teacher)
+    theirs = inputs_of(teacher)
     make(tmp_path, student, teacher, data_collator=collate).train()
     assert len(moved) == len(theirs) == 2
     for (batch, _), read in zip(moved, theirs, strict=True):
@@ -73,13 +73,13 @@ def test_inputs_of_the_teachers_own_travel_with_the_batch(tmp_path, moved) -> No
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_pinned_memory_and_non_blocking_copies_are_trainers_settings(tmp_path, moved, asked: bool) -> None:
+def test_pinned_memory_and_non_blocking_copies_follow_the_arguments(tmp_path, moved, asked: bool) -> None:
     head = HEADS["llama_causal_lm"]
     trainer = make(
         tmp_path, head.make(0), head.make(1), train_dataset=head.examples(4), data_collator=head.collate, max_steps=1,
         accelerator_config={"non_blocking": asked},
     )  # fmt: skip
-    trainer.args.dataloader_pin_memory = asked  # use_cpu has turned it off
+    trainer.args.dataloader_pin_memory = asked  # use_cpu has disabled it
     assert trainer.get_train_dataloader().base_dataloader.pin_memory is asked
     trainer.train()
     assert [non_blocking for _, non_blocking in moved] == [asked]

@@ -1,6 +1,6 @@
-"""A model that writes into its inputs changes nobody else's: Whisper's SpecAugment zeroes the features it is given.
+"""A model that modifies its inputs does not change other models' inputs: Whisper's SpecAugment zeroes features.
 
-What is right: the student's own forward of augmented features, the teacher's of clean ones, by hand in float64.
+Expected: the student's forward on augmented features, the teacher's on clean features, by hand in float64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_distill import Distiller, Ensemble, Seq2SeqDistillationArguments, Seq2Se
 from hf_distill.teachers import Peer, RDropTeacher
 from hf_distill.teachers.cache import Dense, TeacherCache
 from tests.heads import HEADS
-from tests.teachers.reading import heard_by
+from tests.teachers.reading import inputs_of
 from tests.trainer.tiny import arguments, make, softened_kl
 
 WHISPER = HEADS["whisper_seq2seq"]
@@ -36,7 +36,7 @@ def zeros(given: dict[str, Tensor]) -> float:
 
 
 def by_hand(student: Any, teacher: Any, batch: dict[str, Tensor], seed: int) -> float:
-    """The student draws its masks from the seed, as in the step; the teacher reads the clean features."""
+    """The student draws its masks from the seed, as in the step; the teacher gets the clean features."""
     with torch.no_grad():
         theirs = copy.deepcopy(teacher).double().eval()(
             input_features=batch["input_features"].double(), labels=batch["labels"]
@@ -57,14 +57,14 @@ def cached(folder: Path, teacher: Any, student: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["live", "without logits", "cached", "ensemble"])
-def test_the_teacher_reads_what_the_student_was_given(tmp_path, kind: str) -> None:
+def test_the_teacher_gets_unmodified_features(tmp_path, kind: str) -> None:
     student, teacher, batch = student_of(), WHISPER.make(2), WHISPER.batch(4)
     before = {name: value.clone() for name, value in batch.items()}
     expected = by_hand(student, teacher, batch, seed=7)
     given = {"cached": lambda: cached(tmp_path, teacher, student), "ensemble": lambda: Ensemble([teacher, teacher])}
     answering = given.get(kind, lambda: teacher)()
     distiller = Distiller(student, answering, alpha=1.0, temperature=2.0, fused_loss=kind == "without logits")
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     np.random.seed(7)  # transformers draws the masks with numpy
     found = distiller(student.train(), batch).loss.item()
     assert zeros(ours[-1]) > 0.3 and all(zeros(read) == 0 for read in theirs)
@@ -75,11 +75,11 @@ def test_the_teacher_reads_what_the_student_was_given(tmp_path, kind: str) -> No
 
 @pytest.mark.parametrize("trainer", ["plain", "seq2seq"])
 @pytest.mark.parametrize("source", ["live", "cached"])
-def test_in_training(tmp_path, trainer: str, source: str) -> None:
-    """Live and cached train alike: the cache knows an example by features that nobody has zeroed."""
+def test_the_teacher_gets_unmodified_features_in_training(tmp_path, trainer: str, source: str) -> None:
+    """Live and cached teachers train equally: the cache is keyed by unmodified features."""
     student, teacher = student_of(), WHISPER.make(2)
     answering = teacher if source == "live" else cached(tmp_path / "cache", teacher, student)
-    theirs = heard_by(teacher)
+    theirs = inputs_of(teacher)
     settings = {"alpha": 1.0, "temperature": 2.0, "max_steps": 1, "learning_rate": 0.0, "logging_steps": 1,
                 "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}  # fmt: skip
     data = {"train_dataset": WHISPER.examples(4), "data_collator": WHISPER.collate}
@@ -95,11 +95,11 @@ def test_in_training(tmp_path, trainer: str, source: str) -> None:
     assert all(zeros(read) == 0 for read in theirs)
 
 
-def test_a_second_pass_and_a_peer_draw_their_own_masks() -> None:
+def test_rdrop_and_peer_draw_their_own_masks() -> None:
     batch = WHISPER.batch(4)
     before = batch["input_features"].clone()
     student = student_of()
-    seen = heard_by(student)
+    seen = inputs_of(student)
     Distiller(student, RDropTeacher(), alpha=0.5)(student.train(), batch)
     assert len(seen) == 2 and all(zeros(read) > 0.3 for read in seen)
     assert not torch.equal(seen[0]["input_features"], seen[1]["input_features"])
@@ -110,8 +110,8 @@ def test_a_second_pass_and_a_peer_draw_their_own_masks() -> None:
 
 
 @pytest.mark.parametrize("name", ["RemBert", "Canine"])
-def test_labels_that_a_head_for_questions_clamps(name: str) -> None:
-    """Their forward clamps the positions in place; the rows that count are those of the labels as they came."""
+def test_a_model_that_clamps_labels_does_not_change_the_batch(name: str) -> None:
+    """Its forward clamps the positions in place; the rows that count are those of the original labels."""
     config = getattr(hf, f"{name}Config")(
         vocab_size=40, hidden_size=16, input_embedding_size=16, output_embedding_size=16, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=16, max_position_embeddings=64, pad_token_id=0, num_hash_functions=2,

@@ -1,10 +1,9 @@
-"""An interrupted training says how to go on; half a checkpoint is never resumed from; other settings are told."""
+"""Interrupted trainings: how to continue, incomplete checkpoints are never resumed, changed settings are reported."""
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hf_distill import Distiller, HiddenMatch, Seq2SeqDistillationArguments, Seq
 from hf_distill.trainer.interruptions import SETTINGS, STATE, is_whole, last_whole_checkpoint
 from hf_distill.trainer.settings import FROM_CHECKPOINT
 from tests.heads import HEADS
-from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make, weights
+from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make, messages_with, weights
 
 SAVES = {
     "save_strategy": "steps",
@@ -29,23 +28,13 @@ SAVES = {
 }
 
 
-@pytest.fixture
-def log(caplog: Any) -> Any:
-    caplog.set_level(logging.WARNING, logger="hf_distill")
-    return caplog
-
-
-def said(log: Any, words: str) -> list[str]:
-    return [record.getMessage() for record in log.records if words in record.getMessage()]
-
-
 def made(folder: Any, *callbacks: Any, student: Any = None, teacher: Any = None, **changed: Any) -> Any:
     given = {"train_dataset": examples(24), "callbacks": list(callbacks), **SAVES, **changed}
     return make(folder, student or bert(), teacher or bert(seed=1), **given)
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C after a step."""
+    """Raises KeyboardInterrupt after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -64,10 +53,10 @@ def interrupted(trainer: Any, **train: Any) -> KeyboardInterrupt:
     return raised.value
 
 
-def test_it_says_how_to_go_on_and_that_is_so(tmp_path, log) -> None:
+def test_the_message_of_an_interruption_tells_how_to_resume(tmp_path, log) -> None:
     error = interrupted(made(tmp_path, Interrupt(5)))
     checkpoint = tmp_path / "out" / "checkpoint-4"
-    [message] = said(log, "goes on from")
+    [message] = messages_with(log, "goes on from")
     assert message == (f"The training has made 5 of 6 steps. resume_from_checkpoint=True goes on from {checkpoint}.")
     assert error.__notes__ == [message]
     resumed = made(tmp_path, student=bert(seed=5))
@@ -86,37 +75,37 @@ def test_it_says_how_to_go_on_and_that_is_so(tmp_path, log) -> None:
     ],
     ids=["none", "steps", "epoch"],
 )
-def test_where_there_is_none_it_says_why(tmp_path, log, settings: dict[str, Any], why: str) -> None:
+def test_the_message_explains_a_missing_checkpoint(tmp_path, log, settings: dict[str, Any], why: str) -> None:
     interrupted(made(tmp_path, Interrupt(3), **settings))
-    [message] = said(log, "The training has made 3 of 6 steps.")
+    [message] = messages_with(log, "The training has made 3 of 6 steps.")
     assert f"It has saved no checkpoint to go on from: {why}" in message
 
 
-def test_a_checkpoint_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path, log) -> None:
-    """resume_from_checkpoint=True would go on from that one, which has more steps."""
+def test_a_checkpoint_of_an_earlier_run_is_not_suggested(tmp_path, log) -> None:
+    """resume_from_checkpoint=True would continue from that checkpoint, which has more steps."""
     made(tmp_path).train()
     interrupted(made(tmp_path, Interrupt(3)))
-    [message] = said(log, "goes on from")
+    [message] = messages_with(log, "goes on from")
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
     assert f"resume_from_checkpoint={checkpoint!r} goes on from {checkpoint}." in message
 
 
-def test_a_resumed_run_goes_on_from_where_it_began(tmp_path, log) -> None:
+def test_an_interrupted_resumed_run_suggests_its_own_start(tmp_path, log) -> None:
     made(tmp_path, max_steps=2).train()
     interrupted(made(tmp_path, Interrupt(3)), resume_from_checkpoint=True)
-    assert f"goes on from {tmp_path / 'out' / 'checkpoint-2'}." in said(log, "has made 3 of 6 steps")[0]
+    assert f"goes on from {tmp_path / 'out' / 'checkpoint-2'}." in messages_with(log, "has made 3 of 6 steps")[0]
 
 
-def test_checkpoints_of_the_model_alone(tmp_path, log) -> None:
+def test_model_only_checkpoints_cannot_be_resumed(tmp_path, log) -> None:
     interrupted(made(tmp_path, Interrupt(3), save_only_model=True))
-    assert said(log, "goes on from")[0].endswith("The optimizer starts anew: save_only_model=True.")
+    assert messages_with(log, "goes on from")[0].endswith("The optimizer starts anew: save_only_model=True.")
 
 
 # A full disk.
 
 
 class Full:
-    """A disk that has no space left after so many files: what is being written is cut off."""
+    """A fake disk that is full after some files; the current file is truncated."""
 
     def __init__(self, monkeypatch: Any, kind: str, *, at_step: int, step: Any) -> None:
         self.kind, self.at_step, self.step = kind, at_step, step
@@ -142,7 +131,7 @@ class Full:
 
 
 @pytest.mark.parametrize("kind", ["weights", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_a_full_disk_cut_off_is_never_resumed_from(tmp_path, log, monkeypatch, kind: str) -> None:
+def test_a_checkpoint_truncated_by_a_full_disk_is_not_resumed(tmp_path, log, monkeypatch, kind: str) -> None:
     with monkeypatch.context() as patched:
         trainer = made(tmp_path)
         Full(patched, kind, at_step=4, step=lambda: trainer.state.global_step)
@@ -150,39 +139,39 @@ def test_a_checkpoint_that_a_full_disk_cut_off_is_never_resumed_from(tmp_path, l
             trainer.train()
     cut, whole = tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2"
     assert cut.is_dir() and not is_whole(cut) and is_whole(whole)
-    [message] = said(log, "failed")
+    [message] = messages_with(log, "failed")
     assert message.startswith(f"Saving {cut} failed, and it is not whole: resume_from_checkpoint=True passes it over.")
     assert message.endswith(f"resume_from_checkpoint=True goes on from {whole}.")
     resumed = made(tmp_path, student=bert(seed=5))
     resumed.train(resume_from_checkpoint=True)
-    assert len(said(log, f"{cut} was not written to the end")) == 1
-    assert f"The run goes on from {whole}" in said(log, "was not written to the end")[0]
+    assert len(messages_with(log, f"{cut} was not written to the end")) == 1
+    assert f"The run goes on from {whole}" in messages_with(log, "was not written to the end")[0]
     uninterrupted = made(tmp_path / "whole")
     uninterrupted.train()
     assert_same_bits(weights(resumed.model), weights(uninterrupted.model))
-    assert is_whole(cut)  # it was saved again
+    assert is_whole(cut)  # saved again
 
 
-def test_a_state_that_is_cut_off_itself(tmp_path, log) -> None:
+def test_a_truncated_trainer_state(tmp_path, log) -> None:
     made(tmp_path).train()
     last = tmp_path / "out" / "checkpoint-6"
     (last / STATE).write_text((last / STATE).read_text()[:100])
     assert last_whole_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / "checkpoint-4")
     again = made(tmp_path)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 6 and len(said(log, f"{last} was not written to the end")) == 1
+    assert again.state.global_step == 6 and len(messages_with(log, f"{last} was not written to the end")) == 1
 
 
-def test_several_that_are_cut_off_are_all_named(tmp_path, log) -> None:
+def test_all_truncated_checkpoints_are_named(tmp_path, log) -> None:
     made(tmp_path).train()
     for step in (4, 6):
         (tmp_path / "out" / f"checkpoint-{step}" / STATE).unlink()
     made(tmp_path).train(resume_from_checkpoint=True)
-    [message] = said(log, "not written to the end")
+    [message] = messages_with(log, "not written to the end")
     assert "checkpoint-6, " in message and "checkpoint-4 were not written to the end" in message
 
 
-def test_where_none_is_whole_the_run_says_so_and_does_not_begin(tmp_path) -> None:
+def test_the_run_raises_if_no_checkpoint_is_complete(tmp_path) -> None:
     made(tmp_path, max_steps=2).train()
     (tmp_path / "out" / "checkpoint-2" / STATE).unlink()
     with pytest.raises(SettingError, match=r"checkpoint-2 was not written .* has no other checkpoint\. Start without"):
@@ -191,15 +180,15 @@ def test_where_none_is_whole_the_run_says_so_and_does_not_begin(tmp_path) -> Non
         made(tmp_path).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
-def test_where_there_is_none_at_all_trainer_says_so(tmp_path) -> None:
+def test_trainers_error_if_there_is_no_checkpoint(tmp_path) -> None:
     trainer = made(tmp_path)
     Path(trainer.args.output_dir).mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_half_of_a_checkpoint_over_an_earlier_one_is_not_whole(tmp_path, monkeypatch) -> None:
-    """The state of an earlier run in the same folder would make it look so."""
+def test_an_incomplete_checkpoint_over_an_earlier_one_is_detected(tmp_path, monkeypatch) -> None:
+    """The state of an earlier run in the same folder would make it look complete."""
     made(tmp_path).train()
     with monkeypatch.context() as patched:
         trainer = made(tmp_path, student=bert(seed=3))
@@ -210,20 +199,20 @@ def test_half_of_a_checkpoint_over_an_earlier_one_is_not_whole(tmp_path, monkeyp
     assert last_whole_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / "checkpoint-6")
 
 
-def test_other_folders_are_no_checkpoints(tmp_path) -> None:
+def test_other_folders_are_not_checkpoints(tmp_path) -> None:
     made(tmp_path, max_steps=2).train()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-best")
     (tmp_path / "out" / "checkpoint-99").write_text("a file")
     assert last_whole_checkpoint(str(tmp_path / "out")) == str(tmp_path / "out" / "checkpoint-2")
 
 
-def test_rotation_keeps_as_many_as_are_asked_for(tmp_path) -> None:
+def test_rotation_keeps_save_total_limit_checkpoints(tmp_path) -> None:
     made(tmp_path, save_total_limit=1).train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
     assert is_whole(tmp_path / "out" / "checkpoint-6")
 
 
-# Settings that are not those of the checkpoint.
+# Settings that differ from the checkpoint's.
 
 
 def resumed(folder: Any, **changed: Any) -> Any:
@@ -232,11 +221,11 @@ def resumed(folder: Any, **changed: Any) -> Any:
     return trainer
 
 
-def test_the_same_settings_are_not_told(tmp_path, log) -> None:
+def test_equal_settings_give_no_warning(tmp_path, log) -> None:
     made(tmp_path, objectives=HiddenMatch("even"), max_steps=2).train()
     log.clear()
     made(tmp_path, objectives=HiddenMatch("even"), max_steps=2).train(resume_from_checkpoint=True)
-    assert not said(log, "with other settings")
+    assert not messages_with(log, "with other settings")
 
 
 CHANGES = {
@@ -257,20 +246,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_differs_is_told_and_not_refused(tmp_path, log, change: str) -> None:
+def test_changed_settings_give_a_warning(tmp_path, log, change: str) -> None:
     settings, words = CHANGES[change]
     made(tmp_path).train()
     trainer = resumed(tmp_path, **settings)
     assert trainer.state.global_step == trainer.args.max_steps
-    [message] = said(log, "with other settings")
+    [message] = messages_with(log, "with other settings")
     assert message.startswith(f"The run goes on from {tmp_path / 'out' / 'checkpoint-2'} with other settings: ")
     assert words in message, message
     own = "The optimizer goes on with its own learning_rate, from the checkpoint." in message
     assert own == (change == "learning_rate")
 
 
-def test_what_the_optimizer_keeps_is_what_it_is_said_to_keep(tmp_path) -> None:
-    """Each of `FROM_CHECKPOINT`: the next step is made with the checkpoint's value, whatever is passed now."""
+def test_settings_restored_from_the_checkpoint_are_the_stated_ones(tmp_path) -> None:
+    """Each of `FROM_CHECKPOINT`: the next step uses the checkpoint's value, not the argument."""
     before = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
     now = {"learning_rate": 0.7, "weight_decay": 0.0, "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-3}
     shared = {"lr_scheduler_type": "constant", "objectives": HiddenMatch(), "teacher": bert(seed=1, hidden_size=8)}
@@ -282,7 +271,7 @@ def test_what_the_optimizer_keeps_is_what_it_is_said_to_keep(tmp_path) -> None:
     assert set(FROM_CHECKPOINT) == {*before, "projection_learning_rate"}
 
 
-def test_a_distiller_of_the_users_own_is_compared_by_what_it_does(tmp_path, log) -> None:
+def test_a_passed_distiller_is_compared_by_its_settings(tmp_path, log) -> None:
     def by(alpha: float) -> dict[str, Any]:
         student = bert()
         return {"student": student, "distiller": Distiller(student, bert(seed=1), alpha=alpha, temperature=3.0)}
@@ -295,25 +284,25 @@ def test_a_distiller_of_the_users_own_is_compared_by_what_it_does(tmp_path, log)
     settings = json.loads((tmp_path / "out" / "checkpoint-2" / SETTINGS).read_text())
     assert settings["alpha"] == 0.25 and settings["temperature"] == 3.0 and settings["divergence"] == "forward_kl"
     run(str(tmp_path / "out" / "checkpoint-2"), **by(0.75))
-    assert "alpha was 0.25, is 0.75" in said(log, "with other settings")[0]
-    assert "temperature" not in said(log, "with other settings")[0]
+    assert "alpha was 0.25, is 0.75" in messages_with(log, "with other settings")[0]
+    assert "temperature" not in messages_with(log, "with other settings")[0]
 
 
-def test_a_checkpoint_of_trainers_own_is_resumed_as_ever(tmp_path, log) -> None:
+def test_a_checkpoint_of_plain_trainer_can_be_resumed(tmp_path, log) -> None:
     made(tmp_path).train()
     (tmp_path / "out" / "checkpoint-2" / SETTINGS).unlink()
     resumed(tmp_path, alpha=0.3)
-    assert not said(log, "with other settings")
+    assert not messages_with(log, "with other settings")
 
 
-def test_no_path_is_written_down(tmp_path) -> None:
+def test_settings_contain_no_path(tmp_path) -> None:
     teacher = bert(seed=1)
     teacher.save_pretrained(tmp_path / "teacher")
     make(tmp_path, bert(), str(tmp_path / "teacher"), train_dataset=examples(24), **SAVES).train()
     assert str(tmp_path) not in (tmp_path / "out" / "checkpoint-2" / SETTINGS).read_text()
 
 
-def test_the_generating_trainer(tmp_path, log) -> None:
+def test_interruptions_of_seq2seq_trainer(tmp_path, log) -> None:
     head = HEADS["t5_seq2seq"]
 
     def trainer(*callbacks: Any, **changed: Any) -> Any:
@@ -328,5 +317,5 @@ def test_the_generating_trainer(tmp_path, log) -> None:
     again = trainer(alpha=0.9)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
-    assert len(said(log, "checkpoint-4 was not written to the end")) == 1
-    assert "alpha was 0.5, is 0.9" in said(log, "with other settings")[0]
+    assert len(messages_with(log, "checkpoint-4 was not written to the end")) == 1
+    assert "alpha was 0.5, is 0.9" in messages_with(log, "with other settings")[0]

@@ -1,4 +1,4 @@
-"""What is logged: the terms beside the loss, which they add up to, and the knobs that move."""
+"""The log: the loss, its terms, which add up to it, and scheduled values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import Trainer, TrainingArguments
 
 from tests.trainer.tiny import arguments, bert, examples, make, padded, softened_kl
 
-STILL = {"learning_rate": 0.0, "logging_steps": 1, "per_device_train_batch_size": 8}  # every step sees the same weights
+STILL = {"learning_rate": 0.0, "logging_steps": 1, "per_device_train_batch_size": 8}  # weights do not change
 
 
 def by_hand(temperature: float) -> tuple[float, float]:
-    """Labels' term and teacher's term over the eight examples, in plain torch."""
+    """Return the labels' term and the teacher's term over the eight examples, in plain torch."""
     batch = padded(examples())
     labels = batch.pop("labels")
     student, teacher = bert().eval(), bert(seed=1).eval()
@@ -32,7 +32,7 @@ def logs_of(trainer: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_terms_are_those_of_plain_torch_and_add_up(tmp_path, accumulation: int) -> None:
+def test_terms_equal_plain_torch_and_add_up(tmp_path, accumulation: int) -> None:
     cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.3, temperature=4.0, **{**STILL, **cut})
     labels, logits = by_hand(4.0)
@@ -44,7 +44,7 @@ def test_the_terms_are_those_of_plain_torch_and_add_up(tmp_path, accumulation: i
         assert entry["loss"] == pytest.approx(0.7 * labels + 0.3 * logits, rel=1e-4)
 
 
-def test_they_add_up_where_a_log_covers_several_steps(tmp_path) -> None:
+def test_terms_add_up_over_several_steps(tmp_path) -> None:
     settings = {"max_steps": 6, "logging_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 0.1}
     trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.25, train_dataset=examples(24), **settings)
     entries = logs_of(trainer)
@@ -54,7 +54,7 @@ def test_they_add_up_where_a_log_covers_several_steps(tmp_path) -> None:
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_term_that_is_not_computed_is_not_logged(tmp_path) -> None:
+def test_terms_that_are_not_computed_are_not_logged(tmp_path) -> None:
     for alpha, absent in ((0.0, "loss/logits"), (1.0, "loss/labels")):
         entry = logs_of(make(tmp_path, bert(), bert(seed=1), alpha=alpha, **STILL))[0]
         present = {"loss/logits", "loss/labels"} - {absent}
@@ -62,7 +62,7 @@ def test_a_term_that_is_not_computed_is_not_logged(tmp_path) -> None:
         assert entry[present.pop()] == pytest.approx(entry["loss"], rel=1e-4)
 
 
-def test_processes_speak_with_one_another_only_where_it_is_logged(tmp_path, monkeypatch) -> None:
+def test_processes_communicate_only_when_logging(tmp_path, monkeypatch) -> None:
     trainer = make(
         tmp_path, bert(), bert(seed=1), train_dataset=examples(32), max_steps=6, logging_steps=3,
         gradient_accumulation_steps=2,
@@ -81,7 +81,7 @@ def test_processes_speak_with_one_another_only_where_it_is_logged(tmp_path, monk
     assert all(step in (3, 6) for _, step in calls), calls
 
 
-def test_knobs_that_move_are_logged_and_those_that_stand_still_are_not(tmp_path) -> None:
+def test_only_scheduled_values_are_logged(tmp_path) -> None:
     settings = {**STILL, "max_steps": 4, "alpha": 0.2, "alpha_schedule": "linear", "alpha_end": 1.0}
     entries = logs_of(make(tmp_path, bert(), bert(seed=1), train_dataset=examples(8), **settings))
     assert all("alpha" in entry and "temperature" not in entry for entry in entries)
@@ -89,8 +89,8 @@ def test_knobs_that_move_are_logged_and_those_that_stand_still_are_not(tmp_path)
     assert all("alpha" not in entry and "temperature" not in entry for entry in still)
 
 
-def test_a_schedule_is_the_one_that_the_steps_used(tmp_path) -> None:
-    """Step k of n is made at progress k / n; what is logged is what was used."""
+def test_logged_schedule_values_are_those_of_the_steps(tmp_path) -> None:
+    """Step k of n has progress k / n."""
     settings = {
         **STILL, "max_steps": 4, "alpha": 0.2, "alpha_schedule": "linear", "alpha_end": 1.0,
         "temperature": 4.0, "temperature_schedule": "linear", "temperature_end": 1.0,
@@ -106,8 +106,8 @@ def test_a_schedule_is_the_one_that_the_steps_used(tmp_path) -> None:
         assert entry["alpha"] == pytest.approx(alpha)
 
 
-def test_an_alpha_that_ends_at_one_stops_looking_at_labels(tmp_path) -> None:
-    """cosine from 0 to 1: the first step is labels alone, where the teacher is not run."""
+def test_alpha_scheduled_from_0_to_1(tmp_path) -> None:
+    """cosine: the first step uses labels alone, without running the teacher."""
     teacher, ran = bert(seed=1), []
     settings = {**STILL, "max_steps": 3, "alpha": 0.0, "alpha_schedule": "cosine", "alpha_end": 1.0}
     trainer = make(tmp_path, bert(), teacher, **settings)
@@ -119,7 +119,7 @@ def test_an_alpha_that_ends_at_one_stops_looking_at_labels(tmp_path) -> None:
 
 
 def failing_at(step: int) -> Any:
-    """A mean loss that is NaN in one step, whose gradient is finite."""
+    """Return a mean loss that is NaN in one step, with a finite gradient."""
     steps = count(1)
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -131,8 +131,8 @@ def failing_at(step: int) -> Any:
 
 @pytest.mark.parametrize("filters", [True, False])
 @pytest.mark.parametrize("step", [1, 2, 7])
-def test_the_filter_of_the_loss_is_that_of_its_terms(tmp_path, filters: bool, step: int) -> None:
-    """Ten steps, a log each five, as `Trainer` logs them; a bad step blanks no figure of a window."""
+def test_logging_nan_inf_filter_applies_to_terms(tmp_path, filters: bool, step: int) -> None:
+    """Ten steps, logged every five, as `Trainer` logs them; one bad step does not remove the values of its window."""
     settings = {"max_steps": 10, "logging_steps": 5, "logging_nan_inf_filter": filters, "train_dataset": examples(40)}
     found = logs_of(make(tmp_path, bert(), alpha=0.0, compute_loss_func=failing_at(step), **settings))
     given = {"train_dataset": settings.pop("train_dataset"), "data_collator": padded}
@@ -144,14 +144,14 @@ def test_the_filter_of_the_loss_is_that_of_its_terms(tmp_path, filters: bool, st
     )
     expected = logs_of(theirs)
     assert [entry["loss"] for entry in found] == pytest.approx([e["loss"] for e in expected], nan_ok=True)
-    for entry in found:  # without the filter Trainer's loss stays NaN; a term does not
+    for entry in found:  # without the filter Trainer's loss stays NaN, but terms do not
         if math.isfinite(entry["loss"]):
             assert entry["loss/labels"] == pytest.approx(entry["loss"], rel=1e-5)
     assert [math.isfinite(entry["loss/labels"]) for entry in found] == [filters or step > 5, filters or step < 6]
 
 
-def test_terms_that_are_filtered_together_still_add_up(tmp_path) -> None:
-    """Where the scaler of fp16 decides about the step, a loss that is NaN is no error: all its terms are left out."""
+def test_filtered_terms_still_add_up(tmp_path) -> None:
+    """If fp16's scaler decides about the step, a NaN loss does not raise: all its terms are omitted."""
     settings = {"max_steps": 10, "logging_steps": 5, "train_dataset": examples(40), "alpha": 0.25}
     trainer = make(tmp_path, bert(), bert(seed=1), compute_loss_func=failing_at(2), **settings)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)

@@ -1,4 +1,4 @@
-"""When logits are made whole after all: automatically, or refused with the reason."""
+"""When the fused loss falls back to whole logits, or raises with the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 class Doubled(tf.GPT2LMHeadModel):
-    """Does something to its logits that no config tells."""
+    """Changes its logits in a way that its config does not show."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         outputs = super().forward(*args, **keywords)
@@ -31,7 +31,7 @@ class Doubled(tf.GPT2LMHeadModel):
 
 
 class Charged(tf.GPT2LMHeadModel):
-    """Adds something to its loss."""
+    """Adds a penalty to its loss."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         outputs = super().forward(*args, **keywords)
@@ -41,7 +41,7 @@ class Charged(tf.GPT2LMHeadModel):
 
 
 class Capped(tf.GPT2LMHeadModel):
-    """A soft cap that no config tells, far above what its logits are at the start."""
+    """A soft cap that its config does not show, far above its initial logits."""
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         outputs = super().forward(*args, **keywords)
@@ -54,7 +54,7 @@ NOT_WHAT_THEY_SEEM = [(Doubled, "does more to its logits"), (Charged, "own loss 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "why"), NOT_WHAT_THEY_SEEM)
-def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: str, dtype: torch.dtype) -> None:
+def test_a_model_that_modifies_logits_or_loss(caplog, monkeypatch, kind: Any, why: str, dtype: torch.dtype) -> None:
     _, teacher, batch = pair("gpt2_causal_lm")
     student = kind(teacher.config).to(dtype).train()
     with pytest.raises(SettingError, match=rf"fused_loss=True: .*{why}.*Pass fused_loss=False"):
@@ -63,14 +63,14 @@ def test_a_model_that_is_not_what_it_seems(caplog, monkeypatch, kind: Any, why: 
     automatic = Distiller(student, teacher, fused_loss=None)
     with caplog.at_level(logging.WARNING):
         found = [automatic(student, batch).loss for _ in range(2)]
-    assert len(caplog.records) == 1 and why in caplog.text  # said once
+    assert len(caplog.records) == 1 and why in caplog.text  # one message
     expected = Distiller(student, teacher)(student, batch).loss
     assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_loss_of_a_mixture_of_experts(autocast: bool) -> None:
-    """Its experts' balance is in its loss, and is lost neither in bf16 nor in fp32."""
+def test_the_balance_loss_of_a_mixture_of_experts_needs_whole_logits(autocast: bool) -> None:
+    """In bf16 and in fp32."""
     shape: Any = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "router_aux_loss_coef": 1e-3}
     ids = torch.tensor([[1, 5, 7, 9]])
@@ -85,7 +85,7 @@ def test_the_loss_of_a_mixture_of_experts(autocast: bool) -> None:
                 Distiller(student, teacher, fused_loss=True)(student, {"input_ids": ids, "labels": ids})
 
 
-def test_caps_by_their_other_names() -> None:
+def test_all_config_names_of_soft_caps() -> None:
     config = tf.RecurrentGemmaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -101,15 +101,15 @@ def test_caps_by_their_other_names() -> None:
 
 
 @pytest.mark.parametrize("kind", [Doubled, Capped])
-def test_a_teacher_that_is_not_what_it_seems_gives_its_logits(kind: Any) -> None:
+def test_a_teacher_that_modifies_its_logits_returns_whole_logits(kind: Any) -> None:
     student, teacher, batch = pair("gpt2_causal_lm")
     odd = kind(teacher.config).double()
     odd.load_state_dict(teacher.state_dict())
     assert_same(both(student, odd, batch))
 
 
-def test_the_head_of_a_sharded_teacher_is_never_used_untried(monkeypatch) -> None:
-    """FSDP2 leaves its root whole after the first forward."""
+def test_the_head_of_a_sharded_teacher_is_always_tried(monkeypatch) -> None:
+    """FSDP2 leaves its root gathered after the first forward."""
     student, teacher, batch = pair("gpt2_causal_lm")
     odd = Doubled(teacher.config).double()
     expected = Distiller(student, odd)(student, batch).loss
@@ -117,17 +117,17 @@ def test_the_head_of_a_sharded_teacher_is_never_used_untried(monkeypatch) -> Non
     monkeypatch.setattr(OutputHead, "is_sharded", lambda self: next(sharded, False))
     distiller = Distiller(student, odd, fused_loss=True)
     for _ in range(3):
-        torch.testing.assert_close(distiller(student, batch).loss, expected, rtol=1e-5, atol=0.0)  # its own is in fp32
+        torch.testing.assert_close(distiller(student, batch).loss, expected, rtol=1e-5, atol=0.0)  # own loss in fp32
 
 
-def test_from_when_on_it_is_automatic(monkeypatch) -> None:
+def test_the_automatic_fused_loss_has_a_threshold(monkeypatch) -> None:
     student, teacher, batch = pair("gpt2_causal_lm")
     for columns, made in ((VOCABULARY + 1, True), (VOCABULARY, False)):
         monkeypatch.setattr(without_logits, "LARGE", columns)
         found = Distiller(student, teacher, fused_loss=None)(student, batch)
         assert (found.outputs.get("logits") is not None) == made
     without_teacher = Distiller(student, alpha=0.0, fused_loss=None)
-    assert without_teacher(student, batch).outputs.logits is not None  # alpha=0 is Trainer
+    assert without_teacher(student, batch).outputs.logits is not None  # alpha=0 equals Trainer
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_from_when_on_it_is_automatic(monkeypatch) -> None:
         ({"alpha": None, "objectives": HiddenMatch([(0, 0)])}, "compared in no term"),
     ],
 )
-def test_refused_with_the_reason(knobs: dict[str, Any], why: str) -> None:
+def test_unsupported_settings_raise_with_the_reason(knobs: dict[str, Any], why: str) -> None:
     student, teacher, batch = pair("llama_causal_lm")
     with pytest.raises(SettingError, match=f"fused_loss=True: .*{why}"):
         Distiller(student, teacher, fused_loss=True, **knobs)(student, batch)
 
 
-def test_refused_where_there_is_no_vocabulary_and_a_wrong_setting() -> None:
+def test_heads_without_a_vocabulary_and_invalid_values_raise() -> None:
     distiller = Distiller(bert(), bert(seed=1), fused_loss=True)
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([0])}
     with pytest.raises(SettingError, match="a classification head has no vocabulary"):
@@ -153,7 +153,7 @@ def test_refused_where_there_is_no_vocabulary_and_a_wrong_setting() -> None:
         Distiller(bert(), bert(seed=1), fused_loss=cast(Any, "no"))
 
 
-def test_an_adapter_on_the_head() -> None:
+def test_an_adapter_on_the_head_needs_whole_logits() -> None:
     import peft
 
     student = copy.deepcopy(pair("llama_causal_lm")[0])
@@ -163,7 +163,7 @@ def test_an_adapter_on_the_head() -> None:
 
 
 class Halved(Trainer):
-    """A trainer with a loss of its own."""
+    """A trainer with its own loss."""
 
     def compute_loss(self, *args: Any, **keywords: Any) -> Any:
         loss, outputs = super().compute_loss(*args, **{**keywords, "return_outputs": True})
@@ -171,10 +171,10 @@ class Halved(Trainer):
 
 
 class HalvedDistillation(DistillationMixin, Halved):
-    """And a teacher."""
+    """The same with a teacher."""
 
 
-def test_a_trainer_s_own_loss_is_given_logits(tmp_path, monkeypatch) -> None:
+def test_a_trainers_own_loss_receives_logits(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(without_logits, "LARGE", 10)
     head = HEADS["gpt2_causal_lm"]
 
@@ -190,4 +190,4 @@ def test_a_trainer_s_own_loss_is_given_logits(tmp_path, monkeypatch) -> None:
     assert own["loss/logits"] == pytest.approx(plain["loss/logits"], rel=1e-5)
     with pytest.raises(SettingError, match="term is your own function"):
         trained(HalvedDistillation, fused_loss=True)
-    trained(HalvedDistillation, fused_loss=True, alpha=1.0)  # no labels, no loss of its own
+    trained(HalvedDistillation, fused_loss=True, alpha=1.0)  # without labels its own loss is not used

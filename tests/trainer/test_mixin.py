@@ -1,4 +1,4 @@
-"""DistillationMixin before any `Trainer` subclass: its own loss, its own keywords and its own methods stay."""
+"""DistillationMixin over any `Trainer` subclass keeps the subclass's loss, keywords and methods."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLASS_WEIGHTS = (1.0, 3.0, 0.5)
 
 
 class Weighted(Trainer):
-    """Somebody's trainer: a loss with class weights, a keyword of its own, and a method that it overrides."""
+    """A custom trainer: class weights in the loss, a new keyword, and an overridden method."""
 
     def __init__(self, *positional: Any, class_weights: Any, **keywords: Any) -> None:
         super().__init__(*positional, **keywords)
@@ -47,7 +47,7 @@ class Weighted(Trainer):
 
 
 class Mine(DistillationMixin, Weighted):
-    """What a user writes."""
+    """The class that a user writes."""
 
 
 def mine(folder: Any, student: Any, teacher: Any, **settings: Any) -> Mine:
@@ -63,7 +63,7 @@ def mine(folder: Any, student: Any, teacher: Any, **settings: Any) -> Mine:
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_labels_term_is_the_users_loss(tmp_path, accumulation: int) -> None:
+def test_the_labels_term_is_the_subclasss_loss(tmp_path, accumulation: int) -> None:
     student, teacher = bert().double(), bert(seed=1).double()
     start, expected = weights(student), bert().double()
     cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
@@ -83,7 +83,7 @@ def test_the_labels_term_is_the_users_loss(tmp_path, accumulation: int) -> None:
     assert update_difference(weights(student), weights(expected), start) < 1e-6
 
 
-def test_its_evaluation_is_the_users_loss(tmp_path) -> None:
+def test_evaluation_uses_the_subclasss_loss(tmp_path) -> None:
     student = bert()
     plain = Weighted(
         model=student,
@@ -95,7 +95,7 @@ def test_its_evaluation_is_the_users_loss(tmp_path) -> None:
     assert mine(tmp_path, student, bert(seed=1)).evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
-def test_alpha_zero_is_the_users_trainer(tmp_path) -> None:
+def test_alpha_zero_equals_the_subclass(tmp_path) -> None:
     found = []
     for ours in (False, True):
         student = bert(dropout=0.3)
@@ -106,17 +106,17 @@ def test_alpha_zero_is_the_users_trainer(tmp_path) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_a_missing_keyword_of_the_users_trainer_is_missed(tmp_path) -> None:
+def test_a_missing_keyword_of_the_subclass_raises(tmp_path) -> None:
     with pytest.raises(TypeError, match="class_weights"):
         Mine(model=bert(), teacher_model=bert(seed=1), args=arguments(tmp_path), train_dataset=examples())
 
 
-def test_the_seq2seq_trainer_is_made_the_same_way() -> None:
+def test_the_seq2seq_trainer_uses_the_mixin() -> None:
     assert DistillationMixin in Seq2SeqDistillationTrainer.__mro__
 
 
-def test_a_distiller_of_ones_own_has_full_control(tmp_path) -> None:
-    """A callable divergence and a schedule of one's own, which no argument can say; `args` are not read."""
+def test_a_passed_distiller_has_full_control(tmp_path) -> None:
+    """A callable divergence and a custom schedule, which arguments cannot express; `args` are not used."""
 
     def gap(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1)

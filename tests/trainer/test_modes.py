@@ -1,4 +1,4 @@
-"""A student that keeps its evaluation mode in training is distilled all the same; an evaluation never is."""
+"""A student that stays in evaluation mode during training is distilled; an evaluation never is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.trainer.tiny import arguments, assert_same_bits, bert, examples, make
 
 
 class StaysInEvaluation(BertForSequenceClassification):
-    """As users write it who fine-tune without dropout, or with frozen batch norms."""
+    """As in fine-tuning without dropout, or with frozen batch norms."""
 
     def train(self, mode: bool = True) -> Any:
         return super().train(False)
@@ -36,7 +36,7 @@ def one_step(folder: Any, student: Any, **changed: Any) -> tuple[dict[str, torch
 
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_it_learns_what_a_student_without_dropout_learns(tmp_path, alpha: float, cut: tuple[int, int]) -> None:
+def test_it_trains_like_a_student_without_dropout(tmp_path, alpha: float, cut: tuple[int, int]) -> None:
     given = {"alpha": alpha, "per_device_train_batch_size": cut[0], "gradient_accumulation_steps": cut[1]}
     found, logged = one_step(tmp_path, frozen(), **given)
     expected, expected_logs = one_step(tmp_path, bert(dropout=0.0), **given)
@@ -45,8 +45,8 @@ def test_it_learns_what_a_student_without_dropout_learns(tmp_path, alpha: float,
     assert ("loss/logits" in logged) == (alpha > 0) and ("loss/labels" in logged) == (alpha < 1)
 
 
-def test_its_evaluation_is_the_plain_task_loss(tmp_path) -> None:
-    """Before a training, in it and after it."""
+def test_evaluation_gives_the_plain_task_loss(tmp_path) -> None:
+    """Before, during and after a training."""
     student = frozen()
     settings = {"eval_dataset": examples(6), "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
     trainer = make(tmp_path, student, bert(seed=1), alpha=1.0, max_steps=2, **settings)
@@ -61,7 +61,7 @@ def test_its_evaluation_is_the_plain_task_loss(tmp_path) -> None:
     assert measured == pytest.approx([expected] * len(measured), rel=1e-5)
 
 
-def test_a_step_that_fails_does_not_leave_the_trainer_in_training(tmp_path) -> None:
+def test_a_failed_step_does_not_leave_the_trainer_in_a_step(tmp_path) -> None:
     class Fails(DistillationTrainer):
         def training_step(self, *positional: Any, **keywords: Any) -> Any:
             self.model.register_forward_pre_hook(stumble)
@@ -82,7 +82,7 @@ def test_a_step_that_fails_does_not_leave_the_trainer_in_training(tmp_path) -> N
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_called_by_hand_in_evaluation_mode_it_is_the_task_loss(tmp_path) -> None:
+def test_compute_loss_in_evaluation_mode_is_the_task_loss(tmp_path) -> None:
     trainer = make(tmp_path, bert().eval(), bert(seed=1), alpha=1.0)
     loss = trainer.compute_loss(trainer.model, padded(examples(6)))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_called_by_hand_in_evaluation_mode_it_is_the_task_loss(tmp_path) -> None
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_the_teacher_stays_as_it_is(tmp_path) -> None:
+def test_the_teacher_is_unchanged(tmp_path) -> None:
     teacher = bert(seed=1, dropout=0.3)
     before = weights(teacher)
     make(tmp_path, frozen(), teacher).train()

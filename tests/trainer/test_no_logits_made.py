@@ -1,6 +1,6 @@
-"""With `fused_loss=True` no logits are made: every tensor of a training is looked at, and every product.
+"""With `fused_loss=True` no whole logits are made: every tensor and every product of a training is checked.
 
-That what is made instead is right: the other files here, and `tests/functional`.
+Whether the results are right is tested in the other files here and in `tests/functional`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from tests.heads import HEADS, IGNORED, VOCABULARY, of_each_kind
 from tests.trainer.logit_free import LARGE, WHOLE, counted_rows, few_rows_at_once
 from tests.trainer.tiny import arguments
 
-WIDTH, COLUMNS = 16, 401  # a vocabulary of a size that nothing else has, and many times the models' width
+WIDTH, COLUMNS = 16, 401  # a vocabulary size that nothing else has, many times the models' width
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-# Two chunks, what a block of two rows needs beside itself, and vectors `[v]`: biases and their gradients.
+# Two chunks, the workspace of a block of two rows, and vectors `[v]`: biases and their gradients.
 ENOUGH = 20
 
 
 class VocabularyTensors(TorchDispatchMode):
-    """Sees every operation of forward and backward.
+    """Intercepts every operation of forward and backward.
 
     Attributes:
-        most_rows: of one tensor that the vocabulary is an axis of: its elements over v. Weights are left out.
-        most_rows_alive: of all of them that are there at once.
-        multiplications: of all products that the vocabulary is an axis of.
+        most_rows: of one tensor with the vocabulary as an axis, its elements / v. Weights are excluded.
+        most_rows_alive: of all such tensors alive at once.
+        multiplications: in all products with the vocabulary as an axis.
     """
 
     def __init__(self) -> None:
@@ -71,30 +71,30 @@ def seen_in(work: Callable[[], Any]) -> VocabularyTensors:
 
 
 @pytest.mark.parametrize("name", of_each_kind(5, LARGE))
-def test_a_step_makes_chunks_and_four_products_of_the_rows_that_count(monkeypatch, name: str) -> None:
-    """Logits of student and teacher, and two for the gradients; whatever the number of rows."""
+def test_a_step_needs_only_chunks_and_four_products(monkeypatch, name: str) -> None:
+    """Logits of both models, and two products for the gradients, over the rows that count."""
     few_rows_at_once(monkeypatch, COLUMNS)
     head = HEADS[name]
     student, teacher = (head.make(seed, vocab_size=COLUMNS).train() for seed in (1, 2))
     batch = head.batch(30)
     rows = counted_rows(head, batch["labels"])
-    assert 3 * ENOUGH < rows < batch["labels"].numel()  # else the test says little
+    assert 3 * ENOUGH < rows < batch["labels"].numel()  # otherwise the test proves little
     seen = []
     for fused in (False, True):
         distiller = Distiller(student, teacher, fused_loss=fused)
-        distiller(student, batch)  # tries the head out
+        distiller(student, batch)  # the trial of the head
         seen.append(seen_in(lambda d=distiller: d(student, batch).loss.backward()))
     plain, ours = seen
     assert ours.most_rows == WHOLE and ours.most_rows_alive < ENOUGH
     assert ours.multiplications == 4 * rows * COLUMNS * WIDTH
-    # That logits would have been seen.
+    # Whole logits would have been detected.
     assert plain.most_rows == batch["labels"].numel() and plain.most_rows_alive > 4 * rows
     assert plain.multiplications > 4 * rows * COLUMNS * WIDTH
 
 
 @pytest.mark.parametrize("name", of_each_kind(6, LARGE))
 def test_a_whole_training_never_makes_logits(tmp_path, monkeypatch, name: str) -> None:
-    """The trial of the head, counting, logging and the optimizer with it."""
+    """Including the trial of the head, counting, logging and the optimizer."""
     few_rows_at_once(monkeypatch, COLUMNS)
     head, seen = HEADS[name], []
     assert counted_rows(head, head.batch(30)["labels"]) > 2 * POSITIONS
@@ -121,8 +121,8 @@ def test_a_whole_training_never_makes_logits(tmp_path, monkeypatch, name: str) -
 @pytest.mark.parametrize(
     ("alpha", "frozen", "products"), [(0.5, False, 4), (1.0, False, 4), (0.0, False, 3), (0.5, True, 3), (0.0, True, 2)]
 )
-def test_what_is_not_needed_is_not_multiplied(alpha: float, frozen: bool, products: int) -> None:
-    """Without a teacher, its logits; where the head is frozen, its gradient."""
+def test_unneeded_products_are_skipped(alpha: float, frozen: bool, products: int) -> None:
+    """The teacher's logits without a teacher; the head's gradient if it is frozen."""
     head = HEADS["llama_causal_lm"]
     student, teacher = (head.make(seed, vocab_size=COLUMNS) for seed in (1, 2))
     student.train().lm_head.requires_grad_(not frozen)
@@ -133,8 +133,8 @@ def test_what_is_not_needed_is_not_multiplied(alpha: float, frozen: bool, produc
     assert seen.multiplications == products * counted_rows(head, batch["labels"]) * COLUMNS * WIDTH
 
 
-def test_masked_positions_alone_reach_the_head(monkeypatch) -> None:
-    """At 15 % masking, of both models, in order: what their heads are given there, and nothing else."""
+def test_only_masked_positions_reach_the_head(monkeypatch) -> None:
+    """At 15 % masking, exactly these positions of both models, in order."""
     head, given, at_heads = HEADS["bert_masked_lm"], [], []
     student, teacher = head.make(1).train(), head.make(2)
     ids = torch.randint(3, VOCABULARY, (8, 20))
@@ -151,7 +151,7 @@ def test_masked_positions_alone_reach_the_head(monkeypatch) -> None:
 
     fused = without_logits.fused_linear_distillation
     monkeypatch.setattr(without_logits, "fused_linear_distillation", spy)
-    for model in (teacher, student):  # in the order in which they are called
+    for model in (teacher, student):  # in call order
         model.cls.predictions.transform.register_forward_hook(lambda *called: at_heads.append(called[-1]))
     distiller(student, batch)
     ((ours, theirs, of_labels, weights),) = given

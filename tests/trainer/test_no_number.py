@@ -1,4 +1,4 @@
-"""A teacher's NaN or infinity is named, example and row and micro-batch, before an optimizer step uses it."""
+"""NaN or infinity of a teacher is reported, with example, row and micro-batch, before an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.trainer.tiny import assert_same_bits, bert, examples, make, padded, w
 
 
 class Poisoned(nn.Module):
-    """A classifier head that gives one row a value that is no number."""
+    """A classifier head that sets one row's logit to NaN or infinity."""
 
     def __init__(self, head: nn.Module, *, marked: int, column: int, value: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Poisoned(nn.Module):
 
 
 def poisoned(model: Any, *, marked: int, value: float) -> Any:
-    """The model, whose logits hold `value` wherever token `marked` is read."""
+    """Return the model, with `value` in its logits wherever token `marked` occurs."""
     model.classifier = Poisoned(model.classifier, marked=marked, column=1, value=value)
 
     def look(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ def poisoned(model: Any, *, marked: int, value: float) -> Any:
     return model
 
 
-MARK = 22  # a token id that `examples` are rid of, but for one
+MARK = 22  # a token id that only one of the examples keeps
 
 
 def marked_examples(at: int, **more: Any) -> list[dict[str, Any]]:
@@ -51,8 +51,8 @@ def marked_examples(at: int, **more: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_teacher_logit_that_is_no_number(tmp_path, value: float) -> None:
-    """Example 5 of eight is the second of micro-batch 2: found before any optimizer step."""
+def test_a_nonfinite_teacher_logit_names_the_example(tmp_path, value: float) -> None:
+    """Example 5 of eight is the second of micro-batch 2: reported before any optimizer step."""
     student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=value)
     settings = {
         "per_device_train_batch_size": 2,
@@ -75,7 +75,7 @@ def test_a_teacher_logit_that_is_no_number(tmp_path, value: float) -> None:
     assert_same_bits(weights(student), weights(bert()))
 
 
-def test_a_token_teacher_names_the_token(tmp_path) -> None:
+def test_a_nonfinite_token_logit_names_the_token(tmp_path) -> None:
     student = bert("TokenClassification")
     teacher = poisoned(bert("TokenClassification", seed=1), marked=MARK, value=float("nan"))
     data = [{**e, "labels": [0] * len(e["input_ids"])} for e in marked_examples(2)]
@@ -97,7 +97,7 @@ def test_a_token_teacher_names_the_token(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_whatever_the_divergence(tmp_path, divergence: str) -> None:
+def test_every_divergence_reports_it(tmp_path, divergence: str) -> None:
     student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=float("nan"))
     trainer = make(tmp_path, student, teacher, train_dataset=marked_examples(0), divergence=divergence)
     with pytest.raises(TeacherError, match="teacher's logits hold nan"):
@@ -105,25 +105,25 @@ def test_whatever_the_divergence(tmp_path, divergence: str) -> None:
     assert_same_bits(weights(student), weights(bert()))
 
 
-def test_minus_infinity_is_a_blocked_column_and_no_error(tmp_path) -> None:
+def test_minus_infinity_is_a_blocked_column(tmp_path) -> None:
     student, teacher = bert(), poisoned(bert(seed=1), marked=MARK, value=float("-inf"))
     make(tmp_path, student, teacher, train_dataset=marked_examples(3)).train()
     assert all(torch.isfinite(value).all() for value in weights(student).values())
 
 
-def test_a_nan_in_a_row_that_does_not_count_is_no_error(tmp_path) -> None:
-    """Law L3: token 22 has no label."""
+def test_nan_in_a_row_that_does_not_count_is_ignored(tmp_path) -> None:
+    """L3: token 22 has no label."""
     head = HEADS["bert_tokens"]
     student = head.make(seed=0)
     teacher = poisoned(head.make(seed=1), marked=39, value=float("nan"))
     data = head.examples(8)
     for example in data:
-        example["input_ids"] = [i % 38 for i in example["input_ids"][:-1]] + [39]  # the last is labelled -100
+        example["input_ids"] = [i % 38 for i in example["input_ids"][:-1]] + [39]  # the last has label -100
     make(tmp_path, student, teacher, train_dataset=data, data_collator=head.collate).train()
     assert all(torch.isfinite(value).all() for value in weights(student).values())
 
 
-# Inside the teacher: its logits need not show it, or are not asked for.
+# Activations: the logits may be finite or not computed.
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.0, None])
@@ -134,8 +134,8 @@ def test_a_nan_in_a_row_that_does_not_count_is_no_error(tmp_path) -> None:
         (AttentionMatch, "bert.encoder.layer.1.attention.self.query", "attention"),
     ],
 )
-def test_an_overflow_inside_the_teacher(tmp_path, alpha: float | None, objective: Any, place: str, what: str) -> None:
-    """At the second position of the last block: the head reads the first, so all logits are finite."""
+def test_a_nonfinite_teacher_activation(tmp_path, alpha: float | None, objective: Any, place: str, what: str) -> None:
+    """At the second position of the last block: the head uses the first, so all logits are finite."""
     student, teacher = bert(num_hidden_layers=2), bert(seed=1, num_hidden_layers=2)
     second = torch.arange(20)[:, None] == 1
     teacher.get_submodule(place).register_forward_hook(lambda _, __, x: x.masked_fill(second[: x.shape[1]], torch.inf))

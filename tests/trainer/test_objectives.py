@@ -1,4 +1,4 @@
-"""Objectives on the inside in a `Trainer`: what is logged, how they are weighed, and which alphas there are."""
+"""Objectives on activations in a `Trainer`: logs, weights, and values of alpha."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def losses(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-# What is logged and weighed.
+# Logs and weights.
 
 
 def test_each_term_is_logged_before_its_weight(tmp_path) -> None:
@@ -57,7 +57,7 @@ def test_each_term_is_logged_before_its_weight(tmp_path) -> None:
         weighted = 0.75 * terms["labels"] + 0.25 * terms["logits"]
         weighted += 2 * terms["hidden"] + 3 * terms["cosine"] + 0.5 * terms["relations"]
         assert entry["loss"] == pytest.approx(weighted, rel=1e-5)
-        assert not any(name.startswith("weight/") for name in entry)  # they do not move
+        assert not any(name.startswith("weight/") for name in entry)  # they are constant
 
 
 def test_a_schedule_moves_the_loss_and_is_logged(tmp_path) -> None:
@@ -71,8 +71,8 @@ def test_a_schedule_moves_the_loss_and_is_logged(tmp_path) -> None:
         assert "weight/cosine" not in entry
 
 
-def test_given_by_name(tmp_path) -> None:
-    """Two of a kind, called as the dict calls them."""
+def test_objectives_passed_by_name(tmp_path) -> None:
+    """Two of a kind, named by the keys of the dict."""
     objectives = {"lower": HiddenMatch([(0, 0)]), "upper": HiddenMatch([(1, 2)], weight=linear(1.0, 0.5))}
     trainer = make(tmp_path, student(), teacher(), objectives=objectives, **LOGGED)
     trainer.train()
@@ -85,8 +85,8 @@ def test_given_by_name(tmp_path) -> None:
 # alpha.
 
 
-def test_alpha_none_does_not_look_at_labels_or_head(tmp_path) -> None:
-    """The same weights with labels, with other labels and without, and the student's head stays as it was."""
+def test_alpha_none_ignores_labels_and_head(tmp_path) -> None:
+    """The same weights with labels, other labels, or none, and the student's head is unchanged."""
     others = [{**row, "labels": 2 - row["labels"]} for row in examples()]
     found = []
     for rows in (examples(), others, examples(labels=None)):
@@ -102,8 +102,8 @@ def test_alpha_none_does_not_look_at_labels_or_head(tmp_path) -> None:
     assert torch.equal(found[0]["classifier.weight"], start["classifier.weight"])
 
 
-def test_with_alpha_none_the_teacher_needs_no_head_of_the_students_kind(tmp_path) -> None:
-    """A bare encoder, or one with other labels."""
+def test_alpha_none_accepts_a_teacher_with_another_head(tmp_path) -> None:
+    """A bare encoder, or a head with other labels."""
     config = teacher().config
     torch.manual_seed(0)
     for other in (tf.BertModel(config), tf.BertForMaskedLM(config), teacher(num_labels=7)):
@@ -115,7 +115,7 @@ def test_with_alpha_none_the_teacher_needs_no_head_of_the_students_kind(tmp_path
             make(tmp_path, student(), other, objectives=[CosineEmbedding()], alpha=0.5)
 
 
-def test_alpha_zero_with_objectives_asks_the_teacher(tmp_path) -> None:
+def test_alpha_zero_with_objectives_runs_the_teacher(tmp_path) -> None:
     trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), alpha=0.0, **LOGGED)
     trainer.train()
     assert {"loss/labels", "loss/hidden"} <= set(losses(trainer)[0]) and "loss/logits" not in losses(trainer)[0]
@@ -124,7 +124,7 @@ def test_alpha_zero_with_objectives_asks_the_teacher(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("objectives", [None, []])
-def test_alpha_zero_without_objectives_is_trainer_bit_for_bit(tmp_path, objectives: Any) -> None:
+def test_alpha_zero_without_objectives_equals_trainer(tmp_path, objectives: Any) -> None:
     ours, theirs = student(), student()
     settings = {"max_grad_norm": 0.1, "optim": "adamw_torch", "weight_decay": 0.1}
     make(tmp_path, ours, teacher(), objectives=objectives, alpha=0.0, **settings).train()
@@ -143,7 +143,7 @@ def test_an_objective_at_weight_zero_changes_nothing(tmp_path) -> None:
     assert_same_bits(found[1], found[0])
 
 
-def test_evaluation_is_of_labels_alone(tmp_path) -> None:
+def test_evaluation_uses_labels_alone(tmp_path) -> None:
     trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(weight=5.0), eval_dataset=examples(4))
     plain = Trainer(
         model=student(), args=arguments(tmp_path, TrainingArguments), eval_dataset=examples(4), data_collator=padded

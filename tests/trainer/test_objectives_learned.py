@@ -1,4 +1,4 @@
-"""What objectives learn, in a `Trainer`: its optimizer, clipping, a search's new students, and a loop of one's own."""
+"""Learned parameters of objectives in a `Trainer`: optimizer, clipping, new students of a search, a custom loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def projections(trainer: Any) -> list[Any]:
 
 
 def group_of(trainer: Any) -> dict[str, Any]:
-    """The one group of the optimizer that holds what is learned."""
+    """Return the optimizer's only group of learned parameters."""
     held = [{id(p) for p in group["params"]} for group in trainer.optimizer.param_groups]
     wanted = {id(p) for p in projections(trainer)}
     assert wanted and sum(bool(group & wanted) for group in held) == 1
@@ -46,8 +46,8 @@ def group_of(trainer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(None, 0.1), (0.01, 0.01), (0.0, 0.0)])
-def test_projections_have_their_learning_rate(tmp_path, rate: float | None, expected: float) -> None:
-    """They are trained with the student, at their own rate where one is given: half of it halfway down."""
+def test_projections_have_their_own_learning_rate(tmp_path, rate: float | None, expected: float) -> None:
+    """They train with the student, at their own rate if one is set; it is halved halfway through the schedule."""
     settings = {"projection_learning_rate": rate, "weight_decay": 0.3, "optim": "adamw_torch"}
     trainer = make(
         tmp_path, student(), teacher(), objectives=HiddenMatch(), **{**settings, "lr_scheduler_type": "linear"}
@@ -63,12 +63,12 @@ def test_projections_have_their_learning_rate(tmp_path, rate: float | None, expe
     assert moved == (expected > 0)
 
 
-def test_a_rate_that_cannot_be(tmp_path) -> None:
+def test_an_invalid_learning_rate_raises(tmp_path) -> None:
     with pytest.raises(SettingError, match=r"projection_learning_rate=-0\.1: must be at least 0"):
         DistillationArguments(str(tmp_path), projection_learning_rate=-0.1, report_to="none")
 
 
-def test_one_sgd_step_is_the_gradient_clipped_together(tmp_path) -> None:
+def test_student_and_projections_are_clipped_together(tmp_path) -> None:
     """theta - lr · g · c with c = max_norm / (|g of student and projections| + 1e-6), as torch clips."""
     model, wise = student().double(), teacher().double()
     settings = {**PLAIN_STEP, "learning_rate": 0.5, "max_grad_norm": 0.02, "max_steps": 1}
@@ -86,14 +86,14 @@ def test_one_sgd_step_is_the_gradient_clipped_together(tmp_path) -> None:
     of_student = torch.sqrt(sum((g**2).sum() for g in gradients[: len(list(twin.parameters()))]))
     trainer.train()
     assert losses(trainer)[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
-    assert norm > 1.001 * of_student > 0.02  # so the projections are a part of it, and clipping bites
+    assert norm > 1.001 * of_student > 0.02  # projections contribute, and clipping is active
     after = [*model.parameters(), *projections(trainer)]
     for old, new, gradient in zip(before, after, gradients, strict=True):
         expected = old - 0.5 * gradient * (0.02 / (norm + 1e-6))
         torch.testing.assert_close(new.detach(), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_users_optimizer_is_given_the_projections(tmp_path) -> None:
+def test_a_custom_optimizer_gets_the_projections(tmp_path) -> None:
     model = student()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     trainer = make(tmp_path, model, teacher(), objectives=HiddenMatch(), optimizers=(optimizer, None))
@@ -103,7 +103,7 @@ def test_a_users_optimizer_is_given_the_projections(tmp_path) -> None:
     assert_moved(weights(trainer.distiller.learned.module), start)
 
 
-def test_a_users_scheduler_knows_nothing_of_projections(tmp_path) -> None:
+def test_a_custom_scheduler_without_projections_raises(tmp_path) -> None:
     model = student()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -112,7 +112,7 @@ def test_a_users_scheduler_knows_nothing_of_projections(tmp_path) -> None:
         trainer.train()
 
 
-def test_a_users_optimizer_with_everything_and_a_scheduler(tmp_path) -> None:
+def test_a_custom_optimizer_with_projections_and_a_scheduler(tmp_path) -> None:
     model = student()
     distiller = Distiller(model, teacher(), objectives=HiddenMatch())
     optimizer = torch.optim.SGD([*model.parameters(), *distiller.learned.parameters()], lr=0.05)
@@ -126,8 +126,8 @@ def test_a_users_optimizer_with_everything_and_a_scheduler(tmp_path) -> None:
         make(tmp_path, student(), distiller=distiller, objectives=HiddenMatch())
 
 
-def test_training_twice_goes_on(tmp_path) -> None:
-    """A second call of train has a new optimizer, which holds the projections too."""
+def test_a_second_train_continues_the_projections(tmp_path) -> None:
+    """The second call of train has a new optimizer, which also contains the projections."""
     trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), max_steps=1)
     trainer.train()
     between = weights(trainer.distiller.learned.module)
@@ -135,11 +135,11 @@ def test_training_twice_goes_on(tmp_path) -> None:
     assert_moved(weights(trainer.distiller.learned.module), between)
 
 
-# A search, and a loop of one's own.
+# Search and custom loop.
 
 
-def test_a_search_fits_the_objectives_to_each_new_student(tmp_path) -> None:
-    """The last trial is the run with its values: its projections start anew with its student."""
+def test_a_search_binds_the_objectives_to_each_new_student(tmp_path) -> None:
+    """The last trial equals a run with its values: its projections are new with its student."""
     seen: list[Any] = []
 
     def fresh() -> Any:
@@ -170,7 +170,7 @@ def test_a_search_fits_the_objectives_to_each_new_student(tmp_path) -> None:
 
 
 def by_hand(name: str, *, micro_batch: int, accumulation: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One clipped step as the documentation shows it: what is learned is optimized, synchronised and clipped too."""
+    """Run one clipped step as in the documentation: projections are optimized, synchronized and clipped too."""
     head = HEADS[name]
     model, wise = head.make(0, layers=2).double().train(), head.make(1, layers=3, width=24).double()
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
@@ -193,7 +193,7 @@ def by_hand(name: str, *, micro_batch: int, accumulation: int) -> tuple[dict[str
 
 
 @pytest.mark.parametrize("name", ["bert_tokens", "t5_seq2seq", "wav2vec2_ctc_mean"])
-def test_a_loop_of_ones_own_is_the_trainer(tmp_path, name: str) -> None:
+def test_a_custom_loop_equals_the_trainer(tmp_path, name: str) -> None:
     head = HEADS[name]
     whole, learned = by_hand(name, micro_batch=8, accumulation=1)
     cut, cut_learned = by_hand(name, micro_batch=2, accumulation=4)

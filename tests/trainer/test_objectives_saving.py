@@ -1,4 +1,4 @@
-"""Projections are in no file of the student: not in its state, a saved model or a push; beside a checkpoint alone."""
+"""Projections are not saved or pushed with the student; only checkpoints have them, in a separate file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def files(folder: str | Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Any, Any, Path]:
-    """A trainer with projections after two steps with checkpoints, beside a `Trainer` that saved as well."""
+    """Return a trainer with projections after two steps with checkpoints, and a plain `Trainer`'s folder."""
     folder = tmp_path_factory.mktemp("saved")
     ours = make(folder / "ours", student(), teacher(), objectives=HiddenMatch(embeddings=True), **SAVES)
     args = arguments(folder / "theirs", TrainingArguments, **SAVES)
@@ -37,13 +37,13 @@ def saved(tmp_path_factory) -> tuple[Any, Any, Path]:
     return ours, theirs, folder
 
 
-def test_they_are_no_part_of_the_students_state(saved) -> None:
+def test_projections_are_not_in_the_students_state(saved) -> None:
     ours, theirs, _ = saved
     assert set(ours.model.state_dict()) == set(theirs.model.state_dict())
     assert not {id(p) for p in ours.model.parameters()} & {id(p) for p in ours.distiller.learned.parameters()}
 
 
-def test_a_saved_model_is_the_students_alone(saved) -> None:
+def test_a_saved_model_has_no_projections(saved) -> None:
     ours, theirs, folder = saved
     mine = folder / type(ours).__name__
     assert files(mine) == files(folder / type(theirs).__name__)
@@ -53,8 +53,8 @@ def test_a_saved_model_is_the_students_alone(saved) -> None:
     assert_same_bits(weights(again), weights(ours.model))
 
 
-def test_a_checkpoint_has_two_files_more(saved) -> None:
-    """What is learned, and the settings of the run."""
+def test_a_checkpoint_has_two_additional_files(saved) -> None:
+    """Learned parameters, and the settings of the run."""
     ours, theirs, _ = saved
     found, expected = files(ours.args.output_dir), files(theirs.args.output_dir)
     more = {f"checkpoint-{step}/{name}" for step in (1, 2) for name in (STATE_FILE, SETTINGS)}
@@ -68,26 +68,26 @@ def test_a_checkpoint_has_two_files_more(saved) -> None:
     assert_same_bits({name: kept[name] for name in learned}, learned)
 
 
-def test_objectives_that_learn_nothing_leave_no_file(tmp_path) -> None:
+def test_objectives_without_parameters_save_no_file(tmp_path) -> None:
     trainer = make(tmp_path, student(), teacher(), objectives=RelationMatch(), **SAVES)
     trainer.train()
     assert not any(STATE_FILE in name for name in files(trainer.args.output_dir))
 
 
-def test_a_model_only_checkpoint_has_none(tmp_path) -> None:
+def test_a_model_only_checkpoint_has_no_projections(tmp_path) -> None:
     trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), **SAVES, save_only_model=True)
     trainer.train()
     assert not any(STATE_FILE in name for name in files(trainer.args.output_dir))
 
 
-def test_accelerate_does_not_know_them(saved) -> None:
+def test_accelerate_does_not_save_projections(saved) -> None:
     ours, _, folder = saved
     held = [set(load_file(path)) for path in (folder / "state").rglob("*.safetensors")]
     assert held == [set(ours.model.state_dict())]
 
 
 class Uploads:
-    """Stands for `HfApi`: writes down what is uploaded."""
+    """A stand-in for `HfApi` that records uploads."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
@@ -99,8 +99,8 @@ class Uploads:
         self.found.append(keywords)
 
 
-def test_a_push_does_not_carry_them(tmp_path, monkeypatch) -> None:
-    """Even with the file lying in the output folder; what the Hub then holds: tests/hub."""
+def test_a_push_contains_no_projections(tmp_path, monkeypatch) -> None:
+    """Even with the file in the output folder; tests/hub covers the contents of a push."""
     uploads = Uploads()
     monkeypatch.setattr(publishing, "HfApi", uploads)
     trainer = make(tmp_path, student(), teacher(), objectives=HiddenMatch(), max_steps=1)

@@ -1,4 +1,4 @@
-"""Padding-free, packed and length-grouped batches make the step of padded ones; heads padded to two widths do too."""
+"""Padding-free, packed and length-grouped batches give the step of padded batches; so do heads of two padded widths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAT = partial(DataCollatorWithFlattening, return_tensors="pt")
 def one_step(
     folder: Any, name: str, collator: Any, cut: tuple[int, int], **settings: Any
 ) -> tuple[Any, dict[str, float]]:
-    """Weights after a step on eight prompt-masked documents, labels and hidden states included, and what was logged."""
+    """Return weights after a step on eight prompt-masked documents, with labels and hidden states, and the log."""
     student, teacher = (HEADS[name].make(seed).double() for seed in (1, 2))
     trainer = make(
         folder, student, teacher, train_dataset=HEADS[name].examples(8), data_collator=collator, alpha=0.5,
@@ -37,8 +37,8 @@ def one_step(
 
 
 @pytest.mark.parametrize("name", ["gpt2_causal_lm", "llama_causal_lm"])
-def test_whatever_way_the_documents_are_laid_out_the_step_is_the_same(tmp_path, name: str) -> None:
-    """Flattened whole, in parts, with what flash attention would be told, without logits; and grouped by length."""
+def test_every_layout_of_documents_gives_the_same_step(tmp_path, name: str) -> None:
+    """Flattened whole, in parts, with flash attention's arguments, fused, and grouped by length."""
     padded = partial(in_double, HEADS[name])
     expected, expected_logs = one_step(tmp_path, name, padded, (8, 1))
     start = weights(HEADS[name].make(1).double())
@@ -56,8 +56,8 @@ def test_whatever_way_the_documents_are_laid_out_the_step_is_the_same(tmp_path, 
         assert logged == pytest.approx(expected_logs, rel=1e-6)
 
 
-def test_rows_of_several_documents() -> None:
-    """Packed to two rows of a batch, documents told apart by their positions alone."""
+def test_a_batch_of_packed_rows() -> None:
+    """Two packed rows per batch, with documents separated only by their positions."""
     documents = LLAMA.examples(5)
     student, teacher = LLAMA.make(1), LLAMA.make(2)
     found = []
@@ -83,16 +83,16 @@ def test_rows_of_several_documents() -> None:
     assert loss == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
 
 
-def test_models_that_let_packed_documents_see_each_other_are_refused(tmp_path) -> None:
-    """OPT numbers positions but masks none; the same models are taken with padded batches."""
+def test_models_that_mix_packed_documents_raise(tmp_path) -> None:
+    """OPT numbers positions but does not mask; the same models are accepted with padded batches."""
     shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0)
     leaks = hf.OPTForCausalLM(config)
     settings = {"train_dataset": LLAMA.examples(4), "remove_unused_columns": False, "max_steps": 1}
     for student, teacher, whose in ((leaks, LLAMA.make(2), "student"), (LLAMA.make(1), leaks, "teacher")):
-        told = rf"packed into a row, and the {whose} \(OPTForCausalLM\) lets each see those before it"
+        logged = rf"packed into a row, and the {whose} \(OPTForCausalLM\) lets each see those before it"
         modes = [module.training for module in student.modules()]
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=logged):
             make(tmp_path, copy.deepcopy(student), copy.deepcopy(teacher), data_collator=FLAT(), **settings).train()
         batch = FLAT()(LLAMA.examples(4))
         with pytest.raises(DataError, match="Use a collator that pads"):
@@ -100,16 +100,14 @@ def test_models_that_let_packed_documents_see_each_other_are_refused(tmp_path) -
         assert [module.training for module in student.modules()] == modes
         make(tmp_path, copy.deepcopy(student), copy.deepcopy(teacher), data_collator=LLAMA.collate, **settings).train()
         one_a_row = {"input_ids": batch["input_ids"], "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
-        Distiller(student, copy.deepcopy(teacher), alpha=1.0).begin_step(
-            [one_a_row]
-        )  # not packed, whatever it could be
+        Distiller(student, copy.deepcopy(teacher), alpha=1.0).begin_step([one_a_row])  # the batch is not packed
 
 
 TOKENS = 34
 
 
 def padded_to(seed: int, width: int) -> Any:
-    """The model of that seed over the tokenizer's vocabulary, with rows of noise behind it."""
+    """Return the model of that seed over the tokenizer's vocabulary, followed by rows of noise."""
     narrow, wide = LLAMA.make(seed, vocab_size=TOKENS), LLAMA.make(seed + 100, vocab_size=width)
     values = narrow.state_dict()
     with torch.no_grad():
@@ -119,10 +117,10 @@ def padded_to(seed: int, width: int) -> Any:
 
 
 @pytest.mark.parametrize("flattened", [False, True])
-def test_heads_padded_to_other_widths_teach_the_same(tmp_path, flattened: bool) -> None:
-    """Student 40 and teacher 36 columns over a tokenizer of 34 tokens: as if both had 34, in training and evaluation.
+def test_heads_padded_to_different_widths_give_the_same_step(tmp_path, flattened: bool) -> None:
+    """40 columns of the student and 36 of the teacher for 34 tokens: as with 34 each, in training and evaluation.
 
-    (As Qwen2.5's 151936 and 152064 columns over 151665 tokens.)
+    (Like Qwen2.5's 151936 and 152064 columns for 151665 tokens.)
     """
     examples = [{name: [v if v < 0 else v % TOKENS for v in x] for name, x in e.items()} for e in LLAMA.examples(8)]
     collator = FLAT() if flattened else partial(in_double, LLAMA)
@@ -136,8 +134,8 @@ def test_heads_padded_to_other_widths_teach_the_same(tmp_path, flattened: bool) 
             logging_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         )  # fmt: skip
         trainer.train()
-        told = {**trainer.state.log_history[0], **trainer.evaluate()}
+        logged = {**trainer.state.log_history[0], **trainer.evaluate()}
         names = ("loss/logits", "grad_norm", "eval_divergence", "eval_teacher_agreement")
-        found.append(({name: told[name] for name in names}, student.lm_head.weight[:TOKENS].detach()))
+        found.append(({name: logged[name] for name in names}, student.lm_head.weight[:TOKENS].detach()))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6) and found[0][0]["loss/logits"] > 0.1
     torch.testing.assert_close(found[1][1], found[0][1])

@@ -1,4 +1,4 @@
-"""A student that reads padding is told of once: positions counted from padding on the left, another padding token."""
+"""One warning for a student that depends on padding: positions counted from left padding, another padding token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gpt2(seed: int, layers: int = 1) -> Any:
 
 
 def on(side: str, *, positions: bool = False) -> Any:
-    """A collator that pads on this side."""
+    """Return a collator that pads on this side."""
 
     def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(one["input_ids"]) for one in features)
@@ -56,7 +56,7 @@ def on(side: str, *, positions: bool = False) -> Any:
 
 
 def row_by_row(student: Any, teacher: Any) -> float:
-    """The loss of the divergence, each text alone and unpadded, in float64."""
+    """Return the divergence loss with each text alone and unpadded, in float64."""
     values = []
     for one in TEXTS:
         ids = torch.tensor([one["input_ids"]])
@@ -78,7 +78,7 @@ def trained(tmp_path: Any, student: Any, teacher: Any, collate: Any, **settings:
 
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_absolute_positions(tmp_path, caplog, side: str, positions: bool) -> None:
+def test_absolute_positions_with_left_padding_give_a_warning(tmp_path, caplog, side: str, positions: bool) -> None:
     student, teacher = gpt2(0), gpt2(1, layers=2)
     expected = row_by_row(copy.deepcopy(student), copy.deepcopy(teacher))
     with caplog.at_level(logging.WARNING, LOGGER):
@@ -93,8 +93,8 @@ def test_absolute_positions(tmp_path, caplog, side: str, positions: bool) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama_causal_lm", "t5_seq2seq", "bert_single_label", "gpt2_causal_lm"])
-def test_whose_positions_are_counted_from_the_padding(name: str, caplog) -> None:
-    """T5 and Llama have relative ones; GPT-2 and BERT count from the padding on."""
+def test_which_models_count_positions_from_padding(name: str, caplog) -> None:
+    """T5 and Llama have relative positions; GPT-2 and BERT count padding."""
     head = HEADS[name]
     student, batch = head.make(0), head.batch(4)
     for row, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
@@ -112,8 +112,8 @@ def test_whose_positions_are_counted_from_the_padding(name: str, caplog) -> None
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the student's ids", "its own"])
-def test_a_teacher_with_absolute_positions(caplog, own: bool) -> None:
-    """Where the student's are relative; with ids of its own, the side of those decides."""
+def test_a_teacher_with_absolute_positions_gives_a_warning(caplog, own: bool) -> None:
+    """For a student with relative positions; with teacher ids, their padding side decides."""
     student, teacher = made("llama", pad=0), made("gpt2", pad=0)
     left, right = on("left")(ROWS), on("right")(ROWS)
     batch = left if not own else {**right, **{f"teacher_{name}": value for name, value in left.items()}}
@@ -155,7 +155,7 @@ def test_xlnet_of_tokens_does_not_read_padding_on_the_right(caplog) -> None:
     assert not caplog.records
 
 
-def test_a_regression_and_rows_without_a_token(caplog) -> None:
+def test_regression_and_empty_rows_are_checked(caplog) -> None:
     student = made("gpt2", pad=0, num_labels=1, problem_type="regression")
     batch = on("left")(ROWS)
     batch["attention_mask"][0] = 0
@@ -164,7 +164,7 @@ def test_a_regression_and_rows_without_a_token(caplog) -> None:
     assert "the outputs of the student (GPT2ForSequenceClassification) for a text" in caplog.text
 
 
-def test_nothing_is_tried_without_a_teacher(tmp_path, caplog) -> None:
+def test_no_trial_without_a_teacher(tmp_path, caplog) -> None:
     student = gpt2(0)
     calls: list[int] = []
     student.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -176,12 +176,12 @@ def test_nothing_is_tried_without_a_teacher(tmp_path, caplog) -> None:
 # The student's padding token.
 
 
-def test_a_loop_of_ones_own_aligns_the_student_with_its_tokenizer(caplog) -> None:
-    """As `Trainer` does; what is saved then is read rightly as well."""
+def test_a_custom_loop_aligns_the_padding_token_with_the_tokenizer(caplog) -> None:
+    """As `Trainer` does; the saved model then also uses the right token."""
     student = made("llama", pad=3)
     with caplog.at_level(logging.WARNING, LOGGER):
         distiller = Distiller(student, made("llama", pad=3, seed=2), alpha=1.0, processing_class=tokenizer(23))
-        assert student.config.pad_token_id == 3  # so far nothing is trained
+        assert student.config.pad_token_id == 3  # before any training
         distiller(student, padded(ROWS))
     assert student.config.pad_token_id == 0
     (record,) = [one for one in caplog.records if one.name == LOGGER]
@@ -189,19 +189,19 @@ def test_a_loop_of_ones_own_aligns_the_student_with_its_tokenizer(caplog) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_without_a_tokenizer_another_padding_token_is_warned_of(tmp_path, caplog, name: str) -> None:
+def test_without_a_tokenizer_another_padding_token_gives_a_warning(tmp_path, caplog, name: str) -> None:
     student = bert(pad_token_id=3) if name == "bert" else made(name, pad=3)
     with caplog.at_level(logging.WARNING, LOGGER):
         make(tmp_path, student, bert(seed=1), train_dataset=ROWS, alpha=1.0, max_steps=2).train()
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (name != "bert")  # which reads the first token
-    if said:
-        assert "student's config.pad_token_id is 3, and the batch is padded with 0" in said[0]
-        assert "processing_class=" in said[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (name != "bert")  # BERT uses the first token
+    if messages:
+        assert "student's config.pad_token_id is 3, and the batch is padded with 0" in messages[0]
+        assert "processing_class=" in messages[0]
 
 
-def test_evaluation_before_any_training(tmp_path, caplog) -> None:
-    """`Trainer` aligns the student when training starts; an evaluation that compares it with a teacher does too."""
+def test_an_evaluation_before_training_aligns_the_padding_token(tmp_path, caplog) -> None:
+    """`Trainer` aligns it at the start of training; an evaluation with the teacher does too."""
     student, teacher = made("llama", pad=3), made("llama", pad=0)
     teacher.load_state_dict(student.state_dict())
     rows = [row for row in ROWS if row["input_ids"][-1] != 3]

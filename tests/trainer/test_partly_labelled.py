@@ -1,4 +1,4 @@
-"""Examples without a label are distilled; a dataset without labels trains with alpha=1, for every head that can."""
+"""Examples without a label are distilled; alpha=1 trains without labels, for every head that can."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ UNLABELLED = -100
 
 
 def partly(count: int = 8) -> list[dict[str, Any]]:
-    """Every second example has a label."""
+    """Return examples of which every second has a label."""
     return [{**e, "labels": e["labels"] if i % 2 == 0 else UNLABELLED} for i, e in enumerate(examples(count))]
 
 
-def test_the_labels_term_is_over_the_labelled_and_the_teachers_over_all(tmp_path) -> None:
+def test_the_labels_term_covers_labelled_examples_and_the_teachers_all(tmp_path) -> None:
     data = partly()
     student, teacher = bert().double(), bert(seed=1).double()
     start = weights(student)
@@ -51,8 +51,8 @@ def test_the_labels_term_is_over_the_labelled_and_the_teachers_over_all(tmp_path
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.may_ignore])
-def test_every_head_that_may_leave_a_label_out(tmp_path, name: str) -> None:
-    """Cut in two, with a micro-batch that has no label at all: the same update."""
+def test_partly_labelled_batches_of_every_head(tmp_path, name: str) -> None:
+    """With two micro-batches, one of which has no label: the same update."""
     head = HEADS[name]
     data = [{**e, "labels": e["labels"] if i < 3 else UNLABELLED} for i, e in enumerate(head.examples(8))]
 
@@ -70,7 +70,7 @@ def test_every_head_that_may_leave_a_label_out(tmp_path, name: str) -> None:
     assert update_difference(found[1], found[0], weights(head.make(seed=0).double())) < 1e-6
 
 
-def test_a_step_without_any_label_learns_from_the_teacher_alone(tmp_path) -> None:
+def test_a_step_without_labels_uses_the_teacher_alone(tmp_path) -> None:
     none = [{**e, "labels": UNLABELLED} for e in examples(4)]
     found = []
     for alpha, data in ((0.5, none), (1.0, examples(4, labels=None))):
@@ -82,7 +82,7 @@ def test_a_step_without_any_label_learns_from_the_teacher_alone(tmp_path) -> Non
     assert update_difference(found[0], found[1], weights(bert().double())) < 1e-6
 
 
-def test_its_log_says_that_the_labels_gave_nothing(tmp_path) -> None:
+def test_a_step_without_labels_logs_a_labels_loss_of_0(tmp_path) -> None:
     none = [{**e, "labels": UNLABELLED} for e in examples(4)]
     trainer = make(tmp_path, bert(), bert(seed=1), train_dataset=none, logging_steps=1, max_steps=1)
     trainer.train()
@@ -91,12 +91,12 @@ def test_its_log_says_that_the_labels_gave_nothing(tmp_path) -> None:
 
 
 def learns_from_inputs_alone(head: Head) -> bool:
-    """Without its labels, a decoder's inputs are not known; everything else is distilled on what is attended."""
+    """Without labels a decoder's inputs are unknown; other heads are distilled on attended positions."""
     return head.kind != "seq2seq"
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if learns_from_inputs_alone(head)])
-def test_no_label_column_at_all(tmp_path, name: str) -> None:
+def test_a_dataset_without_a_label_column(tmp_path, name: str) -> None:
     head = HEADS[name]
     student, teacher = head.make(seed=0), head.make(seed=1)
     data = head.examples(8, labelled=False)
@@ -112,8 +112,8 @@ def test_no_label_column_at_all(tmp_path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.kind == "seq2seq"])
-def test_a_decoder_needs_its_inputs(tmp_path, name: str) -> None:
-    """Given, they do without labels; not given, the message says what is missing."""
+def test_a_decoder_without_labels_needs_decoder_inputs(tmp_path, name: str) -> None:
+    """With them it trains without labels; otherwise the error names them."""
     head = HEADS[name]
     bare = head.examples(8, labelled=False)
     trainer = make(
@@ -132,7 +132,7 @@ def test_a_decoder_needs_its_inputs(tmp_path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["bert_single_label", "vit_image_class", "wav2vec2_audio_class", "distilbert_single_label"]
 )
-def test_with_alpha_one_labels_make_no_difference_to_a_classifier(tmp_path, name: str) -> None:
+def test_labels_do_not_matter_at_alpha_1(tmp_path, name: str) -> None:
     head = HEADS[name]
     found = []
     for labelled in (True, False):
@@ -146,7 +146,7 @@ def test_with_alpha_one_labels_make_no_difference_to_a_classifier(tmp_path, name
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
-def test_a_head_that_would_learn_minus_hundred_as_a_value_refuses_it(tmp_path, problem: str) -> None:
+def test_ignored_labels_raise_for_values_and_multi_label(tmp_path, problem: str) -> None:
     several = problem == "multi_label_classification"
     labels = {"num_labels": 3 if several else 1, "problem_type": problem}
     values = [[1.0, 0.0, 1.0] if several else 0.5] * 4
@@ -160,7 +160,7 @@ def test_a_head_that_would_learn_minus_hundred_as_a_value_refuses_it(tmp_path, p
     assert_same_bits(weights(student), weights(bert(**labels)))
 
 
-def test_a_dataset_that_says_its_columns_is_refused_before_training(tmp_path) -> None:
+def test_an_unlabelled_dataset_with_column_names_raises_before_training(tmp_path) -> None:
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4})
     with pytest.raises(DataError, match=r"alpha < 1 weighs labels.*no labels in.*alpha=1"):
         make(tmp_path, bert(), bert(seed=1), train_dataset=rows, data_collator=None)

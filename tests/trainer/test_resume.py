@@ -1,4 +1,4 @@
-"""Law L10: a resumed run is the uninterrupted one, bit for bit; and the best checkpoint is the one that is loaded."""
+"""Law L10: a resumed run equals the uninterrupted run bit for bit; the best checkpoint is the one that is loaded."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def losses(trainer: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("at", [2, 3, 4])
-def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
-    """`at` 3 lies between two logs; 2 and 4 on them; the epoch has 11 examples, so its last step is smaller."""
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path, at: int) -> None:
+    """Step 3 lies between two logs, 2 and 4 on them; the epoch has 11 examples, so its last step is smaller."""
     given = {"train_dataset": examples(11), **RUN, **SCHEDULES}
     whole = make(tmp_path / "whole", bert(dropout=0.3), bert(seed=1), **given)
     whole.train()
@@ -51,13 +51,13 @@ def test_resumed_is_uninterrupted(tmp_path, at: int) -> None:
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_bits(weights(resumed.model), weights(whole.model))
     assert_moved(weights(whole.model), load_file(checkpoint / "model.safetensors"))
-    # What was summed up since the last log is not in a checkpoint, as in `Trainer`.
+    # Sums since the last log are not in a checkpoint, as in `Trainer`.
     after = at + 2 if at % 2 == 0 else at + 3
     assert [e for e in losses(resumed) if e["step"] >= after] == [e for e in losses(whole) if e["step"] >= after]
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head(tmp_path, name: str) -> None:
+def test_every_head_resumes_bit_for_bit(tmp_path, name: str) -> None:
     head = HEADS[name]
     settings = {**RUN, "max_steps": 3, **({"alpha": 1.0} if name in NO_LOSS else SCHEDULES)}
     given = {"train_dataset": head.examples(8), "data_collator": head.collate, **settings}
@@ -78,7 +78,7 @@ INSIDE += [
 
 
 def with_objectives(folder: Path, name: str, kind: str | None, *, seed: int = 0, **settings: Any) -> Any:
-    """Two layers, with dropout, that learn from three through projections, by AdamW."""
+    """Two layers with dropout, matched with three through projections, trained by AdamW."""
     head = HEADS[name]
     given = {"train_dataset": head.examples(8), "data_collator": head.collate, **RUN, "max_steps": 3, **settings}
     student, teacher = head.make(seed, layers=2, **dropout_of(head, 0.3)), head.make(1, layers=3, width=24)
@@ -86,7 +86,7 @@ def with_objectives(folder: Path, name: str, kind: str | None, *, seed: int = 0,
 
 
 @pytest.mark.parametrize(("name", "kind"), INSIDE)
-def test_projections_are_resumed_with_everything_else(tmp_path, name: str, kind: str) -> None:
+def test_projections_are_resumed(tmp_path, name: str, kind: str) -> None:
     whole = with_objectives(tmp_path / "whole", name, kind)
     whole.train()
     checkpoint = tmp_path / "whole" / "out" / "checkpoint-1"
@@ -101,20 +101,20 @@ def test_projections_are_resumed_with_everything_else(tmp_path, name: str, kind:
         assert_moved(learned, load_file(checkpoint / STATE_FILE))
 
 
-def test_a_checkpoint_without_projections_is_refused(tmp_path) -> None:
+def test_a_checkpoint_without_projections_raises(tmp_path) -> None:
     with_objectives(tmp_path, "bert_tokens", None, max_steps=1).train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
     assert not (checkpoint / STATE_FILE).exists()
     again = with_objectives(tmp_path / "again", "bert_tokens", "lower_block")
     with pytest.raises(SettingError) as raised:
         again.train(resume_from_checkpoint=str(checkpoint))
-    said = str(raised.value)
-    assert said.startswith(f"{checkpoint} has no distill_state.safetensors") and "save_only_model=True" in said
-    assert "(hidden.matrices.0_0.weight)" in said  # what was looked for
-    assert said.endswith("Resume from another checkpoint, or start anew from its model.")
+    message = str(raised.value)
+    assert message.startswith(f"{checkpoint} has no distill_state.safetensors") and "save_only_model=True" in message
+    assert "(hidden.matrices.0_0.weight)" in message  # the missing parameter
+    assert message.endswith("Resume from another checkpoint, or start anew from its model.")
 
 
-def test_a_checkpoint_with_projections_of_other_objectives_is_refused(tmp_path) -> None:
+def test_a_checkpoint_with_projections_of_other_objectives_raises(tmp_path) -> None:
     with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
     again = with_objectives(tmp_path / "again", "bert_tokens", "projected")
@@ -122,7 +122,7 @@ def test_a_checkpoint_with_projections_of_other_objectives_is_refused(tmp_path) 
         again.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_projections_that_this_run_has_no_objectives_for_are_refused(tmp_path) -> None:
+def test_projections_without_objectives_raise(tmp_path) -> None:
     with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
     again = with_objectives(tmp_path / "again", "bert_tokens", None)
     with pytest.raises(
@@ -131,7 +131,7 @@ def test_projections_that_this_run_has_no_objectives_for_are_refused(tmp_path) -
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
-def test_a_broken_file_of_projections_is_refused(tmp_path) -> None:
+def test_a_damaged_file_of_projections_raises(tmp_path) -> None:
     with_objectives(tmp_path, "bert_tokens", "lower_block", max_steps=1).train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
     (checkpoint / STATE_FILE).write_bytes(b"half of it")
@@ -139,7 +139,7 @@ def test_a_broken_file_of_projections_is_refused(tmp_path) -> None:
         with_objectives(tmp_path / "again", "bert_tokens", "lower_block").train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_from_the_last_checkpoint_of_the_output_folder(tmp_path) -> None:
+def test_resume_from_the_last_checkpoint(tmp_path) -> None:
     make(tmp_path, bert(), bert(seed=1), **{**RUN, "max_steps": 2}).train()
     again = make(tmp_path, bert(seed=5), bert(seed=1), **{**RUN, "max_steps": 3})
     again.train(resume_from_checkpoint=True)
@@ -147,8 +147,8 @@ def test_from_the_last_checkpoint_of_the_output_folder(tmp_path) -> None:
     assert (Path(again.args.output_dir) / "checkpoint-3").is_dir()
 
 
-def test_the_best_model_by_the_users_metric_is_loaded(tmp_path) -> None:
-    """Evaluation two is called the best; the loss would have chosen another."""
+def test_the_best_model_by_a_custom_metric_is_loaded(tmp_path) -> None:
+    """Its best evaluation is the second; the loss would have selected another."""
     marks = iter([0.1, 0.9, 0.3, 0.2])
     trainer = make(
         tmp_path,
@@ -174,7 +174,7 @@ def test_the_best_model_by_the_users_metric_is_loaded(tmp_path) -> None:
     assert_moved(load_file(best.with_name("checkpoint-4") / "model.safetensors"), kept)
 
 
-def test_the_best_students_projections_come_back_with_it(tmp_path) -> None:
+def test_projections_of_the_best_model_are_loaded_with_it(tmp_path) -> None:
     marks = iter([0.9, 0.1])
     best = {"load_best_model_at_end": True, "metric_for_best_model": "mark", "greater_is_better": True}
     trainer = with_objectives(
@@ -188,8 +188,8 @@ def test_the_best_students_projections_come_back_with_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_image_class", "t5_seq2seq", "wav2vec2_ctc_mean"])
-def test_the_best_model_of_other_families_is_loaded_too(tmp_path, name: str) -> None:
-    """Some are saved under other names of tensors than they hold."""
+def test_the_best_model_of_other_architectures_is_loaded(tmp_path, name: str) -> None:
+    """Some are saved under other tensor names than in memory."""
     head, marks, seen = HEADS[name], iter([0.9, 0.1]), []
     student = head.make(seed=0)
 

@@ -1,4 +1,4 @@
-"""What is saved says what was trained: several labels at once, values, names; what the user said himself stays."""
+"""A saved config describes the training: multi-label, regression, label names; the user's own settings stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNNAMED = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
 def saved(folder: Path, student: Any, teacher: Any, **changed: Any) -> Any:
-    """The config of a student that was trained and saved."""
+    """Return the config of a student after training and saving."""
     changed = {"max_steps": 1, "alpha": 1.0, "data_collator": None, **changed}
     trainer = make(folder, student, teacher, **changed)
     trainer.train()
@@ -38,7 +38,7 @@ def equal_lengths(count: int = 8, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "name", ["bert_single_label", "distilbert_single_label", "vit_image_class", "wav2vec2_audio_class"]
 )
-def test_several_labels_at_once_as_the_teacher_says(tmp_path: Path, name: str, cached: bool) -> None:
+def test_the_teachers_multi_label_type_is_saved(tmp_path: Path, name: str, cached: bool) -> None:
     head = HEADS[name]
     student, teacher, data = head.make(0), head.make(1, problem_type=SEVERAL), head.examples(8, labelled=False)
     if cached:
@@ -49,8 +49,8 @@ def test_several_labels_at_once_as_the_teacher_says(tmp_path: Path, name: str, c
     assert found.problem_type == SEVERAL
 
 
-def test_a_pipeline_takes_the_function_that_was_trained(tmp_path: Path) -> None:
-    """A sigmoid for each label, where a softmax was served."""
+def test_a_pipeline_applies_the_trained_function(tmp_path: Path) -> None:
+    """A sigmoid for each label, where it used to apply a softmax."""
     saved(
         tmp_path, bert(vocab_size=40), bert(seed=1, vocab_size=40, problem_type=SEVERAL), train_dataset=equal_lengths()
     )
@@ -60,20 +60,20 @@ def test_a_pipeline_takes_the_function_that_was_trained(tmp_path: Path) -> None:
         logits = served.model(**tokenizer()("w3 w4", return_tensors="pt")).logits[0]
     expected = torch.sigmoid(logits.double()).tolist()
     assert [found[f"LABEL_{i}"] for i in range(3)] == pytest.approx(expected, rel=1e-5)
-    assert abs(sum(expected) - 1) > 0.05  # so that a softmax would be seen
+    assert abs(sum(expected) - 1) > 0.05  # so that a softmax would be visible
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_several_labels_at_once_as_the_labels_say(tmp_path: Path, alpha: float) -> None:
-    """Also where they weigh nothing: their type chose the divergence."""
+def test_the_multi_label_type_of_the_labels_is_saved(tmp_path: Path, alpha: float) -> None:
+    """Even without weight: their type selected the divergence."""
     data = [{**row, "labels": [float(i % 2), 1.0, 0.0]} for i, row in enumerate(equal_lengths())]
     found = saved(tmp_path, bert(), bert(seed=1), train_dataset=data, alpha=alpha)
     assert found.problem_type == SEVERAL
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_value_is_served_as_it_is(tmp_path: Path, labelled: bool) -> None:
-    """Of a head with one output a pipeline takes the sigmoid, where the config does not say that it is a value."""
+def test_a_pipeline_returns_regression_values_unchanged(tmp_path: Path, labelled: bool) -> None:
+    """For a single output a pipeline applies the sigmoid unless the config says regression."""
     shape = {"num_labels": 1, "vocab_size": 40}
     data = equal_lengths(**({"labels": 0.5} if labelled else {}))
     alpha = 0.5 if labelled else 1.0
@@ -85,8 +85,8 @@ def test_a_value_is_served_as_it_is(tmp_path: Path, labelled: bool) -> None:
     assert served("w3 w4")[0]["score"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_label_stays_as_it_was(tmp_path: Path) -> None:
-    """A pipeline serves it right without a word, and transformers writes the word at a labelled step."""
+def test_a_single_label_config_is_unchanged(tmp_path: Path) -> None:
+    """A pipeline already handles it, and transformers sets the type at a labelled step."""
     for theirs in (None, ONE):
         teacher = bert(seed=1, problem_type=theirs)
         assert saved(tmp_path, bert(), teacher, train_dataset=equal_lengths()).problem_type is None
@@ -94,7 +94,7 @@ def test_one_label_stays_as_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_tokens"])
-def test_a_student_without_names_has_its_teachers(tmp_path: Path, name: str, cached: bool) -> None:
+def test_a_student_without_names_gets_the_teachers(tmp_path: Path, name: str, cached: bool) -> None:
     head = HEADS[name]
     student, teacher, data = head.make(0), head.make(1, **NAMED), head.examples(8)
     if cached:
@@ -106,7 +106,7 @@ def test_a_student_without_names_has_its_teachers(tmp_path: Path, name: str, cac
     assert found.id2label == NAMED["id2label"] and found.label2id == NAMED["label2id"]
 
 
-def test_names_that_the_user_gave_stay(tmp_path: Path) -> None:
+def test_names_set_by_the_user_are_kept(tmp_path: Path) -> None:
     own = {"id2label": dict(enumerate("abc")), "label2id": {"a": 0, "b": 1, "c": 2}}
     found = saved(
         tmp_path, bert(**own), bert(seed=1, **NAMED), train_dataset=equal_lengths(), label_matching="by_index"
@@ -115,8 +115,8 @@ def test_names_that_the_user_gave_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["id2label", "label2id"])
-def test_a_table_that_was_given_alone_has_its_fellow(tmp_path: Path, given: str) -> None:
-    """The loss follows whichever has names; a pipeline reads one of them."""
+def test_the_missing_one_of_id2label_and_label2id_is_added(tmp_path: Path, given: str) -> None:
+    """The loss uses whichever has names; a pipeline uses one of them."""
     student = bert()
     setattr(student.config, given, NAMED[given])
     found = saved(tmp_path, student, bert(seed=1, **NAMED), train_dataset=equal_lengths())
@@ -130,14 +130,14 @@ def classes(**changed: Any) -> Dataset:
 @pytest.mark.parametrize(
     ("alpha", "expected"), [(0.5, NAMED["id2label"]), (1.0, UNNAMED), (0.0, UNNAMED)], ids=["both", "teacher", "labels"]
 )
-def test_the_names_of_the_dataset(tmp_path: Path, alpha: float, expected: dict[int, str]) -> None:
-    """Where labels and teacher both train, and neither model has names. At alpha=0 the run is Trainer's; at alpha=1 the
-    labels were not looked at."""
+def test_names_of_the_dataset_are_saved(tmp_path: Path, alpha: float, expected: dict[int, str]) -> None:
+    """If labels and teacher are both trained on and neither model has names. At alpha=0 the run equals Trainer's; at
+    alpha=1 the labels are not used."""
     found = saved(tmp_path, bert(), bert(seed=1), train_dataset=classes(), alpha=alpha)
     assert found.id2label == expected
 
 
-def test_a_teachers_names_come_before_the_datasets(tmp_path: Path) -> None:
+def test_the_teachers_names_take_precedence_over_the_datasets(tmp_path: Path) -> None:
     named = {"id2label": dict(enumerate("xyz")), "label2id": {"x": 0, "y": 1, "z": 2}}
     found = saved(
         tmp_path, bert(), bert(seed=1, **named), train_dataset=classes(), alpha=0.5, label_matching="by_index"
@@ -145,7 +145,7 @@ def test_a_teachers_names_come_before_the_datasets(tmp_path: Path) -> None:
     assert found.id2label == named["id2label"]
 
 
-def test_nothing_is_written_before_the_training_or_by_one_that_is_trainers(tmp_path: Path) -> None:
+def test_the_config_is_unchanged_before_training_and_at_alpha_0(tmp_path: Path) -> None:
     student = bert()
     trainer = make(
         tmp_path, student, bert(seed=1, problem_type=SEVERAL), alpha=1.0, train_dataset=examples(labels=None)
@@ -157,7 +157,7 @@ def test_nothing_is_written_before_the_training_or_by_one_that_is_trainers(tmp_p
     assert student.config.problem_type == SEVERAL
 
     def squared(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        return (outputs["logits"][:, 0] - labels).square().mean()  # so that the head writes nothing itself
+        return (outputs["logits"][:, 0] - labels).square().mean()  # so that the model does not set the type itself
 
     plain = bert(num_labels=1)
     teacher, data = bert(seed=1, num_labels=1), equal_lengths(labels=0.5)
@@ -165,7 +165,7 @@ def test_nothing_is_written_before_the_training_or_by_one_that_is_trainers(tmp_p
     assert plain.config.problem_type is None
 
 
-def test_in_a_loop_of_ones_own() -> None:
+def test_a_custom_loop_writes_the_config() -> None:
     student = bert()
     distiller = Distiller(student, bert(seed=1, problem_type=SEVERAL), alpha=1.0)
     assert student.config.problem_type is None
@@ -173,7 +173,7 @@ def test_in_a_loop_of_ones_own() -> None:
     assert student.config.problem_type == SEVERAL
 
 
-def test_a_new_student_of_a_search_is_written_to_as_well(tmp_path: Path) -> None:
+def test_each_student_of_a_search_gets_the_config(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def fresh() -> Any:

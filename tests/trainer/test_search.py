@@ -1,4 +1,4 @@
-"""hyperparameter_search over the settings of a distillation, and model_init."""
+"""hyperparameter_search over distillation settings, and model_init."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def new_student() -> Any:
 
 
 class Recorded:
-    """A teacher's and a student's makers that write down what each trial used."""
+    """Makes teacher and students, and records the values of each trial."""
 
     def __init__(self, folder: Any, **settings: Any) -> None:
         self.students: list[Any] = []
@@ -59,7 +59,7 @@ class Recorded:
 
 
 def grid(*points: tuple[float, float]) -> Any:
-    """A search space that offers these (alpha, temperature) in turn."""
+    """Return a search space that offers these (alpha, temperature) in turn."""
 
     def space(trial: optuna.Trial) -> dict[str, float]:
         alpha, temperature = points[trial.number]
@@ -76,14 +76,14 @@ def test_each_trial_uses_its_own_values_and_a_new_student(tmp_path) -> None:
     points = ((0.0, 1.0), (0.5, 2.0), (1.0, 4.0))
     best = recorded.search(grid(*points), 3)
     assert recorded.used == list(points)
-    assert len(recorded.students) == 4  # one for the trainer's making, one a trial
+    assert len(recorded.students) == 4  # one at construction, one per trial
     assert best.hyperparameters["alpha"] in (0.0, 0.5, 1.0)
     updated = [weights(student)["classifier.weight"] for student in recorded.students[1:]]
     assert not torch.equal(updated[0], updated[1]) and not torch.equal(updated[1], updated[2])
 
 
-def test_a_trial_is_the_run_with_its_values(tmp_path) -> None:
-    """The student that a trial leaves is the one of a plain run with the same settings."""
+def test_a_trial_equals_a_run_with_its_values(tmp_path) -> None:
+    """Its student equals that of a plain run with the same settings."""
     recorded = Recorded(tmp_path / "search")
     recorded.search(grid((0.7, 3.0)), 1)
     student = bert()
@@ -92,20 +92,20 @@ def test_a_trial_is_the_run_with_its_values(tmp_path) -> None:
         assert torch.equal(weights(recorded.students[-1])[name], value), name
 
 
-def test_an_alpha_that_cannot_be_stops_the_search(tmp_path) -> None:
+def test_an_invalid_alpha_stops_the_search(tmp_path) -> None:
     recorded = Recorded(tmp_path)
     with pytest.raises(SettingError, match=r"alpha=1\.5: must lie in \[0, 1\]"):
         recorded.search(grid((1.5, 2.0)), 1)
 
 
-def test_a_search_that_starts_from_alpha_zero_has_its_teacher(tmp_path) -> None:
+def test_a_search_from_alpha_zero_loads_the_teacher(tmp_path) -> None:
     recorded = Recorded(tmp_path, alpha=0.0)
     recorded.search(grid((0.5, 2.0)), 1)
     assert recorded.used == [(0.5, 2.0)]
 
 
-def test_a_distiller_of_ones_own_keeps_its_blend_in_a_search_over_something_else(tmp_path) -> None:
-    """With `distiller=` the settings of the blend in `args` are not read."""
+def test_a_passed_distiller_keeps_its_settings_in_a_search(tmp_path) -> None:
+    """With `distiller=` the distillation settings in `args` are not used."""
     trainer = DistillationTrainer(
         model_init=new_student,
         distiller=Distiller(bert(), bert(seed=1), alpha=0.9, temperature=5.0, divergence="reverse_kl"),
@@ -125,7 +125,7 @@ def test_a_distiller_of_ones_own_keeps_its_blend_in_a_search_over_something_else
     assert trainer.distiller.logits_match.name_for(trainer.distiller.task) == "reverse_kl"
 
 
-def test_model_init_makes_the_student_that_learns_from_the_teacher(tmp_path) -> None:
+def test_a_student_from_model_init_learns_from_the_teacher(tmp_path) -> None:
     expected = bert()
     make(tmp_path / "model", expected, bert(seed=1), alpha=0.5).train()
     trainer = make(tmp_path / "init", None, bert(seed=1), model_init=new_student, alpha=0.5)
@@ -134,7 +134,7 @@ def test_model_init_makes_the_student_that_learns_from_the_teacher(tmp_path) -> 
         assert torch.equal(weights(trainer.model)[name], value), name
 
 
-def test_model_init_and_a_teacher_that_does_not_fit_leave_no_folder(tmp_path) -> None:
+def test_model_init_with_an_incompatible_teacher_leaves_no_folder(tmp_path) -> None:
     teacher = bert("TokenClassification", seed=1)
     with pytest.raises(TeacherError, match="token_classification head"):
         make(tmp_path, None, teacher, model_init=new_student)
@@ -142,7 +142,7 @@ def test_model_init_and_a_teacher_that_does_not_fit_leave_no_folder(tmp_path) ->
     assert teacher.training and all(p.requires_grad for p in teacher.parameters())
 
 
-# The space that is searched where none is given.
+# The default search space.
 
 
 def searching(folder: Any, **changed: Any) -> DistillationTrainer:
@@ -172,15 +172,15 @@ SPACES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_space_to_begin_with(tmp_path, name: str) -> None:
+def test_the_default_search_space(tmp_path, name: str) -> None:
     settings, expected = SPACES[name]
     found = set(searched(searching(tmp_path, **settings)).hyperparameters)
     of_transformers = {"learning_rate", "num_train_epochs", "seed", "per_device_train_batch_size"}
     assert found == (expected or of_transformers)
 
 
-def test_its_ranges_and_what_a_trial_uses(tmp_path) -> None:
-    """Integers given at first do not make the values that are drawn integers."""
+def test_ranges_of_the_default_space_and_values_of_a_trial(tmp_path) -> None:
+    """Integer arguments do not turn the drawn values into integers."""
     trainer = searching(tmp_path, alpha=0, temperature=2)
     used: list[dict[str, float]] = []
 
@@ -202,7 +202,7 @@ def test_its_ranges_and_what_a_trial_uses(tmp_path) -> None:
         assert one["temperature"] != round(one["temperature"])
 
 
-def test_a_cache_that_holds_for_one_temperature_keeps_it(tmp_path) -> None:
+def test_the_temperature_of_a_sparse_cache_is_not_searched(tmp_path) -> None:
     head = HEADS["llama_causal_lm"]
     given = {"data_collator": head.collate, "progress": False}
     for number, (store, expected) in enumerate(((TopK(2, temperatures=(2.0,)), set()), (None, {"temperature"}))):
@@ -212,12 +212,12 @@ def test_a_cache_that_holds_for_one_temperature_keeps_it(tmp_path) -> None:
         assert set(searched(trainer).hyperparameters) == {"alpha", "learning_rate"} | expected
 
 
-def test_plain_training_arguments_have_nothing_of_a_distillation_to_search(tmp_path) -> None:
+def test_plain_training_arguments_search_no_distillation_settings(tmp_path) -> None:
     args = arguments(tmp_path, TrainingArguments, max_steps=1, eval_strategy="steps", eval_steps=1)
     assert "alpha" not in searched(searching(tmp_path, args=args)).hyperparameters
 
 
-def test_what_was_measured_of_the_teacher_is_no_part_of_the_objective(tmp_path) -> None:
+def test_teacher_metrics_are_not_part_of_the_objective(tmp_path) -> None:
     found = []
     for ask in (False, True):
         trainer = searching(tmp_path, evaluate_with_teacher=ask, compute_metrics=lambda prediction: {"mine": 3.0})
@@ -225,8 +225,8 @@ def test_what_was_measured_of_the_teacher_is_no_part_of_the_objective(tmp_path) 
     assert found == [3.0, 3.0]
 
 
-def test_the_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
-    """Neither is installed here: Ray's functions are stood in for, W&B's space is a dict."""
+def test_default_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
+    """Neither is installed here: Ray's functions are replaced by stand-ins, and W&B's space is a dict."""
     trainer = searching(tmp_path)
     wandb = _default_space(trainer, "wandb")(None)
     assert wandb["method"] == "random" and set(wandb["metric"]) == {"name", "goal"}
@@ -245,7 +245,7 @@ def test_the_spaces_of_other_backends(tmp_path, monkeypatch) -> None:
     }
 
 
-# Names in a space.
+# Names in a search space.
 
 
 def one(name: str, value: float = 0.5) -> Any:
@@ -261,20 +261,20 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_is_no_setting_stops_the_search_before_it_trains(tmp_path, name: str) -> None:
+def test_an_unknown_setting_stops_the_search_before_training(tmp_path, name: str) -> None:
     trainer = searching(tmp_path)
     with pytest.raises(SettingError, match=NAMES[name]):
         searched(trainer, hp_space=one(name))
     assert trainer.state.global_step == 0
 
 
-def test_a_setting_of_a_distillation_and_arguments_without_it(tmp_path) -> None:
+def test_a_distillation_setting_with_plain_arguments_raises(tmp_path) -> None:
     args = arguments(tmp_path, TrainingArguments, max_steps=1, eval_strategy="steps", eval_steps=1)
     with pytest.raises(SettingError, match="It is a setting of DistillationArguments, and args is a TrainingArguments"):
         searched(searching(tmp_path, args=args), hp_space=one("alpha"))
 
 
-def test_a_setting_that_a_trial_cannot_change(tmp_path) -> None:
+def test_a_setting_that_a_trial_cannot_change_raises(tmp_path) -> None:
     with pytest.raises(SettingError, match=r"args\.label_matching was 'by_name' and is now 'by_index'"):
         searched(
             searching(tmp_path),
@@ -282,7 +282,7 @@ def test_a_setting_that_a_trial_cannot_change(tmp_path) -> None:
         )
 
 
-def test_alpha_of_a_given_distiller(tmp_path) -> None:
+def test_searching_alpha_of_a_passed_distiller_raises(tmp_path) -> None:
     trainer = searching(tmp_path, teacher_model=None, distiller=Distiller(bert(), bert(seed=1)))
     with pytest.raises(SettingError, match=r"args\.alpha was 0\.5 and is now 0\.75.*set_blend"):
         searched(trainer, hp_space=one("alpha", 0.75))

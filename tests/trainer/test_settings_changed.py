@@ -1,4 +1,4 @@
-"""Settings in `args` that are changed after the trainer was made: followed from the next step on, or refused."""
+"""Settings in `args` changed after construction take effect at the next step, or raise."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STILL = {"learning_rate": 0.0, "max_steps": 3, "logging_steps": 1, "per_device_t
 
 
 class Change(TrainerCallback):
-    """Changes settings after the step with this number, as warm-up recipes do."""
+    """Changes settings after a certain step, as warm-up recipes do."""
 
     def __init__(self, step: int = 1, **settings: Any) -> None:
         self.step, self.settings = step, settings
@@ -50,7 +50,7 @@ class Change(TrainerCallback):
 
 
 def changed(folder: Any, before: dict[str, Any], after: dict[str, Any], **given: Any) -> list[dict[str, float]]:
-    """What each of three steps logs, of a student that stands still."""
+    """Return the logs of three steps of a student that does not change."""
     settings = {**STILL, **before}
     trainer = make(folder, bert(), bert(seed=1), callbacks=[Change(**after)], **settings, **given)
     trainer.train()
@@ -58,7 +58,7 @@ def changed(folder: Any, before: dict[str, Any], after: dict[str, Any], **given:
 
 
 def whole_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits of student and teacher, and the cross-entropy, in fp64, of all eight examples."""
+    """Return student logits, teacher logits and the cross-entropy of all eight examples, in fp64."""
     batch = padded(examples())
     labels = batch.pop("labels")
     with torch.no_grad():
@@ -76,7 +76,7 @@ FOLLOWED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_a_change_is_followed_from_the_next_step_on(tmp_path, name: str) -> None:
+def test_a_change_takes_effect_at_the_next_step(tmp_path, name: str) -> None:
     before, after = FOLLOWED[name]
     ours, theirs, labels = whole_batch()
     logged = changed(tmp_path, before, after)
@@ -86,11 +86,11 @@ def test_a_change_is_followed_from_the_next_step_on(tmp_path, name: str) -> None
         assert entry["loss"] == pytest.approx(((1 - alpha) * labels + alpha * divergence).item(), rel=1e-5)
         assert ("loss/labels" in entry, "loss/logits" in entry) == (alpha < 1, alpha > 0)
     assert not {"alpha", "temperature"} & set(logged[0])
-    for knob in set(after) & {"alpha", "temperature"}:  # a change is seen in the log
+    for knob in set(after) & {"alpha", "temperature"}:  # the log shows changes
         assert [entry[knob] for entry in logged[1:]] == [after[knob]] * 2
 
 
-def test_the_divergence_and_its_settings_too(tmp_path) -> None:
+def test_a_changed_divergence_takes_effect(tmp_path) -> None:
     ours, theirs, _ = whole_batch()
     after = {"divergence": "jensen_shannon", "divergence_kwargs": {"beta": 0.3}}
     logged = changed(tmp_path, {"alpha": 1.0, "temperature": 1.0}, after)
@@ -101,19 +101,19 @@ def test_the_divergence_and_its_settings_too(tmp_path) -> None:
     assert [entry["loss"] for entry in logged[1:]] == pytest.approx([expected.item()] * 2, rel=1e-5)
 
 
-def test_a_schedule_that_begins_later(tmp_path) -> None:
-    """At the step that is followed it is where that moment of the training lies on it."""
+def test_a_schedule_set_later(tmp_path) -> None:
+    """The next step takes its value at the current progress."""
     logged = changed(tmp_path, {"alpha": 0.5}, {"alpha_schedule": "linear", "alpha_end": 1.0})
     assert [entry.get("alpha") for entry in logged] == [None, pytest.approx(2 / 3), pytest.approx(5 / 6)]
 
 
-def test_by_hand_before_the_training_and_a_dict_changed_in_place(tmp_path) -> None:
-    """As if the trainer had been made with it; the teacher, not needed until now, is loaded then."""
+def test_changes_before_training_and_in_place(tmp_path) -> None:
+    """As if they had been passed at construction; the teacher, not needed before, is loaded."""
     args = arguments(tmp_path / "a", alpha=0.0)
     student, teacher = bert(), bert(seed=1)
     data = Dataset.from_dict({name: [row[name] for row in examples()] for name in examples()[0]})
     trainer = make(tmp_path / "a", student, teacher, args=args, train_dataset=data)
-    assert teacher.training  # not touched yet
+    assert teacher.training  # not used yet
     args.alpha, args.divergence, args.divergence_kwargs = 0.5, "jensen_shannon", {}
     trainer.train()
     args.divergence_kwargs["beta"] = 0.3
@@ -127,7 +127,7 @@ def test_by_hand_before_the_training_and_a_dict_changed_in_place(tmp_path) -> No
     assert_same_bits(weights(student), weights(expected))
 
 
-def test_with_evaluation_by_the_teacher_turned_on_later(tmp_path) -> None:
+def test_evaluation_with_the_teacher_enabled_later(tmp_path) -> None:
     student = bert()
     trainer = make(tmp_path, student, bert(seed=1), alpha=0.0, eval_dataset=examples())
     assert "eval_divergence" not in trainer.evaluate()
@@ -138,8 +138,8 @@ def test_with_evaluation_by_the_teacher_turned_on_later(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
-def test_predictions_that_were_not_compared_before_are_paired_then(tmp_path, alpha: float | None) -> None:
-    """Objectives alone: the heads, whose labels stand in another order, are paired when alpha asks for them."""
+def test_heads_are_aligned_when_alpha_is_set_later(tmp_path, alpha: float | None) -> None:
+    """With objectives alone, heads with different label orders are aligned once alpha needs them."""
     names = {"label2id": {"a": 0, "b": 1, "c": 2}, "id2label": {0: "a", 1: "b", 2: "c"}}
     other = {"label2id": {"a": 2, "b": 0, "c": 1}, "id2label": {2: "a", 0: "b", 1: "c"}}
     student, teacher = bert(**names), bert(seed=1, **other)
@@ -153,7 +153,7 @@ def test_predictions_that_were_not_compared_before_are_paired_then(tmp_path, alp
     assert logged[1]["loss/logits"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_card_says_what_was_changed(tmp_path) -> None:
+def test_the_card_lists_changed_settings(tmp_path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.25, callbacks=[Change(alpha=0.75)], **STILL)
     trainer.train()
     trainer.create_model_card()
@@ -162,7 +162,7 @@ def test_the_card_says_what_was_changed(tmp_path) -> None:
     )
 
 
-def test_an_alpha_that_stays_0_asks_nobody(tmp_path) -> None:
+def test_alpha_0_runs_no_teacher_after_other_changes(tmp_path) -> None:
     make(tmp_path, bert(), never_called(bert(seed=1)), alpha=0.0, callbacks=[Change(temperature=5.0)], **STILL).train()
 
 
@@ -179,23 +179,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_followed_stops_the_training(tmp_path, name: str) -> None:
+def test_unsupported_changes_stop_the_training(tmp_path, name: str) -> None:
     after, words = REFUSED[name]
     trainer = make(tmp_path, bert(), bert(seed=1), callbacks=[Change(**after)], **STILL)
     blend = trainer.distiller.blending
     with pytest.raises(SettingError, match=words):
         trainer.train()
     assert trainer.state.global_step == 1
-    assert trainer.distiller.blending is blend and blend.alpha(0.0) == 0.5  # as it was
+    assert trainer.distiller.blending is blend and blend.alpha(0.0) == 0.5  # unchanged
 
 
-def test_without_any_teacher_to_load(tmp_path) -> None:
+def test_raising_alpha_without_a_teacher_raises(tmp_path) -> None:
     trainer = make(tmp_path, bert(), alpha=0.0, callbacks=[Change(alpha=0.5)], **STILL)
     with pytest.raises(SettingError, match=r"alpha is 0\.5 but there is no teacher"):
         trainer.train()
 
 
-def test_a_given_distiller_does_not_follow_args(tmp_path) -> None:
+def test_changing_args_beside_a_passed_distiller_raises(tmp_path) -> None:
     student = bert()
     trainer = make(
         tmp_path, student, distiller=Distiller(student, bert(seed=1)), callbacks=[Change(alpha=0.9)], **STILL
@@ -204,7 +204,7 @@ def test_a_given_distiller_does_not_follow_args(tmp_path) -> None:
         trainer.train()
 
 
-def test_set_blend_refuses_what_it_cannot_serve_and_keeps_the_blend() -> None:
+def test_set_blend_raises_and_keeps_the_blend() -> None:
     student = bert()
     distiller = Distiller(student, alpha=0.0)
     with pytest.raises(SettingError, match="there is no teacher"):
@@ -217,23 +217,23 @@ def test_set_blend_refuses_what_it_cannot_serve_and_keeps_the_blend() -> None:
     assert distiller.logits_match.name_for(distiller.task) == "mean_squared_error"
 
 
-def test_a_moving_teacher_is_not_begun_anew(tmp_path) -> None:
+def test_enabling_alpha_with_a_running_moving_average_raises(tmp_path) -> None:
     given = {"objectives": HiddenMatch("last"), "callbacks": [Change(alpha=0.5)]}
     trainer = make(tmp_path, bert(), MovingAverage(), alpha=0.0, **given, **STILL)
     with pytest.raises(SettingError, match=r"this MovingAverage were not compared until now.*alpha_schedule"):
         trainer.train()
 
 
-def test_what_learns_without_a_teacher_is_not_made_anew(tmp_path) -> None:
-    """The optimizer holds the parameters of the exits."""
+def test_enabling_alpha_with_learned_exits_raises(tmp_path) -> None:
+    """The optimizer holds their parameters."""
     given = {"objectives": ExitMatch([0]), "callbacks": [Change(alpha=0.5)]}
     trainer = make(tmp_path, bert(num_hidden_layers=2), bert(seed=1), alpha=0.0, **given, **STILL)
     with pytest.raises(SettingError, match=r"objectives that learn are being trained without it.*alpha_schedule"):
         trainer.train()
 
 
-def test_columns_that_the_running_training_has_dropped(tmp_path) -> None:
-    """The teacher reads token types, which a student without them made `Trainer` drop."""
+def test_enabling_alpha_after_teacher_columns_were_dropped_raises(tmp_path) -> None:
+    """The teacher needs token types, which `Trainer` dropped because the student does not accept them."""
     distil = HEADS["distilbert_single_label"]
     data = Dataset.from_list([{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in distil.examples(8)])
     given = {"train_dataset": data, "data_collator": distil.collate, "callbacks": [Change(alpha=0.5)]}
@@ -242,7 +242,7 @@ def test_columns_that_the_running_training_has_dropped(tmp_path) -> None:
         trainer.train()
 
 
-def test_evaluation_of_predictions_that_are_not_compared(tmp_path) -> None:
+def test_enabling_evaluation_of_predictions_that_are_not_compared(tmp_path) -> None:
     trainer = make(tmp_path, bert(), bert(seed=1), alpha=0.0, objectives=HiddenMatch("last"), eval_dataset=examples())
     blending = trainer.distiller.blending
     trainer.args.evaluate_with_teacher = True
@@ -251,8 +251,8 @@ def test_evaluation_of_predictions_that_are_not_compared(tmp_path) -> None:
     assert trainer.distiller.blending is blending
 
 
-def test_a_teacher_of_another_class_that_reads_what_the_student_reads(tmp_path) -> None:
-    """It could read token types too, but this dataset has none."""
+def test_a_teacher_of_another_class_with_the_students_columns(tmp_path) -> None:
+    """It also accepts token types, but this dataset has none."""
     distil = HEADS["distilbert_single_label"]
     given = {"train_dataset": distil.examples(8), "data_collator": distil.collate, "callbacks": [Change(alpha=0.5)]}
     trainer = make(tmp_path, distil.make(0), HEADS["bert_single_label"].make(1), alpha=0.0, **given, **STILL)
@@ -260,7 +260,7 @@ def test_a_teacher_of_another_class_that_reads_what_the_student_reads(tmp_path) 
     assert "loss/logits" in trainer.state.log_history[1]
 
 
-def test_a_cache_that_holds_for_one_temperature(tmp_path) -> None:
+def test_changing_the_temperature_of_a_sparse_cache_raises(tmp_path) -> None:
     head = HEADS["llama_causal_lm"]
     given = {"train_dataset": head.examples(8), "data_collator": head.collate}
     store = TopK(2, temperatures=(2.0,))
@@ -273,7 +273,7 @@ def test_a_cache_that_holds_for_one_temperature(tmp_path) -> None:
     assert trainer.state.global_step == 1
 
 
-def test_a_view_that_shows_the_students_own_texts_stays_without_labels(tmp_path) -> None:
+def test_lowering_alpha_with_on_policy_raises(tmp_path) -> None:
     head = HEADS["llama_causal_lm"]
     trainer = DistillationTrainer(
         model=head.make(0, pad_token_id=0),

@@ -1,4 +1,4 @@
-"""Datasets without a length: an epoch's last micro-batches that are too few for a step are left out, and said to be."""
+"""Datasets without a length: the last micro-batches of an epoch are dropped, with a warning, if too few for a step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchStream
 
 from tests.heads import HEADS
-from tests.trainer.tiny import bert, examples, make, padded, update_difference, weights
+from tests.trainer.tiny import as_stream, bert, examples, make, padded, update_difference, weights
 
 LOGGER = "hf_distill.trainer.mixin"
 ALPHA = 0.75
 
 
 class Stream(TorchStream):
-    """Of torch, without `__len__`."""
+    """A torch stream without `__len__`."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
@@ -28,14 +27,7 @@ class Stream(TorchStream):
         return iter(self.rows)
 
 
-def of_datasets(rows: list[dict[str, Any]]) -> IterableDataset:
-    def generate() -> Iterator[dict[str, Any]]:
-        yield from rows
-
-    return IterableDataset.from_generator(generate)
-
-
-KINDS = {"datasets": of_datasets, "torch": Stream}
+KINDS = {"datasets": as_stream, "torch": Stream}
 
 
 def trained(folder: Any, data: Any, *, accumulation: int = 3, **changed: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -54,12 +46,12 @@ def steps(trainer: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_too_few_for_a_step_is_left_out(tmp_path, caplog, kind: str) -> None:
-    """Eight examples, two at a time: a step of three micro-batches, and one that is too many, four times over."""
+def test_too_few_micro_batches_for_a_step_are_dropped(tmp_path, caplog, kind: str) -> None:
+    """Eight examples, two at a time: a step of three micro-batches, and one left over, four times."""
     with caplog.at_level(logging.WARNING, LOGGER):
         stream, found = trained(tmp_path, KINDS[kind](examples(8)))
-    said = [record.getMessage() for record in caplog.records if "too few" in record.getMessage()]
-    assert said and all("last 1 micro-batches are too few for a step of 3" in text for text in said)
+    messages = [record.getMessage() for record in caplog.records if "too few" in record.getMessage()]
+    assert messages and all("last 1 micro-batches are too few for a step of 3" in text for text in messages)
     caplog.clear()
     with caplog.at_level(logging.WARNING, LOGGER):
         whole, expected = trained(tmp_path, examples(6), train_sampling_strategy="sequential")
@@ -74,7 +66,7 @@ def test_what_is_too_few_for_a_step_is_left_out(tmp_path, caplog, kind: str) -> 
 @pytest.mark.parametrize(
     ("accumulation", "count"), [(2, 8), (2, 11), (3, 8), (3, 10), (3, 12), (4, 11), (4, 13)]
 )  # fmt: skip
-def test_the_loss_is_the_blend_of_its_terms_in_every_step(tmp_path, count: int, accumulation: int) -> None:
+def test_the_loss_is_the_sum_of_its_terms_in_every_step(tmp_path, count: int, accumulation: int) -> None:
     trainer, _ = trained(tmp_path, Stream(examples(count)), accumulation=accumulation)
     assert len(steps(trainer)) == 4
     for entry in steps(trainer):
@@ -84,7 +76,7 @@ def test_the_loss_is_the_blend_of_its_terms_in_every_step(tmp_path, count: int, 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["llama_causal_lm", "bert_tokens", "t5_seq2seq"])
-def test_heads_that_count_tokens(tmp_path, name: str, alpha: float) -> None:
+def test_streams_with_heads_that_count_tokens(tmp_path, name: str, alpha: float) -> None:
     head = HEADS[name]
     found = []
     for data, sampling in (
@@ -102,7 +94,7 @@ def test_heads_that_count_tokens(tmp_path, name: str, alpha: float) -> None:
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
-def test_a_stream_without_remainder_says_nothing(tmp_path, caplog) -> None:
+def test_a_stream_without_remainder_gives_no_warning(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING, LOGGER):
         trainer, _ = trained(tmp_path, Stream(examples(12)))
     assert "too few" not in caplog.text
@@ -110,7 +102,7 @@ def test_a_stream_without_remainder_says_nothing(tmp_path, caplog) -> None:
 
 
 def test_a_stream_too_short_for_one_step_ends(tmp_path, caplog) -> None:
-    """Two micro-batches where a step takes three: no step can ever be made, and no loop runs for ever."""
+    """Two micro-batches where a step needs three: no step is possible, and the loop must end."""
     with caplog.at_level(logging.WARNING, LOGGER):
         trainer, found = trained(tmp_path, Stream(examples(4)))
     assert "last 2 micro-batches are too few for a step of 3" in caplog.text
@@ -119,8 +111,8 @@ def test_a_stream_too_short_for_one_step_ends(tmp_path, caplog) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 8, 11])
-def test_a_dataset_with_a_length_leaves_nothing_out(tmp_path, caplog, count: int) -> None:
-    """There the last micro-batches of an epoch are a step of their own."""
+def test_a_dataset_with_a_length_drops_nothing(tmp_path, caplog, count: int) -> None:
+    """The last micro-batches of an epoch form a smaller step."""
     seen = []
 
     def collate(features: Any) -> Any:

@@ -27,12 +27,12 @@ SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "optim": "ad
 
 
 def with_dropout(seed: int = 1) -> Any:
-    """A teacher that speaks otherwise in training mode; wider than the student, so known by shape."""
+    """Return a teacher with dropout, wider than the student, so its tensors are recognized by shape."""
     return bert(seed=seed, dropout=0.5, hidden_size=24)
 
 
 class TrainsTheTeacher(TrainerCallback):
-    """Someone else's code that puts the teacher into training mode, and unfreezes it, between the steps."""
+    """A callback that sets the teacher to training mode and unfreezes it between steps."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -44,14 +44,14 @@ class TrainsTheTeacher(TrainerCallback):
 
 
 def modes_seen(model: Any) -> list[bool]:
-    """Grows by the mode of every part of the model, at every forward."""
+    """Return a list that collects the modes of all submodules at every forward."""
     seen: list[bool] = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda m, _: seen.append(m.training))
     return seen
 
 
-def test_in_evaluation_mode_in_every_step_whatever_others_do(tmp_path) -> None:
+def test_the_teacher_is_in_evaluation_mode_in_every_step(tmp_path) -> None:
     teacher, student = with_dropout(), bert()
     seen = modes_seen(teacher)
     make(tmp_path, student, teacher, callbacks=[TrainsTheTeacher(teacher)], gradient_accumulation_steps=2).train()
@@ -61,7 +61,7 @@ def test_in_evaluation_mode_in_every_step_whatever_others_do(tmp_path) -> None:
     assert_moved(weights(student), weights(bert()))
 
 
-def test_its_dropout_changes_nothing(tmp_path) -> None:
+def test_the_teachers_dropout_has_no_effect(tmp_path) -> None:
     found = []
     for rate in (0.5, 0.0):
         student, teacher = bert(), bert(seed=1, dropout=rate).train()
@@ -71,7 +71,7 @@ def test_its_dropout_changes_nothing(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", of_each_kind(3))
-def test_bitwise_the_same_after_training(tmp_path, name: str) -> None:
+def test_the_teacher_is_bitwise_unchanged_by_training(tmp_path, name: str) -> None:
     head = HEADS[name]
     student, teacher = head.make(seed=0), head.make(seed=1)
     before = weights(teacher)
@@ -85,7 +85,7 @@ def test_bitwise_the_same_after_training(tmp_path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Any:
-    """A trainer after two steps with checkpoints, beside a `Trainer` that saved as well."""
+    """Return a trainer after two steps with checkpoints, and a plain `Trainer` with the same."""
     folder = tmp_path_factory.mktemp("saved")
     ours = make(folder / "ours", bert(), with_dropout(), **SAVES)
     args = arguments(folder / "theirs", TrainingArguments, **SAVES)
@@ -101,14 +101,14 @@ def teacher_ids(trainer: Any) -> set[int]:
     return {id(p) for p in trainer.distiller.teacher.model.parameters()}
 
 
-def test_in_no_optimizer(saved) -> None:
+def test_the_teacher_is_in_no_optimizer(saved) -> None:
     trainer = saved[0]
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trainer.model.parameters()}
     assert not optimized & teacher_ids(trainer)
 
 
-def test_unknown_to_the_accelerator_and_no_part_of_the_student(saved) -> None:
+def test_the_teacher_is_not_in_the_accelerator_or_the_student(saved) -> None:
     trainer = saved[0]
     known = [p for model in trainer.accelerator._models for p in model.parameters()]
     assert known and not {id(p) for p in known} & teacher_ids(trainer)
@@ -119,17 +119,17 @@ def files(folder: str | Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
-def test_checkpoints_hold_the_files_of_trainer_and_the_settings_and_no_more_bytes(saved) -> None:
+def test_checkpoints_have_trainers_files_and_the_settings(saved) -> None:
     ours, theirs, _ = saved
     found, expected = files(ours.args.output_dir), files(theirs.args.output_dir)
     settings = {f"checkpoint-{step}/{SETTINGS}" for step in (1, 2)}
     assert set(found) == set(expected) | settings and any("checkpoint-2" in name for name in expected)
-    for name, path in found.items():  # more settings in training_args.bin, more figures in the log
+    for name, path in found.items():  # training_args.bin has more settings, and the log more values
         allowed = 4096 + (0 if name in settings else expected[name].stat().st_size)
         assert path.stat().st_size < allowed, name
 
 
-def test_checkpoints_hold_no_tensor_of_the_teacher(saved) -> None:
+def test_checkpoints_contain_no_teacher_tensors(saved) -> None:
     ours = saved[0]
     shapes = {tuple(p.shape) for p in ours.model.parameters()}
     checkpoint = Path(ours.args.output_dir) / "checkpoint-2"
@@ -149,7 +149,7 @@ def test_the_saved_model_is_the_student(saved) -> None:
     assert_same_bits({name: kept[name] for name in ours.model.state_dict()}, ours.model.state_dict())
 
 
-def test_not_in_a_state_that_accelerate_saves(saved) -> None:
+def test_accelerates_saved_state_has_no_teacher(saved) -> None:
     ours, _, folder = saved
     held = [load_file(path) for name, path in files(folder / "state").items() if name.endswith(".safetensors")]
     assert [set(tensors) for tensors in held] == [set(ours.model.state_dict())]

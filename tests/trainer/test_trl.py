@@ -1,4 +1,4 @@
-"""`class Mine(DistillationMixin, SFTTrainer)` with the real TRL, where it is installed (extra `peers`)."""
+"""`class Mine(DistillationMixin, SFTTrainer)` with the real TRL, if installed (extra `peers`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import QUIET, softened_kl, weights
 
 trl = pytest.importorskip("trl")
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL warns of its own plans
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL announces its own changes
 
 HEAD, T = HEADS["llama_causal_lm"], 2.0
 WORDS = [" ".join(f"w{3 + (5 * i + 3 * j) % 30}" for j in range(2 + i % 4)) for i in range(8)]
@@ -29,11 +29,11 @@ TEMPLATE = (
 
 @dataclass
 class Arguments(DistillationArgumentsMixin, trl.SFTConfig):  # type: ignore[misc, name-defined]  # a class of TRL's
-    """What docs/trainer.md shows."""
+    """The example in docs/trainer.md."""
 
 
 class Mine(DistillationMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]  # a class of TRL's
-    """What a user writes."""
+    """The class that a user writes."""
 
 
 def words() -> Any:
@@ -44,8 +44,8 @@ def words() -> Any:
 
 def messages() -> Dataset:
     turns = [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-        for asked, told in zip(WORDS, WORDS[::-1], strict=True)
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in zip(WORDS, WORDS[::-1], strict=True)
     ]
     return Dataset.from_dict({"messages": turns})
 
@@ -70,7 +70,7 @@ def args(folder: Path, kind: Any = Arguments, **changed: Any) -> Any:
 
 
 def texts_of(prepared: Any) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each text that the trainer made, unpacked."""
+    """Return ids and labels of each text that the trainer prepared, unpacked."""
     found = []
     for row in prepared:
         at = 0
@@ -98,7 +98,7 @@ def by_hand(texts: list[tuple[list[int], list[int]]], alpha: float) -> tuple[flo
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", DATA)
-def test_the_step_is_right(tmp_path, name: str, alpha: float) -> None:
+def test_the_step_equals_the_one_by_hand(tmp_path, name: str, alpha: float) -> None:
     made, settings = DATA[name]
     student = HEAD.make(1)
     trainer = Mine(
@@ -116,7 +116,7 @@ def test_the_step_is_right(tmp_path, name: str, alpha: float) -> None:
         torch.testing.assert_close(value.double(), expected[key], rtol=1e-3, atol=1e-5)
 
 
-def test_alpha_0_is_sft_trainer(tmp_path) -> None:
+def test_alpha_0_equals_sft_trainer(tmp_path) -> None:
     """Weights and logs (entropy, token accuracy, tokens) bit for bit."""
     found = []
     for cls, kind, more in ((trl.SFTTrainer, trl.SFTConfig, {}), (Mine, Arguments, {"alpha": 0.0})):

@@ -1,4 +1,4 @@
-"""Law L4 over processes: two gloo processes make the update that one makes, and log the same losses, for every head."""
+"""Law L4 over processes: two gloo processes give the update and the logged losses of one, for every head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.trainer.two_processes import EVALUATED, WHOLE_BATCHES, cases, inside_
 
 @pytest.fixture(scope="module")
 def from_two(tmp_path_factory) -> dict[str, Any]:
-    """What two processes found; started once for all heads."""
+    """Return the results of two processes, started once for all heads."""
     path = tmp_path_factory.mktemp("two") / "found.pt"
     two_processes(Path(__file__).with_name("two_processes.py"), str(path))
     loaded = torch.load(path)
@@ -30,12 +30,12 @@ def from_two(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def from_one(tmp_path_factory) -> dict[Any, Any]:
-    """One batch of eight in this process, by head, alpha and variant; made when first asked for."""
+    """Results of one batch of eight in this process, by head, alpha and variant, computed on demand."""
     return {"folder": tmp_path_factory.mktemp("one")}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)))
-def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
+def test_two_processes_give_the_update_of_one(from_two, from_one, case) -> None:
     name, alpha, _, _, variant = case
     head = HEADS[name]
     same = (name, alpha, variant)
@@ -50,8 +50,8 @@ def test_two_processes_make_the_update_of_one(from_two, from_one, case) -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), EVALUATED)
-def test_two_processes_ask_the_teacher_as_one_does(from_two, tmp_path, name: str, count: int) -> None:
-    """Also where the examples do not divide: one that a sampler repeats to fill up a batch counts once."""
+def test_two_processes_evaluate_the_teacher_like_one(from_two, tmp_path, name: str, count: int) -> None:
+    """Even if the examples do not divide: duplicates added by the sampler are not counted."""
     expected = asked_teacher(tmp_path, HEADS[name], count=count)
     found = from_two["evaluated"][name, count]
     for figure in ("eval_divergence", "eval_teacher_agreement"):
@@ -59,8 +59,8 @@ def test_two_processes_ask_the_teacher_as_one_does(from_two, tmp_path, name: str
 
 
 @pytest.mark.parametrize("name", WHOLE_BATCHES)
-def test_two_processes_evaluate_to_the_plain_mean(from_two, tmp_path, name: str) -> None:
-    """Whether or not the head looks at `num_items_in_batch`: the mean of its own losses, as in one process."""
+def test_two_processes_evaluate_the_mean_of_the_models_losses(from_two, tmp_path, name: str) -> None:
+    """Whether or not the model uses `num_items_in_batch`, as in one process."""
     head, found = HEADS[name], from_two["evaluated"][name, 6]
     student, rows = head.make(seed=0).double().eval(), head.examples(6)
     with torch.no_grad():
@@ -70,10 +70,10 @@ def test_two_processes_evaluate_to_the_plain_mean(from_two, tmp_path, name: str)
 
 
 @pytest.mark.parametrize("case", inside_cases(), ids=lambda case: "-".join(map(str, case)))
-def test_two_processes_train_projections_as_one_does(from_two, tmp_path, case) -> None:
-    """Three clipped steps: the norm is that of student and projections together, and no process has its own.
+def test_two_processes_train_projections_like_one(from_two, tmp_path, case) -> None:
+    """Three clipped steps: the norm covers student and projections, over all processes.
 
-    With alpha=None nothing asks the head, which DDP would wait for. Where examples are coupled, one process is given
+    With alpha=None the head is unused, for which DDP would wait. If examples are coupled, one process gets
     the same micro-batches.
     """
     name, kind, alpha, optim = case
@@ -90,18 +90,18 @@ def test_two_processes_train_projections_as_one_does(from_two, tmp_path, case) -
     assert len(found["logged"]) == len(expected["logged"]) == 3
     for ours, theirs in zip(found["logged"], expected["logged"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    assert all(entry["grad_norm"] > 0.1 for entry in expected["logged"] if kind == "projected")  # so clipping bites
+    assert all(entry["grad_norm"] > 0.1 for entry in expected["logged"] if kind == "projected")  # clipping is active
 
 
-def test_a_teacher_sharded_by_fsdp2_says_what_the_whole_one_says(from_two) -> None:
-    """The student's wrapping policy is as it was, and Accelerate lists no model more."""
+def test_a_teacher_sharded_by_fsdp2_gives_the_same_predictions(from_two) -> None:
+    """The student's wrapping policy is unchanged, and Accelerate lists no further model."""
     kept = {"policy kept": True, "training": False, "models": 0}
     assert from_two["sharded"] == {"difference": 0.0, "sharded": True, **kept}
 
 
 @pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_evaluate_each_example_once(from_two, tmp_path, case) -> None:
-    """Whatever the size: metrics, losses and predictions are those of one process, of the teacher too."""
+    """For any size: metrics, losses and predictions, also of the teacher, equal those of one process."""
     expected, found = evaluated(tmp_path, *case), from_two["each_once"][case]
     for part in ("evaluated", "predicted"):
         assert (found[part] is None) == (expected[part] is None)
@@ -116,8 +116,8 @@ def test_two_processes_evaluate_each_example_once(from_two, tmp_path, case) -> N
 
 
 @pytest.mark.parametrize("size", range(1, 10))
-def test_the_loss_of_two_processes_is_that_of_each_example_by_itself(from_two, size: int) -> None:
-    """Worked out example by example, without padding."""
+def test_the_loss_of_two_processes_is_the_mean_over_examples(from_two, size: int) -> None:
+    """Computed example by example, without padding."""
     head = HEADS["bert_single_label"]
     student, losses, labels = head.make(seed=0).double().eval(), [], []
     for example in head.examples(size):
@@ -131,8 +131,8 @@ def test_the_loss_of_two_processes_is_that_of_each_example_by_itself(from_two, s
 
 
 @pytest.mark.parametrize("size", [1, 5, 6, 7])
-def test_a_generating_trainers_loss_is_the_mean_of_its_batches(from_two, size: int) -> None:
-    """As `Seq2SeqTrainer` has it in one process: a last batch of one counts as one of two."""
+def test_the_loss_of_seq2seq_trainer_is_the_mean_over_batches(from_two, size: int) -> None:
+    """As in `Seq2SeqTrainer` in one process: a last batch of one has the weight of a batch of two."""
     head = HEADS["t5_seq2seq"]
     student, data = head.make(seed=0).double().eval(), head.examples(size)
     with torch.no_grad():
@@ -143,8 +143,8 @@ def test_a_generating_trainers_loss_is_the_mean_of_its_batches(from_two, size: i
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids="-".join)
-def test_all_processes_raise_what_one_of_them_finds(from_two, fault: tuple[str, str]) -> None:
-    """Example 1 of process 1's second micro-batch is wrong: no process makes a step, and none waits for the other."""
+def test_an_error_in_one_process_is_raised_in_all(from_two, fault: tuple[str, str]) -> None:
+    """Example 1 of process 1's second micro-batch is faulty: no process makes a step, and none waits forever."""
     (ours, ours_kept), (theirs, theirs_kept) = (from_two["raised"][fault][rank] for rank in (0, 1))
     assert ours == theirs and ours_kept and theirs_kept
     words = {
@@ -158,15 +158,15 @@ def test_all_processes_raise_what_one_of_them_finds(from_two, fault: tuple[str, 
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_two_processes_train_an_unknown_class_as_trainer_does(from_two, name: str) -> None:
-    """At alpha=0, with accumulation and evaluation: the base trainer's own, bit for bit."""
+def test_two_processes_train_an_unknown_class_like_trainer(from_two, name: str) -> None:
+    """At alpha=0, with accumulation and evaluation, bit for bit."""
     theirs, ours = from_two["drop_in"][name]
     assert_same_bits(ours[0], theirs[0])
     assert ours[1:] == theirs[1:] and len(theirs[1]) == 2
 
 
-def test_two_processes_over_a_base_trainer_whose_outputs_have_no_gradient(from_two, tmp_path) -> None:
-    """DDP sees two forwards and one backward; the update is that of one process."""
+def test_two_processes_over_a_base_trainer_without_gradient_in_its_outputs(from_two, tmp_path) -> None:
+    """DDP gets two forwards and one backward; the update equals that of one process."""
     (found, loss), (expected, expected_loss) = from_two["drop_in"]["own_forward"], own_forward(tmp_path, 8)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name, value in expected.items():

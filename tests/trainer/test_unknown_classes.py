@@ -1,4 +1,4 @@
-"""Classes that no task is known for: at alpha=0 they train as with `Trainer`; what compares asks for a task."""
+"""Classes without a known task: at alpha=0 they train like `Trainer`; comparing with a teacher requires a task."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Plain(nn.Module):
 
 
 class Tuple(Plain):
-    """The same, as a tuple."""
+    """The same with tuple outputs."""
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
         return tuple(super().forward(x, labels).values())
 
 
 class Target(Plain):
-    """Its labels are called `target`."""
+    """The same with labels named `target`."""
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> Any:
         return super().forward(x, target)
@@ -69,8 +69,8 @@ class Stack(nn.Sequential):
         return {"loss": nn.functional.mse_loss(super().forward(x), labels)}
 
 
-class HomeMade(tf.PreTrainedModel):
-    """A `PreTrainedModel` whose forward takes whatever comes, so that `Trainer` counts items for it."""
+class CustomPreTrained(tf.PreTrainedModel):
+    """A `PreTrainedModel` whose forward accepts any keyword, so that `Trainer` counts items for it."""
 
     config_class = tf.BertConfig
 
@@ -85,7 +85,7 @@ class HomeMade(tf.PreTrainedModel):
 
 
 class SelfSupervised(tf.BertForMaskedLM):
-    """Derived from a head that is known, with a loss that needs no labels."""
+    """Derived from a known head, with a loss that needs no labels."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
         logits = super().forward(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -133,7 +133,7 @@ CASES = {
     "module": Case(Plain, vectors()),
     "tuple": Case(Tuple, vectors()),
     "sequential": Case(lambda: seeded(lambda: Stack(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2))), vectors()),
-    "home_made": Case(lambda: seeded(lambda: HomeMade(config(tf.BertConfig))), vectors()),
+    "home_made": Case(lambda: seeded(lambda: CustomPreTrained(config(tf.BertConfig))), vectors()),
     "target": Case(Target, vectors(labels="target"), {"label_names": ["target"]}),
     "target_with_a_task": Case(Target, vectors(labels="target"), {"label_names": ["target"]}, "regression"),
     "no_labels": Case(Autoencoder, vectors(labels=None)),
@@ -153,7 +153,7 @@ CASES = {
 
 
 def script(folder: Path, case: Case, *, ours: bool, **settings: Any) -> tuple[Any, ...]:
-    """Train, evaluate and predict; what can be seen of it."""
+    """Train, evaluate and predict; return the observable results."""
     kind, base = (DistillationArguments, DistillationTrainer) if ours else (TrainingArguments, Trainer)
     more = {"alpha": 0.0} if ours else {}
     args = arguments(folder, kind, logging_steps=1, eval_strategy="epoch", **case.settings, **settings, **more)
@@ -170,13 +170,13 @@ def script(folder: Path, case: Case, *, ours: bool, **settings: Any) -> tuple[An
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_it_trains_evaluates_and_predicts_as_with_trainer(tmp_path, name: str, accumulation: int) -> None:
-    """Bit for bit, also under accumulation: the steps are the base trainer's own."""
+def test_it_trains_evaluates_and_predicts_like_trainer(tmp_path, name: str, accumulation: int) -> None:
+    """Bit for bit, with accumulation too: the steps are those of the base trainer."""
     case, cut = CASES[name], {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2}
     theirs = script(tmp_path / "a", case, ours=False, **cut)
     ours = script(tmp_path / "b", case, ours=True, **cut)
     if case.task is not None and accumulation > 1 and case.settings["label_names"]:
-        for weight, expected in zip(ours[0].values(), theirs[0].values(), strict=True):  # counted: to rounding
+        for weight, expected in zip(ours[0].values(), theirs[0].values(), strict=True):  # equal up to rounding
             torch.testing.assert_close(weight, expected)
         return
     for found, expected in zip(ours, theirs, strict=True):
@@ -184,7 +184,7 @@ def test_it_trains_evaluates_and_predicts_as_with_trainer(tmp_path, name: str, a
     assert all(torch.equal(ours[0][name], value) for name, value in theirs[0].items())
 
 
-def test_without_a_task_nothing_is_split_into_terms(tmp_path) -> None:
+def test_without_a_task_the_loss_is_not_split_into_terms(tmp_path) -> None:
     logged = []
     for task in (None, "regression"):
         trainer = make(
@@ -205,14 +205,14 @@ COMPARING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", COMPARING)
-def test_whatever_compares_asks_for_a_task(tmp_path, name: str) -> None:
+def test_comparing_with_a_teacher_requires_a_task(tmp_path, name: str) -> None:
     settings, given = COMPARING[name]
     words = ("Plain", "Supported kinds of head", 'task="classification"', "alpha=0")
     with refused(tmp_path, SettingError, *words):
         make(tmp_path, Plain(), Plain(1), train_dataset=vectors(), data_collator=None, **settings, **given)
 
 
-def test_an_alpha_that_a_callback_raises_asks_for_a_task_then(tmp_path) -> None:
+def test_raising_alpha_in_a_callback_requires_a_task(tmp_path) -> None:
     class Raise(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             args.alpha = 0.5
@@ -225,7 +225,7 @@ def test_an_alpha_that_a_callback_raises_asks_for_a_task_then(tmp_path) -> None:
     assert trainer.state.global_step == 1
 
 
-def test_a_search_over_alpha_asks_for_a_task_then(tmp_path) -> None:
+def test_a_search_over_alpha_requires_a_task(tmp_path) -> None:
     trainer = make(
         tmp_path,
         None,
@@ -242,7 +242,7 @@ def test_a_search_over_alpha_asks_for_a_task_then(tmp_path) -> None:
         trainer.hyperparameter_search(lambda trial: {"alpha": trial.suggest_float("alpha", 0.5, 0.5)}, n_trials=1)
 
 
-def test_its_card_says_what_it_is(tmp_path) -> None:
+def test_the_card_of_an_unknown_class(tmp_path) -> None:
     trainer = make(tmp_path, Plain(), alpha=0.0, train_dataset=vectors(), data_collator=None)
     trainer.train()
     trainer.create_model_card()
@@ -250,8 +250,8 @@ def test_its_card_says_what_it_is(tmp_path) -> None:
     assert "`Plain`" in card and "on the labels, without a teacher." in card
 
 
-def test_a_known_head_without_labels_is_told_so(tmp_path) -> None:
-    """`Trainer`'s own error (no loss) is the cause; the message names the labels."""
+def test_a_known_head_without_labels_raises_with_the_cause(tmp_path) -> None:
+    """The cause is `Trainer`'s own error (no loss); the message names the labels."""
     trainer = make(tmp_path, bert(), alpha=0.0, train_dataset=examples(labels=None))
     with pytest.raises(DataError, match="there is no labels in") as raised:
         trainer.train()
@@ -259,8 +259,8 @@ def test_a_known_head_without_labels_is_told_so(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_labels_of_another_name_beside_a_teacher(tmp_path, alpha: float) -> None:
-    """`label_names=["target"]` means what it does in `Trainer`, and the task reads the same column."""
+def test_label_names_apply_to_the_task_too(tmp_path, alpha: float) -> None:
+    """`label_names=["target"]` has its meaning from `Trainer`, and the task uses the same column."""
 
     class Classifier(Plain):
         def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> Any:
@@ -303,8 +303,8 @@ def test_labels_of_another_name_beside_a_teacher(tmp_path, alpha: float) -> None
     assert metrics["eval_divergence"] == pytest.approx(softened_kl(ours, theirs, 2.0).mean().item(), rel=1e-5)
 
 
-def test_a_column_that_the_students_forward_names_is_the_students(tmp_path) -> None:
-    """`teacher_logits` of a home-made distilling model is its own input, and reaches its collator and its forward."""
+def test_a_teacher_column_named_in_the_students_forward_is_the_students(tmp_path) -> None:
+    """The input `teacher_logits` of a custom distilling model reaches its collator and its forward."""
 
     class Distilling(Plain):
         def forward(self, x: torch.Tensor, teacher_logits: torch.Tensor) -> Any:
@@ -323,8 +323,8 @@ def test_a_column_that_the_students_forward_names_is_the_students(tmp_path) -> N
     assert torch.equal(*found)
 
 
-def test_examples_of_a_known_head_are_still_counted_exactly(tmp_path) -> None:
-    """Under accumulation the update is that of one batch, which `Trainer`'s is not (docs/heads.md)."""
+def test_a_known_head_is_counted_exactly_at_alpha_0(tmp_path) -> None:
+    """Under accumulation the update equals that of one batch, unlike `Trainer`'s (docs/heads.md)."""
     found = []
     for cut in (
         {"per_device_train_batch_size": 8},

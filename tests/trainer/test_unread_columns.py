@@ -1,4 +1,4 @@
-"""Columns of predictions, under the names of other tools: never dropped in silence, and how to use them."""
+"""Columns of predictions with other tools' names: never dropped silently, and how to use them."""
 
 from __future__ import annotations
 
@@ -31,36 +31,38 @@ def warnings_of(folder: Any, caplog: Any, data: Any, **given: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_column_of_predictions_is_named_once_with_what_to_do(tmp_path, caplog, name: str) -> None:
+def test_a_column_of_predictions_gives_one_warning_with_advice(tmp_path, caplog, name: str) -> None:
     for data in (with_column(name), Dataset.from_list(with_column(name))):
-        (said,) = warnings_of(tmp_path, caplog, data)
-        assert said.startswith(f"The dataset has {name}, which is not read.")
-        assert "a Teacher of your own" in said and "TeacherCache" in said and "docs/teachers.md" in said
+        (message,) = warnings_of(tmp_path, caplog, data)
+        assert message.startswith(f"The dataset has {name}, which is not read.")
+        assert "a Teacher of your own" in message and "TeacherCache" in message and "docs/teachers.md" in message
         caplog.clear()
 
 
 @pytest.mark.parametrize("name", [*READ, "note", "labels_text", "logits_note"])
-def test_a_column_that_is_read_or_means_nothing_is_not_named(tmp_path, caplog, name: str) -> None:
+def test_used_and_unrelated_columns_give_no_warning(tmp_path, caplog, name: str) -> None:
     assert warnings_of(tmp_path, caplog, with_column(name, (1, 2))) == []
 
 
-def test_nothing_is_said_where_no_teacher_is_asked(tmp_path, caplog) -> None:
+def test_no_warning_without_a_teacher(tmp_path, caplog) -> None:
     assert warnings_of(tmp_path, caplog, with_column("teacher_logits"), teacher=None, alpha=0.0) == []
 
 
-def test_answer_masks_of_another_head(tmp_path, caplog) -> None:
-    (said,) = warnings_of(tmp_path, caplog, with_column("assistant_masks", (0, 1)))
-    assert said.startswith("The dataset has assistant_masks, which is not read: it is read for causal language models")
+def test_answer_masks_for_another_head_give_a_warning(tmp_path, caplog) -> None:
+    (message,) = warnings_of(tmp_path, caplog, with_column("assistant_masks", (0, 1)))
+    assert message.startswith(
+        "The dataset has assistant_masks, which is not read: it is read for causal language models"
+    )
 
 
 @pytest.mark.parametrize("name", ["teacher_logits", "soft_labels"])
-def test_without_a_teacher_the_error_says_that_a_column_is_none(tmp_path, name: str) -> None:
+def test_the_error_without_a_teacher_mentions_the_column(tmp_path, name: str) -> None:
     with refused(tmp_path, SettingError, "there is no teacher", name, "a Teacher of your own"):
         make(tmp_path, bert(), train_dataset=with_column(name))
 
 
 class FromColumn(Teacher):
-    """What docs/teachers.md shows: a teacher that returns the column `teacher_logits`."""
+    """The example in docs/teachers.md: a teacher that returns the column `teacher_logits`."""
 
     inputs = ("logits",)
 
@@ -72,8 +74,8 @@ class FromColumn(Teacher):
 
 
 @pytest.mark.parametrize("collator", [padded, None])
-def test_the_way_out_works(tmp_path, caplog, collator: Any) -> None:
-    """The column is kept, collated and compared; nothing is warned of."""
+def test_the_suggested_teacher_works(tmp_path, caplog, collator: Any) -> None:
+    """The column is kept, collated and compared, without a warning."""
     rows = [{"input_ids": [1, 2 + i, 3], "labels": i % 3, "teacher_logits": [1.0 * i, 0.5, -1.0]} for i in range(8)]
     data = Dataset.from_list(rows)
     settings = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "per_device_train_batch_size": 8}

@@ -1,6 +1,6 @@
-"""`fused_loss=True` is the plain path: same terms, same gradients. One process.
+"""`fused_loss=True` equals the plain path: same terms, same gradients. One process.
 
-The plain path is the reference; what is compared is fp64 unless a test says so.
+The plain path is the reference; comparisons are in fp64 unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -31,41 +31,41 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_without_labels_and_labels_alone(name: str) -> None:
+def test_divergence_alone_and_labels_alone(name: str) -> None:
     student, teacher, batch = pair(name)
     assert_same(both(student, teacher, batch, alpha=1.0))
     assert_same(both(student, None, batch, alpha=0.0))
-    if HEADS[name].kind != "seq2seq":  # whose decoder is where the labels are
+    if HEADS[name].kind != "seq2seq":  # its decoder inputs come from the labels
         unlabelled = {key: value for key, value in batch.items() if key != "labels"}
         assert_same(both(student, teacher, unlabelled, alpha=1.0))
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_no_row_counts(name: str) -> None:
+def test_no_rows_give_zero(name: str) -> None:
     student, teacher, batch = pair(name)
     silent = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
     _, (fused, gradients) = both(student, teacher, silent, alpha=0.5)
     assert fused.loss == 0 and not any(gradient.any() for gradient in gradients.values())
 
 
-def test_left_padding_has_a_label_where_nothing_is_compared() -> None:
+def test_left_padding_with_a_label_that_is_not_distilled() -> None:
     student, teacher, batch = pair("llama_causal_lm")
     flipped = {key: value.flip(1) for key, value in batch.items()}
     found = both(student, teacher, flipped)
     assert_same(found)
     distiller = Distiller(student, teacher)
     counts = distiller.begin_step([flipped]).denominators
-    assert counts["labels"] > counts["logits"]  # else the test says nothing
+    assert counts["labels"] > counts["logits"]  # otherwise the test is meaningless
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(VOCABULARY + 3, VOCABULARY), (VOCABULARY, VOCABULARY + 5)])
 @pytest.mark.parametrize("name", ["llama_causal_lm", "bert_masked_lm"])
 def test_padded_vocabularies(name: str, ours: int, theirs: int) -> None:
-    """The labels' term is over the student's whole head, the divergence over the columns that both have."""
+    """The labels' term covers the student's whole head, the divergence the columns of both."""
     student, teacher = (HEADS[name].make(seed, vocab_size=v).double() for seed, v in ((1, ours), (2, theirs)))
     teaching = ModelTeacher(teacher, processing_class=tokenizer(VOCABULARY))
     assert_same(both(student.train(), teaching, pair(name)[2], processing_class=tokenizer(VOCABULARY)))
-    assert teaching.alignment.student is not None or ours == VOCABULARY  # else the test says nothing
+    assert teaching.alignment.student is not None or ours == VOCABULARY  # otherwise the test is meaningless
 
 
 SCALED = {
@@ -80,8 +80,8 @@ SCALED = {
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_what_a_model_does_to_its_logits(name: str) -> None:
-    """Soft caps and scales of student and teacher, at different numbers."""
+def test_soft_caps_and_scales_of_logits(name: str) -> None:
+    """Student and teacher have different values."""
     kind, knobs = SCALED[name]
     settings = {**HEADS["llama_causal_lm"].settings, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     made = []
@@ -94,15 +94,15 @@ def test_what_a_model_does_to_its_logits(name: str) -> None:
 
 
 class Listing(ModelTeacher):
-    """A teacher that lists its k likeliest columns; one fewer of every other row; or of all of them a weighted half."""
+    """A sparse teacher of its k likeliest columns; optionally one fewer in every other row, or weighted samples."""
 
     def __init__(self, model: Any, k: int, *, fewer: bool = False, weighted: bool = False) -> None:
         super().__init__(model)
         self._k, self._fewer, self._weighted = k, fewer, weighted
 
     def __call__(self, task: Any, batch: Any, needs: Needs) -> Signals:
-        said = super().__call__(task, batch, Needs(logits=True)).predictions()
-        log_p = (said / needs.temperature).log_softmax(-1)
+        logits = super().__call__(task, batch, Needs(logits=True)).predictions()
+        log_p = (logits / needs.temperature).log_softmax(-1)
         kept, ids = log_p.topk(self._k, -1)
         if self._fewer:
             ids[:, ::2, -1] = -1
@@ -126,7 +126,7 @@ def test_kinds_of_teacher(name: str) -> None:
     assert_same(both(student, teacher, batch, objectives=with_hidden))
 
 
-def test_the_base_of_adapters_teaches_with_the_student_s_own_head() -> None:
+def test_a_base_model_teacher_shares_the_students_head() -> None:
     import peft
 
     base = copy.deepcopy(pair("llama_causal_lm")[0])
@@ -137,8 +137,8 @@ def test_the_base_of_adapters_teaches_with_the_student_s_own_head() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
-def test_a_quantised_teacher_is_measured_first() -> None:
-    """By its logits; from then on they are not made."""
+def test_a_quantised_teacher_is_measured_with_whole_logits_first() -> None:
+    """Afterwards its logits are not made."""
     head = HEADS["llama_causal_lm"]
     student, teacher, batch = head.make(1).train(), quantise_dynamically(head.make(2)), head.batch(4)
     first, later = (Distiller(student, teacher, fused_loss=True)(student, batch).terms for _ in range(2))
@@ -148,7 +148,7 @@ def test_a_quantised_teacher_is_measured_first() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_teacher_s_nan_is_named() -> None:
+def test_nan_of_the_teacher_is_named() -> None:
     student, teacher, batch = pair("bert_masked_lm")
     broken = copy.deepcopy(teacher)
     with torch.no_grad():

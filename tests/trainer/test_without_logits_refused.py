@@ -1,6 +1,6 @@
-"""What needs whole logits, of trainer, teacher, objectives and vocabularies: refused by name, or given them.
+"""Trainers, teachers, objectives and vocabularies that need whole logits: an error, or an automatic fallback.
 
-Heads and losses that cannot be taken over: `test_logits_needed.py`.
+Heads and losses that cannot be replaced: `test_logits_needed.py`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_or_whole_logits(monkeypatch, case: str) -> None:
-    """Refused with the reason and the way out; automatically, the same bits as with logits."""
+def test_unsupported_cases_raise_or_fall_back_to_whole_logits(monkeypatch, case: str) -> None:
+    """fused_loss=True raises with reason and solution; automatic gives the same bits as whole logits."""
     make, knobs, why = CASES[case]
     batch = HEAD.batch(3)
     never, student = distiller(True, make(), **knobs)
@@ -67,11 +67,11 @@ def test_refused_or_whole_logits(monkeypatch, case: str) -> None:
         found.append({"loss": output.loss, **gradients})
     assert_same_bits(*found)
     automatic, student = distiller(None, HEAD.make(2))
-    assert automatic(student, batch).outputs.get("logits") is None  # else automatic is never
+    assert automatic(student, batch).outputs.get("logits") is None  # automatic can be fused
 
 
-def test_a_loss_function_of_the_user_s(tmp_path, monkeypatch) -> None:
-    """It is given logits; where labels weigh nothing it is not called, and there are none."""
+def test_a_custom_loss_receives_whole_logits(tmp_path, monkeypatch) -> None:
+    """If labels have no weight, it is not called, and no logits are made."""
     monkeypatch.setattr(without_logits, "LARGE", 10)
 
     def trained(**settings: Any) -> tuple[dict[str, Tensor], list[bool]]:

@@ -1,6 +1,6 @@
-"""L6 in models: every head over a vocabulary with every divergence in every precision, in chunks that do not divide.
+"""L6 in models: every vocabulary head with every divergence in every precision, with chunks that do not divide.
 
-The reference is the plain path in fp64, with weights that bf16 can hold, so that all precisions start from the same.
+The reference is the plain path in fp64, with weights that bf16 can represent, so that all precisions start equal.
 The mathematics alone: `tests/functional/test_fused_linear.py`.
 """
 
@@ -28,7 +28,7 @@ PRECISIONS = (torch.float64, torch.float32, torch.bfloat16)
 
 @functools.cache
 def models(name: str) -> dict[torch.dtype, tuple[nn.Module, nn.Module, dict[str, Tensor]]]:
-    """Student, teacher and batch in each precision; numbers are those of bf16."""
+    """Return student, teacher and batch in each precision; all numbers are bf16 numbers."""
     head = HEADS[name]
     batches = (head.batch(examples) for examples in range(4, 12))
     rows = {counted_rows(head, batch["labels"]): batch for batch in batches}
@@ -49,7 +49,7 @@ def learned(name: str, dtype: torch.dtype, *, fused: bool, **knobs: Any) -> tupl
     student.zero_grad()
     distiller = Distiller(student, teacher, fused_loss=fused, seed=0, temperature=3.0, **knobs)
     counts = distiller.begin_step([batch])
-    if dtype == torch.float64:  # counts are fp32, and what is divided by them
+    if dtype == torch.float64:  # counts are in fp32, and so is the division by them
         counts = replace(counts, denominators={term: x.double() for term, x in counts.denominators.items()})
     loss = distiller(student, batch, counts).loss
     loss.backward()
@@ -57,7 +57,7 @@ def learned(name: str, dtype: torch.dtype, *, fused: bool, **knobs: Any) -> tupl
 
 
 def gradient_error(found: Gradients, expected: Gradients) -> float:
-    """The largest of a parameter, relative to its norm; of one that hardly moves, to a hundredth of all norms."""
+    """Return the largest error of a parameter relative to its norm, or, if tiny, to a hundredth of all norms."""
     assert set(found) == set(expected)
     least = 0.01 * norm_of(expected)
     return max(float((found[key] - x).norm() / torch.maximum(x.norm(), least)) for key, x in expected.items())
@@ -68,12 +68,12 @@ def norm_of(gradients: Gradients) -> Tensor:
 
 
 def rounding_of(found: Gradients, expected: Gradients) -> float:
-    """The error of all parameters together. The worst one of either way is 0.6 to 1.7 times the other's by chance."""
+    """Return the error of all parameters together. The worst single error varies by chance between 0.6 and 1.7."""
     return float(norm_of({key: found[key] - x for key, x in expected.items()}) / norm_of(expected))
 
 
 def cases() -> list[Any]:
-    """Every divergence with every kind of head, and with one head of it in turn; the other pairs are slow."""
+    """Return every divergence with every kind of head, on one head in turn; the other pairs are slow."""
     kinds = {HEADS[name].kind: [other for other in LARGE if HEADS[other].kind == HEADS[name].kind] for name in LARGE}
     quick = {(names[i % len(names)], d) for names in kinds.values() for i, d in enumerate(fusable())}
     every = itertools.product(LARGE, fusable())
@@ -93,19 +93,19 @@ def test_every_head_with_every_divergence_in_every_precision(monkeypatch, name: 
         measure = rounding_of if dtype == torch.bfloat16 else gradient_error
         return abs(found / loss - 1), measure(theirs, gradients)
 
-    exact = 1e-10 if HEADS[name].kind != "causal_lm" else 1e-6  # whose own loss on labels is fp32
+    exact = 1e-10 if HEADS[name].kind != "causal_lm" else 1e-6  # its own loss on labels is in fp32
     assert max(errors(torch.float64)) < exact
     assert max(errors(torch.float32)) < 3e-6
-    # All of the model is bf16, so most of the error is made elsewhere: no further away than with whole logits, but for
-    # chance, which made 1.3 times of it in 840 models (benchmarks/sixteen_bits.py). A loss errs by a rounding of it.
+    # The whole model is in bf16, so most of the error arises elsewhere: no larger than with whole logits, except for
+    # chance, up to 1.3 times in 840 models (benchmarks/sixteen_bits.py). A loss is off by its rounding.
     (ours, our_gradients), (plain, gradients_then) = (errors(torch.bfloat16, fused=how) for how in (True, False))
     assert ours < 1.5 * plain + 2**-8 and our_gradients < 2 * gradients_then
 
 
 @pytest.mark.parametrize("divergence", fusable())
 @pytest.mark.parametrize("name", [name for name in LARGE if HEADS[name].kind == "causal_lm"])
-def test_causal_heads_exactly(monkeypatch, name: str, divergence: str) -> None:
-    """Without labels, which they compare in fp32."""
+def test_causal_heads_without_labels_are_exact(monkeypatch, name: str, divergence: str) -> None:
+    """Their own loss on labels is in fp32."""
     few_rows_at_once(monkeypatch)
     knobs: dict[str, Any] = {"divergence": divergence, "divergence_kwargs": KNOBS.get(divergence), "alpha": 1.0}
     loss, gradients = learned(name, torch.float64, fused=False, **knobs)

@@ -1,4 +1,4 @@
-"""`fused_loss=True` trains and evaluates as the plain path does: curves of twenty steps, metrics.
+"""`fused_loss=True` trains and evaluates like the plain path: curves of twenty steps, metrics.
 
 One process; several: `tests/distributed`.
 """
@@ -28,7 +28,7 @@ Run = tuple[DistillationTrainer, list[float], dict[str, Tensor]]
 def trained(
     folder: Path, name: str, *, double: bool, adapters: bool = False, given: Any = None, **settings: Any
 ) -> Run:
-    """The trainer, the losses of twenty steps, and the weights. `given`: to the trainer."""
+    """Return the trainer, the losses of twenty steps, and the weights. `given` goes to the trainer."""
     head = HEADS[name]
     student, teacher = head.make(1), head.make(2)
     if double:
@@ -51,7 +51,7 @@ def trained(
 
 def assert_same_run(found: Run, expected: Run, *, rtol: float) -> None:
     assert len(expected[1]) == 20 and found[1] == pytest.approx(expected[1], rel=rtol)
-    assert len(set(expected[1])) > 10  # the curve moves
+    assert len(set(expected[1])) > 10  # the loss changes
     for key, value in expected[2].items():
         torch.testing.assert_close(found[2][key], value, rtol=rtol, atol=0.1 * rtol)
 
@@ -73,18 +73,18 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow if "fp32" in case else ()) for case in CURVES]
 )
-def test_twenty_steps_of_training(tmp_path: Path, case: str) -> None:
+def test_twenty_steps_give_the_same_curve(tmp_path: Path, case: str) -> None:
     name, settings = CURVES[case]
     settings = {"double": True, **settings}
     expected, found = (trained(tmp_path, name, fused_loss=how, **settings) for how in (False, True))
     assert_same_run(found, expected, rtol=1e-5 if settings["double"] else 1e-4)
 
 
-# Dynamo looks at every tensor that it goes on with after a break.
+# Dynamo checks every tensor with which it continues after a break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.slow  # traced and compiled once is in test_without_logits_wrapped
-def test_twenty_compiled_steps(tmp_path: Path) -> None:
-    """`torch_compile` of the arguments, against the plain path uncompiled."""
+@pytest.mark.slow  # test_without_logits_wrapped traces and compiles once
+def test_twenty_compiled_steps_give_the_same_curve(tmp_path: Path) -> None:
+    """`torch_compile` in the arguments, compared with the uncompiled plain path."""
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -97,7 +97,7 @@ def test_twenty_compiled_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert_masked_lm", "llama_causal_lm", "whisper_seq2seq"])
 def test_evaluation_during_training_has_logits(tmp_path: Path, name: str) -> None:
-    """Metrics of whole logits, of what is kept of them, and of the teacher, between steps without logits."""
+    """Metrics of whole logits, of preprocessed logits, and of the teacher, between fused steps."""
     head, given_to_metrics = HEADS[name], []
 
     def kept(logits: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,10 +105,14 @@ def test_evaluation_during_training_has_logits(tmp_path: Path, name: str) -> Non
         assert logits.shape == (*labels.shape, VOCABULARY)
         return logits, logits.argmax(-1)
 
-    def measured(said: Any) -> dict[str, float]:
-        logits, best = said.predictions
+    def measured(prediction: Any) -> dict[str, float]:
+        logits, best = prediction.predictions
         given_to_metrics.append(logits)
-        return {"right": float(np.mean(best[said.label_ids != IGNORED] == said.label_ids[said.label_ids != IGNORED]))}
+        return {
+            "right": float(
+                np.mean(best[prediction.label_ids != IGNORED] == prediction.label_ids[prediction.label_ids != IGNORED])
+            )
+        }
 
     found = []
     for fused in (False, True):
@@ -133,6 +137,6 @@ def test_evaluation_during_training_has_logits(tmp_path: Path, name: str) -> Non
     for one, other in zip(ours, expected, strict=True):
         for key in names:
             assert one[key] == pytest.approx(other[key], rel=1e-6), key
-    assert len(given_to_metrics) == 8  # of the student and of the teacher, at two evaluations of two trainings
+    assert len(given_to_metrics) == 8  # student and teacher, two evaluations, two trainings
     for one, other in zip(given_to_metrics[4:], given_to_metrics[:4], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

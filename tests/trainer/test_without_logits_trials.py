@@ -1,4 +1,4 @@
-"""The first step, where a model's output head is tried: what the trial must not disturb or miss."""
+"""The trial of the output head in the first step: what it must not disturb or miss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 class Uneven(tf.GPT2LMHeadModel):
-    """Scales each column by a number of its own, and is interrupted when told."""
+    """Scales each column by a different factor, and raises on demand."""
 
     interrupted = False
 
@@ -34,7 +34,7 @@ class Uneven(tf.GPT2LMHeadModel):
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_an_interrupted_trial_is_made_again(whose: str) -> None:
+def test_an_interrupted_trial_is_repeated(whose: str) -> None:
     plain, teacher, batch = pair("gpt2_causal_lm")
     odd = Uneven(teacher.config).double().train()
     models = (odd, teacher) if whose == "student" else (plain, odd)
@@ -50,7 +50,7 @@ def test_an_interrupted_trial_is_made_again(whose: str) -> None:
         torch.testing.assert_close(distiller(plain, batch).loss, expected, rtol=1e-5, atol=0.0)
 
 
-def test_labels_that_weigh_something_later_are_tried_then() -> None:
+def test_labels_that_get_weight_later_are_tried_then() -> None:
     shape: Any = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
     student = tf.MixtralForCausalLM(tf.MixtralConfig(**shape, output_router_logits=True)).train()
@@ -65,7 +65,7 @@ def test_labels_that_weigh_something_later_are_tried_then() -> None:
 @pytest.mark.parametrize(
     "objective", [RelationMatch(), HiddenMatch([(0, 0)], embeddings=True)], ids=["relation", "hidden"]
 )
-def test_what_is_read_inside_is_not_that_of_the_trial(objective: Any) -> None:
+def test_captured_activations_are_not_those_of_the_trial(objective: Any) -> None:
     assert_same(both(*pair("bert_masked_lm"), objectives=objective))
 
 
@@ -76,8 +76,8 @@ def test_what_is_read_inside_is_not_that_of_the_trial(objective: Any) -> None:
         *(pytest.param(name, range(30), marks=pytest.mark.slow) for name in ("bart_seq2seq", "t5_seq2seq")),
     ],
 )
-def test_a_loss_that_is_summed_in_bf16_is_the_plain_one(name: str, seeds: range) -> None:
-    """Of thirty models one or two have a loss that rounding in bf16 moves by more than one percent."""
+def test_a_loss_summed_in_bf16_is_accepted(name: str, seeds: range) -> None:
+    """In one or two of thirty models, bf16 rounding changes the loss by more than one percent."""
     head = HEADS[name]
     teacher, batch = head.make(2).bfloat16(), head.batch(2)
     for seed in seeds:
@@ -100,7 +100,7 @@ def test_prompt_tuning_adds_positions() -> None:
 
 
 class Seeing(tf.LlamaForCausalLM):
-    """Reads patches of images beside its tokens, as many as there are, whosever they are."""
+    """Attends to image patches in addition to its tokens, whichever example they belong to."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -114,17 +114,15 @@ class Seeing(tf.LlamaForCausalLM):
         return super().forward(inputs_embeds=embedded + seen, **keywords)
 
 
-def test_inputs_that_are_not_example_by_example() -> None:
+def test_inputs_that_are_not_per_example() -> None:
     config = pair("llama_causal_lm")[0].config
     student, teacher = (Seeing(config).double() for _ in range(2))
-    ids = torch.tensor(
-        [[1, 4, 4, 9], [1, 4, 8, 9]]
-    )  # three patches of two examples; as many as one has tokens less one
+    ids = torch.tensor([[1, 4, 4, 9], [1, 4, 8, 9]])  # three patches for two examples
     batch = {"input_ids": ids, "labels": ids, "patches": torch.rand(3, 2).double()}
     assert_same(both(student, teacher, batch, task="causal_lm"))
 
 
-def test_a_config_with_a_word_for_a_scale() -> None:
+def test_a_config_with_a_string_as_scale() -> None:
     config = tf.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=VOCABULARY, logit_scale="inv_sqrt_d_model")
     student, teacher = (tf.MptForCausalLM(config).double() for _ in range(2))
     ids = torch.tensor([[1, 5, 7, 9]])
@@ -132,17 +130,17 @@ def test_a_config_with_a_word_for_a_scale() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
-def test_two_full_precisions(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_models_in_different_full_precisions(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     student, teacher, batch = pair("gpt2_causal_lm")
     models = [copy.deepcopy(model).to(dtype) for model, dtype in zip((student, teacher), dtypes, strict=True)]
     assert_same(both(*models, batch), rtol=1e-4, atol=1e-6)
 
 
-# The fused loss itself.
+# The fused loss alone.
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
-def test_a_nan_in_a_row_that_weighs_nothing_hides_no_blocked_column(divergence: str) -> None:
+def test_nan_in_a_row_without_weight_does_not_hide_a_blocked_column(divergence: str) -> None:
     """L3: −inf in the second row, with and without NaN in the first."""
     hidden, weight, logits = torch.randn(3, 4).double(), torch.randn(7, 4).double(), torch.randn(3, 7).double()
     logits[1, 2] = -torch.inf
@@ -166,7 +164,7 @@ def test_a_nan_in_a_row_that_weighs_nothing_hides_no_blocked_column(divergence: 
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "decoupled", "mean_squared_error", "hard"])
-def test_in_inference_mode(divergence: str) -> None:
+def test_the_fused_loss_in_inference_mode(divergence: str) -> None:
     hidden, weight, labels = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 0, 5])
     given: Any = {"teacher": TeacherLogits(torch.randn(3, 7)), "terms": Terms(divergence), "labels": labels}
     expected = fused_linear_distillation(hidden.clone().requires_grad_(), Head(weight), **given).loss

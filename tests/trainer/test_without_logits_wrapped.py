@@ -1,4 +1,4 @@
-"""`fused_loss=True` is the plain path where adapters, checkpointing, a compiler or autocast stand between.
+"""`fused_loss=True` equals the plain path with adapters, checkpointing, a compiler, or autocast.
 
 One process; several: `tests/distributed`. The plain path is the reference.
 """
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def trained(
     folder: Path, *, fused: bool | None, adapters: dict[str, Any] | None = None, double: bool = True, **given: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights after three steps of two micro-batches of ragged examples, and before."""
+    """Return the weights after three steps of two micro-batches of ragged examples, and before."""
     student, teacher = HEAD.make(0, layers=2), HEAD.make(1, layers=2)
     if double:
         student, teacher = student.double(), teacher.double()
@@ -54,26 +54,26 @@ def apart(folder: Path, **given: Any) -> float:
 
 
 def test_adapters_on_the_blocks(tmp_path: Path) -> None:
-    """With checkpointing, as adapters are mostly trained; the head is frozen."""
+    """With checkpointing, the usual way to train adapters; the head is frozen."""
     assert apart(tmp_path, adapters={}, activation_checkpointing=True) < 1e-6
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
     kind = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     assert apart(tmp_path, **kind) < 1e-6
 
 
 @pytest.mark.parametrize("adapters", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
-def test_adapters_on_the_head_are_refused(adapters: dict[str, Any]) -> None:
+def test_adapters_on_the_head_raise(adapters: dict[str, Any]) -> None:
     student, teacher = adapted(HEAD.make(0), **adapters), HEAD.make(1)
     distiller = Distiller(student, teacher, fused_loss=True)
-    said = r"the output head of LlamaForCausalLM is a peft\..*, and not a plain nn.Linear \(an adapter on it, or "
-    with pytest.raises(SettingError, match=said + r"quantised: leave it out of both\). Pass fused_loss=False"):
+    message = r"the output head of LlamaForCausalLM is a peft\..*, and not a plain nn.Linear \(an adapter on it, or "
+    with pytest.raises(SettingError, match=message + r"quantised: leave it out of both\). Pass fused_loss=False"):
         distiller(student, HEAD.batch(2))
 
 
-def test_bf16_autocast_is_as_far_from_fp32_as_the_plain_path_is(tmp_path: Path) -> None:
+def test_bf16_autocast_is_as_precise_as_the_plain_path(tmp_path: Path) -> None:
     exact, before = trained(tmp_path, fused=False, double=False)
     plain, fused = (trained(tmp_path, fused=how, double=False, bf16=True)[0] for how in (False, True))
     assert update_difference(fused, exact, before) < 1.2 * update_difference(plain, exact, before)
@@ -81,7 +81,7 @@ def test_bf16_autocast_is_as_far_from_fp32_as_the_plain_path_is(tmp_path: Path) 
 
 
 def assert_compiled_once(backend: str) -> None:
-    """Gradients of the plain path, and no batch but the first compiles anything."""
+    """Compare gradients with the plain path; only the first batch may compile anything."""
     head = HEADS["gpt2_causal_lm"]
     student, teacher = head.make(0).double().train(), head.make(1).double()
     compiled: list[Any] = []
@@ -107,9 +107,9 @@ def assert_compiled_once(backend: str) -> None:
     assert graphs[0] > 0 and graphs[1:] == graphs[:1] * 2, graphs
 
 
-# Dynamo looks at every tensor that it goes on with after a break.
+# Dynamo checks every tensor with which it continues after a break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled() -> None:
+def test_compiled_with_aot_eager() -> None:
     assert_compiled_once("aot_eager")
 
 

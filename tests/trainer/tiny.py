@@ -1,19 +1,20 @@
-"""Tiny text classifiers, ragged examples, settings and comparisons. Other heads: `tests.heads`."""
+"""Tiny text classifiers, ragged examples, arguments and comparisons. Other heads: `tests.heads`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_distill import DistillationArguments, DistillationMixin, DistillationTrainer
-from tests.cheap import made_once
+from tests.cheap import build_once
 
 SIZE = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 LENGTHS = (5, 2, 7, 3, 6, 4, 2, 8)
@@ -21,21 +22,21 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strat
 PLAIN_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "learning_rate": 1.0}
 
 
-@made_once
+@build_once
 def bert(head: str = "SequenceClassification", *, seed: int = 0, dropout: float = 0.0, **changed: Any) -> Any:
-    """A random `BertFor<head>`; the caller's random state is left alone."""
+    """Return a random `BertFor<head>`; the global random state does not change."""
     dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = tf.BertConfig(**{**SIZE, **dropouts, "num_labels": 3, **changed})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(tf, f"BertFor{head}")(config)
-        for parameter in model.parameters():  # shaken, biases too: no two examples are classified alike by mere bias
+        for parameter in model.parameters():  # perturbed, biases too, so that predictions differ between examples
             parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
 def examples(count: int = 8, *, labels: int | None = 3) -> list[dict[str, Any]]:
-    """Ragged token ids; `labels` classes in turn, or none."""
+    """Return examples of ragged token ids with `labels` classes in turn, or unlabelled."""
     made = []
     for i in range(count):
         length = LENGTHS[i % len(LENGTHS)]
@@ -47,7 +48,7 @@ def examples(count: int = 8, *, labels: int | None = 3) -> list[dict[str, Any]]:
 
 
 def padded(features: Sequence[Mapping[str, Any]], *, to: int | None = None) -> dict[str, Tensor]:
-    """A collator: ids padded with 0, a mask, and every other column stacked."""
+    """Collate: ids padded with 0, a mask, and every other column stacked."""
     longest = to or max(len(f["input_ids"]) for f in features)
     batch = {name: torch.tensor([f[name] for f in features]) for name in features[0] if name != "input_ids"}
     ids = [list(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
@@ -55,14 +56,23 @@ def padded(features: Sequence[Mapping[str, Any]], *, to: int | None = None) -> d
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), **batch}
 
 
+def as_stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    """Return a `datasets` stream of these examples."""
+
+    def generate() -> Iterator[dict[str, Any]]:
+        yield from rows
+
+    return IterableDataset.from_generator(generate)
+
+
 def arguments(folder: Path | str, kind: Any = DistillationArguments, **changed: Any) -> Any:
-    """Settings without reports, bars or checkpoints: two steps of plain SGD with batches of four."""
+    """Return arguments without reports, progress bars or checkpoints: two steps of plain SGD with batches of four."""
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, **QUIET, **PLAIN_STEP, "learning_rate": 0.1}
     return kind(output_dir=str(Path(folder) / "out"), **{**settings, **changed})
 
 
 def make(folder: Path | str, student: Any, teacher: Any = None, **changed: Any) -> DistillationTrainer:
-    """A `DistillationTrainer`; keywords that are not its own go to its arguments."""
+    """Return a `DistillationTrainer`; unknown keywords go to its arguments."""
     own = {*inspect.signature(Trainer.__init__).parameters, *inspect.signature(DistillationMixin.__init__).parameters}
     given: dict[str, Any] = {"train_dataset": examples(), "data_collator": padded}
     given.update({name: changed.pop(name) for name in list(changed) if name in own})
@@ -81,14 +91,14 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 
 def assert_moved(found: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
-    """So that a comparison of two runs does not compare two that did nothing."""
+    """Assert that training changed the weights, so that comparing two runs is meaningful."""
     assert any(not torch.equal(found[name], start[name]) for name in start), "no weight has changed"
 
 
 def update_difference(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]
 ) -> float:
-    """Norm of the difference of two updates over the norm of the expected one."""
+    """Return the norm of the difference of two updates over the norm of the expected update."""
     apart = _norm(found[name] - expected[name] for name in expected)
     moved = _norm(expected[name] - start[name] for name in expected)
     assert moved > 0, "no weight has changed"
@@ -100,7 +110,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def never_called(model: Any) -> Any:
-    """The same model, which must not be run."""
+    """Return the same model, which fails if it is run."""
 
     def forward(*_: Any, **__: Any) -> Any:
         raise AssertionError("the teacher was run")
@@ -110,7 +120,12 @@ def never_called(model: Any) -> Any:
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(teacher ‖ student) of each row, from the definition."""
+    """Return T² KL(teacher ‖ student) of each row, from the definition."""
     p = torch.softmax(teacher.double() / temperature, -1)
     q = torch.softmax(student.double() / temperature, -1)
     return temperature**2 * (p * (p.log() - q.log())).sum(-1)
+
+
+def messages_with(log: Any, words: str) -> list[str]:
+    """Return the captured messages that contain these words."""
+    return [record.getMessage() for record in log.records if words in record.getMessage()]

@@ -1,4 +1,4 @@
-"""A program, not a test: steps of every head, evaluations, and a sharded teacher, in each of several processes.
+"""A program: steps of every head, evaluations, and a sharded teacher, in several processes.
 
 `torchrun --nproc-per-node 2 two_processes.py FILE` (started by `test_two_processes`); process 0 writes the file.
 """
@@ -21,11 +21,11 @@ from tests.trainer.each_once import EVALUATIONS, evaluated
 from tests.trainer.not_finite import FAULTS, what_each_process_raises
 from tests.trainer.steps import VARIED, alphas_of, asked_teacher, inside_steps, one_step
 
-CUTS = ((4, 1), (2, 2))  # examples a micro-batch, micro-batches a process; twice that is the eight
+CUTS = ((4, 1), (2, 2))  # examples per micro-batch, micro-batches per process; doubled, they make eight
 
 
 EVALUATED = [("bert_single_label", 7), ("bert_tokens", 7), ("bert_span", 8), ("t5_seq2seq", 5)]  # head, examples
-WHOLE_BATCHES = (  # six examples of each: a batch of three a process
+WHOLE_BATCHES = (  # six examples each: a batch of three per process
     "bert_single_label",
     "bert_multi_label",
     "vit_image_class",
@@ -38,9 +38,9 @@ WHOLE_BATCHES = (  # six examples of each: a batch of three a process
 
 
 def cases() -> list[tuple[str, float, int, int, str]]:
-    """Head, alpha, the cut, and what the labels' loss is.
+    """Return head, alpha, split, and labels' loss.
 
-    Each term alone only for one head of each kind of count; without accumulation only one head of each kind of task.
+    Each term alone runs only for one head of each kind of count; without accumulation only one head of each task.
     """
     alone = ("bert_single_label", "llama_causal_lm", "hubert_ctc_sum")
     one_of_a_kind = {head.kind: name for name, head in HEADS.items()}.values()
@@ -54,7 +54,7 @@ def cases() -> list[tuple[str, float, int, int, str]]:
 
 
 def inside_cases() -> list[tuple[str, str, float | None, str]]:
-    """Head, which objectives, alpha, optimizer."""
+    """Return head, objectives, alpha, optimizer."""
     several = ("bert_tokens", "llama_causal_lm", "t5_seq2seq", "wav2vec2_ctc_mean", "vit_image_class")
     made: list[tuple[str, str, float | None, str]] = [(name, "projected", 0.5, "adamw_torch") for name in several]
     made += [(name, "projected", None, "adamw_torch") for name in ("bert_tokens", "t5_seq2seq", "bert_embedding")]

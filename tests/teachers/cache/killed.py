@@ -1,8 +1,8 @@
-"""A program, not a test: builds a cache again and again, killed by SIGKILL, and says whether the bytes are the same.
+"""A program: builds a cache repeatedly, killed by SIGKILL, and reports whether the bytes stay the same.
 
-`killed.py FOLDER RANDOM_KILLS [drawn]`: with the last word a cache of draws. Everything is imported once; each pass is
-a fork that dies. Two ways to die: right before or right after the n-th change of a name on the disk (a rename, a
-removal), for every n; and after a random time. Then two processes build one together. The answer is a line of JSON.
+`killed.py FOLDER RANDOM_KILLS [drawn]`: with `drawn`, a sampled cache. Everything is imported once; each pass is
+a fork that is killed right before or right after its n-th rename or removal on disk,
+for every n, or after a random time. Then two processes build one cache together. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def pass_of(folder: Path) -> None:
 
 
 def in_child(work: Callable[[], None], *, seconds: float | None = None) -> int:
-    """The exit status of a fork that does this; negative: the signal that ended it."""
+    """Return the exit status of a fork that runs `work`; a negative status is the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
             work()
             os._exit(0)
-        except ValueError:  # what the library raises: this process ends here all the same
+        except ValueError:  # raised by the library; this process ends here anyway
             traceback.print_exc()
         finally:
             os._exit(1)
@@ -54,7 +54,7 @@ def in_child(work: Callable[[], None], *, seconds: float | None = None) -> int:
 
 
 def dying_at(folder: Path, number: int, *, after: bool) -> None:
-    """A pass that is killed at the so-manieth change of a name."""
+    """Run a pass that is killed at the n-th rename or removal."""
     seen = 0
 
     def watched(change: Callable[..., None]) -> Callable[..., None]:
@@ -74,7 +74,7 @@ def dying_at(folder: Path, number: int, *, after: bool) -> None:
 
 
 def resumed(folder: Path, expected: dict[str, bytes], ways: list[str], way: str) -> None:
-    """Go on in another process, and note the way if the bytes are others."""
+    """Resume in another process, and record `way` if the bytes differ."""
     status, found = in_child(lambda: pass_of(folder)), contents(folder)
     if status != 0 or found != expected:
         apart = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
@@ -83,7 +83,7 @@ def resumed(folder: Path, expected: dict[str, bytes], ways: list[str], way: str)
 
 
 def in_two_processes(folder: Path) -> list[int]:
-    """The exit statuses of two gloo processes that make one cache."""
+    """Return the exit statuses of two gloo processes that build one cache."""
     port = free_port()
     children = []
     for rank in range(2):
@@ -110,7 +110,7 @@ def main(root: Path, random_kills: int) -> None:
     took, expected = time.monotonic() - begun, contents(whole)
     wrong: list[str] = []
     at = killed = 0
-    while True:  # until a pass has fewer changes of a name
+    while True:  # until a pass has fewer renames and removals
         at += 1
         folder = root / f"at-{at}"
         after = at % 2 == 0

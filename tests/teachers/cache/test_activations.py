@@ -1,4 +1,4 @@
-"""Activations in a cache: objectives train as with the live teacher; what is kept, its size, and refusals."""
+"""Activations in a cache: objectives train as with the live teacher; stored layers, size estimates, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = "bert_tokens"
 
 
 def deep(name: str = NAME, **settings: Any) -> tuple[Any, Any, list]:
-    """A student of two layers, a teacher of three that are wider, examples."""
+    """Return a student of two layers, a wider teacher of three, and examples."""
     head = HEADS[name]
     return head.make(1, layers=2), head.make(2, layers=3, width=24, **settings), head.examples(12)
 
@@ -60,8 +60,8 @@ def kept(folder: Path, objectives: Any = None, name: str = NAME, **changed: Any)
     ],
     ids=lambda value: value if isinstance(value, str) else value.default_name,
 )
-def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis: str) -> None:
-    """Other batches, in another order, padded further; looked up by the collator or afterwards."""
+def test_l11_cached_activations_equal_the_live_ones(tmp_path: Path, name: str, objective: Any, axis: str) -> None:
+    """With other batches, another order, and more padding; looked up by the collator or by the loss."""
     head, (student, teacher, some) = HEADS[name], deep(name)
     cache = kept(tmp_path, objective, name, predictions=False, store=None)
     assert {one.along for one in cache.activations.kept} == {axis}
@@ -78,8 +78,8 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str, objective: Any, axis
         assert m.difference(gradient, found[0][1]) < 1e-5
 
 
-def test_training_is_the_live_training(tmp_path: Path) -> None:
-    """Examples one by one, so that their forward is the same in any order: shuffled, two epochs, accumulated."""
+def test_training_equals_training_with_the_live_teacher(tmp_path: Path) -> None:
+    """With single examples, whose forward does not depend on the order: shuffled, two epochs, accumulated."""
     some, matched = examples(8), [HiddenMatch("last"), SimilarityMatch(distance="angle_relations")]
     teacher, start = bert(seed=1, num_hidden_layers=2), weights(bert())
     given = {"data_collator": padded, "progress": False, "batch_size": 1, "student": bert(), "objectives": matched}
@@ -104,8 +104,8 @@ def test_training_is_the_live_training(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
-    """What transformers shows as hidden states; each position of each example, without padding."""
+def test_stored_hidden_states_equal_those_of_transformers(tmp_path: Path) -> None:
+    """At every position of every example, without padding."""
     head, (_, teacher, some) = HEADS[NAME], deep()
     reads = [("hidden", -1), ("hidden", 0), "last_hidden", ActivationKey("values", 2)]
     cache = kept(tmp_path, KeepActivations(*reads), student=None, activation_dtype="bfloat16")
@@ -127,24 +127,26 @@ def test_what_is_kept_by_name_and_read_back(tmp_path: Path) -> None:
     stored = Distiller(student, CachedTeacher(cache), alpha=None, objectives=CosineEmbedding(), seed=0)
     live = Distiller(student, teacher, alpha=None, objectives=CosineEmbedding(), seed=0)
     assert stored(student, batch).loss.item() == pytest.approx(live(student, batch).loss.item(), rel=1e-2)  # bfloat16
-    # 24 numbers of 2 bytes, four times.
+    # 24 numbers of 2 bytes, for four positions.
     assert sum(map(len, cache.dataset()["hidden_0"])) == int(real.sum()) * 24
 
 
-def test_the_size_is_told_before(tmp_path: Path) -> None:
-    said: list[str] = []
-    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], announce=said.append)
-    # Blocks 0 and 2 whole, and the mean of block 1, of 24 numbers of 4 bytes; three logits of 4. 12 examples of 7.1
+def test_the_size_is_logged_before_the_build(tmp_path: Path) -> None:
+    messages: list[str] = []
+    kept(tmp_path, [HiddenMatch([(0, 0), (1, 2)]), SimilarityMatch(layers=[(0, 1)])], announce=messages.append)
+    # Blocks 0 and 2 whole, and the mean of block 1: 24 numbers of 4 bytes; three logits of 4. 12 examples of 7.1
     # positions: 12 · (7.1 · (12 + 192) + 96 + 44 + 2 · 4) = 19.2 kB.
     inside = (
         r", and activations of 192 bytes at each of 7\.1 tokens, and activations of 96 bytes at each of 1\.0 vectors; "
     )
-    assert re.search(rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", said[0])
+    assert re.search(
+        rf"about 19\.\d kB in all: 12 examples of 7\.1 positions, 12 bytes a position{inside}", messages[0]
+    )
     shards = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
-    assert 19_000 < shards < 24_000  # Arrow's own headers beside
+    assert 19_000 < shards < 24_000  # plus Arrow's headers
 
 
-def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_build_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = HiddenMatch("even", embeddings=True)
     kept(tmp_path / "whole", objective)
     written, real = [], shards.write_arrow
@@ -187,7 +189,9 @@ def test_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         ),
     ],
 )
-def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, asked: Any, message: str) -> None:
+def test_activations_missing_from_the_cache_raise_before_the_first_step(
+    tmp_path: Path, asked: Any, message: str
+) -> None:
     cache = kept(tmp_path, HiddenMatch([(1, 2)], pooling="first"))
     with pytest.raises(TeacherError, match=message):
         Distiller(HEADS[NAME].make(1, layers=2, width=24), CachedTeacher(cache), objectives=asked)
@@ -220,13 +224,13 @@ def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, aske
         ),
     ],
 )
-def test_what_cannot_be_kept(tmp_path: Path, changed: dict, message: str) -> None:
+def test_invalid_activations_to_store_raise(tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         kept(tmp_path / "new", **changed)
     assert not (tmp_path / "new").exists()
 
 
-def test_numbers_that_float16_cannot_hold_and_predictions_that_are_not_there(tmp_path: Path) -> None:
+def test_float16_overflow_and_missing_logits_raise(tmp_path: Path) -> None:
     student, teacher, some = deep()
     with torch.no_grad():
         teacher.bert.encoder.layer[2].output.LayerNorm.bias[0] = 1e5

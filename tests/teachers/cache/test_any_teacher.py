@@ -1,4 +1,4 @@
-"""Caches of teachers that are no single model, and caches as members of an ensemble: L11, bounds, refusals."""
+"""Caches of teachers that are not a single model, and caches as ensemble members: L11, tolerances, errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.trainer.tiny import assert_moved, bert, examples, make, padded, weigh
 
 
 def losses(live: Distiller, stored: Distiller, student: Any, batch: dict) -> tuple[float, float, float]:
-    """Of both, and how far their gradients are apart."""
+    """Return both losses and the distance of their gradients."""
     found = []
     for distiller in (live, stored):
         student.zero_grad(set_to_none=True)
@@ -56,8 +56,8 @@ def losses(live: Distiller, stored: Distiller, student: Any, batch: dict) -> tup
         ("wav2vec2_ctc_mean", {}),
     ],
 )
-def test_l11_a_cached_ensemble_is_the_live_one(tmp_path: Path, name: str, settings: dict) -> None:
-    """Other batches, another order, more padding."""
+def test_l11_a_cached_ensemble_equals_the_live_one(tmp_path: Path, name: str, settings: dict) -> None:
+    """With other batches, another order, and more padding."""
     head, bound = HEADS[name], settings.get("mean") != "logits" and name != "bert_embedding"
     student, three, some = head.make(1), [head.make(seed) for seed in (2, 3, 4)], head.examples(12)
     at = {"temperature": 3.0} if bound else {}
@@ -75,7 +75,7 @@ def test_l11_a_cached_ensemble_is_the_live_one(tmp_path: Path, name: str, settin
             Distiller(student, CachedTeacher(cache), alpha=1.0, temperature=2.0)
 
 
-def test_answers_that_depend_on_the_labels_are_keyed_by_them(tmp_path: Path) -> None:
+def test_predictions_that_depend_on_labels_are_keyed_by_them(tmp_path: Path) -> None:
     head = HEADS["bert_single_label"]
     some = head.examples(6)
     other = [{**one, "labels": (one["labels"] + 1) % 3} for one in some]
@@ -87,8 +87,8 @@ def test_answers_that_depend_on_the_labels_are_keyed_by_them(tmp_path: Path) -> 
     assert plain.columns == ("input_ids",) and plain.has(head.collate(other)).all()
 
 
-def test_specialists_and_another_order_of_labels(tmp_path: Path) -> None:
-    """Kept over the labels of the student that it was built with, found by name for another one."""
+def test_cached_specialists_match_labels_in_another_order(tmp_path: Path) -> None:
+    """Stored in the label order of the student at build time, and matched by name for another student."""
     names = {"id2label": dict(enumerate("abc")), "label2id": {"a": 0, "b": 1, "c": 2}}
     moved = {"id2label": dict(enumerate("cab")), "label2id": {"c": 0, "a": 1, "b": 2}}
     head = HEADS["bert_single_label"]
@@ -103,8 +103,8 @@ def test_specialists_and_another_order_of_labels(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-5) and apart < 1e-5
 
 
-def test_a_quantised_teacher(tmp_path: Path) -> None:
-    """What it says, how it agrees with its full precision, and whose weights they are."""
+def test_a_cached_quantised_teacher(tmp_path: Path) -> None:
+    """Its predictions, its agreement with full precision, and the fingerprint of its weights."""
     head = HEADS["bert_tokens"]
     student, full, some = head.make(1), head.make(2), head.examples(8)
     teacher = quantise_dynamically(full)
@@ -113,18 +113,18 @@ def test_a_quantised_teacher(tmp_path: Path) -> None:
         Distiller(student, quantise_dynamically(full), alpha=1.0),
         Distiller(student, CachedTeacher(cache), alpha=1.0),
         student,
-        head.collate(some[:3]),  # as it was built: activations are scaled by what else is in the batch
+        head.collate(some[:3]),  # the batch of the build: activation scales depend on the whole batch
     )
     assert found == pytest.approx(expected, rel=1e-5)
     assert "the same choice in" in cache.manifest["measured"]["agreement_with_full_precision"]
     with torch.no_grad():
         row = full.bert.encoder.layer[0].output.dense.weight[0]
-        row.copy_(row.flip(0))  # the same scale, other numbers
+        row.copy_(row.flip(0))  # the same scale, different numbers
     assert fingerprints.weights_fingerprint(quantise_dynamically(full).model) != cache.manifest["teacher"]["weights"]
 
 
-def test_a_served_teacher_is_kept_as_it_lists(tmp_path: Path) -> None:
-    """Its likeliest tokens and the rest; asked no more; rows that it was not asked about are refused."""
+def test_a_cached_served_teacher_stores_its_listed_tokens(tmp_path: Path) -> None:
+    """Its likeliest tokens and the tail, without further requests; missing rows raise."""
     head = HEADS[SERVED]
     whole = head.examples(6)
     some = [{**one, "labels": [*one["labels"][:-1], -100]} for one in whole]
@@ -156,7 +156,7 @@ def test_a_served_teacher_is_kept_as_it_lists(tmp_path: Path) -> None:
         stored(m.student_of(SERVED), head.collate(whole[:4]))
 
 
-def test_what_cannot_be_built(tmp_path: Path) -> None:
+def test_unsupported_teachers_raise_at_the_build(tmp_path: Path) -> None:
     head = HEADS["bert_single_label"]
     some, two = head.examples(3), [head.make(2), head.make(3)]
     for teacher, given, error, message in (
@@ -200,7 +200,7 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
 
 
 def caches_of(folder: Path, teachers: list[Any], some: list, **changed: Any) -> list[CachedTeacher]:
-    """One after the other: only one teacher need ever be in memory."""
+    """Built one after the other, so that only one teacher has to be in memory."""
     settings = {"data_collator": padded, "progress": False, "batch_size": 4, **changed}
     return [
         CachedTeacher(TeacherCache.build(one, some, folder / str(number), **settings))
@@ -208,8 +208,8 @@ def caches_of(folder: Path, teachers: list[Any], some: list, **changed: Any) -> 
     ]
 
 
-def test_an_ensemble_of_caches_trains_as_the_teachers_do(tmp_path: Path) -> None:
-    """Each brings its own columns with the batch; a live model may be among them."""
+def test_an_ensemble_of_caches_trains_like_the_live_ensemble(tmp_path: Path) -> None:
+    """Each cache adds its own columns to the batch; a live model may be a member too."""
     some, teachers, start = examples(11), [bert(seed=1), bert(seed=2), bert(seed=3)], weights(bert())
     caches = caches_of(tmp_path, teachers, some, store=Dense("float32"))
     trained = []
@@ -225,10 +225,10 @@ def test_an_ensemble_of_caches_trains_as_the_teachers_do(tmp_path: Path) -> None
     for one in trained[1:]:
         for name, value in trained[0].items():
             torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
-    assert not any(teacher._looked_up for teacher in caches)  # nothing was looked up in the training process
+    assert not any(teacher._looked_up for teacher in caches)  # the training process looked nothing up
 
 
-def test_a_collator_is_wrapped_once_and_an_ensemble_in_an_ensemble(tmp_path: Path) -> None:
+def test_nested_ensembles_wrap_the_collator_once(tmp_path: Path) -> None:
     some = examples(6)
     one, two, three = caches_of(tmp_path, [bert(seed=n) for n in (1, 2, 3)], some)
     ensemble = Ensemble([Ensemble([one, two]), three])
@@ -244,8 +244,8 @@ def test_a_collator_is_wrapped_once_and_an_ensemble_in_an_ensemble(tmp_path: Pat
     assert distiller(bert(), batch).loss.item() == pytest.approx(distiller(bert(), plain).loss.item(), rel=1e-6)
 
 
-def test_sparse_members_are_refused(tmp_path: Path) -> None:
-    """Before the first step: a mean is over all columns."""
+def test_sparse_members_of_an_ensemble_raise(tmp_path: Path) -> None:
+    """Before the first step: the mean needs all columns."""
     head = HEADS["llama_causal_lm"]
     some, teacher = head.examples(4), head.make(2)
     cached = CachedTeacher(build(tmp_path, head, teacher, some, store=TopK(5)))
@@ -259,8 +259,8 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-2)  # float16
 
 
-def test_a_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    """An ensemble's fingerprint is the same in the next run; that of other teachers is not."""
+def test_a_resumed_ensemble_build_has_the_same_bytes(tmp_path: Path) -> None:
+    """An ensemble's fingerprint is stable across runs; that of other teachers is not."""
     head = HEADS["bert_single_label"]
     some = head.examples(14)
 
@@ -277,7 +277,7 @@ def test_a_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             return super().__getitem__(index)
 
     stopping = Stops(some)
-    stopping.left = 1  # the sample for the size comes first
+    stopping.left = 1  # the size estimate comes first
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", head, ensemble(), stopping, temperature=2.0)
     assert (tmp_path / "cut" / "shard-00000.arrow").is_file()
@@ -287,12 +287,12 @@ def test_a_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_a_teacher_with_another_tokenizer_at_token_level(tmp_path: Path) -> None:
-    """Compared by how sure it is: its cache is of its own texts, and laid out along them."""
+def test_a_token_level_teacher_with_another_tokenizer(tmp_path: Path) -> None:
+    """UniversalLogitMatch: the cache is keyed by the teacher's texts and stores their positions."""
     head = HEADS["llama_causal_lm"]
     student, teacher = head.make(1, vocab_size=50), head.make(2, bos_token_id=3)
     theirs, ours = head.examples(6, seed=1), head.examples(6)
-    for one in theirs:  # whole texts with a start token, which is no part of an answer
+    for one in theirs:  # whole texts with a start token, which is not part of the answer
         one["input_ids"][0] = 3
         one["labels"] = list(one["input_ids"])
     cache = build(tmp_path, head, teacher, theirs)

@@ -1,4 +1,4 @@
-"""Caches of fixed versions of augmented examples: the training finds them; another augmentation is refused."""
+"""Caches of a fixed number of augmented versions: the training finds them; other augmentations raise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.trainer.tiny import assert_moved, bert, examples, make, padded, updat
 
 
 def scrambled(example: dict[str, Any]) -> dict[str, Any]:
-    """Each token is another one, with a chance of a half."""
+    """Replace each token with probability one half."""
     ids = example["input_ids"]
     return {**example, "input_ids": [int(torch.randint(1, 23, ())) if torch.rand(()) < 0.5 else i for i in ids]}
 
@@ -37,8 +37,8 @@ def built(folder: Path, collator: Any, some: list, **changed: Any) -> TeacherCac
     return TeacherCache.build(bert(seed=1), some, folder, **settings)
 
 
-def test_versions_follow_from_the_example_alone() -> None:
-    """Whatever else is in the batch, in whatever order, with whatever label; in turn, an epoch each."""
+def test_versions_depend_on_the_example_alone() -> None:
+    """Not on the other examples, their order or the label; each epoch takes the next version."""
     some, collate = examples(6), augmenting()
     first = collate(some)["input_ids"]
     part = [{**some[4], "labels": 9}, some[1]]
@@ -55,8 +55,8 @@ def test_versions_follow_from_the_example_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_training_with_a_cache_of_the_same_versions(tmp_path: Path) -> None:
-    """Six examples in two versions, over three epochs, shuffled: what the live teacher says."""
+def test_training_with_cached_versions_equals_the_live_teacher(tmp_path: Path) -> None:
+    """Six examples in two versions, over three epochs, shuffled."""
     some, start = examples(6), weights(bert())
     cache = built(tmp_path / "cache", augmenting(2, CHANGES, GROWS), some)
     there = {"views": 2, "seed": 0, "augmentations": ["scrambled", "longer"]}
@@ -72,7 +72,7 @@ def test_training_with_a_cache_of_the_same_versions(tmp_path: Path) -> None:
     assert update_difference(trained[1], trained[0], start) < 1e-5
 
 
-def test_other_augmentations_are_refused_by_what_they_are(tmp_path: Path) -> None:
+def test_other_augmentations_raise(tmp_path: Path) -> None:
     some = examples(4)
     plain, of_views = built(tmp_path / "plain", padded, some), built(tmp_path / "views", augmenting(2), some)
     for cache, collator, message in (
@@ -101,7 +101,7 @@ def test_other_augmentations_are_refused_by_what_they_are(tmp_path: Path) -> Non
     assert built(tmp_path / "only", augmenting(2, student_only=True), some).manifest["augmentation"] is None
 
 
-def test_views_that_cannot_be() -> None:
+def test_invalid_numbers_of_views_raise() -> None:
     after = Augmentation(lambda batch: batch, moves_positions=False, acts_on="batch")
     for views, augmentation, message in (
         (0, CHANGES, "views=0: must be a whole number of at least 1, or None"),

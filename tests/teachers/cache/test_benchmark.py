@@ -1,4 +1,4 @@
-"""benchmarks/teacher_cost.py and store_training.py run, at sizes that say nothing; what they count is the layout's."""
+"""benchmarks/teacher_cost.py and store_training.py run at tiny sizes, and their byte counts match the layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.gradient_error import gradient_errors
 from benchmarks.teacher_cost import CACHED, LIVE, NO_TEACHER, main, table_of_steps
 
 
-def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_teacher_cost_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = {"--vocabulary": 300, "--batch": 2, "--length": 8, "--batches": 2, "--rounds": 2}
     small = [str(word) for pair in sizes.items() for word in pair]
     small += ["--student", "1", "64", "--teacher", "1", "64"]
@@ -23,7 +23,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert list(found["tokens"]) == [NO_TEACHER, "cached, TopK(64)", "cached, Sampled(32)", LIVE]
     assert all(len(seconds) == 2 for seconds in found["tokens"].values())
     # 64 ids and values of 2 bytes, two tails of 4; 32 ids and a mean of 4; 64 ids, 32 values and 8; 300 values of 2.
-    # And what a shard of few examples has around it.
+    # Plus the overhead of a shard with few examples.
     for store, size in (("TopK(64)", 264), ("Sampled(32)", 68), ("Hybrid(32, 32)", 200), ("Dense()", 600)):
         assert size <= found["stores"][store]["bytes_a_token"] < size + 80
         assert found["stores"][store]["build_tokens_a_second"] > 0
@@ -31,8 +31,8 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_errors_of_the_gradient() -> None:
-    """What is drawn is nearer on average than once, by about the root of 8; strata help a peaked teacher; nothing that
-    is drawn is a bias."""
+    """Averages of draws are nearer than single draws, by about the root of 8; strata help for a peaked teacher; draws
+    have no bias."""
     errors = gradient_errors(2000, rows=16)
     assert len(errors) == 4
     for of_ways in errors.values():
@@ -42,20 +42,20 @@ def test_errors_of_the_gradient() -> None:
 
 
 @pytest.mark.slow
-def test_the_plot(tmp_path: Path) -> None:
+def test_the_plot_is_written(tmp_path: Path) -> None:
     main(["--vocabulary", "600", "--plot", str(tmp_path / "errors.png")])
     assert (tmp_path / "errors.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_ratios_by_hand() -> None:
-    """Medians of ratios within rounds: 2/1, 3/2, 4/4 for the live teacher."""
+    """Return medians of ratios within rounds: 2/1, 3/2, 4/4 for the live teacher."""
     seconds = {NO_TEACHER: [1.0, 2.0, 4.0], LIVE: [2.0, 3.0, 4.0]}
     row = table_of_steps(seconds)[-1]
     assert row == "| live teacher | 3000.0 | 1.500 (1.250 to 1.750) | 1.000 |"
 
 
-def test_training_on_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Few steps of a small world: whatever is kept, the student gets nearer; stores of a block have the same bytes."""
+def test_store_training_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A few steps on small data: the student improves with each store; stores of a block have equal sizes."""
     small = ["--inputs", "64", "--vocabulary", "200", "--epochs", "1", "--seeds", "1"]
     store_training.main([*small, "--output", str(tmp_path / "figures.json")])
     found = json.loads((tmp_path / "figures.json").read_text())

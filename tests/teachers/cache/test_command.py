@@ -37,7 +37,7 @@ def run(*arguments: str) -> int:
     return main(["cache", *arguments])
 
 
-def test_a_cache_is_built_and_shown_and_trains(
+def test_the_command_builds_and_shows_a_cache_that_trains(
     tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture
 ) -> None:
     folder = str(tmp_path / "cache")
@@ -63,7 +63,9 @@ def test_a_cache_is_built_and_shown_and_trains(
     assert trainer.train().global_step == 2
 
 
-def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_builds_a_cache_of_hidden_states_alone(
+    tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture
+) -> None:
     folder = str(tmp_path / "cache")
     build = ("build", teacher, texts, folder, "--task", "classification", "--text-column", "text")
     assert run(*build, "--hidden", "-1", "0", "--no-predictions", "--activation-dtype", "bfloat16") == 0
@@ -83,7 +85,7 @@ def test_hidden_states_alone(tmp_path: Path, teacher: str, texts: str, capsys: p
         ((), "the dataset has the columns text, label, and no model input (input_ids,"),
     ],
 )
-def test_datasets_without_model_inputs(
+def test_datasets_without_model_inputs_raise(
     tmp_path: Path, teacher: str, texts: str, capsys: pytest.CaptureFixture, changed: tuple[str, ...], message: str
 ) -> None:
     assert run("build", teacher, texts, str(tmp_path / "cache"), "--task", "classification", *changed) == 2
@@ -91,7 +93,7 @@ def test_datasets_without_model_inputs(
     assert not (tmp_path / "cache").exists()
 
 
-def test_folders_that_are_not_a_dataset_or_a_cache(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture) -> None:
+def test_folders_without_a_dataset_or_cache_raise(tmp_path: Path, teacher: str, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     assert run("build", teacher, empty, str(tmp_path / "cache"), "--task", "classification") == 2
@@ -118,7 +120,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
         ("--store hybrid --top-k 4 --temperature 2 --store-dtype float32", Hybrid(4, temperature=2.0, dtype="float32")),
     ],
 )
-def test_the_store_of_the_options(arguments: str, store: object) -> None:
+def test_options_select_the_store(arguments: str, store: object) -> None:
     assert store_of(parsed(*arguments.split())) == store
 
 
@@ -136,6 +138,6 @@ def test_the_store_of_the_options(arguments: str, store: object) -> None:
         ("--store sampled --temperature 1 2", "--temperature 1 2: with --store sampled give one temperature"),
     ],
 )
-def test_options_of_another_store(arguments: str, message: str) -> None:
+def test_options_of_another_store_raise(arguments: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         store_of(parsed(*arguments.split()))

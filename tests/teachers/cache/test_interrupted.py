@@ -1,4 +1,4 @@
-"""A pass that is interrupted: it goes on to the same bytes; several processes make the same bytes; a full disk."""
+"""Interrupted passes resume to the same bytes; several processes build the same bytes; a full disk."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def check_kills(folder: Path, random_kills: int, *words: str) -> dict[str, Any]:
     printed = alone(Path(__file__).with_name("killed.py"), str(folder), str(random_kills), *words)
     found = json.loads(printed.splitlines()[-1])
     assert found["wrong"] == []
-    # A plan; a shard and its receipt, four times; index, two dataset files, card, manifest; receipts and plan go.
+    # A plan; four shards with receipts; index, two dataset files, card, manifest; receipts and plan are removed.
     assert found["changes"] >= 1 + 8 + 5 + 5
-    assert found["killed"] >= found["changes"]  # a random time may lie after the end
+    assert found["killed"] >= found["changes"]  # random kills may come after the end
     return found
 
 
-def test_killed_anywhere_or_by_two_processes_the_bytes_are_the_same(tmp_path: Path) -> None:
-    """Killed before or after every rename and removal of the pass, and twice at a random time."""
+def test_killed_passes_and_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
+    """Killed before or after every rename and removal, and twice at a random time."""
     found = check_kills(tmp_path, 2)
     shards = [f"shard-{n:05d}.arrow" for n in range(4)]
     assert found["files"] == ["README.md", "dataset_info.json", "index.arrow", "manifest.json", *shards, "state.json"]
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random(tmp_path: Path) -> None:
+def test_passes_killed_at_random_times_give_the_same_bytes(tmp_path: Path) -> None:
     check_kills(tmp_path, 10)
 
 
 @pytest.mark.slow
-def test_killed_anywhere_the_draws_are_the_same(tmp_path: Path) -> None:
+def test_killed_passes_give_the_same_draws(tmp_path: Path) -> None:
     check_kills(tmp_path, 2, "drawn")
 
 
 class Quota:
-    """A disk with room for so many bytes more."""
+    """A fake disk with a limited number of free bytes."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -75,7 +75,7 @@ class Quota:
         return Limited()
 
 
-def test_a_full_disk_leaves_what_is_finished_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_finished_shards_and_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[NAME]
     teacher, examples = head.make(2), head.examples(20)
     build(tmp_path / "whole", head, teacher, examples)
@@ -92,12 +92,12 @@ def test_a_full_disk_leaves_what_is_finished_and_says_so(tmp_path: Path, monkeyp
             TeacherCache(folder)
     asked.clear()
     build(folder, head, teacher, examples)
-    assert len(asked) == 1 + 1  # the plan's look at the first batch, and the last shard's two examples
+    assert len(asked) == 1 + 1  # the plan's trial on the first batch, and the two examples of the last shard
     assert contents(folder) == contents(tmp_path / "whole")
 
 
 class Stopped:
-    """A teacher's hook: Ctrl-C when it is asked for the so-manieth time."""
+    """A teacher hook that raises KeyboardInterrupt at its n-th call."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -108,15 +108,15 @@ class Stopped:
             raise KeyboardInterrupt
 
 
-def test_ctrl_c_keeps_what_was_asked_and_says_how_much(tmp_path: Path) -> None:
-    """By default a shard has 256 examples, however few bytes they take."""
+def test_ctrl_c_keeps_finished_predictions_and_reports_them(tmp_path: Path) -> None:
+    """By default a shard has 256 examples, however small they are."""
     head = HEADS["bert_single_label"]
     teacher, examples = head.make(2), head.examples(600)
     settings = {"batch_size": 32, "shard_examples": None, "store": None}
     build(tmp_path / "whole", head, teacher, examples, **settings)
     assert len(list((tmp_path / "whole").glob("shard-*.arrow"))) == 3
     folder = tmp_path / "part"
-    looks = 1 + 1  # the plan's at the first batch, and its most padded example alone
+    looks = 1 + 1  # the plan's trial on the first batch, and on its most padded example alone
     handle = teacher.register_forward_hook(Stopped(at=looks + 600 // 32))
     with pytest.raises(KeyboardInterrupt) as stopped:
         build(folder, head, teacher, examples, **settings)
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_was_asked_and_says_how_much(tmp_path: Path) -> None:
     asked: list[Any] = []
     teacher.register_forward_hook(lambda *_: asked.append(1))
     build(folder, head, teacher, examples, **settings)
-    assert len(asked) == 1 + 3  # the plan's look, and the last 88 examples
+    assert len(asked) == 1 + 3  # the plan's trial, and the last 88 examples
     assert contents(folder) == contents(tmp_path / "whole")
 
 
@@ -143,10 +143,10 @@ def test_ctrl_c_keeps_what_was_asked_and_says_how_much(tmp_path: Path) -> None:
         (1000, 200, 10_003, 32, 992),
     ],
 )
-def test_how_many_examples_a_shard_has(
+def test_examples_in_a_shard(
     asked: int | None, bytes_an_example: float, count: int, batch_size: int, expected: int
 ) -> None:
-    """256 or a thousandth of all, no more than 64 MB, in whole batches."""
+    """256 or a thousandth of all, at most 64 MB, in whole batches."""
     assert shard_size(asked, bytes_an_example, count, batch_size) == expected
 
 
@@ -154,12 +154,12 @@ def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:
     head, teacher, examples, _ = made(tmp_path, NAME)
     before, asked = contents(tmp_path), []
     teacher.register_forward_hook(lambda *_: asked.append(1))
-    said: list[str] = []
-    build(tmp_path, head, teacher, examples, announce=said.append)
-    assert contents(tmp_path) == before and len(asked) == 1 and said == [f"{tmp_path} is built already."]
+    messages: list[str] = []
+    build(tmp_path, head, teacher, examples, announce=messages.append)
+    assert contents(tmp_path) == before and len(asked) == 1 and messages == [f"{tmp_path} is built already."]
 
 
-def test_a_built_cache_of_other_examples_is_no_answer(tmp_path: Path) -> None:
+def test_a_built_cache_of_other_examples_raises(tmp_path: Path) -> None:
     head, teacher, examples, _ = made(tmp_path, NAME)
     before = contents(tmp_path)
     changed = [*examples[:9], {**examples[9], "input_ids": examples[9]["input_ids"][::-1]}, *examples[10:]]
@@ -169,7 +169,7 @@ def test_a_built_cache_of_other_examples_is_no_answer(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_shard_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[NAME]
     teacher, examples = head.make(2), head.examples(20)
     whole = build(tmp_path / "whole", head, teacher, examples)
@@ -181,7 +181,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_again(tmp_path: Path, monkey
 
 
 def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, examples: list) -> Path:
-    """A pass that ended after two shards of four."""
+    """Return a pass that ended after two of four shards."""
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_open", Quota(5500).open)
         with pytest.raises(DataError, match="the disk is full"):
@@ -199,7 +199,7 @@ def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, exam
         ("store", "something else: store.dtype: float32 there, float16 now"),
     ],
 )
-def test_it_goes_on_only_with_what_it_was_begun_with(
+def test_a_pass_resumes_only_with_the_same_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, message: str
 ) -> None:
     head = HEADS[NAME]

@@ -1,4 +1,4 @@
-"""The laws with a cached teacher, for every head: L11 as the live one, L4, L9, L12; and where the padding is."""
+"""The laws with a cached teacher, for every head: L11 (equal to the live one), L4, L9, L12; and the padding side."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def loss_of(distiller: Distiller, student: Any, batch: dict) -> tuple[float, tor
 
 
 @pytest.mark.parametrize("name", of_each_kind(9))
-def test_l11_as_the_live_teacher(tmp_path: Path, name: str) -> None:
-    """Other batches, in another order, padded further: value and gradient; looked up by the collator or afterwards."""
+def test_l11_a_cached_teacher_equals_the_live_teacher(tmp_path: Path, name: str) -> None:
+    """Value and gradient, with other batches, another order, more padding; looked up by the collator or the loss."""
     head, teacher, examples, cached = made(tmp_path, name)
     student = head.make(1)
     live, alpha = Distiller(student, teacher, alpha=1.0), {"alpha": 1.0}
@@ -45,9 +45,9 @@ def test_l11_as_the_live_teacher(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8), ("float32", 24)])
-def test_l11_to_the_precision_of_the_store(tmp_path: Path, dtype: str, bits: int) -> None:
-    """How far each logit is below the largest of its row is the teacher's, rounded to so many bits: half a unit in the
-    last place, and fp32's own error."""
+def test_l11_holds_to_the_precision_of_the_store(tmp_path: Path, dtype: str, bits: int) -> None:
+    """Each logit's distance from the largest in its row equals the teacher's, rounded to `bits` bits: half a unit in
+    the last place, plus fp32's own error."""
     name = "bert_tokens"
     head, teacher, examples, cached = made(tmp_path, name, store=Dense(dtype))
     distiller = Distiller(head.make(1), cached, alpha=1.0)
@@ -59,7 +59,7 @@ def test_l11_to_the_precision_of_the_store(tmp_path: Path, dtype: str, bits: int
     error = (found - expected)[real].abs()
     below = expected.amax(-1, keepdim=True) - expected
     assert found.dtype == torch.float32 and (error <= 2.0**-bits * below[real] + 1e-5).all()
-    assert dtype == "float32" or error.max() > 1e-5  # it was rounded
+    assert dtype == "float32" or error.max() > 1e-5  # it is rounded
     assert (found[~real] == 0).all()
 
 
@@ -87,7 +87,7 @@ def test_l4_accumulation_changes_nothing(tmp_path: Path, name: str) -> None:
         assert found == pytest.approx(loss, rel=1e-6) and m.difference(of_parts, gradient) < 1e-6
 
 
-def test_l9_the_teacher_is_asked_at_the_build_alone_and_left_as_it_was(tmp_path: Path) -> None:
+def test_l9_the_teacher_runs_only_at_the_build_and_is_unchanged(tmp_path: Path) -> None:
     name = "bert_single_label"
     head, dropout = HEADS[name], {"hidden_dropout_prob": 0.5}
     teacher, examples = head.make(2, **dropout).train(), head.examples(12)
@@ -96,7 +96,7 @@ def test_l9_the_teacher_is_asked_at_the_build_alone_and_left_as_it_was(tmp_path:
     cached = CachedTeacher(build(tmp_path, head, teacher, examples))
     assert_same_bits(weights(teacher), before)
     calls = len(asked)
-    assert calls >= 4 and not any(asked)  # in evaluation mode, though it came in training mode
+    assert calls >= 4 and not any(asked)  # in evaluation mode, although it was passed in training mode
     student = head.make(1)
     own = set(student.state_dict())
     distiller = Distiller(student, cached, alpha=0.5)
@@ -109,7 +109,7 @@ def test_l9_the_teacher_is_asked_at_the_build_alone_and_left_as_it_was(tmp_path:
 
 @pytest.mark.parametrize("name", ["bert_single_label", "bert_multi_label", "bert_tokens"])
 def test_l12_labels_are_matched_by_name(tmp_path: Path, name: str) -> None:
-    """A teacher whose labels stand in another order, with its columns permuted alike, teaches the same."""
+    """A teacher with permuted labels and permuted columns has the same predictions."""
     head, order = HEADS[name], [2, 0, 1]
     names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     student, teacher, examples = head.make(1, **names), head.make(2, **names), head.examples(8)
@@ -124,8 +124,8 @@ def test_l12_labels_are_matched_by_name(tmp_path: Path, name: str) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1e-3
 
 
-def test_padded_on_the_left(tmp_path: Path) -> None:
-    """Llama's positions are relative, so a live teacher says the same of a left-padded batch as of the cached one."""
+def test_a_cached_teacher_with_left_padding(tmp_path: Path) -> None:
+    """Llama's positions are relative, so left padding does not change its predictions."""
     name = "llama_causal_lm"
     head, teacher, examples, cached = made(tmp_path, name)
     student = head.make(1)
@@ -135,12 +135,12 @@ def test_padded_on_the_left(tmp_path: Path) -> None:
     assert stored(student, batch).loss.item() == pytest.approx(expected, rel=1e-4)
     right = head.collate(shuffled(examples, 5))
     assert stored(student, right).loss.item() == pytest.approx(expected, rel=1e-4)
-    told = stored.teacher(stored.task, batch, Needs(logits=True)).predictions()
-    assert (told[~batch["attention_mask"].bool()] == 0).all()
+    predictions = stored.teacher(stored.task, batch, Needs(logits=True)).predictions()
+    assert (predictions[~batch["attention_mask"].bool()] == 0).all()
 
 
-def test_decoder_inputs_from_the_collator(tmp_path: Path) -> None:
-    """A collator that makes them itself: the cache is keyed by them, also where a training makes them of the labels."""
+def test_decoder_inputs_made_by_the_collator(tmp_path: Path) -> None:
+    """The cache is keyed by them, even if a training derives them from the labels."""
     name = "bart_seq2seq"
     head = HEADS[name]
     student, teacher, examples = head.make(1), head.make(2), head.examples(8)

@@ -1,4 +1,4 @@
-"""What rounding leaves of what a teacher said: of values all, of logits their differences; and what is said of it."""
+"""Rounding in a cache: values stay exact, logits keep their differences, and large errors give a warning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFSET = 2000.3
 
 
 def shifted(head: Any, seed: int, by: float, **settings: Any) -> Any:
-    """All of its predictions are larger by this."""
+    """Return a model whose predictions are all larger by `by`."""
     model = head.make(seed, **settings)
     last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     with torch.no_grad():
@@ -31,7 +31,7 @@ def shifted(head: Any, seed: int, by: float, **settings: Any) -> Any:
 def losses(
     folder: Path, head: Any, student: Any, teacher: Any, store: Any = None, **settings: Any
 ) -> tuple[float, float]:
-    """Of the live teacher, and of its cache."""
+    """Return the losses with the live teacher and with its cache."""
     some = head.examples(8)
     cached = CachedTeacher(build(folder, head, teacher, some, student=student, store=store))
     batch = head.collate(some)
@@ -44,7 +44,7 @@ def losses(
 
 @pytest.mark.parametrize("several", [False, True])
 def test_values_are_not_rounded(tmp_path: Path, several: bool) -> None:
-    """Years, prices, counts: half precision has a number in two there."""
+    """Half precision holds numbers such as years and prices only to the nearest even one."""
     head, shape = HEADS["bert_regression"], {"num_labels": 3 if several else 1, "problem_type": "regression"}
     student, teacher = shifted(head, 1, 2000.0, **shape), shifted(head, 2, OFFSET, **shape)
     live, stored = losses(tmp_path, head, student, teacher)
@@ -75,9 +75,9 @@ SOFTMAX = ["bert_single_label", "bert_tokens", "bert_multiple_choice", "wav2vec2
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", SOFTMAX)
-def test_what_all_logits_of_a_row_share_costs_them_nothing(tmp_path: Path, name: str, dtype: str) -> None:
-    """As near to the live teacher around 2,000 as around 0, in a divergence that does not see the shift and in one that
-    does; as it was kept before, most is gone."""
+def test_a_shift_of_all_logits_does_not_cost_precision(tmp_path: Path, name: str, dtype: str) -> None:
+    """As precise around 2,000 as around 0, for a divergence that ignores the shift and one that
+    does not; earlier stores lost most of the precision."""
     head, student = HEADS[name], HEADS[name].make(1)
     there = head.make(2)
     last = [module for module in there.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -93,7 +93,7 @@ def test_what_all_logits_of_a_row_share_costs_them_nothing(tmp_path: Path, name:
     assert stored != pytest.approx(live, rel=5 * tolerance)
 
 
-def test_columns_that_are_impossible() -> None:
+def test_blocked_columns_are_stored() -> None:
     store, inf = Dense("float16", keeps_largest=True), float("inf")
     rows = torch.tensor([[-inf, 2000.0, 1999.0], [-inf, -inf, -inf], [0.1, 0.2, 0.3]])
     kept = store.encode(rows, None, None)  # type: ignore[arg-type]  # for what is drawn
@@ -116,14 +116,14 @@ def test_columns_that_are_impossible() -> None:
         ("bert_embedding", ("float32", False)),
     ],
 )
-def test_what_is_kept_of_each_head_by_default(tmp_path: Path, name: str, kept: tuple[str, bool]) -> None:
-    """Labels that are Bernoullis, and positions, have no largest column that the others are measured against."""
+def test_default_store_of_each_head(tmp_path: Path, name: str, kept: tuple[str, bool]) -> None:
+    """Multi-label heads and spans have no largest column to measure the others from."""
     head = HEADS[name]
     cache = build(tmp_path, head, head.make(2), head.examples(4), store=None)
     assert cache.manifest["store"] == {"name": "dense", "dtype": kept[0], "keeps_largest": kept[1]}
 
 
-def test_the_error_of_rounding_is_relative_to_what_differs() -> None:
+def test_the_rounding_error_is_relative_to_the_differences() -> None:
     rows = torch.randn(200, 8, dtype=torch.float64)
     for dtype, bits in (("float16", 11), ("bfloat16", 8)):
         error = (rows.to(getattr(torch, dtype)).double() - rows).square().mean().sqrt()
@@ -134,10 +134,10 @@ def test_the_error_of_rounding_is_relative_to_what_differs() -> None:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_hidden_states_whose_rounding_shows_are_told_of(
+def test_a_large_rounding_error_of_hidden_states_gives_a_warning(
     tmp_path: Path, large: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Measured on the first batch, kept in the manifest; a warning where it is more than a hundredth."""
+    """Measured on the first batch and stored in the manifest; warns above one hundredth."""
     teacher, student = bert(seed=1, num_hidden_layers=2), bert()
     if large:
         with torch.no_grad():
@@ -151,7 +151,7 @@ def test_hidden_states_whose_rounding_shows_are_told_of(
     assert ('Pass BuildOptions(activation_dtype="float32")' in caplog.text) == large
 
 
-def test_values_that_the_user_has_rounded_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_rounded_by_the_user_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     head = HEADS["bert_regression"]
     with caplog.at_level(logging.WARNING, "hf_distill"):
         cache = build(tmp_path, head, shifted(head, 2, OFFSET), head.examples(8), store=Dense("float16"))

@@ -1,4 +1,4 @@
-"""A cache as an ordinary dataset: from the disk, and on a Hub that runs on this machine."""
+"""A cache as an ordinary dataset: from disk, and from a Hub that runs on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "bert_tokens"
 
 
 class DatasetHub(FakeHub):
-    """The same for datasets: their addresses are those of models with another word in them."""
+    """A fake Hub for datasets: its addresses contain another word than those of models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[DatasetHub]
         yield hub
 
 
-def test_an_ordinary_dataset(tmp_path: Path) -> None:
+def test_a_cache_loads_as_an_ordinary_dataset(tmp_path: Path) -> None:
     _, _, examples, cached = made(tmp_path, NAME)
     data = cached.cache.dataset()
     assert data.column_names == ["high", "low", "positions", "logits"] and len(data) == 20
@@ -62,7 +62,7 @@ def test_an_ordinary_dataset(tmp_path: Path) -> None:
     assert loaded[19] == data[19] and is_cache(tmp_path)
 
 
-def test_pushed_and_read_by_its_id(tmp_path: Path, hub: DatasetHub) -> None:
+def test_a_pushed_cache_is_loaded_by_its_id(tmp_path: Path, hub: DatasetHub) -> None:
     head, _, examples, cached = made(tmp_path / "cache", NAME)
     (tmp_path / "cache" / "diary.txt").write_text("private")
     cached.cache.push_to_hub("tiny-user/what-it-said", token=TOKEN)
@@ -78,10 +78,12 @@ def test_pushed_and_read_by_its_id(tmp_path: Path, hub: DatasetHub) -> None:
     assert losses[0] == losses[1] > 1e-3
 
 
-def test_the_card_lets_datasets_read_it(tmp_path: Path) -> None:
-    """As `load_dataset` does with a repository: by the card's `data_files`. The shards are plain Arrow."""
+def test_the_card_lets_load_dataset_find_the_shards(tmp_path: Path) -> None:
+    """By the `data_files` of the card, as for a Hub repository. The shards are plain Arrow."""
     _, _, _, cached = made(tmp_path / "cache", NAME)
-    (tmp_path / "cache" / "state.json").rename(tmp_path / "state.json")  # it would have us use load_from_disk
+    (tmp_path / "cache" / "state.json").rename(
+        tmp_path / "state.json"
+    )  # with it, datasets would suggest load_from_disk
     loaded = datasets.load_dataset(str(tmp_path / "cache"), cache_dir=str(tmp_path / "there"), split="train")
     (tmp_path / "state.json").rename(tmp_path / "cache" / "state.json")
     kept = cached.cache.dataset()

@@ -1,4 +1,4 @@
-"""Caches with Sampled and Hybrid: the loss is of what is kept, and unbiased; laws; resuming; training; refusals."""
+"""Caches with Sampled and Hybrid: unbiased losses of the stored rows, laws, resume, training, errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_distill.teachers import shards
 from hf_distill.teachers.cache import CachedTeacher, Hybrid, Sampled, TeacherCache
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
-from tests.teachers.cache.built import build, contents, left_padded, made, shuffled
+from tests.teachers.cache.built import build, contents, gradient, left_padded, made, shuffled
 from tests.teachers.cache.test_interrupted import Quota
 from tests.trainer.tiny import make, update_difference, weights
 
@@ -25,16 +25,9 @@ STORES = [Sampled(6), Sampled(6, proposal_power=0.5), Hybrid(3, 4, dtype="float3
 KINDS = ["sampled", "with_weights", "hybrid"]
 
 
-def gradient(distiller: Distiller, student: Any, batch: dict) -> tuple[float, Tensor]:
-    student.zero_grad(set_to_none=True)
-    loss = distiller(student, batch).loss
-    loss.backward()
-    return loss.item(), m.gradient_of(student)
-
-
 @pytest.fixture(scope="module", params=range(3), ids=KINDS)
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """A head, a teacher, sixty examples and their cache."""
+    """Return a head, a teacher, sixty examples and their cache."""
     head, store = HEADS[NAME], STORES[request.param]
     teacher, examples = head.make(2), head.examples(60)
     folder = tmp_path_factory.mktemp(store.name)
@@ -42,8 +35,8 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def per_row(cached: CachedTeacher, teacher: Any, student: Any, batch: dict) -> tuple[Tensor, Tensor, float]:
-    """Of each row that counts: Σ w (log p - log q) by hand, from what is kept and the student's rows, in float64; the
-    dense KL; and the loss that the library makes of it."""
+    """Return for each row that counts Σ w (log p - log q) in float64, by hand from the stored fields and the student's
+    rows; the dense KL; and the library's loss."""
     live, stored = (Distiller(student, one, alpha=1.0, temperature=1.0) for one in (teacher, cached))
     prepared, task = live.prepare(batch), live.task
     with torch.no_grad():
@@ -64,19 +57,19 @@ def per_row(cached: CachedTeacher, teacher: Any, student: Any, batch: dict) -> t
     return torch.tensor(found, dtype=torch.float64), dense, loss
 
 
-def test_the_loss_is_of_what_is_kept_and_on_average_the_live_one(cache: tuple) -> None:
-    """Rows are drawn each by itself, so (Σ differences) / sqrt(Σ differences²) is near a standard normal: within 4."""
+def test_the_loss_is_that_of_the_stored_rows_and_unbiased(cache: tuple) -> None:
+    """Rows are drawn independently, so (Σ differences) / sqrt(Σ differences²) is nearly standard normal: within 4."""
     head, teacher, examples, cached = cache
     found, dense, loss = per_row(cached, teacher, head.make(1), head.collate(examples))
     assert loss == pytest.approx(found.mean().item(), rel=1e-5)
     apart = found - dense
     assert len(apart) > 200 and (apart**2).sum() > 1e-3
     assert abs(apart.sum() / (apart**2).sum().sqrt()) < 4
-    assert (apart**2).mean().sqrt() / len(apart) ** 0.5 < 0.1 * dense.mean()  # so that it could see something
+    assert (apart**2).mean().sqrt() / len(apart) ** 0.5 < 0.1 * dense.mean()  # the test is sensitive enough
 
 
 def test_order_padding_batches_and_collator_change_nothing(cache: tuple) -> None:
-    """L3 and the keys: the same rows in other batches, padded further, on the left, or looked up by the collator."""
+    """L3 and the keys: the same rows in other batches, with more or left padding, or looked up by the collator."""
     head, _, examples, cached = cache
     student, some = head.make(1), shuffled(examples, 7)
     stored = Distiller(student, cached, alpha=1.0, temperature=1.0)
@@ -91,7 +84,7 @@ def test_order_padding_batches_and_collator_change_nothing(cache: tuple) -> None
         assert found == pytest.approx(loss, rel=1e-5) and m.difference(of_batch, expected) < 1e-5
 
 
-def test_no_row_counts(cache: tuple) -> None:
+def test_no_rows_give_zero(cache: tuple) -> None:
     """L2."""
     head, _, examples, cached = cache
     student, batch = head.make(1), head.collate(examples[:3])
@@ -100,7 +93,7 @@ def test_no_row_counts(cache: tuple) -> None:
     assert loss == 0 and (found == 0).all()
 
 
-def test_any_cut_of_a_step_through_the_trainer(cache: tuple, tmp_path: Path) -> None:
+def test_accumulation_in_the_trainer_changes_nothing(cache: tuple, tmp_path: Path) -> None:
     """L4: one batch of eight is 2 x 4 and 8 x 1."""
     head, _, examples, cached = cache
     start, trained = weights(head.make(1).double()), []
@@ -123,8 +116,8 @@ def test_any_cut_of_a_step_through_the_trainer(cache: tuple, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", [NAME, "bart_seq2seq", "wav2vec2_ctc_mean"])
-def test_hybrid_of_all_columns_is_the_live_teacher(tmp_path: Path, name: str) -> None:
-    """L11, at temperature 2; and with the student as its own teacher L1."""
+def test_hybrid_of_all_columns_equals_the_live_teacher(tmp_path: Path, name: str) -> None:
+    """L11, at temperature 2; and L1, with the student as its own teacher."""
     store = Hybrid(VOCABULARY, 2, temperature=2.0, dtype="float32")
     head, teacher, examples, cached = made(tmp_path, name, store=store)
     student, batch = head.make(1), head.collate(shuffled(examples, 6))
@@ -136,8 +129,8 @@ def test_hybrid_of_all_columns_is_the_live_teacher(tmp_path: Path, name: str) ->
     assert abs(zero) < 1e-5 and of_same.norm() < 1e-4
 
 
-def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each seed has its own draws, which the manifest names."""
+def test_a_resumed_build_has_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each seed, which the manifest contains, has its own draws."""
     head, examples = HEADS[NAME], HEADS[NAME].examples(20)
     teacher = head.make(2)
     for store in STORES[1:]:
@@ -158,7 +151,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: p
 
 
 def test_draws_do_not_depend_on_batches(tmp_path: Path) -> None:
-    """Llama says the same whatever the padding (to rounding), so other batches draw the same columns."""
+    """Llama's predictions do not depend on padding (up to rounding), so other batches draw the same columns."""
     head, examples = HEADS[NAME], HEADS[NAME].examples(20)
     built = [
         build(tmp_path / str(size), head, head.make(2), data, store=Sampled(6), batch_size=size)
@@ -166,10 +159,10 @@ def test_draws_do_not_depend_on_batches(tmp_path: Path) -> None:
     ]
     one, other = (cache.look_up(head.collate(examples)) for cache in built)
     same = (one["teacher_cached_ids"] == other["teacher_cached_ids"]).float().mean()
-    assert same > 0.995  # a draw at the border of two columns may fall to either
+    assert same > 0.995  # a draw at the border of two columns may give either
 
 
-def test_what_it_cannot_teach(tmp_path: Path) -> None:
+def test_unsupported_divergences_and_objectives_raise(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path / "a", NAME, store=Sampled(4, temperature=2.0))
     student, batch = head.make(1), head.collate(examples[:3])
     for temperature in (1.0, linear(2.0, 1.0)):
@@ -185,8 +178,8 @@ def test_what_it_cannot_teach(tmp_path: Path) -> None:
         stored.teacher_signals(stored.prepare(batch)).predictions()
 
 
-def test_evaluation_with_it(cache: tuple, tmp_path: Path) -> None:
-    """The divergence that is reported is near the live one's, and so is how often the likeliest agrees."""
+def test_evaluation_with_a_sampled_cache(cache: tuple, tmp_path: Path) -> None:
+    """The reported divergence and agreement are close to those of the live teacher."""
     head, teacher, examples, cached = cache
     measured = []
     for number, one in enumerate((teacher, cached)):

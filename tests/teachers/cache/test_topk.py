@@ -1,9 +1,8 @@
-"""TopK: exact when k is the vocabulary; else over k + 1 outcomes, by a reference of its own; temperatures; refusals."""
+"""TopK: exact if k is the vocabulary, else over k + 1 outcomes, compared with a reference; temperatures; errors."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,23 +14,16 @@ from hf_distill.teachers import CachedTeacher, Dense, TopK
 from hf_distill.teachers.cache.build import default_store
 from tests.heads import HEADS, VOCABULARY
 from tests.laws import measuring as m
-from tests.teachers.cache.built import build, made, shuffled
+from tests.teachers.cache.built import build, gradient, made, shuffled
 from tests.tiny_tokenizers import tokenizer
 
 LANGUAGE = [name for name, head in HEADS.items() if head.kind in ("masked_lm", "causal_lm", "seq2seq", "ctc")]
 ALL = TopK(VOCABULARY, temperatures=(1.0,), dtype="float32")
 
 
-def gradient(distiller: Distiller, student: Any, batch: dict) -> tuple[float, Tensor]:
-    student.zero_grad(set_to_none=True)
-    loss = distiller(student, batch).loss
-    loss.backward()
-    return loss.item(), m.gradient_of(student)
-
-
 @pytest.mark.parametrize("name", LANGUAGE)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_l11_with_all_columns_it_is_the_live_teacher_at_any_temperature(
+def test_l11_all_columns_equal_the_live_teacher_at_any_temperature(
     tmp_path: Path, name: str, temperature: float
 ) -> None:
     head, teacher, examples, cached = made(tmp_path, name, store=ALL)
@@ -45,15 +37,15 @@ def test_l11_with_all_columns_it_is_the_live_teacher_at_any_temperature(
 
 
 def merged(rows: Tensor, order: Tensor, k: int) -> Tensor:
-    """Probabilities of the k columns that the order begins with, and the sum of all others, in float64."""
+    """Return the probabilities of the first k columns of the order, and the sum of all others, in float64."""
     sorted_rows = rows.double().softmax(-1).gather(-1, order)
     return torch.cat([sorted_rows[:, :k], sorted_rows[:, k:].sum(-1, keepdim=True)], -1)
 
 
 @pytest.mark.parametrize("name", ["llama_causal_lm", "bart_seq2seq", "wav2vec2_ctc_mean"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_over_k_and_one_outcomes(tmp_path: Path, name: str, temperature: float) -> None:
-    """KL of merged distributions, made from the live teacher's whole rows, sorted and summed in float64."""
+def test_the_loss_is_over_k_plus_one_outcomes(tmp_path: Path, name: str, temperature: float) -> None:
+    """KL of merged distributions, computed from the live teacher's rows, sorted and summed in float64."""
     k = 5
     head, teacher, examples, cached = made(tmp_path, name, store=TopK(k, dtype="float32"))
     student, batch = head.make(1), head.collate(examples[:6])
@@ -71,11 +63,11 @@ def test_over_k_and_one_outcomes(tmp_path: Path, name: str, temperature: float) 
     stored = Distiller(student.train(), cached, alpha=1.0, temperature=temperature)
     assert stored(student, batch).loss.item() == pytest.approx(expected.item(), rel=1e-4)
     whole = live(student, batch).loss.item()
-    assert 0 < expected < whole * (1 - 1e-3)  # putting outcomes together takes divergence away
+    assert 0 < expected < whole * (1 - 1e-3)  # merging outcomes reduces the divergence
 
 
-def test_equal_models_are_at_zero_and_stay_there(tmp_path: Path) -> None:
-    """L1: a teacher that is the student, of which only three columns are known."""
+def test_equal_models_have_zero_loss_and_gradient(tmp_path: Path) -> None:
+    """L1: the teacher equals the student, and the cache has only three columns."""
     head, _, examples, cached = made(tmp_path, "llama_causal_lm", store=TopK(3, dtype="float32"))
     student = head.make(2)
     loss, of_student = gradient(Distiller(student, cached, alpha=1.0), student, head.collate(examples[:6]))
@@ -85,7 +77,7 @@ def test_equal_models_are_at_zero_and_stay_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jensen_shannon", "skewed_forward_kl", "total_variation"])
-def test_other_divergences_of_outcomes(tmp_path: Path, divergence: str) -> None:
+def test_other_divergences_over_merged_outcomes(tmp_path: Path, divergence: str) -> None:
     head, teacher, examples, cached = made(tmp_path, "llama_causal_lm", store=ALL)
     student, batch = head.make(1), head.collate(examples[:6])
     settings = {"alpha": 1.0, "divergence": divergence}
@@ -94,7 +86,7 @@ def test_other_divergences_of_outcomes(tmp_path: Path, divergence: str) -> None:
     assert found == pytest.approx(loss, rel=1e-4) and m.difference(of_cached, expected) < 1e-4
 
 
-def test_temperatures_that_it_was_not_built_for(tmp_path: Path) -> None:
+def test_other_temperatures_than_built_raise(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, "llama_causal_lm", store=TopK(4, temperatures=(1.0, 2.0)))
     student = head.make(1)
     moving = linear(1.0, 2.0)
@@ -105,8 +97,8 @@ def test_temperatures_that_it_was_not_built_for(tmp_path: Path) -> None:
         Distiller(student, cached, divergence="mean_squared_error")(student, head.collate(examples[:2]))
 
 
-def test_padded_columns_are_nobodys(tmp_path: Path) -> None:
-    """A head wider than its tokenizer: its padding is not among the likeliest, nor in the rest."""
+def test_padded_columns_are_not_stored(tmp_path: Path) -> None:
+    """For a head wider than its tokenizer: padding is neither among the likeliest columns nor in the tail."""
     head, words = HEADS["llama_causal_lm"], tokenizer(VOCABULARY)
     teacher, wide = head.make(2), head.make(2, vocab_size=VOCABULARY + 8)
     with torch.no_grad():
@@ -129,7 +121,7 @@ def test_padded_columns_are_nobodys(tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_position(tmp_path: Path) -> None:
-    """k ids of 2 bytes, k log-probabilities of 2, and 4 for each temperature; ids of 4 in a large vocabulary."""
+    """k ids of 2 bytes, k log-probabilities of 2, and 4 for each temperature; ids of 4 for a large vocabulary."""
     assert sum(field.bytes for field in TopK(64).fields(32_000).values()) == 64 * 4 + 8
     assert sum(field.bytes for field in TopK(64, temperatures=(1.0,)).fields(128_256).values()) == 64 * 6 + 4
     cache = build(
@@ -143,7 +135,7 @@ def test_bytes_of_a_position(tmp_path: Path) -> None:
     assert each == 12 * cache.dataset()[0]["positions"]
 
 
-def test_settings(tmp_path: Path) -> None:
+def test_invalid_settings_raise(tmp_path: Path) -> None:
     for wrong, message in (
         ({"k": 0}, "k is at least 1"),
         ({"temperatures": ()}, "at least one temperature"),
@@ -157,7 +149,7 @@ def test_settings(tmp_path: Path) -> None:
 
 
 def test_half_precision_of_log_probabilities(tmp_path: Path) -> None:
-    """fp16 keeps 11 bits: a relative error of 2^-11 in log p, so the loss is that of float32 to a per mille or so."""
+    """fp16 has 11 bits: a relative error of 2^-11 in log p, so the loss is within about a per mille of float32."""
     losses = []
     for dtype in ("float32", "float16"):
         head, _, examples, cached = made(tmp_path / dtype, "llama_causal_lm", store=TopK(6, dtype=dtype))
@@ -166,7 +158,7 @@ def test_half_precision_of_log_probabilities(tmp_path: Path) -> None:
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
-def test_it_is_the_default_of_a_large_vocabulary_alone() -> None:
+def test_topk_is_the_default_only_for_large_vocabularies() -> None:
     language, classes = (m.task_of(name) for name in ("llama_causal_lm", "bert_single_label"))
     assert default_store(language, 4097) == TopK() and default_store(language, 4096) == Dense()
     assert default_store(classes, 21_000) == Dense()

@@ -1,4 +1,4 @@
-"""Training with a cached teacher: the trainer, L10, several workers, evaluation, default collators, a loop by hand."""
+"""Training with a cached teacher: the trainer, L10, workers, evaluation, default collators, a custom loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache_of(folder: Path, teacher: Any, some: list, **changed: Any) -> CachedTe
     return CachedTeacher(TeacherCache.build(teacher, some, folder, **settings))
 
 
-def test_l10_resumed_is_uninterrupted(tmp_path: Path) -> None:
+def test_l10_a_resumed_run_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     cached = cache_of(tmp_path / "cache", bert(seed=1), examples(11))
     given = {"train_dataset": examples(11), **RUN}
     whole = make(tmp_path / "whole", bert(dropout=0.3), cached, **given)
@@ -45,8 +45,8 @@ def test_l10_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert_moved(weights(whole.model), before)
 
 
-def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
-    """Or are looked up when the loss asks: the training is the same."""
+def test_lookup_in_the_collator_or_in_the_loss(tmp_path: Path) -> None:
+    """The training is the same."""
     cached = cache_of(tmp_path / "cache", bert(seed=1), examples(11))
     given = {"train_dataset": examples(11), "max_steps": 4}
     plain = make(tmp_path / "plain", bert(), cached, **given)
@@ -55,15 +55,15 @@ def test_the_answers_come_with_the_batch(tmp_path: Path) -> None:
     assert cached._looked_up
     wrapped = make(tmp_path / "wrapped", bert(), cached, data_collator=cached.wrap_collator(padded), **given)
     seen = []
-    told, cached._log_once = cached._log_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
+    log_once, cached._log_once = cached._log_once, lambda: seen.append(1)  # type: ignore[method-assign]  # counts
     wrapped.train()
-    cached._log_once = told  # type: ignore[method-assign]  # as it was
+    cached._log_once = log_once  # type: ignore[method-assign]  # as it was
     assert not seen
     assert_same_bits(weights(wrapped.model), weights(plain.model))
 
 
-def test_a_folder_as_teacher_model_and_workers(tmp_path: Path) -> None:
-    """The trainer finds out that it is a cache, and has its data loader look up."""
+def test_a_cache_folder_as_teacher_model_with_workers(tmp_path: Path) -> None:
+    """The trainer recognizes a cache, and its data loader looks predictions up."""
     live = cache_of(tmp_path / "cache", bert(seed=1), examples(11))
     given = {"train_dataset": examples(11), "max_steps": 3}
     trained = []
@@ -77,7 +77,7 @@ def test_a_folder_as_teacher_model_and_workers(tmp_path: Path) -> None:
     assert_same_bits(trained[2], trained[0])
 
 
-def test_it_learns_what_the_live_teacher_teaches(tmp_path: Path) -> None:
+def test_a_cached_teacher_trains_like_the_live_teacher(tmp_path: Path) -> None:
     teacher, start = bert(seed=1), weights(bert())
     cached = cache_of(tmp_path / "cache", teacher, examples(11), store=None)  # float16
     trained = []
@@ -90,7 +90,7 @@ def test_it_learns_what_the_live_teacher_teaches(tmp_path: Path) -> None:
     assert apart / moved < 2e-3
 
 
-def test_evaluation_needs_no_answers_and_asking_for_them_says_so(tmp_path: Path) -> None:
+def test_evaluation_without_cached_examples(tmp_path: Path) -> None:
     cached = cache_of(tmp_path / "cache", bert(seed=1), examples(8))
     others = [{"input_ids": [9, 8, 7], "labels": 1}]
     given = {"eval_dataset": others, "data_collator": cached.wrap_collator(padded)}
@@ -103,8 +103,8 @@ def test_evaluation_needs_no_answers_and_asking_for_them_says_so(tmp_path: Path)
     assert measured["eval_divergence"] == pytest.approx(live["eval_divergence"], rel=1e-2)
 
 
-def test_columns_that_no_model_takes_and_another_order_and_part_of_the_data(tmp_path: Path) -> None:
-    """As a Trainer gets it: a `datasets.Dataset` with a text beside; later filtered and shuffled."""
+def test_a_dataset_with_extra_columns_filtered_and_shuffled(tmp_path: Path) -> None:
+    """A `datasets.Dataset` with an unused text column, later filtered and shuffled."""
     some = [{**one, "text": f"example {number}"} for number, one in enumerate(examples(12))]
     data = datasets.Dataset.from_list(some)
     cached = cache_of(tmp_path / "cache", bert(seed=1), data)
@@ -113,8 +113,8 @@ def test_columns_that_no_model_takes_and_another_order_and_part_of_the_data(tmp_
     assert trainer.train().global_step == 2
 
 
-def test_the_default_collator_is_trainers(tmp_path: Path) -> None:
-    """Images need none."""
+def test_the_default_collator_is_that_of_trainer(tmp_path: Path) -> None:
+    """Images need no padding."""
     head = HEADS["vit_image_class"]
     some = head.examples(6)
     cached = CachedTeacher(TeacherCache.build(head.make(2), some, tmp_path, progress=False))
@@ -125,7 +125,7 @@ def test_the_default_collator_is_trainers(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-2)
 
 
-def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_a_cached_teacher_in_a_custom_loop(tmp_path: Path) -> None:
     head, teacher, some, cached = made(tmp_path, "bert_tokens")
     student = head.make(1)
     distiller, live = Distiller(student, cached, alpha=0.5), Distiller(student, teacher, alpha=0.5)
@@ -138,7 +138,7 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
         assert distiller(student, batch).loss.item() == pytest.approx(live(student, plain).loss.item(), rel=1e-5)
 
 
-def test_a_folder_as_teacher_of_the_build(tmp_path: Path) -> None:
+def test_the_build_loads_a_teacher_from_a_folder(tmp_path: Path) -> None:
     teacher = bert(seed=1)
     teacher.save_pretrained(tmp_path / "teacher")
     some = examples(4)
@@ -150,8 +150,8 @@ def test_a_folder_as_teacher_of_the_build(tmp_path: Path) -> None:
     assert str(tmp_path) not in "".join(path.read_text() for path in cache.path.glob("*.json"))
 
 
-def test_equal_examples_and_the_last_batch(tmp_path: Path) -> None:
-    """Twice the same example; a dataset that fills neither the last batch nor the last shard."""
+def test_duplicate_examples_and_a_partial_last_batch(tmp_path: Path) -> None:
+    """The dataset fills neither the last batch nor the last shard."""
     head = HEADS["bert_tokens"]
     teacher, some = head.make(2), head.examples(7)
     some = [*some, some[2], some[0], some[2]]

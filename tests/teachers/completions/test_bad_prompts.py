@@ -1,6 +1,6 @@
-"""generate_completions, with unusable prompts: they are refused by name, before anything is written.
+"""generate_completions with unusable prompts: errors name them before anything is written.
 
-What it writes to good prompts is in `test_completions.py`.
+Valid prompts are in `test_completions.py`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def bart() -> Any:
 
 
 def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
-    """30 tokens and 3 new ones are more than 32 positions; 29 are not. What is left after `filter` is written there."""
+    """30 tokens plus 3 new ones exceed 32 positions; 29 do not. The rows left by `filter` are completed."""
     texts = of(question=["w5", "w6 " * 29, "w7", "", None, "w8 " * 30, "w9", None, None])
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as message:
         generate_completions(TEACHER, texts, tmp_path / "1", processing_class=WORDS, prompt_column="question", **SHORT)
-    assert str(told.value) == (
+    assert str(message.value) == (
         "5 of 9 prompts cannot be used. question[3]: an empty prompt, which nothing can be written to: begin it with "
         "a token; question[4]: None instead of a prompt; question[5]: a prompt of 30 tokens and max_new_tokens=3 "
         "are more than the 32 positions that LlamaForCausalLM knows; question[7]: None instead of a prompt; and "
@@ -58,7 +58,7 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "told"),
+    ("columns", "message"),
     [
         ({"input_ids": [[5], None]}, r"input_ids\[1\]: None instead of a prompt"),
         (
@@ -72,20 +72,20 @@ def test_all_prompts_are_checked_before_the_first_shard(tmp_path) -> None:
         ({"prompt": [[{"role": "user"}], [{"content": "w5"}]]}, None),
     ],
 )
-def test_what_a_row_holds_is_named(tmp_path, columns: dict[str, list[Any]], told: str | None) -> None:
-    if told is None:  # a template may refuse messages in its own words
+def test_invalid_rows_are_described(tmp_path, columns: dict[str, list[Any]], message: str | None) -> None:
+    if message is None:  # a template may raise with its own message
         words = tokenizer(40)
         words.chat_template = "{{ raise_exception('roles must alternate') }}"
-        told = r"prompt\[0\]: messages that the chat template rejects \(roles must alternate\); prompt\[1\]"
+        message = r"prompt\[0\]: messages that the chat template rejects \(roles must alternate\); prompt\[1\]"
     else:
         words = WORDS
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         generate_completions(TEACHER, of(**columns), tmp_path / "1", processing_class=words, **SHORT)
     assert not (tmp_path / "1").exists()
 
 
-def test_columns_and_templates_that_are_not_there(tmp_path) -> None:
-    """`input_ids` are read in place of the default column alone."""
+def test_missing_columns_and_templates_raise(tmp_path) -> None:
+    """`input_ids` replaces only the default column."""
     both = of(question=["w5"], input_ids=[[9]])
     with pytest.raises(DataError, match=r"no column qestion, only \['input_ids', 'question'\]"):
         generate_completions(TEACHER, both, tmp_path, processing_class=WORDS, prompt_column="qestion")
@@ -98,13 +98,13 @@ def test_columns_and_templates_that_are_not_there(tmp_path) -> None:
         SettingError, match="prompt_column='text': WhisperForConditionalGeneration reads input_features"
     ):
         generate_completions(WHISPER.make(1), both, tmp_path, processing_class=WORDS, prompt_column="text", **SHORT)
-    with pytest.raises(SettingError, match="no setting language"):  # Whisper's alone
+    with pytest.raises(SettingError, match="no setting language"):  # only Whisper has it
         generate_completions(TEACHER, both, tmp_path, generation={"language": "en"}, **SHORT)
     assert not any(tmp_path.iterdir())
 
 
-def test_gold_answers_in_messages_are_cut_off(tmp_path) -> None:
-    """As those in `input_ids` are: the teacher is asked what the user said last."""
+def test_gold_answers_in_messages_are_removed(tmp_path) -> None:
+    """As for `input_ids`: the prompt ends with the user's last message."""
     user, gold = [{"role": "user", "content": "w5 w6"}], [{"role": "assistant", "content": "w30 w31"}]
     chats = of(messages=[user + gold, user, user + gold + user + gold + gold])
     made = generate_completions(
@@ -114,14 +114,14 @@ def test_gold_answers_in_messages_are_cut_off(tmp_path) -> None:
     assert made["input_ids"][0] == made["input_ids"][1]
 
 
-def test_sources_and_answers_of_an_encoder_decoder(tmp_path) -> None:
+def test_inputs_of_an_encoder_decoder_exclude_answers(tmp_path) -> None:
     model = bart()
     too_long = (
         r"2 of 3 .*input_ids\[1\]: a source of 17 tokens is more than the 16 positions that BartFor.*\[2\]: an empty"
     )
     too_much = "max_new_tokens=17 are more than the 16 positions that the decoder of BartFor"
-    for settings, told in (({"max_new_tokens": 4}, too_long), ({"max_new_tokens": 17}, too_much)):
-        with pytest.raises((DataError, SettingError), match=told):
+    for settings, message in (({"max_new_tokens": 4}, too_long), ({"max_new_tokens": 17}, too_much)):
+        with pytest.raises((DataError, SettingError), match=message):
             generate_completions(model, of(input_ids=[[5] * 16, [5] * 17, []]), tmp_path / "1", **settings)
     assert not (tmp_path / "1").exists()
     assert len(generate_completions(model, of(input_ids=[[5] * 16]), tmp_path / "1", max_new_tokens=16)) == 1
@@ -134,7 +134,7 @@ def test_sources_and_answers_of_an_encoder_decoder(tmp_path) -> None:
         )
 
 
-def test_padding_in_a_dataset_is_no_part_of_a_source(tmp_path) -> None:
+def test_padding_in_a_dataset_is_removed_from_the_source(tmp_path) -> None:
     teacher = T5.make(2)
     padded = of(input_ids=[[5, 6, 7, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]])
     made = [
@@ -144,7 +144,7 @@ def test_padding_in_a_dataset_is_no_part_of_a_source(tmp_path) -> None:
     assert made[0].to_list() == made[1].to_list() and made[0]["input_ids"][0] == [5, 6, 7]
 
 
-def test_sounds_of_unequal_length(tmp_path) -> None:
+def test_recordings_of_unequal_length_raise(tmp_path) -> None:
     sounds = of(input_features=[torch.ones(8, 20).tolist(), torch.ones(8, 18).tolist(), None])
     with pytest.raises(
         DataError, match=r"2 of 3 .*\[1\]: a sound of shape \[8, 18\], and others are \[8, 20\].*\[2\]: "
@@ -152,8 +152,8 @@ def test_sounds_of_unequal_length(tmp_path) -> None:
         generate_completions(WHISPER.make(2), sounds, tmp_path / "1", processing_class=WORDS, max_new_tokens=3)
 
 
-def test_no_end_of_positions_is_no_limit() -> None:
-    """XLNet says -1."""
+def test_unlimited_positions_have_no_limit() -> None:
+    """XLNet's config has -1."""
     sizes = dict(vocab_size=40, d_model=8, n_layer=1, n_head=2, d_inner=8, pad_token_id=0, eos_token_id=2)
     model = XLNetLMHeadModel(XLNetConfig(**sizes))
     assert model.config.max_position_embeddings == -1
@@ -162,7 +162,7 @@ def test_no_end_of_positions_is_no_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("generation", "told"),
+    ("generation", "message"),
     [
         ({"num_beams": 0}, "num_beams=0: a whole number, at least 1"),
         ({"num_beams": 2.0}, "num_beams=2.0: a whole number"),
@@ -174,14 +174,14 @@ def test_no_end_of_positions_is_no_limit() -> None:
         ({"max_length": 9}, "max_length=9 cannot be used: .*max_new_tokens"),
     ],
 )
-def test_settings_are_refused_before_anything_is_written(tmp_path, generation: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=told):
+def test_invalid_settings_raise_before_anything_is_written(tmp_path, generation: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         generate_completions(TEACHER, of(input_ids=[[5]]), tmp_path / "1", **SHORT, generation=generation)
     assert not (tmp_path / "1").exists()
 
 
-def test_what_the_teachers_own_settings_ask_for(tmp_path) -> None:
-    """What `generate` returns is ours to say; a None undoes the teacher's own setting; its beams allow two answers."""
+def test_the_teachers_generation_config_is_followed(tmp_path) -> None:
+    """Return formats are always ours; None undoes a setting of the teacher; its beams allow two answers."""
     data, teacher = of(input_ids=[[5, 6], [7]]), LLAMA.make(2)
     plain = generate_completions(teacher, data, tmp_path / "1", **SHORT).to_list()
     set_generation(teacher.generation_config, dict(return_dict_in_generate=True, output_scores=True))
@@ -199,10 +199,10 @@ def test_what_the_teachers_own_settings_ask_for(tmp_path) -> None:
     assert two["index"][:] == [0, 0, 1, 1]
 
 
-def test_sampling_that_is_asked_for_by_generation(tmp_path) -> None:
-    """It follows from the seed and the temperature, of all tokens, as by `do_sample=True`."""
+def test_sampling_requested_by_generation_settings(tmp_path) -> None:
+    """It depends on seed and temperature and uses all tokens, as with `do_sample=True`."""
     teacher, data = LLAMA.make(2), of(input_ids=[[5, 6]] * 8)
-    set_generation(teacher.generation_config, dict(min_p=0.999, typical_p=0.01))  # would leave the likeliest one
+    set_generation(teacher.generation_config, dict(min_p=0.999, typical_p=0.01))  # would leave only the likeliest token
 
     def made(name: str, seed: int = 0, temperature: float = 1e4, **settings: Any) -> list[Any]:
         settings = {"sampling_temperature": temperature, "max_new_tokens": 2, **settings}
@@ -212,28 +212,32 @@ def test_sampling_that_is_asked_for_by_generation(tmp_path) -> None:
     by_generation = {"generation": {"do_sample": True}}
     first = made("1", **by_generation)
     assert first == made("2", do_sample=True) and len({tuple(text) for text in first}) > 4
-    assert made("3", temperature=1e-4, **by_generation) == made("4", temperature=1.0)  # the likeliest
+    assert made("3", temperature=1e-4, **by_generation) == made("4", temperature=1.0)  # the likeliest tokens
     with pytest.raises(DataError, match="completions of something else: seed: 0 there, 1 now"):
         made("1", seed=1, **by_generation)
     assert made("5", seed=1, **by_generation) != first
 
 
-def test_a_teacher_that_is_not_there(tmp_path, capsys) -> None:
-    """One line; an adapter's folder is named as one."""
+def test_a_missing_teacher_gives_a_one_line_error(tmp_path, capsys) -> None:
+    """A folder with an adapter is described as such."""
     of(prompt=["w5"]).save_to_disk(str(tmp_path / "texts"))
     capsys.readouterr()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    for name, told in (("nope", "no such folder"), ("texts", "cannot be loaded"), ("adapter", "holds a PEFT adapter")):
+    for name, message in (
+        ("nope", "no such folder"),
+        ("texts", "cannot be loaded"),
+        ("adapter", "holds a PEFT adapter"),
+    ):
         assert main(["complete", *(str(tmp_path / one) for one in (name, "texts", "made"))]) == 2
         printed = capsys.readouterr()
-        assert told in printed.err and printed.err.startswith("hf-distill: error: teacher_model=")
-        with pytest.raises(TeacherError, match=told):
+        assert message in printed.err and printed.err.startswith("hf-distill: error: teacher_model=")
+        with pytest.raises(TeacherError, match=message):
             generate_completions(tmp_path / name, of(prompt=["w5"]), tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 
-def test_damaged_folders(tmp_path) -> None:
+def test_damaged_output_folders_raise(tmp_path) -> None:
     data = of(input_ids=[[5, 6], [7], [8]])
 
     def ask() -> list[Any]:
@@ -266,8 +270,8 @@ def test_damaged_folders(tmp_path) -> None:
     assert ask() == whole
 
 
-def test_a_receipt_that_cannot_be_read_is_no_receipt(tmp_path, monkeypatch) -> None:
-    """The shard is written again, to the same bytes."""
+def test_a_shard_with_an_unreadable_receipt_is_rewritten(tmp_path, monkeypatch) -> None:
+    """To the same bytes."""
     data = of(input_ids=[[5, 6], [7], [8]])
     whole = generate_completions(TEACHER, data, tmp_path / "whole", **SHORT).to_list()
     with monkeypatch.context() as killed:

@@ -1,6 +1,6 @@
-"""A teacher's texts say what was written: language, task, timestamps and the end, of speech and of translations.
+"""Completions as labels of speech and translation models: language, task, timestamps and end token.
 
-The right labels are written by hand, token by token, one recording at a time and without padding.
+The expected labels are generated token by token, for one recording at a time, without padding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Ids = list[int]
 
 
 def by_hand(model: Any, inputs: dict[str, Tensor], begin: Ids, new: int, end: int = END) -> Ids:
-    """The likeliest token again and again, after these."""
+    """Generate the likeliest tokens, one at a time."""
     written: Ids = []
     while len(written) < new and end not in written:
         with torch.no_grad():
@@ -52,10 +52,10 @@ def written(teacher: Any, folder: Path, new: int = 4, **settings: Any) -> datase
     ids=["german, translated", "english", "detected, transcribed", "detected", "after a prompt"],
 )
 @pytest.mark.parametrize(("seed", "new"), [(1, 2), (6, 8), (11, 35)])
-def test_labels_are_what_a_whisper_wrote(
+def test_labels_of_a_whisper_equal_its_generated_tokens(
     tmp_path: Path, generation: dict[str, Any], begin: list[str | None], seed: int, new: int
 ) -> None:
-    """Language and task as asked for, or as detected; the end where one was written, and only there."""
+    """Language and task as set or detected; an end token only where it was generated."""
     teacher = whisper(seed)
     made = written(teacher, tmp_path / "made", new, generation=generation)
     assert made.column_names == ["index", "labels", "completion", "finished"]
@@ -70,21 +70,21 @@ def test_labels_are_what_a_whisper_wrote(
 
 
 def detected(teacher: Any, inputs: dict[str, Tensor]) -> str:
-    """The likelier of the two languages."""
+    """Return the likelier of the two languages."""
     with torch.no_grad():
         logits = teacher(**inputs, decoder_input_ids=torch.tensor([ids_of(START)])).logits[0, -1]
     return max("<|en|>", "<|de|>", key=lambda name: logits[ids_of(name)[0]].item())
 
 
-def test_the_cases_hold_both_languages_and_both_ends(tmp_path: Path) -> None:
-    """Without this the test above could pass by chance."""
+def test_the_cases_include_both_languages_and_both_endings(tmp_path: Path) -> None:
+    """Otherwise the test above could pass by chance."""
     languages = {labels[0] for labels in written(whisper(1), tmp_path / "1", 2)["labels"]}
     assert languages == set(ids_of("<|en|>", "<|de|>"))
     german = {"language": "<|de|>", "task": "translate"}
     assert set(written(whisper(6), tmp_path / "2", 8, generation=german)["finished"]) == {True, False}
 
 
-def test_timestamps_are_in_the_labels_and_not_in_the_text(tmp_path: Path) -> None:
+def test_timestamps_are_in_the_labels_but_not_in_the_text(tmp_path: Path) -> None:
     teacher, first = whisper(6), ids_of("<|de|>", "<|transcribe|>")
     made = written(teacher, tmp_path / "made", 12, generation={"return_timestamps": True, "language": "german"})
     for sound, row in zip(SOUNDS, made, strict=True):
@@ -100,7 +100,7 @@ def test_timestamps_are_in_the_labels_and_not_in_the_text(tmp_path: Path) -> Non
         assert row["labels"][2] in ids_of(*TIMES) and "<|" not in row["completion"]
 
 
-def test_what_a_whispers_own_settings_say_is_followed_and_can_be_undone(tmp_path: Path) -> None:
+def test_whisper_settings_are_followed_and_can_be_undone(tmp_path: Path) -> None:
     teacher = whisper(1, language="german", task="translate", logprob_threshold=-1.0, no_speech_threshold=0.6)
     assert {tuple(row["labels"][:2]) for row in written(teacher, tmp_path / "1")} == {
         tuple(ids_of("<|de|>", "<|translate|>"))
@@ -112,19 +112,19 @@ def test_what_a_whispers_own_settings_say_is_followed_and_can_be_undone(tmp_path
     assert old["labels"] == written(whisper(1), tmp_path / "5", generation={"task": "transcribe"})["labels"]
 
 
-def test_a_whisper_samples_where_it_is_asked_to(tmp_path: Path) -> None:
-    """Its own `generate` writes the likeliest text unless a temperature is passed beside the settings."""
+def test_a_whisper_samples_if_requested(tmp_path: Path) -> None:
+    """Its own `generate` is greedy unless a temperature is passed separately."""
     several = {"do_sample": True, "num_return_sequences": 30, "new": 1}
     hot = written(whisper(1, num_beams=2), tmp_path / "1", **several, sampling_temperature=1e4)
     assert hot["index"][:] == [i for i in range(4) for _ in range(30)]
-    assert len({row["labels"][-1] for row in hot}) > 60  # of 315
+    assert len({row["labels"][-1] for row in hot}) > 60  # out of 315
     cold = written(whisper(1), tmp_path / "2", **several, sampling_temperature=1e-4)
     likeliest = written(whisper(1), tmp_path / "3", new=1)
     assert cold["labels"][::30] == likeliest["labels"][:]
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"language": "klingon"}, "generate refuses these settings: Unsupported language: klingon"),
         ({"task": "sing"}, "The `sing` task is not supported"),
@@ -138,23 +138,25 @@ def test_a_whisper_samples_where_it_is_asked_to(tmp_path: Path) -> None:
         ({"no_such": 1}, "generate has no setting no_such"),
     ],
 )
-def test_settings_are_refused_before_anything_is_written(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
-    """46 tokens and the four that begin a text are more than 48 positions."""
-    with pytest.raises(SettingError, match=told):
+def test_invalid_settings_raise_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    """46 tokens plus the four that begin a text exceed 48 positions."""
+    with pytest.raises(SettingError, match=message):
         written(whisper(), tmp_path / "made", generation=settings)
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(
-    ("own", "told"),
+    ("own", "message"),
     [({"is_multilingual": False}, "says is_multilingual=False"), ({"lang_to_id": None}, "has no lang_to_id")],
 )
-def test_a_language_that_the_teacher_has_no_token_for(tmp_path: Path, own: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingError, match=f"language='de': the generation_config of this Whisper.* {told}"):
+def test_a_language_without_a_token_raises(tmp_path: Path, own: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=f"language='de': the generation_config of this Whisper.* {message}"):
         written(whisper(**own), tmp_path / "made", generation={"language": "de"})
 
 
-def test_recordings_that_cannot_be_asked_about(tmp_path: Path) -> None:
+def test_invalid_recordings_raise(tmp_path: Path) -> None:
     long = datasets.Dataset.from_dict({"input_features": [torch.ones(8, 100).tolist(), torch.ones(8, 104).tolist()]})
     with pytest.raises(DataError, match=r"input_features\[1\]: 104 frames, more than the 100 that the model reads at"):
         generate_completions(whisper(), long, tmp_path / "made", max_new_tokens=4)
@@ -164,8 +166,8 @@ def test_recordings_that_cannot_be_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_student_trains_on_them_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
-    """The loss is that of the labels after the start token, worked out in float64; half precision writes too."""
+def test_a_student_trains_on_the_labels_unchanged(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The loss is that of the labels after the start token, computed in float64; half precision works too."""
     made = written(whisper(6).to(dtype), tmp_path / "made", 8, generation={"language": "german", "task": "translate"})
     student, row = whisper(2), made[0]
     data = [{"input_features": SOUNDS[0].tolist(), "labels": row["labels"]}]
@@ -182,7 +184,7 @@ def test_a_student_trains_on_them_as_they_are(tmp_path: Path, dtype: torch.dtype
     assert float(trainer.state.log_history[0]["loss/labels"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_tokenizer_is_needed(tmp_path: Path) -> None:
+def test_completions_without_a_tokenizer(tmp_path: Path) -> None:
     made = generate_completions(whisper(6), DATA, tmp_path / "1", max_new_tokens=8)
     assert made.column_names == ["index", "labels", "finished"]
     assert made["labels"] == written(whisper(6), tmp_path / "2", 8)["labels"]
@@ -228,8 +230,8 @@ def speech_encoder_decoder() -> Any:
         (speech_encoder_decoder, "input_values", [(3000,), (4000,), (2500,)]),
     ],
 )
-def test_other_models_that_listen(tmp_path: Path, made: Any, column: str, shapes: list[tuple[int, ...]]) -> None:
-    """Recordings of unequal length in one batch, as if each were alone; padding in the dataset is left out."""
+def test_other_speech_models(tmp_path: Path, made: Any, column: str, shapes: list[tuple[int, ...]]) -> None:
+    """Recordings of unequal length in one batch give the texts of each alone; padding in the dataset is removed."""
     torch.manual_seed(0)
     teacher = made()
     recordings = [torch.randn(shape) for shape in shapes]
@@ -259,8 +261,8 @@ def translator(kind: Any, config: Any, **ids: int) -> Any:
     ("kind", "config"),
     [(tf.M2M100ForConditionalGeneration, tf.M2M100Config), (tf.MBartForConditionalGeneration, tf.MBartConfig)],
 )
-def test_the_language_that_a_translation_is_forced_into(tmp_path: Path, kind: Any, config: Any) -> None:
-    """NLLB's, M2M100's and mBART's labels begin with it."""
+def test_labels_begin_with_the_forced_language(tmp_path: Path, kind: Any, config: Any) -> None:
+    """For NLLB, M2M100 and mBART."""
     teacher = translator(kind, config)
     teacher.generation_config.decoder_start_token_id = 2
     source = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 2], [8, 2]]})
@@ -269,8 +271,8 @@ def test_the_language_that_a_translation_is_forced_into(tmp_path: Path, kind: An
         assert row["labels"] == [33, *by_hand(teacher, {"input_ids": torch.tensor([ids])}, [2, 33], 3, end=2)]
 
 
-def test_a_text_that_is_cut_shows_no_end(tmp_path: Path) -> None:
-    """BART's config forces one at the last position: transformers' own `generate` writes it."""
+def test_a_truncated_text_has_no_end_token(tmp_path: Path) -> None:
+    """BART's config forces an end token at the last position, which transformers' `generate` adds."""
     teacher = translator(tf.BartForConditionalGeneration, tf.BartConfig)
     source = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 2]]})
     assert teacher.generation_config.forced_eos_token_id == 2

@@ -1,4 +1,4 @@
-"""L2 inside: where no position counts every objective's term is 0 and finite, and backward works."""
+"""L2 for activations: without valid positions every objective is 0 and finite, and backward works."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALL_COUNT = "nothing masks it: every patch, and every frame of Whisper's 30 seco
 
 
 def silenced(case: Case, batch: Batch) -> Batch | None:
-    """The same batch without a position that counts; None: there is none such, see `ALL_COUNT`."""
+    """Return the same batch without valid positions, or None if there is none, see `ALL_COUNT`."""
     if HEADS[case.head].kind == "seq2seq" and case.side is None:
         return {**batch, "labels": torch.full_like(batch["labels"], -100)}
     if "attention_mask" not in batch:
@@ -30,7 +30,7 @@ def silenced(case: Case, batch: Batch) -> Batch | None:
 SILENT = [case for case in INSIDE if silenced(case, HEADS[case.head].batch(1)) is not None]
 
 
-def test_what_cannot_be_silent() -> None:
+def test_heads_without_silent_batches_are_the_stated_ones() -> None:
     assert {(case.head, case.side) for case in INSIDE} - {(case.head, case.side) for case in SILENT} == {
         ("vit_image_class", None),
         ("whisper_seq2seq", "encoder"),
@@ -38,17 +38,17 @@ def test_what_cannot_be_silent() -> None:
 
 
 @pytest.mark.parametrize("case", walked(SILENT))
-def test_no_position_is_zero_with_a_backward(case: Case) -> None:
+def test_no_valid_positions_give_zero_with_a_working_backward(case: Case) -> None:
     batch = silenced(case, m.collated(case.head, HEADS[case.head].examples(4)))
     distiller = m.distiller_for(case)
     assert distiller.begin_step([batch]).denominators[case.objective] == 0
     loss, gradient = m.step(distiller, m.deep_student_of(case.head), [batch])
     assert loss == 0.0
-    assert not gradient.any()  # NaN counts as something
+    assert not gradient.any()  # NaN is truthy
 
 
 @pytest.mark.parametrize("case", walked([case for case in SILENT if case.head == "bert_tokens"]))
-def test_a_silent_micro_batch_changes_nothing_for_the_others(case: Case) -> None:
+def test_a_silent_micro_batch_does_not_change_the_others(case: Case) -> None:
     head, student = HEADS[case.head], m.deep_student_of(case.head)
     distiller = m.distiller_for(case)
     spoken = m.collated(case.head, head.examples(4))

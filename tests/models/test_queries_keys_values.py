@@ -1,4 +1,4 @@
-"""Queries, keys and values that are read equal the projections of the block's input, computed here by hand."""
+"""Captured queries, keys and values equal the projections of the block's input, computed here by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers as hf
 
 from hf_distill import SettingError
 from hf_distill.signals import RELATED, ActivationKey
-from tests.models.reading import ALL, model_of, read, reads
+from tests.models.capturing import ALL, model_of, read, reads
 
 # For each architecture: the norm before the projections, if any, and their paths in a block.
 PATHS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -44,15 +44,15 @@ def by_hand(block: Any, stream: torch.Tensor, name: str) -> list[torch.Tensor]:
     found = []
     for path in paths:
         module = block.get_submodule(path)
-        weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T  # GPT-2 keeps it transposed
+        weight = module.weight if type(module).__name__ == "Conv1D" else module.weight.T  # GPT-2 stores it transposed
         found.append(stream @ weight + (0 if module.bias is None else module.bias))
     return found if len(found) == 3 else list(found[0].chunk(3, -1))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("name", PATHS)
-def test_projections_of_the_blocks_input(name: str, layer: int) -> None:
-    """On an encoder-decoder's decoder: those of its self-attention, not of what it attends to in the encoder."""
+def test_queries_keys_and_values_are_projections_of_the_blocks_input(name: str, layer: int) -> None:
+    """In an encoder-decoder's decoder: those of the self-attention, not of the cross-attention."""
     model, batch = model_of(name), ALL[name].batch()
     side = "decoder" if len(ALL[name].stacks) == 2 else None
     stream = ActivationKey("hidden", layer - 1, side)
@@ -66,13 +66,13 @@ def test_projections_of_the_blocks_input(name: str, layer: int) -> None:
 
 
 def convolved(model: Any, stream: torch.Tensor, batch: Any, name: str, layer: int) -> torch.Tensor:
-    """DeBERTa-v2's second block reads what a convolution made of the first's output; later ones the stream itself."""
+    """DeBERTa-v2's second block reads the convolved output of the first; later blocks read the stream."""
     assert not (name.startswith("Deberta") and layer == 1)
     return stream
 
 
-def test_shared_layers_are_told_apart_by_their_turn() -> None:
-    """ALBERT: the same module runs four times, and each layer's queries are of its own run."""
+def test_shared_layers_are_distinguished_by_call_order() -> None:
+    """ALBERT calls the same module four times; each layer has the queries of its own call."""
     name = "AlbertForMaskedLM"
     model, batch = model_of(name), ALL[name].batch()
     seen, _ = read(model, [*reads("queries"), *reads("hidden", None, range(-1, 4))], batch)
@@ -84,8 +84,8 @@ def test_shared_layers_are_told_apart_by_their_turn() -> None:
     assert not torch.equal(seen[ActivationKey("queries", 0)], seen[ActivationKey("queries", 1)])
 
 
-def test_grouped_keys_are_as_wide_as_they_are() -> None:
-    """Llama with one group of keys for two heads: half as wide as the queries."""
+def test_grouped_keys_are_not_repeated() -> None:
+    """Llama with one key group for two heads: half as wide as the queries."""
     seen, _ = read(
         model_of("LlamaForCausalLM"), [ActivationKey(what, 1) for what in RELATED], ALL["LlamaForCausalLM"].batch()
     )
@@ -93,21 +93,25 @@ def test_grouped_keys_are_as_wide_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("what", RELATED)
-def test_wavlm_hands_its_projections_to_a_function(what: str) -> None:
+def test_wavlm_projections_passed_to_a_function_raise(what: str) -> None:
     name = "WavLMForCTC"
     with pytest.raises(SettingError, match=rf"{what} of block 1 of the student .* was not called \(WavLM passes"):
         read(model_of(name), [ActivationKey(what, 1)], ALL[name].batch())
 
 
-def test_a_block_whose_projections_are_not_known_lists_its_modules() -> None:
-    """A stack that is named and is none of attention: the convolutions of a speech model."""
+def test_the_error_for_unknown_projections_lists_the_modules() -> None:
+    """Here the stack is the convolutions of a speech model, which have no attention."""
     name = "Wav2Vec2ForCTC"
     wanted = ActivationKey("queries", 0, None, "wav2vec2.feature_extractor.conv_layers")
     with pytest.raises(SettingError) as raised:
         read(model_of(name), [wanted], ALL[name].batch())
-    said = str(raised.value)
-    assert "block 0 of the student" in said and "no modules for its queries were found" in said
-    assert "Known names: query, q_proj" in said and "it has conv, layer_norm" in said and "Use HiddenMatch" in said
+    message = str(raised.value)
+    assert "block 0 of the student" in message and "no modules for its queries were found" in message
+    assert (
+        "Known names: query, q_proj" in message
+        and "it has conv, layer_norm" in message
+        and "Use HiddenMatch" in message
+    )
 
 
 TINY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2}
@@ -116,8 +120,8 @@ WORDS = {"input_ids": torch.tensor([[1, 2, 3]])}
 
 
 @pytest.mark.parametrize("what", RELATED)
-def test_a_fused_projection_of_unequal_parts_is_refused(what: str) -> None:
-    """Phi-3 with one group of keys: 24 + 6 + 6 numbers are divisible by three, and no thirds."""
+def test_a_fused_projection_with_unequal_parts_raises(what: str) -> None:
+    """Phi-3 with one key group: 24 + 6 + 6 is divisible by three, but the parts are not thirds."""
     model = hf.Phi3ForCausalLM(hf.Phi3Config(**PHI, num_key_value_heads=1, pad_token_id=0))
     with pytest.raises(SettingError, match="from 24 to 36 features is not three equal parts"):
         read(model, [ActivationKey(what, 1)], WORDS)
@@ -125,8 +129,8 @@ def test_a_fused_projection_of_unequal_parts_is_refused(what: str) -> None:
     assert read(equal, [ActivationKey(what, 1)], WORDS)[0][ActivationKey(what, 1)].shape[-1] == 24
 
 
-def test_a_fused_projection_whose_parts_lie_interleaved_is_refused() -> None:
-    """CodeGen's is as wide as three, in partitions of queries, values and keys."""
+def test_a_fused_projection_with_interleaved_parts_raises() -> None:
+    """CodeGen interleaves partitions of queries, values and keys."""
     config = hf.CodeGenConfig(**TINY, n_embd=16, n_layer=1, n_head=4, rotary_dim=2, n_positions=20)
     with pytest.raises(SettingError, match=r"\(CodeGenBlock\): no modules for its keys were found.* Use HiddenMatch"):
         read(hf.CodeGenForCausalLM(config), [ActivationKey("keys", 0)], WORDS)

@@ -1,23 +1,23 @@
-"""A teacher that reads something else than its student: another tokenizer, another forward."""
+"""Teachers with other inputs than the student: another tokenizer, or another forward."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 from hf_distill import DataError
 from tests.heads import HEADS
 from tests.hub.tiny import tokenizer
-from tests.teachers.reading import WORDS, heard_by, of_another_tokenizer
+from tests.teachers.reading import WORDS, inputs_of, of_another_tokenizer
 from tests.trainer.tiny import (
+    as_stream,
     assert_moved,
     assert_same_bits,
     bert,
@@ -38,21 +38,14 @@ def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
 
 
-def as_stream(rows: list[dict[str, Any]]) -> IterableDataset:
-    def generate() -> Iterator[dict[str, Any]]:
-        yield from rows
-
-    return IterableDataset.from_generator(generate)
-
-
 KINDS = {"list": list, "datasets": as_dataset, "stream": as_stream}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("remove_unused_columns", [True, False])
-def test_a_text_column_through_the_teachers_tokenizer(tmp_path, kind: str, remove_unused_columns: bool) -> None:
+def test_a_text_column_is_tokenized_for_the_teacher(tmp_path, kind: str, remove_unused_columns: bool) -> None:
     student, teacher = bert().double(), of_another_tokenizer().double()
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     start, expected = weights(student), bert().double()
     make(
         tmp_path, student, teacher, teacher_processing_class=tokenizer(), train_dataset=KINDS[kind](with_text()),
@@ -83,7 +76,7 @@ def trained(folder: Any, rows: Any, **changed: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ready_columns_are_padded_by_the_teachers_tokenizer(tmp_path, kind: str) -> None:
+def test_tokenized_columns_are_padded_by_the_teachers_tokenizer(tmp_path, kind: str) -> None:
     read = tokenizer()(list(WORDS))
     ready = [
         {**e, "teacher_input_ids": ids, "teacher_attention_mask": mask}
@@ -94,19 +87,19 @@ def test_ready_columns_are_padded_by_the_teachers_tokenizer(tmp_path, kind: str)
     assert_same_bits(found, trained(tmp_path, with_text(), **processor))
 
 
-def test_ready_columns_of_one_length_need_no_processor(tmp_path) -> None:
+def test_tokenized_columns_of_equal_length_need_no_processor(tmp_path) -> None:
     ready = as_dataset([{**e, "teacher_input_ids": [2, 5 + i % 6, 3]} for i, e in enumerate(examples())])
     processed = trained(tmp_path, ready, teacher_processing_class=tokenizer())
     assert_same_bits(trained(tmp_path, ready), processed)
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
-def test_texts_that_nobody_can_read(tmp_path, kind: str) -> None:
+def test_text_columns_without_a_tokenizer_raise(tmp_path, kind: str) -> None:
     with pytest.raises(DataError, match=r"teacher_text, which only the teacher's processor can read\. Pass"):
         trained(tmp_path, KINDS[kind](with_text()))
 
 
-def test_examples_that_are_unlike(tmp_path) -> None:
+def test_examples_with_different_columns_raise(tmp_path) -> None:
     processor = {"teacher_processing_class": tokenizer()}
     rows = with_text()
     with pytest.raises(DataError, match=r"one example of a batch has the columns .* for the teacher, another \[\]"):
@@ -118,7 +111,7 @@ def test_examples_that_are_unlike(tmp_path) -> None:
 def test_pairs_of_texts(tmp_path) -> None:
     rows = as_dataset([{**row, "teacher_text_pair": row["teacher_text"][::-1]} for row in with_text()])
     teacher = of_another_tokenizer()
-    seen = heard_by(teacher)
+    seen = inputs_of(teacher)
     make(
         tmp_path, bert(), teacher, train_dataset=rows, teacher_processing_class=tokenizer(), max_steps=1,
         per_device_train_batch_size=8, train_sampling_strategy="sequential",
@@ -127,8 +120,8 @@ def test_pairs_of_texts(tmp_path) -> None:
     assert torch.equal(seen[0]["input_ids"], read["input_ids"])
 
 
-def test_with_transformers_own_collator(tmp_path) -> None:
-    """No collator given: Trainer chooses its own, and it must not see what it cannot pad."""
+def test_teacher_columns_with_the_default_collator(tmp_path) -> None:
+    """Trainer's default collator must not receive columns that it cannot pad."""
     small = {"vocab_size": 11}
     rows = as_dataset([{**row, "input_ids": [1 + i % 10 for i in row["input_ids"]]} for row in with_text()])
     student, teacher = bert(**small), bert(seed=1, **small)
@@ -144,7 +137,7 @@ def test_with_transformers_own_collator(tmp_path) -> None:
 @pytest.mark.parametrize("ask", [False, True])
 def test_evaluation_and_prediction_with_teacher_columns(tmp_path, ask: bool) -> None:
     student, teacher = bert(), of_another_tokenizer()
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     trainer = make(
         tmp_path, student, teacher, eval_dataset=as_dataset(with_text()[:5]), evaluate_with_teacher=ask,
         teacher_processing_class=tokenizer(), per_device_eval_batch_size=2, temperature=3.0,
@@ -182,12 +175,12 @@ def with_types(head: Any) -> tuple[list[dict[str, Any]], Any]:
 
 @pytest.mark.parametrize("remove_unused_columns", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_token_types_reach_only_the_model_that_knows_them(tmp_path, kind: str, remove_unused_columns: bool) -> None:
-    """A DistilBERT student, which has none, of a BERT, which has."""
+def test_token_types_reach_only_the_model_that_accepts_them(tmp_path, kind: str, remove_unused_columns: bool) -> None:
+    """A DistilBERT student, which does not accept them, with a BERT teacher, which does."""
     distilbert, teacher_head = HEADS["distilbert_single_label"], HEADS["bert_single_label"]
     rows, collate = with_types(distilbert)
     student, teacher = distilbert.make(seed=0), teacher_head.make(seed=1)
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     make(
         tmp_path, student, teacher, train_dataset=KINDS[kind](rows), eval_dataset=rows, data_collator=collate,
         remove_unused_columns=remove_unused_columns, eval_strategy="steps", eval_steps=1, evaluate_with_teacher=True,
@@ -197,11 +190,11 @@ def test_token_types_reach_only_the_model_that_knows_them(tmp_path, kind: str, r
     assert theirs and all(given["token_type_ids"].sum() > 0 for given in theirs)
 
 
-def test_and_the_other_way_round(tmp_path) -> None:
+def test_token_types_for_the_student_alone(tmp_path) -> None:
     distilbert, student_head = HEADS["distilbert_single_label"], HEADS["bert_single_label"]
     rows, collate = with_types(student_head)
     student, teacher = student_head.make(seed=0), distilbert.make(seed=1)
-    ours, theirs = heard_by(student), heard_by(teacher)
+    ours, theirs = inputs_of(student), inputs_of(teacher)
     make(tmp_path, student, teacher, train_dataset=rows, data_collator=collate).train()
     assert all("token_type_ids" in given for given in ours)
     assert theirs and all("token_type_ids" not in given for given in theirs)
@@ -211,33 +204,33 @@ def test_labels_never_reach_the_teacher(tmp_path) -> None:
     for name in ("bert_single_label", "bert_span", "t5_seq2seq", "llama_causal_lm", "wav2vec2_ctc_mean"):
         head = HEADS[name]
         teacher = head.make(seed=1)
-        seen = heard_by(teacher)
+        seen = inputs_of(teacher)
         make(
             tmp_path, head.make(seed=0), teacher, train_dataset=head.examples(8), data_collator=head.collate
         ).train()  # fmt: skip
         assert seen and not any({"labels", "start_positions", "end_positions"} & set(given) for given in seen)
 
 
-# What is missing is named.
+# Missing columns and processors.
 
 
 @pytest.mark.parametrize("column", ["teacher_text", "teacher_audio", "teacher_image"])
-def test_raw_columns_and_no_processor(tmp_path, column: str) -> None:
+def test_raw_columns_without_a_processor_raise(tmp_path, column: str) -> None:
     rows = as_dataset([{**example, column: "x"} for example in examples()])
     trainer = make(tmp_path, bert(), bert(seed=1), train_dataset=rows)
     with pytest.raises(DataError, match=rf"{column}, which only the teacher's processor can read.*teacher_processing"):
         trainer.train()
 
 
-def test_ready_columns_of_unequal_lengths_and_no_processor(tmp_path) -> None:
+def test_tokenized_columns_of_unequal_length_without_a_processor_raise(tmp_path) -> None:
     rows = as_dataset([{**example, "teacher_input_ids": [2] * (1 + i)} for i, example in enumerate(examples())])
     trainer = make(tmp_path, bert(), of_another_tokenizer(), train_dataset=rows)
     with pytest.raises(DataError, match=r"teacher_input_ids: rows of different lengths.*teacher_processing_class="):
         trainer.train()
 
 
-def test_the_users_collator_is_still_asked(tmp_path) -> None:
-    """Whoever looks for the collator's tokenizer finds it, and the collator can go to a worker process."""
+def test_attributes_of_the_users_collator_are_available(tmp_path) -> None:
+    """Such as its tokenizer; the collator can also be sent to a worker process."""
     words = tokenizer()
     collator = DataCollatorWithPadding(words)
     trainer = make(tmp_path, bert(), bert(seed=1), data_collator=collator, teacher_processing_class=tokenizer())

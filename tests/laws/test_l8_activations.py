@@ -1,4 +1,4 @@
-"""L8 inside: every knob of an objective, when changed, changes the loss."""
+"""L8 for activations: every setting of an objective, when changed, changes the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loss_of(name: str, objective: str, settings: Any, *, same_width: bool) -> fl
 
 
 @pytest.mark.parametrize(("name", "objective", "knob"), KNOBS)
-def test_a_setting_of_an_objective(name: str, objective: str, knob: str) -> None:
+def test_each_setting_of_an_objective_changes_the_loss(name: str, objective: str, knob: str) -> None:
     changed, settings, same_width, _ = OBJECTIVE_ROWS[objective].knobs[knob]
     before = loss_of(name, objective, settings, same_width=same_width)
     after = loss_of(name, objective, {**settings, **changed}, same_width=same_width)
@@ -37,8 +37,8 @@ def test_a_setting_of_an_objective(name: str, objective: str, knob: str) -> None
         assert after == pytest.approx(2 * before, rel=1e-12)
 
 
-def test_projection_shared_is_one_matrix() -> None:
-    """With several pairs of layers; with one alone it is what "auto" is."""
+def test_a_shared_projection_is_one_matrix() -> None:
+    """For several pairs of layers; for one pair it equals "auto"."""
     auto, shared = (
         m.inside_distiller("bert_tokens", OBJECTIVES["hidden"](layers="first_last", projection=kind))
         for kind in ("auto", "shared")
@@ -48,7 +48,7 @@ def test_projection_shared_is_one_matrix() -> None:
     assert auto(student, batch).loss.item() != pytest.approx(shared(student, batch).loss.item(), rel=1e-3)
 
 
-def test_the_seed_of_what_is_learned() -> None:
+def test_the_seed_determines_initial_projections() -> None:
     def projection(**settings: Any) -> Any:
         distiller = m.inside_distiller("bert_tokens", OBJECTIVES["hidden"](), **settings)
         return next(iter(distiller.learned.parameters()))
@@ -66,12 +66,12 @@ def test_schedules_of_weights_move_the_loss_with_progress(case: Case) -> None:
     )
     assert start.loss.item() == pytest.approx(start.terms[case.objective].item())
     assert end.loss.item() == pytest.approx(3 * start.loss.item())
-    assert end.terms[case.objective] == start.terms[case.objective]  # a term is told before its weight
+    assert end.terms[case.objective] == start.terms[case.objective]  # terms are reported without their weight
 
 
 @pytest.mark.parametrize("objective", [name for name, row in OBJECTIVE_ROWS.items() if row.variants])
-def test_beside_alpha(objective: str) -> None:
-    """loss = (1 - alpha) · labels + alpha · logits + weight · objective: weights are beside alpha, not normalised."""
+def test_weights_are_added_to_alphas_terms(objective: str) -> None:
+    """loss = (1 - alpha) · labels + alpha · logits + weight · objective, without normalization."""
     name = "bert_tokens"
     distiller = m.inside_distiller(name, OBJECTIVES[objective](weight=3.0), alpha=0.25)
     found = distiller(m.deep_student_of(name), m.collated(name, HEADS[name].examples(4)))

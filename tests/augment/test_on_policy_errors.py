@@ -1,4 +1,4 @@
-"""What OnPolicy refuses of a whole training: before anything is written, and with a word on what to do instead."""
+"""OnPolicy rejects unsuitable trainings before any text is generated, with advice."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def trainer_of(folder: Any, teacher: Any = None, *, student_share: float = 1.0, 
 
 
 @pytest.mark.parametrize("how", ["FSDP", "DeepSpeed", "tensor parallelism"])
-def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) -> None:
-    """As Accelerate, or a model that transformers spread by heads, says of itself; looked at when a step begins."""
+def test_a_student_split_across_processes_raises_at_the_first_step(tmp_path, monkeypatch, how: str) -> None:
+    """As marked by Accelerate, or by transformers for a model split by heads."""
     trainer = trainer_of(tmp_path)
-    check_on_policy(trainer)  # as it is, it may write
+    check_on_policy(trainer)  # unchanged, it is allowed
     trainer._on_policy_checked = None
     if how == "tensor parallelism":
         trainer.model._tp_size = 2
@@ -41,7 +41,7 @@ def test_a_student_that_no_process_has_whole(tmp_path, monkeypatch, how: str) ->
         trainer.get_batch_samples(iter([LLAMA.batch(2)]), 1, trainer.args.device)
 
 
-def test_a_teacher_that_was_asked_before(tmp_path) -> None:
+def test_a_precomputed_teacher_raises(tmp_path) -> None:
     _, _, examples, cached = made(tmp_path / "cache", "llama_causal_lm")
     for student_share in (0.0, 1.0):
         with pytest.raises(SettingError, match=r"a cached teacher has no answers for them\. Use a model as teacher"):
@@ -54,16 +54,16 @@ def with_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("collator", "told"),
+    ("collator", "message"),
     [
         (DataCollatorWithFlattening(return_tensors="pt"), "packed into a row, which cannot be continued. Use a collat"),
         (with_kinds, "Leave the other columns out: they would not fit the new texts"),
     ],
 )
-def test_batches_that_cannot_be_continued(tmp_path, collator: Any, told: str) -> None:
-    """The training ends before its first step."""
+def test_batches_that_cannot_be_continued_raise(tmp_path, collator: Any, message: str) -> None:
+    """The training stops before its first step."""
     trainer = trainer_of(tmp_path, data_collator=collator, remove_unused_columns=False)
     before = weights(trainer.model)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         trainer.train()
     assert_same_bits(weights(trainer.model), before)

@@ -1,4 +1,4 @@
-"""L4 inside: accumulation changes nothing, for the gradient of the student and for that of learned projections.
+"""L4 for activations: accumulation changes neither the student's gradient nor that of learned projections.
 
 Several processes: tests/trainer/test_two_processes.py.
 """
@@ -19,7 +19,7 @@ LEARNS = ("hidden", "cosine")
 @pytest.mark.parametrize("case", walked(APART))
 def test_accumulation_changes_nothing(case: Case) -> None:
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
-    assert bool(distiller.learned) == (case.objective in LEARNS)  # so projections are in the gradient
+    assert bool(distiller.learned) == (case.objective in LEARNS)  # so the gradient includes projections
     loss, gradient = m.step(distiller, student, split(case.head, 1))
     assert gradient.norm() > 1e-4
     for parts in (2, 4, 8) if case == first_of(case.objective) else (4,):
@@ -33,8 +33,8 @@ def first_of(objective: str) -> Case:
 
 
 @pytest.mark.parametrize("case", walked([case for case in APART if case.head == "bert_tokens"]))
-def test_the_gradient_of_the_projections_alone_is_exact(case: Case) -> None:
-    """By itself: as a part of the whole it could be lost beside the student's."""
+def test_the_projections_gradient_is_exact(case: Case) -> None:
+    """Tested alone, because an error could be hidden by the student's larger gradient."""
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
     if not distiller.learned:
         return
@@ -47,10 +47,10 @@ def test_the_gradient_of_the_projections_alone_is_exact(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", walked([case for case in APART if case.head == "bert_tokens"]))
-def test_the_examples_are_ragged_enough_to_tell(case: Case) -> None:
-    """A mean of means must be wrong on these examples, or the law above shows nothing."""
+def test_a_mean_of_means_is_wrong_on_these_examples(case: Case) -> None:
+    """Otherwise the law above would prove nothing."""
     student, distiller = m.deep_student_of(case.head), m.distiller_for(case)
-    if case.variant in ("first", "last"):  # an example counts as one, whatever its length: 8 = 4 × 2 says nothing
+    if case.variant in ("first", "last"):  # examples count once whatever their length, so 8 = 4 × 2 proves nothing
         return
     micro_batches = split(case.head, 4)
     _, gradient = m.step(distiller, student, micro_batches)
@@ -59,8 +59,8 @@ def test_the_examples_are_ragged_enough_to_tell(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", walked(COUPLED))
-def test_what_couples_examples_is_the_mean_over_micro_batches_weighted_by_their_examples(case: Case) -> None:
-    """Stated, not hidden: it is not the large batch's, and this is what it is instead."""
+def test_coupled_examples_give_the_example_weighted_mean_over_micro_batches(case: Case) -> None:
+    """A known limit: it differs from the large batch's value."""
     head, student = HEADS[case.head], m.deep_student_of(case.head)
     distiller, examples = m.distiller_for(case), head.examples(8)
     parts = [m.collated(case.head, part) for part in (examples[:5], examples[5:])]
@@ -75,8 +75,8 @@ def test_what_couples_examples_is_the_mean_over_micro_batches_weighted_by_their_
 
 
 @pytest.mark.parametrize("case", walked([case for case in INSIDE if case.head == "bert_tokens"]))
-def test_whether_examples_are_coupled_is_as_stated(case: Case) -> None:
-    """`couples_examples`, measured: the sum over a batch, and over its two halves."""
+def test_couples_examples_is_correct(case: Case) -> None:
+    """Compares the sum over a batch with that over its two halves."""
     distiller = m.distiller_for(case)
     objective = distiller.objectives[case.objective]
     totals = []
@@ -90,8 +90,8 @@ ONE_OF_A_KIND = {head.kind: name for name, head in HEADS.items() if head.label_n
 
 
 @pytest.mark.parametrize("name", list(ONE_OF_A_KIND))
-def test_beside_labels_and_logits(name: str) -> None:
-    """All three kinds of term in one loss, each over its own count."""
+def test_accumulation_is_exact_with_labels_and_logits(name: str) -> None:
+    """All three kinds of term in one loss, each with its own count."""
     objectives = [
         next(c for c in APART if c.head == name and c.objective == one).make() for one in ("hidden", "relations")
     ]

@@ -1,4 +1,4 @@
-"""A second pass with other dropout: half of R-Drop's gradient, twice as often, and random numbers of its own."""
+"""RDropTeacher, a second pass with other dropout: half of R-Drop's gradient, and its own random numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_distill.teachers import RDropTeacher
 from tests.heads import HEADS
 from tests.trainer.tiny import assert_moved, assert_same_bits, bert, examples, make, padded, weights
 
-ALIKE, DRAWS = 64, 60  # rows of one batch that are drawn apart; batches
+ALIKE, DRAWS = 64, 60  # equal rows of a batch with independent dropout; number of batches
 
 
 class Dropped(nn.Module):
-    """Dropout and a linear layer, in float64: rows of `x`, three classes."""
+    """Dropout and a linear layer in float64: rows of `x`, three classes."""
 
     def __init__(self, rate: float = 0.4) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class Dropped(nn.Module):
         return {"logits": self.head(self.drop(inputs_embeds))}
 
 
-def test_its_gradient_is_r_drops_in_expectation() -> None:
-    """Against both passes with gradient, ½ (KL(1 ‖ 2) + KL(2 ‖ 1)), from the definition; independent draws.
+def test_the_expected_gradient_is_that_of_r_drop() -> None:
+    """Compared with both passes with gradient, ½ (KL(1 ‖ 2) + KL(2 ‖ 1)), from the definition; independent draws.
 
-    Each entry of the difference of the two means is measured in its standard errors: of 18 normal ones all stay below
-    4 with a probability of 0.999; and the means themselves are far from 0.
+    Each entry of the difference of the two means is divided by its standard error: 18 normal ones all stay below
+    4 with a probability of 0.999; and the means are far from 0.
     """
     model = Dropped().train()
     x = torch.randn(1, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).expand(ALIKE, 5)
@@ -59,7 +59,7 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_the_papers_weight() -> None:
+def test_alpha_for_the_papers_weight() -> None:
     """2 · labels + α · D = (2 + α) · ((1 - a) · labels + a · D)."""
     for paper in (0.0, 1.0, 5.0):
         a = RDropTeacher.alpha(paper)
@@ -68,7 +68,7 @@ def test_the_papers_weight() -> None:
         RDropTeacher.alpha(-1)
 
 
-def test_it_draws_apart_and_leaves_the_runs_numbers_alone() -> None:
+def test_it_has_its_own_random_numbers() -> None:
     student, batch = bert(dropout=0.3).train(), padded(examples(4))
     distiller = Distiller(student, RDropTeacher(seed=1), alpha=1.0)
     state = torch.random.get_rng_state()
@@ -81,7 +81,7 @@ def test_it_draws_apart_and_leaves_the_runs_numbers_alone() -> None:
     assert all(module.training for module in student.modules())
 
 
-def test_running_statistics_move_at_the_students_own_pass_alone() -> None:
+def test_running_statistics_change_only_in_the_students_pass() -> None:
     model = Dropped().train()
     model.drop = nn.Sequential(nn.BatchNorm1d(5).double(), nn.Dropout(0.4))
     distiller = Distiller(model, RDropTeacher(), alpha=1.0, task="classification")
@@ -90,7 +90,7 @@ def test_running_statistics_move_at_the_students_own_pass_alone() -> None:
     assert_same_bits(dict(model.named_buffers()), before)
 
 
-def test_trained_and_resumed_bit_for_bit(tmp_path) -> None:
+def test_training_resumes_bit_for_bit(tmp_path) -> None:
     given = {
         "train_dataset": examples(8),
         "max_steps": 4,
@@ -114,13 +114,13 @@ def test_trained_and_resumed_bit_for_bit(tmp_path) -> None:
     assert held == {id(p) for p in whole.model.parameters()}
 
 
-def test_a_student_that_draws_nothing_is_refused() -> None:
+def test_a_student_without_dropout_raises() -> None:
     with pytest.raises(SettingError, match=r"nothing in the student \(BertForSequenceClassification\) is random"):
         Distiller(bert(), RDropTeacher())
-    heard = HEADS["wav2vec2_ctc_mean"]
+    speech = HEADS["wav2vec2_ctc_mean"]
     for settings in (
         {"attention_dropout": 0.1},
         {"layerdrop": 0.1},
         {"apply_spec_augment": True, "mask_time_prob": 0.1},
     ):
-        Distiller(heard.make(0, **settings), RDropTeacher())
+        Distiller(speech.make(0, **settings), RDropTeacher())

@@ -1,4 +1,4 @@
-"""The student as its own teacher: an average by its formula, adapters off and on again, resumed bit for bit."""
+"""Self-distillation: moving averages by the formula, snapshots, adapters switched off, resume bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "optim": "adam
 
 
 class Keep(TrainerCallback):
-    """The student's weights after each step."""
+    """Records the student's weights after each step."""
 
     def __init__(self) -> None:
         self.kept: list[dict[str, torch.Tensor]] = []
@@ -36,8 +36,8 @@ class Keep(TrainerCallback):
         self.kept.append(weights(model))
 
 
-def test_the_average_is_that_of_the_formula(tmp_path) -> None:
-    """d = min(0.6, 1 - 1 / (step + 1)): 1/2, 0.6, 0.6, from the student as it was at first."""
+def test_the_moving_average_follows_its_formula(tmp_path) -> None:
+    """d = min(0.6, 1 - 1 / (step + 1)): 1/2, 0.6, 0.6, starting from the initial student."""
     student, teacher, keep = bert(), MovingAverage(decay=0.6), Keep()
     expected = weights(student)
     trainer = make(tmp_path, student, teacher, max_steps=3, callbacks=[keep])
@@ -51,8 +51,8 @@ def test_the_average_is_that_of_the_formula(tmp_path) -> None:
     assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
 
 
-def test_a_decay_of_zero_is_the_student_itself(tmp_path) -> None:
-    """Then the teacher is the student of the moment: the divergence at the first micro-batch of a step is 0."""
+def test_a_decay_of_zero_copies_the_student(tmp_path) -> None:
+    """Then the teacher equals the current student: the divergence of a step's first micro-batch is 0."""
     teacher = MovingAverage(decay=0.0)
     trainer = make(tmp_path, bert(), teacher, alpha=0.5, max_steps=3, logging_steps=1)
     trainer.train()
@@ -60,7 +60,7 @@ def test_a_decay_of_zero_is_the_student_itself(tmp_path) -> None:
     assert_same_bits(weights(teacher.model), weights(trainer.model))
 
 
-def test_half_precision_students_are_averaged_in_full() -> None:
+def test_half_precision_students_are_averaged_in_fp32() -> None:
     student = bert().to(torch.bfloat16)
     teacher = MovingAverage(decay=0.999)
     Distiller(student, teacher)
@@ -75,7 +75,7 @@ def test_half_precision_students_are_averaged_in_full() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_resumed_average_is_the_uninterrupted_one(tmp_path, at: int) -> None:
+def test_a_resumed_average_equals_the_uninterrupted_one(tmp_path, at: int) -> None:
     given = {**RUN, "train_dataset": examples(8), "temperature": 3.0}
     whole = make(tmp_path / "whole", bert(dropout=0.3), MovingAverage(decay=0.9), **given)
     whole.train()
@@ -87,15 +87,15 @@ def test_a_resumed_average_is_the_uninterrupted_one(tmp_path, at: int) -> None:
     assert_same_bits(weights(resumed.distiller.teacher.model), weights(whole.distiller.teacher.model))
 
 
-def test_a_checkpoint_without_the_average_is_refused(tmp_path) -> None:
+def test_a_checkpoint_without_the_average_raises(tmp_path) -> None:
     make(tmp_path / "plain", bert(), bert(seed=1), **RUN).train()
     trainer = make(tmp_path / "own", bert(), MovingAverage(), **RUN)
     with pytest.raises(SettingError, match=r"has no distill_teacher\.safetensors, which holds the moving teacher"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "out" / "checkpoint-1"))
 
 
-def test_the_state_of_another_teacher_is_refused(tmp_path) -> None:
-    """Of an ensemble in another order, of one that is none, or for a teacher that stays."""
+def test_the_state_of_another_teacher_raises(tmp_path) -> None:
+    """Of an ensemble in another order, of another kind of teacher, or for a fixed teacher."""
     short = {**RUN, "max_steps": 1}
     make(tmp_path, bert(), Ensemble([bert(seed=1), MovingAverage()]), **short).train()
     for teacher, message in (
@@ -122,21 +122,21 @@ def test_the_average_is_not_exported(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", None])
-def test_a_decay_that_cannot_be(decay: Any) -> None:
+def test_an_invalid_decay_raises(decay: Any) -> None:
     with pytest.raises(SettingError, match=r"decay=.*must lie in \[0, 1\)"):
         MovingAverage(decay=decay)
 
 
-def test_an_average_of_a_sharded_student_is_refused() -> None:
+def test_a_moving_average_of_a_sharded_student_raises() -> None:
     distiller = Distiller(bert(), MovingAverage())
     with pytest.raises(SettingError, match=r"MovingAverage with FSDP: no process holds the whole student"):
         distiller.to(SimpleNamespace(distributed_type=DistributedType.FSDP))
 
 
-# As it was some steps ago.
+# Snapshots.
 
 
-def test_a_snapshot_is_refreshed_every_so_many_steps_and_resumed(tmp_path) -> None:
+def test_a_snapshot_is_refreshed_and_resumed(tmp_path) -> None:
     given = {**RUN, "train_dataset": examples(8), "max_steps": 5}
     teacher, keep = Snapshot(every=2), Keep()
     whole = make(tmp_path / "whole", bert(dropout=0.3), teacher, callbacks=[keep], logging_steps=1, **given)
@@ -154,17 +154,17 @@ def test_a_snapshot_is_refreshed_every_so_many_steps_and_resumed(tmp_path) -> No
     assert_same_bits(weights(resumed.distiller.teacher.model), keep.kept[3])
 
 
-def test_a_snapshot_every_so_many_steps_is_a_whole_number() -> None:
+def test_every_must_be_a_whole_number() -> None:
     for every in (0, 1.5, True):
         with pytest.raises(SettingError, match=r"every=.*must be a whole number of at least 1"):
             Snapshot(every=every)
 
 
-# Adapters off.
+# Adapters switched off.
 
 
 def adapted(name: str = "llama_causal_lm", dropout: float = 0.0) -> tuple[Any, Any]:
-    """A LoRA student whose adapters do something, and its base alone."""
+    """Return a LoRA student with nonzero adapters, and its base model alone."""
     base = HEADS[name].make(seed=0).double()
     alone = copy.deepcopy(base)
     with torch.random.fork_rng(devices=[]):
@@ -177,7 +177,7 @@ def adapted(name: str = "llama_causal_lm", dropout: float = 0.0) -> tuple[Any, A
     return student, alone
 
 
-def test_the_base_speaks_and_the_student_is_as_it_was() -> None:
+def test_the_base_model_predicts_and_the_student_is_unchanged() -> None:
     student, alone = adapted(dropout=0.2)
     student.train()
     distiller = Distiller(student, BaseModelTeacher(), alpha=1.0)
@@ -199,7 +199,7 @@ def test_the_base_speaks_and_the_student_is_as_it_was() -> None:
     assert (with_adapters - expected).abs().max() > 0.01
 
 
-def test_restored_even_when_the_forward_raises() -> None:
+def test_adapters_are_restored_after_an_exception() -> None:
     student, _ = adapted()
     student.train()
     distiller = Distiller(student, BaseModelTeacher(), alpha=1.0)
@@ -218,7 +218,7 @@ def test_restored_even_when_the_forward_raises() -> None:
     assert any(p.requires_grad for name, p in student.named_parameters() if "lora" in name)
 
 
-def test_what_was_frozen_in_an_adapter_stays_frozen() -> None:
+def test_frozen_adapter_parameters_stay_frozen() -> None:
     student, _ = adapted()
     for name, parameter in student.named_parameters():
         parameter.requires_grad_("lora_B" in name)
@@ -228,8 +228,8 @@ def test_what_was_frozen_in_an_adapter_stays_frozen() -> None:
     assert {name: p.requires_grad for name, p in student.named_parameters()} == trained
 
 
-def test_the_same_as_a_second_copy_of_the_base() -> None:
-    """Value and gradient, also through gradient checkpointing, whose backward runs the student again."""
+def test_it_equals_a_separate_copy_of_the_base_model() -> None:
+    """Value and gradient, also with gradient checkpointing, whose backward runs the student again."""
     head = HEADS["llama_causal_lm"]
     batch = in_double(head, head.examples(4))
     student, alone = adapted()
@@ -242,7 +242,7 @@ def test_the_same_as_a_second_copy_of_the_base() -> None:
     assert loss == pytest.approx(expected, rel=1e-12) and m.difference(found, gradient) < 1e-10
 
 
-def test_trained_accumulated_and_resumed(tmp_path) -> None:
+def test_training_accumulation_and_resume(tmp_path) -> None:
     head = HEADS["llama_causal_lm"]
     given = {**RUN, "train_dataset": head.examples(8), "data_collator": head.collate}
 
@@ -267,6 +267,6 @@ def test_trained_accumulated_and_resumed(tmp_path) -> None:
     assert_moved(one, weights(student(0.0)))
 
 
-def test_a_student_without_adapters_is_refused() -> None:
+def test_a_student_without_adapters_raises() -> None:
     with pytest.raises(TeacherError, match="has no adapters to switch off"):
         Distiller(bert(), BaseModelTeacher())

@@ -1,4 +1,4 @@
-"""What the tests of reading share: tiny models of many architectures, their sides, and reading one forward."""
+"""Tiny models of many architectures, their sides, and one forward with captured activations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sides_of(name: str) -> tuple[str | None, ...]:
 
 
 def with_sides(names: Iterable[str]) -> list[Any]:
-    """Parameters (name, side) of a test: other heads of an architecture that came before are slow."""
+    """Return test parameters (name, side); further heads of an architecture are slow."""
     return [
         pytest.param(*one.values, side, marks=one.marks)
         for one in one_an_architecture(names)
@@ -48,7 +48,7 @@ def with_sides(names: Iterable[str]) -> list[Any]:
 
 @functools.cache
 def model_of(name: str, attention: str | None = None) -> Any:
-    """In evaluation mode, and shared: no test may change it. `attention`: the implementation it is loaded with."""
+    """Return a shared model in evaluation mode, which no test may change, with this attention implementation."""
     return ALL[name].make() if attention is None else ALL[name].make(attn_implementation=attention)
 
 
@@ -58,12 +58,12 @@ def reads(what: str, side: str | None = None, layers: Iterable[int] = range(LAYE
 
 @torch.no_grad()
 def read(model: Any, wanted: Iterable[ActivationKey], batch: dict[str, Any], **keywords: Any) -> tuple[Any, Any]:
-    """What one forward shows, and what it returns."""
+    """Return the activations and the outputs of one forward."""
     with ActivationCapture(model, "student").capture(set(wanted)) as seen:
         outputs = model(**batch, **keywords)
     return seen, outputs
 
 
 def of_side(outputs: Any, what: str, side: str | None) -> Any:
-    """`hidden_states` or `attentions` as transformers gives them."""
+    """Return `hidden_states` or `attentions` of this side from transformers' outputs."""
     return outputs[what] if side is None else outputs[f"{side}_{what}"]

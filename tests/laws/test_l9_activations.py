@@ -1,4 +1,4 @@
-"""L9 inside: the teacher stays as it is, no hook stays on either model, and what is learned is no part of the student.
+"""L9 for activations: the teacher is unchanged, hooks are removed, and learned modules are not part of the student.
 
 That projections are in no checkpoint of the student, no export and no push: tests/trainer/test_objectives_saving.py.
 """
@@ -21,16 +21,16 @@ DROPOUT = ("bert_tokens", "bart_seq2seq", "vit_image_class")
 
 
 def hooks_of(model: Any) -> int:
-    """Of any kind, on any module."""
+    """Count the hooks of any kind on all modules."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 @pytest.mark.parametrize("case", walked(FIRST))
-def test_training_leaves_no_trace_but_in_weights(case: Case) -> None:
+def test_training_changes_only_weights(case: Case) -> None:
     head = HEADS[case.head]
     student, teacher = head.make(1, layers=2).train(), head.make(2, layers=3, width=24).train()
-    with torch.no_grad():  # transformers hangs hooks of its own onto some models, at their first forward
+    with torch.no_grad():  # transformers adds hooks of its own to some models at their first forward
         student(**head.batch(4)), teacher(**head.batch(4))
     before, own, hooks = weights(teacher), weights(student), (hooks_of(student), hooks_of(teacher))
     parts = {id(module) for module in student.modules()}
@@ -53,8 +53,8 @@ def test_training_leaves_no_trace_but_in_weights(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", walked([case for case in FIRST if case.head in DROPOUT and case.side is None]))
-def test_the_teacher_is_in_eval_mode_whoever_reads_it(case: Case) -> None:
-    """A teacher with dropout shows the same inside twice, even when something has set it to training mode."""
+def test_the_teacher_is_captured_in_evaluation_mode(case: Case) -> None:
+    """A teacher with dropout has the same activations twice, even after it was set to training mode."""
     head = HEADS[case.head]
     dropout = {key: 0.5 for key in head.settings if "drop" in key and "layer" not in key}
     student, teacher = head.make(1, layers=2), head.make(2, layers=3, width=24, **dropout)

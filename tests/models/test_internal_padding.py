@@ -1,6 +1,6 @@
-"""Models that pad to a multiple of their attention window inside: what is read is cut to the batch, at its end.
+"""Models that pad internally to a multiple of their attention window: activations are cut to the batch's length.
 
-Right is the same batch padded outside, by a collator's `pad_to_multiple_of`, where the model pads nothing itself.
+The expected values come from a batch padded by the collator (`pad_to_multiple_of`), which the model pads no further.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, Activat
 from hf_distill.teachers.cache import BuildOptions
 from tests.trainer.tiny import arguments
 
-LENGTH, PADDED = 15, 16  # windows and chunks are of 4 or 2
+LENGTH, PADDED = 15, 16  # windows and chunks have 4 or 2 tokens
 BERT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
 TWO_SIDED = {
@@ -65,7 +65,7 @@ PADDING: dict[str, tuple[Any, dict[str, Any], str | None]] = {
 
 @functools.cache
 def model_of(name: str, seed: int = 1, dtype: torch.dtype = torch.float64) -> Any:
-    """In evaluation mode, and shared: no test may change it."""
+    """Return a shared model in evaluation mode, which no test may change."""
     model_class, settings, _ = PADDING[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def model_of(name: str, seed: int = 1, dtype: torch.dtype = torch.float64) -> An
 
 
 def batch(name: str, length: int = LENGTH) -> dict[str, Tensor]:
-    """Ragged: 15, 12 and 9 tokens; to another length with padding."""
+    """Return texts of 15, 12 and 9 tokens, padded to `length`."""
     ids = torch.randint(3, 40, (3, LENGTH), generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[1] * count + [0] * (LENGTH - count) for count in (15, 12, 9)])
     ids = ids * mask
@@ -98,8 +98,8 @@ def read(model: Any, reads: set[ActivationKey], inputs: dict[str, Tensor]) -> An
 
 
 @pytest.mark.parametrize("name", PADDING)
-def test_what_is_read_is_as_long_as_the_batch(name: str) -> None:
-    """And the same, at every position that holds a token, as where nothing is padded inside."""
+def test_activations_are_as_long_as_the_batch(name: str) -> None:
+    """At every attended position they equal those without internal padding."""
     model, reads = model_of(name), reads_of(name)
     ours, outside = (read(model, reads, batch(name, length)) for length in (LENGTH, PADDED))
     keep = batch(name)["attention_mask"].bool()
@@ -110,8 +110,8 @@ def test_what_is_read_is_as_long_as_the_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["longformer", "led", "pegasus_x"])
-def test_and_as_of_the_example_alone(name: str) -> None:
-    """12 tokens are a multiple of the window: alone there is no padding. (BigBird's pattern depends on the length.)"""
+def test_activations_equal_those_of_the_example_alone(name: str) -> None:
+    """12 tokens are a multiple of the window and need no padding. (BigBird's pattern depends on the length.)"""
     model, side = model_of(name), PADDING[name][2]
     reads = {ActivationKey(HIDDEN, 1, side)}
     among = read(model, reads, batch(name))[ActivationKey(HIDDEN, 1, side)][1, :12]
@@ -133,8 +133,8 @@ def terms(student: Any, teacher: Any, side: str | None, inputs: dict[str, Tensor
 
 
 @pytest.mark.parametrize("name", [name for name in PADDING if name != "reformer"])
-def test_a_loss_is_as_with_padding_outside(name: str) -> None:
-    """It was said that student and teacher had other tokenizers."""
+def test_losses_equal_those_with_external_padding(name: str) -> None:
+    """The error used to be that student and teacher have different tokenizers."""
     student, teacher, side = model_of(name), model_of(name, 2), PADDING[name][2]
     inside, outside = (terms(student, teacher, side, batch(name, length)) for length in (LENGTH, PADDED))
     assert inside == pytest.approx(outside, rel=1e-6) and all(value > 0 for value in inside.values())
@@ -144,8 +144,8 @@ def test_a_loss_is_as_with_padding_outside(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["longformer", "led"])
-def test_queries_of_a_block_that_computes_on_time_first(name: str) -> None:
-    """Of eight examples of eight tokens a mask would fit the wrong way round. By hand from the block's input."""
+def test_queries_of_a_time_first_block(name: str) -> None:
+    """With eight examples of eight tokens, a transposed mask would fit too. By hand from the block's input."""
     model, side = model_of(name), PADDING[name][2]
     ids = torch.randint(3, 40, (8, 8), generator=torch.Generator().manual_seed(4))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -159,13 +159,13 @@ def test_queries_of_a_block_that_computes_on_time_first(name: str) -> None:
             torch.testing.assert_close(seen[ActivationKey(what, 1, side)], projection(stream), atol=1e-10, rtol=1e-10)
 
 
-def test_a_decoder_that_pads_nothing_is_not_cut() -> None:
+def test_a_decoder_without_internal_padding_is_not_cut() -> None:
     seen = read(model_of("led"), {ActivationKey(HIDDEN, 1, "decoder")}, batch("led"))
     assert seen[ActivationKey(HIDDEN, 1, "decoder")].shape == (3, 4, 16)
 
 
-def test_a_reformer_teaches_and_is_no_student() -> None:
-    """Its blocks run in an autograd function of its own, in which no graph is seen."""
+def test_a_reformer_can_be_a_teacher_but_not_a_student() -> None:
+    """Its blocks run in a custom autograd function that hides the graph."""
     torch.manual_seed(3)
     bert = hf.BertModel(hf.BertConfig(**BERT, **QUIET)).eval().double()
     reformer, inputs = model_of("reformer"), batch("reformer")
@@ -181,7 +181,7 @@ def test_a_reformer_teaches_and_is_no_student() -> None:
 
 
 @pytest.mark.parametrize("name", ["longformer", "big_bird"])
-def test_a_cached_teacher_is_as_the_live_one(name: str, tmp_path: Path) -> None:
+def test_a_cached_teacher_equals_the_live_one(name: str, tmp_path: Path) -> None:
     student, teacher, inputs = model_of(name, 1, torch.float32), model_of(name, 2, torch.float32), batch(name)
     matched = [HiddenMatch([(0, 0), (1, 1)]), RelationMatch(relations=["queries"], relation_heads=2)]
     data = [
@@ -204,8 +204,8 @@ def test_a_cached_teacher_is_as_the_live_one(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_an_exit_of_tokens() -> None:
-    """Rows were taken from the longer hidden state by the places of the shorter."""
+def test_token_exits_use_the_unpadded_length() -> None:
+    """Once rows were selected from the longer hidden state with the indices of the shorter."""
     torch.manual_seed(1)
     student = hf.LongformerForTokenClassification(
         hf.LongformerConfig(**BERT, **QUIET, attention_window=4, max_position_embeddings=66, num_labels=3)
@@ -219,7 +219,7 @@ def test_an_exit_of_tokens() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_the_trainer_that_met_it(tmp_path: Path) -> None:
+def test_training_a_model_with_internal_padding(tmp_path: Path) -> None:
     def longformer(layers: int) -> Any:
         return hf.LongformerForSequenceClassification(
             hf.LongformerConfig(
@@ -238,7 +238,7 @@ def test_the_trainer_that_met_it(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["loss/hidden"] > 0
 
 
-def test_a_model_that_is_not_known_to_pad_names_the_collators_setting() -> None:
+def test_the_error_for_unknown_internal_padding_names_pad_to_multiple_of() -> None:
     student, teacher, inputs = model_of("longformer"), model_of("longformer", 2), batch("longformer")
     inputs["teacher_input_ids"] = torch.ones(3, 20, dtype=torch.long)
     distiller = Distiller(student, teacher, objectives=HiddenMatch(), alpha=None, task="embedding")
@@ -247,7 +247,7 @@ def test_a_model_that_is_not_known_to_pad_names_the_collators_setting() -> None:
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_fsmt_computes_on_time_first_and_is_refused(side: str) -> None:
+def test_fsmt_computes_time_first_and_raises(side: str) -> None:
     sizes = {key: value for key, value in TWO_SIDED.items() if key not in ("vocab_size", "pad_token_id")}
     student, teacher = (
         hf.FSMTForConditionalGeneration(
@@ -259,7 +259,7 @@ def test_fsmt_computes_on_time_first_and_is_refused(side: str) -> None:
         Distiller(student, teacher, objectives=HiddenMatch(side=side), alpha=None)
 
 
-def test_last_hidden_is_as_long_as_the_batch_too() -> None:
+def test_last_hidden_is_as_long_as_the_batch() -> None:
     for name in PADDING:
         wanted = ActivationKey(LAST_HIDDEN, 0, PADDING[name][2])
         assert read(model_of(name), {wanted}, batch(name))[wanted].shape[:2] == (3, LENGTH)

@@ -1,4 +1,4 @@
-"""L3 inside: more padding changes neither value nor gradient; what stands at padded positions is never looked at."""
+"""L3 for activations: more padding changes neither value nor gradient; padded positions are never read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.heads import HEADS
 from tests.laws import measuring as m
 from tests.laws.objective_rows import INSIDE, Case, walked
 
-DIFFERENT = ("bert_tokens", "t5_seq2seq", "wav2vec2_ctc_mean")  # in what counts: tokens, a decoder's positions, frames
+DIFFERENT = ("bert_tokens", "t5_seq2seq", "wav2vec2_ctc_mean")  # they count tokens, decoder positions, frames
 PADDED = [case for case in INSIDE if HEADS[case.head].pads]
 
 
@@ -30,8 +30,8 @@ def test_more_padding_changes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", walked([case for case in INSIDE if case.variant in ("embeddings", "plain", "all")]))
-def test_labels_do_not_say_which_positions_count(case: Case) -> None:
-    """Every token that is attended does, labelled or not: only a decoder, which is made of its labels, needs them."""
+def test_valid_positions_do_not_depend_on_labels(case: Case) -> None:
+    """Every attended token counts, labelled or not; only a decoder needs labels, from which its inputs are made."""
     head = HEADS[case.head]
     if head.kind == "seq2seq":
         return
@@ -44,8 +44,8 @@ def test_labels_do_not_say_which_positions_count(case: Case) -> None:
     assert torch.equal(with_labels[1], without[1])
 
 
-def spoilt(signals: Signals, keep: Tensor, garbage: float) -> Signals:
-    """Garbage in everything that was read, at every position that does not count."""
+def with_garbage(signals: Signals, keep: Tensor, garbage: float) -> Signals:
+    """Put garbage into all activations at every position that does not count."""
 
     def spoil(what: str, value: Any) -> Any:
         if what != ATTENTION:
@@ -59,7 +59,7 @@ def spoilt(signals: Signals, keep: Tensor, garbage: float) -> Signals:
 
 
 def with_gradient(signals: Signals) -> tuple[Signals, list[Tensor]]:
-    """The same values, as leaves."""
+    """Return the same values as leaves."""
     inside: dict[Any, Any] = {}
     leaves = []
     for read, value in signals.activations.items():
@@ -82,7 +82,7 @@ def measured(distiller: Any, case: Case, batch: Any, ours: Signals, theirs: Sign
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e4], ids=["nan", "inf", "large"])
 @pytest.mark.parametrize("case", walked([case for case in PADDED if case.head in DIFFERENT]))
-def test_positions_that_do_not_count_are_never_looked_at(case: Case, garbage: float) -> None:
+def test_invalid_positions_are_never_read(case: Case, garbage: float) -> None:
     batch = m.collated(case.head, HEADS[case.head].examples(4))
     distiller = m.distiller_for(case)
     batch, ours, theirs = m.shown(distiller, case.head, batch)
@@ -90,9 +90,9 @@ def test_positions_that_do_not_count_are_never_looked_at(case: Case, garbage: fl
     assert not keep.all()
     total, count, gradients = measured(distiller, case, batch, ours, theirs)
     found, found_count, found_gradients = measured(
-        distiller, case, batch, *(spoilt(signals, keep, garbage) for signals in (ours, theirs))
+        distiller, case, batch, *(with_garbage(signals, keep, garbage) for signals in (ours, theirs))
     )
-    exact = case.objective != "attention"  # whose products are summed in another order
+    exact = case.objective != "attention"  # its products are summed in another order
     assert found_count == count
     assert found == total if exact else found == pytest.approx(total, rel=1e-12)
     for before, after in zip(gradients, found_gradients, strict=True):

@@ -1,4 +1,4 @@
-"""What is refused, and what the messages say: damage, other teachers, tokenizers, examples, tasks, collators."""
+"""Errors of a cache and their messages: damage, other teachers, tokenizers, examples, tasks, collators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the middle."""
+    """Flip one bit in the middle."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(bytes(content))
@@ -46,7 +46,7 @@ def flip(path: Path) -> None:
         (Path.unlink, r"{file} is missing\. Copy the folder again"),
     ],
 )
-def test_damaged_files(tmp_path: Path, file: str, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_files_raise(tmp_path: Path, file: str, damage: Callable[[Path], None], message: str) -> None:
     made(tmp_path, NAME)
     damage(tmp_path / file)
     with pytest.raises(DataError, match=message.format(file=re.escape(file))):
@@ -65,14 +65,14 @@ def test_damaged_files(tmp_path: Path, file: str, damage: Callable[[Path], None]
         ),
     ],
 )
-def test_manifests(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_manifests_raise(tmp_path: Path, content: bytes, message: str) -> None:
     made(tmp_path, NAME)
     (tmp_path / files.MANIFEST).write_bytes(content)
     with pytest.raises(DataError, match=message):
         TeacherCache(tmp_path)
 
 
-def test_no_cache(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_raises(tmp_path: Path) -> None:
     with pytest.raises(
         TeacherError, match=r"holds no teacher cache \(no manifest.json\). Build one: TeacherCache.build"
     ):
@@ -84,7 +84,7 @@ def test_no_cache(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_another_teacher(tmp_path: Path) -> None:
+def test_another_teacher_raises(tmp_path: Path) -> None:
     head, teacher, _, cached = made(tmp_path, NAME)
     assert CachedTeacher(cached.cache, teacher=head.make(2)).cache is cached.cache
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_another_teacher(tmp_path: Path) -> None:
         CachedTeacher(tmp_path, teacher=teacher)
 
 
-def test_missing_and_altered_examples(tmp_path: Path) -> None:
+def test_missing_and_altered_examples_raise(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, NAME)
     distiller = Distiller(head.make(1), cached, alpha=1.0)
     new = head.examples(30)[-2:]
@@ -114,7 +114,7 @@ def test_missing_and_altered_examples(tmp_path: Path) -> None:
     assert cached.cache.has(head.collate([examples[0], *new])).tolist() == [True, False, False]
 
 
-def test_another_tokenizer(tmp_path: Path) -> None:
+def test_another_tokenizer_raises(tmp_path: Path) -> None:
     head = HEADS[NAME]
     ours, theirs = tokenizer(), tokenizer(added=["another"])
     cached = CachedTeacher(build(tmp_path, head, head.make(2), head.examples(4), processing_class=theirs))
@@ -125,7 +125,7 @@ def test_another_tokenizer(tmp_path: Path) -> None:
         Distiller(head.make(1), cached, processing_class=ours)
 
 
-def test_another_task_or_head(tmp_path: Path) -> None:
+def test_another_task_or_head_raises(tmp_path: Path) -> None:
     head, *_, cached = made(tmp_path, NAME)
     with pytest.raises(
         TeacherError, match=r"predictions of a token_classification head, the student needs .* masked_lm"
@@ -140,23 +140,23 @@ def test_another_task_or_head(tmp_path: Path) -> None:
         Distiller(HEADS["bert_embedding"].make(1), of_embedding, task=Embedding("first"), alpha=1.0)
 
 
-def test_decoder_inputs_that_were_the_students(tmp_path: Path) -> None:
-    """Of a cache whose teacher had no rule of its own, or that an earlier version built."""
+def test_a_cache_built_with_the_students_decoder_inputs_raises(tmp_path: Path) -> None:
+    """Built for a teacher without its own rule for them, or by an earlier version."""
     *_, cached = made(tmp_path, "bart_seq2seq")
-    assert cached.cache.manifest["inputs"]["decoder"] is None  # the teacher began with its own token
+    assert cached.cache.manifest["inputs"]["decoder"] is None  # the teacher used its own start token
     Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
     cached.cache.manifest["inputs"]["decoder"] = [2, 5, 6]
     with pytest.raises(TeacherError, match=r"labels 5, 6, 7 became \[2, 5, 6\] there, the student makes \[1, 5, 6\]"):
         Distiller(HEADS["bart_seq2seq"].make(1, decoder_start_token_id=1), cached)
 
 
-def test_objectives_on_the_inside(tmp_path: Path) -> None:
+def test_objectives_without_cached_activations_raise(tmp_path: Path) -> None:
     head, *_, cached = made(tmp_path, NAME)
     with pytest.raises(TeacherError, match=r"the cache holds predictions only\. Build it with .*objectives="):
         Distiller(head.make(1), cached, objectives=HiddenMatch("skip"))
 
 
-def test_what_is_drawn_at_run_time(tmp_path: Path) -> None:
+def test_collators_that_draw_at_run_time_raise(tmp_path: Path) -> None:
     head, teacher, examples, cached = made(tmp_path, NAME)
     masks = tokenizer()
     masks.mask_token = "w1"
@@ -179,7 +179,7 @@ def test_what_is_drawn_at_run_time(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_students_own_augmentation_leaves_the_teacher_its_clean_example(tmp_path: Path) -> None:
+def test_student_only_augmentation_uses_the_cached_clean_example(tmp_path: Path) -> None:
     name = "bert_single_label"
     head, teacher, examples, cached = made(tmp_path, name)
 
@@ -195,7 +195,7 @@ def test_a_students_own_augmentation_leaves_the_teacher_its_clean_example(tmp_pa
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_must_fit_onto_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[NAME]
     monkeypatch.setattr(building, "free_bytes", lambda folder: 1000)
     with pytest.raises(
@@ -205,21 +205,21 @@ def test_it_must_fit_onto_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "new").exists()
 
 
-def test_the_size_is_told_before(tmp_path: Path) -> None:
-    """20 examples; 4 bytes a logit, three of them a position; key, positions and index take 44 bytes an example."""
-    head, said = HEADS[NAME], []
+def test_the_size_is_logged_before_the_build(tmp_path: Path) -> None:
+    """20 examples; 4 bytes per logit, three logits per position; key, positions and index take 44 bytes per example."""
+    head, messages = HEADS[NAME], []
     examples = head.examples(20)
     positions = sum(len(one["input_ids"]) for one in examples)
-    cache = build(tmp_path, head, head.make(2), examples, announce=said.append)
-    assert len(said) == 1 and re.match(
+    cache = build(tmp_path, head, head.make(2), examples, announce=messages.append)
+    assert len(messages) == 1 and re.match(
         rf"The teacher's cache takes about 2\.\d kB in all: 20 examples of {positions / 20:.1f}"
         r" positions, 12 bytes a position; [\d.]+ GB are free at",
-        said[0],
+        messages[0],
     )
     assert cache.manifest["positions"] == positions
 
 
-def test_overflow_and_dtypes(tmp_path: Path) -> None:
+def test_overflow_and_invalid_dtypes_raise(tmp_path: Path) -> None:
     head = HEADS[NAME]
     teacher = head.make(2)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_overflow_and_dtypes(tmp_path: Path) -> None:
         Dense("int8")
 
 
-def test_what_can_be_built_of(tmp_path: Path) -> None:
+def test_unsupported_sources_of_a_build_raise(tmp_path: Path) -> None:
     head = HEADS[NAME]
     with pytest.raises(DataError, match=r"a dataset with a length and numbered examples, not from a generator"):
         build(tmp_path, head, head.make(2), (one for one in head.examples(3)))
@@ -248,8 +248,8 @@ def test_what_can_be_built_of(tmp_path: Path) -> None:
         build(tmp_path, head, head.make(2), head.examples(3), batch_size=0)
 
 
-def test_the_head_of_a_folder_is_that_of_its_config(tmp_path: Path) -> None:
-    """`TeacherCache.build("folder")` asks for nothing that config.json tells."""
+def test_the_head_of_a_folder_comes_from_its_config(tmp_path: Path) -> None:
+    """`TeacherCache.build("folder")` needs no argument that config.json determines."""
     for name in (NAME, "llama_causal_lm", "bert_regression"):
         head = HEADS[name]
         head.make(2).save_pretrained(tmp_path / name)
@@ -264,7 +264,7 @@ def test_the_head_of_a_folder_is_that_of_its_config(tmp_path: Path) -> None:
         TeacherCache.build(str(tmp_path / "nowhere"), head.examples(3), tmp_path / "another")
 
 
-def test_a_teacher_that_lies_on_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_split_across_processes_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprints, "DTensor", torch.Tensor)
     head = HEADS["bert_single_label"]
     with pytest.raises(TeacherError, match=r"are sharded \(.*Load it without distributed_config"):
@@ -272,8 +272,8 @@ def test_a_teacher_that_lies_on_several_processes(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_teacher_that_sees_padding_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Group norm over time: what it says of a sound depends on the zeros after it."""
+def test_a_teacher_that_depends_on_padding_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With group norm over time, its predictions for a recording depend on the zeros after it."""
     head = HEADS["wav2vec2_ctc_mean"]
     group = {"feat_extract_norm": "group", "do_stable_layer_norm": False}
     teacher = head.make(2, **group)
@@ -283,7 +283,7 @@ def test_a_teacher_that_sees_padding_is_told_of(tmp_path: Path, caplog: pytest.L
     assert "in batches of 3 consecutive examples" in caplog.text
 
 
-def test_another_frame_rate(tmp_path: Path) -> None:
+def test_another_frame_rate_raises(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, "wav2vec2_ctc_mean")
     slower = head.make(1, conv_stride=(2, 4))
     distiller = Distiller(slower, cached, alpha=1.0)
@@ -292,10 +292,10 @@ def test_another_frame_rate(tmp_path: Path) -> None:
             distiller(slower, batch)
 
 
-def test_it_travels_to_worker_processes(tmp_path: Path) -> None:
+def test_the_lookup_can_be_sent_to_worker_processes(tmp_path: Path) -> None:
     head, _, examples, cached = made(tmp_path, NAME)
     collate = cached.wrap_collator(head.collate)
-    collate.collator = max  # what is pickled with it here
+    collate.collator = max  # a picklable stand-in
     sent = pickle.loads(pickle.dumps(collate))
     sent.collator = head.collate
     collate.collator = head.collate
@@ -307,8 +307,8 @@ def packing(some: list[dict[str, Any]]) -> Any:
     return DataCollatorWithFlattening(return_tensors="pt")(some)
 
 
-def test_a_collator_that_packs_is_named(tmp_path: Path) -> None:
-    """Where the cache is built, and where a training looks an example up: in the collator, or when the loss asks."""
+def test_a_packing_collator_raises(tmp_path: Path) -> None:
+    """At the build, and at the lookup of a training, in the collator or in the loss."""
     head = HEADS["llama_causal_lm"]
     teacher, some = head.make(2), head.examples(8)
     with pytest.raises(DataError, match=r"makes 1 row\(s\) of 3 examples: it packs them.*a collator that pads"):
@@ -325,8 +325,8 @@ def test_a_collator_that_packs_is_named(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_rows_that_were_packed_once_are_examples_like_others(tmp_path: Path) -> None:
-    """The way out that the message names."""
+def test_rows_packed_in_advance_are_cached_like_examples(tmp_path: Path) -> None:
+    """The error message suggests this."""
     head = HEADS["llama_causal_lm"]
     teacher, student, some = head.make(2), head.make(1), head.examples(8)
     batches = [packing(some[at : at + 4]) for at in (0, 4)]
