@@ -344,10 +344,10 @@ class CachePass(ShardedPass):
     def check_dataset(self, finished: bool) -> None:
         self._first = None  # its memory is free again
 
-    def has_same_examples(self, shard: int, receipt: Json) -> bool:
+    def changed_examples(self, shard: int, receipt: Json) -> Sequence[int]:
         written = _read_keys(self.folder / receipt["file"])
         now = np.concatenate([self._keys(batch) for batch in self._batches([shard])])
-        return np.array_equal(written, now)
+        return [self.indices(shard)[row] for row in np.flatnonzero((written != now).any(1))]
 
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
         store, batches = store_from(self.agreed["store"]), self._batches(numbers)
