@@ -18,10 +18,11 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.teachers import shards
 from hf_distill.teachers.base import Collator, Teacher
 from hf_distill.teachers.cache import files, layout
-from hf_distill.teachers.cache.build import BuildOptions, TrainingSetup, prepare_pass
+from hf_distill.teachers.cache.build import CachePass
 from hf_distill.teachers.cache.files import POSITIONS, MemoryMappedShards, counts_of, from_disk
 from hf_distill.teachers.cache.hidden import CachedActivations, Objectives
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, content_keys, read_by_teacher
+from hf_distill.teachers.cache.source import BuildOptions, Source, TrainingSetup
 from hf_distill.teachers.cache.stores import Store, store_from
 from hf_distill.teachers.passes import kept_examples, readable_bytes
 from hf_distill.teachers.shards import Json
@@ -125,16 +126,10 @@ class TeacherCache:
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
-        building = prepare_pass(
-            teacher,
-            dataset,
-            Path(path),
-            TrainingSetup(student, task, data_collator, processing_class, objectives, temperature),
-            store=store,
-            batch_size=batch_size,
-            progress=progress,
-            options=options or BuildOptions(),
-        )
+        options = options or BuildOptions()
+        setup = TrainingSetup(student, task, data_collator, processing_class, objectives, temperature)
+        source = Source(teacher, dataset, setup, options)
+        building = CachePass(source, Path(path), store=store, batch_size=batch_size, progress=progress, options=options)
         built = building.run()
         if not built:
             building.announce(f"{path} is built already.")

@@ -23,21 +23,29 @@ DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16, "float32
 
 
 def check_dtype(setting: str, dtype: str, allowed: Collection[str] = tuple(DTYPES)) -> None:
-    """Raise SettingError if a dtype is not allowed.
-
-    Args:
-        setting: the name of the setting, for the message.
-        dtype: its value.
-        allowed: names of dtypes.
-    """
+    """Raise SettingError if the dtype of a setting is not allowed."""
     if dtype not in allowed:
         hint = did_you_mean(dtype, allowed, DTYPE_ALIASES)
         raise SettingError(f"{setting}={dtype!r}: allowed are {', '.join(allowed)}.{hint}")
 
 
-def to_disk(values: Tensor, dtype: str) -> np.ndarray:
-    """Round a tensor to one of `DTYPES`, as it is written to the disk."""
-    rounded = values.detach().to(getattr(torch, dtype)).cpu()
+def to_disk(values: Tensor, dtype: str, *, overflow: str = "") -> np.ndarray:
+    """Round a tensor to one of `DTYPES`, as it is written to the disk.
+
+    Args:
+        values: of any shape.
+        dtype: its name.
+        overflow: the message if float16 cannot hold a finite number, with `{}` for the largest; by default it becomes
+            infinite.
+
+    Raises:
+        SettingError: if there is a message and the number is too large.
+    """
+    rounded = values.detach().to(getattr(torch, dtype))
+    if overflow and dtype == "float16" and bool((rounded.isinf() & values.isfinite()).any()):
+        reached = values[values.isfinite()].abs().max().item()
+        raise SettingError(overflow.format(f"{reached:.3g}, float16 ends at 65504"))
+    rounded = rounded.cpu()
     return rounded.view(torch.uint16).numpy() if dtype == "bfloat16" else rounded.numpy()
 
 
@@ -89,7 +97,7 @@ class MemoryMappedShards:
         return found
 
     def gather(self, spans: Spans, field: str) -> np.ndarray:
-        """Copy the positions of examples out of the memory map, `[p width]`, one example after the other."""
+        """Return a copy of the positions of examples, `[p width]`, one example after the other."""
         _, width = self._columns[field]
         pieces = [self._values[shard][field][start * width : end * width] for shard, start, end in spans]
         return np.concatenate(pieces).reshape(-1, width)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from hf_distill._types import Batch
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.models.blocks import SIDES, Blocks, Features
 from hf_distill.models.capture import ActivationCapture
@@ -26,8 +27,8 @@ from hf_distill.signals import (
     Needs,
     Signals,
 )
-from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.cache.files import DTYPES, Dtype, to_disk
+from hf_distill.tasks import Task
+from hf_distill.teachers.cache.files import Dtype, to_disk
 from hf_distill.teachers.shards import Json
 
 _KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
@@ -36,6 +37,11 @@ _POOLED = {
     "last": "last position of each example",
     "mean": "mean over each example",
 }
+_NO_ATTENTION = (
+    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use RelationMatch (queries, keys "
+    "and values are kept) or HiddenMatch, or the live teacher."
+)
+_NOT_FOR_TRAINING = "KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch."
 _REBUILD = "Build a cache with the objectives of this training (objectives=, student=), or use the live teacher."
 
 
@@ -131,10 +137,10 @@ class KeepActivations(Objective):
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+        raise SettingError(_NOT_FOR_TRAINING)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+        raise SettingError(_NOT_FOR_TRAINING)
 
 
 Objectives = Objective | Sequence[Objective] | Mapping[str, Objective]
@@ -163,24 +169,20 @@ def wanted_activations(
             'KeepActivations(("hidden", 3), ("hidden", 7)).'
         )
     of_student = capture if student is None else ActivationCapture(student, "student")
-    poolings: dict[tuple[str, int, str], set[str | None]] = {}
-    keys: dict[tuple[str, int, str], ActivationKey] = {}
+    keys: dict[tuple[str, int, str], ActivationKey] = {}  # an activation may have several keys: the first is used
+    poolings: dict[ActivationKey, set[str | None]] = {}
     for objective in given:
         bound = copy.copy(objective)  # the user's objective stays unbound
         bound.bind(ObjectiveSetup(of_student, capture, task, student))
         for key in sorted(bound.teacher_needs.activations, key=str):
             if key.what == ATTENTION:
-                raise SettingError(
-                    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
-                    "RelationMatch (queries, keys and values are kept) or HiddenMatch, or the live teacher."
-                )
+                raise SettingError(_NO_ATTENTION)
             kept = key._replace(layer=_layer(key))
             place = (kept.what, kept.layer, capture.blocks(kept.side, kept.stack).path)
-            keys.setdefault(place, kept)
-            poolings.setdefault(place, set()).add(objective.pools)
-    one_way = {key: poolings[place].copy().pop() if len(poolings[place]) == 1 else None for place, key in keys.items()}
-    in_order = sorted(one_way, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
-    return WantedActivations({key: one_way[key] for key in in_order}, capture, dtype)
+            poolings.setdefault(keys.setdefault(place, kept), set()).add(objective.pools)
+    in_order = sorted(poolings, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
+    one_way = {key: next(iter(poolings[key])) if len(poolings[key]) == 1 else None for key in in_order}
+    return WantedActivations(one_way, capture, dtype)
 
 
 def _as_list(objectives: Objectives | None) -> list[Objective]:
@@ -221,35 +223,23 @@ def describe_activations(
         first: each activation of the first batch, with the positions of its examples `[b]`.
     """
     named = {(key.side, key.stack) for key in wanted.keys}
-    places = sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str)
-    stacks = [{"side": side, "stack": stack, **_facts_of(wanted.capture, side, stack)} for side, stack in places]
+    stacks = []
+    for side, stack in sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str):
+        with contextlib.suppress(SettingError):  # the model has no such side
+            blocks = vars(wanted.capture.blocks(side, stack))
+            facts = {name: blocks[name] for name in ("path", "length", "width", "heads", "of_decoder")}
+            stacks.append({"side": side, "stack": stack, **facts})
     return {
         "dtype": wanted.dtype,
         "kept": [asdict(activation) for activation in first],
         "positions": {activation.along: float(counts.mean()) for activation, (_, counts) in first.items()},
-        "stacks": [stack for stack in stacks if "path" in stack],
+        "stacks": stacks,
     }
-
-
-def _facts_of(capture: ActivationCapture, side: str | None, stack: str | None) -> Json:
-    try:
-        blocks = capture.blocks(side, stack)
-    except SettingError:
-        return {}  # the model has no such side
-    return {name: vars(blocks)[name] for name in ("path", "length", "width", "heads", "of_decoder")}
 
 
 def stored_activations(description: Json | None) -> list[StoredActivation]:
     """Return the activations of a manifest's part on activations."""
     return [] if description is None else [StoredActivation(**kept) for kept in description["kept"]]
-
-
-def by_axis(description: Json | None) -> dict[str, list[StoredActivation]]:
-    """Return the stored activations for each of the axes that they run along."""
-    found: dict[str, list[StoredActivation]] = {}
-    for kept in stored_activations(description):
-        found.setdefault(kept.along, []).append(kept)
-    return found
 
 
 def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.ndarray:
@@ -264,13 +254,8 @@ def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.
             f"the teacher's {kept} hold NaN or infinity. Check the input; a half-precision teacher may overflow: try "
             "teacher_dtype='float32' or 'bfloat16'."
         )
-    encoded = to_disk(rows, dtype)
-    if DTYPES[dtype] is np.float16 and bool(np.isinf(encoded).any()):
-        raise SettingError(
-            f"the teacher's {kept} reach {rows.abs().max().item():.3g}, {dtype} ends at "
-            f"{torch.finfo(torch.float16).max:.3g}. Pass BuildOptions(activation_dtype='bfloat16') or 'float32'."
-        )
-    return encoded
+    instead = "Pass BuildOptions(activation_dtype='bfloat16') or 'float32'."
+    return to_disk(rows, dtype, overflow=f"the teacher's {kept} reach {{}}. {instead}")
 
 
 class CachedActivations:
@@ -316,10 +301,7 @@ class CachedActivations:
             if (kept.what, kept.layer, kept.path) == (key.what, _layer(key), path):
                 return kept
         if key.what == ATTENTION:
-            raise TeacherError(
-                "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
-                "RelationMatch or HiddenMatch, or the live teacher."
-            )
+            raise TeacherError(_NO_ATTENTION)
         missing = StoredActivation("", key.what, key.layer, path, None, "", 0)
         there = ", ".join(str(kept) for kept in self.kept if kept.path == path) or "nothing"
         raise TeacherError(f"the cache does not hold {missing} of {path!r}, only {there}. {_REBUILD}")

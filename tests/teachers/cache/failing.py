@@ -1,6 +1,6 @@
 """A program, not a test: two processes build a cache, and one of them fails.
 
-`failing.py FOLDER RANK WHEN`: the disk of one process is full, or it fails at one point of the pass. Each process prints
+`failing.py FOLDER RANK WHEN`: one process fails, or its disk is full, at one point of the pass. Each process prints
 its error; then both build the cache with the same call.
 """
 
