@@ -99,9 +99,8 @@ class CachePass(ShardedPass):
         found = source.keys(batch, columns)
         if not np.array_equal(found, source.keys(source.batch(first), columns)):
             raise SettingError(
-                "the collator is not deterministic (random masking, cropping or augmentation), and a cache identifies "
-                "examples by their content. Change them once with dataset.map or hf_distill.augment.augment_dataset, "
-                "and use a collator that only pads."
+                "the collator is not deterministic (random masks, crops or augmentation). Change the examples once "
+                "with dataset.map or hf_distill.augment.augment_dataset, and use a collator that only pads."
             )
         with naming_examples(first):
             outputs = source.query(batch, self.state.device)
@@ -176,14 +175,11 @@ class CachePass(ShardedPass):
         task, store, temperature = self.source.task, self.store, self.source.temperature
         if outputs.sparse is not None:
             if store is not None:
-                raise SettingError(
-                    f"store={store!r}: this teacher gives its most likely columns only, and these are kept. Leave "
-                    "store= out."
-                )
+                raise SettingError(f"store={store!r}: this teacher gives likely columns only. Leave store= out.")
             return TopKFromServer(k=int(outputs.sparse.ids.shape[-1]), temperature=outputs.sparse.temperature)
         if outputs.rows is None:
             if store is not None:
-                raise SettingError(f"store={store!r} has no effect, because predictions=False. Leave one of them out.")
+                raise SettingError(f"store={store!r} has no effect, because predictions=False. Leave one out.")
             return NoPredictions()
         chosen = store or default_store(task, outputs.width, temperature)
         if chosen.is_sparse and task.matched_by != "vocabulary":
@@ -262,10 +258,7 @@ class CachePass(ShardedPass):
             rows = rows[:, :columns]
         _check_finite(rows, outputs.counts)
         if rows.shape[1] != columns:
-            raise DataError(
-                f"the teacher predicts {rows.shape[1]} columns here and {columns} in the first batch. All examples "
-                "must have equally many choices."
-            )
+            raise DataError(f"the teacher predicts {rows.shape[1]} columns here and {columns} in the first batch.")
         return store.encode(rows, found, outputs.counts)
 
     def _encode_activations(self, outputs: TeacherOutputs) -> dict[str, np.ndarray]:
@@ -274,7 +267,7 @@ class CachePass(ShardedPass):
             if now != first:
                 raise DataError(
                     f"the teacher's {first} are {first.width} wide along {first.axis} in the first batch, and "
-                    f"{now.width} along {now.axis} in a later batch. All batches must have the same columns."
+                    f"{now.width} along {now.axis} here."
                 )
             rows, counts = outputs.activations[now]
             fields[first.counts] = counts.astype(np.int32)
@@ -332,7 +325,7 @@ def default_store(task: Task, columns: int, temperature: float | None = None) ->
     Args:
         task: the student's task.
         columns: how many the head has.
-        temperature: the temperature that the predictions are for, or None if they are for any.
+        temperature: as `Source.temperature`.
     """
     if task.on_values:
         return Dense("float32")  # half precision would round away the differences of large values
@@ -353,12 +346,10 @@ def _check_finite(rows: torch.Tensor, counts: np.ndarray) -> None:
     """Raise TeacherError if logits hold NaN or infinity (minus infinity is allowed: an impossible column)."""
     wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
     if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        example = int(np.searchsorted(np.cumsum(counts), position, side="right"))
+        example = int(np.searchsorted(np.cumsum(counts), int(wrong.nonzero()[0]), side="right"))
         raise TeacherError(
-            f"the teacher's logits hold NaN or infinity in example {example} of a batch, at position {position} of all "
-            "its positions. Check that input; a half-precision teacher may overflow: try teacher_dtype='float32' or "
-            "'bfloat16'."
+            f"the teacher's logits hold NaN or infinity, first in number {example + 1} of these. Check it; a "
+            "half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
         )
 
 

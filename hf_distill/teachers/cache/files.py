@@ -55,9 +55,6 @@ def from_disk(values: np.ndarray, dtype: str) -> Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-Spans = list[tuple[int, int, int]]
-
-
 class MemoryMappedShards:
     """The shards and the index of a finished cache.
 
@@ -96,29 +93,20 @@ class MemoryMappedShards:
                 place += 1
         return found
 
-    def gather(self, spans: Spans, field: str) -> np.ndarray:
-        """Return a copy of the positions of examples, `[p width]`, one example after the other."""
-        _, width = self._columns[field]
-        pieces = [self._values[shard][field][start * width : end * width] for shard, start, end in spans]
-        return np.concatenate(pieces).reshape(-1, width)
-
-    def spans(self, places: np.ndarray, column: str = POSITIONS) -> Spans:
-        """Return shard, first position and end of each example.
+    def gather(self, places: np.ndarray, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a field of some examples, `[p width]`, and how many positions each example has, `[b]`.
 
         Args:
             places: `[b]` places in the index.
-            column: the column that counts the positions.
+            field: its name.
         """
-        spans = []
+        column, width = self._columns[field]
+        pieces, counts = [], []
         for shard, row in zip(self._shard[places].tolist(), self._row[places].tolist(), strict=True):
-            starts = self._starts[shard][column]
-            spans.append((shard, int(starts[row]), int(starts[row + 1])))
-        return spans
-
-
-def counts_of(spans: Spans) -> np.ndarray:
-    """Return how many positions each example has, `[b]`."""
-    return np.array([end - start for _, start, end in spans], dtype=np.int64)
+            start, end = self._starts[shard][column][row : row + 2].tolist()
+            pieces.append(self._values[shard][field][start * width : end * width])
+            counts.append(end - start)
+        return np.concatenate(pieces).reshape(-1, width), np.array(counts, dtype=np.int64)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

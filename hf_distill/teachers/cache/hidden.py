@@ -38,8 +38,8 @@ _POOLED = {
     "mean": "mean over each example",
 }
 _NO_ATTENTION = (
-    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use RelationMatch (queries, keys "
-    "and values are kept) or HiddenMatch, or the live teacher."
+    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use RelationMatch or "
+    "HiddenMatch, or the live teacher."
 )
 _NOT_FOR_TRAINING = "KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch."
 _REBUILD = "Build a cache with the objectives of this training (objectives=, student=), or use the live teacher."
@@ -51,8 +51,6 @@ class WantedActivations:
 
     Attributes:
         keys: key → "first", "last" or "mean" if only this vector of each example is kept, None for every position.
-        capture: the teacher's.
-        dtype: on the disk.
     """
 
     keys: Mapping[ActivationKey, str | None]
@@ -65,14 +63,11 @@ class WantedActivations:
 
 @dataclass(frozen=True)
 class StoredActivation:
-    """An activation as the manifest describes it.
+    """An activation as the manifest describes it; the names are those of `ActivationKey` and `WantedActivations`.
 
     Attributes:
         field: its column in the shards.
-        what: as in `ActivationKey`.
-        layer: as in `ActivationKey`.
         path: the path of the list of blocks.
-        pooling: as in `WantedActivations`.
         axis: what its positions run along: "input", "decoder", "frames", or "all" (equally many in each example).
         width: numbers for each position.
     """
@@ -155,17 +150,22 @@ def wanted_activations(
         SettingError: if there is no student, or an objective reads attention maps.
         TeacherError: if the teacher shows no activations.
     """
-    given = _as_list(objectives)
+    match objectives:
+        case None:
+            given: list[Objective] = []
+        case Objective():
+            given = [objectives]
+        case Mapping():
+            given = list(objectives.values())
+        case _:
+            given = list(objectives)
     if not given:
         return None
-    if not isinstance(capture, ActivationCapture):
-        raise TeacherError(
-            "objectives= keeps activations of a model, and this teacher shows none. Build the cache of one model, or "
-            "leave objectives= out."
-        )
+    if capture is None:
+        raise TeacherError("objectives= keeps activations, and this teacher shows none. Build the cache of one model.")
     if student is None and not all(isinstance(objective, KeepActivations) for objective in given):
         raise SettingError(
-            "objectives=: which blocks of the teacher they read depends on the student. Pass student=, or name them: "
+            "objectives=: the blocks that they read depend on the student. Pass student=, or name them: "
             'KeepActivations(("hidden", 3), ("hidden", 7)).'
         )
     of_student = capture if student is None else ActivationCapture(student, "student")
@@ -183,14 +183,6 @@ def wanted_activations(
     in_order = sorted(poolings, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
     one_way = {key: next(iter(poolings[key])) if len(poolings[key]) == 1 else None for key in in_order}
     return WantedActivations(one_way, capture, dtype)
-
-
-def _as_list(objectives: Objectives | None) -> list[Objective]:
-    if objectives is None:
-        return []
-    if isinstance(objectives, Mapping):
-        return list(objectives.values())
-    return list(objectives) if isinstance(objectives, Sequence) else [objectives]
 
 
 def _layer(key: ActivationKey) -> int:
@@ -216,12 +208,7 @@ def field_names(wanted: WantedActivations) -> list[str]:
 def describe_activations(
     wanted: WantedActivations, first: Mapping[StoredActivation, tuple[Tensor, np.ndarray]]
 ) -> Json:
-    """Return the manifest's part on activations.
-
-    Args:
-        wanted: what is kept.
-        first: each activation of the first batch, with the positions of its examples `[b]`.
-    """
+    """Return the manifest's part on activations, from those of the first batch and the counts of its examples."""
     named = {(key.side, key.stack) for key in wanted.keys}
     stacks = []
     for side, stack in sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str):
@@ -243,12 +230,7 @@ def stored_activations(description: Json | None) -> list[StoredActivation]:
 
 
 def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.ndarray:
-    """Return `[p d]` as it is written to the disk.
-
-    Raises:
-        SettingError: if the dtype cannot hold the numbers.
-        TeacherError: if there is NaN or infinity among them.
-    """
+    """Return `[p d]` as it is written to the disk; raise if it is not finite, or not in the dtype."""
     if not bool(rows.isfinite().all()):
         raise TeacherError(
             f"the teacher's {kept} hold NaN or infinity. Check the input; a half-precision teacher may overflow: try "
@@ -259,12 +241,7 @@ def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.
 
 
 class CachedActivations:
-    """The stored activations of a teacher: what `ActivationCapture` knows of blocks, without modules.
-
-    Args:
-        description: the manifest's part on activations, or None if there are none.
-        start_token: as `ActivationCapture.start_token`.
-    """
+    """What `ActivationCapture` knows of a teacher's blocks, from the manifest's part on activations."""
 
     def __init__(self, description: Json | None, *, start_token: int | None = None) -> None:
         self._description = description
@@ -272,11 +249,7 @@ class CachedActivations:
         self.kept = stored_activations(description)
 
     def blocks(self, side: str | None = None, stack: str | None = None) -> Blocks:
-        """Return what is known of a list of blocks, as `ActivationCapture.blocks` does.
-
-        Raises:
-            TeacherError: if the cache knows nothing of it.
-        """
+        """Return what is known of a list of blocks, as `ActivationCapture.blocks`; raise TeacherError if nothing."""
         found = self._stack(side, stack)
         hidden = [kept for kept in self.kept if kept.path == found["path"] and kept.what in (HIDDEN, LAST_HIDDEN)]
         return Blocks(
@@ -291,11 +264,7 @@ class CachedActivations:
         )
 
     def find(self, key: ActivationKey) -> StoredActivation:
-        """Return where an activation is kept.
-
-        Raises:
-            TeacherError: if it is not.
-        """
+        """Return where an activation is kept; raise TeacherError if it is not."""
         path = self._stack(key.side, key.stack)["path"]
         for kept in self.kept:
             if (kept.what, kept.layer, kept.path) == (key.what, _layer(key), path):
@@ -307,11 +276,7 @@ class CachedActivations:
         raise TeacherError(f"the cache does not hold {missing} of {path!r}, only {there}. {_REBUILD}")
 
     def check(self, key: ActivationKey, pooling: str | None) -> StoredActivation:
-        """Return where an activation is kept for an objective that reads it with this pooling.
-
-        Raises:
-            TeacherError: if it is not kept, or pooled otherwise.
-        """
+        """Return where an activation is kept; raise TeacherError if it is not, or if it is pooled otherwise."""
         found = self.find(key)
         if found.pooling is not None and found.pooling != pooling:
             compared = f"the {_POOLED[pooling]}" if pooling else "every position"

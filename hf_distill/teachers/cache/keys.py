@@ -7,15 +7,15 @@ order nor the number of workers matters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill._types import Batch
 from hf_distill.errors import DataError
-from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, Batch
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
 
 CACHED_PREFIX = f"{TEACHER_PREFIX}cached_"
 MASK = "attention_mask"
@@ -24,14 +24,10 @@ _SIZE = 16  # bytes of a key
 _NO_CONTENT = (MASK, DECODER_MASK)
 
 
-def read_by_teacher(batch: Batch, main: str) -> Mapping[str, Any]:
+def read_by_teacher(batch: Batch, main: str) -> Batch:
     """Return the columns that the teacher reads, without prefix.
 
-    Its own `teacher_*` columns if its main input is among them, else the student's.
-
-    Args:
-        batch: with `teacher_*` columns or without.
-        main: the teacher's main input.
+    They are its own `teacher_*` columns if its main input is among them, and the student's otherwise.
     """
     own = {
         name.removeprefix(TEACHER_PREFIX): value
@@ -86,7 +82,7 @@ def content_keys(batch: Batch, columns: Iterable[str], *, main: str) -> np.ndarr
     if missing:
         raise DataError(
             f"the cached teacher identifies an example by {', '.join(columns)}, and the batch has no "
-            f"{', '.join(missing)}, only {sorted(batch)}. Give the batch the columns that the cache was built with."
+            f"{', '.join(missing)}, only {sorted(batch)}."
         )
     arrays = {name: _plain(source[name]) for name in columns}
     mask = None if source.get(MASK) is None else _plain(source[MASK]).astype(bool)
@@ -127,12 +123,12 @@ def _plain(tensor: Tensor) -> np.ndarray:
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64).numpy()
 
 
-def _add(digest: Any, name: str, content: np.ndarray) -> None:
+def _add(digest: hashlib.blake2b, name: str, content: np.ndarray) -> None:
     digest.update(f"{name}:{content.dtype.str}:{content.shape};".encode())
     digest.update(np.ascontiguousarray(content).tobytes())
 
 
-def _add_gaps(digest: Any, mask: np.ndarray) -> None:
+def _add_gaps(digest: hashlib.blake2b, mask: np.ndarray) -> None:
     """Add where the real positions are relative to the first, unless they are consecutive."""
     if mask.ndim > 1:  # choices: each has its own length
         digest.update(np.ascontiguousarray(mask.sum(-1)).astype(np.int64).tobytes())

@@ -27,13 +27,7 @@ _SHARD_EXAMPLES = 256  # or a thousandth of all: at most this many are lost when
 _LARGE_ROUNDING = 0.01  # of the differences between rows
 _LARGE_PADDING = 1e-3  # of the largest prediction; half precision alone gives more than rounding
 _LARGE_PADDING_HALF = 0.05
-_AXES = {
-    "input": "tokens",
-    "decoder": "decoder positions",
-    "frames": "frames",
-    "all": "positions",
-    "vectors": "vectors",
-}
+_AXES = {"input": "tokens", "decoder": "decoder positions", "all": "positions"}  # other axes are words themselves
 
 
 @dataclass(frozen=True)
@@ -62,17 +56,12 @@ class Size:
         return round(self.examples * each)
 
     def describe(self, folder: Path, *, free: int) -> str:
-        """Return the size in words.
-
-        Args:
-            folder: where the cache will be.
-            free: bytes that are free there.
-        """
+        """Return the size in words, with the bytes that are free where the cache will be."""
         each = f"of {self.positions:.1f} positions, {self.bytes_per_position:,} bytes a position"
         if self.axis == "example":
             each = f"with {self.bytes_per_position:,} bytes of predictions each"
         for axis, (positions, width) in self.activations.items():
-            each += f", and activations of {width:,} bytes at each of {positions:.1f} {_AXES[axis]}"
+            each += f", and activations of {width:,} bytes at each of {positions:.1f} {_AXES.get(axis, axis)}"
         return (
             f"about {readable_bytes(self.total)} in all: {self.examples:,} examples {each}; "
             f"{readable_bytes(free)} are free at {folder}"
@@ -142,8 +131,7 @@ def padding_warning(change: float | None, plan: Json) -> str | None:
     return (
         f"the predictions of this teacher depend on how far its batch is padded: they change by {change:.2g} of the "
         f"largest prediction. The cache holds those in batches of {plan['padding']['batch_size']} consecutive "
-        "examples; a live teacher would predict something else in other batches. Pad to one fixed length, for the "
-        "cache and the training, to avoid this."
+        "examples, and a live teacher's differ in other batches. To avoid this, pad to one fixed length in both."
     )
 
 

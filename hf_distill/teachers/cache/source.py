@@ -41,7 +41,7 @@ from hf_distill.teachers.shards import Json
 _LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
 _RANDOM = (
     "{what} changes examples randomly, and a cached teacher knows only the examples that the cache was built from. "
-    "Change them once before training ({instead}) and build the cache from that, or use the live teacher."
+    "Change them once before training ({instead}) and build the cache from that, or use the live teacher.{or_else}"
 )
 
 
@@ -95,15 +95,14 @@ class TrainingSetup:
 
 def check_not_random(collator: Collator) -> None:
     """Raise SettingError if a collator changes examples randomly, for student and teacher."""
+    what, instead, or_else = "", "hf_distill.augment.augment_dataset", ""
     if getattr(collator, "mlm", False):
-        instead = "mask the dataset with dataset.map and give it labels"
-        raise SettingError(_RANDOM.format(what=f"{type(collator).__name__}(mlm=True)", instead=instead))
-    if getattr(collator, "student_only", None) is False and getattr(collator, "views", None) is None:
-        raise SettingError(
-            _RANDOM.format(what="An augmentation", instead="hf_distill.augment.augment_dataset")
-            + " Or fix the number of versions of each example, AugmentingCollator(..., views=4), for the cache and the "
-            "training; or pass student_only=True, so that the teacher reads the clean example."
-        )
+        what, instead = f"{type(collator).__name__}(mlm=True)", "mask the dataset with dataset.map and give it labels"
+    elif getattr(collator, "student_only", None) is False and getattr(collator, "views", None) is None:
+        what = "An augmentation"
+        or_else = " Or pass AugmentingCollator(..., views=4), a fixed number of versions, or student_only=True."
+    if what:
+        raise SettingError(_RANDOM.format(what=what, instead=instead, or_else=or_else))
 
 
 def augmentation_of(collator: Any) -> Json | None:
@@ -117,25 +116,20 @@ def augmentation_of(collator: Any) -> Json | None:
 
 
 def check_same_versions(collator: Collator, there: Json | None) -> None:
-    """Raise SettingError if the collator gives the teacher examples that the cache was not built from.
-
-    Args:
-        collator: of the training.
-        there: the manifest's "augmentation".
-    """
+    """Raise SettingError if a collator gives the teacher other examples than the manifest's "augmentation" says."""
     now = augmentation_of(collator)
     if now is None:
         return
     if there is None:
         raise SettingError(
             f"the collator makes {now['views']} augmented versions of each example, and the cache was built from the "
-            "examples themselves. Build it with this collator (data_collator=), or leave the augmentation out."
+            "examples themselves. Build it with this collator (data_collator=)."
         )
     fewer = {**now, "views": there["views"]} if now["views"] <= there["views"] else now
     if fewer != there:
         raise SettingError(
             f"the cache was built from other versions of the examples: {'; '.join(differences(there, now))}. Train "
-            "with the collator that it was built with, or build it with this one."
+            "with the collator that it was built with."
         )
 
 
@@ -193,8 +187,8 @@ def make_ready(
             _check_constant(teacher)
         if temperature is not None:
             raise SettingError(
-                f"temperature={temperature:g}: a model's logits are kept and softened in the training, so it has no "
-                "effect. Leave it out. (TopK has temperatures of its own.)"
+                f"temperature={temperature:g}: a model's logits are kept and softened in the training. Leave it out. "
+                "(TopK has temperatures of its own.)"
             )
         model = _as_model_teacher(teacher, setup, dtype)
         learner = student if student is not None else model.model
@@ -205,39 +199,29 @@ def make_ready(
     name = type(teacher).__name__
     if not isinstance(teacher, Teacher):
         raise TeacherError(
-            f"a cache is built from a teacher, not from a {name}. Give a model, a folder or a Hub id, or a teacher "
-            "(hf_distill.teachers: Ensemble, Specialists, ServedTeacher, ...)."
+            f"a cache is built from a teacher, not from a {name}. Give a model, a folder or a Hub id, or a teacher of "
+            "hf_distill.teachers."
         )
     if teacher.recorded is not None:
         raise TeacherError(f"the {name} is a cache already. To merge several caches, give an Ensemble of them.")
     if student is None:
-        raise SettingError(
-            f"the {name} has no head of its own: it predicts the labels or the vocabulary of a student. Pass student=."
-        )
+        raise SettingError(f"the {name} has no head of its own: it predicts what a student does. Pass student=.")
     if dtype is not None:
-        raise SettingError(
-            f"teacher_dtype={dtype!r} is for one model. Give the teachers of this {name} theirs where they are made."
-        )
+        raise SettingError(f"teacher_dtype={dtype!r} is for one model. Give the teachers of this {name} theirs.")
     made = make_task(student, setup.task)
     bound = TeacherSetup(
         student, made, processing_class=setup.processing_class, compares_predictions=options.predictions
     )
     teacher.bind(bound)
     if isinstance(teacher.alignment.student, tuple) and made.matched_by == "vocabulary":
-        raise TeacherError(
-            f"the vocabulary of this {name} has other tokens than the student's, or another order. Use teachers with "
-            "the student's tokenizer."
-        )
+        raise TeacherError(f"the vocabulary of this {name} is not the student's. Use teachers with its tokenizer.")
     _check_constant(teacher)
     return teacher, made, student, _temperature_of(teacher, made, temperature)
 
 
 def _check_constant(teacher: Teacher) -> None:
     if teacher.changes_in_training:
-        raise TeacherError(
-            f"the {type(teacher).__name__} changes while the student is trained, so no cache can be built from it. Use "
-            "it live."
-        )
+        raise TeacherError(f"the {type(teacher).__name__} changes while the student is trained. Use it live.")
 
 
 def _temperature_of(teacher: Teacher, task: Task, temperature: float | None) -> float | None:
@@ -246,14 +230,11 @@ def _temperature_of(teacher: Teacher, task: Task, temperature: float | None) -> 
     if not teacher.fixed_temperature or task.on_values:
         if temperature is not None:
             raise SettingError(
-                f"temperature={temperature:g}: the predictions of this {name} are the same at every temperature. Leave "
-                "it out."
+                f"temperature={temperature:g}: this {name} predicts the same at every temperature. Leave it out."
             )
         return None
     if temperature is None:
-        raise SettingError(
-            f"the predictions of the {name} are for one temperature only: pass temperature=, that of the training."
-        )
+        raise SettingError(f"the {name} predicts for one temperature only: pass temperature=, that of the training.")
     if not temperature > 0:
         raise SettingError(f"temperature={temperature!r}: must be above 0.")
     teacher.check(Needs(logits=True, temperature=temperature))
@@ -308,18 +289,12 @@ class TeacherOutputs:
 class Source:
     """A teacher and the examples that it is queried for.
 
-    Args:
-        teacher: a model, a folder or a Hub id, or another teacher.
-        dataset: examples as a collator takes them.
-        setup: the training.
-        options: of the build.
-
     Attributes:
         teacher: ready except for its device.
         task: the student's task.
         learner: the student, or the teacher's model if there is no student.
         temperature: the temperature that the predictions are for, or None if they are for any.
-        model: the teacher's model, if it has a single one.
+        model: the teacher's model, if it is one.
         main: the main input.
         wanted: the activations that are kept, or None.
         axis: what the predictions run along; if there are none, one empty row stands for each example.
@@ -420,8 +395,7 @@ class Source:
         if isinstance(main, Tensor) and len(main) != len(features):
             raise DataError(
                 f"the collator makes {len(main)} row(s) of {len(features)} examples: it packs them, and a cache keeps "
-                "each example by itself. Build it with a collator that pads (DataCollatorForSeq2Seq(tokenizer), "
-                "DataCollatorWithPadding(tokenizer)), and train with such a collator, or with the live teacher."
+                "each example by itself. Build it and train with a collator that pads (DataCollatorWithPadding)."
             )
         return batch
 

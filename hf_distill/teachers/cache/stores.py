@@ -89,9 +89,8 @@ class OneTemperature(Store):
     def check_temperature(self, temperature: float, columns: int) -> None:
         if temperature != self.temperature:
             raise SettingError(
-                f"temperature={temperature:g}: the cache keeps some columns at temperature {self.temperature:g}, which do "
-                f"not give the probabilities at another. Train at {self.temperature:g}, without a schedule, or build a "
-                f"cache for temperature {temperature:g}, or with Dense()."
+                f"temperature={temperature:g}: the cache keeps some columns at temperature {self.temperature:g}. Train "
+                f"at that, without a schedule, or build a cache for temperature {temperature:g}, or with Dense()."
             )
 
 
@@ -269,10 +268,7 @@ class TopK(Store):
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         if self.k < 1 or not self.temperatures or min(self.temperatures) <= 0:
-            raise SettingError(
-                f"TopK(k={self.k}, temperatures={self.temperatures}): k is at least 1, and there is at least one "
-                "temperature, above 0."
-            )
+            raise SettingError(f"{self!r}: k is at least 1, and there is at least one temperature, above 0.")
         check_dtype("TopK: dtype", self.dtype, _SPARSE_DTYPES)
 
     def fields(self, columns: int) -> dict[str, Field]:
@@ -309,9 +305,9 @@ class TopK(Store):
             return
         known = ", ".join(f"{t:g}" for t in self.temperatures)
         raise SettingError(
-            f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns of each row and the rest as "
-            f"one outcome, for temperature {known}. Train at one of these, without a schedule, or build the cache with "
-            f"TopK(temperatures=({temperature:g},)) or Dense()."
+            f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns and the sum of the others, "
+            f"for temperature {known}. Train at one of these, without a schedule, or build one with "
+            "TopK(temperatures=) or Dense()."
         )
 
 

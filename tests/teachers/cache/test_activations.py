@@ -198,7 +198,7 @@ def test_what_was_not_kept_is_refused_before_the_first_step(tmp_path: Path, aske
     [
         (
             {"objectives": HiddenMatch("even"), "student": None},
-            r"depends on the student. Pass student=, or name",
+            r"depend on the student. Pass student=, or name",
         ),
         (
             {"objectives": AttentionMatch("last", heads="grouped")},

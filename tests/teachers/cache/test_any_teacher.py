@@ -164,7 +164,7 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
             Ensemble(two),
             {},
             SettingError,
-            r"the predictions of the Ensemble are for one temperature only: pass temperature=",
+            r"the Ensemble predicts for one temperature only: pass temperature=",
         ),
         (Ensemble(two), {"temperature": 2.0, "student": None}, SettingError, r"has no head of its own.*Pass student="),
         (
