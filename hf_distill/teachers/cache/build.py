@@ -41,19 +41,7 @@ _LARGE_HEAD = 4096  # with more columns not all are kept by default
 
 
 class CachePass(ShardedPass):
-    """The pass that fills the folder of a cache.
-
-    Args:
-        source: the teacher and the examples.
-        folder: the folder of the cache.
-        store: what is kept of predictions, or None for the default.
-        batch_size: consecutive examples of a forward.
-        progress: whether to show a progress bar.
-        options: the less common options.
-
-    Raises:
-        SettingError: if the batch size is below 1.
-    """
+    """The pass that fills the folder of a cache. Its arguments are those of `TeacherCache.build`."""
 
     noun, unfinished = "a cache", "an unfinished cache"
     manifest_name, plan_name = files.MANIFEST, files.PLAN
@@ -86,11 +74,7 @@ class CachePass(ShardedPass):
     # The plan.
 
     def plan(self) -> Json:
-        """Return what the manifest says about the cache, except for sizes and shards.
-
-        Raises:
-            SettingError: if the collator is not deterministic, or a cache does not know the task's rows.
-        """
+        """Return what the manifest says about the cache, except for sizes and shards."""
         source = self.source
         first = range(min(self.batch_size, len(source)))
         with naming_examples(first):
@@ -167,11 +151,7 @@ class CachePass(ShardedPass):
         return {**plan, "shard_examples": examples, "shard_count": -(-count // examples), "measured": measured}
 
     def _choose_store(self, batch: Batch, outputs: TeacherOutputs) -> Store:
-        """Return the user's store or the default, for the first batch.
-
-        Raises:
-            SettingError: if the user's store does not fit the teacher's predictions.
-        """
+        """Return the default store, or the user's if it fits the teacher's predictions of the first batch."""
         task, store, temperature = self.source.task, self.store, self.source.temperature
         if outputs.sparse is not None:
             if store is not None:
@@ -320,13 +300,7 @@ class CachePass(ShardedPass):
 
 
 def default_store(task: Task, columns: int, temperature: float | None = None) -> Store:
-    """Return the store of a head: all columns of a small head, the most likely columns of a large vocabulary.
-
-    Args:
-        task: the student's task.
-        columns: how many the head has.
-        temperature: as `Source.temperature`.
-    """
+    """Return the store of a head: all columns of a small head, the most likely columns of a large vocabulary."""
     if task.on_values:
         return Dense("float32")  # half precision would round away the differences of large values
     if task.matched_by != "vocabulary" or columns <= _LARGE_HEAD:

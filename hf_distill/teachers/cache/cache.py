@@ -192,15 +192,14 @@ class TeacherCache:
     ) -> dict[str, Tensor]:
         """Return what is stored for the rows of a batch, laid out as the batch is padded, on the CPU.
 
+        That is `teacher_cached_<field>` for each field, `[b t width]`, or `[b width]` if there is one row for each
+        example; for predictions at frames also `teacher_cached_positions`, `[b]`.
+
         Args:
             batch: a batch of the training.
             task: the student's task, or None if it is not known.
             slot: stands between prefix and field, if several caches are used.
             fields: the activations to return, or None for all.
-
-        Returns:
-            for each field `teacher_cached_<field>`, `[b t width]`, or `[b width]` if there is one row for each example;
-            for predictions at frames also `teacher_cached_positions`, `[b]`.
 
         Raises:
             DataError: if an example is not in the cache, or the batch lacks a column that keys are hashes of.

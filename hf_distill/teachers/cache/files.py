@@ -74,15 +74,12 @@ class MemoryMappedShards:
         counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
         for name in names:
             shard = shards.read_arrow(folder / name)
-            self._starts.append({counts: _starts(shards.numbers(shard.column(counts))) for counts in counted})
+            ends = {counts: np.cumsum(shards.numbers(shard.column(counts)), dtype=np.int64) for counts in counted}
+            self._starts.append({counts: np.insert(end, 0, 0) for counts, end in ends.items()})
             self._values.append({field: shards.list_values(shard.column(field)) for field in self._columns})
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the place of each example in the index, `[b]`, or -1 if the cache does not hold it.
-
-        Args:
-            keys: `[b 2]`, as `content_keys` makes them.
-        """
+        """Return the place of each key `[b 2]` in the index, `[b]`, or -1 if the cache does not hold the example."""
         places = np.searchsorted(self._high, keys[:, 0])
         found = np.full(len(keys), -1, dtype=np.int64)
         for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
@@ -94,12 +91,7 @@ class MemoryMappedShards:
         return found
 
     def gather(self, places: np.ndarray, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a field of some examples, `[p width]`, and how many positions each example has, `[b]`.
-
-        Args:
-            places: `[b]` places in the index.
-            field: its name.
-        """
+        """Return a field of the examples at `[b]` places, `[p width]`, and how many positions each has, `[b]`."""
         column, width = self._columns[field]
         pieces, counts = [], []
         for shard, row in zip(self._shard[places].tolist(), self._row[places].tolist(), strict=True):
@@ -107,7 +99,3 @@ class MemoryMappedShards:
             pieces.append(self._values[shard][field][start * width : end * width])
             counts.append(end - start)
         return np.concatenate(pieces).reshape(-1, width), np.array(counts, dtype=np.int64)
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

@@ -110,11 +110,7 @@ class KeepActivations(Objective):
         self.keys = tuple(ActivationKey(*((key,) if isinstance(key, str) else key)) for key in keys)
 
     def bind(self, setup: ObjectiveSetup) -> None:
-        """Check that the teacher has these activations.
-
-        Raises:
-            SettingError: if it has not.
-        """
+        """Raise SettingError unless the teacher has these activations."""
         assert setup.teacher is not None  # it was checked before
         for key in self.keys:
             if key.what not in _KEPT:
@@ -144,12 +140,7 @@ Objectives = Objective | Sequence[Objective] | Mapping[str, Objective]
 def wanted_activations(
     capture: ActivationCapture | None, *, objectives: Objectives | None, student: Any, task: Task, dtype: Dtype
 ) -> WantedActivations | None:
-    """Return what objectives read of this teacher, or None if they read nothing.
-
-    Raises:
-        SettingError: if there is no student, or an objective reads attention maps.
-        TeacherError: if the teacher shows no activations.
-    """
+    """Return what objectives read of this teacher, or None if they read nothing; raise if it cannot be kept."""
     match objectives:
         case None:
             given: list[Objective] = []
@@ -209,9 +200,9 @@ def describe_activations(
     wanted: WantedActivations, first: Mapping[StoredActivation, tuple[Tensor, np.ndarray]]
 ) -> Json:
     """Return the manifest's part on activations, from those of the first batch and the counts of its examples."""
-    named = {(key.side, key.stack) for key in wanted.keys}
+    places = {*((key.side, key.stack) for key in wanted.keys), *((side, None) for side in (None, *SIDES))}
     stacks = []
-    for side, stack in sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str):
+    for side, stack in sorted(places, key=str):
         with contextlib.suppress(SettingError):  # the model has no such side
             blocks = vars(wanted.capture.blocks(side, stack))
             facts = {name: blocks[name] for name in ("path", "length", "width", "heads", "of_decoder")}

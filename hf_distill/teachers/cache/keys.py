@@ -43,13 +43,11 @@ def read_by_teacher(batch: Batch, main: str) -> Batch:
 def key_columns(batch: Batch, *, main: str, inputs: Iterable[str], decodes: bool) -> tuple[str, ...]:
     """Return the columns that decide what the teacher predicts, in a fixed order.
 
-    The labels are among them if decoder inputs are made of them, that is if the collator gives none.
-
     Args:
         batch: a batch of the training.
         main: the teacher's main input.
         inputs: all columns that the teacher reads.
-        decodes: whether the model has a decoder whose inputs are made of the labels.
+        decodes: whether there is a decoder; if the collator gives it no inputs, they are made of the labels.
     """
     source = read_by_teacher(batch, main)
     found = {name for name in inputs if isinstance(source.get(name), Tensor) and name not in _NO_CONTENT}
@@ -64,12 +62,9 @@ def content_keys(batch: Batch, columns: Iterable[str], *, main: str) -> np.ndarr
     Integers count by their value, whatever their width; floats by their 32-bit pattern.
 
     Args:
-        batch: a batch of the training.
+        batch: a batch of the training; DataError is raised if it lacks a column.
         columns: the columns that the key is a hash of.
         main: the teacher's main input.
-
-    Raises:
-        DataError: if a column is missing.
 
     >>> short = {"input_ids": torch.tensor([[5, 6]])}
     >>> padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}

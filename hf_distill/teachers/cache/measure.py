@@ -91,10 +91,9 @@ def shard_size(requested: int | None, bytes_per_example: float, count: int, batc
 
 
 def change_by_padding(source: Source, batch: Batch, outputs: TeacherOutputs, device: torch.device) -> float | None:
-    """Return how much padding changes what the teacher computes, relative to its largest prediction.
+    """Return how much padding changes the predictions (or an activation) of the most padded example of a batch.
 
-    Measured for the most padded example of a batch, on an activation if no predictions are kept. None if nothing is
-    padded there, there is no mask, or the teacher is sparse.
+    Relative to the largest. None if nothing is padded there, there is no mask, or the teacher is sparse.
     """
     mask = batch.get(MASK)
     if mask is None or mask.dim() != 2 or bool(mask.all()) or source.main not in batch:

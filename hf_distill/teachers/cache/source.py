@@ -137,9 +137,7 @@ class AugmentedVersions:
     """Every fixed version of every example: all first versions in the dataset's order, then all second versions."""
 
     def __init__(self, dataset: Any, count: int, column: str) -> None:
-        self.dataset = dataset
-        self.count = count
-        self.column = column
+        self.dataset, self.count, self.column = dataset, count, column
 
     def __len__(self) -> int:
         return self.count * len(self.dataset)
@@ -171,16 +169,7 @@ class WholeOnEachProcess:
 def make_ready(
     teacher: Teacher | nn.Module | str | Path, setup: TrainingSetup, options: BuildOptions
 ) -> tuple[Teacher, Task, nn.Module, float | None]:
-    """Return the teacher that `TeacherCache.build` was given, ready except for its device.
-
-    Returns:
-        the teacher, bound to the student unless it is a model; the student's task; the student, or the model itself if
-        there is no student; the temperature that the predictions are for, or None if they are for any.
-
-    Raises:
-        SettingError: if a setting is missing or has no effect.
-        TeacherError: if no cache can be built from this teacher.
-    """
+    """Return teacher, task, learner and temperature of a `Source`; raise if no cache can be built from the teacher."""
     student, temperature, dtype = setup.student, setup.temperature, options.teacher_dtype
     if isinstance(teacher, (nn.Module, str, Path, ModelTeacher)):
         if isinstance(teacher, ModelTeacher):
@@ -376,11 +365,7 @@ class Source:
         return self.collate([self[index] for index in indices])
 
     def collate(self, features: Sequence[Example]) -> dict[str, Any]:
-        """Return the batch that the collator makes of examples.
-
-        Raises:
-            DataError: if labels cannot be read, nothing pads, or the collator packs several examples into a row.
-        """
+        """Return the batch that the collator makes of examples; raise DataError if it cannot, or packs them."""
         features = self._labels(features)
         try:
             batch = dict(self.collator(features))
@@ -430,9 +415,6 @@ class Source:
         """Return the decoder inputs that the student makes of the labels 5, 6, 7, if the teacher is given the same.
 
         None if nothing is decoded, or if each model of the teacher makes its own decoder inputs.
-
-        Raises:
-            DataError: if neither has a rule.
         """
         if not self.task.has_decoder:
             return None

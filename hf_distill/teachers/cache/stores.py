@@ -65,8 +65,8 @@ class Store(ABC):
 
         Args:
             rows: `[p v]` logits.
-            keys: `[b 2]`, the keys of the examples; random draws follow from them.
-            counts: `[b]`, how many of the positions each example has.
+            keys: `[b 2]`, of the examples; random draws follow from them.
+            counts: `[b]`, the positions of each example.
         """
 
     def decode(self, field: str, values: np.ndarray) -> Tensor:
@@ -476,8 +476,8 @@ def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> 
     of Philox (Salmon et al. 2011) are fixed by its definition, so no version of NumPy changes them.
 
     Args:
-        keys: `[b 2]`, of the examples.
-        counts: `[b]`, the positions of each example.
+        keys: as for `Store.encode`.
+        counts: as for `Store.encode`.
         width: numbers for each position.
         seed: from 0 to 2^64 - 1.
 

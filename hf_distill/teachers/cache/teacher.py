@@ -137,13 +137,7 @@ class CachedTeacher(Teacher):
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> CachedTeacher:
-        """Return the teacher of a cache that `TeacherCache.push_to_hub` uploaded.
-
-        Args:
-            repo_id: the dataset on the Hub; it is downloaded once.
-            revision: as in `huggingface_hub.snapshot_download`.
-            token: as in `huggingface_hub.snapshot_download`.
-        """
+        """Return the teacher of a cache that `TeacherCache.push_to_hub` uploaded; see `snapshot_download`."""
         from huggingface_hub import snapshot_download
 
         return cls(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
@@ -165,11 +159,7 @@ class CachedTeacher(Teacher):
     # Before the training.
 
     def bind(self, setup: TeacherSetup) -> None:
-        """Check that the stored predictions can teach this student, and align the heads.
-
-        Raises:
-            TeacherError: if they are of another kind of head, labels, tokenizer or decoder inputs.
-        """
+        """Check that the stored predictions can teach this student (raises TeacherError), and align the heads."""
         student, task, compares = unwrapped(setup.student), setup.task, setup.compares_predictions
         self.slot = setup.slot
         _check_same_task(self.cache, student, task, compares_predictions=compares)
@@ -203,12 +193,7 @@ class CachedTeacher(Teacher):
         return aligned
 
     def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
-        """Check that the cache holds what is needed. From here on nothing else is looked up.
-
-        Raises:
-            SettingError: if predictions are needed at a temperature that was not stored.
-            TeacherError: if an activation was not stored, or not as an objective needs it.
-        """
+        """Check that the cache holds what is needed. From here on nothing else is looked up."""
         self._check_needs(needs)
         stored = [
             self.capture.check(key, objective.pools)
@@ -244,26 +229,22 @@ class CachedTeacher(Teacher):
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self._check_needs(needs)
-        if not (needs.logits or needs.activations):
-            return Signals(logits=None, alignment=self.alignment)
-        laid = self._stored_fields(task, batch, needs.activations)
+        laid = self._stored_fields(task, batch, needs) if needs.logits or needs.activations else {}
         activations = {key: self._activation(key, laid, batch) for key in needs.activations}
-        if not needs.logits:
-            return Signals(logits=None, alignment=self.alignment, activations=activations)
-        store, fields = self.cache.store, self._prediction_fields(laid, task, batch)
-        sparse = store.sparse_rows(fields, needs.temperature)
-        if sparse is not None:
-            if isinstance(store, TopKFromServer):
+        logits = sparse = None
+        if needs.logits:
+            store, fields = self.cache.store, self._prediction_fields(laid, task, batch)
+            sparse = store.sparse_rows(fields, needs.temperature)
+            if isinstance(store, Dense):
+                logits = task.read(task.outputs_of_raw(store.logits(fields)), batch, self.alignment, teacher=True)
+            elif isinstance(store, TopKFromServer):
                 _check_known(sparse, task, batch)
-            return Signals(logits=None, alignment=self.alignment, activations=activations, sparse=sparse)
-        assert isinstance(store, Dense)  # every other store is sparse
-        logits = task.read(task.outputs_of_raw(store.logits(fields)), batch, self.alignment, teacher=True)
-        return Signals(logits=logits, alignment=self.alignment, activations=activations)
+        return Signals(logits=logits, alignment=self.alignment, activations=activations, sparse=sparse)
 
-    def _stored_fields(self, task: Task, batch: Batch, activations: Iterable[ActivationKey]) -> dict[str, Tensor]:
+    def _stored_fields(self, task: Task, batch: Batch, needs: Needs) -> dict[str, Tensor]:
         """Return the fields that came with the batch or are looked up now, on the batch's device."""
         prefix = f"{CACHED_PREFIX}{self.slot}"
-        fields = {self.capture.find(key).field for key in activations}
+        fields = {self.capture.find(key).field for key in needs.activations}
         if any(f"{prefix}{name}" not in batch for name in (*self.cache.fields, *fields)):
             if not self._looked_up:
                 self._looked_up = True
@@ -306,10 +287,7 @@ def _model_facts(cache: TeacherCache) -> Any:
 
 
 def _check_same_task(cache: TeacherCache, student: nn.Module, task: Task, *, compares_predictions: bool) -> None:
-    """Raise TeacherError if kind of head, pooling or decoder inputs differ.
-
-    A teacher that makes its own decoder inputs has none that the student's could differ from.
-    """
+    """Raise TeacherError if kind of head, pooling or decoder inputs (unless the teacher made its own) differ."""
     there = cache.manifest["task"]
     now = {"kind": str(task), **task.settings()}
     if compares_predictions and there["kind"] != now["kind"]:
@@ -342,8 +320,9 @@ def _check_same_processor(cache: TeacherCache, processing_class: ProcessingClass
         )
 
 
-def _check_known(sparse: SparseRows, task: Task, batch: Batch) -> None:
+def _check_known(sparse: SparseRows | None, task: Task, batch: Batch) -> None:
     """Raise TeacherError if a served teacher was not queried for a row that counts, which labels may decide."""
+    assert sparse is not None  # the store is sparse
     tails, kept = task.select(sparse.log_tail, batch), task.kept_rows(batch)
     missing = int((tails if kept is None else tails[kept]).isnan().sum())
     if missing:
