@@ -233,10 +233,11 @@ def _temperature_of(teacher: Teacher, task: Task, temperature: float | None) -> 
 def _as_model_teacher(
     teacher: ModelTeacher | nn.Module | str | Path, setup: TrainingSetup, dtype: str | None
 ) -> ModelTeacher:
-    if isinstance(teacher, ModelTeacher):
-        return teacher
-    if isinstance(teacher, nn.Module):
-        return ModelTeacher(teacher, dtype=as_dtype(dtype))
+    match teacher:
+        case ModelTeacher():
+            return teacher
+        case nn.Module():
+            return ModelTeacher(teacher, dtype=as_dtype(dtype))
     if isinstance(setup.task, str):
         kind: str | None = setup.task
     elif setup.student is not None or setup.task is not None:
