@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 from accelerate import Accelerator, PartialState
@@ -15,29 +16,29 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hf_distill.errors import DataError
+from hf_distill.errors import DataError, HfDistillError
 from hf_distill.teachers import shards
 from hf_distill.teachers.shards import Json
 
-Advance: TypeAlias = Callable[[int, int], None]
-_SHOWN = 4  # differing settings that a message lists
+T = TypeVar("T")
+Advance = Callable[[int, int], None]
+_SHOWN = 4  # differences that a message lists
 
 
-class PassProgress:
+class PassProgress(Progress):
     """A progress bar that counts the finished examples of this process, and the speed.
 
     Args:
         total: examples of this process.
         finished: how many of them an earlier run finished.
-        unit: the unit of the speed, in the plural.
+        unit: the plural that the speed counts, such as "tokens".
+        processes: how many processes share the pass.
         shown: whether to show a bar, on stderr.
-        process: this process and the number of processes.
     """
 
-    def __init__(self, *, total: int, finished: int, unit: str, shown: bool, process: tuple[int, int] = (0, 1)) -> None:
-        part = "" if process[1] == 1 else f" of process {process[0] + 1} of {process[1]}"
-        self._progress = Progress(
-            TextColumn(f"examples{part}"),
+    def __init__(self, *, total: int, finished: int, unit: str, processes: int, shown: bool) -> None:
+        super().__init__(
+            TextColumn("examples" if processes == 1 else f"examples of process 1 of {processes}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -46,35 +47,24 @@ class PassProgress:
             console=Console(stderr=True),
             disable=not shown,
         )
-        self._task = self._progress.add_task("", total=total, completed=finished, speed="")
-        self._units = 0
+        self._task = self.add_task("", total=total, completed=finished, speed="")
         self._unit = unit
+        self._units = 0
 
-    def __enter__(self) -> PassProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def advance(self, examples: int, units: int) -> None:
-        """Count a finished batch.
-
-        Args:
-            examples: how many examples it has.
-            units: how many units it has, such as tokens.
-        """
+    def add_batch(self, examples: int, units: int) -> None:
+        """Count a finished batch."""
         self._units += units
-        elapsed = self._progress.tasks[0].elapsed or 0.0
+        elapsed = self.tasks[0].elapsed or 0.0
         speed = f"{self._units / elapsed:,.0f} {self._unit}/s" if elapsed > 0 else ""
-        self._progress.update(self._task, advance=examples, speed=speed)
+        self.update(self._task, advance=examples, speed=speed)
 
 
 class ShardedPass(ABC):
     """Fills a folder with shards. The bytes depend neither on interruptions nor on the number of processes.
 
     A shard is `plan["shard_examples"]` consecutive examples. A finished shard has a receipt beside it until the whole
-    pass is finished; then a manifest takes the place of plan and receipts.
+    pass is finished; then a manifest takes the place of plan and receipts. Processes wait for each other after each
+    shard: if one fails, all raise.
 
     Args:
         folder: the folder to fill.
@@ -82,13 +72,13 @@ class ShardedPass(ABC):
         progress: whether the main process shows a progress bar.
 
     Attributes:
-        noun: a name for the contents of a finished folder, for messages.
-        unfinished: a name for the contents of an unfinished folder.
+        noun: what a finished folder holds, for messages.
+        unfinished: what an unfinished folder holds.
         manifest_name: the file that marks the pass as finished.
         plan_name: the file that marks it as begun.
-        kept: a message on how much is on the disk, with `{kept}` and `{total}`.
-        other_examples: advice if a finished folder was made from other examples.
-        unit: the unit of the speed.
+        kept: says how much is on the disk, with `{kept}` and `{total}`.
+        other_examples: what to do if a finished folder was made from other examples.
+        unit: the plural that the speed counts.
         agreed: the plan that all processes follow.
     """
 
@@ -106,12 +96,13 @@ class ShardedPass(ABC):
         self.progress = progress
         self.agreed: Json = {}
         self._finished: set[int] = set()  # the shards of this process that an earlier run finished
+        self._others_wait = True  # for this process, at their next `gather`
 
     # The work of a subclass.
 
     @abstractmethod
     def plan(self) -> Json:
-        """Return everything that the result depends on, as plain data; compared when a pass is resumed."""
+        """Return everything that determines the result, as plain data; compared when a pass is resumed."""
 
     def complete_plan(self, plan: Json) -> Json:
         """Return the plan with "examples", "shard_examples" and "shard_count", when a pass begins."""
@@ -125,8 +116,8 @@ class ShardedPass(ABC):
         """
 
     @abstractmethod
-    def has_same_examples(self, shard: int, receipt: Json) -> bool:
-        """Return whether the dataset still has the examples of a finished shard."""
+    def changed_examples(self, shard: int, receipt: Json) -> Sequence[int]:
+        """Return the examples that may differ from those that a finished shard was made from; empty if none does."""
 
     @abstractmethod
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
@@ -148,30 +139,31 @@ class ShardedPass(ABC):
 
         Raises:
             DataError: if the folder holds something else, the dataset has changed, or the disk is full.
+            HfDistillError: if another process failed.
         """
-        plan: Json = json.loads(json.dumps(self.plan()))  # comparable with one that was read from a file
-        found = self._find(plan)
-        finished = found is not None and "shards" in found
-        self.agreed = found or self.complete_plan(plan)
-        self.check_dataset(finished)
-        self._check_finished_shards(finished)
-        self.state.wait_for_everyone()  # no process writes before every process has looked
-        if finished:
-            if self.state.is_main_process:
-                self._tidy()  # an earlier run may have been killed just before this
-        else:
-            self._run_unfinished()
-        self.state.wait_for_everyone()
-        return not finished
+        with contextlib.ExitStack() as stack:
+            stack.push(self._share_failure)
+            plan: Json = json.loads(json.dumps(self.plan()))  # as it is read from a file
+            found = self._find(plan)
+            finished = found is not None and "shards" in found
+            self.agreed = found or self.complete_plan(plan)
+            self.check_dataset(finished)
+            self._check_finished_shards(finished)
+            self.gather([])  # until every process has looked, none writes
+            if not finished:
+                self._run_unfinished()
+            elif self.state.is_main_process:
+                self._tidy()  # an earlier run may have been killed right before
+            self.gather([])
+            return not finished
 
     def _run_unfinished(self) -> None:
         try:
             if self.state.is_main_process:
                 self._begin()
-            self.state.wait_for_everyone()
-            self.agreed = shards.read_json(self.folder / self.plan_name)  # as the main process wrote it
+            self.gather([])
+            self.agreed = shards.read_json(self.folder / self.plan_name)  # the main process's, as a resumed pass does
             self._run_shards()
-            self.state.wait_for_everyone()
             if self.state.is_main_process:
                 names = map(shards.receipt_name, range(self.agreed["shard_count"]))
                 manifest = self.finalize([shards.read_json(self.folder / name) for name in names])
@@ -189,12 +181,51 @@ class ShardedPass(ABC):
     def _run_shards(self) -> None:
         mine = self._mine()
         todo = [shard for shard in mine if shard not in self._finished]
-        total = sum(len(self.indices(shard)) for shard in mine)
-        missing = sum(len(self.indices(shard)) for shard in todo)
-        shown = self.progress and self.state.is_main_process and bool(todo)
-        process = (self.state.process_index, self.state.num_processes)
-        with PassProgress(total=total, finished=total - missing, unit=self.unit, shown=shown, process=process) as bar:
-            self.write_shards(todo, bar.advance)
+        total, missing = (sum(len(self.indices(shard)) for shard in some) for some in (mine, todo))
+        with PassProgress(
+            total=total,
+            finished=total - missing,
+            unit=self.unit,
+            processes=self.state.num_processes,
+            shown=self.progress and self.state.is_main_process and bool(todo),
+        ) as bar:
+            self.write_shards(todo, bar.add_batch)
+        while not all(self.gather([True])):  # others write more shards
+            pass
+
+    def gather(self, found: list[T]) -> list[T]:
+        """Return the items of all processes. Every process must call it equally often.
+
+        Args:
+            found: the items of this process.
+
+        Raises:
+            HfDistillError: if another process failed.
+            KeyboardInterrupt: if another process was interrupted.
+        """
+        if self.state.num_processes == 1:
+            return found
+        self._others_wait = False  # if this fails, there is nobody to tell
+        gathered: list[tuple[BaseException | None, list[T]]] = gather_object([(None, found)])
+        for failure, _ in gathered:
+            if failure is not None:
+                raise failure
+        self._others_wait = True
+        return [item for _, items in gathered for item in items]
+
+    def _share_failure(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Let the other processes, which wait for this one, raise its error."""
+        if error is None or not self._others_wait or self.state.num_processes == 1:
+            return
+        where = f"process {self.state.process_index} of {self.state.num_processes} failed"
+        match error:
+            case KeyboardInterrupt():
+                shared: BaseException = KeyboardInterrupt()
+            case HfDistillError():
+                shared = type(error)(f"{where}: {error}")
+            case _:
+                shared = HfDistillError(f"{where}: {type(error).__name__}: {error}")
+        gather_object([(shared, [])])
 
     def indices(self, shard: int) -> range:
         """Return the examples of a shard."""
@@ -208,8 +239,8 @@ class ShardedPass(ABC):
         """Return the examples of each shard of this process."""
         return [self.indices(shard) for shard in self._mine()]
 
-    def write_shard(self, shard: int, columns: Mapping[str, pa.Array], **facts: object) -> None:
-        """Write a shard and its receipt.
+    def write_shard(self, shard: int, columns: Mapping[str, pa.Array], **facts: Any) -> None:
+        """Write a shard and its receipt, and wait for the other processes.
 
         Args:
             shard: its number.
@@ -220,27 +251,29 @@ class ShardedPass(ABC):
         shards.write_arrow(path, columns)
         receipt = {**shards.file_entry(path), "examples": len(self.indices(shard)), **facts}
         shards.write_json(self.folder / shards.receipt_name(shard), receipt)
+        self.gather([False])
 
     # The folder.
 
     def _find(self, plan: Json) -> Json | None:
         """Return the manifest of a finished pass, the plan of an unfinished pass, or None if the folder is new."""
-        for name, noun in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
-            if (self.folder / name).is_file():
-                found = shards.read_json(self.folder / name)
-                self._check_same_plan(found, plan, noun)
-                return found
+        for name, what in ((self.manifest_name, self.noun), (self.plan_name, self.unfinished)):
+            if not (self.folder / name).is_file():
+                continue
+            found = shards.read_json(self.folder / name)
+            differing = differences({name: found.get(name) for name in plan}, plan)
+            if "shards" in found:  # then the versions of the libraries that made it do not matter
+                differing = [line for line in differing if not line.startswith("versions")]
+            if differing:
+                more = "; and more" if len(differing) > _SHOWN else ""
+                raise DataError(
+                    f"{self.folder} holds {what} of something else: {'; '.join(differing[:_SHOWN])}{more}. Choose "
+                    "another folder, delete this one, or repeat the call that it was begun with."
+                )
+            return found
         if self.folder.exists() and (not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir()))):
             raise DataError(f"{self.folder} holds other files than {self.noun}. Give a new or an empty folder.")
         return None
-
-    def _check_same_plan(self, found: Json, plan: Json, noun: str) -> None:
-        differing = differences({name: found.get(name) for name in plan}, plan)
-        if "shards" in found:  # the library versions of a finished pass do not matter
-            differing = [line for line in differing if not line.startswith("versions")]
-        if differing:
-            shown = "; ".join(differing[:_SHOWN]) + ("; and more" if len(differing) > _SHOWN else "")
-            raise DataError(f"{self.folder} holds {noun} of something else: {shown}. Choose another, or delete it.")
 
     def _check_finished_shards(self, finished: bool) -> None:
         """Check that the finished shards are whole and the dataset has not changed; all processes raise together."""
@@ -249,24 +282,21 @@ class ShardedPass(ABC):
             for name in (shards.INFO, shards.STATE):
                 shards.read_json(self.folder / name)
             shards.check_files(self.folder, entries)
-        changed = []
+        changed: list[int] = []
         for shard in self._mine():
             receipt = entries[shard] if finished else shards.finished_receipt(self.folder, shard)
             if receipt is None:
                 continue
             self._finished.add(shard)
-            if not self.has_same_examples(shard, receipt):
-                changed.append(shard)
+            changed = list(self.changed_examples(shard, receipt))
+            if changed:
                 break
-        if self.state.num_processes > 1:
-            changed = gather_object(changed)
+        changed = sorted(self.gather(changed))
         if changed:
-            indices = self.indices(min(changed))
-            begun = "Give the dataset of the first call, or choose another folder."
-            advice = self.other_examples if finished else begun
+            begun = "Give the dataset that it was begun with, or choose another folder."
             raise DataError(
-                f"examples {indices[0]} to {indices[-1]} of the dataset are not those that {self.folder} holds, or are "
-                f"in another order. {advice}"
+                f"{self.folder} was made from other examples, or from these in another order: the dataset differs at "
+                f"index {_as_ranges(changed)}. {self.other_examples if finished else begun}"
             )
 
     def _begin(self) -> None:
@@ -296,6 +326,18 @@ def kept_examples(folder: Path) -> int:
         except DataError:  # the shard will be made again
             continue
     return count
+
+
+def _as_ranges(indices: Iterable[int]) -> str:
+    """Return ascending numbers in words, such as "3, 5 to 8"."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index - 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    words = [str(first) if first == last else f"{first} to {last}" for first, last in ranges[:_SHOWN]]
+    return ", ".join(words) + (" and more" if len(ranges) > _SHOWN else "")
 
 
 def _is_foreign(path: Path) -> bool:

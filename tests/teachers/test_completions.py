@@ -83,7 +83,9 @@ def test_a_killed_pass_resumes_to_the_same_bytes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ShardedPass, "write_shard", write)
     with pytest.raises(DataError, match=r"unfinished completions of something else: seed: 3 there, 4 now"):
         generate_completions(teacher, ANSWERED, tmp_path / "killed", **{**sampled, "seed": 4})
-    with pytest.raises(DataError, match=r"examples 0 to 3 of the dataset are not those that .* holds"):
+    with pytest.raises(
+        DataError, match=r"was made from other examples, .*: the dataset differs at index 0 to 3\. Give"
+    ):
         generate_completions(teacher, ANSWERED.select(range(6, -1, -1)), tmp_path / "killed", **sampled)
     torch.rand(3)  # the global random state must not matter
     resumed = generate_completions(teacher, ANSWERED, tmp_path / "killed", **sampled)
@@ -215,7 +217,7 @@ def test_a_folder_belongs_to_one_teacher_and_its_settings(tmp_path) -> None:
         (LLAMA.make(3), ANSWERED, {}, "holds completions of something else: teacher.weights: "),
         (LLAMA.make(2), ANSWERED, {"max_new_tokens": 4}, "generation.max_new_tokens: 5 there, 4 now. Choose another"),
         (LLAMA.make(2), ANSWERED.select(range(6)), {}, "examples: 7 there, 6 now"),
-        (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "examples 0 to 3 of the dataset are not those that"),
+        (LLAMA.make(2), ANSWERED.select([1, 0, *range(2, 7)]), {}, "the dataset differs at index 0 to 3. Choose"),
     ):
         with pytest.raises(DataError, match=message):
             generate_completions(teacher, data, tmp_path, **{**SHORT, **settings})

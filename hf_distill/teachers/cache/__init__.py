@@ -1,8 +1,8 @@
 """A teacher that runs once: its predictions on the disk, found again by the content of each example."""
 
-from hf_distill.teachers.cache.build import BuildOptions
 from hf_distill.teachers.cache.cache import TeacherCache, is_cache
 from hf_distill.teachers.cache.hidden import KeepActivations
+from hf_distill.teachers.cache.source import BuildOptions
 from hf_distill.teachers.cache.stores import Dense, Hybrid, Sampled, TopK
 from hf_distill.teachers.cache.teacher import CachedCollator, CachedTeacher
 

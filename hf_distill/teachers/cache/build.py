@@ -1,49 +1,32 @@
-"""The pass that builds a cache: its options, its plan, its shards, and the files of a finished cache."""
+"""The pass that builds a cache: its plan, its shards, and the files of a finished cache."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
-from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
 from hf_distill._compat import processes
-from hf_distill.data.columns import check_processed, columns_of, is_own_collator
-from hf_distill.data.labels import LabelReader
+from hf_distill._types import Batch
 from hf_distill.errors import DataError, SettingError, TeacherError
-from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.tasks.language import decoder_inputs, decoder_rule
+from hf_distill.tasks import Task
 from hf_distill.teachers import fingerprints, shards
-from hf_distill.teachers.base import Collator, Teacher
 from hf_distill.teachers.cache import files, keys, measure
 from hf_distill.teachers.cache.card import card_of
-from hf_distill.teachers.cache.files import POSITIONS, Dtype, check_dtype
-from hf_distill.teachers.cache.hidden import (
-    Objectives,
-    describe_activations,
-    encode_activation,
-    stored_activations,
-    wanted_activations,
-)
+from hf_distill.teachers.cache.files import POSITIONS
+from hf_distill.teachers.cache.hidden import describe_activations, encode_activation, stored_activations
 from hf_distill.teachers.cache.source import (
+    BuildOptions,
     Source,
     TeacherOutputs,
-    TeacherRunner,
-    all_versions,
+    WholeOnEachProcess,
     augmentation_of,
-    check_not_random,
-    make_runner,
     naming_examples,
 )
 from hf_distill.teachers.cache.stores import Dense, NoPredictions, Store, TopK, TopKFromServer, store_from
@@ -57,143 +40,8 @@ _UNITS = {"example": "examples", "input": "tokens", "decoder": "tokens", "frames
 _LARGE_HEAD = 4096  # with more columns not all are kept by default
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """Less common options of `TeacherCache.build`.
-
-    Args:
-        predictions: whether to keep predictions; without them the cache is for training on objectives only
-            (`alpha=None`).
-        activation_dtype: of activations on the disk, "float16", "bfloat16" or "float32".
-        teacher_dtype: as in `DistillationArguments`, for a teacher that is loaded.
-        shard_examples: examples of a file; at most these are lost when a pass is interrupted. None means 256 or a
-            thousandth of all, and no more than 64 MB.
-        num_workers: processes that make batches.
-        accelerator: gives processes and device. None means that Accelerate finds them.
-        announce: is called with each announcement. None means that they are logged.
-
-    Raises:
-        SettingError: if a value is not allowed.
-    """
-
-    predictions: bool = True
-    activation_dtype: Dtype = "float16"
-    teacher_dtype: str | None = None
-    shard_examples: int | None = None
-    num_workers: int = 0
-    accelerator: Accelerator | None = None
-    announce: Callable[[str], None] | None = None
-
-    def __post_init__(self) -> None:
-        check_dtype("activation_dtype", self.activation_dtype)
-        if self.shard_examples is not None and self.shard_examples < 1:
-            raise SettingError(f"shard_examples={self.shard_examples}: must be at least 1.")
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """What a build knows of the training.
-
-    Attributes:
-        student: the student, or None.
-        task: the student's task, or None.
-        data_collator: the training's, or None for Trainer's default.
-        processing_class: the student's tokenizer or processor, or None.
-        objectives: the training's objectives.
-        temperature: the training's, for a teacher whose predictions are for one temperature.
-    """
-
-    student: nn.Module | None
-    task: Task | str | None
-    data_collator: Collator | None
-    processing_class: Any
-    objectives: Objectives | None
-    temperature: float | None
-
-
-def prepare_pass(
-    teacher: Teacher | nn.Module | str | Path,
-    dataset: Any,
-    folder: Path,
-    setup: TrainingSetup,
-    *,
-    store: Store | None,
-    batch_size: int,
-    progress: bool,
-    options: BuildOptions,
-) -> CachePass:
-    """Return the pass of `TeacherCache.build`. Everything is checked, nothing is written.
-
-    Raises:
-        DataError: if no cache can be built from this dataset.
-        SettingError: if a setting is not allowed.
-        TeacherError: if no cache can be built from this teacher.
-    """
-    if batch_size < 1:
-        raise SettingError(f"batch_size={batch_size}: must be at least 1.")
-    state = options.accelerator or processes()
-    collator = setup.data_collator or _default_collator(setup.processing_class)
-    check_not_random(collator)
-    runner = make_runner(
-        teacher,
-        student=setup.student,
-        task=setup.task,
-        dtype=options.teacher_dtype,
-        temperature=setup.temperature,
-        processing_class=setup.processing_class,
-        predictions=options.predictions,
-    )
-    wanted = wanted_activations(
-        runner.teacher.capture,
-        objectives=setup.objectives,
-        student=setup.student,
-        task=runner.task,
-        dtype=options.activation_dtype,
-    )
-    if wanted is None and not options.predictions:
-        raise SettingError("predictions=False keeps nothing without objectives=. Pass the objectives of the training.")
-    runner.to(options.accelerator, state)
-    examples = all_versions(dataset, collator)
-    labels = _label_reader(runner, dataset, collator)
-    if not any(name.startswith(TEACHER_PREFIX) for name in columns_of(dataset) or ()):
-        check_processed(dataset, runner.learner, whose="the dataset", collator=setup.data_collator)
-    source = Source(runner, examples, collator, setup.processing_class, wanted, options.predictions, labels)
-    return CachePass(source, folder, state, store=store, batch_size=batch_size, progress=progress, options=options)
-
-
-def _default_collator(processing_class: Any) -> Collator:
-    """Return the collator that `Trainer` would use."""
-    if isinstance(processing_class, (PreTrainedTokenizerBase, SequenceFeatureExtractor)):
-        return DataCollatorWithPadding(processing_class)  # type: ignore[arg-type]  # as Trainer does
-    return default_data_collator
-
-
-def _label_reader(runner: TeacherRunner, dataset: Any, collator: Collator) -> LabelReader:
-    """Return the reader of the dataset's labels, which drops unreadable labels if the teacher does not read them."""
-    needed = runner.teacher.reads_labels or runner.task.has_decoder
-    return LabelReader(
-        runner.task,
-        getattr(unwrapped(runner.learner), "config", None),
-        dataset,
-        whose="the dataset",
-        needed=needed,
-        as_trainer=not needed,
-        own_collator=is_own_collator(collator),
-    )
-
-
 class CachePass(ShardedPass):
-    """The pass that fills the folder of a cache.
-
-    Args:
-        source: the teacher and the examples.
-        folder: the folder of the cache.
-        state: tells this process from the others, and knows the device.
-        store: what is kept of predictions, or None for the default.
-        batch_size: consecutive examples of a forward.
-        progress: whether to show a progress bar.
-        options: the less common options.
-    """
+    """The pass that fills the folder of a cache. Its arguments are those of `TeacherCache.build`."""
 
     noun, unfinished = "a cache", "an unfinished cache"
     manifest_name, plan_name = files.MANIFEST, files.PLAN
@@ -206,14 +54,16 @@ class CachePass(ShardedPass):
         self,
         source: Source,
         folder: Path,
-        state: PartialState | Accelerator,
         *,
         store: Store | None,
         batch_size: int,
         progress: bool,
         options: BuildOptions,
     ) -> None:
-        super().__init__(folder, state, progress=progress)
+        if batch_size < 1:
+            raise SettingError(f"batch_size={batch_size}: must be at least 1.")
+        super().__init__(folder, options.accelerator or processes(), progress=progress)
+        source.teacher.to(options.accelerator or WholeOnEachProcess(self.state))
         self.source = source
         self.store = store
         self.batch_size = batch_size
@@ -224,12 +74,8 @@ class CachePass(ShardedPass):
     # The plan.
 
     def plan(self) -> Json:
-        """Return what the manifest says about the cache, except for sizes and shards.
-
-        Raises:
-            SettingError: if the collator is not deterministic, or a cache does not know the task's rows.
-        """
-        source, axis = self.source, self.source.axis
+        """Return what the manifest says about the cache, except for sizes and shards."""
+        source = self.source
         first = range(min(self.batch_size, len(source)))
         with naming_examples(first):
             batch = source.batch(first)
@@ -237,19 +83,21 @@ class CachePass(ShardedPass):
         found = source.keys(batch, columns)
         if not np.array_equal(found, source.keys(source.batch(first), columns)):
             raise SettingError(
-                "the collator is not deterministic (random masking, cropping or augmentation), and a cache identifies "
-                "examples by their content. Change them once with dataset.map or hf_distill.augment.augment_dataset, "
-                "and use a collator that only pads."
+                "the collator is not deterministic (random masks, crops or augmentation). Change the examples once "
+                "with dataset.map or hf_distill.augment.augment_dataset, and use a collator that only pads."
             )
         with naming_examples(first):
             outputs = source.query(batch, self.state.device)
         self._first = (batch, outputs)
-        store = self._choose_store(outputs)
-        width = source.runner.compared_width() if outputs.sparse is not None else outputs.width
+        store = self._choose_store(batch, outputs)
+        width = outputs.width
+        if outputs.sparse is not None:
+            compared = source.teacher.alignment.student
+            width = compared if isinstance(compared, int) else int(source.student.config.vocab_size)
         return {
             "format": files.FORMAT,
             "format_version": files.FORMAT_VERSION,
-            "teacher": source.runner.describe(),
+            "teacher": source.describe(),
             "processor": fingerprints.describe_processor(source.processing_class),
             "task": {"kind": str(source.task), **source.task.settings()},
             "store": store.describe(),
@@ -257,12 +105,12 @@ class CachePass(ShardedPass):
                 "main": source.main,
                 "columns": list(columns),
                 "masked": keys.MASK in keys.read_by_teacher(batch, source.main),
-                "decoder": _shared_decoder_rule(source),
+                "decoder": source.decoder_rule(),
             },
             "predictions": {
-                "axis": axis,
+                "axis": source.axis,
                 "columns": self._kept_columns(store, width),
-                "temperature": source.runner.temperature,
+                "temperature": source.temperature,
             },
             "activations": None if source.wanted is None else describe_activations(source.wanted, outputs.activations),
             "augmentation": augmentation_of(source.collator),
@@ -280,8 +128,13 @@ class CachePass(ShardedPass):
         (batch, outputs), device = self._first, self.state.device
         size = measure.measure_size(self.source, plan, batch_size=self.batch_size)
         free = free_bytes(self.folder)
-        self.announce(f"The teacher's cache takes {size.describe(self.folder, free=free)}.")
-        size.check_fits(self.folder, free=free)
+        described = size.describe(self.folder, free=free)
+        self.announce(f"The teacher's cache takes {described}.")
+        if size.total > free:
+            raise DataError(
+                f"the cache does not fit: {described}. Choose another disk, a smaller store "
+                '(store=Dense("float16"), or TopK for a large vocabulary), or fewer examples.'
+            )
         change = measure.change_by_padding(self.source, batch, outputs, device)
         errors = measure.rounding_errors(outputs, plan)
         for warning in (measure.padding_warning(change, plan), measure.rounding_warning(errors, plan)):
@@ -297,23 +150,16 @@ class CachePass(ShardedPass):
         examples = measure.shard_size(self.options.shard_examples, size.total / count, count, self.batch_size)
         return {**plan, "shard_examples": examples, "shard_count": -(-count // examples), "measured": measured}
 
-    def _choose_store(self, outputs: TeacherOutputs) -> Store:
-        """Return the user's store or the default.
-
-        Raises:
-            SettingError: if the user's store does not fit the teacher's predictions.
-        """
-        task, store, temperature = self.source.task, self.store, self.source.runner.temperature
+    def _choose_store(self, batch: Batch, outputs: TeacherOutputs) -> Store:
+        """Return the default store, or the user's if it fits the teacher's predictions of the first batch."""
+        task, store, temperature = self.source.task, self.store, self.source.temperature
         if outputs.sparse is not None:
             if store is not None:
-                raise SettingError(
-                    f"store={store!r}: this teacher gives its most likely columns only, and these are kept. Leave "
-                    "store= out."
-                )
+                raise SettingError(f"store={store!r}: this teacher gives likely columns only. Leave store= out.")
             return TopKFromServer(k=int(outputs.sparse.ids.shape[-1]), temperature=outputs.sparse.temperature)
         if outputs.rows is None:
             if store is not None:
-                raise SettingError(f"store={store!r} has no effect, because predictions=False. Leave one of them out.")
+                raise SettingError(f"store={store!r} has no effect, because predictions=False. Leave one out.")
             return NoPredictions()
         chosen = store or default_store(task, outputs.width, temperature)
         if chosen.is_sparse and task.matched_by != "vocabulary":
@@ -323,7 +169,7 @@ class CachePass(ShardedPass):
         if temperature is not None:
             chosen.check_temperature(temperature, outputs.width)
         if isinstance(chosen, Dense) and chosen.keeps_largest is None:
-            halves = chosen.dtype != "float32" and task.rows_are_distributions(outputs.prepared)
+            halves = chosen.dtype != "float32" and task.rows_are_distributions(self.source.prepared(batch))
             chosen = replace(chosen, keeps_largest=halves)
         return chosen
 
@@ -344,10 +190,10 @@ class CachePass(ShardedPass):
     def check_dataset(self, finished: bool) -> None:
         self._first = None  # its memory is free again
 
-    def has_same_examples(self, shard: int, receipt: Json) -> bool:
+    def changed_examples(self, shard: int, receipt: Json) -> Sequence[int]:
         written = _read_keys(self.folder / receipt["file"])
         now = np.concatenate([self._keys(batch) for batch in self._batches([shard])])
-        return np.array_equal(written, now)
+        return [self.indices(shard)[row] for row in np.flatnonzero((written != now).any(1))]
 
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
         store, batches = store_from(self.agreed["store"]), self._batches(numbers)
@@ -392,10 +238,7 @@ class CachePass(ShardedPass):
             rows = rows[:, :columns]
         _check_finite(rows, outputs.counts)
         if rows.shape[1] != columns:
-            raise DataError(
-                f"the teacher predicts {rows.shape[1]} columns here and {columns} in the first batch. All examples "
-                "must have equally many choices."
-            )
+            raise DataError(f"the teacher predicts {rows.shape[1]} columns here and {columns} in the first batch.")
         return store.encode(rows, found, outputs.counts)
 
     def _encode_activations(self, outputs: TeacherOutputs) -> dict[str, np.ndarray]:
@@ -404,7 +247,7 @@ class CachePass(ShardedPass):
             if now != first:
                 raise DataError(
                     f"the teacher's {first} are {first.width} wide along {first.axis} in the first batch, and "
-                    f"{now.width} along {now.axis} in a later batch. All batches must have the same columns."
+                    f"{now.width} along {now.axis} here."
                 )
             rows, counts = outputs.activations[now]
             fields[first.counts] = counts.astype(np.int32)
@@ -457,35 +300,12 @@ class CachePass(ShardedPass):
 
 
 def default_store(task: Task, columns: int, temperature: float | None = None) -> Store:
-    """Return the store of a head: all columns of a small head, the most likely columns of a large vocabulary.
-
-    Args:
-        task: the student's task.
-        columns: how many the head has.
-        temperature: the temperature that the predictions are for, or None if they are for any.
-    """
+    """Return the store of a head: all columns of a small head, the most likely columns of a large vocabulary."""
     if task.on_values:
         return Dense("float32")  # half precision would round away the differences of large values
     if task.matched_by != "vocabulary" or columns <= _LARGE_HEAD:
         return Dense()
     return TopK() if temperature is None else TopK(temperatures=(temperature,))
-
-
-def _shared_decoder_rule(source: Source) -> list[int] | None:
-    """Return the decoder inputs that the student makes of the labels 5, 6, 7, if the teacher is given the same.
-
-    None if nothing is decoded, or if each model of the teacher makes its own decoder inputs.
-
-    Raises:
-        DataError: if neither has a rule.
-    """
-    if not source.task.has_decoder:
-        return None
-    models = source.runner.teacher.models()
-    if models and all(decoder_rule(unwrapped(model)) is not None for model in models):
-        return None
-    rule: list[int] = decoder_inputs(torch.tensor([[5, 6, 7]]), source.student)[0].tolist()
-    return rule
 
 
 def _padding_side(batch: Batch, main: str) -> str | None:
@@ -500,12 +320,10 @@ def _check_finite(rows: torch.Tensor, counts: np.ndarray) -> None:
     """Raise TeacherError if logits hold NaN or infinity (minus infinity is allowed: an impossible column)."""
     wrong = (rows.isnan() | (rows == torch.inf)).any(-1)
     if bool(wrong.any()):
-        position = int(wrong.nonzero()[0])
-        example = int(np.searchsorted(np.cumsum(counts), position, side="right"))
+        example = int(np.searchsorted(np.cumsum(counts), int(wrong.nonzero()[0]), side="right"))
         raise TeacherError(
-            f"the teacher's logits hold NaN or infinity in example {example} of a batch, at position {position} of all "
-            "its positions. Check that input; a half-precision teacher may overflow: try teacher_dtype='float32' or "
-            "'bfloat16'."
+            f"the teacher's logits hold NaN or infinity, first in number {example + 1} of these. Check it; a "
+            "half-precision teacher may overflow: try teacher_dtype='float32' or 'bfloat16'."
         )
 
 

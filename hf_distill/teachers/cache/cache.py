@@ -18,10 +18,11 @@ from hf_distill.tasks import Batch, Task
 from hf_distill.teachers import shards
 from hf_distill.teachers.base import Collator, Teacher
 from hf_distill.teachers.cache import files, layout
-from hf_distill.teachers.cache.build import BuildOptions, TrainingSetup, prepare_pass
-from hf_distill.teachers.cache.files import POSITIONS, MemoryMappedShards, counts_of, from_disk
+from hf_distill.teachers.cache.build import CachePass
+from hf_distill.teachers.cache.files import POSITIONS, MemoryMappedShards, from_disk
 from hf_distill.teachers.cache.hidden import CachedActivations, Objectives
 from hf_distill.teachers.cache.keys import CACHED_PREFIX, content_keys, read_by_teacher
+from hf_distill.teachers.cache.source import BuildOptions, Source, TrainingSetup
 from hf_distill.teachers.cache.stores import Store, store_from
 from hf_distill.teachers.passes import kept_examples, readable_bytes
 from hf_distill.teachers.shards import Json
@@ -32,9 +33,8 @@ def is_cache(path: str | os.PathLike[str]) -> bool:
     folder = Path(path)
     if any((folder / name).is_file() for name in (files.PLAN, files.INDEX)):
         return True
-    return (folder / files.MANIFEST).is_file() and shards.read_json(folder / files.MANIFEST).get(
-        "format"
-    ) == files.FORMAT
+    manifest = folder / files.MANIFEST
+    return manifest.is_file() and shards.read_json(manifest).get("format") == files.FORMAT
 
 
 class TeacherCache:
@@ -125,16 +125,10 @@ class TeacherCache:
         >>> len(cache), cache.manifest["store"]["name"]
         (2, 'dense')
         """
-        building = prepare_pass(
-            teacher,
-            dataset,
-            Path(path),
-            TrainingSetup(student, task, data_collator, processing_class, objectives, temperature),
-            store=store,
-            batch_size=batch_size,
-            progress=progress,
-            options=options or BuildOptions(),
-        )
+        options = options or BuildOptions()
+        setup = TrainingSetup(student, task, data_collator, processing_class, objectives, temperature)
+        source = Source(teacher, dataset, setup, options)
+        building = CachePass(source, Path(path), store=store, batch_size=batch_size, progress=progress, options=options)
         built = building.run()
         if not built:
             building.announce(f"{path} is built already.")
@@ -164,16 +158,13 @@ class TeacherCache:
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> str:
-        """Upload it as a dataset with a card, for `CachedTeacher.from_hub`.
+        """Upload it as a dataset with a card, for `CachedTeacher.from_hub`. Returns the address of the commit.
 
         Args:
             repo_id: the repository on the Hub, created if it does not exist.
             private: as in `HfApi.create_repo`.
             token: as in `HfApi`.
             revision: as in `HfApi.upload_folder`.
-
-        Returns:
-            the address of the commit.
         """
         from huggingface_hub import HfApi
 
@@ -201,15 +192,14 @@ class TeacherCache:
     ) -> dict[str, Tensor]:
         """Return what is stored for the rows of a batch, laid out as the batch is padded, on the CPU.
 
+        That is `teacher_cached_<field>` for each field, `[b t width]`, or `[b width]` if there is one row for each
+        example; for predictions at frames also `teacher_cached_positions`, `[b]`.
+
         Args:
             batch: a batch of the training.
             task: the student's task, or None if it is not known.
             slot: stands between prefix and field, if several caches are used.
             fields: the activations to return, or None for all.
-
-        Returns:
-            for each field `teacher_cached_<field>`, `[b t width]`, or `[b width]` if there is one row for each example;
-            for predictions at frames also `teacher_cached_positions`, `[b]`.
 
         Raises:
             DataError: if an example is not in the cache, or the batch lacks a column that keys are hashes of.
@@ -225,24 +215,23 @@ class TeacherCache:
         return self._shards.find(content_keys(batch, self.columns, main=self.main))
 
     def _predictions(self, places: np.ndarray, batch: Batch, task: Task | None) -> dict[str, Tensor]:
-        spans, frames, laid = self._shards.spans(places), self.axis == "frames", {}
-        counts = counts_of(spans)
+        frames, laid = self.axis == "frames", {}
         # The task knows the frames of its own batch, by the student's rule.
         real = layout.real_positions(self.axis, batch if frames else read_by_teacher(batch, self.main), task=task)
         for name in self.fields:
-            rows = self.store.decode(name, self._shards.gather(spans, name))
+            values, counts = self._shards.gather(places, name)
+            rows = self.store.decode(name, values)
             laid[name] = rows if self.axis == "example" else layout.lay(rows, counts, real, from_left=frames)
-        if frames:
-            laid[POSITIONS] = torch.from_numpy(counts)
+            if frames:
+                laid[POSITIONS] = torch.from_numpy(counts)
         return laid
 
     def _activations(self, places: np.ndarray, batch: Batch, fields: Collection[str] | None) -> dict[str, Tensor]:
         own, laid = read_by_teacher(batch, self.main), {}
         for kept in self.activations.kept:
             if fields is None or kept.field in fields:
-                spans = self._shards.spans(places, kept.counts)
-                counts = counts_of(spans)
-                rows = from_disk(self._shards.gather(spans, kept.field), self.manifest["activations"]["dtype"])
+                values, counts = self._shards.gather(places, kept.field)
+                rows = from_disk(values, self.manifest["activations"]["dtype"])
                 laid[kept.field] = layout.lay_hidden(rows, counts, kept, own)
                 if kept.along == "frames":
                     laid[kept.counts] = torch.from_numpy(counts)
@@ -252,19 +241,17 @@ class TeacherCache:
         if packs_several(batch):
             raise DataError(
                 "the collator packs several examples into a row, and the teacher's cache keeps each example by itself. "
-                "Train with a collator that pads (DataCollatorForSeq2Seq(tokenizer)), or with the live teacher; or "
-                "pack the dataset once, and build the cache from the packed rows."
+                "Train with a collator that pads, or build the cache from a dataset that is packed once."
             )
         missing = np.flatnonzero(places < 0)
         masked = "" if self.manifest["inputs"]["masked"] else " (the cache was built without attention_mask)"
         raise DataError(
             f"{len(missing)} of the {len(places)} examples of a batch are not in the teacher's cache (the first is "
             f"number {missing[0]} of the batch). It holds {len(self):,} examples, identified by the content of "
-            f"{', '.join(self.columns)} without padding. Either the dataset has changed since (other texts, truncation "
-            "or tokenizer): build the cache from this dataset. Or examples are changed randomly in the training "
-            "(masks, crops or augmentation): change them once (hf_distill.augment.augment_dataset) and build the "
-            f"cache from that, or use the live teacher. Or padding is mistaken for content{masked}: let the processor "
-            "return attention_mask, or pad to one fixed length."
+            f"{', '.join(self.columns)} without padding. If the dataset has changed (texts, truncation, tokenizer), "
+            "build the cache from it. If the training changes examples randomly (masks, crops), change them once "
+            "(hf_distill.augment.augment_dataset) and build the cache from that, or use the live teacher. If padding "
+            f"is mistaken for content{masked}, let the processor return attention_mask, or pad to one fixed length."
         )
 
     def __getstate__(self) -> dict[str, Any]:

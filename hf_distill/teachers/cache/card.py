@@ -67,15 +67,13 @@ def card_of(manifest: Json) -> str:
 
 def _more_rows(manifest: Json) -> str:
     """Return the rows of the table that not every cache has."""
-    rows = []
-    temperature, activations = manifest["predictions"]["temperature"], manifest["activations"]
-    augmentation = manifest["augmentation"]
-    if temperature is not None:
-        rows.append(f"| temperature | {temperature:g} only |")
+    rows, activations, augmentation = "", manifest["activations"], manifest["augmentation"]
+    if manifest["predictions"]["temperature"] is not None:
+        rows += f"| temperature | {manifest['predictions']['temperature']:g} only |\n"
     if activations is not None:
         kept = ", ".join(map(str, stored_activations(activations)))
-        rows.append(f"| activations | {kept}; {activations['dtype']} |")
+        rows += f"| activations | {kept}; {activations['dtype']} |\n"
     if augmentation is not None:
         names = ", ".join(augmentation["augmentations"])
-        rows.append(f"| versions of each example | {augmentation['views']}, by {names} |")
-    return "".join(f"{row}\n" for row in rows)
+        rows += f"| versions of each example | {augmentation['views']}, by {names} |\n"
+    return rows

@@ -23,21 +23,29 @@ DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": np.uint16, "float32
 
 
 def check_dtype(setting: str, dtype: str, allowed: Collection[str] = tuple(DTYPES)) -> None:
-    """Raise SettingError if a dtype is not allowed.
-
-    Args:
-        setting: the name of the setting, for the message.
-        dtype: its value.
-        allowed: names of dtypes.
-    """
+    """Raise SettingError if the dtype of a setting is not allowed."""
     if dtype not in allowed:
         hint = did_you_mean(dtype, allowed, DTYPE_ALIASES)
         raise SettingError(f"{setting}={dtype!r}: allowed are {', '.join(allowed)}.{hint}")
 
 
-def to_disk(values: Tensor, dtype: str) -> np.ndarray:
-    """Round a tensor to one of `DTYPES`, as it is written to the disk."""
-    rounded = values.detach().to(getattr(torch, dtype)).cpu()
+def to_disk(values: Tensor, dtype: str, *, overflow: str = "") -> np.ndarray:
+    """Round a tensor to one of `DTYPES`, as it is written to the disk.
+
+    Args:
+        values: of any shape.
+        dtype: its name.
+        overflow: the message if float16 cannot hold a finite number, with `{}` for the largest; by default it becomes
+            infinite.
+
+    Raises:
+        SettingError: if there is a message and the number is too large.
+    """
+    rounded = values.detach().to(getattr(torch, dtype))
+    if overflow and dtype == "float16" and bool((rounded.isinf() & values.isfinite()).any()):
+        reached = values[values.isfinite()].abs().max().item()
+        raise SettingError(overflow.format(f"{reached:.3g}, float16 ends at 65504"))
+    rounded = rounded.cpu()
     return rounded.view(torch.uint16).numpy() if dtype == "bfloat16" else rounded.numpy()
 
 
@@ -45,9 +53,6 @@ def from_disk(values: np.ndarray, dtype: str) -> Tensor:
     """Return what `to_disk` wrote as a tensor of that dtype."""
     tensor = torch.from_numpy(values)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
-Spans = list[tuple[int, int, int]]
 
 
 class MemoryMappedShards:
@@ -69,15 +74,12 @@ class MemoryMappedShards:
         counted = {POSITIONS, *(counts for counts, _ in self._columns.values())}
         for name in names:
             shard = shards.read_arrow(folder / name)
-            self._starts.append({counts: _starts(shards.numbers(shard.column(counts))) for counts in counted})
+            ends = {counts: np.cumsum(shards.numbers(shard.column(counts)), dtype=np.int64) for counts in counted}
+            self._starts.append({counts: np.insert(end, 0, 0) for counts, end in ends.items()})
             self._values.append({field: shards.list_values(shard.column(field)) for field in self._columns})
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Return the place of each example in the index, `[b]`, or -1 if the cache does not hold it.
-
-        Args:
-            keys: `[b 2]`, as `content_keys` makes them.
-        """
+        """Return the place of each key `[b 2]` in the index, `[b]`, or -1 if the cache does not hold the example."""
         places = np.searchsorted(self._high, keys[:, 0])
         found = np.full(len(keys), -1, dtype=np.int64)
         for i, (place, key) in enumerate(zip(places.tolist(), keys, strict=True)):
@@ -88,30 +90,12 @@ class MemoryMappedShards:
                 place += 1
         return found
 
-    def gather(self, spans: Spans, field: str) -> np.ndarray:
-        """Copy the positions of examples out of the memory map, `[p width]`, one example after the other."""
-        _, width = self._columns[field]
-        pieces = [self._values[shard][field][start * width : end * width] for shard, start, end in spans]
-        return np.concatenate(pieces).reshape(-1, width)
-
-    def spans(self, places: np.ndarray, column: str = POSITIONS) -> Spans:
-        """Return shard, first position and end of each example.
-
-        Args:
-            places: `[b]` places in the index.
-            column: the column that counts the positions.
-        """
-        spans = []
+    def gather(self, places: np.ndarray, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a field of the examples at `[b]` places, `[p width]`, and how many positions each has, `[b]`."""
+        column, width = self._columns[field]
+        pieces, counts = [], []
         for shard, row in zip(self._shard[places].tolist(), self._row[places].tolist(), strict=True):
-            starts = self._starts[shard][column]
-            spans.append((shard, int(starts[row]), int(starts[row + 1])))
-        return spans
-
-
-def counts_of(spans: Spans) -> np.ndarray:
-    """Return how many positions each example has, `[b]`."""
-    return np.array([end - start for _, start, end in spans], dtype=np.int64)
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            start, end = self._starts[shard][column][row : row + 2].tolist()
+            pieces.append(self._values[shard][field][start * width : end * width])
+            counts.append(end - start)
+        return np.concatenate(pieces).reshape(-1, width), np.array(counts, dtype=np.int64)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from hf_distill._types import Batch
 from hf_distill.errors import SettingError, TeacherError, did_you_mean
 from hf_distill.models.blocks import SIDES, Blocks, Features
 from hf_distill.models.capture import ActivationCapture
@@ -27,8 +28,8 @@ from hf_distill.signals import (
     Side,
     Signals,
 )
-from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.cache.files import DTYPES, Dtype, to_disk
+from hf_distill.tasks import Task
+from hf_distill.teachers.cache.files import Dtype, to_disk
 from hf_distill.teachers.shards import Json
 
 _KEPT = (HIDDEN, LAST_HIDDEN, *RELATED)
@@ -37,6 +38,11 @@ _POOLED = {
     "last": "last position of each example",
     "mean": "mean over each example",
 }
+_NO_ATTENTION = (
+    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use RelationMatch or "
+    "HiddenMatch, or the live teacher."
+)
+_NOT_FOR_TRAINING = "KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch."
 _REBUILD = "Build a cache with the objectives of this training (objectives=, student=), or use the live teacher."
 
 
@@ -46,8 +52,6 @@ class WantedActivations:
 
     Attributes:
         keys: key → "first", "last" or "mean" if only this vector of each example is kept, None for every position.
-        capture: the teacher's.
-        dtype: on the disk.
     """
 
     keys: Mapping[ActivationKey, str | None]
@@ -60,14 +64,11 @@ class WantedActivations:
 
 @dataclass(frozen=True)
 class StoredActivation:
-    """An activation as the manifest describes it.
+    """An activation as the manifest describes it; the names are those of `ActivationKey` and `WantedActivations`.
 
     Attributes:
         field: its column in the shards.
-        what: as in `ActivationKey`.
-        layer: as in `ActivationKey`.
         path: the path of the list of blocks.
-        pooling: as in `WantedActivations`.
         axis: what its positions run along: "input", "decoder", "frames", or "all" (equally many in each example).
         width: numbers for each position.
     """
@@ -113,11 +114,7 @@ class KeepActivations(Objective):
         return f"KeepActivations({', '.join(map(repr, self.keys))})"
 
     def bind(self, setup: ObjectiveSetup) -> None:
-        """Check that the teacher has these activations.
-
-        Raises:
-            SettingError: if it has not.
-        """
+        """Raise SettingError unless the teacher has these activations."""
         assert setup.teacher is not None  # it was checked before
         for key in self.keys:
             if key.what not in _KEPT:
@@ -135,10 +132,10 @@ class KeepActivations(Objective):
     def __call__(
         self, student: Signals, teacher: Signals, task: Task, batch: Batch, *, progress: float = 0.0
     ) -> LossSum:
-        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+        raise SettingError(_NOT_FOR_TRAINING)
 
     def count(self, task: Task, batch: Batch) -> Tensor:
-        raise SettingError("KeepActivations is for TeacherCache.build. Train with an objective such as HiddenMatch.")
+        raise SettingError(_NOT_FOR_TRAINING)
 
 
 Objectives = Objective | Sequence[Objective] | Mapping[str, Objective]
@@ -147,52 +144,40 @@ Objectives = Objective | Sequence[Objective] | Mapping[str, Objective]
 def wanted_activations(
     capture: ActivationCapture | None, *, objectives: Objectives | None, student: Any, task: Task, dtype: Dtype
 ) -> WantedActivations | None:
-    """Return what objectives read of this teacher, or None if they read nothing.
-
-    Raises:
-        SettingError: if there is no student, or an objective reads attention maps.
-        TeacherError: if the teacher shows no activations.
-    """
-    given = _as_list(objectives)
+    """Return what objectives read of this teacher, or None if they read nothing; raise if it cannot be kept."""
+    match objectives:
+        case None:
+            given: list[Objective] = []
+        case Objective():
+            given = [objectives]
+        case Mapping():
+            given = list(objectives.values())
+        case _:
+            given = list(objectives)
     if not given:
         return None
-    if not isinstance(capture, ActivationCapture):
-        raise TeacherError(
-            "objectives= keeps activations of a model, and this teacher shows none. Build the cache of one model, or "
-            "leave objectives= out."
-        )
+    if capture is None:
+        raise TeacherError("objectives= keeps activations, and this teacher shows none. Build the cache of one model.")
     if student is None and not all(isinstance(objective, KeepActivations) for objective in given):
         raise SettingError(
-            "objectives=: which blocks of the teacher they read depends on the student. Pass student=, or name them: "
+            "objectives=: the blocks that they read depend on the student. Pass student=, or name them: "
             'KeepActivations(("hidden", 3), ("hidden", 7)).'
         )
     of_student = capture if student is None else ActivationCapture(student, "student")
-    poolings: dict[tuple[str, int, str], set[str | None]] = {}
-    keys: dict[tuple[str, int, str], ActivationKey] = {}
+    keys: dict[tuple[str, int, str], ActivationKey] = {}  # an activation may have several keys: the first is used
+    poolings: dict[ActivationKey, set[str | None]] = {}
     for objective in given:
         bound = copy.copy(objective)  # the user's objective stays unbound
         bound.bind(ObjectiveSetup(of_student, capture, task, student))
         for key in sorted(bound.teacher_needs.activations, key=str):
             if key.what == ATTENTION:
-                raise SettingError(
-                    "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
-                    "RelationMatch (queries, keys and values are kept) or HiddenMatch, or the live teacher."
-                )
+                raise SettingError(_NO_ATTENTION)
             kept = key._replace(layer=_layer(key))
             place = (kept.what, kept.layer, capture.blocks(kept.side, kept.stack).path)
-            keys.setdefault(place, kept)
-            poolings.setdefault(place, set()).add(objective.pools)
-    one_way = {key: poolings[place].copy().pop() if len(poolings[place]) == 1 else None for place, key in keys.items()}
-    in_order = sorted(one_way, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
-    return WantedActivations({key: one_way[key] for key in in_order}, capture, dtype)
-
-
-def _as_list(objectives: Objectives | None) -> list[Objective]:
-    if objectives is None:
-        return []
-    if isinstance(objectives, Mapping):
-        return list(objectives.values())
-    return list(objectives) if isinstance(objectives, Sequence) else [objectives]
+            poolings.setdefault(keys.setdefault(place, kept), set()).add(objective.pools)
+    in_order = sorted(poolings, key=lambda key: (key.side or "", key.stack or "", key.what, key.layer))
+    one_way = {key: next(iter(poolings[key])) if len(poolings[key]) == 1 else None for key in in_order}
+    return WantedActivations(one_way, capture, dtype)
 
 
 def _layer(key: ActivationKey) -> int:
@@ -218,29 +203,20 @@ def field_names(wanted: WantedActivations) -> list[str]:
 def describe_activations(
     wanted: WantedActivations, first: Mapping[StoredActivation, tuple[Tensor, np.ndarray]]
 ) -> Json:
-    """Return the manifest's part on activations.
-
-    Args:
-        wanted: what is kept.
-        first: each activation of the first batch, with the positions of its examples `[b]`.
-    """
-    named = {(key.side, key.stack) for key in wanted.keys}
-    places = sorted({*named, *((side, None) for side in (None, *SIDES))}, key=str)
-    stacks = [{"side": side, "stack": stack, **_facts_of(wanted.capture, side, stack)} for side, stack in places]
+    """Return the manifest's part on activations, from those of the first batch and the counts of its examples."""
+    places = {*((key.side, key.stack) for key in wanted.keys), *((side, None) for side in (None, *SIDES))}
+    stacks = []
+    for side, stack in sorted(places, key=str):
+        with contextlib.suppress(SettingError):  # the model has no such side
+            blocks = vars(wanted.capture.blocks(side, stack))
+            facts = {name: blocks[name] for name in ("path", "length", "width", "heads", "of_decoder")}
+            stacks.append({"side": side, "stack": stack, **facts})
     return {
         "dtype": wanted.dtype,
         "kept": [asdict(activation) for activation in first],
         "positions": {activation.along: float(counts.mean()) for activation, (_, counts) in first.items()},
-        "stacks": [stack for stack in stacks if "path" in stack],
+        "stacks": stacks,
     }
-
-
-def _facts_of(capture: ActivationCapture, side: Side | None, stack: str | None) -> Json:
-    try:
-        blocks = capture.blocks(side, stack)
-    except SettingError:
-        return {}  # the model has no such side
-    return {name: vars(blocks)[name] for name in ("path", "length", "width", "heads", "of_decoder")}
 
 
 def stored_activations(description: Json | None) -> list[StoredActivation]:
@@ -248,42 +224,19 @@ def stored_activations(description: Json | None) -> list[StoredActivation]:
     return [] if description is None else [StoredActivation(**kept) for kept in description["kept"]]
 
 
-def by_axis(description: Json | None) -> dict[str, list[StoredActivation]]:
-    """Return the stored activations for each of the axes that they run along."""
-    found: dict[str, list[StoredActivation]] = {}
-    for kept in stored_activations(description):
-        found.setdefault(kept.along, []).append(kept)
-    return found
-
-
 def encode_activation(rows: Tensor, kept: StoredActivation, dtype: Dtype) -> np.ndarray:
-    """Return `[p d]` as it is written to the disk.
-
-    Raises:
-        SettingError: if the dtype cannot hold the numbers.
-        TeacherError: if there is NaN or infinity among them.
-    """
+    """Return `[p d]` as it is written to the disk; raise if it is not finite, or not in the dtype."""
     if not bool(rows.isfinite().all()):
         raise TeacherError(
             f"the teacher's {kept} hold NaN or infinity. Check the input; a half-precision teacher may overflow: try "
             "teacher_dtype='float32' or 'bfloat16'."
         )
-    encoded = to_disk(rows, dtype)
-    if DTYPES[dtype] is np.float16 and bool(np.isinf(encoded).any()):
-        raise SettingError(
-            f"the teacher's {kept} reach {rows.abs().max().item():.3g}, {dtype} ends at "
-            f"{torch.finfo(torch.float16).max:.3g}. Pass BuildOptions(activation_dtype='bfloat16') or 'float32'."
-        )
-    return encoded
+    instead = "Pass BuildOptions(activation_dtype='bfloat16') or 'float32'."
+    return to_disk(rows, dtype, overflow=f"the teacher's {kept} reach {{}}. {instead}")
 
 
 class CachedActivations:
-    """The stored activations of a teacher: what `ActivationCapture` knows of blocks, without modules.
-
-    Args:
-        description: the manifest's part on activations, or None if there are none.
-        start_token: as `ActivationCapture.start_token`.
-    """
+    """What `ActivationCapture` knows of a teacher's blocks, from the manifest's part on activations."""
 
     def __init__(self, description: Json | None, *, start_token: int | None = None) -> None:
         self._description = description
@@ -291,11 +244,7 @@ class CachedActivations:
         self.kept = stored_activations(description)
 
     def blocks(self, side: Side | None = None, stack: str | None = None) -> Blocks:
-        """Return what is known of a list of blocks, as `ActivationCapture.blocks` does.
-
-        Raises:
-            TeacherError: if the cache knows nothing of it.
-        """
+        """Return what is known of a list of blocks, as `ActivationCapture.blocks`; raise TeacherError if nothing."""
         found = self._stack(side, stack)
         hidden = [kept for kept in self.kept if kept.path == found["path"] and kept.what in (HIDDEN, LAST_HIDDEN)]
         return Blocks(
@@ -310,30 +259,19 @@ class CachedActivations:
         )
 
     def find(self, key: ActivationKey) -> StoredActivation:
-        """Return where an activation is kept.
-
-        Raises:
-            TeacherError: if it is not.
-        """
+        """Return where an activation is kept; raise TeacherError if it is not."""
         path = self._stack(key.side, key.stack)["path"]
         for kept in self.kept:
             if (kept.what, kept.layer, kept.path) == (key.what, _layer(key), path):
                 return kept
         if key.what == ATTENTION:
-            raise TeacherError(
-                "a cache keeps no attention maps: they take length² numbers for each head and layer. Use "
-                "RelationMatch or HiddenMatch, or the live teacher."
-            )
+            raise TeacherError(_NO_ATTENTION)
         missing = StoredActivation("", key.what, key.layer, path, None, "", 0)
         there = ", ".join(str(kept) for kept in self.kept if kept.path == path) or "nothing"
         raise TeacherError(f"the cache does not hold {missing} of {path!r}, only {there}. {_REBUILD}")
 
     def check(self, key: ActivationKey, pooling: str | None) -> StoredActivation:
-        """Return where an activation is kept for an objective that reads it with this pooling.
-
-        Raises:
-            TeacherError: if it is not kept, or pooled otherwise.
-        """
+        """Return where an activation is kept; raise TeacherError if it is not, or if it is pooled otherwise."""
         found = self.find(key)
         if found.pooling is not None and found.pooling != pooling:
             compared = f"the {_POOLED[pooling]}" if pooling else "every position"

@@ -7,15 +7,15 @@ order nor the number of workers matters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_distill._types import Batch
 from hf_distill.errors import DataError
-from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX, Batch
+from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
 
 CACHED_PREFIX = f"{TEACHER_PREFIX}cached_"
 MASK = "attention_mask"
@@ -24,14 +24,10 @@ _SIZE = 16  # bytes of a key
 _NO_CONTENT = (MASK, DECODER_MASK)
 
 
-def read_by_teacher(batch: Batch, main: str) -> Mapping[str, Any]:
+def read_by_teacher(batch: Batch, main: str) -> Batch:
     """Return the columns that the teacher reads, without prefix.
 
-    Its own `teacher_*` columns if its main input is among them, else the student's.
-
-    Args:
-        batch: with `teacher_*` columns or without.
-        main: the teacher's main input.
+    They are its own `teacher_*` columns if its main input is among them, and the student's otherwise.
     """
     own = {
         name.removeprefix(TEACHER_PREFIX): value
@@ -47,13 +43,11 @@ def read_by_teacher(batch: Batch, main: str) -> Mapping[str, Any]:
 def key_columns(batch: Batch, *, main: str, inputs: Iterable[str], decodes: bool) -> tuple[str, ...]:
     """Return the columns that decide what the teacher predicts, in a fixed order.
 
-    The labels are among them if decoder inputs are made of them, that is if the collator gives none.
-
     Args:
         batch: a batch of the training.
         main: the teacher's main input.
         inputs: all columns that the teacher reads.
-        decodes: whether the model has a decoder whose inputs are made of the labels.
+        decodes: whether there is a decoder; if the collator gives it no inputs, they are made of the labels.
     """
     source = read_by_teacher(batch, main)
     found = {name for name in inputs if isinstance(source.get(name), Tensor) and name not in _NO_CONTENT}
@@ -68,12 +62,9 @@ def content_keys(batch: Batch, columns: Iterable[str], *, main: str) -> np.ndarr
     Integers count by their value, whatever their width; floats by their 32-bit pattern.
 
     Args:
-        batch: a batch of the training.
+        batch: a batch of the training; DataError is raised if it lacks a column.
         columns: the columns that the key is a hash of.
         main: the teacher's main input.
-
-    Raises:
-        DataError: if a column is missing.
 
     >>> short = {"input_ids": torch.tensor([[5, 6]])}
     >>> padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
@@ -86,7 +77,7 @@ def content_keys(batch: Batch, columns: Iterable[str], *, main: str) -> np.ndarr
     if missing:
         raise DataError(
             f"the cached teacher identifies an example by {', '.join(columns)}, and the batch has no "
-            f"{', '.join(missing)}, only {sorted(batch)}. Give the batch the columns that the cache was built with."
+            f"{', '.join(missing)}, only {sorted(batch)}."
         )
     arrays = {name: _plain(source[name]) for name in columns}
     mask = None if source.get(MASK) is None else _plain(source[MASK]).astype(bool)
@@ -127,12 +118,12 @@ def _plain(tensor: Tensor) -> np.ndarray:
     return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64).numpy()
 
 
-def _add(digest: Any, name: str, content: np.ndarray) -> None:
+def _add(digest: hashlib.blake2b, name: str, content: np.ndarray) -> None:
     digest.update(f"{name}:{content.dtype.str}:{content.shape};".encode())
     digest.update(np.ascontiguousarray(content).tobytes())
 
 
-def _add_gaps(digest: Any, mask: np.ndarray) -> None:
+def _add_gaps(digest: hashlib.blake2b, mask: np.ndarray) -> None:
     """Add where the real positions are relative to the first, unless they are consecutive."""
     if mask.ndim > 1:  # choices: each has its own length
         digest.update(np.ascontiguousarray(mask.sum(-1)).astype(np.int64).tobytes())

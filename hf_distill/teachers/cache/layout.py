@@ -6,7 +6,6 @@ one after the other, v columns, d features. With several choices an example has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -27,15 +26,11 @@ _INPUTS = ("input_ids", "inputs_embeds", "input_values", "input_features")
 
 
 def axis_of(task: Task) -> Axis:
-    """Return what the predictions of a task run along.
-
-    Raises:
-        SettingError: if the task does not say so.
-    """
+    """Return what the predictions of a task run along; raise SettingError if the task does not say so."""
     if task.axis is None:
         raise SettingError(
-            f"a cache does not know what the predictions of a {task} task run along. Supported: "
-            f"{', '.join(name for name, known in TASKS.items() if known.axis)}. Use the live teacher for other tasks."
+            f"a cache does not know what the predictions of a {task} task run along, only those of "
+            f"{', '.join(name for name, known in TASKS.items() if known.axis)}. Use the live teacher."
         )
     return task.axis
 
@@ -50,11 +45,7 @@ def axis_of_hidden(batch: Batch, positions: PositionRule, *, task: Task, of_deco
 
 
 class RawRead(Task):
-    """Reads a model's own output, before columns are aligned: `[b v]` or `[b t v]`.
-
-    Args:
-        task: the task of the model.
-    """
+    """Reads a model's own output, before columns are aligned: `[b v]` or `[b t v]`."""
 
     kind = "raw"
     matched_by = "width"
@@ -126,9 +117,8 @@ def cut(x: Tensor, real: Tensor | None, examples: int, pooling: str | None = Non
     flat = None if real is None else real.flatten(0, -2).to(x.device)
     if flat is not None and flat.shape != x.shape[:2]:
         raise DataError(
-            f"the teacher's outputs have {list(x.shape[:2])} [examples, positions], and the batch has "
-            f"{list(flat.shape)}. A cache needs an output for each position of the input (no virtual tokens), of the "
-            "decoder, or for each frame."
+            f"the teacher's outputs are {list(x.shape[:2])} [examples, positions], the batch is {list(flat.shape)}. A "
+            "cache needs an output for each position of input (no virtual tokens) or decoder, or for each frame."
         )
     if pooling is not None:
         return _pool(x, flat, pooling), np.full(examples, x.shape[0] // examples, dtype=np.int64)
@@ -167,10 +157,7 @@ def lay(rows: Tensor, counts: np.ndarray, real: Tensor | None, *, from_left: boo
     elif from_left:
         real = torch.arange(int(counts.max(initial=0))) < torch.from_numpy(counts)[:, None]
     elif len(set(counts.tolist())) > 1:
-        raise TeacherError(
-            f"the cache holds {sorted(set(counts.tolist()))} positions of the examples of this batch, and no mask says "
-            "which are real. Put examples of one size into a batch."
-        )
+        raise TeacherError("the examples of this batch have other sizes, and no mask. Put equal sizes into a batch.")
     else:
         return rows.view(len(counts), -1, rows.shape[-1])
     laid = rows.new_zeros(*real.shape, rows.shape[-1])
@@ -195,9 +182,6 @@ def as_hidden_states(
         batch: as the teacher reads it.
         positions: of the student.
         counts: `[b]`, the frames of each example, if its axis is "frames".
-
-    Raises:
-        TeacherError: if an example has another number of frames.
     """
     x = laid.float()
     if kept.pooling:
@@ -226,9 +210,8 @@ def check_lengths(of_batch: np.ndarray, of_cache: np.ndarray) -> None:
     if differing.size:
         i = int(differing[0])
         raise TeacherError(
-            f"example {i} of the batch has {of_batch[i]} positions, the cache holds {of_cache[i]} of it. Student and "
-            "cached teacher must predict at the same positions: the same frame rate (CTC), labels of the same length "
-            "(sequence to sequence), an augmentation that moves no positions."
+            f"example {i} of the batch has {of_batch[i]} positions, the cache holds {of_cache[i]} of it. Both need the "
+            "same frame rate (CTC), labels of equal length (sequence to sequence), and no augmentation that moves them."
         )
 
 
@@ -241,7 +224,7 @@ def _width(batch: Batch, names: tuple[str, ...]) -> int:
     )
 
 
-def _ids(batch: Mapping[str, Any]) -> Tensor | None:
+def _ids(batch: Batch) -> Tensor | None:
     if batch.get("input_ids") is not None:
         return batch["input_ids"]
     embedded = batch.get("inputs_embeds")

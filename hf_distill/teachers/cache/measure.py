@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_distill.errors import DataError
-from hf_distill.tasks import Batch
+from hf_distill._types import Batch
 from hf_distill.teachers.cache.files import DTYPES
-from hf_distill.teachers.cache.hidden import by_axis
+from hf_distill.teachers.cache.hidden import stored_activations
 from hf_distill.teachers.cache.keys import MASK
 from hf_distill.teachers.cache.source import Source, TeacherOutputs
 from hf_distill.teachers.cache.stores import Dense, store_from
@@ -28,81 +27,45 @@ _SHARD_EXAMPLES = 256  # or a thousandth of all: at most this many are lost when
 _LARGE_ROUNDING = 0.01  # of the differences between rows
 _LARGE_PADDING = 1e-3  # of the largest prediction; half precision alone gives more than rounding
 _LARGE_PADDING_HALF = 0.05
-_AXES = {
-    "input": "tokens",
-    "decoder": "decoder positions",
-    "frames": "frames",
-    "all": "positions",
-    "vectors": "vectors",
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """The activations along one axis.
-
-    Attributes:
-        along: the axis.
-        positions: of an example, a mean.
-        bytes_per_position: exact.
-    """
-
-    along: str
-    positions: float
-    bytes_per_position: int
+_AXES = {"input": "tokens", "decoder": "decoder positions", "all": "positions"}  # other axes are words themselves
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a cache takes on the disk.
+    """The size of a cache on the disk.
 
     Attributes:
         examples: how many there are.
         positions: rows of predictions of an example, a mean over a sample.
         bytes_per_position: of predictions, exact.
-        parts: the activations.
+        activations: for each axis, positions of an example (a mean) and bytes of a position (exact).
         axis: what the predictions run along; "example" means one row for each example.
     """
 
     examples: int
     positions: float
     bytes_per_position: int
-    parts: tuple[Part, ...] = ()
-    axis: str = "input"
+    activations: dict[str, tuple[float, int]]
+    axis: str
 
     @property
     def total(self) -> int:
+        """Bytes of all shards and the index."""
         each = self.positions * self.bytes_per_position + _BYTES_PER_EXAMPLE
-        each += sum(part.positions * part.bytes_per_position + _BYTES_PER_COUNT for part in self.parts)
+        each += sum(positions * width + _BYTES_PER_COUNT for positions, width in self.activations.values())
         return round(self.examples * each)
 
     def describe(self, folder: Path, *, free: int) -> str:
-        """Return the size in words.
-
-        Args:
-            folder: where the cache will be.
-            free: bytes that are free there.
-        """
-        parts = "".join(
-            f", and activations of {part.bytes_per_position:,} bytes at each of {part.positions:.1f} "
-            f"{_AXES[part.along]}"
-            for part in self.parts
-        )
+        """Return the size in words, with the bytes that are free where the cache will be."""
         each = f"of {self.positions:.1f} positions, {self.bytes_per_position:,} bytes a position"
         if self.axis == "example":
             each = f"with {self.bytes_per_position:,} bytes of predictions each"
+        for axis, (positions, width) in self.activations.items():
+            each += f", and activations of {width:,} bytes at each of {positions:.1f} {_AXES.get(axis, axis)}"
         return (
-            f"about {readable_bytes(self.total)} in all: {self.examples:,} examples {each}{parts}; "
+            f"about {readable_bytes(self.total)} in all: {self.examples:,} examples {each}; "
             f"{readable_bytes(free)} are free at {folder}"
         )
-
-    def check_fits(self, folder: Path, *, free: int) -> None:
-        """Raise DataError if the cache does not fit onto the disk."""
-        if self.total > free:
-            raise DataError(
-                f"the cache does not fit: {self.describe(folder, free=free)}. Choose another disk, a smaller store "
-                '(store=Dense("float16"), or TopK for a large vocabulary), or fewer examples.'
-            )
 
 
 def measure_size(source: Source, plan: Json, *, batch_size: int) -> Size:
@@ -112,14 +75,13 @@ def measure_size(source: Source, plan: Json, *, batch_size: int) -> Size:
     starts = range(0, len(indices), batch_size)
     sampled = [source.count_positions(source.batch(indices[start : start + batch_size])) for start in starts]
     means = {axis: sum(batch[axis] for batch in sampled) / len(indices) for axis in sampled[0]}
+    activations: dict[str, tuple[float, int]] = {}
+    for kept in stored_activations(plan["activations"]):
+        width = kept.width * np.dtype(DTYPES[plan["activations"]["dtype"]]).itemsize
+        positions = means.get(kept.along) or plan["activations"]["positions"][kept.along]
+        activations[kept.along] = (positions, width + activations.get(kept.along, (0, 0))[1])
     fields = store_from(plan["store"]).fields(plan["predictions"]["columns"])
-    activations = plan["activations"]
-    parts = []
-    for axis, kept in by_axis(activations).items():
-        each = sum(one.width for one in kept) * np.dtype(DTYPES[activations["dtype"]]).itemsize
-        parts.append(Part(axis, means.get(axis) or activations["positions"].get(axis, 1.0), each))
-    bytes_per_position = sum(field.bytes for field in fields.values())
-    return Size(count, means["predictions"], bytes_per_position, tuple(parts), source.axis)
+    return Size(count, means["predictions"], sum(field.bytes for field in fields.values()), activations, source.axis)
 
 
 def shard_size(requested: int | None, bytes_per_example: float, count: int, batch_size: int) -> int:
@@ -129,10 +91,9 @@ def shard_size(requested: int | None, bytes_per_example: float, count: int, batc
 
 
 def change_by_padding(source: Source, batch: Batch, outputs: TeacherOutputs, device: torch.device) -> float | None:
-    """Return how much padding changes what the teacher computes, relative to its largest prediction.
+    """Return how much padding changes the predictions (or an activation) of the most padded example of a batch.
 
-    Measured for the most padded example of a batch, on an activation if no predictions are kept. None if nothing is
-    padded there, there is no mask, or the teacher is sparse.
+    Relative to the largest. None if nothing is padded there, there is no mask, or the teacher is sparse.
     """
     mask = batch.get(MASK)
     if mask is None or mask.dim() != 2 or bool(mask.all()) or source.main not in batch:
@@ -169,8 +130,7 @@ def padding_warning(change: float | None, plan: Json) -> str | None:
     return (
         f"the predictions of this teacher depend on how far its batch is padded: they change by {change:.2g} of the "
         f"largest prediction. The cache holds those in batches of {plan['padding']['batch_size']} consecutive "
-        "examples; a live teacher would predict something else in other batches. Pad to one fixed length, for the "
-        "cache and the training, to avoid this."
+        "examples, and a live teacher's differ in other batches. To avoid this, pad to one fixed length in both."
     )
 
 

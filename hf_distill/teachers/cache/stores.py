@@ -29,12 +29,7 @@ _SPARSE_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class Field:
-    """A column of the shards.
-
-    Attributes:
-        dtype: NumPy's, as it lies on the disk.
-        width: numbers for each position.
-    """
+    """A column of the shards: its NumPy dtype, and how many numbers a position has."""
 
     dtype: Any
     width: int
@@ -46,10 +41,10 @@ class Field:
 
 
 class Store(ABC):
-    """What a cache keeps of each row of predictions. Its name and its settings stand in the manifest.
+    """What a cache keeps of each row of predictions.
 
     Attributes:
-        name: the name in the manifest.
+        name: in the manifest, beside the settings.
         is_sparse: whether it keeps some columns of a vocabulary by their ids, rather than all columns.
         paper: the citation key of its paper in `hub/papers.bib`, or None.
     """
@@ -64,11 +59,7 @@ class Store(ABC):
 
     @abstractmethod
     def fields(self, columns: int) -> dict[str, Field]:
-        """Return what is written for each position.
-
-        Args:
-            columns: how many columns the head has.
-        """
+        """Return what is written for each position, for a head with so many columns."""
 
     @abstractmethod
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -76,8 +67,8 @@ class Store(ABC):
 
         Args:
             rows: `[p v]` logits.
-            keys: `[b 2]`, the keys of the examples; random draws follow from them.
-            counts: `[b]`, how many of the positions each example has.
+            keys: `[b 2]`, of the examples; random draws follow from them.
+            counts: `[b]`, the positions of each example.
         """
 
     def decode(self, field: str, values: np.ndarray) -> Tensor:
@@ -85,24 +76,52 @@ class Store(ABC):
         return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
 
     def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows | None:
-        """Return the rows, or None if the store keeps whole rows.
-
-        Args:
-            fields: field → `[... width]`.
-            temperature: of the training.
-        """
+        """Return the rows at a temperature from fields `[... width]`, or None if the store keeps all columns."""
         return None
 
     def check_temperature(self, temperature: float, columns: int) -> None:  # noqa: B027  # any, by default
-        """Check that a head can be trained at this temperature.
+        """Raise SettingError if what is kept of a head does not determine the probabilities at a temperature."""
 
-        Args:
-            temperature: of the training.
-            columns: how many columns the head has.
 
-        Raises:
-            SettingError: if what is kept does not determine the probabilities at this temperature.
-        """
+class OneTemperature(Store):
+    """A store whose columns stand for the probabilities at one temperature."""
+
+    temperature: float
+
+    def check_temperature(self, temperature: float, columns: int) -> None:
+        if temperature != self.temperature:
+            raise SettingError(
+                f"temperature={temperature:g}: the cache keeps some columns at temperature {self.temperature:g}. Train "
+                f"at that, without a schedule, or build a cache for temperature {temperature:g}, or with Dense()."
+            )
+
+
+class Drawn(OneTemperature):
+    """A store of columns that are drawn by their probabilities; the draws follow from the seed and the example."""
+
+    samples: int
+    seed: int
+
+    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        at = uniforms(keys, counts, self.samples, seed=self.seed)
+        many = max(1, _DRAWN_AT_ONCE // max(rows.shape[1], BLOCK * at.shape[1]))
+        parts = [self.draw(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
+        return {
+            name: torch.cat([part[name] for part in parts]).cpu().numpy().astype(field.dtype)
+            for name, field in self.fields(rows.shape[1]).items()
+        }
+
+    @abstractmethod
+    def draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
+        """Return the fields of `[p v]` logits, drawn with `[p samples]` uniform numbers."""
+
+    def _check_draws(self) -> None:
+        """Make the temperature a float, and raise SettingError if temperature, samples or seed are out of bounds."""
+        object.__setattr__(self, "temperature", float(self.temperature))
+        if self.samples < 1 or self.temperature <= 0 or not 0 <= self.seed < _SEEDS:
+            raise SettingError(
+                f"{self!r}: samples is at least 1, temperature is above 0, and seed is from 0 to 2^64 - 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,10 @@ class Dense(Store):
     Args:
         dtype: "float16" (3 digits, up to 65,504), "bfloat16" (2 digits, any size) or "float32".
         keeps_largest: whether to keep each row's largest logit in float32 and round the differences from it, so that a
-            row of logits around 2,000 loses no more than a row around 0. None lets `TeacherCache.build` decide.
+            row of logits around 2,000 loses no more than a row around 0. By default `TeacherCache.build` decides.
 
     Raises:
-        SettingError: if the dtype is another.
+        SettingError: if the dtype is not one of these.
 
     >>> Dense().fields(3)["logits"].bytes
     6
@@ -140,14 +159,9 @@ class Dense(Store):
             largest = rows.amax(-1, keepdim=True).float()
             largest = largest.where(largest.isfinite(), 0.0)  # a row without any possible column
             rows, fields = rows - largest.to(rows.dtype), {"largest": largest.cpu().numpy()}
-        logits = to_disk(rows, self.dtype)
-        if self.dtype == "float16" and bool((np.isinf(logits) & ~rows.isinf().cpu().numpy()).any()):
-            reached = rows[rows.isfinite()].abs().max().item()
-            raise SettingError(
-                f"the teacher's logits {'differ by' if self.keeps_largest else 'reach'} {reached:.3g}, float16 ends at "
-                '65504. Pass store=Dense("bfloat16") or Dense("float32").'
-            )
-        return {"logits": logits, **fields}
+        reach = "differ by" if self.keeps_largest else "reach"
+        overflow = f'the teacher\'s logits {reach} {{}}. Pass store=Dense("bfloat16") or Dense("float32").'
+        return {"logits": to_disk(rows, self.dtype, overflow=overflow), **fields}
 
     def decode(self, field: str, values: np.ndarray) -> Tensor:
         return from_disk(values, self.dtype if field == "logits" else "float32")
@@ -179,7 +193,7 @@ class NoPredictions(Store):
 
 
 @dataclass(frozen=True)
-class TopKFromServer(Store):
+class TopKFromServer(OneTemperature):
     """Keeps the columns that a sparse teacher gives, and the probability of all others, for one temperature.
 
     The tail of a row that the teacher was not queried for (no label counted there) is NaN.
@@ -206,7 +220,6 @@ class TopKFromServer(Store):
         }
 
     def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Raise SettingError, because this store keeps sparse rows only: see `encode_sparse`."""
         raise SettingError("TopKFromServer keeps what a sparse teacher gives. For logits use TopK.")
 
     def encode_sparse(self, rows: SparseRows) -> dict[str, np.ndarray]:
@@ -229,20 +242,13 @@ class TopKFromServer(Store):
         both = torch.cat((fields["log_probabilities"].float(), fields["tails"]), -1).log_softmax(-1)
         return SparseRows(fields["ids"].long(), both[..., :-1], both[..., -1], temperature)
 
-    def check_temperature(self, temperature: float, columns: int) -> None:
-        if temperature != self.temperature:
-            raise SettingError(
-                f"temperature={temperature:g}: the cache keeps some columns at temperature {self.temperature:g}, and "
-                f"another temperature would need all columns. Train at {self.temperature:g}, without a schedule."
-            )
-
 
 @dataclass(frozen=True)
 class TopK(Store):
     """Keeps the k largest columns of each row, and the probability of all others.
 
     The probability of all others at one temperature does not follow from that at another, so it is kept for each of
-    `temperatures`; training at any other is refused. A temperature schedule needs `Dense`.
+    `temperatures`; no other can be trained with. A temperature schedule needs `Dense`.
 
     Args:
         k: columns kept of each row.
@@ -250,7 +256,7 @@ class TopK(Store):
         dtype: of the log-probabilities, "float16" or "float32".
 
     Raises:
-        SettingError: if k is below 1, a temperature is not above 0 or none is given, or the dtype is another.
+        SettingError: if a setting is not allowed.
 
     >>> sum(field.bytes for field in TopK(64, temperatures=(1.0,)).fields(32_000).values())
     260
@@ -264,10 +270,7 @@ class TopK(Store):
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         if self.k < 1 or not self.temperatures or min(self.temperatures) <= 0:
-            raise SettingError(
-                f"TopK(k={self.k}, temperatures={self.temperatures}): k is at least 1, and there is at least one "
-                "temperature, above 0."
-            )
+            raise SettingError(f"{self!r}: k is at least 1, and there is at least one temperature, above 0.")
         check_dtype("TopK: dtype", self.dtype, _SPARSE_DTYPES)
 
     def fields(self, columns: int) -> dict[str, Field]:
@@ -291,34 +294,27 @@ class TopK(Store):
         }
 
     def sparse_rows(self, fields: Mapping[str, Tensor], temperature: float) -> SparseRows:
-        log_p, tail = self.at_temperature(fields["log_probabilities"], fields["tails"], temperature)
-        return SparseRows(fields["ids"].long(), log_p, tail, temperature)
-
-    def at_temperature(self, log_probabilities: Tensor, tails: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities `[... k]` and the tail's `[...]` at a temperature; together they sum to 1.
-
-        If the tail is not kept for this temperature, there must be no other columns: see `check_temperature`.
-        """
+        tails = fields["tails"]
         if temperature in self.temperatures:
             tail = tails[..., self.temperatures.index(temperature), None]
-        else:
+        else:  # there are no other columns, as was checked
             tail = torch.full_like(tails[..., :1], -torch.inf)
-        both = torch.cat([log_probabilities.float() / temperature, tail], -1).log_softmax(-1)
-        return both[..., :-1], both[..., -1]
+        both = torch.cat([fields["log_probabilities"].float() / temperature, tail], -1).log_softmax(-1)
+        return SparseRows(fields["ids"].long(), both[..., :-1], both[..., -1], temperature)
 
     def check_temperature(self, temperature: float, columns: int) -> None:
         if self.k >= columns or temperature in self.temperatures:
             return
         known = ", ".join(f"{t:g}" for t in self.temperatures)
         raise SettingError(
-            f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns of each row and the rest as "
-            f"one outcome, for temperature {known}. Train at one of these, without a schedule, or build the cache with "
-            f"TopK(temperatures=({temperature:g},)) or Dense()."
+            f"temperature={temperature:g}: the cache keeps the {self.k} likeliest columns and the sum of the others, "
+            f"for temperature {known}. Train at one of these, without a schedule, or build one with "
+            "TopK(temperatures=) or Dense()."
         )
 
 
 @dataclass(frozen=True)
-class Sampled(Store):
+class Sampled(Drawn):
     """Keeps columns drawn with replacement, with weights that make their mean the teacher's distribution.
 
     Anshumann et al. 2025, Sparse Logit Sampling (random sampling knowledge distillation): proposals r ∝
@@ -327,8 +323,7 @@ class Sampled(Store):
     of log p over the draws, one number for each row, makes the reported value a divergence. Weights are not divided
     by their sum: it is 1 on average, and dividing would bring a bias. Repeated draws are merged when read.
 
-    The draws follow from the seed and the content of the example: the bytes depend neither on the number of processes
-    nor on interruptions. Training at another temperature is refused, and so is every divergence but forward_kl.
+    It trains with forward_kl only, and at this temperature only.
 
     Args:
         samples: draws for each row.
@@ -337,7 +332,7 @@ class Sampled(Store):
         seed: of the draws.
 
     Raises:
-        SettingError: if a setting is out of bounds.
+        SettingError: if a setting is not allowed.
 
     >>> sum(field.bytes for field in Sampled(32).fields(32_000).values())
     68
@@ -351,15 +346,12 @@ class Sampled(Store):
     name = "sampled"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", float(self.temperature))
+        self._check_draws()
         object.__setattr__(self, "proposal_power", float(self.proposal_power))
-        if self.samples < 1 or self.temperature <= 0 or not 0 < self.proposal_power <= 1:
+        if not 0 < self.proposal_power <= 1:
             raise SettingError(
-                f"Sampled(samples={self.samples}, temperature={self.temperature:g}, proposal_power="
-                f"{self.proposal_power:g}): at least one sample, a temperature above 0, and a power above 0 and at "
-                "most 1 (above 1 the weight of an unlikely column has no bound)."
+                f"{self!r}: proposal_power is above 0 and at most 1; above 1 an unlikely column's weight has no bound."
             )
-        _check_seed(self.seed)
 
     def fields(self, columns: int) -> dict[str, Field]:
         weights = {} if self.proposal_power == 1 else {"weights": Field(np.float32, self.samples)}
@@ -369,12 +361,7 @@ class Sampled(Store):
             "mean_log_probability": Field(np.float32, 1),
         }
 
-    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Return ids in ascending order, their weights unless all are 1 / k, and the weighted mean of log p."""
-        at = uniforms(keys, counts, self.samples, seed=self.seed)
-        return _draw_in_parts(self._draw, rows, at, self.fields(rows.shape[1]))
-
-    def _draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
+    def draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         proposals = (log_p if self.proposal_power == 1 else self.proposal_power * log_p).exp()
         ids = draw_columns(proposals, at.to(rows.device))
@@ -393,12 +380,9 @@ class Sampled(Store):
         no_tail = torch.full_like(mean[..., 0], -torch.inf)
         return SparseRows(ids, mean.expand(ids.shape), no_tail, temperature, weights)
 
-    def check_temperature(self, temperature: float, columns: int) -> None:
-        _check_drawn_at(self, temperature)
-
 
 @dataclass(frozen=True)
-class Hybrid(Store):
+class Hybrid(Drawn):
     """Keeps the k largest columns of each row with their probabilities, and samples of the others.
 
     Exact for the k columns, and on average the teacher's distribution for the others: Σ over the k of p δ, plus the
@@ -413,7 +397,7 @@ class Hybrid(Store):
         seed: of the draws.
 
     Raises:
-        SettingError: if a setting is out of bounds.
+        SettingError: if a setting is not allowed.
 
     >>> sum(field.bytes for field in Hybrid(16, 16).fields(32_000).values())
     104
@@ -427,14 +411,10 @@ class Hybrid(Store):
     name = "hybrid"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperature", float(self.temperature))
-        if self.k < 1 or self.samples < 1 or self.temperature <= 0:
-            raise SettingError(
-                f"Hybrid(k={self.k}, samples={self.samples}, temperature={self.temperature:g}): k and samples are at "
-                "least 1, and the temperature is above 0. For samples alone use Sampled, without samples TopK."
-            )
+        self._check_draws()
+        if self.k < 1:
+            raise SettingError(f"{self!r}: k is at least 1. For samples alone use Sampled.")
         check_dtype("Hybrid: dtype", self.dtype, _SPARSE_DTYPES)
-        _check_seed(self.seed)
 
     def fields(self, columns: int) -> dict[str, Field]:
         kept = min(self.k, columns)
@@ -446,12 +426,7 @@ class Hybrid(Store):
             "mean_log_probability": Field(np.float32, 1),
         }
 
-    def encode(self, rows: Tensor, keys: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the k columns and their log p, the log-probability of all others, draws from these and their mean."""
-        at = uniforms(keys, counts, self.samples, seed=self.seed)
-        return _draw_in_parts(self._draw, rows, at, self.fields(rows.shape[1]))
-
-    def _draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
+    def draw(self, rows: Tensor, at: Tensor) -> dict[str, Tensor]:
         log_p = (in_full_precision(rows.detach()) / self.temperature).log_softmax(-1)
         kept, ids = log_p.topk(min(self.k, log_p.shape[-1]), dim=-1)
         others = log_p.scatter(-1, ids, -torch.inf)
@@ -478,9 +453,6 @@ class Hybrid(Store):
             weights=torch.cat([kept.exp(), shares], -1),
         )
 
-    def check_temperature(self, temperature: float, columns: int) -> None:
-        _check_drawn_at(self, temperature)
-
 
 STORES: dict[str, Callable[..., Store]] = {
     store.name: store for store in (Dense, NoPredictions, TopKFromServer, TopK, Sampled, Hybrid)
@@ -496,10 +468,7 @@ def store_from(description: Json) -> Store:
     settings = dict(description)
     name = settings.pop("name", None)
     if name not in STORES:
-        raise SettingError(
-            f"the cache keeps {name!r}, which this version does not know; it knows {', '.join(STORES)}. Update "
-            "hf-distill."
-        )
+        raise SettingError(f"the cache has the store {name!r}; known are {', '.join(STORES)}. Update hf-distill.")
     return STORES[name](**settings)
 
 
@@ -510,8 +479,8 @@ def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> 
     of Philox (Salmon et al. 2011) are fixed by its definition, so no version of NumPy changes them.
 
     Args:
-        keys: `[b 2]`, of the examples.
-        counts: `[b]`, the positions of each example.
+        keys: as for `Store.encode`.
+        counts: as for `Store.encode`.
         width: numbers for each position.
         seed: from 0 to 2^64 - 1.
 
@@ -526,32 +495,6 @@ def uniforms(keys: np.ndarray, counts: np.ndarray, width: int, *, seed: int) -> 
         words.append(np.random.Philox(counter=start, key=key.astype(np.uint64)).random_raw(count * width))
     whole = np.concatenate(words) >> np.uint64(64 - _BITS)
     return torch.from_numpy(whole.astype(np.float64) * 2.0**-_BITS).view(-1, width)
-
-
-def _draw_in_parts(
-    draw: Callable[[Tensor, Tensor], dict[str, Tensor]], rows: Tensor, at: Tensor, fields: Mapping[str, Field]
-) -> dict[str, np.ndarray]:
-    """Draw from as many rows at once as memory allows."""
-    many = max(1, _DRAWN_AT_ONCE // max(rows.shape[1], BLOCK * at.shape[1]))
-    parts = [draw(some, u) for some, u in zip(rows.split(many), at.split(many), strict=True)]
-    return {
-        name: torch.cat([part[name] for part in parts]).cpu().numpy().astype(field.dtype)
-        for name, field in fields.items()
-    }
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < _SEEDS:
-        raise SettingError(f"seed={seed}: a seed is from 0 to 2^64 - 1.")
-
-
-def _check_drawn_at(store: Sampled | Hybrid, temperature: float) -> None:
-    if temperature != store.temperature:
-        raise SettingError(
-            f"temperature={temperature:g}: the cache keeps columns that were drawn from the teacher's probabilities at "
-            f"temperature {store.temperature:g}. Train at {store.temperature:g}, without a schedule, or build the "
-            f"cache with {type(store).__name__}(temperature={temperature:g}) or Dense()."
-        )
 
 
 def _id_type(columns: int) -> Any:

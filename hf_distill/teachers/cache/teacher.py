@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_distill._types import Batch, Collator, Example, ProcessingClass
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.models.positions import PositionRule
 from hf_distill.signals import ActivationKey, Needs, Signals, SparseRows
-from hf_distill.tasks import Batch, Task
+from hf_distill.tasks import Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.language import decoder_rule
 from hf_distill.teachers import model as heads
-from hf_distill.teachers.base import Collator, Teacher, TeacherSetup, teacher_inputs
+from hf_distill.teachers.base import Teacher, TeacherSetup, teacher_inputs
 from hf_distill.teachers.cache import layout
 from hf_distill.teachers.cache.cache import TeacherCache
 from hf_distill.teachers.cache.files import POSITIONS
@@ -30,6 +31,7 @@ from hf_distill.teachers.cache.source import check_not_random, check_same_versio
 from hf_distill.teachers.cache.stores import Dense, TopKFromServer
 from hf_distill.teachers.fingerprints import describe_processor, weights_fingerprint
 from hf_distill.teachers.passes import differences
+from hf_distill.teachers.shards import Json
 from hf_distill.vocabulary import HeadAlignment, LabelMatching
 
 if TYPE_CHECKING:
@@ -40,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 class CachedCollator:
     """Adds the stored predictions, as `teacher_cached_*` columns, to the batches of the user's collator.
-
-    They are aligned with the batch's padding. For evaluation it is the user's collator, because evaluation does not use
-    the teacher and its examples need not be in the cache.
 
     Args:
         collator: makes a batch of examples.
@@ -75,10 +74,11 @@ class CachedCollator:
         return getattr(self.collator, name)
 
     def for_evaluation(self) -> Collator:
+        """Return the user's collator: evaluation does not use the teacher, and the cache may lack its examples."""
         clean = getattr(self.collator, "for_evaluation", None)
         return self.collator if clean is None else clean()
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, features: Sequence[Example]) -> Any:
         batch = self.collator(list(features))
         if "decoder_input_ids" in self.cache.columns and "decoder_input_ids" not in batch:
             return batch  # the training makes them from the labels, and looks up then
@@ -90,18 +90,16 @@ class CachedCollator:
 
     def includes(self, other: CachedCollator) -> bool:
         """Return whether it adds to a batch everything that the other adds."""
-        mine, theirs = self.fields, other.fields
-        enough = mine is None or (theirs is not None and set(theirs) <= set(mine))
-        return self.cache is other.cache and self.slot == other.slot and enough
+        fields = self.fields is None or (other.fields is not None and set(other.fields) <= set(self.fields))
+        return fields and self.cache is other.cache and self.slot == other.slot
 
 
 class CachedTeacher(Teacher):
     """A teacher that looks up the predictions that were stored when the cache was built.
 
-    Examples are identified by their content, so order, shuffling, filtering, epochs, workers and processes do not
-    matter. A batch from `wrap_collator` brings the predictions with it; for any other batch they are looked up when
-    they are needed, which is slower and gives the same. Objectives can read the activations that the cache was built
-    with.
+    Examples are identified by their content, so order, filtering, workers and processes do not matter. A batch from
+    `wrap_collator` brings the predictions with it; for any other batch they are looked up when they are needed, which
+    is slower and gives the same. Objectives can read the activations that the cache was built with.
 
     Args:
         cache: a folder, or a `TeacherCache`.
@@ -126,7 +124,7 @@ class CachedTeacher(Teacher):
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.alignment = HeadAlignment()
         self.capture: CachedActivations = self.cache.activations  # type: ignore[assignment]  # knows blocks, too
-        self.recorded = self.cache.manifest["teacher"]
+        self.recorded: Json = self.cache.manifest["teacher"]
         self.slot = ""
         self._label_matching = label_matching
         self._looked_up = False
@@ -134,18 +132,16 @@ class CachedTeacher(Teacher):
         self._positions: dict[bool, PositionRule] = {}
         mask = ("attention_mask",) if self.cache.manifest["inputs"]["masked"] else ()
         self.inputs = tuple(dict.fromkeys([*self.cache.columns, *mask]))
-        if teacher is not None:
-            _check_same_teacher(self.cache, teacher)
+        there = self.recorded["weights"]
+        if teacher is not None and weights_fingerprint(teacher) != there:
+            raise TeacherError(
+                f"the cache was built with another teacher: its weights have the fingerprint {there} "
+                f"({self.recorded['class']}), not those of teacher= ({type(unwrapped(teacher)).__name__})."
+            )
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> CachedTeacher:
-        """Return the teacher of a cache that `TeacherCache.push_to_hub` uploaded.
-
-        Args:
-            repo_id: the dataset on the Hub; it is downloaded once.
-            revision: as in `huggingface_hub.snapshot_download`.
-            token: as in `huggingface_hub.snapshot_download`.
-        """
+        """Return the teacher of a cache that `TeacherCache.push_to_hub` uploaded; see `snapshot_download`."""
         from huggingface_hub import snapshot_download
 
         return cls(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
@@ -159,8 +155,7 @@ class CachedTeacher(Teacher):
         return self.cache.temperature is not None
 
     def describe(self) -> str:
-        teacher = self.cache.manifest["teacher"]
-        return f"the stored predictions (a cache) of {teacher['name'] or 'a ' + teacher['class']}"
+        return f"the stored predictions (a cache) of {self.recorded['name'] or 'a ' + self.recorded['class']}"
 
     def __repr__(self) -> str:
         return f"CachedTeacher(store={self.cache.store!r})"
@@ -168,11 +163,7 @@ class CachedTeacher(Teacher):
     # Before the training.
 
     def bind(self, setup: TeacherSetup) -> None:
-        """Check that the stored predictions can teach this student, and align the heads.
-
-        Raises:
-            TeacherError: if they are of another kind of head, labels, tokenizer or decoder inputs.
-        """
+        """Check that the stored predictions can teach this student (raises TeacherError), and align the heads."""
         student, task, compares = unwrapped(setup.student), setup.task, setup.compares_predictions
         self.slot = setup.slot
         _check_same_task(self.cache, student, task, compares_predictions=compares)
@@ -187,7 +178,9 @@ class CachedTeacher(Teacher):
         task.learn_from(_model_facts(self.cache).config)
         self._positions = {side: PositionRule(student, task, of_decoder=side) for side in (False, True)}
 
-    def _align_heads(self, student: PreTrainedModel, task: Task, processing_class: Any) -> HeadAlignment:
+    def _align_heads(
+        self, student: PreTrainedModel, task: Task, processing_class: ProcessingClass | None
+    ) -> HeadAlignment:
         tokenizer = heads.tokenizer_in(processing_class)
         known = self.cache.manifest["processor"] is not None  # then it is the student's, as was checked
         aligned = heads.matched_columns(
@@ -199,21 +192,14 @@ class CachedTeacher(Teacher):
         )
         width = self.cache.manifest["predictions"]["columns"]
         if self.is_sparse and aligned.teacher not in (None, width):
-            shared = aligned.teacher if isinstance(aligned.teacher, int) else "some"
             raise TeacherError(
-                f"the cache keeps some of {width} columns, and student and teacher share {shared} of them: a kept "
-                "column may not be among these. Build it with processing_class= (the student's tokenizer), or with "
-                "store=Dense()."
+                f"the cache keeps some of {width} columns, and the student does not share all of them. Build it with "
+                "processing_class= (the student's tokenizer), or with store=Dense()."
             )
         return aligned
 
     def check(self, needs: Needs, objectives: Iterable[Objective] = ()) -> None:
-        """Check that the cache holds what is needed. From here on nothing else is looked up.
-
-        Raises:
-            SettingError: if predictions are needed at a temperature that was not stored.
-            TeacherError: if an activation was not stored, or not as an objective needs it.
-        """
+        """Check that the cache holds what is needed. From here on nothing else is looked up."""
         self._check_needs(needs)
         stored = [
             self.capture.check(key, objective.pools)
@@ -230,11 +216,9 @@ class CachedTeacher(Teacher):
         self.cache.store.check_temperature(needs.temperature, self.cache.manifest["predictions"]["columns"])
         known = self.cache.temperature
         if known not in (None, needs.temperature):
-            whose = self.cache.manifest["teacher"]["class"]
             raise SettingError(
-                f"temperature={needs.temperature:g}: the cache holds the predictions of the {whose} for temperature "
-                f"{known:g} only. Train at {known:g}, without a schedule, or build the cache with "
-                f"temperature={needs.temperature:g}."
+                f"temperature={needs.temperature:g}: the cache holds the predictions of the {self.recorded['class']} "
+                f"for temperature {known:g} only. Train at that, without a schedule, or build another cache."
             )
 
     def wrap_collator(self, collator: Collator) -> Collator:
@@ -251,28 +235,29 @@ class CachedTeacher(Teacher):
 
     def __call__(self, task: Task, batch: Batch, needs: Needs) -> Signals:
         self._check_needs(needs)
-        if not (needs.logits or needs.activations):
-            return Signals(logits=None, alignment=self.alignment)
-        laid = self._stored_fields(task, batch, needs.activations)
+        laid = self._stored_fields(task, batch, needs) if needs.logits or needs.activations else {}
         activations = {key: self._activation(key, laid, batch) for key in needs.activations}
-        if not needs.logits:
-            return Signals(logits=None, alignment=self.alignment, activations=activations)
-        store, fields = self.cache.store, self._prediction_fields(laid, task, batch)
-        sparse = store.sparse_rows(fields, needs.temperature)
-        if sparse is not None:
-            if isinstance(store, TopKFromServer):
+        logits = sparse = None
+        if needs.logits:
+            store, fields = self.cache.store, self._prediction_fields(laid, task, batch)
+            sparse = store.sparse_rows(fields, needs.temperature)
+            if isinstance(store, Dense):
+                logits = task.read(task.outputs_of_raw(store.logits(fields)), batch, self.alignment, teacher=True)
+            elif isinstance(store, TopKFromServer):
                 _check_known(sparse, task, batch)
-            return Signals(logits=None, alignment=self.alignment, activations=activations, sparse=sparse)
-        assert isinstance(store, Dense)  # every other store is sparse
-        logits = task.read(task.outputs_of_raw(store.logits(fields)), batch, self.alignment, teacher=True)
-        return Signals(logits=logits, alignment=self.alignment, activations=activations)
+        return Signals(logits=logits, alignment=self.alignment, activations=activations, sparse=sparse)
 
-    def _stored_fields(self, task: Task, batch: Batch, activations: Iterable[ActivationKey]) -> dict[str, Tensor]:
+    def _stored_fields(self, task: Task, batch: Batch, needs: Needs) -> dict[str, Tensor]:
         """Return the fields that came with the batch or are looked up now, on the batch's device."""
         prefix = f"{CACHED_PREFIX}{self.slot}"
-        fields = {self.capture.find(key).field for key in activations}
+        fields = {self.capture.find(key).field for key in needs.activations}
         if any(f"{prefix}{name}" not in batch for name in (*self.cache.fields, *fields)):
-            self._log_once()
+            if not self._looked_up:
+                self._looked_up = True
+                logger.info(
+                    "The cached teacher is looked up in the training process. To have the data loader do it, wrap the "
+                    "collator: teacher.wrap_collator(data_collator)."
+                )
             device = first_tensor(batch).device
             looked_up = self.cache.look_up(batch, task, slot=self.slot, fields=fields)
             batch = {name: value.to(device) for name, value in looked_up.items()}
@@ -294,14 +279,6 @@ class CachedTeacher(Teacher):
         own = read_by_teacher(batch, self.cache.main)
         return layout.as_hidden_states(laid[kept.field], kept, own, positions, laid.get(kept.counts))
 
-    def _log_once(self) -> None:
-        if not self._looked_up:
-            self._looked_up = True
-            logger.info(
-                "The cached teacher is looked up in the training process. To have the data loader do it, wrap the "
-                "collator: teacher.wrap_collator(data_collator)."
-            )
-
 
 def _model_facts(cache: TeacherCache) -> Any:
     """Return the parts of the teacher that decide which columns of the heads mean the same."""
@@ -315,43 +292,27 @@ def _model_facts(cache: TeacherCache) -> Any:
     )
 
 
-def _check_same_teacher(cache: TeacherCache, teacher: nn.Module) -> None:
-    there, now = cache.manifest["teacher"]["weights"], weights_fingerprint(teacher)
-    if there != now:
-        raise TeacherError(
-            f"the cache was built with another teacher: its weights have the fingerprint {there} "
-            f"({cache.manifest['teacher']['class']}), those of teacher= {now} ({type(unwrapped(teacher)).__name__}). "
-            "Build a cache of this teacher, or pass the other."
-        )
-
-
 def _check_same_task(cache: TeacherCache, student: nn.Module, task: Task, *, compares_predictions: bool) -> None:
-    """Raise TeacherError if kind of head, pooling or decoder inputs differ.
-
-    A teacher that makes its own decoder inputs has none that the student's could differ from.
-    """
+    """Raise TeacherError if kind of head, pooling or decoder inputs (unless the teacher made its own) differ."""
     there = cache.manifest["task"]
     now = {"kind": str(task), **task.settings()}
     if compares_predictions and there["kind"] != now["kind"]:
         raise TeacherError(
-            f"the cache holds the predictions of a {there['kind']} head, the student needs a teacher for {task}. Build "
-            "a cache of a teacher with the student's kind of head."
+            f"the cache holds the predictions of a {there['kind']} head, the student needs a teacher for {task}."
         )
     if compares_predictions and there != now:
         raise TeacherError(
-            f"the cache was built for another {task} task: {'; '.join(differences(there, now))}. Build it with "
-            "student= or task= of this training."
+            f"the cache was built for another {task} task: {'; '.join(differences(there, now))}. Build it for this."
         )
     rule, ours = cache.manifest["inputs"]["decoder"], decoder_rule(student)
     if rule is not None and "decoder_input_ids" not in cache.columns and ours != rule:
         raise TeacherError(
             f"the cache was built with other decoder inputs: labels 5, 6, 7 became {rule} there, the student makes "
-            f"{ours} of them. Give the student the start and padding tokens of the cache, or build it again with "
-            "student=."
+            f"{ours} of them. Give the student the same start and padding tokens, or build the cache with student=."
         )
 
 
-def _check_same_processor(cache: TeacherCache, processing_class: Any, task: Task) -> None:
+def _check_same_processor(cache: TeacherCache, processing_class: ProcessingClass | None, task: Task) -> None:
     """Raise TeacherError if student and teacher read other positions."""
     there, now = cache.manifest["processor"], describe_processor(processing_class)
     if there is None or now is None:
@@ -361,17 +322,17 @@ def _check_same_processor(cache: TeacherCache, processing_class: Any, task: Task
     if before != after:
         raise TeacherError(
             "the cache was built with another tokenizer or extractor than the student's: "
-            f"{'; '.join(differences(before, after))}. Rows of a {task} head are positions of the input, so both must "
-            "read the same. Build a cache with the student's tokenizer."
+            f"{'; '.join(differences(before, after))}. Rows of a {task} head are positions of the input: use the same."
         )
 
 
-def _check_known(sparse: SparseRows, task: Task, batch: Batch) -> None:
+def _check_known(sparse: SparseRows | None, task: Task, batch: Batch) -> None:
     """Raise TeacherError if a served teacher was not queried for a row that counts, which labels may decide."""
+    assert sparse is not None  # the store is sparse
     tails, kept = task.select(sparse.log_tail, batch), task.kept_rows(batch)
     missing = int((tails if kept is None else tails[kept]).isnan().sum())
     if missing:
         raise TeacherError(
-            f"when the cache was built the teacher was not queried for {missing} of the rows that count in this batch: "
-            "other labels were -100 then. Build it with the labels of this training."
+            f"when the cache was built the teacher was not queried for {missing} of the rows that count in this batch. "
+            "Build it with the labels of this training."
         )

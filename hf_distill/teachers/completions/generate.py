@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
@@ -225,8 +224,7 @@ class CompletionsPass(ShardedPass):
                     if reason is not None:
                         rejected.append((index, f"{self.prompts.column}[{index}]: {reason}"))
             self._digests[indices.start] = _digest_of(prompts)
-        if self.state.num_processes > 1:
-            rejected = gather_object(rejected)
+        rejected = self.gather(rejected)
         if rejected:
             shown = "; ".join(reason for _, reason in sorted(rejected)[:_SHOWN])
             more = f"; and {len(rejected) - _SHOWN} more" if len(rejected) > _SHOWN else ""
@@ -237,8 +235,9 @@ class CompletionsPass(ShardedPass):
         if self.prompts.window is not None and not finished:
             try_settings(self.model, self._inputs([self.prompts[0]]), self.settings)
 
-    def has_same_examples(self, shard: int, receipt: Json) -> bool:
-        return receipt["prompts"] == self._digests[self.indices(shard).start]
+    def changed_examples(self, shard: int, receipt: Json) -> Sequence[int]:
+        indices = self.indices(shard)
+        return [] if receipt["prompts"] == self._digests[indices.start] else indices
 
     def write_shards(self, numbers: list[int], advance: Advance) -> None:
         for shard in numbers:

@@ -164,7 +164,7 @@ def test_unsupported_teachers_raise_at_the_build(tmp_path: Path) -> None:
             Ensemble(two),
             {},
             SettingError,
-            r"the predictions of the Ensemble are for one temperature only: pass temperature=",
+            r"the Ensemble predicts for one temperature only: pass temperature=",
         ),
         (Ensemble(two), {"temperature": 2.0, "student": None}, SettingError, r"has no head of its own.*Pass student="),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hf_distill import DataError
 from hf_distill.teachers import CachedTeacher, TeacherCache, shards
 from hf_distill.teachers.cache.measure import shard_size
-from tests.distributed.launch import alone
+from tests.distributed.launch import alone, two_processes
 from tests.heads import HEADS
 from tests.teachers.cache.built import build, contents, made
 
@@ -159,12 +160,13 @@ def test_a_built_cache_is_not_built_again(tmp_path: Path) -> None:
     assert contents(tmp_path) == before and len(asked) == 1 and messages == [f"{tmp_path} is built already."]
 
 
-def test_a_built_cache_of_other_examples_raises(tmp_path: Path) -> None:
+def test_a_built_cache_names_the_example_that_changed(tmp_path: Path) -> None:
     head, teacher, examples, _ = made(tmp_path, NAME)
     before = contents(tmp_path)
     changed = [*examples[:9], {**examples[9], "input_ids": examples[9]["input_ids"][::-1]}, *examples[10:]]
-    for other in (changed, [examples[0], *examples[:0:-1]]):
-        with pytest.raises(DataError, match=r"are not those that .* holds, or are in another order\. To train"):
+    for other, where in ((changed, "9"), ([examples[0], *examples[:0:-1]], "1 to 5")):
+        message = rf"other examples, or from these in another order: the dataset differs at index {where}\. To train"
+        with pytest.raises(DataError, match=message):
             build(tmp_path, head, teacher, other)
     assert contents(tmp_path) == before
 
@@ -195,7 +197,7 @@ def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any, exam
         ("teacher", "holds an unfinished cache of something else: teacher.weights: "),
         ("batch_size", "something else: padding.batch_size: 3 there, 2 now"),
         ("count", "something else: examples: 20 there, 19 now"),
-        ("content", "examples 6 to 11 of the dataset are not those that .* Give the dataset"),
+        ("content", r"made from other examples, .*: the dataset differs at index 7\. Give the dataset"),
         ("store", "something else: store.dtype: float32 there, float16 now"),
     ],
 )
@@ -218,3 +220,24 @@ def test_a_pass_resumes_only_with_the_same_inputs(
         build(folder, head, changed.pop("teacher", teacher), changed.pop("examples", examples), **changed)
     assert contents(folder) == before
     assert isinstance(CachedTeacher(build(folder, head, teacher, examples)), CachedTeacher)
+
+
+@pytest.mark.parametrize(
+    ("rank", "when", "own", "other"),
+    [
+        (0, "disk", r"DataError: the disk is full .*", r"DataError: process 0 of 2 failed: the disk is full .*"),
+        (1, "shard", "RuntimeError: out of memory", "HfDistillError: process 1 of 2 failed: RuntimeError: out of m.*"),
+        (0, "end", "RuntimeError: out of memory", "HfDistillError: process 0 of 2 failed: RuntimeError: out of m.*"),
+        (0, "begin", "RuntimeError: out of memory", "HfDistillError: process 0 of 2 failed: RuntimeError: out of m.*"),
+        (1, "plan", "RuntimeError: out of memory", "HfDistillError: process 1 of 2 failed: RuntimeError: out of m.*"),
+    ],
+)
+def test_a_failing_process_stops_the_others(tmp_path: Path, rank: int, when: str, own: str, other: str) -> None:
+    """No process waits for ever, and the same call continues to the same bytes."""
+    program = Path(__file__).with_name("failing.py")
+    printed = two_processes(program, str(tmp_path / "both"), str(rank), when)
+    found = [json.loads(lines.splitlines()[-1]) for lines in printed]
+    assert [one["examples"] for one in found] == [20, 20]
+    assert re.fullmatch(own, found[rank]["message"]) and re.fullmatch(other, found[1 - rank]["message"])
+    build(tmp_path / "whole", HEADS[NAME], HEADS[NAME].make(2), HEADS[NAME].examples(20))
+    assert contents(tmp_path / "both") == contents(tmp_path / "whole")

@@ -197,13 +197,13 @@ def test_bytes_of_a_position() -> None:
 
 def test_invalid_settings_raise_and_stores_round_trip() -> None:
     for wrong, message in (
-        (lambda: Sampled(0), "at least one sample"),
-        (lambda: Sampled(temperature=0.0), "a temperature above 0"),
+        (lambda: Sampled(0), r"Sampled\(samples=0, .*: samples is at least 1"),
+        (lambda: Sampled(temperature=0.0), "temperature is above 0"),
         (lambda: Sampled(proposal_power=1.5), "has no bound"),
-        (lambda: Sampled(proposal_power=0.0), "a power above 0 and at most 1"),
-        (lambda: Sampled(seed=-1), r"seed=-1: a seed is from 0"),
-        (lambda: Hybrid(0), "k and samples are at least 1"),
-        (lambda: Hybrid(samples=0), "For samples alone use Sampled, without samples TopK"),
+        (lambda: Sampled(proposal_power=0.0), "proposal_power is above 0 and at most 1"),
+        (lambda: Sampled(seed=-1), r"seed=-1\): .* seed is from 0"),
+        (lambda: Hybrid(0), r"Hybrid\(k=0, .*: k is at least 1. For samples alone use Sampled"),
+        (lambda: Hybrid(samples=0), r"Hybrid\(k=16, samples=0, .*: samples is at least 1"),
         (lambda: Hybrid(dtype="bfloat16"), "allowed are float16, float32"),
     ):
         with pytest.raises(SettingError, match=message):
