@@ -81,13 +81,6 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def gathered_sum(vector: torch.Tensor, accelerator: Any) -> torch.Tensor:
-    """Return the sum over the processes that saw different batches."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return vector
-    return accelerator.reduce(vector, reduction="sum")
-
-
 def renamed_state(model: Any, checkpoint: str) -> dict[str, torch.Tensor] | None:
     """Return the state of `model` as its `from_pretrained` reads it from `checkpoint`, or None if the names agree.
 

@@ -6,8 +6,9 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from functools import partial, reduce
 from itertools import chain
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from hf_distill._compat import gathered_sum
 from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, Objectives, Step
 from hf_distill.ddp import forget_gradients_but, parameters_of, scale_of, several_processes, tied
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
@@ -221,6 +221,7 @@ class Distiller(_ChecksKeywords):
         self._whole_student = student  # with PEFT's wrapper: prompt tuning's vectors are outside the base
         self._found_trainable = self._wrote_config = False
         self._fused_loss.bind(student, task)
+        self._prepares = type(task).prepare is not Task.prepare
         self._learns = bool(self.learned)
         self._teacher_learns = self.teacher is not None and self.teacher.learns_from_batches
         self._check_packing = PackingCheck(self._student)
@@ -317,24 +318,48 @@ class Distiller(_ChecksKeywords):
             micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
         if not self._found_trainable and torch.is_grad_enabled():
             self._check_trainable()
+        weights = self.blending.weights(progress)
+        if not weights:
+            raise SettingError(
+                f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
+                "objective a weight throughout."
+            )
+        task, active = self.task, tuple(term for term in weights if term != LABELS)
+        student_needs, teacher_needs = self.blending.needs(progress)
+        if LABELS in weights:
+            task.require_labels(micro_batches[0])
+            for batch in micro_batches:
+                task.check_labels(batch)
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        step, rows = self.blending.begin_step(self.task, micro_batches, device, progress)
+        counts = {LABELS: task.label_count, LOGITS: task.count}
+        counts |= {term: partial(self.objectives[term].count, task) for term in active if term != LOGITS}
+        rows = torch.stack(
+            [reduce(add, (counts[term](batch).to(device) for batch in micro_batches)) for term in weights]
+        )
         if any(name in batch for batch in micro_batches for name in PACKING_COLUMNS):
-            self._check_packing(micro_batches, self.task, self.teacher, step.teacher_needs)
-        if step.active:
+            self._check_packing(micro_batches, task, self.teacher, teacher_needs)
+        if active:
             if not self._wrote_config:
                 self._write_config(micro_batches[0])
             if not self.check_padding.done:
                 self.check_padding(micro_batches, self.teacher, accelerator)
         if accelerator is not None and accelerator.num_processes > 1:
-            rows = gathered_sum(rows, accelerator) / same_batch
-        if self.task.sums_over_examples and {LABELS, LOGITS} & set(step.weights):
+            rows = accelerator.reduce(rows, reduction="sum") / same_batch
+        if task.sums_over_examples and {LABELS, LOGITS} & set(weights):
             rows = torch.ones_like(rows)
-        self.label_agreement.warn_if_chance(accelerator)
-        return replace(
-            step,
-            denominators=dict(zip(step.weights, rows.unbind(), strict=True)),
+        if self.label_agreement.is_due:
+            self.label_agreement.warn_if_chance(accelerator)
+        return Step(
+            denominators=dict(zip(weights, rows.unbind(), strict=True)),
+            weights=weights,
             scale=scale_of(accelerator, same_batch),
+            active=active,
+            uses_labels=LABELS in weights,
+            progress=progress,
+            temperature=teacher_needs.temperature,
+            student_needs=student_needs,
+            teacher_needs=teacher_needs,
+            micro_batches=len(micro_batches),
             is_whole=len(micro_batches) == 1 and (accelerator is None or accelerator.num_processes == 1),
             finite_check=FiniteCheck(len(micro_batches), accelerator, at=finite_check),
         )
@@ -392,19 +417,18 @@ class Distiller(_ChecksKeywords):
         step = step or self.begin_step([batch])
         if self._label_aliases:
             batch = self.with_task_labels(batch)
-        fused = None
-        if self._fused_loss.is_possible and not keep_logits:
-            prepared = self.prepare(batch)
+        may_fuse = self._fused_loss.is_possible and not keep_logits
+        prepared = self.prepare(batch) if self._prepares and (step.active or may_fuse) else batch
+        if may_fuse:
             fused = self._fused_loss.forward(
                 self, student, prepared, step, smoothing=label_smoothing, fuse_labels=fuse_labels
             )
-        if fused is not None:
-            outputs, activations = self._forward_without_logits(student, prepared, step, fused)
-            return self._blend(step, prepared, outputs, activations, labels_mean=None, fused=fused)
-        if step.active:
-            batch = self.prepare(batch)
+            if fused is not None:
+                outputs, activations = self._forward_without_logits(student, prepared, step, fused)
+                return self._blend(step, prepared, outputs, activations, fused=fused)
+        batch = prepared if step.active else batch
         labels_mean, outputs, activations = self._forward(student, batch, step, forward, keep_logits)
-        return self._blend(step, batch, outputs, activations, labels_mean=labels_mean, fused=None)
+        return self._blend(step, batch, outputs, activations, labels_mean=labels_mean)
 
     def _forward(
         self, student: nn.Module, batch: Batch, step: Step, forward: LabelledForward | None, wants_outputs: bool
@@ -417,11 +441,11 @@ class Distiller(_ChecksKeywords):
             if step.uses_labels:
                 forward = forward or self._labelled_forward
                 # Without a comparison the forward is that of `Trainer`, bit for bit.
-                inputs = self.forward_inputs(batch) if step.active else self.student_inputs(batch)
+                inputs = self.student_inputs(batch, kv_cache=not step.active)
                 mean, outputs = forward(student, inputs, wants_outputs)
         if outputs is None and (wants_outputs or not step.uses_labels):
             with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
-                outputs = student(**self.forward_inputs(batch, labels=False))
+                outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return mean, outputs, activations.validate() if keys else activations
 
     def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
@@ -431,14 +455,14 @@ class Distiller(_ChecksKeywords):
         if not self.task.has_probabilities(batch):
             outputs = student(**inputs)
             return outputs["loss"], outputs
-        outputs = student(**self.forward_inputs(batch, labels=False))
+        outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return cross_entropy_of_probabilities(outputs["logits"], batch["labels"]), outputs
 
     def _forward_without_logits(
         self, student: nn.Module, batch: Batch, step: Step, fused: FusedForward
     ) -> tuple[Any, Activations]:
         with self._capture.capture(step.student_needs.activations) as activations, fused.replacing_head():
-            outputs = student(**self.forward_inputs(batch, labels=False))
+            outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         fused.tie(outputs)
         return type(outputs)({name: value for name, value in outputs.items() if name != "logits"}), activations
 
@@ -449,32 +473,29 @@ class Distiller(_ChecksKeywords):
         outputs: Any,
         activations: Activations,
         *,
-        labels_mean: Tensor | None,
-        fused: FusedForward | None,
+        labels_mean: Tensor | None = None,
+        fused: FusedForward | None = None,
     ) -> DistillerOutput:
         """Return the loss from the results of the student's forward."""
-
-        def signals() -> tuple[Signals, Signals]:
+        signals, fused_terms = None, None if fused is None else fused.terms
+        if any(fused_terms is None or name not in fused_terms.terms for name in step.active):
             if fused is not None and fused.teacher is not None:
-                return self.student_signals(outputs, batch, Needs(), activations), fused.teacher
-            student = self.student_signals(outputs, batch, step.student_needs, activations)
-            teacher = self.teacher_signals(batch, step.teacher_needs)
-            self.label_agreement.add(self.task, batch, student, teacher)
-            return student, teacher
-
-        loss, terms = self.blending.total(
-            step, self.task, batch, signals, labels_mean=labels_mean, fused=None if fused is None else fused.terms
-        )
+                signals = self.student_signals(outputs, batch, Needs(), activations), fused.teacher
+            else:
+                student = self.student_signals(outputs, batch, step.student_needs, activations)
+                signals = student, self.teacher_signals(batch, step.teacher_needs)
+                if not self.label_agreement.is_done:
+                    self.label_agreement.add(self.task, batch, *signals)
+        loss, terms = self.blending.total(step, self.task, batch, signals, labels_mean=labels_mean, fused=fused_terms)
         terms = {name: term.detach() for name, term in terms.items()}
-        compares = terms.keys() > {LABELS} or LABELS not in terms
         seen = MicroBatch(
             self.task,
             batch,
             loss.detach(),
             terms,
             self._student,
-            lambda: self.forward_inputs(batch, labels=step.uses_labels),
-            teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if compares else None,
+            lambda: self.student_inputs(batch, labels=step.uses_labels, kv_cache=False),
+            teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if step.active else None,
         )
         loss = step.finite_check.add(loss, seen)
         if labels_mean is None and not step.student_needs.logits and several_processes():
@@ -528,11 +549,16 @@ class Distiller(_ChecksKeywords):
         """Return the batch with the decoder inputs that both models read, made from the labels as the student does."""
         return self.task.prepare(dict(batch), self._student)
 
-    def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return the student's inputs: without the teacher's columns, and with labels only if requested.
+    def student_inputs(self, batch: Batch, *, labels: bool = True, kv_cache: bool = True) -> dict[str, Any]:
+        """Return the student's inputs: without the teacher's columns.
 
         Features and labels are copies, so that a student that writes into them changes neither the batch nor what the
         teacher reads.
+
+        Args:
+            batch: the student's inputs, labels, and `teacher_*` columns.
+            labels: whether they include the labels.
+            kv_cache: False to run without a KV cache, in which packed sequences would see each other.
         """
         aliases = self._label_aliases
         removed = self._teacher_only | (aliases.keys() - set(self._student_names))
@@ -543,12 +569,9 @@ class Distiller(_ChecksKeywords):
             for name, value in batch.items()
             if name not in removed and (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
         }
+        if not kv_cache and "use_cache" in self._student_names:
+            inputs = {"use_cache": False, **inputs}
         return own_copies(inputs, self.task.label_names)
-
-    def forward_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return `student_inputs` without a KV cache, in which packed sequences would see each other."""
-        inputs = self.student_inputs(batch, labels=labels)
-        return {"use_cache": False, **inputs} if "use_cache" in self._student_names else inputs
 
     def capture(self, progress: float = 0.0) -> AbstractContextManager[Activations]:
         """Return a context for one forward of the student that captures the activations that the objectives need."""

@@ -98,7 +98,7 @@ class FusedLoss:
             why = "the teacher learns from the student's logits"
         with_labels = blending.uses_labels()
         if why is None and (self._tried_with is None or with_labels > self._tried_with):
-            inputs = distiller.forward_inputs(batch, labels=False)
+            inputs = distiller.student_inputs(batch, labels=False, kv_cache=False)
             why = self._try_out(student, task, batch, inputs, with_labels=with_labels)
         if why is not None:
             if self.setting is True:
