@@ -110,13 +110,12 @@ def _saved_names(checkpoint: str) -> set[str] | None:
         return set(tensors.keys())
 
 
-def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Return whether `Trainer.training_step` will divide by the accumulation steps whatever the class says.
+# Before transformers 5.19 a trainer cannot say that its loss is divided already.
+TRAINER_MAY_DIVIDE = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
-    Before transformers 5.19 there is no `loss_is_scaled_for_ga` to say that the loss is divided already.
-    """
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        return False
+
+def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Return whether `Trainer.training_step` divides by the accumulation steps, if `TRAINER_MAY_DIVIDE`."""
     passes_on = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return not passes_on and trainer.compute_loss_func is None
 

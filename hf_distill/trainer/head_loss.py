@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_distill._types import Batch
 from hf_distill._utils import random_state
 from hf_distill.objectives.base import cross_entropy_of_probabilities
 
@@ -16,32 +17,12 @@ if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
 
-def own_num_items(batch: Any, num_items_in_batch: Any, *, shifts: bool) -> Any:
+def own_num_items(batch: Batch, *, shifts: bool) -> Tensor:
     """Return this micro-batch's number of items by `Trainer`'s rule, so that the head's loss is its own mean."""
-    if num_items_in_batch is None:
-        return None
     labels = batch.get("shift_labels")
     if labels is None:
         labels = batch["labels"][..., 1:] if shifts else batch["labels"]
     return labels.ne(-100).sum().clamp(min=1)
-
-
-@contextlib.contextmanager
-def head_loss_alone(trainer: DistillationMixin, batch: Any) -> Iterator[None]:
-    """Make `Trainer.compute_loss` return the head's own mean, also for labels that are probabilities.
-
-    Its factor, the number of processes, is left out: not every head accounts for it.
-    """
-    args = trainer.args
-    given, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-    try:
-        if trainer.distiller.task.has_probabilities(batch):
-            with loss_of_probabilities(trainer, batch):
-                yield
-        else:
-            yield
-    finally:
-        args.average_tokens_across_devices = given
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import has_length
 
-from hf_distill._compat import divides_the_loss, forget_preparation, renamed_state
+from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, forget_preparation, renamed_state
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
@@ -47,7 +47,6 @@ from hf_distill.trainer.evaluation import (
 )
 from hf_distill.trainer.head_loss import (
     carries_gradient,
-    head_loss_alone,
     loss_of_probabilities,
     observed_forwards,
     own_num_items,
@@ -112,7 +111,7 @@ class DistillationMixin(_Trainer):
     _is_plain: bool | None = None  # labels alone, at every moment: `Trainer`'s own training
     _warned_of_loss = False
     _is_base_step = False  # the current optimizer step is the base trainer's own
-    _base_loss_is_scaled: bool | None = None  # what a base trainer has set `loss_is_scaled_for_ga` to
+    _base_loss_is_scaled: bool | None = None  # the base trainer's `loss_is_scaled_for_ga`
     _base_outputs_serve: bool | None = None  # whether they carry the gradient of one forward; None: not known yet
     _last_checkpoint: str | None = None  # that this run has saved, or began with
 
@@ -193,6 +192,8 @@ class DistillationMixin(_Trainer):
             prepared = {name: getattr(self, name) for name in ("train_dataset", "eval_dataset", "data_collator")}
             chosen = prepared if not _is_of_transformers(super().__init__) else {}
             columns.check_datasets(self, self.model, self.args, {**given, **chosen})
+        self._base_loss_is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older versions have none
+        self.loss_is_scaled_for_ga = True
         self._settings_in_use = settings.settings_of(self.args)
         checks.check_on_policy(self)
         if self.distiller.uses_labels and not self._has_own_loss:
@@ -301,22 +302,27 @@ class DistillationMixin(_Trainer):
         finally:
             self._batches_are_made = False
 
-    @property
-    def _progress(self) -> float:
-        """How much of the training is done, 0 → 1."""
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         settings.follow_settings(self)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._on_policy is not None and batches:
             checks.check_on_policy(self)
-            state, process = self.state, self.accelerator.process_index
-            moment = {"step": state.global_step, "process": process, "progress": self._progress}
-            batches = [self._on_policy(b, self.model, micro_batch=i, **moment) for i, b in enumerate(batches)]
+            batches = [
+                self._on_policy(
+                    batch,
+                    self.model,
+                    step=self.state.global_step,
+                    micro_batch=micro_batch,
+                    process=self.accelerator.process_index,
+                    progress=self.state.global_step / self.state.max_steps,
+                )
+                for micro_batch, batch in enumerate(batches)
+            ]
             num_items = self._get_num_items_in_batch(batches, device)
         self._is_base_step = self.distiller.blending.labels_alone and bool(batches) and self._belongs_to_base(batches)
+        # The terms are divided by the rows of the whole optimizer step.
+        self.loss_is_scaled_for_ga = self._base_loss_is_scaled if self._is_base_step else True
         if self._is_base_step:
             self._step, self._micro_batches_left = None, 0
             return batches, num_items
@@ -344,10 +350,11 @@ class DistillationMixin(_Trainer):
     def _begin_step(self, batches: list[Any], *, check_at: Any = "loss") -> Step:
         if self._is_plain is None:
             self._is_plain = not self.distiller.blending.ever_active()
+        state = self.state
         return self.distiller.begin_step(
             batches,
             self.accelerator,
-            progress=self._progress,
+            progress=state.global_step / state.max_steps if state.max_steps > 0 else 0.0,
             same_batch=self.get_tp_size(),
             finite_check="off" if self._is_plain else check_at,
         )
@@ -396,7 +403,7 @@ class DistillationMixin(_Trainer):
                 begins_step=self._micro_batches_left == step.micro_batches,
             )
             self._micro_batches_left -= 1
-            if divides_the_loss(self, num_items_in_batch):
+            if TRAINER_MAY_DIVIDE and divides_the_loss(self, num_items_in_batch):
                 loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
@@ -410,17 +417,23 @@ class DistillationMixin(_Trainer):
         student once, with gradient. If it does not, the outputs are None, and the distiller makes a forward of its own
         for what is compared.
         """
-        is_trainer = step.is_whole and step.weights[LABELS] == 1
-        # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts a label too many an example.
-        shifts = self._loss_shifts_labels or self.distiller.task.shifts_labels
-        own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
-        if not self._overrides_loss:
-            found: tuple[Tensor, Any] = self._labels_loss(model, batch, inputs, own, return_outputs=True)
-            return found
-        if not wants_outputs or self._base_outputs_serve is False:
-            return self._labels_loss(model, batch, inputs, own, return_outputs=False), None
-        with observed_forwards(model) as (with_gradient, states):
-            loss, outputs = self._labels_loss(model, batch, inputs, own, return_outputs=True)
+        task, is_trainer = self.distiller.task, step.is_whole and step.weights[LABELS] == 1
+        if num_items is not None and not is_trainer:
+            # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts one label too many.
+            num_items = own_num_items(batch, shifts=self._loss_shifts_labels or task.shifts_labels)
+        observes = self._overrides_loss and wants_outputs and self._base_outputs_serve is not False
+        with contextlib.ExitStack() as stack:
+            # Trainer multiplies by the number of processes, which not every head accounts for.
+            stack.callback(setattr, self.args, "average_tokens_across_devices", self.args.average_tokens_across_devices)
+            self.args.average_tokens_across_devices = False
+            if task.has_probabilities(batch):
+                stack.enter_context(loss_of_probabilities(self, batch))
+            with_gradient, states = stack.enter_context(observed_forwards(model)) if observes else ([], [])
+            wants_outputs = observes or not self._overrides_loss
+            found = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
+        loss, outputs = found if wants_outputs else (found, None)
+        if not observes:
+            return loss, outputs
         if self._base_outputs_serve is None:
             self._base_outputs_serve = with_gradient == [True] and carries_gradient(outputs)
         if self._base_outputs_serve:
@@ -428,10 +441,6 @@ class DistillationMixin(_Trainer):
         if states:  # what was drawn for outputs is not drawn in later steps, so that a resumed run draws the same
             set_random_state(states[-1])
         return loss, None
-
-    def _labels_loss(self, model: Any, batch: Any, inputs: Any, num_items: Any, *, return_outputs: bool) -> Any:
-        with head_loss_alone(self, batch):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
 
     def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
         """The base trainer's own loss; if labels are missing that the task would count, its error is explained."""
@@ -453,19 +462,6 @@ class DistillationMixin(_Trainer):
         """Whether the user's own code reads the labels: `compute_loss_func`, or an override of `compute_loss`."""
         overridden = self._overrides_loss or type(self).compute_loss is not DistillationMixin.compute_loss
         return compute_loss_func is not None or overridden
-
-    @property
-    def loss_is_scaled_for_ga(self) -> bool | None:
-        """True: the terms are divided by the rows of the whole optimizer step. In a base step, the base trainer's."""
-        if not self._is_base_step:
-            return True
-        if self._base_loss_is_scaled is not None:
-            return self._base_loss_is_scaled
-        return getattr(super(), "loss_is_scaled_for_ga", None)
-
-    @loss_is_scaled_for_ga.setter
-    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
-        self._base_loss_is_scaled = value
 
     # The optimizer holds the student and what the objectives learn.
 
