@@ -42,7 +42,6 @@ class Step:
         scale: the factor that undoes the averaging over processes and Accelerate's division by its accumulation steps:
             the denominators already are those of the whole step.
         active: the objectives whose weight is not 0.
-        uses_labels: whether the weight of the labels' term is not 0.
         progress: the fraction of the training that is done, 0 → 1, for schedules.
         temperature: the temperature that softens the predictions.
         student_needs: what the student must compute.
@@ -56,7 +55,6 @@ class Step:
     weights: Mapping[str, float]
     scale: float
     active: tuple[str, ...]
-    uses_labels: bool
     progress: float
     temperature: float
     student_needs: Needs
@@ -218,7 +216,9 @@ class Blend:
         def loss_of(labels_mean: Tensor | None, own: Signals) -> Tensor:
             return self.total(step, task, batch, (own, shown), labels_mean=labels_mean, only=LOGITS)[0]
 
-        return StudentBatch(shown, task, batch, step.temperature, step.progress, step.uses_labels, step.scale, loss_of)
+        return StudentBatch(
+            shown, task, batch, step.temperature, step.progress, LABELS in step.weights, step.scale, loss_of
+        )
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """Return what the student and the teacher must compute."""

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, Objectives, Step
-from hf_distill.ddp import forget_gradients_but, parameters_of, scale_of, several_processes, tied
+from hf_distill.ddp import forget_gradients_but, parameters_of, several_processes, tied
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
 from hf_distill.finite import CheckAt, FiniteCheck, MicroBatch
 from hf_distill.functional import Divergence
@@ -333,18 +334,21 @@ class Distiller(_ChecksKeywords):
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
         counts = {LABELS: task.label_count, LOGITS: task.count}
         counts |= {term: partial(self.objectives[term].count, task) for term in active if term != LOGITS}
-        rows = torch.stack(
-            [reduce(add, (counts[term](batch).to(device) for batch in micro_batches)) for term in weights]
-        )
+        rows = torch.stack([reduce(add, (counts[term](b).to(device) for b in micro_batches)) for term in weights])
         if any(name in batch for batch in micro_batches for name in PACKING_COLUMNS):
             self._check_packing(micro_batches, task, self.teacher, teacher_needs)
-        if active:
-            if not self._wrote_config:
-                self._write_config(micro_batches[0])
-            if not self.check_padding.done:
-                self.check_padding(micro_batches, self.teacher, accelerator)
-        if accelerator is not None and accelerator.num_processes > 1:
-            rows = accelerator.reduce(rows, reduction="sum") / same_batch
+        if active and not self._wrote_config:
+            self._write_config(micro_batches[0])
+        if active and not self.check_padding.done:
+            self.check_padding(micro_batches, self.teacher, accelerator)
+        scale, is_alone = 1.0, accelerator is None or accelerator.num_processes == 1
+        if accelerator is not None:
+            # DDP averages over processes, and `Accelerator.backward` divides by its accumulation steps.
+            is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+            divided_by = 1 if is_deepspeed else accelerator.gradient_accumulation_steps
+            scale = accelerator.num_processes // same_batch * float(divided_by)
+            if not is_alone:
+                rows = accelerator.reduce(rows, reduction="sum") / same_batch
         if task.sums_over_examples and {LABELS, LOGITS} & set(weights):
             rows = torch.ones_like(rows)
         if self.label_agreement.is_due:
@@ -352,15 +356,14 @@ class Distiller(_ChecksKeywords):
         return Step(
             denominators=dict(zip(weights, rows.unbind(), strict=True)),
             weights=weights,
-            scale=scale_of(accelerator, same_batch),
+            scale=scale,
             active=active,
-            uses_labels=LABELS in weights,
             progress=progress,
             temperature=teacher_needs.temperature,
             student_needs=student_needs,
             teacher_needs=teacher_needs,
             micro_batches=len(micro_batches),
-            is_whole=len(micro_batches) == 1 and (accelerator is None or accelerator.num_processes == 1),
+            is_whole=is_alone and len(micro_batches) == 1,
             finite_check=FiniteCheck(len(micro_batches), accelerator, at=finite_check),
         )
 
@@ -438,12 +441,12 @@ class Distiller(_ChecksKeywords):
         wants_outputs = wants_outputs or bool(step.active) or self._teacher_learns
         mean = outputs = None
         with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
-            if step.uses_labels:
+            if LABELS in step.weights:
                 forward = forward or self._labelled_forward
                 # Without a comparison the forward is that of `Trainer`, bit for bit.
                 inputs = self.student_inputs(batch, kv_cache=not step.active)
                 mean, outputs = forward(student, inputs, wants_outputs)
-        if outputs is None and (wants_outputs or not step.uses_labels):
+        if outputs is None and (wants_outputs or LABELS not in step.weights):
             with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
                 outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return mean, outputs, activations.validate() if keys else activations
@@ -494,7 +497,7 @@ class Distiller(_ChecksKeywords):
             loss.detach(),
             terms,
             self._student,
-            lambda: self.student_inputs(batch, labels=step.uses_labels, kv_cache=False),
+            lambda: self.student_inputs(batch, labels=LABELS in step.weights, kv_cache=False),
             teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if step.active else None,
         )
         loss = step.finite_check.add(loss, seen)

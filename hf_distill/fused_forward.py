@@ -119,13 +119,13 @@ class FusedLoss:
             return f"a {task} head has no vocabulary"
         if self.setting is None and self.head.columns < LARGE:
             return f"{self.head.columns} columns are no burden"
-        if not compares and (self.setting is None or not step.uses_labels):
+        if not compares and (self.setting is None or LABELS not in step.weights):
             return "the logits are compared in no term at this moment"
         if need_logits:
             return f"{', '.join(need_logits)} need whole logits"
         if compares and (match.catalogued(task) is None or match.couples_examples):
             return f"divergence={match.name_for(task)!r} is your own function, or compares rows with each other"
-        if not fuse_labels and step.uses_labels:
+        if not fuse_labels and LABELS in step.weights:
             return "the labels' term is your own function (compute_loss_func, compute_loss), which reads logits"
         if any(isinstance(side, tuple) for side in (alignment.student, alignment.teacher)):
             return "columns of the two vocabularies are paired one by one"
@@ -205,7 +205,7 @@ class FusedForward:
         step, task, batch, teacher = self._step, self._task, self._batch, self.teacher
         match, name = self._blending.logits_match, self._blending.logits_match.name_for(task)
         wants_target = teacher is not None and PROPERTIES[name].wants_target
-        targets = task.targets(batch) if step.uses_labels or wants_target else None
+        targets = task.targets(batch) if LABELS in step.weights or wants_target else None
         selected = rows_of(ours.hidden, task, batch, whose="student")
         check_same_rows(selected, selected, task, batch, columns=False)
         rows, weights = self._rows(selected, targets)
@@ -226,7 +226,7 @@ class FusedForward:
             row_weights=weights,
         )
         terms = {}
-        if step.uses_labels:
+        if LABELS in step.weights:
             terms[LABELS] = found.labels_total * self._factor(LABELS, 1.0)
         if teacher is not None:
             power = PROPERTIES[name].temperature_power

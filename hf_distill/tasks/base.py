@@ -388,13 +388,12 @@ def own_copies(inputs: Batch, labels: Sequence[str] = ()) -> dict[str, Any]:
         inputs: of the model.
         labels: the names of the labels.
     """
-
-    def may_be_written(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        return name in labels or (value.is_floating_point() and not name.endswith("mask"))
-
-    return {name: value.clone() if may_be_written(name, value) else value for name, value in inputs.items()}
+    copies = dict(inputs)
+    for name, value in inputs.items():
+        is_feature = isinstance(value, Tensor) and value.is_floating_point() and not name.endswith("mask")
+        if is_feature or (name in labels and isinstance(value, Tensor)):
+            copies[name] = value.clone()
+    return copies
 
 
 def batch_size(batch: Batch) -> int:

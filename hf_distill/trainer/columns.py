@@ -56,7 +56,8 @@ class ReadingCollator:
         return getattr(self.collator, name)
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        features = self.reader(features)
+        if self.reader.changes:
+            features = self.reader(features)
         try:
             return self.collator(features)
         except HfDistillError:

@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_distill._types import Batch
 from hf_distill._utils import random_state
 from hf_distill.objectives.base import cross_entropy_of_probabilities
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
-
-
-def own_num_items(batch: Batch, *, shifts: bool) -> Tensor:
-    """Return this micro-batch's number of items by `Trainer`'s rule, so that the head's loss is its own mean."""
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = batch["labels"][..., 1:] if shifts else batch["labels"]
-    return labels.ne(-100).sum().clamp(min=1)
 
 
 @contextlib.contextmanager

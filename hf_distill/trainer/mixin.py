@@ -30,6 +30,7 @@ from hf_distill.errors import DataError, SettingError, did_you_mean
 from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
 from hf_distill.models.packing import PackingCheck
 from hf_distill.tasks import Task
+from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer import checks, columns, interruptions, publishing, settings
@@ -49,7 +50,6 @@ from hf_distill.trainer.head_loss import (
     carries_gradient,
     loss_of_probabilities,
     observed_forwards,
-    own_num_items,
 )
 from hf_distill.trainer.search import search_arguments
 from hf_distill.trainer.setup import make_distiller
@@ -420,7 +420,11 @@ class DistillationMixin(_Trainer):
         task, is_trainer = self.distiller.task, step.is_whole and step.weights[LABELS] == 1
         if num_items is not None and not is_trainer:
             # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts one label too many.
-            num_items = own_num_items(batch, shifts=self._loss_shifts_labels or task.shifts_labels)
+            labels = batch.get("shift_labels")
+            if labels is None:
+                shifts = self._loss_shifts_labels or task.shifts_labels
+                labels = batch["labels"][..., 1:] if shifts else batch["labels"]
+            num_items = labels.ne(IGNORED).sum().clamp(min=1)
         observes = self._overrides_loss and wants_outputs and self._base_outputs_serve is not False
         with contextlib.ExitStack() as stack:
             # Trainer multiplies by the number of processes, which not every head accounts for.

@@ -77,10 +77,13 @@ def follow_settings(trainer: DistillationMixin) -> None:
         SettingError: if a value is not allowed, or a change cannot be applied; the distiller is then unchanged.
         TeacherError: if a teacher is needed from now on and cannot teach this student.
     """
-    now, before = settings_of(trainer.args), trainer._settings_in_use
-    if before is None or now == before:
+    args, before = trainer.args, trainer._settings_in_use
+    if before is None:
         return
-    changed = [name for name in _NAMES if now[name] != before[name]]
+    changed = [name for name, default in _DEFAULTS.items() if getattr(args, name, default) != before[name]]
+    if not changed:
+        return
+    now = settings_of(args)
     _check_changed(trainer, changed, now, before)
     if trainer._blend_is_ours:
         _follow_blend(trainer)
