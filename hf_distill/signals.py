@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hf_distill.errors import SettingError
 from hf_distill.vocabulary import HeadAlignment
+
+Outputs: TypeAlias = Mapping[str, Any]
+"""What a model's forward returns, by name."""
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # 
 
 
 @dataclass
-class DistillationArgumentsMixin:
+class DistillationSettings:
     """The settings of a distillation, to mix into any dataclass of training arguments; they are validated on creation.
 
-    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` makes arguments for TRL's `SFTTrainer`.
+    `@dataclass class Args(DistillationSettings, SFTConfig)` makes arguments for TRL's `SFTTrainer`.
     """
 
     temperature: float = field(
@@ -153,7 +153,7 @@ class DistillationArgumentsMixin:
 
 
 @dataclass
-class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
+class DistillationArguments(DistillationSettings, TrainingArguments):
     """`TrainingArguments` and the settings of a distillation.
 
     Each field's help describes it; `HfArgumentParser` turns the fields into command-line options.
@@ -169,7 +169,7 @@ class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
 
 
 @dataclass
-class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
+class Seq2SeqDistillationArguments(DistillationSettings, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
@@ -177,7 +177,7 @@ class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingAr
 
 def setting(args: Any, name: str) -> Any:
     """Return a setting of the distillation, or its default if `args` is a plain `TrainingArguments`."""
-    return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
+    return getattr(args, name, DistillationSettings.__dataclass_fields__[name].default)
 
 
 @contextlib.contextmanager

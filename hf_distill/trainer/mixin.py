@@ -8,37 +8,45 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import has_length
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import BestRun, EvalLoopOutput, TrainOutput, has_length
 
 from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, forget_preparation, renamed_state
+from hf_distill._types import Batch, Data, Example, Keywords, ProcessingClass
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
 from hf_distill.data.labels import LabelReader
 from hf_distill.distiller import Distiller, check_trainable_head
 from hf_distill.errors import DataError, SettingError, did_you_mean
+from hf_distill.finite import CheckAt
 from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
 from hf_distill.models.packing import PackingCheck
+from hf_distill.signals import Outputs
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
 from hf_distill.tasks.unknown import UnknownTask
+from hf_distill.teachers import Teacher
 from hf_distill.trainer import checks, columns, interruptions, publishing, settings
 from hf_distill.trainer.arguments import DistillationArguments, picklable, setting
 from hf_distill.trainer.callback import RunningTerms, registered_callback, scheduled_values, warn_if_lost
 from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator
 from hf_distill.trainer.evaluation import (
     EachOnce,
+    Prediction,
     TeacherMetrics,
     TeacherPredictions,
     check_evaluated,
@@ -67,6 +75,8 @@ _KEYWORD_ALIASES = {
 }
 
 if TYPE_CHECKING:
+    from optuna import Trial
+
     _Trainer = Trainer
 else:
     _Trainer = object
@@ -133,11 +143,11 @@ class DistillationMixin(_Trainer):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
         *positional: Any,
-        teacher_model: Any = None,
-        teacher_processing_class: Any = None,
+        teacher_model: nn.Module | str | Teacher | None = None,
+        teacher_processing_class: ProcessingClass | Sequence[ProcessingClass | None] | None = None,
         task: Task | str | None = None,
         objectives: Objectives = None,
         on_policy: OnPolicy | None = None,
@@ -162,11 +172,12 @@ class DistillationMixin(_Trainer):
         # transformers' own trainers take model and data as they are, so everything is checked before they make a folder
         # or a repository; what this draws from the random generators is undone by Trainer's own seeding. A base trainer
         # of another make may first load the model, wrap it, or make inputs and labels of the data.
-        checks_first = model is not None and _is_of_transformers(super().__init__)
-        if checks_first:
+        checks_first = False
+        if model is not None and _is_of_transformers(super().__init__):
+            checks_first = True
             self.distiller = make_distiller(self, model, args, given.get("processing_class"), distiller)
             columns.check_datasets(self, model, args, given)
-        folder = "tmp_trainer" if args is None else args.output_dir  # the former is Trainer's own default
+        folder = (args and args.output_dir) or "tmp_trainer"  # Trainer's own default
         fresh_folder = not os.path.exists(folder)
         try:
             super().__init__(model, args, *positional, **keywords)
@@ -182,7 +193,7 @@ class DistillationMixin(_Trainer):
                 os.rmdir(folder)
             raise
 
-    def _finish_init(self, distiller: Distiller | None, given: Mapping[str, Any], *, makes_distiller: bool) -> None:
+    def _finish_init(self, distiller: Distiller | None, given: Keywords, *, makes_distiller: bool) -> None:
         checks.check_one_gpu_a_process(self.args, self.model)
         checks.check_no_sequence_parallelism(self)
         if makes_distiller:
@@ -227,7 +238,7 @@ class DistillationMixin(_Trainer):
         known = self._signature_columns or []
         self._signature_columns = known + [name for name in added if name not in known]
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
         """As the trainer's own, with the labels read as the student numbers them."""
         with columns.reading_labels(self, self.train_dataset, columns.TRAINED_ON) as reader:
             if reader is not None and self.distiller.uses_labels:
@@ -236,7 +247,7 @@ class DistillationMixin(_Trainer):
         self._batches_are_made = self.is_in_train
         return loader
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Example] | None = None) -> DataLoader:
         """As the trainer's own, without augmentation, and with the labels read as the student numbers them."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         named = isinstance(data, str)  # one of several
@@ -245,7 +256,7 @@ class DistillationMixin(_Trainer):
             with columns.reading_labels(self, read, columns.EVALUATED_ON):
                 return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Dataset[Example]) -> DataLoader:
         """As `get_eval_dataloader`."""
         with (
             self._ready_to_evaluate(test_dataset),
@@ -254,7 +265,7 @@ class DistillationMixin(_Trainer):
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
-    def _ready_to_evaluate(self, data: Any) -> Iterator[None]:
+    def _ready_to_evaluate(self, data: Data | None) -> Iterator[None]:
         """Follow changed settings, and use the collator without augmentation."""
         settings.follow_settings(self)
         columns.collate_answer_masks(self, data)
@@ -267,7 +278,12 @@ class DistillationMixin(_Trainer):
 
     # A training, and its optimizer steps.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Trial | Keywords | None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As the trainer's own.
 
         With `resume_from_checkpoint=True`, a checkpoint that was not written to the end (a full disk, a killed process)
@@ -281,13 +297,13 @@ class DistillationMixin(_Trainer):
         if self._last_checkpoint is not None:
             interruptions.warn_of_other_settings(self, self._last_checkpoint)
         try:
-            return super().train(checkpoint, *positional, **keywords)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         except KeyboardInterrupt as interrupt:
             if self.is_world_process_zero():
                 interruptions.add_note(interrupt, interruptions.how_to_go_on(self))
             raise
 
-    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
+    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> TrainOutput:
         settings.follow_settings(self)
         self._blend_at_start = {}
         self._terms = RunningTerms(filters=self.args.logging_nan_inf_filter)  # nothing of an earlier run
@@ -302,7 +318,9 @@ class DistillationMixin(_Trainer):
         finally:
             self._batches_are_made = False
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         settings.follow_settings(self)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -340,14 +358,14 @@ class DistillationMixin(_Trainer):
             self._micro_batches_left = len(batches)
         return batches, num_items
 
-    def _belongs_to_base(self, batches: list[Any]) -> bool:
+    def _belongs_to_base(self, batches: list[Batch]) -> bool:
         """Whether the loss of these micro-batches is left to the base trainer, where nothing is compared throughout.
 
         It is if the task finds no labels that it could count: the class is not known, or its loss needs no labels.
         """
         return not all(map(self.distiller.finds_labels, batches))
 
-    def _begin_step(self, batches: list[Any], *, check_at: Any = "loss") -> Step:
+    def _begin_step(self, batches: list[Batch], *, check_at: CheckAt = "loss") -> Step:
         if self._is_plain is None:
             self._is_plain = not self.distiller.blending.ever_active()
         state = self.state
@@ -359,11 +377,13 @@ class DistillationMixin(_Trainer):
             finite_check="off" if self._is_plain else check_at,
         )
 
-    def training_step(self, *positional: Any, **keywords: Any) -> Any:
+    def training_step(
+        self, model: nn.Module, inputs: Keywords, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """As `Trainer`'s; after the last micro-batch, what the objectives learn has its gradients averaged."""
         self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
         try:
-            loss = super().training_step(*positional, **keywords)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
         if self._micro_batches_left == 0:
@@ -371,8 +391,12 @@ class DistillationMixin(_Trainer):
         return loss
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Outputs]:
         """In training, the blend; in evaluation, the plain task loss, as `Trainer`'s.
 
         Called outside of the training loop it takes the batch for a whole optimizer step.
@@ -408,8 +432,14 @@ class DistillationMixin(_Trainer):
         return (loss, found.outputs) if return_outputs else loss
 
     def _head_loss(
-        self, batch: Any, step: Step, num_items: Any, model: nn.Module, inputs: Any, wants_outputs: bool
-    ) -> tuple[Tensor, Any]:
+        self,
+        batch: Batch,
+        step: Step,
+        num_items: Tensor | int | None,
+        model: nn.Module,
+        inputs: Keywords,
+        wants_outputs: bool,
+    ) -> tuple[Tensor, Outputs | None]:
         """Return the base trainer's loss over this micro-batch, as its own mean, and the outputs of the same forward.
 
         TRL's `SFTTrainer` returns the outputs of a second forward, made without gradient: a divergence of them would
@@ -434,7 +464,7 @@ class DistillationMixin(_Trainer):
                 stack.enter_context(loss_of_probabilities(self, batch))
             with_gradient, states = stack.enter_context(observed_forwards(model)) if observes else ([], [])
             wants_outputs = observes or not self._overrides_loss
-            found = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
+            found: Any = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
         loss, outputs = found if wants_outputs else (found, None)
         if not observes:
             return loss, outputs
@@ -446,7 +476,9 @@ class DistillationMixin(_Trainer):
             set_random_state(states[-1])
         return loss, None
 
-    def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+    def _base_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Tensor | int | None
+    ) -> Tensor | tuple[Tensor, Outputs]:
         """The base trainer's own loss; if labels are missing that the task would count, its error is explained."""
         try:
             return super().compute_loss(model, self.distiller.student_inputs(inputs), return_outputs, num_items)
@@ -462,14 +494,14 @@ class DistillationMixin(_Trainer):
         """Whether the labels' term is the user's own function, and not the loss of the student's head."""
         return self.compute_loss_func is not None or self._overrides_loss
 
-    def _users_code_reads_labels(self, compute_loss_func: Any) -> bool:
+    def _users_code_reads_labels(self, compute_loss_func: Callable[..., Tensor] | None) -> bool:
         """Whether the user's own code reads the labels: `compute_loss_func`, or an override of `compute_loss`."""
         overridden = self._overrides_loss or type(self).compute_loss is not DistillationMixin.compute_loss
         return compute_loss_func is not None or overridden
 
     # The optimizer holds the student and what the objectives learn.
 
-    def create_optimizer(self, *positional: Any, **keywords: Any) -> Any:
+    def create_optimizer(self, *positional: Any, **keywords: Any) -> Optimizer:
         """As `Trainer`'s, with a group for what the objectives learn."""
         optimizer = super().create_optimizer(*positional, **keywords)
         self.distiller.learned.add_to(
@@ -480,22 +512,24 @@ class DistillationMixin(_Trainer):
         )
         return optimizer
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         return super()._clip_grad_norm(self._with_learned(model))
 
-    def _get_grad_norm(self, model: Any, *positional: Any, **keywords: Any) -> Any:
+    def _get_grad_norm(self, model: nn.Module, *positional: Any, **keywords: Any) -> float | None:
         """As `Trainer`'s, before the optimizer's step: a gradient or a loss that is not finite is an error here."""
         norm = super()._get_grad_norm(self._with_learned(model), *positional, **keywords)
         if self._step is not None:
             self._step.finite_check.look_at_gradient(norm)
         return norm
 
-    def _with_learned(self, model: Any) -> Any:
+    def _with_learned(self, model: nn.Module) -> nn.Module | _WithLearned:
         return _WithLearned(model, self.distiller.learned) if self.distiller.learned else model
 
     # Evaluation.
 
-    def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+    def _evaluation_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Tensor | int | None
+    ) -> Tensor | tuple[Tensor, Outputs]:
         inputs = self.distiller.student_inputs(inputs)
         if isinstance(self.distiller.task, UnknownTask):
             return super().compute_loss(model, inputs, return_outputs, num_items)
@@ -509,7 +543,14 @@ class DistillationMixin(_Trainer):
         loss, self._evaluated_outputs = found
         return found if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Keywords,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **keywords: Any,
+    ) -> Prediction:
         """As the trainer's own, on the student's columns; `evaluate_with_teacher` also runs the teacher."""
         self._evaluated_outputs = None
         each_once = self.gather_function if isinstance(self.gather_function, EachOnce) else None
@@ -518,7 +559,8 @@ class DistillationMixin(_Trainer):
         compares = self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)
         if not isinstance(self.distiller.task, UnknownTask):
             check_evaluated(self, inputs, compares=compares)
-        found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
+        own_inputs = self.distiller.student_inputs(inputs)
+        found = super().prediction_step(model, own_inputs, prediction_loss_only, ignore_keys, **keywords)
         if compares:
             compare_with_teacher(self, model, inputs, found)
         self._evaluated_outputs = None
@@ -526,21 +568,25 @@ class DistillationMixin(_Trainer):
             each_once.loss_is_next()
         return found
 
-    def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As the trainer's own, each example once; `evaluate_with_teacher` adds metrics of the teacher.
 
         These are `teacher_agreement`, `divergence`, and a `teacher_<metric>` beside each metric of `compute_metrics`.
         """
-        bound = inspect.signature(Trainer.evaluation_loop).bind(self, *positional, **keywords)
-        bound.apply_defaults()
-        given = bound.arguments
-        with each_example_once(self, given["dataloader"]):
+        prefix, given = metric_key_prefix, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with each_example_once(self, dataloader):
             if not setting(self.args, "evaluate_with_teacher"):
-                return super().evaluation_loop(*positional, **keywords)
-            prefix, loss_only = given["metric_key_prefix"], given["prediction_loss_only"]
-            loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+                return super().evaluation_loop(dataloader, *given)
+            loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
             with teacher_evaluated(self, prefix, loss_only) as found:
-                output = super().evaluation_loop(*positional, **keywords)
+                output = super().evaluation_loop(dataloader, *given)
         measured = found.read(on_values=self.distiller.task.on_values)
         if not measured and output.num_samples:
             self._warn_once(
@@ -562,7 +608,7 @@ class DistillationMixin(_Trainer):
 
     # Checkpoints.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Trial | Keywords | None) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # the state of an earlier run would make half a checkpoint look whole
             (folder / interruptions.STATE).unlink(missing_ok=True)
@@ -593,7 +639,7 @@ class DistillationMixin(_Trainer):
         in_use = json.dumps(interruptions.run_settings(self), indent=2)
         Path(output_dir, interruptions.SETTINGS).write_text(in_use, encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_student(resume_from_checkpoint, model)
         self.distiller.learned.load(resume_from_checkpoint)
         if self.distiller.teacher is not None and self._teacher_state():
@@ -605,7 +651,7 @@ class DistillationMixin(_Trainer):
                 "this run's stays. Pass the same kind of teacher, or start anew from the saved student."
             )
 
-    def _load_student(self, checkpoint: str, model: Any = None) -> None:
+    def _load_student(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the student's weights alone, also if the checkpoint's names are not those of its state."""
         super()._load_from_checkpoint(checkpoint, model)
         _load_renamed(self.model if model is None else model, checkpoint)
@@ -625,7 +671,7 @@ class DistillationMixin(_Trainer):
 
     # Hyperparameter search: a new student, new settings.
 
-    def call_model_init(self, trial: Any = None) -> Any:
+    def call_model_init(self, trial: Trial | Keywords | None = None) -> nn.Module:
         """As `Trainer`'s; the distiller is bound to the new student."""
         model = super().call_model_init(trial)
         if hasattr(self, "distiller"):
@@ -633,11 +679,11 @@ class DistillationMixin(_Trainer):
             self.distiller.learned.to(self.accelerator)
         return model
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: Trial | Keywords | None) -> None:
         super()._hp_search_setup(trial)
         settings.follow_settings(self)
 
-    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> Any:
+    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> BestRun | list[BestRun]:
         """As `Trainer`'s. Without `hp_space` a distillation searches alpha, the temperature and the learning rate.
 
         Without `compute_objective`, the figures of `evaluate_with_teacher` are not added to the user's metrics.
@@ -658,30 +704,15 @@ class DistillationMixin(_Trainer):
             warn_if_lost(self, logs)
         super().log(logs, start_time)
 
-    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
-        """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
-
-        The arguments are `Trainer.create_model_card`'s. `tasks` is not read, as the student's head determines it;
-        `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
-        """
-        publishing.write_card(self, *positional, **keywords)
-
-    def push_to_hub(self, *positional: Any, **keywords: Any) -> Any:
-        """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
-
-        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
-        local paths), logs, and whatever else lies in the output folder.
-        """
-        return publishing.push(self, *positional, **keywords)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        publishing.push_from_checkpoint(self, checkpoint_folder)
+    create_model_card = publishing.write_card
+    push_to_hub = publishing.push
+    _push_from_checkpoint = publishing.push_from_checkpoint
 
 
 class _WithLearned:
     """The parameters of the student and of what the objectives learn, for a norm over both."""
 
-    def __init__(self, model: Any, learned: Learned) -> None:
+    def __init__(self, model: nn.Module, learned: Learned) -> None:
         self._model, self._learned = model, learned
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -691,7 +722,7 @@ class _WithLearned:
         return getattr(self._model, name)
 
 
-def _load_renamed(model: Any, checkpoint: str) -> None:
+def _load_renamed(model: nn.Module, checkpoint: str) -> None:
     with random_state_kept():
         state = renamed_state(model, checkpoint)
     if state is not None:
@@ -731,7 +762,7 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with a teacher: `predict_with_generate` and all. See `DistillationTrainer`."""
 
 
-def _is_of_transformers(init: Any) -> bool:
+def _is_of_transformers(init: Callable[..., None]) -> bool:
     """Whether the next constructor is that of `Trainer` or `Seq2SeqTrainer` itself."""
     return getattr(init, "__func__", None) in (Trainer.__init__, Seq2SeqTrainer.__init__)
 
@@ -761,7 +792,7 @@ def _keyword_hint(error: TypeError, given: Iterable[str], trainer_class: type) -
     if meant in DistillationArguments.__dataclass_fields__:
         return (
             f" {meant} is a setting: pass args=DistillationArguments(..., {meant}=...). A base trainer with its own "
-            "arguments needs a class of both: class Args(DistillationArgumentsMixin, ItsArguments)."
+            "arguments needs a class of both: class Args(DistillationSettings, ItsArguments)."
         )
     if name not in given:
         return ""
