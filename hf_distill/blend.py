@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.finite import FiniteCheck
 from hf_distill.functional import Divergence
 from hf_distill.objectives import OBJECTIVES, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.base import StudentBatch
 
@@ -76,7 +77,7 @@ class DistillerOutput:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    outputs: Any
+    outputs: Outputs
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Blend:
         temperature: float | Schedule,
         alpha: float | Schedule | None,
         divergence: str | Divergence | None,
-        divergence_kwargs: Mapping[str, Any] | None,
+        divergence_kwargs: Keywords | None,
     ) -> None:
         """Set alpha and the objective on the logits; the other objectives stay."""
         softening = checked_schedule("temperature", temperature)
@@ -282,7 +283,7 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
 _ADDED = {name: one.__name__ for name, one in OBJECTIVES.items() if name != LOGITS}
 
 
-def _check_objective(one: Any) -> None:
+def _check_objective(one: object) -> None:
     """Raise SettingError if it is not an objective, with what was probably meant."""
     if isinstance(one, LogitsMatch):
         raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")

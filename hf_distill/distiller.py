@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import chain
@@ -16,7 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from transformers import PreTrainedConfig
 
+from hf_distill._types import Keywords, ProcessingClass
 from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, Objectives, Step
 from hf_distill.ddp import forget_gradients_but, parameters_of, several_processes, tied
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
@@ -31,7 +34,7 @@ from hf_distill.models.padding import PaddingCheck
 from hf_distill.objectives import LogitsMatch, Objective, ObjectiveSetup
 from hf_distill.objectives.base import cross_entropy_of_probabilities
 from hf_distill.schedules import PROGRESS, Schedule
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks import Batch, Embedding, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
 from hf_distill.tasks.infer import forward_names, unwrapped
@@ -42,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _NO_ACTIVATIONS = Activations([])
 # Calls the student with labels: (model, inputs, whether outputs are wanted) → its mean loss, and its outputs or None.
-LabelledForward = Callable[[nn.Module, dict[str, Any], bool], tuple[Tensor, Any]]
+LabelledForward = Callable[[nn.Module, Keywords, bool], tuple[Tensor, Outputs | None]]
 
 
 class _ChecksKeywords:
@@ -107,14 +110,14 @@ class Distiller(_ChecksKeywords):
     def __init__(
         self,
         student: nn.Module,
-        teacher_model: Any = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | Teacher | None = None,
         *,
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
-        divergence_kwargs: Mapping[str, Any] | None = None,
+        divergence_kwargs: Keywords | None = None,
         task: Task | str | None = None,
-        processing_class: Any = None,
+        processing_class: ProcessingClass | None = None,
         objectives: Objectives = None,
         seed: int | None = None,
         compare_predictions: bool = False,
@@ -147,7 +150,7 @@ class Distiller(_ChecksKeywords):
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
-        divergence_kwargs: Mapping[str, Any] | None = None,
+        divergence_kwargs: Keywords | None = None,
     ) -> None:
         """Change alpha, the temperature and the divergence, also while a training runs.
 
@@ -435,11 +438,12 @@ class Distiller(_ChecksKeywords):
 
     def _forward(
         self, student: nn.Module, batch: Batch, step: Step, forward: LabelledForward | None, wants_outputs: bool
-    ) -> tuple[Tensor | None, Any, Activations]:
+    ) -> tuple[Tensor | None, Outputs, Activations]:
         """Return the student's mean loss on the labels, its outputs, and its activations of the same forward."""
         keys = step.student_needs.activations
         wants_outputs = wants_outputs or bool(step.active) or self._teacher_learns
-        mean = outputs = None
+        mean: Tensor | None = None
+        outputs: Any = None
         with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
             if LABELS in step.weights:
                 forward = forward or self._labelled_forward
@@ -451,7 +455,7 @@ class Distiller(_ChecksKeywords):
                 outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return mean, outputs, activations.validate() if keys else activations
 
-    def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
+    def _labelled_forward(self, student: nn.Module, inputs: Keywords, wants_outputs: bool) -> tuple[Tensor, Outputs]:
         """Return the student's own mean loss, and its outputs."""
         check_trainable_head(self._student)
         batch = self.with_task_labels(inputs)
@@ -463,7 +467,7 @@ class Distiller(_ChecksKeywords):
 
     def _forward_without_logits(
         self, student: nn.Module, batch: Batch, step: Step, fused: FusedForward
-    ) -> tuple[Any, Activations]:
+    ) -> tuple[Outputs, Activations]:
         with self._capture.capture(step.student_needs.activations) as activations, fused.replacing_head():
             outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         fused.tie(outputs)
@@ -473,7 +477,7 @@ class Distiller(_ChecksKeywords):
         self,
         step: Step,
         batch: Batch,
-        outputs: Any,
+        outputs: Outputs,
         activations: Activations,
         *,
         labels_mean: Tensor | None = None,
@@ -548,11 +552,11 @@ class Distiller(_ChecksKeywords):
         found = [batch[name] for name in self.task.label_names if batch.get(name) is not None]
         return self.task.has_labels(batch) and all(isinstance(labels, Tensor) for labels in found)
 
-    def prepare(self, batch: Batch) -> dict[str, Any]:
+    def prepare(self, batch: Batch) -> Keywords:
         """Return the batch with the decoder inputs that both models read, made from the labels as the student does."""
         return self.task.prepare(dict(batch), self._student)
 
-    def student_inputs(self, batch: Batch, *, labels: bool = True, kv_cache: bool = True) -> dict[str, Any]:
+    def student_inputs(self, batch: Batch, *, labels: bool = True, kv_cache: bool = True) -> Keywords:
         """Return the student's inputs: without the teacher's columns.
 
         Features and labels are copies, so that a student that writes into them changes neither the batch nor what the
@@ -581,7 +585,7 @@ class Distiller(_ChecksKeywords):
         return self._capture.capture(self.blending.needs(progress)[0].activations)
 
     def student_signals(
-        self, outputs: Any, batch: Batch, needs: Needs | None = None, activations: Activations | None = None
+        self, outputs: Outputs, batch: Batch, needs: Needs | None = None, activations: Activations | None = None
     ) -> Signals:
         """Return the student's signals.
 
@@ -616,7 +620,7 @@ class Distiller(_ChecksKeywords):
         return f"Distiller(teacher={self.teacher!r}, terms=[{', '.join(terms)}])"
 
 
-def check_trainable_head(student: Any) -> None:
+def check_trainable_head(student: nn.Module) -> None:
     """Raise if labels are used with a class that has separate heads for labels and teacher, and no loss (DeiT, LeViT).
 
     Raises:
@@ -632,7 +636,7 @@ def check_trainable_head(student: Any) -> None:
     )
 
 
-def _task_settings(config: Any) -> dict[str, Any]:
+def _task_settings(config: PreTrainedConfig) -> Keywords:
     """Return the entries of a config that `Task.write_to` may write."""
     return {name: getattr(config, name, None) for name in ("problem_type", "id2label", "label2id")}
 

@@ -89,7 +89,7 @@ class FiniteCheck:
             self._seen = []
         return loss
 
-    def look_at_gradient(self, norm: Any) -> None:
+    def look_at_gradient(self, norm: Tensor | float | None) -> None:
         """Check the norm of the step's gradient, which is the same in all processes, and with it the losses.
 
         Raises:

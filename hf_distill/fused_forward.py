@@ -6,10 +6,9 @@ Decides when that is possible; the mathematics is in `functional/fused/loss.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,7 @@ from hf_distill.functional.fused.inputs import (
 from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.models.output_head import OutputHead, Trial
 from hf_distill.objectives.logits import check_keep, check_same_rows
-from hf_distill.signals import DeferredLogits, Signals
+from hf_distill.signals import DeferredLogits, Outputs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
 from hf_distill.vocabulary import HeadAlignment
@@ -131,9 +130,7 @@ class FusedLoss:
             return "columns of the two vocabularies are paired one by one"
         return self.head.refusal or self._tried
 
-    def _try_out(
-        self, student: nn.Module, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool
-    ) -> str | None:
+    def _try_out(self, student: nn.Module, task: Task, batch: Batch, inputs: Batch, *, with_labels: bool) -> str | None:
         """Try once whether the fused forward gives the student's own logits and loss; return the reason if not."""
         inputs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
         labelled = {name: batch[name] for name in LABEL_NAMES if with_labels and batch.get(name) is not None}
@@ -196,7 +193,7 @@ class FusedForward:
         """Return the context of the student's forward; afterwards `terms` holds the terms."""
         return self._head.taken_over(self._compute)
 
-    def tie(self, outputs: Any) -> None:
+    def tie(self, outputs: Outputs) -> None:
         """Let the backward pass through the output too: DDP with a static graph and FSDP have their hooks on it."""
         assert self.terms is not None  # the trial saw the head called
         self.terms = replace(self.terms, loss=tied(self.terms.loss, [outputs["logits"]]))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_distill._types import Keywords
 from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, check_keywords, did_you_mean
 from hf_distill.objectives import LogitsMatch
@@ -175,7 +176,7 @@ class Seq2SeqDistillationArguments(DistillationSettings, Seq2SeqTrainingArgument
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
 
 
-def setting(args: Any, name: str) -> Any:
+def setting(args: DistillationSettings | TrainingArguments | None, name: str) -> Any:
     """Return a setting of the distillation, or its default if `args` is a plain `TrainingArguments`."""
     return getattr(args, name, DistillationSettings.__dataclass_fields__[name].default)
 
@@ -195,7 +196,7 @@ def picklable(args: Any) -> Iterator[None]:
             args.divergence = given
 
 
-def blend_of(args: Any) -> Mapping[str, Any]:
+def blend_of(args: DistillationSettings | TrainingArguments | None) -> Keywords:
     """Return the keyword arguments of `Distiller.set_blend`, read from any training arguments.
 
     Raises:
@@ -206,7 +207,7 @@ def blend_of(args: Any) -> Mapping[str, Any]:
     return {**blend, **{name: setting(args, name) for name in names}}
 
 
-def _schedule_of(args: Any, knob: str) -> Schedule | None:
+def _schedule_of(args: DistillationSettings | TrainingArguments | None, knob: str) -> Schedule | None:
     kind, start, end = (setting(args, name) for name in (f"{knob}_schedule", knob, f"{knob}_end"))
     if knob == "alpha" and start is None:
         if kind != "constant" or end is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import TrainingArguments
 
+from hf_distill._types import Collator
 from hf_distill.augment.collator import OTHER_TOKENS
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import Objectives
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
-def check_one_gpu_a_process(args: Any, model: Any) -> None:
+def check_one_gpu_a_process(args: TrainingArguments | None, model: nn.Module | None) -> None:
     """Raise if one process has several GPUs, unless one model is spread over all of them."""
     if args is None or args.n_gpu <= 1 or getattr(model, "hf_device_map", None):
         return
@@ -66,7 +68,7 @@ def check_given_distiller(
     distiller.bind(student)
 
 
-def check_augmentation(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
+def check_augmentation(collator: Collator, distiller: Distiller, *, has_teacher_columns: bool) -> None:
     """Raise if an augmentation would give student and teacher inputs whose outputs must not be compared."""
     if has_teacher_columns and getattr(collator, "student_only", None) is False:
         raise SettingError(

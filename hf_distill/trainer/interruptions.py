@@ -6,12 +6,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import SaveStrategy
 
+from hf_distill._types import State
 from hf_distill.blend import LOGITS
 from hf_distill.errors import SettingError
+from hf_distill.hub.facts import ModelFacts
 from hf_distill.schedules import PROGRESS
 from hf_distill.trainer.publishing import teacher_facts
 from hf_distill.trainer.settings import (
@@ -105,7 +107,7 @@ def how_to_go_on(trainer: DistillationMixin) -> str:
     return f"{step} {how} goes on from {last}.{alone}"
 
 
-def run_settings(trainer: DistillationMixin) -> dict[str, Any]:
+def run_settings(trainer: DistillationMixin) -> State:
     """What decides about the student, as JSON."""
     blending, found = trainer.distiller.blending, deciding_arguments(trainer.args)
     if not trainer._blend_is_ours:  # of the blend the arguments are not read
@@ -147,6 +149,6 @@ def add_note(error: BaseException, message: str) -> None:
     error.add_note(message)
 
 
-def _words(fact: Any) -> str:
+def _words(fact: ModelFacts) -> str:
     size = "" if fact.parameters is None else f", {fact.parameters:,} parameters"
     return f"{fact.hub_id or fact.description or fact.class_name}{size}"

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import BestRun, EvalLoopOutput, TrainOutput, has_length
 
 from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, forget_preparation, renamed_state
-from hf_distill._types import Batch, Data, Example, Keywords, ProcessingClass
+from hf_distill._types import Batch, Collator, Data, Example, Keywords, ProcessingClass, State
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
@@ -126,7 +126,7 @@ class DistillationMixin(_Trainer):
     _last_checkpoint: str | None = None  # that this run has saved, or began with
 
     # Settings and data that are in use.
-    _settings_in_use: Mapping[str, Any] | None = None  # None: the trainer is being made
+    _settings_in_use: State | None = None  # None: the trainer is being made
     _batches_are_made = False  # whether the training's data loader exists, and with it the columns that it keeps
     _on_policy_checked: nn.Module | None = None  # the student that `on_policy` was checked with
     _reads_answer_masks = False
@@ -135,6 +135,7 @@ class DistillationMixin(_Trainer):
     args: Any
     eval_dataset: Any
     compute_loss_func: Any
+    data_collator: Collator
     hub_model_id: Any
     push_in_progress: Any
     _signature_columns: Any
@@ -146,7 +147,7 @@ class DistillationMixin(_Trainer):
         model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *positional: Any,
-        teacher_model: nn.Module | str | Teacher | None = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | Teacher | None = None,
         teacher_processing_class: ProcessingClass | Sequence[ProcessingClass | None] | None = None,
         task: Task | str | None = None,
         objectives: Objectives = None,
@@ -465,7 +466,9 @@ class DistillationMixin(_Trainer):
             with_gradient, states = stack.enter_context(observed_forwards(model)) if observes else ([], [])
             wants_outputs = observes or not self._overrides_loss
             found: Any = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
-        loss, outputs = found if wants_outputs else (found, None)
+        if not wants_outputs:
+            return found, None
+        loss, outputs = found
         if not observes:
             return loss, outputs
         if self._base_outputs_serve is None:
@@ -705,7 +708,7 @@ class DistillationMixin(_Trainer):
         super().log(logs, start_time)
 
     create_model_card = publishing.write_card
-    push_to_hub = publishing.push
+    push_to_hub = publishing.push  # type: ignore[assignment]  # Trainer too may return None, or a future
     _push_from_checkpoint = publishing.push_from_checkpoint
 
 
