@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_distill._types import Collator
 from hf_distill.augment.collator import OTHER_TOKENS
@@ -15,11 +17,13 @@ from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import Objectives
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.students.adapters import check_adapters
 from hf_distill.trainer.columns import VALUES_AS_TEACHER, columns_with_values
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
+logger = logging.getLogger(__name__)
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
@@ -32,6 +36,19 @@ def check_one_gpu_a_process(args: TrainingArguments | None, model: nn.Module | N
         f"refused. Start one process a GPU: accelerate launch --num_processes {args.n_gpu} your_script.py. For one "
         "GPU, set CUDA_VISIBLE_DEVICES=0."
     )
+
+
+def warn_of_adapters(student: nn.Module) -> None:
+    """Log the mistake that `check_adapters` finds in a `PeftModel`; the training goes on, as the user may mean it."""
+    peft = sys.modules.get("peft")  # whoever made a PeftModel has imported it
+    student = getattr(student, "_orig_mod", student)
+    if peft is None or not isinstance(student, peft.PeftModel):
+        return
+    if isinstance(student.get_base_model(), PreTrainedModel):
+        try:
+            check_adapters(student)
+        except SettingError as error:
+            logger.warning(f"{error} The training goes on with the student as it is.")
 
 
 def check_no_sequence_parallelism(trainer: DistillationMixin) -> None:

@@ -219,6 +219,8 @@ class DistillationMixin(_Trainer):
         if self.distiller.teacher is not None:
             self.data_collator = self.distiller.teacher.wrap_collator(self.data_collator)
         columns.warn_of_unread_columns(self)
+        if self.is_world_process_zero():
+            checks.warn_of_adapters(self.model)
 
     # Data loaders: the columns of student and teacher, and labels as the student numbers them.
 
@@ -387,7 +389,7 @@ class DistillationMixin(_Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
-        if self._micro_batches_left == 0:
+        if self._micro_batches_left == 0 and self.accelerator.num_processes > 1:
             self.distiller.reduce_gradients(self.model_wrapped, self.accelerator)
         return loss
 
