@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import re
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import DistributedType
@@ -30,9 +29,9 @@ from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
 from hf_distill.data.labels import LabelReader
 from hf_distill.distiller import Distiller, check_trainable_head
-from hf_distill.errors import DataError, SettingError, did_you_mean
+from hf_distill.errors import DataError, did_you_mean
 from hf_distill.finite import CheckAt
-from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
+from hf_distill.learned import STATE_FILE, Learned
 from hf_distill.models.packing import PackingCheck
 from hf_distill.signals import Outputs
 from hf_distill.tasks import Task
@@ -63,7 +62,8 @@ from hf_distill.trainer.search import search_arguments
 from hf_distill.trainer.setup import make_distiller
 
 logger = logging.getLogger(__name__)
-TEACHER_FILE = "distill_teacher.safetensors"
+Count: TypeAlias = Tensor | int | None
+Loss: TypeAlias = Tensor | tuple[Tensor, Outputs]  # with the outputs if they are wanted
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 _NO_KEYWORDS = {"self", "args", "kwargs", "positional", "keywords"}
 # What people call the keywords; only proposed in messages.
@@ -208,7 +208,7 @@ class DistillationMixin(_Trainer):
         self.loss_is_scaled_for_ga = True
         self._settings_in_use = settings.settings_of(self.args)
         checks.check_on_policy(self)
-        if self.distiller.uses_labels and not self._has_own_loss:
+        if self.distiller.uses_labels and self.compute_loss_func is None and not self._overrides_loss:
             check_trainable_head(unwrapped(self.model))
         self.distiller.to(self.accelerator)
         columns.collate_answer_masks(self, *columns.datasets_of(self))
@@ -261,10 +261,7 @@ class DistillationMixin(_Trainer):
 
     def get_test_dataloader(self, test_dataset: Dataset[Example]) -> DataLoader:
         """As `get_eval_dataloader`."""
-        with (
-            self._ready_to_evaluate(test_dataset),
-            columns.reading_labels(self, test_dataset, columns.EVALUATED_ON),
-        ):
+        with self._ready_to_evaluate(test_dataset), columns.reading_labels(self, test_dataset, columns.EVALUATED_ON):
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
@@ -323,7 +320,7 @@ class DistillationMixin(_Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | int | None]:
+    ) -> tuple[list[Batch], Count]:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         settings.follow_settings(self)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -380,9 +377,7 @@ class DistillationMixin(_Trainer):
             finite_check="off" if self._is_plain else check_at,
         )
 
-    def training_step(
-        self, model: nn.Module, inputs: Keywords, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Keywords, num_items_in_batch: Count = None) -> Tensor:
         """As `Trainer`'s; after the last micro-batch, what the objectives learn has its gradients averaged."""
         self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
         try:
@@ -394,12 +389,8 @@ class DistillationMixin(_Trainer):
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Outputs]:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Count = None
+    ) -> Loss:
         """In training, the blend; in evaluation, the plain task loss, as `Trainer`'s.
 
         Called outside of the training loop it takes the batch for a whole optimizer step.
@@ -435,13 +426,7 @@ class DistillationMixin(_Trainer):
         return (loss, found.outputs) if return_outputs else loss
 
     def _head_loss(
-        self,
-        batch: Batch,
-        step: Step,
-        num_items: Tensor | int | None,
-        model: nn.Module,
-        inputs: Keywords,
-        wants_outputs: bool,
+        self, batch: Batch, step: Step, num_items: Count, model: nn.Module, inputs: Keywords, wants_outputs: bool
     ) -> tuple[Tensor, Outputs | None]:
         """Return the base trainer's loss over this micro-batch, as its own mean, and the outputs of the same forward.
 
@@ -481,9 +466,7 @@ class DistillationMixin(_Trainer):
             set_random_state(states[-1])
         return loss, None
 
-    def _base_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Tensor | int | None
-    ) -> Tensor | tuple[Tensor, Outputs]:
+    def _base_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Count) -> Loss:
         """The base trainer's own loss; if labels are missing that the task would count, its error is explained."""
         try:
             return super().compute_loss(model, self.distiller.student_inputs(inputs), return_outputs, num_items)
@@ -493,11 +476,6 @@ class DistillationMixin(_Trainer):
             except DataError as missing:
                 raise missing from error
             raise
-
-    @property
-    def _has_own_loss(self) -> bool:
-        """Whether the labels' term is the user's own function, and not the loss of the student's head."""
-        return self.compute_loss_func is not None or self._overrides_loss
 
     def _users_code_reads_labels(self, compute_loss_func: Callable[..., Tensor] | None) -> bool:
         """Whether the user's own code reads the labels: `compute_loss_func`, or an override of `compute_loss`."""
@@ -532,9 +510,7 @@ class DistillationMixin(_Trainer):
 
     # Evaluation.
 
-    def _evaluation_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Tensor | int | None
-    ) -> Tensor | tuple[Tensor, Outputs]:
+    def _evaluation_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Count) -> Loss:
         inputs = self.distiller.student_inputs(inputs)
         if isinstance(self.distiller.task, UnknownTask):
             return super().compute_loss(model, inputs, return_outputs, num_items)
@@ -635,26 +611,12 @@ class DistillationMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        self.distiller.learned.save(output_dir)
-        state = self._teacher_state()
-        if state:
-            save_state(state, output_dir, TEACHER_FILE)
-        in_use = json.dumps(interruptions.run_settings(self), indent=2)
-        Path(output_dir, interruptions.SETTINGS).write_text(in_use, encoding="utf-8")
+        if self.args.should_save:
+            interruptions.save_distillation(self, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_student(resume_from_checkpoint, model)
-        self.distiller.learned.load(resume_from_checkpoint)
-        if self.distiller.teacher is not None and self._teacher_state():
-            state = load_state(resume_from_checkpoint, TEACHER_FILE, what="the moving teacher")
-            self.distiller.teacher.load_state_dict(state)
-        elif os.path.isfile(os.path.join(resume_from_checkpoint, TEACHER_FILE)):
-            raise SettingError(
-                f"{resume_from_checkpoint} was saved with a teacher that training changes (it has {TEACHER_FILE}), and "
-                "this run's stays. Pass the same kind of teacher, or start anew from the saved student."
-            )
+        interruptions.load_distillation(self, resume_from_checkpoint)
 
     def _load_student(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the student's weights alone, also if the checkpoint's names are not those of its state."""
@@ -669,10 +631,6 @@ class DistillationMixin(_Trainer):
         _load_renamed(self.model, best)
         if os.path.isfile(os.path.join(best, STATE_FILE)):
             self.distiller.learned.load(best)
-
-    def _teacher_state(self) -> dict[str, Tensor]:
-        """The state of a teacher that training changes (an average of students); empty for one that stays."""
-        return {} if self.distiller.teacher is None else self.distiller.teacher.state_dict()
 
     # Hyperparameter search: a new student, new settings.
 
