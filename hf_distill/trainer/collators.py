@@ -43,12 +43,15 @@ class WrappingCollator:
 
     def for_evaluation(self) -> Self:
         """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
-        clean = getattr(self.collator, "for_evaluation", None)
-        if clean is None:
-            return self
         other = copy.copy(self)
-        other.collator = clean()
+        other.collator = without_augmentation(self.collator)
         return other
+
+
+def without_augmentation(collator: Collator) -> Collator:
+    """Return a collator's `for_evaluation()`, or the collator itself if it has none."""
+    clean = getattr(collator, "for_evaluation", None)
+    return collator if clean is None else clean()
 
 
 class AnswerMaskCollator(WrappingCollator):

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainingArguments
@@ -22,7 +22,6 @@ from hf_distill.errors import DataError, HfDistillError
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.teachers.base import RAW_INPUTS
 from hf_distill.trainer.arguments import setting
 from hf_distill.trainer.collators import ANSWER_MASKS, AnswerMaskCollator, WrappingCollator
@@ -101,8 +100,12 @@ def read_by(teacher: Teacher) -> list[str]:
 
 
 def datasets_of(trainer: DistillationMixin) -> list[Data | None]:
-    evaluated: Any = trainer.eval_dataset
-    return [trainer.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+    return [trainer.train_dataset, *evaluated_by_name(trainer.eval_dataset).values()]
+
+
+def evaluated_by_name(eval_dataset: Data | dict[str, Data] | None) -> dict[str, Data | None]:
+    """Return the datasets of `Trainer(eval_dataset=)` by name; a single one is called ""."""
+    return {**eval_dataset} if isinstance(eval_dataset, dict) else {"": eval_dataset}
 
 
 def known_columns(trainer: DistillationMixin) -> set[str]:
@@ -162,8 +165,7 @@ def check_datasets(
     """
     trainer._readers = []
     trainer._labels_have_own_loss = trainer._users_code_reads_labels(given.get("compute_loss_func"))
-    collator, evaluated = given.get("data_collator"), given.get("eval_dataset")
-    evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    collator, evaluated = given.get("data_collator"), evaluated_by_name(given.get("eval_dataset"))
     named = {f"{EVALUATED_ON}{f' {name!r}' if name else ''}": data for name, data in evaluated.items()}
     for whose, data in {TRAINED_ON: given.get("train_dataset"), **named}.items():
         if data is None:
@@ -184,7 +186,7 @@ def reads_labels(trainer: DistillationMixin) -> bool:
     A base trainer may make data loaders before there is a distiller.
     """
     distiller = getattr(trainer, "distiller", None)
-    return not (distiller is None or isinstance(distiller.task, UnknownTask) or distiller.has_other_label_names)
+    return distiller is not None and distiller.task.is_known and not distiller.has_other_label_names
 
 
 def _needs_label_column(

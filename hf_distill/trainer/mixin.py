@@ -37,12 +37,11 @@ from hf_distill.signals import Outputs
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.teachers import Teacher
 from hf_distill.trainer import checks, columns, interruptions, publishing, settings
 from hf_distill.trainer.arguments import DistillationArguments, picklable, setting
 from hf_distill.trainer.callback import RunningTerms, registered_callback, scheduled_values, warn_if_lost
-from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator
+from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator, without_augmentation
 from hf_distill.trainer.evaluation import (
     EachOnce,
     Prediction,
@@ -165,7 +164,7 @@ class DistillationMixin(_Trainer):
         self._on_policy = on_policy
         self._blend_is_ours = distiller is None
         # Whether the base trainer computes its loss in a way of its own.
-        self._overrides_loss = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+        self._overrides_loss = _function(super().compute_loss) is not Trainer.compute_loss
         self._columns_given = set(columns.columns_of(given.get("train_dataset")))
         self._terms = RunningTerms()
         self._blend_at_start: dict[str, float] = {}  # of what was changed while the training ran
@@ -227,8 +226,7 @@ class DistillationMixin(_Trainer):
     @property
     def _base_chooses_columns(self) -> bool:
         """Whether the base trainer chooses its columns itself, as TRL's do: then it reads the masks of answers too."""
-        own = getattr(super()._set_signature_columns_if_needed, "__func__", None)
-        return own is not Trainer._set_signature_columns_if_needed
+        return _function(super()._set_signature_columns_if_needed) is not Trainer._set_signature_columns_if_needed
 
     def _set_signature_columns_if_needed(self) -> None:
         is_first = self._signature_columns is None
@@ -269,8 +267,7 @@ class DistillationMixin(_Trainer):
         """Follow changed settings, and use the collator without augmentation."""
         settings.follow_settings(self)
         columns.collate_answer_masks(self, data)
-        kept, clean = self.data_collator, getattr(self.data_collator, "for_evaluation", None)
-        self.data_collator = kept if clean is None else clean()
+        kept, self.data_collator = self.data_collator, without_augmentation(self.data_collator)
         try:
             yield
         finally:
@@ -512,7 +509,7 @@ class DistillationMixin(_Trainer):
 
     def _evaluation_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Count) -> Loss:
         inputs = self.distiller.student_inputs(inputs)
-        if isinstance(self.distiller.task, UnknownTask):
+        if not self.distiller.task.is_known:
             return super().compute_loss(model, inputs, return_outputs, num_items)
         wants_outputs = return_outputs or self._teacher_metrics is not None
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
@@ -538,7 +535,7 @@ class DistillationMixin(_Trainer):
         if each_once is not None:
             each_once.begin(inputs)
         compares = self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)
-        if not isinstance(self.distiller.task, UnknownTask):
+        if self.distiller.task.is_known:
             check_evaluated(self, inputs, compares=compares)
         own_inputs = self.distiller.student_inputs(inputs)
         found = super().prediction_step(model, own_inputs, prediction_loss_only, ignore_keys, **keywords)
@@ -726,8 +723,13 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
 
 
 def _is_of_transformers(init: Callable[..., None]) -> bool:
-    """Whether the next constructor is that of `Trainer` or `Seq2SeqTrainer` itself."""
-    return getattr(init, "__func__", None) in (Trainer.__init__, Seq2SeqTrainer.__init__)
+    """Return whether the next constructor is that of `Trainer` or `Seq2SeqTrainer` itself."""
+    return _function(init) in (Trainer.__init__, Seq2SeqTrainer.__init__)
+
+
+def _function(method: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the function of a bound method."""
+    return getattr(method, "__func__", None)
 
 
 def _known_keywords(trainer_class: type) -> set[str]:

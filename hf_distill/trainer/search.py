@@ -20,6 +20,7 @@ from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.signals import Needs
 from hf_distill.trainer.arguments import DistillationArguments
+from hf_distill.trainer.columns import evaluated_by_name
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -56,9 +57,7 @@ def search_arguments(trainer: DistillationMixin, *positional: Any, **keywords: A
 
 def _default_objective(trainer: DistillationMixin, metrics: dict[str, float]) -> float:
     """Return transformers' default objective, leaving out the metrics of the teacher."""
-    prefixes = ["eval"]
-    if isinstance(trainer.eval_dataset, dict):
-        prefixes += [f"eval_{name}" for name in trainer.eval_dataset]
+    prefixes = ["eval", *(f"eval_{name}" for name in evaluated_by_name(trainer.eval_dataset))]
     of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
     return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
 

@@ -14,7 +14,6 @@ from hf_distill._types import State
 from hf_distill._utils import random_state_kept
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.errors import SettingError
-from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer.arguments import blend_of, setting
 from hf_distill.trainer.columns import collate_answer_masks, columns_of, datasets_of, has_teacher_columns
 from hf_distill.trainer.setup import make_distiller
@@ -115,8 +114,7 @@ def _follow_blend(trainer: DistillationMixin) -> None:
     needs_task = evaluates or not compares_nothing(blend["alpha"], trainer._objectives_setting)
     blending = trainer.distiller.blending
     scheduled = blending.scheduled_values()
-    is_unknown = isinstance(trainer.distiller.task, UnknownTask)
-    if (asks_teacher and trainer.distiller.teacher is None) or (needs_task and is_unknown):
+    if (asks_teacher and trainer.distiller.teacher is None) or (needs_task and not trainer.distiller.task.is_known):
         _remake_distiller(trainer)
     else:
         trainer.distiller.set_blend(**blend)
