@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_distill.signals import Outputs
 
-
-def tied(loss: Tensor, outputs: Outputs | Iterable[object]) -> Tensor:
+def tied(loss: Tensor, outputs: Mapping[str, object] | Iterable[object]) -> Tensor:
     """Return the same value with a graph to every output; the sum of an empty slice is 0, whatever the output holds."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     for value in values:
