@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill._types import Keywords
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.finite import FiniteCheck
 from hf_distill.functional import Divergence
@@ -117,7 +116,7 @@ class Blend:
         temperature: float | Schedule,
         alpha: float | Schedule | None,
         divergence: str | Divergence | None,
-        divergence_kwargs: Keywords | None,
+        divergence_kwargs: Mapping[str, float] | None,
     ) -> None:
         """Set alpha and the objective on the logits; the other objectives stay."""
         softening = checked_schedule("temperature", temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import chain
@@ -115,7 +115,7 @@ class Distiller(_ChecksKeywords):
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
-        divergence_kwargs: Keywords | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
         task: Task | str | None = None,
         processing_class: ProcessingClass | None = None,
         objectives: Objectives = None,
@@ -150,7 +150,7 @@ class Distiller(_ChecksKeywords):
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
         divergence: str | Divergence | None = None,
-        divergence_kwargs: Keywords | None = None,
+        divergence_kwargs: Mapping[str, float] | None = None,
     ) -> None:
         """Change alpha, the temperature and the divergence, also while a training runs.
 
