@@ -52,6 +52,7 @@ class Task:
         auto_classes: the Auto classes of transformers that load such a head.
         padding_collator: the collator that pads the labels too, for messages.
         shifts_labels: whether the head predicts the next position's label.
+        is_known: whether it is known where the predictions are; False for `UnknownTask` alone.
         inferred: whether the library made it, from the student's class or by name; then a teacher's class must be of
             its kind. A Task of the user's own may read any class of model.
     """
@@ -74,6 +75,7 @@ class Task:
     auto_classes: ClassVar[tuple[str, ...]] = ()
     padding_collator: ClassVar[str | None] = None
     shifts_labels: ClassVar[bool] = False
+    is_known: ClassVar[bool] = True
     inferred: bool = False
     _label_names: Mapping[str, int] | None = None  # the teacher's, or else the dataset's, where they have names
 
@@ -388,13 +390,12 @@ def own_copies(inputs: Batch, labels: Sequence[str] = ()) -> dict[str, Any]:
         inputs: of the model.
         labels: the names of the labels.
     """
-
-    def may_be_written(name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        return name in labels or (value.is_floating_point() and not name.endswith("mask"))
-
-    return {name: value.clone() if may_be_written(name, value) else value for name, value in inputs.items()}
+    copies = dict(inputs)
+    for name, value in inputs.items():
+        is_feature = isinstance(value, Tensor) and value.is_floating_point() and not name.endswith("mask")
+        if is_feature or (name in labels and isinstance(value, Tensor)):
+            copies[name] = value.clone()
+    return copies
 
 
 def batch_size(batch: Batch) -> int:

@@ -15,6 +15,7 @@ class UnknownTask(Task):
     matched_by = "width"
     needs_same_inputs = False
     label_names = ()
+    is_known = False
 
     def has_labels(self, batch: Batch) -> bool:
         """False: which columns are labels, and over how many of them the loss is a mean, is not known."""

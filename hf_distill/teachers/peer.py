@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 
-from hf_distill.ddp import scale_of
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.schedules import PROGRESS, Schedule, constant
 from hf_distill.signals import Needs, Signals
@@ -143,7 +142,7 @@ class Peer(ModelTeacher):
         own = Signals(logits=self._predictions(outputs, batch.task, batch.batch), alignment=self.alignment)
         loss = batch.loss_of(outputs["loss"] if batch.uses_labels else None, own)
         if self._accelerator is not None:  # no `Accelerator.backward`, which divides by the steps it accumulates
-            loss = loss * (self._accelerator.num_processes / scale_of(self._accelerator, 1))
+            loss = loss / self._accelerator.gradient_accumulation_steps
         loss.backward()
         self._progress = batch.progress
 

@@ -109,7 +109,7 @@ def test_a_resumed_run_goes_on_from_where_it_began(tmp_path, log) -> None:
 
 def test_checkpoints_of_the_model_alone(tmp_path, log) -> None:
     interrupted(made(tmp_path, Interrupt(3), save_only_model=True))
-    assert said(log, "goes on from")[0].endswith("The optimizer starts anew: save_only_model=True.")
+    assert said(log, "goes on from")[0].endswith("The optimizer starts from nothing: save_only_model=True.")
 
 
 # A full disk.
