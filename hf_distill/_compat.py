@@ -7,19 +7,22 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]  # an attention function of transformers
 
-def prepare_for_evaluation(model: Any, accelerator: Any) -> Any:
+
+def prepare_for_evaluation(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Prepare a frozen second model on the device of the batches, without registering it with the accelerator.
 
     (`Accelerator.prepare_model(evaluation_mode=True)` would put it into `accelerator._models`, and so into
@@ -34,7 +37,7 @@ def prepare_for_evaluation(model: Any, accelerator: Any) -> Any:
     return model.to(accelerator.device)
 
 
-def _with_fsdp2(model: Any, accelerator: Any) -> Any:
+def _with_fsdp2(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     from accelerate.utils import fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
@@ -45,7 +48,7 @@ def _with_fsdp2(model: Any, accelerator: Any) -> Any:
         plugin.auto_wrap_policy = policy
 
 
-def _with_deepspeed(model: Any, accelerator: Any) -> Any:
+def _with_deepspeed(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Shard the teacher's parameters under ZeRO-3; lower stages shard only optimizer state, which a teacher lacks."""
     import deepspeed
 
@@ -55,7 +58,8 @@ def _with_deepspeed(model: Any, accelerator: Any) -> Any:
     # It has no optimizer to configure, and the sizes that are "auto" follow from the student.
     for section in ("optimizer", "scheduler"):
         config.pop(section, None)
-    width = getattr(model.config, "hidden_size", None) or max(model.config.hidden_sizes)
+    sizes: Any = model.config
+    width = getattr(sizes, "hidden_size", None) or max(sizes.hidden_sizes)
     config["zero_optimization"].update(
         reduce_bucket_size=width * width,
         stage3_param_persistence_threshold=10 * width,
@@ -81,14 +85,7 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def gathered_sum(vector: torch.Tensor, accelerator: Any) -> torch.Tensor:
-    """Return the sum over the processes that saw different batches."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return vector
-    return accelerator.reduce(vector, reduction="sum")
-
-
-def renamed_state(model: Any, checkpoint: str) -> dict[str, torch.Tensor] | None:
+def renamed_state(model: nn.Module, checkpoint: str) -> dict[str, torch.Tensor] | None:
     """Return the state of `model` as its `from_pretrained` reads it from `checkpoint`, or None if the names agree.
 
     It is for unsharded models; adapters, FSDP and DeepSpeed load in their own ways.
@@ -117,13 +114,12 @@ def _saved_names(checkpoint: str) -> set[str] | None:
         return set(tensors.keys())
 
 
-def divides_the_loss(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Return whether `Trainer.training_step` will divide by the accumulation steps whatever the class says.
+# Before transformers 5.19 a trainer cannot say that its loss is divided already.
+TRAINER_MAY_DIVIDE = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
-    Before transformers 5.19 there is no `loss_is_scaled_for_ga` to say that the loss is divided already.
-    """
-    if hasattr(Trainer, "loss_is_scaled_for_ga"):
-        return False
+
+def divides_the_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> bool:
+    """Return whether `Trainer.training_step` divides by the accumulation steps, if `TRAINER_MAY_DIVIDE`."""
     passes_on = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return not passes_on and trainer.compute_loss_func is None
 
@@ -137,15 +133,17 @@ def observing_attention(listen: Callable[..., None]) -> Iterator[None]:
     """
     original = AttentionInterface.get_interface
 
-    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    def get_interface(self: AttentionInterface, name: str, default: Attention) -> Attention:
         function = original(self, name, default)
 
-        def heard(module: Any, query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
+        def observed(
+            module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **settings: Any
+        ) -> tuple[Tensor, Tensor | None]:
             mask = rest[1] if len(rest) > 1 else settings.get("attention_mask")  # after the values
             listen(module, query, key, mask, settings)
             return function(module, query, key, *rest, **settings)
 
-        return heard
+        return observed
 
     AttentionInterface.get_interface = get_interface  # type: ignore[assignment, method-assign]  # and put back below
     try:
@@ -154,7 +152,7 @@ def observing_attention(listen: Callable[..., None]) -> Iterator[None]:
         AttentionInterface.get_interface = original  # type: ignore[method-assign]  # as it was
 
 
-def forget_preparation(model: Any) -> None:
+def forget_preparation(model: nn.Module) -> None:
     """Let another Accelerator prepare an unwrapped model, which it would otherwise use as it is, without autocast."""
     vars(model).pop("_is_accelerate_prepared", None)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -17,7 +17,7 @@ from hf_distill.finite import FiniteCheck
 from hf_distill.functional import Divergence
 from hf_distill.objectives import OBJECTIVES, LogitsMatch, Objective
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
-from hf_distill.signals import LossSum, Needs, Signals
+from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.teachers.base import StudentBatch
 
@@ -42,7 +42,6 @@ class Step:
         scale: the factor that undoes the averaging over processes and Accelerate's division by its accumulation steps:
             the denominators already are those of the whole step.
         active: the objectives whose weight is not 0.
-        uses_labels: whether the weight of the labels' term is not 0.
         progress: the fraction of the training that is done, 0 → 1, for schedules.
         temperature: the temperature that softens the predictions.
         student_needs: what the student must compute.
@@ -54,16 +53,15 @@ class Step:
 
     denominators: Mapping[str, Tensor]
     weights: Mapping[str, float]
+    scale: float
     active: tuple[str, ...]
-    uses_labels: bool
     progress: float
     temperature: float
     student_needs: Needs
     teacher_needs: Needs
     micro_batches: int
-    scale: float = 1.0
-    is_whole: bool = True
-    finite_check: FiniteCheck = field(default_factory=FiniteCheck)
+    is_whole: bool
+    finite_check: FiniteCheck
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class DistillerOutput:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    outputs: Any
+    outputs: Outputs
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,18 @@ class Blend:
         self.objectives = {LOGITS: match, **self._others}
         self.labels_alone = schedule is not None and not self.ever_active()
 
-    def labels_weight(self, progress: float) -> float:
-        return 0.0 if self.alpha is None else 1 - self.alpha(progress)
+    def weights(self, progress: float) -> dict[str, float]:
+        """Return the weight of each term at this progress; terms of weight 0 are left out."""
+        alpha = None if self.alpha is None else self.alpha(progress)
+        weights = {LABELS: 0.0 if alpha is None else 1 - alpha, LOGITS: alpha or 0.0}
+        weights |= {name: objective.weight(progress) for name, objective in self._others.items()}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     def weight(self, name: str, progress: float) -> float:
         """Return the weight of an objective's term."""
         if name == LOGITS:
             return 0.0 if self.alpha is None else self.alpha(progress)
         return self.objectives[name].weight(progress)
-
-    def active(self, progress: float) -> list[str]:
-        """Return the objectives whose weight is not 0 at this progress."""
-        return [name for name in self.objectives if self.weight(name, progress) > 0]
 
     def ever_active(self) -> list[str]:
         """Return the objectives whose weight is not 0 at some point of the training."""
@@ -164,59 +162,14 @@ class Blend:
         )
 
     def uses_labels(self) -> bool:
-        return any(self.labels_weight(p) > 0 for p in PROGRESS)
-
-    def begin_step(
-        self, task: Task, micro_batches: Sequence[Batch], device: torch.device, progress: float
-    ) -> tuple[Step, Tensor]:
-        """Return the step without its denominators, and the number of rows of each term in these micro-batches.
-
-        Raises:
-            DataError: if a label is needed and missing, or is one that the head cannot take.
-            SettingError: if every term has weight 0.
-        """
-        alpha = None if self.alpha is None else self.alpha(progress)
-        weights = {LABELS: 0.0 if alpha is None else 1 - alpha, LOGITS: alpha or 0.0}
-        weights |= {name: objective.weight(progress) for name, objective in self._others.items()}
-        weights = {name: weight for name, weight in weights.items() if weight > 0}
-        if LABELS in weights:
-            task.require_labels(micro_batches[0])
-            for batch in micro_batches:
-                task.check_labels(batch)
-        if not weights:
-            raise SettingError(
-                f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
-                "objective a weight throughout."
-            )
-        sums = []
-        for term in weights:
-            if term == LABELS:
-                rows = [task.label_count(batch).to(device) for batch in micro_batches]
-            else:
-                rows = [self.objectives[term].count(task, batch).to(device) for batch in micro_batches]
-            sums.append(rows[0] if len(rows) == 1 else torch.stack(rows).sum())
-        active = tuple(name for name in weights if name != LABELS)
-        temperature = self.logits_match.temperature(progress)
-        student, teacher = self._needs_of(active, temperature)
-        step = Step(
-            {},
-            weights,
-            active,
-            uses_labels=LABELS in weights,
-            progress=progress,
-            temperature=temperature,
-            student_needs=student,
-            teacher_needs=teacher,
-            micro_batches=len(micro_batches),
-        )
-        return step, torch.stack(sums)
+        return self.alpha is not None and any(self.alpha(p) < 1 for p in PROGRESS)
 
     def total(
         self,
         step: Step,
         task: Task,
         batch: Batch,
-        signals: Callable[[], tuple[Signals, Signals]],
+        signals: tuple[Signals, Signals] | None,
         *,
         labels_mean: Tensor | None = None,
         only: str | None = None,
@@ -228,7 +181,7 @@ class Blend:
             step: the optimizer step that the micro-batch belongs to.
             task: reads rows and labels.
             batch: the micro-batch.
-            signals: returns those of student and teacher; called if a term needs them.
+            signals: those of student and teacher; None if no active objective is left to compute.
             labels_mean: the model's mean loss on the labels, or None if the labels' term is fused or has weight 0.
             only: the name of the one objective to compare, or None for all.
             fused: terms that are already computed.
@@ -239,16 +192,17 @@ class Blend:
             share = labels_mean
             if not task.sums_over_examples:
                 rows = task.label_count(batch).to(labels_mean.device)
-                share = LossSum(labels_mean, rows, is_mean=True).over(step.denominators[LABELS])
+                share = torch.where(rows > 0, labels_mean, torch.zeros_like(labels_mean))  # a mean over no row is NaN
+                share = share * (rows / step.denominators[LABELS].clamp(min=1))  # times 1.0 if this is the whole step
             terms[LABELS] = share * step.scale
             weight = step.weights[LABELS]
             weighted.append(terms[LABELS] if weight == 1 else weight * terms[LABELS])
         active = [name for name in step.active if only in (None, name) and name not in terms]
-        if active:
-            student, teacher = signals()
+        if signals is not None:
+            student, teacher = signals
             for name in active:
                 found = self.objectives[name](student, teacher, task, batch, progress=step.progress)
-                terms[name] = found.over(step.denominators[name]) * step.scale
+                terms[name] = found.value / step.denominators[name].clamp(min=1) * step.scale
                 weighted.append(step.weights[name] * terms[name])
         loss = weighted[0]
         for part in weighted[1:]:
@@ -260,19 +214,18 @@ class Blend:
         shown = Signals(logits=student.predictions().detach(), alignment=student.alignment)
 
         def loss_of(labels_mean: Tensor | None, own: Signals) -> Tensor:
-            return self.total(step, task, batch, lambda: (own, shown), labels_mean=labels_mean, only=LOGITS)[0]
+            return self.total(step, task, batch, (own, shown), labels_mean=labels_mean, only=LOGITS)[0]
 
-        return StudentBatch(shown, task, batch, step.temperature, step.progress, step.uses_labels, step.scale, loss_of)
+        return StudentBatch(
+            shown, task, batch, step.temperature, step.progress, LABELS in step.weights, step.scale, loss_of
+        )
 
     def needs(self, progress: float) -> tuple[Needs, Needs]:
         """Return what the student and the teacher must compute."""
-        return self._needs_of(self.active(progress), self.logits_match.temperature(progress))
-
-    def _needs_of(self, active: Iterable[str], temperature: float) -> tuple[Needs, Needs]:
-        objectives = [self.objectives[name] for name in active]
+        objectives = [self.objectives[name] for name in self.weights(progress) if name != LABELS]
         student = reduce(or_, (objective.needs for objective in objectives)) if objectives else Needs()
         teacher = reduce(or_, (objective.teacher_needs for objective in objectives)) if objectives else Needs()
-        return student, replace(teacher, temperature=temperature)
+        return student, replace(teacher, temperature=self.logits_match.temperature(progress))
 
     def scheduled_values(self) -> dict[str, Schedule]:
         """Return the values of all settings that may follow a schedule, by the name they are logged under."""
@@ -329,7 +282,7 @@ def _named(objectives: Objectives) -> dict[str, Objective]:
 _ADDED = {name: one.__name__ for name, one in OBJECTIVES.items() if name != LOGITS}
 
 
-def _check_objective(one: Any) -> None:
+def _check_objective(one: object) -> None:
     """Raise SettingError if it is not an objective, with what was probably meant."""
     if isinstance(one, LogitsMatch):
         raise SettingError("objectives: the logits' term is there already. Say divergence=, temperature=, alpha=.")

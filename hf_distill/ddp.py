@@ -1,34 +1,15 @@
-"""Several processes: the factor that undoes the averaging of DDP and Accelerate, and graphs that DDP accepts."""
+"""Several processes: graphs that DDP accepts, and gradients that it leaves alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
-def scale_of(accelerator: Any, same_batch: int) -> float:
-    """Return the factor of a term whose denominator is already that of the whole step.
-
-    DDP averages over processes, and `Accelerator.backward` divides by its accumulation steps.
-
-    Args:
-        accelerator: None means one process without accumulation.
-        same_batch: how many processes see the same batch (tensor parallelism).
-    """
-    if accelerator is None:
-        return 1.0
-    divided_by = 1
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        divided_by = accelerator.gradient_accumulation_steps
-    return accelerator.num_processes // same_batch * float(divided_by)
-
-
-def tied(loss: Tensor, outputs: Any) -> Tensor:
+def tied(loss: Tensor, outputs: Mapping[str, object] | Iterable[object]) -> Tensor:
     """Return the same value with a graph to every output; the sum of an empty slice is 0, whatever the output holds."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     for value in values:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from functools import partial, reduce
 from itertools import chain
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from transformers import PreTrainedConfig
 
-from hf_distill._compat import gathered_sum
+from hf_distill._types import Keywords, ProcessingClass
 from hf_distill.blend import LABELS, LOGITS, SETTING_ALIASES, Blend, DistillerOutput, Objectives, Step
-from hf_distill.ddp import forget_gradients_but, parameters_of, scale_of, several_processes, tied
+from hf_distill.ddp import forget_gradients_but, parameters_of, several_processes, tied
 from hf_distill.errors import HfDistillError, SettingError, check_keywords
 from hf_distill.finite import CheckAt, FiniteCheck, MicroBatch
 from hf_distill.functional import Divergence
@@ -31,7 +35,7 @@ from hf_distill.models.padding import PaddingCheck
 from hf_distill.objectives import LogitsMatch, Objective, ObjectiveSetup
 from hf_distill.objectives.base import cross_entropy_of_probabilities
 from hf_distill.schedules import PROGRESS, Schedule
-from hf_distill.signals import Needs, Signals
+from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks import Batch, Embedding, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
 from hf_distill.tasks.infer import forward_names, unwrapped
@@ -42,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _NO_ACTIVATIONS = Activations([])
 # Calls the student with labels: (model, inputs, whether outputs are wanted) → its mean loss, and its outputs or None.
-LabelledForward = Callable[[nn.Module, dict[str, Any], bool], tuple[Tensor, Any]]
+LabelledForward = Callable[[nn.Module, Keywords, bool], tuple[Tensor, Outputs | None]]
 
 
 class _ChecksKeywords:
@@ -107,14 +111,14 @@ class Distiller(_ChecksKeywords):
     def __init__(
         self,
         student: nn.Module,
-        teacher_model: Any = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | Teacher | None = None,
         *,
         temperature: float | Schedule = 2.0,
         alpha: float | Schedule | None = 0.5,
         divergence: DivergenceName | Divergence | None = None,
         divergence_kwargs: Mapping[str, float] | None = None,
         task: Task | str | None = None,
-        processing_class: Any = None,
+        processing_class: ProcessingClass | None = None,
         objectives: Objectives = None,
         seed: int | None = None,
         compare_predictions: bool = False,
@@ -222,6 +226,7 @@ class Distiller(_ChecksKeywords):
         self._whole_student = student  # with PEFT's wrapper: prompt tuning's vectors are outside the base
         self._found_trainable = self._wrote_config = False
         self._fused_loss.bind(student, task)
+        self._prepares = type(task).prepare is not Task.prepare
         self._learns = bool(self.learned)
         self._teacher_learns = self.teacher is not None and self.teacher.learns_from_batches
         self._check_packing = PackingCheck(self._student)
@@ -317,25 +322,51 @@ class Distiller(_ChecksKeywords):
             micro_batches = [self.with_task_labels(batch) for batch in micro_batches]
         if not self._found_trainable and torch.is_grad_enabled():
             self._check_trainable()
+        weights = self.blending.weights(progress)
+        if not weights:
+            raise SettingError(
+                f"at {progress:.0%} of the training every term weighs 0, so there is no loss. Give alpha or an "
+                "objective a weight throughout."
+            )
+        task, active = self.task, tuple(term for term in weights if term != LABELS)
+        student_needs, teacher_needs = self.blending.needs(progress)
+        if LABELS in weights:
+            task.require_labels(micro_batches[0])
+            for batch in micro_batches:
+                task.check_labels(batch)
         device = first_tensor(micro_batches[0]).device if accelerator is None else accelerator.device
-        step, rows = self.blending.begin_step(self.task, micro_batches, device, progress)
+        counts = {LABELS: task.label_count, LOGITS: task.count}
+        counts |= {term: partial(self.objectives[term].count, task) for term in active if term != LOGITS}
+        rows = torch.stack([reduce(add, (counts[term](b).to(device) for b in micro_batches)) for term in weights])
         if any(name in batch for batch in micro_batches for name in PACKING_COLUMNS):
-            self._check_packing(micro_batches, self.task, self.teacher, step.teacher_needs)
-        if step.active:
-            if not self._wrote_config:
-                self._write_config(micro_batches[0])
-            if not self.check_padding.done:
-                self.check_padding(micro_batches, self.teacher, accelerator)
-        if accelerator is not None and accelerator.num_processes > 1:
-            rows = gathered_sum(rows, accelerator) / same_batch
-        if self.task.sums_over_examples and {LABELS, LOGITS} & set(step.weights):
+            self._check_packing(micro_batches, task, self.teacher, teacher_needs)
+        if active and not self._wrote_config:
+            self._write_config(micro_batches[0])
+        if active and not self.check_padding.done:
+            self.check_padding(micro_batches, self.teacher, accelerator)
+        scale, is_alone = 1.0, accelerator is None or accelerator.num_processes == 1
+        if accelerator is not None:
+            # DDP averages over processes, and `Accelerator.backward` divides by its accumulation steps.
+            is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+            divided_by = 1 if is_deepspeed else accelerator.gradient_accumulation_steps
+            scale = accelerator.num_processes // same_batch * float(divided_by)
+            if not is_alone:
+                rows = accelerator.reduce(rows, reduction="sum") / same_batch
+        if task.sums_over_examples and {LABELS, LOGITS} & set(weights):
             rows = torch.ones_like(rows)
-        self.label_agreement.warn_if_chance(accelerator)
-        return replace(
-            step,
-            denominators=dict(zip(step.weights, rows.unbind(), strict=True)),
-            scale=scale_of(accelerator, same_batch),
-            is_whole=len(micro_batches) == 1 and (accelerator is None or accelerator.num_processes == 1),
+        if self.label_agreement.is_due:
+            self.label_agreement.warn_if_chance(accelerator)
+        return Step(
+            denominators=dict(zip(weights, rows.unbind(), strict=True)),
+            weights=weights,
+            scale=scale,
+            active=active,
+            progress=progress,
+            temperature=teacher_needs.temperature,
+            student_needs=student_needs,
+            teacher_needs=teacher_needs,
+            micro_batches=len(micro_batches),
+            is_whole=is_alone and len(micro_batches) == 1,
             finite_check=FiniteCheck(len(micro_batches), accelerator, at=finite_check),
         )
 
@@ -392,53 +423,53 @@ class Distiller(_ChecksKeywords):
         step = step or self.begin_step([batch])
         if self.label_aliases:
             batch = self.with_task_labels(batch)
-        fused = None
-        if self._fused_loss.is_possible and not keep_logits:
-            prepared = self.prepare(batch)
+        may_fuse = self._fused_loss.is_possible and not keep_logits
+        prepared = self.prepare(batch) if self._prepares and (step.active or may_fuse) else batch
+        if may_fuse:
             fused = self._fused_loss.forward(
                 self, student, prepared, step, smoothing=label_smoothing, fuse_labels=fuse_labels
             )
-        if fused is not None:
-            outputs, activations = self._forward_without_logits(student, prepared, step, fused)
-            return self._blend(step, prepared, outputs, activations, labels_mean=None, fused=fused)
-        if step.active:
-            batch = self.prepare(batch)
+            if fused is not None:
+                outputs, activations = self._forward_without_logits(student, prepared, step, fused)
+                return self._blend(step, prepared, outputs, activations, fused=fused)
+        batch = prepared if step.active else batch
         labels_mean, outputs, activations = self._forward(student, batch, step, forward, keep_logits)
-        return self._blend(step, batch, outputs, activations, labels_mean=labels_mean, fused=None)
+        return self._blend(step, batch, outputs, activations, labels_mean=labels_mean)
 
     def _forward(
         self, student: nn.Module, batch: Batch, step: Step, forward: LabelledForward | None, wants_outputs: bool
-    ) -> tuple[Tensor | None, Any, Activations]:
+    ) -> tuple[Tensor | None, Outputs, Activations]:
         """Return the student's mean loss on the labels, its outputs, and its activations of the same forward."""
         keys = step.student_needs.activations
         wants_outputs = wants_outputs or bool(step.active) or self._teacher_learns
-        mean = outputs = None
+        mean: Tensor | None = None
+        outputs: Any = None
         with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
-            if step.uses_labels:
+            if LABELS in step.weights:
                 forward = forward or self._labelled_forward
                 # Without a comparison the forward is that of `Trainer`, bit for bit.
-                inputs = self.forward_inputs(batch) if step.active else self.student_inputs(batch)
+                inputs = self.student_inputs(batch, kv_cache=not step.active)
                 mean, outputs = forward(student, inputs, wants_outputs)
-        if outputs is None and (wants_outputs or not step.uses_labels):
+        if outputs is None and (wants_outputs or LABELS not in step.weights):
             with self._capture.capture(keys, validate=False) if keys else nullcontext(_NO_ACTIVATIONS) as activations:
-                outputs = student(**self.forward_inputs(batch, labels=False))
+                outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return mean, outputs, activations.validate() if keys else activations
 
-    def _labelled_forward(self, student: nn.Module, inputs: dict[str, Any], wants_outputs: bool) -> tuple[Tensor, Any]:
+    def _labelled_forward(self, student: nn.Module, inputs: Keywords, wants_outputs: bool) -> tuple[Tensor, Outputs]:
         """Return the student's own mean loss, and its outputs."""
         check_trainable_head(self._student)
         batch = self.with_task_labels(inputs)
         if not self.task.has_probabilities(batch):
             outputs = student(**inputs)
             return outputs["loss"], outputs
-        outputs = student(**self.forward_inputs(batch, labels=False))
+        outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         return cross_entropy_of_probabilities(outputs["logits"], batch["labels"]), outputs
 
     def _forward_without_logits(
         self, student: nn.Module, batch: Batch, step: Step, fused: FusedForward
-    ) -> tuple[Any, Activations]:
+    ) -> tuple[Outputs, Activations]:
         with self._capture.capture(step.student_needs.activations) as activations, fused.replacing_head():
-            outputs = student(**self.forward_inputs(batch, labels=False))
+            outputs = student(**self.student_inputs(batch, labels=False, kv_cache=False))
         fused.tie(outputs)
         return type(outputs)({name: value for name, value in outputs.items() if name != "logits"}), activations
 
@@ -446,35 +477,32 @@ class Distiller(_ChecksKeywords):
         self,
         step: Step,
         batch: Batch,
-        outputs: Any,
+        outputs: Outputs,
         activations: Activations,
         *,
-        labels_mean: Tensor | None,
-        fused: FusedForward | None,
+        labels_mean: Tensor | None = None,
+        fused: FusedForward | None = None,
     ) -> DistillerOutput:
         """Return the loss from the results of the student's forward."""
-
-        def signals() -> tuple[Signals, Signals]:
+        signals, fused_terms = None, None if fused is None else fused.terms
+        if any(fused_terms is None or name not in fused_terms.terms for name in step.active):
             if fused is not None and fused.teacher is not None:
-                return self.student_signals(outputs, batch, Needs(), activations), fused.teacher
-            student = self.student_signals(outputs, batch, step.student_needs, activations)
-            teacher = self.teacher_signals(batch, step.teacher_needs)
-            self.label_agreement.add(self.task, batch, student, teacher)
-            return student, teacher
-
-        loss, terms = self.blending.total(
-            step, self.task, batch, signals, labels_mean=labels_mean, fused=None if fused is None else fused.terms
-        )
+                signals = self.student_signals(outputs, batch, Needs(), activations), fused.teacher
+            else:
+                student = self.student_signals(outputs, batch, step.student_needs, activations)
+                signals = student, self.teacher_signals(batch, step.teacher_needs)
+                if not self.label_agreement.is_done:
+                    self.label_agreement.add(self.task, batch, *signals)
+        loss, terms = self.blending.total(step, self.task, batch, signals, labels_mean=labels_mean, fused=fused_terms)
         terms = {name: term.detach() for name, term in terms.items()}
-        compares = terms.keys() > {LABELS} or LABELS not in terms
         seen = MicroBatch(
             self.task,
             batch,
             loss.detach(),
             terms,
             self._student,
-            lambda: self.forward_inputs(batch, labels=step.uses_labels),
-            teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if compares else None,
+            lambda: self.student_inputs(batch, labels=LABELS in step.weights, kv_cache=False),
+            teacher=(lambda suspect: self.teacher_signals(suspect, step.teacher_needs)) if step.active else None,
         )
         loss = step.finite_check.add(loss, seen)
         if labels_mean is None and not step.student_needs.logits and several_processes():
@@ -524,15 +552,20 @@ class Distiller(_ChecksKeywords):
         found = [batch[name] for name in self.task.label_names if batch.get(name) is not None]
         return self.task.has_labels(batch) and all(isinstance(labels, Tensor) for labels in found)
 
-    def prepare(self, batch: Batch) -> dict[str, Any]:
+    def prepare(self, batch: Batch) -> Keywords:
         """Return the batch with the decoder inputs that both models read, made from the labels as the student does."""
         return self.task.prepare(dict(batch), self._student)
 
-    def student_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return the student's inputs: without the teacher's columns, and with labels only if requested.
+    def student_inputs(self, batch: Batch, *, labels: bool = True, kv_cache: bool = True) -> Keywords:
+        """Return the student's inputs: without the teacher's columns.
 
         Features and labels are copies, so that a student that writes into them changes neither the batch nor what the
         teacher reads.
+
+        Args:
+            batch: the student's inputs, labels, and `teacher_*` columns.
+            labels: whether they include the labels.
+            kv_cache: False to run without a KV cache, in which packed sequences would see each other.
         """
         aliases = self.label_aliases
         removed = self._teacher_only | (aliases.keys() - set(self._student_names))
@@ -543,19 +576,16 @@ class Distiller(_ChecksKeywords):
             for name, value in batch.items()
             if name not in removed and (not name.startswith(TEACHER_PREFIX) or name in self._student_names)
         }
+        if not kv_cache and "use_cache" in self._student_names:
+            inputs = {"use_cache": False, **inputs}
         return own_copies(inputs, self.task.label_names)
-
-    def forward_inputs(self, batch: Batch, *, labels: bool = True) -> dict[str, Any]:
-        """Return `student_inputs` without a KV cache, in which packed sequences would see each other."""
-        inputs = self.student_inputs(batch, labels=labels)
-        return {"use_cache": False, **inputs} if "use_cache" in self._student_names else inputs
 
     def capture(self, progress: float = 0.0) -> AbstractContextManager[Activations]:
         """Return a context for one forward of the student that captures the activations that the objectives need."""
         return self._capture.capture(self.blending.needs(progress)[0].activations)
 
     def student_signals(
-        self, outputs: Any, batch: Batch, needs: Needs | None = None, activations: Activations | None = None
+        self, outputs: Outputs, batch: Batch, needs: Needs | None = None, activations: Activations | None = None
     ) -> Signals:
         """Return the student's signals.
 
@@ -590,7 +620,7 @@ class Distiller(_ChecksKeywords):
         return f"Distiller(teacher={self.teacher!r}, terms=[{', '.join(terms)}])"
 
 
-def check_trainable_head(student: Any) -> None:
+def check_trainable_head(student: nn.Module) -> None:
     """Raise if labels are used with a class that has separate heads for labels and teacher, and no loss (DeiT, LeViT).
 
     Raises:
@@ -606,7 +636,7 @@ def check_trainable_head(student: Any) -> None:
     )
 
 
-def _task_settings(config: Any) -> dict[str, Any]:
+def _task_settings(config: PreTrainedConfig) -> Keywords:
     """Return the entries of a config that `Task.write_to` may write."""
     return {name: getattr(config, name, None) for name in ("problem_type", "id2label", "label2id")}
 

@@ -89,7 +89,7 @@ class FiniteCheck:
             self._seen = []
         return loss
 
-    def look_at_gradient(self, norm: Any) -> None:
+    def look_at_gradient(self, norm: Tensor | float | None) -> None:
         """Check the norm of the step's gradient, which is the same in all processes, and with it the losses.
 
         Raises:
@@ -241,15 +241,12 @@ def _example_alone(one: MicroBatch) -> str | None:
     """Run the examples one by one, and say on which the student's outputs or its own loss are not finite."""
     examples = batch_size(one.batch)
     inputs = one.inputs()
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
-    if any(value.shape[0] != examples for value in tensors):
+    cut = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() > 0}
+    if any(value.shape[0] != examples for value in cut.values()):
         return None
     with _evaluating(one.student):
         for example in range(examples):
-            alone = {
-                name: value[example : example + 1] if isinstance(value, Tensor) and value.dim() > 0 else value
-                for name, value in inputs.items()
-            }
+            alone = {**inputs, **{name: value[example : example + 1] for name, value in cut.items()}}
             try:
                 outputs = one.student(**alone)
             except _FORWARD_ERRORS:

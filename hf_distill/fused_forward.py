@@ -6,10 +6,9 @@ Decides when that is possible; the mathematics is in `functional/fused/loss.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,7 @@ from hf_distill.functional.fused.inputs import (
 from hf_distill.functional.fused.loss import fused_linear_distillation
 from hf_distill.models.output_head import OutputHead, Trial
 from hf_distill.objectives.logits import check_keep, check_same_rows
-from hf_distill.signals import DeferredLogits, Signals
+from hf_distill.signals import DeferredLogits, Outputs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import IGNORED, rows_of
 from hf_distill.vocabulary import HeadAlignment
@@ -98,7 +97,7 @@ class FusedLoss:
             why = "the teacher learns from the student's logits"
         with_labels = blending.uses_labels()
         if why is None and (self._tried_with is None or with_labels > self._tried_with):
-            inputs = distiller.forward_inputs(batch, labels=False)
+            inputs = distiller.student_inputs(batch, labels=False, kv_cache=False)
             why = self._try_out(student, task, batch, inputs, with_labels=with_labels)
         if why is not None:
             if self.setting is True:
@@ -119,21 +118,19 @@ class FusedLoss:
             return f"a {task} head has no vocabulary"
         if self.setting is None and self.head.columns < LARGE:
             return f"{self.head.columns} columns are no burden"
-        if not compares and (self.setting is None or not step.uses_labels):
+        if not compares and (self.setting is None or LABELS not in step.weights):
             return "the logits are compared in no term at this moment"
         if need_logits:
             return f"{', '.join(need_logits)} need whole logits"
         if compares and (match.catalogued(task) is None or match.couples_examples):
             return f"divergence={match.name_for(task)!r} is your own function, or compares rows with each other"
-        if not fuse_labels and step.uses_labels:
+        if not fuse_labels and LABELS in step.weights:
             return "the labels' term is your own function (compute_loss_func, compute_loss), which reads logits"
         if any(isinstance(side, tuple) for side in (alignment.student, alignment.teacher)):
             return "columns of the two vocabularies are paired one by one"
         return self.head.refusal or self._tried
 
-    def _try_out(
-        self, student: nn.Module, task: Task, batch: Batch, inputs: Mapping[str, Any], *, with_labels: bool
-    ) -> str | None:
+    def _try_out(self, student: nn.Module, task: Task, batch: Batch, inputs: Batch, *, with_labels: bool) -> str | None:
         """Try once whether the fused forward gives the student's own logits and loss; return the reason if not."""
         inputs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
         labelled = {name: batch[name] for name in LABEL_NAMES if with_labels and batch.get(name) is not None}
@@ -196,7 +193,7 @@ class FusedForward:
         """Return the context of the student's forward; afterwards `terms` holds the terms."""
         return self._head.replaced(self._compute)
 
-    def tie(self, outputs: Any) -> None:
+    def tie(self, outputs: Outputs) -> None:
         """Let the backward pass through the output too: DDP with a static graph and FSDP have their hooks on it."""
         assert self.terms is not None  # the trial saw the head called
         self.terms = replace(self.terms, loss=tied(self.terms.loss, [outputs["logits"]]))
@@ -205,7 +202,7 @@ class FusedForward:
         step, task, batch, teacher = self._step, self._task, self._batch, self.teacher
         match, name = self._blending.logits_match, self._blending.logits_match.name_for(task)
         wants_target = teacher is not None and PROPERTIES[name].wants_target
-        targets = task.targets(batch) if step.uses_labels or wants_target else None
+        targets = task.targets(batch) if LABELS in step.weights or wants_target else None
         selected = rows_of(ours.hidden, task, batch, whose="student")
         check_same_rows(selected, selected, task, batch, columns=False)
         rows, weights = self._rows(selected, targets)
@@ -226,7 +223,7 @@ class FusedForward:
             row_weights=weights,
         )
         terms = {}
-        if step.uses_labels:
+        if LABELS in step.weights:
             terms[LABELS] = found.labels_total * self._factor(LABELS, 1.0)
         if teacher is not None:
             power = PROPERTIES[name].temperature_power

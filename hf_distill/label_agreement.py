@@ -9,7 +9,6 @@ import logging
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.nn import functional as F
 
 from hf_distill.signals import Signals
@@ -30,17 +29,23 @@ class LabelAgreement:
 
     Args:
         teacher: the teacher; one that changes in training is left out, since it knows nothing at the start.
+
+    Attributes:
+        is_done: whether no more rows need to be counted.
+        is_due: whether there are rows enough to call `warn_if_chance`.
     """
 
     def __init__(self, teacher: Teacher | None) -> None:
-        self._done = teacher is None or any(member.changes_in_training for member in teacher.members())
+        self.is_done = teacher is None or any(member.changes_in_training for member in teacher.members())
+        self.is_due = False
         self._rows, self._enough = 0, ROWS  # the number of rows is known without reading labels
-        self._labels = self._choices = self._right = torch.zeros(())
+        self._histograms = torch.zeros(2, 0)  # `[2 v]`: labels, and the teacher's choices
+        self._right = torch.zeros(())
 
     @torch.no_grad()
     def add(self, task: Task, batch: Batch, student: Signals, teacher: Signals) -> None:
         """Count the labelled rows of a micro-batch whose predictions are compared."""
-        if self._done or task.over_vocabulary or student.logits is None or teacher.logits is None:
+        if self.is_done or task.over_vocabulary or student.logits is None or teacher.logits is None:
             return
         targets, chosen = task.targets(batch), task.select(teacher.logits, batch).argmax(-1)
         if targets is None or chosen.shape != targets.shape:
@@ -49,18 +54,23 @@ class LabelAgreement:
             targets = teacher.alignment.of_labels(targets)
         labelled = targets >= 0
         self._rows += len(targets)
-        self._labels = _counted(self._labels, targets, labelled, student.logits.shape[-1])
-        self._choices = _counted(self._choices, chosen, labelled, student.logits.shape[-1])
+        self.is_due = self._rows >= self._enough
+        width, known = student.logits.shape[-1], self._histograms.shape[-1]  # spans may be longer than before
+        self._histograms = F.pad(self._histograms.to(targets.device), (0, max(0, width - known)))
+        for histogram, values in zip(self._histograms, (targets, chosen), strict=True):
+            histogram.index_add_(0, values.clamp(0, width - 1), labelled.float())
         self._right = self._right.to(targets.device) + (labelled & (chosen == targets)).sum()
 
     def warn_if_chance(self, accelerator: Accelerator | None = None) -> None:
         """Log a warning, once there are enough labelled rows, if the teacher's choices have nothing to do with them."""
-        if self._done or self._rows < self._enough:
+        if not self.is_due:
             return
-        by_chance = (self._labels * self._choices).sum() / self._labels.sum().clamp(min=1)
-        labelled, right, by_chance = torch.stack([self._labels.sum(), self._right, by_chance]).tolist()
+        labels, choices = self._histograms
+        by_chance = (labels * choices).sum() / labels.sum().clamp(min=1)
+        labelled, right, by_chance = torch.stack([labels.sum(), self._right, by_chance]).tolist()
         self._enough *= 2
-        self._done = labelled >= ROWS or self._rows >= GIVEN_UP
+        self.is_due = False
+        self.is_done = labelled >= ROWS or self._rows >= GIVEN_UP
         if labelled < ROWS or right > by_chance + SKILL * (labelled - by_chance):
             return
         if accelerator is None or accelerator.is_main_process:
@@ -70,11 +80,3 @@ class LabelAgreement:
                 "dataset numbers its labels otherwise than config.label2id, label_matching='by_index' with heads of "
                 "different order, a teacher that was not trained on this task, or teacher_model and model exchanged."
             )
-
-
-def _counted(histogram: Tensor, values: Tensor, labelled: Tensor, width: int) -> Tensor:
-    """Return the histogram `[v]` of the labelled values so far; it grows with longer batches."""
-    grown = F.pad(histogram.to(values.device), (0, max(0, width - histogram.numel()))) if histogram.dim() else None
-    counts = values.new_zeros(width if grown is None else len(grown), dtype=torch.float32)
-    counts.index_add_(0, values.clamp(0, width - 1), labelled.float())
-    return counts if grown is None else grown + counts

@@ -12,36 +12,21 @@ from torch import Tensor
 from hf_distill.errors import SettingError
 from hf_distill.vocabulary import HeadAlignment
 
+Outputs: TypeAlias = Mapping[str, Any]
+"""What a model's forward returns, by name."""
+
 
 @dataclass(frozen=True)
 class LossSum:
     """A total over the rows of a micro-batch and their number; not averaged yet.
 
     Attributes:
-        value: scalar with the student's graph: the total, or the micro-batch's mean if `is_mean`.
+        value: scalar with the student's graph.
         count: scalar, the number of rows that count.
-        is_mean: whether `value` is divided by `count` already, as the own loss of a head is.
     """
 
     value: Tensor
     count: Tensor
-    is_mean: bool = False
-
-    def over(self, denominator: Tensor) -> Tensor:
-        """Return this micro-batch's share of the mean over the whole optimizer step.
-
-        A mean is multiplied by count / denominator, which is exactly 1.0 if this micro-batch is the whole step. Without
-        any row the share is 0, with a graph.
-
-        >>> mean = LossSum(torch.tensor(3.0), torch.tensor(2), is_mean=True)
-        >>> mean.over(torch.tensor(8)).item()
-        0.75
-        """
-        denominator = denominator.clamp(min=1)
-        if self.is_mean:  # a mean over no row is NaN
-            value = torch.where(self.count > 0, self.value, torch.zeros_like(self.value))
-            return value * (self.count / denominator)
-        return self.value / denominator
 
 
 Side: TypeAlias = Literal["encoder", "decoder"]

@@ -15,7 +15,7 @@ import hf_distill
 from hf_distill import objectives, presets, students
 from hf_distill._types import OneOf
 from hf_distill.functional import DISTANCES, DIVERGENCES, SIMILARITIES
-from hf_distill.trainer.arguments import DistillationArgumentsMixin
+from hf_distill.trainer.arguments import DistillationSettings
 
 CONSTRUCTED: dict[str, Callable[..., Any]] = {
     **{name: getattr(objectives, name) for name in objectives.__all__ if inspect.isclass(getattr(objectives, name))},
@@ -23,11 +23,11 @@ CONSTRUCTED: dict[str, Callable[..., Any]] = {
        and function.__module__ == presets.__name__ and not name.startswith("_")},
     **{f"students.{name}": getattr(students, name) for name in ("inherit", "narrow", "fresh", "trim_vocabulary")},
     "Distiller": hf_distill.Distiller,
-    "DistillationArguments": DistillationArgumentsMixin,
+    "DistillationArguments": DistillationSettings,
 }  # fmt: skip
 # Settings that are free text: names that users give, paths of modules, columns, names that are loaded or parsed.
 FREE_TEXT = {"name", "student_stack", "teacher_stack", "stack", "task", "label_names", "alpha", "divergence_kwargs"}
-FREE_TEXT |= {"teacher_quantization", "teacher_device_map", "texts"}
+FREE_TEXT |= {"teacher_model", "teacher_quantization", "teacher_device_map", "texts"}
 
 
 def settings() -> Iterator[tuple[str, str, Any]]:

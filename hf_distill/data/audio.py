@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import FeatureExtractionMixin, ProcessorMixin, SequenceFeatureExtractor
+from transformers import SequenceFeatureExtractor
 
+from hf_distill._types import ProcessingClass
 from hf_distill.errors import DataError, require
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class AudioFeatures:
     torch.Size([2, 3])
     """
 
-    def __init__(self, extractor: FeatureExtractionMixin | ProcessorMixin, column: str = "audio") -> None:
+    def __init__(self, extractor: ProcessingClass | None, column: str = "audio") -> None:
         self.extractor: Any = getattr(extractor, "feature_extractor", extractor)
         if getattr(self.extractor, "sampling_rate", None) is None:
             raise DataError(

@@ -25,7 +25,9 @@ def on_common_support(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     ([[1.0, 0.0]], [[1.0, 0.0]])
     """
     student, teacher = in_full_precision(student), in_full_precision(teacher)
-    if student.numel() == 0 or (_on_cpu_and_finite(student) and _on_cpu_and_finite(teacher)):
+    if student.numel() == 0:
+        return student, teacher
+    if student.device.type == "cpu" and all(rows.detach().amin() > -torch.inf for rows in (student, teacher)):
         return student, teacher
     blocked = (student == -torch.inf) | (teacher == -torch.inf)
     return student.masked_fill(blocked, BLOCKED), teacher.masked_fill(blocked, BLOCKED)
@@ -34,7 +36,3 @@ def on_common_support(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
 def is_live(rows: Tensor) -> Tensor:
     """Return which columns of rows from `on_common_support` are not blocked."""
     return rows.detach() > BLOCKED / 2
-
-
-def _on_cpu_and_finite(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and bool(rows.detach().amin() > -torch.inf)

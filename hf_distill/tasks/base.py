@@ -56,6 +56,7 @@ class Task:
         auto_classes: Auto classes of transformers that load such a head.
         padding_collator: collator that also pads the labels, for messages.
         shifts_labels: whether the head predicts the next position's label.
+        is_known: whether it is known where the predictions are; False only for `UnknownTask`.
         inferred: whether the library made the task, from the student's class or a name; then the teacher's class must
             be of its kind. The user's own task accepts any class of model.
     """
@@ -78,6 +79,7 @@ class Task:
     auto_classes: ClassVar[tuple[str, ...]] = ()
     padding_collator: ClassVar[str | None] = None
     shifts_labels: ClassVar[bool] = False
+    is_known: ClassVar[bool] = True
     inferred: bool = False
     _label_names: Mapping[str, int] | None = None  # the teacher's, or else the dataset's
 
@@ -373,12 +375,12 @@ def own_copies(inputs: Batch, labels: Sequence[str] = ()) -> Keywords:
         inputs: inputs of the model.
         labels: names of the labels.
     """
-    return {
-        name: value.clone()
-        if isinstance(value, Tensor) and (name in labels or (value.is_floating_point() and not name.endswith("mask")))
-        else value
-        for name, value in inputs.items()
-    }
+    copies = dict(inputs)
+    for name, value in inputs.items():
+        is_feature = isinstance(value, Tensor) and value.is_floating_point() and not name.endswith("mask")
+        if is_feature or (name in labels and isinstance(value, Tensor)):
+            copies[name] = value.clone()
+    return copies
 
 
 def batch_size(batch: Batch) -> int:

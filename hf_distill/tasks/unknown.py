@@ -15,6 +15,7 @@ class UnknownTask(Task):
     matched_by = "width"
     needs_same_inputs = False
     label_names = ()
+    is_known = False
 
     def has_labels(self, batch: Batch) -> bool:
         """Return False, since the columns of the labels and their number are unknown."""

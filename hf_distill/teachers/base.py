@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hf_distill.models.capture import ActivationCapture
     from hf_distill.objectives import Objective
 
-Processors = ProcessingClass | list[ProcessingClass | None] | tuple[ProcessingClass | None, ...] | None
+Processors = ProcessingClass | Sequence[ProcessingClass | None] | None
 """A teacher's processing class, or one for each member of an `Ensemble`."""
 
 
@@ -274,7 +274,7 @@ def one_processor(processing_class: Processors, teacher: str) -> ProcessingClass
     Raises:
         SettingError: if it is a list, as for an `Ensemble`.
     """
-    if isinstance(processing_class, (list, tuple)):
+    if isinstance(processing_class, Sequence):
         count = len(processing_class)
         raise SettingError(f"teacher_processing_class is a list of {count}, which is for an Ensemble. Give one.")
     return processing_class

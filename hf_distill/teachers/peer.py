@@ -12,7 +12,6 @@ from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 
 from hf_distill._types import ProcessingClass
-from hf_distill.ddp import scale_of
 from hf_distill.errors import SettingError, TeacherError
 from hf_distill.models.generation import evaluating
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
@@ -150,8 +149,8 @@ class Peer(ModelTeacher):
         outputs = last[1] if last and last[0] is batch.batch else self._outputs(batch.task, batch.batch)
         own = Signals(logits=self._predictions(outputs, batch.task, batch.batch), alignment=self.alignment)
         loss = batch.loss_of(outputs["loss"] if batch.uses_labels else None, own)
-        if self._accelerator is not None:  # `Accelerator.backward` would divide by the accumulation steps
-            loss = loss * (self._accelerator.num_processes / scale_of(self._accelerator, 1))
+        if self._accelerator is not None:  # no `Accelerator.backward`, which divides by the steps it accumulates
+            loss = loss / self._accelerator.gradient_accumulation_steps
         loss.backward()
         self._progress = batch.progress
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_distill._types import Keywords
 from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, check_keywords, did_you_mean
 from hf_distill.functional.properties import DivergenceName
@@ -31,10 +32,10 @@ _DICTS = ("divergence_kwargs", "teacher_quantization", "teacher_device_map")  # 
 
 
 @dataclass
-class DistillationArgumentsMixin:
+class DistillationSettings:
     """The settings of a distillation, to mix into any dataclass of training arguments; they are validated on creation.
 
-    `@dataclass class Args(DistillationArgumentsMixin, SFTConfig)` makes arguments for TRL's `SFTTrainer`.
+    `@dataclass class Args(DistillationSettings, SFTConfig)` makes arguments for TRL's `SFTTrainer`.
     """
 
     temperature: float = field(
@@ -154,7 +155,7 @@ class DistillationArgumentsMixin:
 
 
 @dataclass
-class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
+class DistillationArguments(DistillationSettings, TrainingArguments):
     """`TrainingArguments` and the settings of a distillation.
 
     Each field's help describes it; `HfArgumentParser` turns the fields into command-line options.
@@ -170,15 +171,15 @@ class DistillationArguments(DistillationArgumentsMixin, TrainingArguments):
 
 
 @dataclass
-class Seq2SeqDistillationArguments(DistillationArgumentsMixin, Seq2SeqTrainingArguments):
+class Seq2SeqDistillationArguments(DistillationSettings, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the settings of a distillation; see `DistillationArguments`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTS]  # noqa: RUF012 as in TrainingArguments
 
 
-def setting(args: Any, name: str) -> Any:
+def setting(args: DistillationSettings | TrainingArguments | None, name: str) -> Any:
     """Return a setting of the distillation, or its default if `args` is a plain `TrainingArguments`."""
-    return getattr(args, name, DistillationArgumentsMixin.__dataclass_fields__[name].default)
+    return getattr(args, name, DistillationSettings.__dataclass_fields__[name].default)
 
 
 @contextlib.contextmanager
@@ -196,7 +197,7 @@ def picklable(args: Any) -> Iterator[None]:
             args.divergence = given
 
 
-def blend_of(args: Any) -> Mapping[str, Any]:
+def blend_of(args: DistillationSettings | TrainingArguments | None) -> Keywords:
     """Return the keyword arguments of `Distiller.set_blend`, read from any training arguments.
 
     Raises:
@@ -207,7 +208,7 @@ def blend_of(args: Any) -> Mapping[str, Any]:
     return {**blend, **{name: setting(args, name) for name in names}}
 
 
-def _schedule_of(args: Any, knob: str) -> Schedule | None:
+def _schedule_of(args: DistillationSettings | TrainingArguments | None, knob: str) -> Schedule | None:
     kind, start, end = (setting(args, name) for name in (f"{knob}_schedule", knob, f"{knob}_end"))
     if knob == "alpha" and start is None:
         if kind != "constant" or end is not None:

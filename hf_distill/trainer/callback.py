@@ -10,12 +10,12 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
@@ -34,11 +34,15 @@ class TrainingCallback(TrainerCallback):
         self._trainer = trainer
         self._epoch: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: object
+    ) -> None:
         self._epoch = None
         self._trainer.distiller.learned.zero_grad()
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: object
+    ) -> None:
         """Call `data_collator.set_epoch(epoch)`, if it has one, so that random augmentation can be resumed."""
         # state.epoch is a fraction, and meaningless for streams, so it is read only when a run begins.
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
@@ -46,7 +50,9 @@ class TrainingCallback(TrainerCallback):
         if set_epoch is not None:
             set_epoch(self._epoch)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: object
+    ) -> None:
         """Let the teacher follow the student, and clear the gradients of projections: `Trainer` clears its model's."""
         self._trainer.distiller.end_step(self._trainer.model)
 

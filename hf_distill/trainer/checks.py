@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 
+from hf_distill._types import Collator
 from hf_distill.augment.collator import OTHER_TOKENS
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import Objectives
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
+from hf_distill.students.adapters import check_adapters
 from hf_distill.trainer.columns import VALUES_AS_TEACHER, columns_with_values
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
+logger = logging.getLogger(__name__)
 _SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
-def check_one_gpu_a_process(args: Any, model: Any) -> None:
+def check_one_gpu_a_process(args: TrainingArguments | None, model: nn.Module | None) -> None:
     """Raise if one process has several GPUs, unless one model is spread over all of them."""
     if args is None or args.n_gpu <= 1 or getattr(model, "hf_device_map", None):
         return
@@ -30,6 +36,19 @@ def check_one_gpu_a_process(args: Any, model: Any) -> None:
         f"refused. Start one process a GPU: accelerate launch --num_processes {args.n_gpu} your_script.py. For one "
         "GPU, set CUDA_VISIBLE_DEVICES=0."
     )
+
+
+def warn_of_adapters(student: nn.Module) -> None:
+    """Log the mistake that `check_adapters` finds in a `PeftModel`; the training goes on, as the user may mean it."""
+    peft = sys.modules.get("peft")  # whoever made a PeftModel has imported it
+    student = getattr(student, "_orig_mod", student)
+    if peft is None or not isinstance(student, peft.PeftModel):
+        return
+    if isinstance(student.get_base_model(), PreTrainedModel):
+        try:
+            check_adapters(student)
+        except SettingError as error:
+            logger.warning(f"{error} The training goes on with the student as it is.")
 
 
 def check_no_sequence_parallelism(trainer: DistillationMixin) -> None:
@@ -66,7 +85,7 @@ def check_given_distiller(
     distiller.bind(student)
 
 
-def check_augmentation(collator: Any, distiller: Distiller, *, has_teacher_columns: bool) -> None:
+def check_augmentation(collator: Collator, distiller: Distiller, *, has_teacher_columns: bool) -> None:
     """Raise if an augmentation would give student and teacher inputs whose outputs must not be compared."""
     if has_teacher_columns and getattr(collator, "student_only", None) is False:
         raise SettingError(

@@ -8,23 +8,53 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_distill._types import Batch, Collator, Example, ProcessingClass
 from hf_distill.data.audio import AudioFeatures
 from hf_distill.errors import DataError
 from hf_distill.tasks.base import IGNORED, TEACHER_PREFIX
 from hf_distill.teachers.base import RAW_INPUTS
 
 ANSWER_MASKS = ("assistant_masks", "completion_mask")
+Columns: TypeAlias = dict[str, list[Any]]
 
 
-class AnswerMaskCollator:
+class WrappingCollator:
+    """A base class of collators around the user's own, whose other attributes (such as `tokenizer`) they have too.
+
+    Args:
+        collator: the user's.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # not set yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def for_evaluation(self) -> Self:
+        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
+        other = copy.copy(self)
+        other.collator = without_augmentation(self.collator)
+        return other
+
+
+def without_augmentation(collator: Collator) -> Collator:
+    """Return a collator's `for_evaluation()`, or the collator itself if it has none."""
+    clean = getattr(collator, "for_evaluation", None)
+    return collator if clean is None else clean()
+
+
+class AnswerMaskCollator(WrappingCollator):
     """Wraps the user's collator and sets labels to -100 wherever a mask of the examples is 0.
 
     If the collator makes no labels, `input_ids` become the labels. Examples without masks are not changed.
@@ -34,22 +64,11 @@ class AnswerMaskCollator:
         reads_masks: whether the collator may read the masks itself. If it does and makes labels, they are kept.
     """
 
-    def __init__(self, collator: Callable[..., Any], *, reads_masks: bool) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, *, reads_masks: bool) -> None:
+        super().__init__(collator)
         self._reads_masks = reads_masks
 
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute (such as `tokenizer`) of the user's collator."""
-        if name == "collator":  # not set yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def for_evaluation(self) -> AnswerMaskCollator:
-        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
-        clean = getattr(self.collator, "for_evaluation", None)
-        return self if clean is None else AnswerMaskCollator(clean(), reads_masks=self._reads_masks)
-
-    def __call__(self, features: Sequence[Any]) -> Any:
+    def __call__(self, features: Sequence[Example]) -> Batch:
         first = features[0] if isinstance(features[0], Mapping) else {}
         names = [name for name in ANSWER_MASKS if name in first]
         if not names or "input_ids" not in first:
@@ -67,7 +86,7 @@ class AnswerMaskCollator:
         return batch
 
 
-def _mask_of(feature: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _mask_of(feature: Example, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return the ids `[t]` of an example, and whether every mask of it marks each token as an answer `[t]`."""
     ids = torch.as_tensor(feature["input_ids"])
     keep = torch.ones(ids.shape, dtype=torch.bool)
@@ -83,7 +102,7 @@ def _mask_of(feature: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, 
     return ids, keep
 
 
-def _aligned(input_ids: Tensor, attention_mask: Any, examples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _aligned(input_ids: Tensor, attention_mask: Tensor | None, examples: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the masks of the examples, `[b t]` bool, at the positions of their tokens in the batch.
 
     Raises:
@@ -124,7 +143,7 @@ def _placed(row: Tensor, attended: Tensor | None, ids: Tensor, keep: Tensor) -> 
     return None
 
 
-def _set_labels(batch: Any, answers: Tensor) -> None:
+def _set_labels(batch: MutableMapping[str, Any], answers: Tensor) -> None:
     shifted = batch.get("shift_labels")
     if shifted is not None:  # the label of a token is at the position before it
         following = torch.cat((answers[:, 1:], torch.zeros_like(answers[:, :1])), 1)
@@ -134,7 +153,9 @@ def _set_labels(batch: Any, answers: Tensor) -> None:
         batch["labels"] = (batch["input_ids"] if labels is None else labels).masked_fill(~answers, IGNORED)
 
 
-def with_answers_marked(tokenizer: Any, texts: Sequence[str], prompts: Sequence[str]) -> dict[str, Tensor]:
+def with_answers_marked(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompts: Sequence[str]
+) -> dict[str, Tensor]:
     """Return the teacher's inputs and labels `[b t]`: -100 except for the tokens of a text that follow its prompt.
 
     A token that the tokenizer adds after the text (such as the end of sequence) belongs to the answer; one that it adds
@@ -185,7 +206,7 @@ def padded_as(mask: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
 RAW = tuple(f"{TEACHER_PREFIX}{name}" for name in RAW_INPUTS)
 
 
-class TeacherInputsCollator:
+class TeacherInputsCollator(WrappingCollator):
     """Wraps the user's collator, which collates the student's columns, and collates the teacher's columns itself.
 
     `teacher_text` (with `teacher_text_pair`, or with `teacher_prompt`, the beginning that is not an answer),
@@ -198,29 +219,15 @@ class TeacherInputsCollator:
         processor: the teacher's tokenizer, feature extractor, image processor or processor.
     """
 
-    def __init__(self, collator: Callable[..., Any], processor: Any = None) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, processor: ProcessingClass | None = None) -> None:
+        super().__init__(collator)
         self.processor = processor
+        self._tokenizer: Any = getattr(processor, "tokenizer", processor)
         extractor = getattr(processor, "feature_extractor", processor)
         reads_audio = getattr(extractor, "sampling_rate", None) is not None
         self._audio = AudioFeatures(extractor, "teacher_audio") if reads_audio else None
 
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute (such as `tokenizer`) of the user's collator."""
-        if name in ("collator", "processor"):  # not set yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def for_evaluation(self) -> TeacherInputsCollator:
-        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
-        clean = getattr(self.collator, "for_evaluation", None)
-        if clean is None:
-            return self
-        other = copy.copy(self)
-        other.collator = clean()
-        return other
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, features: Sequence[Example]) -> Batch:
         own, theirs = [], []
         for feature in features:
             own.append({k: v for k, v in feature.items() if not k.startswith(TEACHER_PREFIX)})
@@ -233,7 +240,7 @@ class TeacherInputsCollator:
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in made.items()})
         return batch
 
-    def teacher_batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+    def teacher_batch(self, features: Sequence[Example]) -> Batch:
         """Return the teacher's inputs from the `teacher_*` columns, without the prefix.
 
         Raises:
@@ -246,32 +253,30 @@ class TeacherInputsCollator:
         ready = {name.removeprefix(TEACHER_PREFIX): values for name, values in columns.items()}
         return {**made, **self._padded(ready)} if ready else made
 
-    def _processed(self, raw: dict[str, list[Any]]) -> dict[str, Any]:
+    def _processed(self, raw: Columns) -> Batch:
         if self.processor is None:
             raise DataError(
                 f"the dataset has {', '.join(raw)}, which only the teacher's processor can read. Pass "
                 "teacher_processing_class=."
             )
         if "teacher_text" in raw:
-            tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            pairs = raw.get("teacher_text_pair")
             if "teacher_prompt" in raw:
-                return with_answers_marked(tokenizer, raw["teacher_text"], raw["teacher_prompt"])
-            made = tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
+                return with_answers_marked(self._tokenizer, raw["teacher_text"], raw["teacher_prompt"])
+            pairs = raw.get("teacher_text_pair")
+            made = self._tokenizer(raw["teacher_text"], pairs, padding=True, truncation=True, return_tensors="pt")
             _check_not_empty(made, raw["teacher_text"])
         elif "teacher_audio" in raw:
             audio = self._audio or AudioFeatures(self.processor, "teacher_audio")  # the latter raises: no audio is read
             made = audio(raw["teacher_audio"])
         else:
-            images = getattr(self.processor, "image_processor", self.processor)
+            images: Any = getattr(self.processor, "image_processor", self.processor)
             made = images(_images(raw["teacher_image"]), return_tensors="pt")
         return dict(made)
 
-    def _padded(self, ready: dict[str, list[Any]]) -> dict[str, Any]:
-        if isinstance(getattr(self.processor, "tokenizer", self.processor), PreTrainedTokenizerBase):
-            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+    def _padded(self, ready: Columns) -> Batch:
+        if isinstance(self._tokenizer, PreTrainedTokenizerBase):
             labels = ready.pop("labels", None)
-            made = dict(tokenizer.pad(ready, padding=True, return_tensors="pt"))
+            made = dict(self._tokenizer.pad(ready, padding=True, return_tensors="pt"))
             return made if labels is None else {**made, "labels": padded_as(made["attention_mask"], labels)}
         try:
             return {name: torch.as_tensor(np.asarray(values)) for name, values in ready.items()}
@@ -282,7 +287,7 @@ class TeacherInputsCollator:
             ) from error
 
 
-def _check_same_columns(features: list[dict[str, Any]]) -> None:
+def _check_same_columns(features: Sequence[Example]) -> None:
     names = set(features[0])
     for feature in features:
         if set(feature) != names:
@@ -295,7 +300,7 @@ def _check_same_columns(features: list[dict[str, Any]]) -> None:
             raise DataError(f"{', '.join(empty)}: None in an example. Give each a value, or leave the example out.")
 
 
-def _check_not_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
+def _check_not_empty(made: Batch, texts: Sequence[str]) -> None:
     """Raise if the tokenizer makes no token of a text, so that the teacher would have no input."""
     mask = made.get("attention_mask")
     if mask is None:
@@ -309,7 +314,7 @@ def _check_not_empty(made: Mapping[str, Any], texts: Sequence[str]) -> None:
         )
 
 
-def _images(cells: Sequence[Any]) -> list[Any]:
+def _images(cells: Sequence[object]) -> list[object]:
     """Return images in a form that a processor takes; undecoded ones (`datasets.Image(decode=False)`) are opened."""
     found = list(cells)
     for number, cell in enumerate(cells):
@@ -326,14 +331,16 @@ def _images(cells: Sequence[Any]) -> list[Any]:
 _NUMBERED = re.compile(rf"{TEACHER_PREFIX}(\d+)_(.+)")
 
 
-def teacher_inputs_collator(collator: Callable[..., Any], processor: Any) -> Any:
+def teacher_inputs_collator(
+    collator: Collator, processor: ProcessingClass | Sequence[ProcessingClass | None] | None
+) -> TeacherInputsCollator | SeveralInputsCollator:
     """Return the collator for one processor that all teachers share, or for a list with one for each teacher."""
-    if isinstance(processor, (list, tuple)):
+    if isinstance(processor, Sequence):
         return SeveralInputsCollator(collator, processor)
     return TeacherInputsCollator(collator, processor)
 
 
-class SeveralInputsCollator:
+class SeveralInputsCollator(WrappingCollator):
     """Wraps the user's collator, which collates the student's columns; collates each teacher's itself.
 
     `teacher_text` (audio, image) is read by every processor; `teacher_0_text` replaces it for the first one. If the
@@ -344,27 +351,12 @@ class SeveralInputsCollator:
         processors: of each teacher, in the order of the ensemble.
     """
 
-    def __init__(self, collator: Callable[..., Any], processors: Sequence[Any]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, processors: Sequence[ProcessingClass | None]) -> None:
+        super().__init__(collator)
         self.processors = list(processors)
         self._each = [TeacherInputsCollator(collator, processor) for processor in self.processors]
 
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute (such as `tokenizer`) of the user's collator."""
-        if name in ("collator", "processors"):  # not set yet while unpickling
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def for_evaluation(self) -> SeveralInputsCollator:
-        """Return the collator for evaluation: without augmentation, if the user's collator has such a version."""
-        clean = getattr(self.collator, "for_evaluation", None)
-        if clean is None:
-            return self
-        other = copy.copy(self)
-        other.collator = clean()
-        return other
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, features: Sequence[Example]) -> Batch:
         batch = self.collator([{k: v for k, v in one.items() if not k.startswith(TEACHER_PREFIX)} for one in features])
         for number, inputs in enumerate(self._each):
             theirs = [_of_teacher(one, number, shares=inputs.processor is not None) for one in features]
@@ -374,7 +366,7 @@ class SeveralInputsCollator:
         return batch
 
 
-def _of_teacher(feature: Mapping[str, Any], number: int, *, shares: bool) -> dict[str, Any]:
+def _of_teacher(feature: Example, number: int, *, shares: bool) -> Batch:
     """Return the columns of one teacher, named as if it were the only one."""
     own, shared = {}, {}
     for name, value in feature.items():

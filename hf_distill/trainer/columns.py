@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import find_labels
 
+from hf_distill._types import Batch, Collator, Data, Example, Keywords
 from hf_distill.data.columns import check_processed, is_own_collator, require_label_column, why_not_collated
 from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import TEACHER_PREFIX
 from hf_distill.tasks.infer import forward_names, unwrapped
-from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.teachers.base import RAW_INPUTS
 from hf_distill.trainer.arguments import setting
-from hf_distill.trainer.collators import ANSWER_MASKS, AnswerMaskCollator
+from hf_distill.trainer.collators import ANSWER_MASKS, AnswerMaskCollator, WrappingCollator
 
 if TYPE_CHECKING:
     from hf_distill.teachers import Teacher
@@ -35,7 +37,7 @@ _OF_ONE_TEACHER = re.compile(rf"{TEACHER_PREFIX}\d+_.+")
 _VALUES = re.compile(r"(top_?k?_)?(logits|log_?probs|log_?probabilities|probs)|soft_(labels|targets)|prompt_logprobs")
 
 
-class ReadingCollator:
+class ReadingCollator(WrappingCollator):
     """Wraps the user's collator: labels are converted to numbers first, and an error of padding is explained.
 
     Args:
@@ -44,19 +46,14 @@ class ReadingCollator:
         task: the student's.
     """
 
-    def __init__(self, collator: Callable[..., Any], reader: LabelReader, task: Task) -> None:
-        self.collator = collator
+    def __init__(self, collator: Collator, reader: LabelReader, task: Task) -> None:
+        super().__init__(collator)
         self.reader = reader
         self.task = task
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever is asked of the user's collator (`tokenizer`, say) is asked of it still."""
-        if name in ("collator", "reader", "task"):  # not there yet: being unpickled
-            raise AttributeError(name)
-        return getattr(self.collator, name)
-
-    def __call__(self, features: Sequence[Any]) -> Any:
-        features = self.reader(features)
+    def __call__(self, features: Sequence[Example]) -> Batch:
+        if self.reader.changes:
+            features = self.reader(features)
         try:
             return self.collator(features)
         except HfDistillError:
@@ -83,14 +80,14 @@ def columns_with_values(columns: Iterable[str]) -> set[str]:
     }
 
 
-def columns_of(data: Any) -> Iterable[str]:
+def columns_of(data: Data | None) -> Iterable[str]:
     """Return the columns of a dataset (of a list, those of its first example) without drawing an example."""
     if isinstance(data, (list, tuple)) and data and isinstance(data[0], Mapping):
         return data[0]
     return getattr(data, "column_names", None) or ()
 
 
-def _may_hold_masks(data: Any) -> bool:
+def _may_hold_masks(data: Data | None) -> bool:
     """Return whether examples have masks of answers, or may have them because their columns are not known."""
     columns = set(columns_of(data))
     return bool(columns & set(ANSWER_MASKS)) if columns else data is not None
@@ -102,9 +99,13 @@ def read_by(teacher: Teacher) -> list[str]:
     return [*teacher.inputs, *own]
 
 
-def datasets_of(trainer: DistillationMixin) -> list[Any]:
-    evaluated: Any = trainer.eval_dataset
-    return [trainer.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+def datasets_of(trainer: DistillationMixin) -> list[Data | None]:
+    return [trainer.train_dataset, *evaluated_by_name(trainer.eval_dataset).values()]
+
+
+def evaluated_by_name(eval_dataset: Data | dict[str, Data] | None) -> dict[str, Data | None]:
+    """Return the datasets of `Trainer(eval_dataset=)` by name; a single one is called ""."""
+    return {**eval_dataset} if isinstance(eval_dataset, dict) else {"": eval_dataset}
 
 
 def known_columns(trainer: DistillationMixin) -> set[str]:
@@ -117,7 +118,7 @@ def has_teacher_columns(trainer: DistillationMixin) -> bool:
     return any(name.startswith(TEACHER_PREFIX) and name not in own for name in known_columns(trainer))
 
 
-def collate_answer_masks(trainer: DistillationMixin, *datasets: Any) -> None:
+def collate_answer_masks(trainer: DistillationMixin, *datasets: Data | None) -> None:
     """Wrap the collator so that masks of answers in these datasets become labels."""
     distiller = trainer.distiller
     if trainer._reads_answer_masks or trainer._base_chooses_columns or not any(map(_may_hold_masks, datasets)):
@@ -148,7 +149,9 @@ def warn_of_unread_columns(trainer: DistillationMixin) -> None:
             logger.warning(f"The dataset has {', '.join(values)}, which is not read. {VALUES_AS_TEACHER}")
 
 
-def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Mapping[str, Any]) -> None:
+def check_datasets(
+    trainer: DistillationMixin, model: nn.Module, args: TrainingArguments | None, given: Keywords
+) -> None:
     """Check before training that the student can read the datasets, and find out how their labels are written.
 
     Args:
@@ -162,8 +165,7 @@ def check_datasets(trainer: DistillationMixin, model: Any, args: Any, given: Map
     """
     trainer._readers = []
     trainer._labels_have_own_loss = trainer._users_code_reads_labels(given.get("compute_loss_func"))
-    collator, evaluated = given.get("data_collator"), given.get("eval_dataset")
-    evaluated = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+    collator, evaluated = given.get("data_collator"), evaluated_by_name(given.get("eval_dataset"))
     named = {f"{EVALUATED_ON}{f' {name!r}' if name else ''}": data for name, data in evaluated.items()}
     for whose, data in {TRAINED_ON: given.get("train_dataset"), **named}.items():
         if data is None:
@@ -184,10 +186,12 @@ def reads_labels(trainer: DistillationMixin) -> bool:
     A base trainer may make data loaders before there is a distiller.
     """
     distiller = getattr(trainer, "distiller", None)
-    return not (distiller is None or isinstance(distiller.task, UnknownTask))
+    return distiller is not None and distiller.task.is_known
 
 
-def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args: Any) -> bool:
+def _needs_label_column(
+    trainer: DistillationMixin, data: Data, model: nn.Module, args: TrainingArguments | None
+) -> bool:
     """Return whether training on this dataset needs a column with the task's labels."""
     distiller = trainer.distiller
     task, alone = distiller.task, distiller.compares_nothing
@@ -199,7 +203,14 @@ def _needs_label_column(trainer: DistillationMixin, data: Any, model: Any, args:
     return not (task.shifts_labels and not alone and set(ANSWER_MASKS) & set(columns_of(data)))
 
 
-def _reader_of(trainer: DistillationMixin, data: Any, model: Any, args: Any, whose: str, collator: Any) -> LabelReader:
+def _reader_of(
+    trainer: DistillationMixin,
+    data: Data | None,
+    model: nn.Module,
+    args: TrainingArguments | None,
+    whose: str,
+    collator: Collator | None,
+) -> LabelReader:
     task, trains = trainer.distiller.task, whose == TRAINED_ON
     reader = LabelReader(
         task,
@@ -221,7 +232,7 @@ def _reader_of(trainer: DistillationMixin, data: Any, model: Any, args: Any, who
 
 
 @contextlib.contextmanager
-def reading_labels(trainer: DistillationMixin, data: Any, whose: str) -> Iterator[LabelReader | None]:
+def reading_labels(trainer: DistillationMixin, data: Data | None, whose: str) -> Iterator[LabelReader | None]:
     if not reads_labels(trainer):
         yield None
         return

@@ -10,25 +10,26 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import recursively_apply
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Seq2SeqTrainer
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import has_length
 
+from hf_distill._types import Batch, Example, Keywords
 from hf_distill.distiller import Distiller
 from hf_distill.errors import TeacherError
 from hf_distill.finite import ADVICE, is_nan_or_inf
 from hf_distill.models.packing import PackingCheck
 from hf_distill.objectives.logits import RowValues
-from hf_distill.signals import Needs, Signals
-from hf_distill.tasks import Batch
+from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks.base import batch_size
 from hf_distill.tasks.infer import unwrapped
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
 logger = logging.getLogger(__name__)
+# What `prediction_step` returns: loss, predictions (those of several heads as a tuple) and labels.
+Prediction: TypeAlias = tuple[Any, Any, Any]
+Gather: TypeAlias = Callable[[Any], Any]  # gathers nested tensors over the processes
 
 
 class EachOnce:
@@ -50,7 +54,7 @@ class EachOnce:
             process, rather than the weight of its examples.
     """
 
-    def __init__(self, accelerator: Any, counted: Counted | None, *, whole_batches: bool) -> None:
+    def __init__(self, accelerator: Accelerator, counted: Counted | None, *, whole_batches: bool) -> None:
         self._accelerator = accelerator
         self._whole_batches = whole_batches
         self._counted = counted
@@ -60,7 +64,7 @@ class EachOnce:
         self._loss_is_next = False
         self._warned = False
 
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Batch) -> None:
         """Remove the copies from this process's part of a batch, in place."""
         self._examples = self._computed = batch_size(batch)
         processes, real = self._accelerator.num_processes, self._real_examples()
@@ -133,7 +137,7 @@ class Counted(IterableDataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Example]:
         self.seen = 0
         for example in self._dataset:
             self.seen += 1
@@ -141,7 +145,7 @@ class Counted(IterableDataset):
 
 
 @contextlib.contextmanager
-def examples_counted(dataloader: Any) -> Iterator[Counted | None]:
+def examples_counted(dataloader: DataLoader) -> Iterator[Counted | None]:
     """Count the examples of a dataset that every process reads for itself (`dispatch_batches=False`).
 
     Return None if one process reads for all, since Accelerate then knows the number of copies itself.
@@ -181,13 +185,13 @@ class TeacherMetrics:
         gather: gathers values of examples over the processes.
     """
 
-    def __init__(self, gather: Callable[[Any], Any]) -> None:
+    def __init__(self, gather: Gather) -> None:
         self._gather = gather
         # divergence, agreeing rows, rows; labelled rows, right by the teacher, by the student alone, by it alone
         self._sums = torch.zeros(7, dtype=torch.float64)
         self._examples = 0  # over all processes
 
-    def add(self, distiller: Distiller, outputs: Any, batch: Batch) -> Signals:
+    def add(self, distiller: Distiller, outputs: Outputs, batch: Batch) -> Signals:
         """Compare the outputs for a batch, and return the teacher's predictions.
 
         Raises:
@@ -263,8 +267,8 @@ class TeacherPredictions:
         gather: gathers values of examples over the processes.
     """
 
-    def __init__(self, trainer: Any, gather: Callable[[Any], Any], prefix: str) -> None:
-        self._compute_metrics = trainer.compute_metrics
+    def __init__(self, trainer: DistillationMixin, gather: Gather, prefix: str) -> None:
+        self._compute_metrics: Any = trainer.compute_metrics
         self._preprocess = trainer.preprocess_logits_for_metrics
         self._accelerator, self._args = trainer.accelerator, trainer.args
         self._gather, self._prefix = gather, prefix
@@ -272,7 +276,7 @@ class TeacherPredictions:
         self._found = EvalLoopContainer(self._args.eval_do_concat_batches, padding_index=-100)
         self.why_none: str | None = None
 
-    def add(self, distiller: Distiller, teacher: Signals, outputs: Any, found: Any) -> None:
+    def add(self, distiller: Distiller, teacher: Signals, outputs: Outputs, found: Prediction) -> None:
         """Collect a batch.
 
         Args:
@@ -307,7 +311,7 @@ class TeacherPredictions:
         if steps is not None and self._batches % steps == 0:
             self._found.to_cpu_and_numpy()
 
-    def __call__(self, evaluated: EvalPrediction) -> dict[str, Any]:
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
         """Return the student's metrics and the teacher's."""
         labels = _copied(evaluated.label_ids)  # some metric functions write into them
         metrics = self._compute_metrics(evaluated)
@@ -332,7 +336,7 @@ def _copied(arrays: Any) -> Any:
 
 
 @contextlib.contextmanager
-def each_example_once(trainer: DistillationMixin, dataloader: Any) -> Iterator[None]:
+def each_example_once(trainer: DistillationMixin, dataloader: DataLoader) -> Iterator[None]:
     """Inside this context, gather without the copies that fill up the last batches of several processes."""
     accelerator = trainer.accelerator
     gathers = getattr(trainer.gather_function, "func", trainer.gather_function)  # Trainer binds a setting to it
@@ -380,7 +384,7 @@ def teacher_evaluated(trainer: DistillationMixin, prefix: str, loss_only: bool) 
         trainer._warn_once(f"There is no {prefix}_teacher_<metric>: {why_none}.")
 
 
-def check_evaluated(trainer: DistillationMixin, inputs: Any, *, compares: bool) -> None:
+def check_evaluated(trainer: DistillationMixin, inputs: Batch, *, compares: bool) -> None:
     """Check packed and padded texts of an evaluation, as a training step does."""
     student = unwrapped(trainer.model)
     if trainer._packing_check is None or trainer._packing_check.student is not student:
@@ -391,7 +395,7 @@ def check_evaluated(trainer: DistillationMixin, inputs: Any, *, compares: bool) 
 
 
 @torch.no_grad()
-def compare_with_teacher(trainer: DistillationMixin, model: Any, inputs: Any, found: Any) -> None:
+def compare_with_teacher(trainer: DistillationMixin, model: nn.Module, inputs: Keywords, found: Prediction) -> None:
     assert trainer._teacher_metrics is not None
     batch = trainer.distiller.prepare(trainer.distiller.with_task_labels(trainer._prepare_inputs(inputs)))
     outputs = trainer._evaluated_outputs

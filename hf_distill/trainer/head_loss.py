@@ -9,48 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_distill._types import Batch
 from hf_distill._utils import random_state
 from hf_distill.objectives.base import cross_entropy_of_probabilities
+from hf_distill.signals import Outputs
 
 if TYPE_CHECKING:
     from hf_distill.trainer.mixin import DistillationMixin
 
 
-def own_num_items(batch: Any, num_items_in_batch: Any, *, shifts: bool) -> Any:
-    """Return this micro-batch's number of items by `Trainer`'s rule, so that the head's loss is its own mean."""
-    if num_items_in_batch is None:
-        return None
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = batch["labels"][..., 1:] if shifts else batch["labels"]
-    return labels.ne(-100).sum().clamp(min=1)
-
-
 @contextlib.contextmanager
-def head_loss_alone(trainer: DistillationMixin, batch: Any) -> Iterator[None]:
-    """Make `Trainer.compute_loss` return the head's own mean, also for labels that are probabilities.
-
-    Its factor, the number of processes, is left out: not every head accounts for it.
-    """
-    args = trainer.args
-    given, args.average_tokens_across_devices = args.average_tokens_across_devices, False
-    try:
-        if trainer.distiller.task.has_probabilities(batch):
-            with loss_of_probabilities(trainer, batch):
-                yield
-        else:
-            yield
-    finally:
-        args.average_tokens_across_devices = given
-
-
-@contextlib.contextmanager
-def observed_forwards(model: torch.nn.Module) -> Iterator[tuple[list[bool], list[Any]]]:
+def observed_forwards(model: torch.nn.Module) -> Iterator[tuple[list[bool], list[tuple[Any, ...]]]]:
     """Whether each forward of the model has gradients, and the random state after each one that has."""
     with_gradient: list[bool] = []
-    states: list[Any] = []
+    states: list[tuple[Any, ...]] = []
 
-    def ended(*_: Any) -> None:
+    def ended(*_: object) -> None:
         with_gradient.append(torch.is_grad_enabled())
         if with_gradient[-1]:
             states.append(random_state())
@@ -62,21 +36,21 @@ def observed_forwards(model: torch.nn.Module) -> Iterator[tuple[list[bool], list
         hook.remove()
 
 
-def carries_gradient(outputs: Any) -> bool:
+def carries_gradient(outputs: Outputs | tuple[object, ...]) -> bool:
     """Whether a model's outputs, other than its loss, lead back to its parameters."""
     values = [value for name, value in outputs.items() if name != "loss"] if isinstance(outputs, Mapping) else outputs
     return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 @contextlib.contextmanager
-def loss_of_probabilities(trainer: DistillationMixin, batch: Any) -> Iterator[None]:
+def loss_of_probabilities(trainer: DistillationMixin, batch: Batch) -> Iterator[None]:
     """Give labels that are a probability for each class their cross-entropy, for which no head has a loss."""
     if trainer.compute_loss_func is not None or not trainer.distiller.task.has_probabilities(batch):
         yield
         return
     smoothing = trainer.args.label_smoothing_factor
 
-    def loss_of(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    def loss_of(outputs: Outputs, labels: Tensor, num_items_in_batch: object = None) -> Tensor:
         return cross_entropy_of_probabilities(outputs["logits"], labels, smoothing=smoothing)
 
     trainer.compute_loss_func = loss_of

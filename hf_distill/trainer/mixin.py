@@ -4,40 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import has_length
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import BestRun, EvalLoopOutput, TrainOutput, has_length
 
-from hf_distill._compat import divides_the_loss, forget_preparation, renamed_state
+from hf_distill._compat import TRAINER_MAY_DIVIDE, divides_the_loss, forget_preparation, renamed_state
+from hf_distill._types import Batch, Collator, Data, Example, Keywords, ProcessingClass, State
 from hf_distill._utils import random_state_kept, set_random_state
 from hf_distill.augment.on_policy import OnPolicy
 from hf_distill.blend import LABELS, SETTING_ALIASES, Objectives, Step
 from hf_distill.data.labels import LabelReader
 from hf_distill.distiller import Distiller, check_trainable_head
-from hf_distill.errors import DataError, SettingError, did_you_mean
-from hf_distill.learned import STATE_FILE, Learned, load_state, save_state
+from hf_distill.errors import DataError, did_you_mean
+from hf_distill.finite import CheckAt
+from hf_distill.learned import STATE_FILE, Learned
 from hf_distill.models.packing import PackingCheck
+from hf_distill.signals import Outputs
 from hf_distill.tasks import Task
+from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.tasks.unknown import UnknownTask
+from hf_distill.teachers import Teacher
 from hf_distill.trainer import checks, columns, interruptions, publishing, settings
 from hf_distill.trainer.arguments import DistillationArguments, picklable, setting
 from hf_distill.trainer.callback import RunningTerms, registered_callback, scheduled_values, warn_if_lost
-from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator
+from hf_distill.trainer.collators import ANSWER_MASKS, teacher_inputs_collator, without_augmentation
 from hf_distill.trainer.evaluation import (
     EachOnce,
+    Prediction,
     TeacherMetrics,
     TeacherPredictions,
     check_evaluated,
@@ -47,16 +54,15 @@ from hf_distill.trainer.evaluation import (
 )
 from hf_distill.trainer.head_loss import (
     carries_gradient,
-    head_loss_alone,
     loss_of_probabilities,
     observed_forwards,
-    own_num_items,
 )
 from hf_distill.trainer.search import search_arguments
 from hf_distill.trainer.setup import make_distiller
 
 logger = logging.getLogger(__name__)
-TEACHER_FILE = "distill_teacher.safetensors"
+Count: TypeAlias = Tensor | int | None
+Loss: TypeAlias = Tensor | tuple[Tensor, Outputs]  # with the outputs if they are wanted
 _POSITIONAL = tuple(inspect.signature(Trainer.__init__).parameters)[3:]  # after self, model, args
 _NO_KEYWORDS = {"self", "args", "kwargs", "positional", "keywords"}
 # What people call the keywords; only proposed in messages.
@@ -68,6 +74,8 @@ _KEYWORD_ALIASES = {
 }
 
 if TYPE_CHECKING:
+    from optuna import Trial
+
     _Trainer = Trainer
 else:
     _Trainer = object
@@ -112,12 +120,12 @@ class DistillationMixin(_Trainer):
     _is_plain: bool | None = None  # labels alone, at every moment: `Trainer`'s own training
     _warned_of_loss = False
     _is_base_step = False  # the current optimizer step is the base trainer's own
-    _base_loss_is_scaled: bool | None = None  # what a base trainer has set `loss_is_scaled_for_ga` to
+    _base_loss_is_scaled: bool | None = None  # the base trainer's `loss_is_scaled_for_ga`
     _base_outputs_serve: bool | None = None  # whether they carry the gradient of one forward; None: not known yet
     _last_checkpoint: str | None = None  # that this run has saved, or began with
 
     # Settings and data that are in use.
-    _settings_in_use: Mapping[str, Any] | None = None  # None: the trainer is being made
+    _settings_in_use: State | None = None  # None: the trainer is being made
     _batches_are_made = False  # whether the training's data loader exists, and with it the columns that it keeps
     _on_policy_checked: nn.Module | None = None  # the student that `on_policy` was checked with
     _reads_answer_masks = False
@@ -126,6 +134,7 @@ class DistillationMixin(_Trainer):
     args: Any
     eval_dataset: Any
     compute_loss_func: Any
+    data_collator: Collator
     hub_model_id: Any
     push_in_progress: Any
     _signature_columns: Any
@@ -134,11 +143,11 @@ class DistillationMixin(_Trainer):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
         *positional: Any,
-        teacher_model: Any = None,
-        teacher_processing_class: Any = None,
+        teacher_model: nn.Module | str | os.PathLike[str] | Teacher | None = None,
+        teacher_processing_class: ProcessingClass | Sequence[ProcessingClass | None] | None = None,
         task: Task | str | None = None,
         objectives: Objectives = None,
         on_policy: OnPolicy | None = None,
@@ -155,7 +164,7 @@ class DistillationMixin(_Trainer):
         self._on_policy = on_policy
         self._blend_is_ours = distiller is None
         # Whether the base trainer computes its loss in a way of its own.
-        self._overrides_loss = getattr(super().compute_loss, "__func__", None) is not Trainer.compute_loss
+        self._overrides_loss = _function(super().compute_loss) is not Trainer.compute_loss
         self._columns_given = set(columns.columns_of(given.get("train_dataset")))
         self._terms = RunningTerms()
         self._blend_at_start: dict[str, float] = {}  # of what was changed while the training ran
@@ -163,11 +172,12 @@ class DistillationMixin(_Trainer):
         # transformers' own trainers take model and data as they are, so everything is checked before they make a folder
         # or a repository; what this draws from the random generators is undone by Trainer's own seeding. A base trainer
         # of another make may first load the model, wrap it, or make inputs and labels of the data.
-        checks_first = model is not None and _is_of_transformers(super().__init__)
-        if checks_first:
+        checks_first = False
+        if model is not None and _is_of_transformers(super().__init__):
+            checks_first = True
             self.distiller = make_distiller(self, model, args, given.get("processing_class"), distiller)
             columns.check_datasets(self, model, args, given)
-        folder = "tmp_trainer" if args is None else args.output_dir  # the former is Trainer's own default
+        folder = (args and args.output_dir) or "tmp_trainer"  # Trainer's own default
         fresh_folder = not os.path.exists(folder)
         try:
             super().__init__(model, args, *positional, **keywords)
@@ -183,7 +193,7 @@ class DistillationMixin(_Trainer):
                 os.rmdir(folder)
             raise
 
-    def _finish_init(self, distiller: Distiller | None, given: Mapping[str, Any], *, makes_distiller: bool) -> None:
+    def _finish_init(self, distiller: Distiller | None, given: Keywords, *, makes_distiller: bool) -> None:
         checks.check_one_gpu_a_process(self.args, self.model)
         checks.check_no_sequence_parallelism(self)
         if makes_distiller:
@@ -193,10 +203,12 @@ class DistillationMixin(_Trainer):
             prepared = {name: getattr(self, name) for name in ("train_dataset", "eval_dataset", "data_collator")}
             chosen = prepared if not _is_of_transformers(super().__init__) else {}
             columns.check_datasets(self, self.model, self.args, {**given, **chosen})
+        self._base_loss_is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older versions have none
+        self.loss_is_scaled_for_ga = True
         self._settings_in_use = settings.settings_of(self.args)
         self._given_optimizers = self.optimizer, self.lr_scheduler  # of the user; None: the arguments choose them
         checks.check_on_policy(self)
-        if self.distiller.uses_labels and not self._has_own_loss:
+        if self.distiller.uses_labels and self.compute_loss_func is None and not self._overrides_loss:
             check_trainable_head(unwrapped(self.model))
         self.distiller.to(self.accelerator)
         columns.collate_answer_masks(self, *columns.datasets_of(self))
@@ -207,14 +219,15 @@ class DistillationMixin(_Trainer):
         if self.distiller.teacher is not None:
             self.data_collator = self.distiller.teacher.wrap_collator(self.data_collator)
         columns.warn_of_unread_columns(self)
+        if self.is_world_process_zero():
+            checks.warn_of_adapters(self.model)
 
     # Data loaders: the columns of student and teacher, and labels as the student numbers them.
 
     @property
     def _base_chooses_columns(self) -> bool:
         """Whether the base trainer chooses its columns itself, as TRL's do: then it reads the masks of answers too."""
-        own = getattr(super()._set_signature_columns_if_needed, "__func__", None)
-        return own is not Trainer._set_signature_columns_if_needed
+        return _function(super()._set_signature_columns_if_needed) is not Trainer._set_signature_columns_if_needed
 
     def _set_signature_columns_if_needed(self) -> None:
         is_first = self._signature_columns is None
@@ -227,7 +240,7 @@ class DistillationMixin(_Trainer):
         known = self._signature_columns or []
         self._signature_columns = known + [name for name in added if name not in known]
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
         """As the trainer's own, with the labels read as the student numbers them."""
         with columns.reading_labels(self, self.train_dataset, columns.TRAINED_ON) as reader:
             if reader is not None and self.distiller.uses_labels:
@@ -236,7 +249,7 @@ class DistillationMixin(_Trainer):
         self._batches_are_made = self.is_in_train
         return loader
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset[Example] | None = None) -> DataLoader:
         """As the trainer's own, without augmentation, and with the labels read as the student numbers them."""
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         named = isinstance(data, str)  # one of several
@@ -245,21 +258,17 @@ class DistillationMixin(_Trainer):
             with columns.reading_labels(self, read, columns.EVALUATED_ON):
                 return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Dataset[Example]) -> DataLoader:
         """As `get_eval_dataloader`."""
-        with (
-            self._ready_to_evaluate(test_dataset),
-            columns.reading_labels(self, test_dataset, columns.EVALUATED_ON),
-        ):
+        with self._ready_to_evaluate(test_dataset), columns.reading_labels(self, test_dataset, columns.EVALUATED_ON):
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
-    def _ready_to_evaluate(self, data: Any) -> Iterator[None]:
+    def _ready_to_evaluate(self, data: Data | None) -> Iterator[None]:
         """Follow changed settings, and use the collator without augmentation."""
         settings.follow_settings(self)
         columns.collate_answer_masks(self, data)
-        kept, clean = self.data_collator, getattr(self.data_collator, "for_evaluation", None)
-        self.data_collator = kept if clean is None else clean()
+        kept, self.data_collator = self.data_collator, without_augmentation(self.data_collator)
         try:
             yield
         finally:
@@ -267,7 +276,12 @@ class DistillationMixin(_Trainer):
 
     # A training, and its optimizer steps.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **keywords: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Trial | Keywords | None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As the trainer's own.
 
         With `resume_from_checkpoint=True`, a checkpoint that was not written to the end (a full disk, a killed process)
@@ -281,13 +295,13 @@ class DistillationMixin(_Trainer):
         if self._last_checkpoint is not None:
             interruptions.warn_of_other_settings(self, self._last_checkpoint)
         try:
-            return super().train(checkpoint, *positional, **keywords)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
         except KeyboardInterrupt as interrupt:
             if self.is_world_process_zero():
                 interruptions.add_note(interrupt, interruptions.how_to_go_on(self))
             raise
 
-    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> Any:
+    def _inner_training_loop(self, *positional: Any, **keywords: Any) -> TrainOutput:
         settings.follow_settings(self)
         self._blend_at_start = {}
         self._terms = RunningTerms(filters=self.args.logging_nan_inf_filter)  # nothing of an earlier run
@@ -302,22 +316,29 @@ class DistillationMixin(_Trainer):
         finally:
             self._batches_are_made = False
 
-    @property
-    def _progress(self) -> float:
-        """How much of the training is done, 0 → 1."""
-        return self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Count]:
         """The micro-batches of the next optimizer step, whose rows are counted before any forward."""
         settings.follow_settings(self)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._on_policy is not None and batches:
             checks.check_on_policy(self)
-            state, process = self.state, self.accelerator.process_index
-            moment = {"step": state.global_step, "process": process, "progress": self._progress}
-            batches = [self._on_policy(b, self.model, micro_batch=i, **moment) for i, b in enumerate(batches)]
+            batches = [
+                self._on_policy(
+                    batch,
+                    self.model,
+                    step=self.state.global_step,
+                    micro_batch=micro_batch,
+                    process=self.accelerator.process_index,
+                    progress=self.state.global_step / self.state.max_steps,
+                )
+                for micro_batch, batch in enumerate(batches)
+            ]
             num_items = self._get_num_items_in_batch(batches, device)
         self._is_base_step = self.distiller.blending.labels_alone and bool(batches) and self._belongs_to_base(batches)
+        # The terms are divided by the rows of the whole optimizer step.
+        self.loss_is_scaled_for_ga = self._base_loss_is_scaled if self._is_base_step else True
         if self._is_base_step:
             self._step, self._micro_batches_left = None, 0
             return batches, num_items
@@ -335,38 +356,39 @@ class DistillationMixin(_Trainer):
             self._micro_batches_left = len(batches)
         return batches, num_items
 
-    def _belongs_to_base(self, batches: list[Any]) -> bool:
+    def _belongs_to_base(self, batches: list[Batch]) -> bool:
         """Whether the loss of these micro-batches is left to the base trainer, where nothing is compared throughout.
 
         It is if the task finds no labels that it could count: the class is not known, or its loss needs no labels.
         """
         return not all(map(self.distiller.finds_labels, batches))
 
-    def _begin_step(self, batches: list[Any], *, check_at: Any = "loss") -> Step:
+    def _begin_step(self, batches: list[Batch], *, check_at: CheckAt = "loss") -> Step:
         if self._is_plain is None:
             self._is_plain = not self.distiller.blending.ever_active()
+        state = self.state
         return self.distiller.begin_step(
             batches,
             self.accelerator,
-            progress=self._progress,
+            progress=state.global_step / state.max_steps if state.max_steps > 0 else 0.0,
             same_batch=self.get_tp_size(),
             finite_check="off" if self._is_plain else check_at,
         )
 
-    def training_step(self, *positional: Any, **keywords: Any) -> Any:
+    def training_step(self, model: nn.Module, inputs: Keywords, num_items_in_batch: Count = None) -> Tensor:
         """As `Trainer`'s; after the last micro-batch, what the objectives learn has its gradients averaged."""
         self._in_training_step = True  # a model may keep its evaluation mode in training, so its mode does not tell
         try:
-            loss = super().training_step(*positional, **keywords)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._in_training_step = False
-        if self._micro_batches_left == 0:
+        if self._micro_batches_left == 0 and self.accelerator.num_processes > 1:
             self.distiller.reduce_gradients(self.model_wrapped, self.accelerator)
         return loss
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Count = None
+    ) -> Loss:
         """In training, the blend; in evaluation, the plain task loss, as `Trainer`'s.
 
         Called outside of the training loop it takes the batch for a whole optimizer step.
@@ -397,13 +419,13 @@ class DistillationMixin(_Trainer):
                 begins_step=self._micro_batches_left == step.micro_batches,
             )
             self._micro_batches_left -= 1
-            if divides_the_loss(self, num_items_in_batch):
+            if TRAINER_MAY_DIVIDE and divides_the_loss(self, num_items_in_batch):
                 loss = loss * self.current_gradient_accumulation_steps
         return (loss, found.outputs) if return_outputs else loss
 
     def _head_loss(
-        self, batch: Any, step: Step, num_items: Any, model: nn.Module, inputs: Any, wants_outputs: bool
-    ) -> tuple[Tensor, Any]:
+        self, batch: Batch, step: Step, num_items: Count, model: nn.Module, inputs: Keywords, wants_outputs: bool
+    ) -> tuple[Tensor, Outputs | None]:
         """Return the base trainer's loss over this micro-batch, as its own mean, and the outputs of the same forward.
 
         TRL's `SFTTrainer` returns the outputs of a second forward, made without gradient: a divergence of them would
@@ -411,17 +433,29 @@ class DistillationMixin(_Trainer):
         student once, with gradient. If it does not, the outputs are None, and the distiller makes a forward of its own
         for what is compared.
         """
-        is_trainer = step.is_whole and step.weights[LABELS] == 1
-        # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts a label too many an example.
-        shifts = self._loss_shifts_labels or self.distiller.task.shifts_labels
-        own = num_items if is_trainer else own_num_items(batch, num_items, shifts=shifts)
-        if not self._overrides_loss:
-            found: tuple[Tensor, Any] = self._labels_loss(model, batch, inputs, own, return_outputs=True)
-            return found
-        if not wants_outputs or self._base_outputs_serve is False:
-            return self._labels_loss(model, batch, inputs, own, return_outputs=False), None
-        with observed_forwards(model) as (with_gradient, states):
-            loss, outputs = self._labels_loss(model, batch, inputs, own, return_outputs=True)
+        task, is_trainer = self.distiller.task, step.is_whole and step.weights[LABELS] == 1
+        if num_items is not None and not is_trainer:
+            # Trainer takes some causal heads (GPT-2's) for ones that do not shift, and counts one label too many.
+            labels = batch.get("shift_labels")
+            if labels is None:
+                shifts = self._loss_shifts_labels or task.shifts_labels
+                labels = batch["labels"][..., 1:] if shifts else batch["labels"]
+            num_items = labels.ne(IGNORED).sum().clamp(min=1)
+        observes = self._overrides_loss and wants_outputs and self._base_outputs_serve is not False
+        with contextlib.ExitStack() as stack:
+            # Trainer multiplies by the number of processes, which not every head accounts for.
+            stack.callback(setattr, self.args, "average_tokens_across_devices", self.args.average_tokens_across_devices)
+            self.args.average_tokens_across_devices = False
+            if task.has_probabilities(batch):
+                stack.enter_context(loss_of_probabilities(self, batch))
+            with_gradient, states = stack.enter_context(observed_forwards(model)) if observes else ([], [])
+            wants_outputs = observes or not self._overrides_loss
+            found: Any = super().compute_loss(model, inputs, return_outputs=wants_outputs, num_items_in_batch=num_items)
+        if not wants_outputs:
+            return found, None
+        loss, outputs = found
+        if not observes:
+            return loss, outputs
         if self._base_outputs_serve is None:
             self._base_outputs_serve = with_gradient == [True] and carries_gradient(outputs)
         if self._base_outputs_serve:
@@ -430,11 +464,7 @@ class DistillationMixin(_Trainer):
             set_random_state(states[-1])
         return loss, None
 
-    def _labels_loss(self, model: Any, batch: Any, inputs: Any, num_items: Any, *, return_outputs: bool) -> Any:
-        with head_loss_alone(self, batch):
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
-
-    def _base_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+    def _base_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Count) -> Loss:
         """The base trainer's own loss; if labels are missing that the task would count, its error is explained."""
         try:
             return super().compute_loss(model, self.distiller.student_inputs(inputs), return_outputs, num_items)
@@ -445,32 +475,14 @@ class DistillationMixin(_Trainer):
                 raise missing from error
             raise
 
-    @property
-    def _has_own_loss(self) -> bool:
-        """Whether the labels' term is the user's own function, and not the loss of the student's head."""
-        return self.compute_loss_func is not None or self._overrides_loss
-
-    def _users_code_reads_labels(self, compute_loss_func: Any) -> bool:
+    def _users_code_reads_labels(self, compute_loss_func: Callable[..., Tensor] | None) -> bool:
         """Whether the user's own code reads the labels: `compute_loss_func`, or an override of `compute_loss`."""
         overridden = self._overrides_loss or type(self).compute_loss is not DistillationMixin.compute_loss
         return compute_loss_func is not None or overridden
 
-    @property
-    def loss_is_scaled_for_ga(self) -> bool | None:
-        """True: the terms are divided by the rows of the whole optimizer step. In a base step, the base trainer's."""
-        if not self._is_base_step:
-            return True
-        if self._base_loss_is_scaled is not None:
-            return self._base_loss_is_scaled
-        return getattr(super(), "loss_is_scaled_for_ga", None)
-
-    @loss_is_scaled_for_ga.setter
-    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
-        self._base_loss_is_scaled = value
-
     # The optimizer holds the student and what the objectives learn.
 
-    def create_optimizer(self, *positional: Any, **keywords: Any) -> Any:
+    def create_optimizer(self, *positional: Any, **keywords: Any) -> Optimizer:
         """As `Trainer`'s, with a group for what the objectives learn."""
         optimizer = super().create_optimizer(*positional, **keywords)
         self.distiller.learned.add_to(
@@ -481,24 +493,24 @@ class DistillationMixin(_Trainer):
         )
         return optimizer
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         return super()._clip_grad_norm(self._with_learned(model))
 
-    def _get_grad_norm(self, model: Any, *positional: Any, **keywords: Any) -> Any:
+    def _get_grad_norm(self, model: nn.Module, *positional: Any, **keywords: Any) -> float | None:
         """As `Trainer`'s, before the optimizer's step: a gradient or a loss that is not finite is an error here."""
         norm = super()._get_grad_norm(self._with_learned(model), *positional, **keywords)
         if self._step is not None:
             self._step.finite_check.look_at_gradient(norm)
         return norm
 
-    def _with_learned(self, model: Any) -> Any:
+    def _with_learned(self, model: nn.Module) -> nn.Module | _WithLearned:
         return _WithLearned(model, self.distiller.learned) if self.distiller.learned else model
 
     # Evaluation.
 
-    def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items: Any) -> Any:
+    def _evaluation_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items: Count) -> Loss:
         inputs = self.distiller.student_inputs(inputs)
-        if isinstance(self.distiller.task, UnknownTask):
+        if not self.distiller.task.is_known:
             return super().compute_loss(model, inputs, return_outputs, num_items)
         wants_outputs = return_outputs or self._teacher_metrics is not None
         if self.accelerator.num_processes > 1:  # else Trainer multiplies the loss by the processes, for most heads
@@ -510,16 +522,24 @@ class DistillationMixin(_Trainer):
         loss, self._evaluated_outputs = found
         return found if return_outputs else loss
 
-    def prediction_step(self, model: Any, inputs: Any, *rest: Any, **keywords: Any) -> Any:
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Keywords,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **keywords: Any,
+    ) -> Prediction:
         """As the trainer's own, on the student's columns; `evaluate_with_teacher` also runs the teacher."""
         self._evaluated_outputs = None
         each_once = self.gather_function if isinstance(self.gather_function, EachOnce) else None
         if each_once is not None:
             each_once.begin(inputs)
         compares = self._teacher_metrics is not None and self.distiller.task.can_compare(inputs)
-        if not isinstance(self.distiller.task, UnknownTask):
+        if self.distiller.task.is_known:
             check_evaluated(self, inputs, compares=compares)
-        found = super().prediction_step(model, self.distiller.student_inputs(inputs), *rest, **keywords)
+        own_inputs = self.distiller.student_inputs(inputs)
+        found = super().prediction_step(model, own_inputs, prediction_loss_only, ignore_keys, **keywords)
         if compares:
             compare_with_teacher(self, model, inputs, found)
         if found[0] is not None:
@@ -529,7 +549,7 @@ class DistillationMixin(_Trainer):
             each_once.loss_is_next()
         return found
 
-    def _warn_of_infinite_loss(self, inputs: Any) -> None:
+    def _warn_of_infinite_loss(self, inputs: Batch) -> None:
         batch = self.distiller.with_task_labels(inputs)
         fault = self.distiller.task.label_fault(batch) if self.distiller.finds_labels(batch) else None
         if fault is not None and "infinite loss" not in self._warnings_given:
@@ -539,21 +559,25 @@ class DistillationMixin(_Trainer):
                 "eval_loss (logging_nan_inf_filter), or reports an infinite one."
             )
 
-    def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As the trainer's own, each example once; `evaluate_with_teacher` adds metrics of the teacher.
 
         These are `teacher_agreement`, `divergence`, and a `teacher_<metric>` beside each metric of `compute_metrics`.
         """
-        bound = inspect.signature(Trainer.evaluation_loop).bind(self, *positional, **keywords)
-        bound.apply_defaults()
-        given = bound.arguments
-        with each_example_once(self, given["dataloader"]):
+        prefix, given = metric_key_prefix, (description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with each_example_once(self, dataloader):
             if not setting(self.args, "evaluate_with_teacher"):
-                return super().evaluation_loop(*positional, **keywords)
-            prefix, loss_only = given["metric_key_prefix"], given["prediction_loss_only"]
-            loss_only = self.args.prediction_loss_only if loss_only is None else loss_only
+                return super().evaluation_loop(dataloader, *given)
+            loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
             with teacher_evaluated(self, prefix, loss_only) as found:
-                output = super().evaluation_loop(*positional, **keywords)
+                output = super().evaluation_loop(dataloader, *given)
         measured = found.read(on_values=self.distiller.task.on_values)
         if not measured and output.num_samples:
             self._warn_once(
@@ -575,7 +599,7 @@ class DistillationMixin(_Trainer):
 
     # Checkpoints.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Trial | Keywords | None) -> None:
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # the state of an earlier run would make half a checkpoint look whole
             (folder / interruptions.STATE).unlink(missing_ok=True)
@@ -597,28 +621,14 @@ class DistillationMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        self.distiller.learned.save(output_dir)
-        state = self._teacher_state()
-        if state:
-            save_state(state, output_dir, TEACHER_FILE)
-        in_use = json.dumps(interruptions.run_settings(self), indent=2)
-        Path(output_dir, interruptions.SETTINGS).write_text(in_use, encoding="utf-8")
+        if self.args.should_save:
+            interruptions.save_distillation(self, output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_student(resume_from_checkpoint, model)
-        self.distiller.learned.load(resume_from_checkpoint)
-        if self.distiller.teacher is not None and self._teacher_state():
-            state = load_state(resume_from_checkpoint, TEACHER_FILE, what="the moving teacher")
-            self.distiller.teacher.load_state_dict(state)
-        elif os.path.isfile(os.path.join(resume_from_checkpoint, TEACHER_FILE)):
-            raise SettingError(
-                f"{resume_from_checkpoint} was saved with a teacher that training changes (it has {TEACHER_FILE}), and "
-                "this run's stays. Pass the same kind of teacher, or start anew from the saved student."
-            )
+        interruptions.load_distillation(self, resume_from_checkpoint)
 
-    def _load_student(self, checkpoint: str, model: Any = None) -> None:
+    def _load_student(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the student's weights alone, also if the checkpoint's names are not those of its state."""
         super()._load_from_checkpoint(checkpoint, model)
         _load_renamed(self.model if model is None else model, checkpoint)
@@ -632,13 +642,9 @@ class DistillationMixin(_Trainer):
         if os.path.isfile(os.path.join(best, STATE_FILE)):
             self.distiller.learned.load(best)
 
-    def _teacher_state(self) -> dict[str, Tensor]:
-        """The state of a teacher that training changes (an average of students); empty for one that stays."""
-        return {} if self.distiller.teacher is None else self.distiller.teacher.state_dict()
-
     # Hyperparameter search: a new student, new settings.
 
-    def call_model_init(self, trial: Any = None) -> Any:
+    def call_model_init(self, trial: Trial | Keywords | None = None) -> nn.Module:
         """As `Trainer`'s; the distiller is bound to the new student."""
         model = super().call_model_init(trial)
         if hasattr(self, "distiller"):
@@ -646,11 +652,11 @@ class DistillationMixin(_Trainer):
             self.distiller.learned.to(self.accelerator)
         return model
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: Trial | Keywords | None) -> None:
         super()._hp_search_setup(trial)
         settings.follow_settings(self)
 
-    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> Any:
+    def hyperparameter_search(self, *positional: Any, **keywords: Any) -> BestRun | list[BestRun]:
         """As `Trainer`'s. Without `hp_space` a distillation searches alpha, the temperature and the learning rate.
 
         Without `compute_objective`, the figures of `evaluate_with_teacher` are not added to the user's metrics.
@@ -671,24 +677,9 @@ class DistillationMixin(_Trainer):
             warn_if_lost(self, logs)
         super().log(logs, start_time)
 
-    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
-        """Write README.md into the output folder: teacher, student, temperature, alpha, objectives, measured metrics.
-
-        The arguments are `Trainer.create_model_card`'s. `tasks` is not read, as the student's head determines it;
-        `dataset_tags` and `dataset` both name datasets, and a name in the Hub's spelling is linked.
-        """
-        publishing.write_card(self, *positional, **keywords)
-
-    def push_to_hub(self, *positional: Any, **keywords: Any) -> Any:
-        """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
-
-        The arguments are `Trainer.push_to_hub`'s. Not uploaded, though `Trainer` does: training arguments (they hold
-        local paths), logs, and whatever else lies in the output folder.
-        """
-        return publishing.push(self, *positional, **keywords)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        publishing.push_from_checkpoint(self, checkpoint_folder)
+    create_model_card = publishing.write_card
+    push_to_hub = publishing.push  # type: ignore[assignment]  # Trainer too may return None, or a future
+    _push_from_checkpoint = publishing.push_from_checkpoint
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(unwrapped(self.model)).__name__}, {self.distiller!r})"
@@ -697,7 +688,7 @@ class DistillationMixin(_Trainer):
 class _WithLearned:
     """The parameters of the student and of what the objectives learn, for a norm over both."""
 
-    def __init__(self, model: Any, learned: Learned) -> None:
+    def __init__(self, model: nn.Module, learned: Learned) -> None:
         self._model, self._learned = model, learned
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -707,7 +698,7 @@ class _WithLearned:
         return getattr(self._model, name)
 
 
-def _load_renamed(model: Any, checkpoint: str) -> None:
+def _load_renamed(model: nn.Module, checkpoint: str) -> None:
     with random_state_kept():
         state = renamed_state(model, checkpoint)
     if state is not None:
@@ -747,9 +738,14 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with a teacher: `predict_with_generate` and all. See `DistillationTrainer`."""
 
 
-def _is_of_transformers(init: Any) -> bool:
-    """Whether the next constructor is that of `Trainer` or `Seq2SeqTrainer` itself."""
-    return getattr(init, "__func__", None) in (Trainer.__init__, Seq2SeqTrainer.__init__)
+def _is_of_transformers(init: Callable[..., None]) -> bool:
+    """Return whether the next constructor is that of `Trainer` or `Seq2SeqTrainer` itself."""
+    return _function(init) in (Trainer.__init__, Seq2SeqTrainer.__init__)
+
+
+def _function(method: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the function of a bound method."""
+    return getattr(method, "__func__", None)
 
 
 def _known_keywords(trainer_class: type) -> set[str]:
@@ -777,7 +773,7 @@ def _keyword_hint(error: TypeError, given: Iterable[str], trainer_class: type) -
     if meant in DistillationArguments.__dataclass_fields__:
         return (
             f" {meant} is a setting: pass args=DistillationArguments(..., {meant}=...). A base trainer with its own "
-            "arguments needs a class of both: class Args(DistillationArgumentsMixin, ItsArguments)."
+            "arguments needs a class of both: class Args(DistillationSettings, ItsArguments)."
         )
     if name not in given:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -139,7 +139,14 @@ def write_card(
 
 
 def _card_data(
-    trainer: DistillationMixin, *, name: str, language: Any, license: Any, tags: Any, base: Any, datasets: Any
+    trainer: DistillationMixin,
+    *,
+    name: str,
+    language: tuple[str, ...],
+    license: str | None,
+    tags: tuple[str, ...],
+    base: str | None,
+    datasets: tuple[str, ...],
 ) -> CardData:
     student = trainer.accelerator.unwrap_model(trainer.model)
     origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
@@ -255,7 +262,7 @@ def push(
     revision: str | None = None,
     private: bool | None = None,
     **kwargs: Any,
-) -> Any:
+) -> CommitInfo | Future[CommitInfo] | None:
     """Upload the student, its processor and the card to `args.hub_model_id`, and nothing else.
 
     The arguments are `Trainer.push_to_hub`'s. Unlike `Trainer`, this does not upload training arguments (they
@@ -329,9 +336,15 @@ def _upload_checkpoint(folder: Path, name: str, **options: Any) -> CommitInfo:
 
 
 def _upload(
-    trainer: DistillationMixin, files: list[str], message: str | None, *, blocking: bool, token: Any, revision: Any
-) -> Any:
-    upload: Callable[..., Any] = HfApi().upload_folder
+    trainer: DistillationMixin,
+    files: list[str],
+    message: str | None,
+    *,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+) -> CommitInfo | Future[CommitInfo]:
+    upload: Any = HfApi().upload_folder  # its hints tell the two kinds of upload apart by literals
     return upload(
         repo_id=trainer.hub_model_id,
         folder_path=trainer.args.output_dir,

@@ -9,20 +9,25 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.hyperparameter_search import default_hp_search_backend
 from transformers.trainer_utils import HPSearchBackend, default_compute_objective
 
+from hf_distill._types import Keywords
 from hf_distill.blend import SETTING_ALIASES
 from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.signals import Needs
 from hf_distill.trainer.arguments import DistillationArguments
+from hf_distill.trainer.columns import evaluated_by_name
 
 if TYPE_CHECKING:
+    from optuna import Trial
+
     from hf_distill.trainer.mixin import DistillationMixin
 
+Space: TypeAlias = Callable[[Any], Keywords]  # of a trial of the backend
 _SOME_TEMPERATURE = 1.2345  # a value that no cache is likely to be tied to
 
 
@@ -52,14 +57,12 @@ def search_arguments(trainer: DistillationMixin, *positional: Any, **keywords: A
 
 def _default_objective(trainer: DistillationMixin, metrics: dict[str, float]) -> float:
     """Return transformers' default objective, leaving out the metrics of the teacher."""
-    prefixes = ["eval"]
-    if isinstance(trainer.eval_dataset, dict):
-        prefixes += [f"eval_{name}" for name in trainer.eval_dataset]
+    prefixes = ["eval", *(f"eval_{name}" for name in evaluated_by_name(trainer.eval_dataset))]
     of_teacher = tuple(f"{prefix}_{name}" for prefix in prefixes for name in ("divergence", "teacher_"))
     return float(default_compute_objective({k: v for k, v in metrics.items() if not k.startswith(of_teacher)}))
 
 
-def _default_space(trainer: DistillationMixin, backend: Any) -> Callable[[Any], dict[str, Any]] | None:
+def _default_space(trainer: DistillationMixin, backend: str | HPSearchBackend | None) -> Space | None:
     """Return the default space, or None for transformers' own if no setting of the distillation can be searched."""
     ranges = {name: one for name, one in _ranges(trainer).items() if hasattr(trainer.args, name)}
     if not ranges:
@@ -91,10 +94,10 @@ def _ranges(trainer: DistillationMixin) -> dict[str, _Range]:
     return found
 
 
-def _checked(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:
+def _checked(space: Space, args: TrainingArguments) -> Space:
     """Return the same space with a check of its names when it is first drawn from, before anything is trained."""
 
-    def checked(trial: Any) -> Any:
+    def checked(trial: Trial | Keywords) -> Keywords:
         found = space(trial)
         values = found.get("parameters", found) if isinstance(found, Mapping) else ()  # a sweep of W&B has more
         for name in values:
@@ -110,14 +113,14 @@ def _checked(space: Callable[[Any], Any], args: Any) -> Callable[[Any], Any]:
     return checked
 
 
-def _for_optuna(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
+def _for_optuna(ranges: Mapping[str, _Range]) -> Space:
     return lambda trial: {
         name: trial.suggest_float(name, one.low, one.high, log=one.logarithmic) for name, one in ranges.items()
     }
 
 
-def _for_ray(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
-    def space(trial: Any) -> dict[str, Any]:
+def _for_ray(ranges: Mapping[str, _Range]) -> Space:
+    def space(trial: Trial | Keywords) -> Keywords:
         tune = importlib.import_module("ray.tune")  # Trainer has checked that it is installed
         drawn = {True: tune.loguniform, False: tune.uniform}
         return {name: drawn[one.logarithmic](one.low, one.high) for name, one in ranges.items()}
@@ -125,7 +128,7 @@ def _for_ray(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
     return space
 
 
-def _for_wandb(ranges: Mapping[str, _Range]) -> Callable[[Any], dict[str, Any]]:
+def _for_wandb(ranges: Mapping[str, _Range]) -> Space:
     drawn = {True: "log_uniform_values", False: "uniform"}
     return lambda trial: {
         "method": "random",

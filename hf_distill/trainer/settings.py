@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from transformers import TrainingArguments
+
+from hf_distill._types import State
 from hf_distill._utils import random_state_kept
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.errors import SettingError
-from hf_distill.tasks.unknown import UnknownTask
 from hf_distill.trainer.arguments import blend_of, setting
 from hf_distill.trainer.columns import collate_answer_masks, columns_of, datasets_of, has_teacher_columns
 from hf_distill.trainer.setup import make_distiller
@@ -40,12 +42,12 @@ FROM_CHECKPOINT = (
 )
 
 
-def deciding_arguments(args: Any) -> dict[str, Any]:
+def deciding_arguments(args: TrainingArguments) -> State:
     """Return the values of the arguments named in `DECIDING`."""
     return {name: plain(getattr(args, name)) for name in DECIDING if hasattr(args, name)}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return the value as it reads back from JSON."""
     return json.loads(json.dumps(value, default=str))
 
@@ -55,7 +57,7 @@ def without_address(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def differences(before: State, now: State) -> Iterator[str]:
     """Return `name was a, is b` for each setting that differs; a missing one counts as None."""
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)
@@ -77,10 +79,13 @@ def follow_settings(trainer: DistillationMixin) -> None:
         SettingError: if a value is not allowed, or a change cannot be applied; the distiller is then unchanged.
         TeacherError: if a teacher is needed from now on and cannot teach this student.
     """
-    now, before = settings_of(trainer.args), trainer._settings_in_use
-    if before is None or now == before:
+    args, before = trainer.args, trainer._settings_in_use
+    if before is None:
         return
-    changed = [name for name in _NAMES if now[name] != before[name]]
+    changed = [name for name, default in _DEFAULTS.items() if getattr(args, name, default) != before[name]]
+    if not changed:
+        return
+    now = settings_of(args)
     _check_changed(trainer, changed, now, before)
     if trainer._blend_is_ours:
         _follow_blend(trainer)
@@ -90,9 +95,7 @@ def follow_settings(trainer: DistillationMixin) -> None:
     trainer._on_policy_checked = None  # the check depends on alpha
 
 
-def _check_changed(
-    trainer: DistillationMixin, changed: list[str], now: dict[str, Any], before: Mapping[str, Any]
-) -> None:
+def _check_changed(trainer: DistillationMixin, changed: list[str], now: State, before: State) -> None:
     for name in changed:
         what = f"args.{name} was {before[name]!r} and is now {now[name]!r}"
         if name in _READ_ONCE:
@@ -111,8 +114,7 @@ def _follow_blend(trainer: DistillationMixin) -> None:
     needs_task = evaluates or not compares_nothing(blend["alpha"], trainer._objectives_setting)
     blending = trainer.distiller.blending
     scheduled = blending.scheduled_values()
-    is_unknown = isinstance(trainer.distiller.task, UnknownTask)
-    if (asks_teacher and trainer.distiller.teacher is None) or (needs_task and is_unknown):
+    if (asks_teacher and trainer.distiller.teacher is None) or (needs_task and not trainer.distiller.task.is_known):
         _remake_distiller(trainer)
     else:
         trainer.distiller.set_blend(**blend)
@@ -164,7 +166,7 @@ def _check_dropped_columns(trainer: DistillationMixin, teacher: Teacher | None) 
         )
 
 
-def settings_of(args: Any) -> dict[str, Any]:
+def settings_of(args: TrainingArguments) -> State:
     """Return the current settings of a trainer's distillation."""
     found = {name: getattr(args, name, default) for name, default in _DEFAULTS.items()}
     return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in found.items()}

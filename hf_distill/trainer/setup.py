@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainingArguments
 
+from hf_distill._types import ProcessingClass
 from hf_distill.blend import compares_nothing, uses_teacher
 from hf_distill.distiller import Distiller
 from hf_distill.errors import SettingError
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def make_distiller(
-    trainer: DistillationMixin, student: nn.Module, args: Any, processing_class: Any, given: Distiller | None = None
+    trainer: DistillationMixin,
+    student: nn.Module,
+    args: TrainingArguments | None,
+    processing_class: ProcessingClass | None,
+    given: Distiller | None = None,
 ) -> Distiller:
     """Return the distiller of a trainer.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_configs_that_name_something_else(config: dict[str, Any], message: str) 
     model = peft.get_peft_model(bert(num_hidden_layers=2), peft.LoraConfig(**settings))
     with pytest.raises(SettingError, match=message):
         check_adapters(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, None),
+        ({"modules_to_save": ["classifier", "klassifier"]}, "modules_to_save names klassifier, which"),
+        ({"modules_to_save": None}, r"the head \(classifier\) is frozen"),  # it may be trained already
+    ],
+)
+def test_the_trainer_warns_of_them_and_trains(tmp_path, caplog, config: dict[str, Any], message: str | None) -> None:
+    settings = {"target_modules": ["query"], "modules_to_save": ["classifier"], **config}
+    model = peft.get_peft_model(bert(num_hidden_layers=2), peft.LoraConfig(**settings))
+    trainer = make(tmp_path, model, teacher(), train_dataset=examples(4), data_collator=padded, max_steps=1)
+    found = [record.message for record in caplog.records if "check_adapters" in record.message]
+    assert len(found) == (message is not None) and all(re.search(message or "", text) for text in found)
+    assert trainer.train().global_step == 1
 
 
 def test_a_task_type_of_text_on_a_speech_model() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_distill import BaseModelTeacher, DataError, DistillationMixin, HiddenMatch, SettingError, TeacherError
-from hf_distill.trainer.arguments import DistillationArgumentsMixin
+from hf_distill.trainer.arguments import DistillationSettings
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.steps import dropout_of
@@ -37,7 +37,7 @@ class OwnArguments(TrainingArguments):
 
 
 @dataclass
-class Arguments(DistillationArgumentsMixin, OwnArguments):
+class Arguments(DistillationSettings, OwnArguments):
     """Both kinds of settings."""
 
 
@@ -281,7 +281,7 @@ def test_an_incompatible_teacher_leaves_nothing_behind(tmp_path) -> None:
 def test_unknown_keywords_give_a_suggestion(tmp_path) -> None:
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'techer_model'\. Did you mean 'teacher_model'\?"):
         mine(tmp_path, techer_model=HEAD.make(2))
-    with pytest.raises(TypeError, match=r"'temperature'.*is a setting: pass args=.*DistillationArgumentsMixin"):
+    with pytest.raises(TypeError, match=r"'temperature'.*is a setting: pass args=.*DistillationSettings"):
         Mine(model=student(), args=args(tmp_path), train_dataset=texts(), temperature=2.0)
 
 

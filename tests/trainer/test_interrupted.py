@@ -98,7 +98,7 @@ def test_an_interrupted_resumed_run_suggests_its_own_start(tmp_path, log) -> Non
 
 def test_model_only_checkpoints_cannot_be_resumed(tmp_path, log) -> None:
     interrupted(made(tmp_path, Interrupt(3), save_only_model=True))
-    assert messages_with(log, "goes on from")[0].endswith("The optimizer starts anew: save_only_model=True.")
+    assert messages_with(log, "goes on from")[0].endswith("The optimizer starts from nothing: save_only_model=True.")
 
 
 # A full disk.

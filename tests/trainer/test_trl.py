@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_distill import DistillationMixin
-from hf_distill.trainer.arguments import DistillationArgumentsMixin
+from hf_distill.trainer.arguments import DistillationSettings
 from tests.heads import HEADS
 from tests.tiny_tokenizers import tokenizer
 from tests.trainer.tiny import QUIET, softened_kl, weights
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 @dataclass
-class Arguments(DistillationArgumentsMixin, trl.SFTConfig):  # type: ignore[misc, name-defined]  # a class of TRL's
+class Arguments(DistillationSettings, trl.SFTConfig):  # type: ignore[misc, name-defined]  # a class of TRL's
     """The example in docs/trainer.md."""
 
 
