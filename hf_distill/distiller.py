@@ -139,8 +139,8 @@ class Distiller(_ChecksKeywords):
         self.set_blend(temperature=temperature, alpha=alpha, divergence=divergence, divergence_kwargs=divergence_kwargs)
         own_task = make_task(student, task)
         self.teacher: Teacher | None = None if teacher_model is None else as_teacher(teacher_model, str(own_task))
-        self.label_agreement = LabelAgreement(self.teacher)
         self.bind(student)
+        self.label_agreement = LabelAgreement(self.teacher)
         _warn_if_smaller(self.teacher, student)
 
     # Setting up.

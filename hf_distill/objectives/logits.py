@@ -280,7 +280,7 @@ def check_same_rows(student: Tensor, teacher: Tensor, task: Task, batch: Batch, 
     raise TeacherError(
         f"the batch makes {rows} rows of {task}, but the student gives {list(student.shape)} and the teacher "
         f"{list(teacher.shape)} [rows, columns]. They must predict at the same positions: the same frame rate (CTC), "
-        "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and as many columns."
+        "teacher_ columns as long as the student's, no virtual tokens of prompt tuning; and have equally many columns."
     )
 
 

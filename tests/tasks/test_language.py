@@ -222,4 +222,4 @@ def test_an_incompatible_teacher_head_suggests_completions_if_it_can_generate(
 ) -> None:
     with pytest.raises(TeacherError, match="Fine-tune a teacher with the student's kind of head") as raised:
         Distiller(HEADS[student].make(1), HEADS[teacher].make(2))
-    assert ("or train on texts that this one writes: hf_distill.generate_completions" in str(raised.value)) is by_texts
+    assert ("or train on this teacher's own texts: hf_distill.generate_completions" in str(raised.value)) is by_texts

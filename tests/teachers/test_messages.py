@@ -268,7 +268,9 @@ def test_the_error_for_embeddings_of_different_widths_lists_solutions() -> None:
 
 
 def test_a_distance_of_hidden_states_is_not_a_divergence() -> None:
-    with pytest.raises(SettingError, match=r"divergence='cosine': no such .*HiddenMatch\('last', distance='cos"):
+    with pytest.raises(
+        SettingError, match=r"divergence='cosine' is a distance of hidden states.*HiddenMatch\('last', distance='cos"
+    ):
         Distiller(bert(), bert(1), alpha=1.0, divergence="cosine")
 
 
