@@ -16,7 +16,7 @@ from hf_distill.augment import Augmentation, AugmentingCollator, Noise, OnPolicy
 from hf_distill.functional import PROPERTIES
 from hf_distill.functional.features import DISTANCE_PROPERTIES
 from hf_distill.functional.similarity import SIMILARITY_PROPERTIES
-from hf_distill.hub.papers import BIBTEX
+from hf_distill.hub.card import BIBTEX
 from hf_distill.objectives import OBJECTIVES, Objective
 from hf_distill.presets import PRESETS
 from hf_distill.runs import Chain, Link

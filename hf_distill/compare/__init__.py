@@ -5,8 +5,7 @@ from hf_distill.compare.machine import Machine, parameter_count, size_mb, this_m
 from hf_distill.compare.plot import plot_accuracy_against_latency
 from hf_distill.compare.quality import Spread, predicted_labels, share_equal, spread_of
 from hf_distill.compare.report import ModelResult, Report
-from hf_distill.compare.report_folder import read_report, write_report
-from hf_distill.compare.table import markdown_table, terminal_table
+from hf_distill.compare.table import markdown_table, read_report, terminal_table, write_report
 
 __all__ = [
     "Latency",

@@ -1,17 +1,22 @@
-"""Tables for the terminal and for Markdown, and a report as such."""
+"""Tables for the terminal and for Markdown, and the files of a report: report.json and report.md."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 
+from hf_distill._utils import write_text_whole
 from hf_distill.compare.report import ModelResult, Report
+from hf_distill.errors import DataError
 
 UNKNOWN = "-"
+JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 # Headings that are wider than their column.
 _NARROW = {"parameters": "params", "p50 ms": "p50\nms", "p95 ms": "p95\nms", "speed-up": "speed"}
 
@@ -133,3 +138,21 @@ def _two_columns(heading: str, values: Mapping[str, object]) -> str:
         for name, value in values.items()
     ]
     return markdown_rows([heading, "value"], rows, left=(heading, "value"))
+
+
+def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
+    """Write report.json and report.md into `folder`, each whole or not at all."""
+    write_text_whole(Path(folder, JSON_NAME), report.to_json())
+    write_text_whole(Path(folder, MARKDOWN_NAME), report_markdown(report))
+
+
+def read_report(folder: str | os.PathLike[str]) -> Report:
+    """Return the report in `folder`.
+
+    Raises:
+        DataError: if there is none, or the file is not a report.
+    """
+    path = Path(folder, JSON_NAME)
+    if not path.is_file():
+        raise DataError(f"no {JSON_NAME} in {folder}. Give the folder that a comparison wrote.")
+    return Report.from_json(path.read_text(encoding="utf-8"))

@@ -16,13 +16,15 @@ from hf_distill._utils import write_text_whole
 from hf_distill.functional import PROPERTIES
 from hf_distill.hub import sections
 from hf_distill.hub.facts import HIDDEN_PATH, CardData, DatasetFacts, without_paths
-from hf_distill.hub.papers import BIBTEX, DISTILLATION
 from hf_distill.hub.usage import TEMPLATES, program, use_of
 
 logger = logging.getLogger(__name__)
 
 TAGS = ("hf-distill", "knowledge-distillation", "distillation", "generated_from_trainer")
 _NOT_A_METRIC = ("loss", "divergence")
+_ENTRIES = Path(__file__).with_name("papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
+BIBTEX: dict[str, str] = {re.findall(r"@\w+{(.+),", entry)[0]: entry for entry in _ENTRIES}
+"""The entries of `papers.bib` by citation key. The `paper` of a class or a divergence is such a key."""
 TEMPLATES.filters["md"] = sections.escape
 
 
@@ -119,7 +121,7 @@ def render_card(facts: CardData) -> str:
 
 def _papers(facts: CardData) -> list[str]:
     """Return the papers of the methods that the run used."""
-    papers: list[str | None] = [DISTILLATION] if facts.teachers else []
+    papers: list[str | None] = ["hinton2015distilling"] if facts.teachers else []
     if facts.teachers and facts.divergence in PROPERTIES:
         papers.append(PROPERTIES[facts.divergence].paper)
     papers += [teacher.paper for teacher in facts.teachers]

@@ -12,13 +12,12 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto as auto
 
 from hf_distill.errors import SettingError, did_you_mean
-from hf_distill.tasks.base import OWN_TASK, Task
+from hf_distill.tasks.base import OWN_TASK, Batch, Task
 from hf_distill.tasks.classification import Classification, MultipleChoice, TokenClassification
 from hf_distill.tasks.ctc import CTC
 from hf_distill.tasks.language import CausalLM, MaskedLM, Seq2Seq
 from hf_distill.tasks.regression import Embedding, Regression
 from hf_distill.tasks.span import Span
-from hf_distill.tasks.unknown import UnknownTask
 
 _CLASSES = (
     *(Classification, Regression, MultipleChoice, TokenClassification, Span),
@@ -129,6 +128,26 @@ def _inferred(kind: str, model: nn.Module | None) -> Task:
     task = TASKS[kind].from_model(unwrapped(model))
     task.inferred = True
     return task
+
+
+class UnknownTask(Task):
+    """The task for classes outside transformers' tables, for trainings with alpha=0 in which nothing is compared.
+
+    It has no rows and counts no labels, so it cannot be used to count or compare.
+    """
+
+    kind = "unknown"
+    matched_by = "width"
+    needs_same_inputs = False
+    label_names = ()
+    is_known = False
+
+    def has_labels(self, batch: Batch) -> bool:
+        """Return False, since the columns of the labels and their number are unknown."""
+        return False
+
+    def require_labels(self, columns: Batch) -> None:
+        """Do nothing, since the model may need no labels."""
 
 
 def task_or_unknown(model: nn.Module) -> Task:

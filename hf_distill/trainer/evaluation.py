@@ -394,6 +394,18 @@ def check_evaluated(trainer: DistillationMixin, inputs: Batch, *, compares: bool
         trainer.distiller.check_padding([inputs], trainer.distiller.teacher, trainer.accelerator)
 
 
+def warn_of_infinite_loss(trainer: DistillationMixin, inputs: Batch) -> None:
+    """Warn once, in any process, if the labels of a batch make its loss infinite."""
+    batch = trainer.distiller.with_task_labels(inputs)
+    fault = trainer.distiller.task.label_fault(batch) if trainer.distiller.finds_labels(batch) else None
+    if fault is not None and "infinite loss" not in trainer._warnings_given:
+        trainer._warnings_given |= {"infinite loss"}
+        logger.warning(
+            f"In a batch of the evaluation {fault}. Until then, Trainer leaves the batches of such examples out of "
+            "eval_loss (logging_nan_inf_filter), or reports an infinite one."
+        )
+
+
 @torch.no_grad()
 def compare_with_teacher(trainer: DistillationMixin, model: nn.Module, inputs: Keywords, found: Prediction) -> None:
     assert trainer._teacher_metrics is not None

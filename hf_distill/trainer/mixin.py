@@ -51,6 +51,7 @@ from hf_distill.trainer.evaluation import (
     compare_with_teacher,
     each_example_once,
     teacher_evaluated,
+    warn_of_infinite_loss,
 )
 from hf_distill.trainer.head_loss import (
     carries_gradient,
@@ -543,21 +544,11 @@ class DistillationMixin(_Trainer):
         if compares:
             compare_with_teacher(self, model, inputs, found)
         if found[0] is not None:
-            self._warn_of_infinite_loss(inputs)
+            warn_of_infinite_loss(self, inputs)
         self._evaluated_outputs = None
         if each_once is not None and found[0] is not None:
             each_once.loss_is_next()
         return found
-
-    def _warn_of_infinite_loss(self, inputs: Batch) -> None:
-        batch = self.distiller.with_task_labels(inputs)
-        fault = self.distiller.task.label_fault(batch) if self.distiller.finds_labels(batch) else None
-        if fault is not None and "infinite loss" not in self._warnings_given:
-            self._warnings_given |= {"infinite loss"}
-            logger.warning(
-                f"In a batch of the evaluation {fault}. Until then, Trainer leaves the batches of such examples out of "
-                "eval_loss (logging_nan_inf_filter), or reports an infinite one."
-            )
 
     def evaluation_loop(
         self,

@@ -10,8 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_distill.hub import card as card_module
-from hf_distill.hub.card import render_card, write_card
-from hf_distill.hub.papers import BIBTEX
+from hf_distill.hub.card import BIBTEX, render_card, write_card
 from hf_distill.hub.usage import POOLED
 from hf_distill.objectives import HiddenMatch
 from hf_distill.tasks import Embedding

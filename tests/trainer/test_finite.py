@@ -80,7 +80,7 @@ def test_evaluation_names_labels_that_need_more_frames(tmp_path, caplog, alpha: 
         tmp_path, head.make(), head.make(seed=1), train_dataset=data, eval_dataset=data, data_collator=head.collate,
         alpha=alpha, per_device_eval_batch_size=2, logging_nan_inf_filter=filtered,
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING, "hf_distill.trainer.mixin"):
+    with caplog.at_level(logging.WARNING, "hf_distill.trainer.evaluation"):
         assert math.isinf(trainer.evaluate()["eval_loss"]) is not filtered
         trainer.evaluate()
     (record,) = caplog.records

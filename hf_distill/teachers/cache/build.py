@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.utils.data import DataLoader
 
 from hf_distill._compat import processes
@@ -18,7 +19,6 @@ from hf_distill.errors import DataError, SettingError, TeacherError
 from hf_distill.tasks import Task
 from hf_distill.teachers import fingerprints, shards
 from hf_distill.teachers.cache import files, keys, measure
-from hf_distill.teachers.cache.card import card_of
 from hf_distill.teachers.cache.files import POSITIONS
 from hf_distill.teachers.cache.hidden import describe_activations, encode_activation, stored_activations
 from hf_distill.teachers.cache.source import (
@@ -31,11 +31,14 @@ from hf_distill.teachers.cache.source import (
 )
 from hf_distill.teachers.cache.stores import Dense, NoPredictions, Store, TopK, TopKFromServer, store_from
 from hf_distill.teachers.model import tokenizer_in
-from hf_distill.teachers.passes import Advance, ShardedPass, free_bytes
+from hf_distill.teachers.passes import Advance, ShardedPass, free_bytes, readable_bytes
 from hf_distill.teachers.shards import Json
 
 logger = logging.getLogger(__name__)
 
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, autoescape=False
+)
 _UNITS = {"example": "examples", "input": "tokens", "decoder": "tokens", "frames": "frames"}
 _LARGE_HEAD = 4096  # with more columns not all are kept by default
 
@@ -280,7 +283,12 @@ class CachePass(ShardedPass):
         }
         names = [receipt["file"] for receipt in receipts]
         shards.write_dataset_files(self.folder, names, fingerprint=content[:16])
-        shards.write_text(self.folder / shards.CARD, card_of(manifest))
+        card = _TEMPLATES.get_template("card.md.jinja").render(
+            manifest,
+            kept=stored_activations(manifest["activations"]),
+            size=readable_bytes(sum(shard["bytes"] for shard in manifest["shards"])),
+        )
+        shards.write_text(self.folder / shards.CARD, f"{card}\n")
         return manifest
 
     def _write_index(self, receipts: list[dict[str, Any]]) -> np.ndarray:
