@@ -38,7 +38,7 @@ from hf_distill.schedules import PROGRESS, Schedule
 from hf_distill.signals import Needs, Outputs, Signals
 from hf_distill.tasks import Batch, Embedding, Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, first_tensor, own_copies, reading_outputs_of
-from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.tasks.infer import config_of, forward_names, unwrapped
 from hf_distill.teachers import ModelTeacher, Teacher, TeacherSetup, as_teacher
 from hf_distill.vocabulary import HeadAlignment
 
@@ -384,7 +384,7 @@ class Distiller(_ChecksKeywords):
     def _write_config(self, batch: Batch) -> None:
         """Write the task's settings into the student's config once, when training begins, to be saved with it."""
         self._wrote_config = True
-        config = getattr(self._student, "config", None)
+        config = config_of(self._student)
         if config is None:
             return
         before = _task_settings(config)

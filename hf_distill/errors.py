@@ -18,7 +18,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class HfDistillError(ValueError):
@@ -87,6 +87,28 @@ def check_choice(setting: str, value: object, allowed: Iterable[str], also: Mapp
     if value not in (names := list(allowed)):
         hint = did_you_mean(value, names, also)
         raise SettingError(f"{setting}={value!r}: allowed are {', '.join(names)}.{hint}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a whole number or a float; True and False are not."""
+    return is_whole(value) or isinstance(value, float)
+
+
+def check_whole_number(setting: str, value: object, *, least: int = 1) -> None:
+    """Raise SettingError unless a setting is a whole number of at least `least`."""
+    if not is_whole(value) or value < least:
+        raise SettingError(f"{setting}={value!r}: must be a whole number of at least {least}.")
+
+
+def check_below_one(setting: str, value: object) -> None:
+    """Raise SettingError unless a setting is a number in [0, 1)."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise SettingError(f"{setting}={value!r}: must lie in [0, 1).")
 
 
 def check_keywords(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, did_you_mean, is_number, is_whole
 
 
 class Link(NamedTuple):
@@ -49,7 +49,7 @@ class LayerMap:
             student, teacher, weight = Link(*link)
             student = _resolved("student", student, self.student_layers)
             teacher = _resolved("teacher", teacher, self.teacher_layers)
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            if not is_number(weight) or not 0 < weight < math.inf:
                 raise SettingError(f"LayerMap: link {student}←{teacher} has weight {weight!r}. Give a number above 0.")
             if (student, teacher) in links:
                 raise SettingError(f"LayerMap: student layer {student} is linked to teacher layer {teacher} twice.")
@@ -107,7 +107,7 @@ class LayerMap:
         _check_sizes("skip", student_layers, teacher_layers)
         largest = teacher_layers // student_layers
         every = largest if every is None else every
-        if not _is_index(every) or not 1 <= every <= largest:
+        if not is_whole(every) or not 1 <= every <= largest:
             sizes = f"{student_layers} student layers and {teacher_layers} teacher layers"
             raise SettingError(f"LayerMap.skip: every={every!r}. {sizes} allow whole numbers from 1 to {largest}.")
         return cls.of([(i + 1) * every - 1 for i in range(student_layers)], teacher_layers)
@@ -212,12 +212,8 @@ def _teacher(link: Link) -> str:
     return str(link.teacher) if link.weight == 1 else f"{link.teacher} (×{link.weight:g})"
 
 
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_count(name: str, count: int) -> None:
-    if not _is_index(count) or count < 1:
+    if not is_whole(count) or count < 1:
         raise SettingError(f"{name}={count!r}: give a whole number of layers, at least 1.")
 
 
@@ -233,7 +229,7 @@ def _check_sizes(constructor: str, student_layers: int, teacher_layers: int) -> 
 
 def _resolved(whose: str, layer: int, count: int) -> int:
     """Return a layer's index from the front; raise SettingError if there is no such layer."""
-    if not _is_index(layer):
+    if not is_whole(layer):
         raise SettingError(f"{whose} layer {layer!r}: give a whole number.")
     if not -count <= layer < count:
         allowed = f"0 to {count - 1}, or -{count} to -1 counted from the end"

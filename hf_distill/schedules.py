@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, TypeAlias
 
 from hf_distill._types import OneOf
-from hf_distill.errors import SettingError, did_you_mean
+from hf_distill.errors import SettingError, did_you_mean, is_number
 
 Schedule = Callable[[float], float]
 
@@ -61,8 +61,7 @@ def make_schedule(knob: str, kind: str, start: float, end: float | None) -> Sche
         hint = did_you_mean(kind, SCHEDULES, _ALSO_CALLED)
         raise SettingError(f"{knob}_schedule={kind!r}: no such schedule. Allowed: {', '.join(SCHEDULES)}.{hint}")
     for name, value in ((knob, start), (f"{knob}_end", end)):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number and (name == knob or value is not None):
+        if not is_number(value) and (name == knob or value is not None):
             raise SettingError(f"{name}={value!r}: must be a number.")
     if kind == "constant" and end not in (None, start):
         raise SettingError(
@@ -85,7 +84,7 @@ def checked_schedule(knob: str, value: float | Schedule) -> Schedule:
     """
     if callable(value):
         schedule = value
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif is_number(value):
         schedule = constant(float(value))
     else:
         raise SettingError(f"{knob}={value!r}: must be a number, or a function of progress 0 → 1.")

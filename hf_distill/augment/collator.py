@@ -18,7 +18,7 @@ from hf_distill.augment.augmentation import (
     name_of,
     seeded,
 )
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, check_whole_number
 from hf_distill.tasks.base import TEACHER_PREFIX
 
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -157,8 +157,7 @@ class AugmentingCollator:
     def _check_views(self) -> None:
         if self.views is None:
             return
-        if isinstance(self.views, bool) or not isinstance(self.views, int) or self.views < 1:
-            raise SettingError(f"views={self.views!r}: must be a whole number of at least 1, or None.")
+        check_whole_number("views", self.views)
         of_batches = [name_of(each) for each in self.augmentations if each.acts_on == "batch"]
         if of_batches:
             raise SettingError(

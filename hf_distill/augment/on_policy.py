@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_distill._types import Batch, ProcessingClass
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, is_number
 from hf_distill.models.generation import (
     drawn_from,
     end_tokens,
@@ -145,7 +145,7 @@ class OnPolicy:
         self.seed = seed
         self._excluded_ids: list[int] = []
         for share in map(self.student_share, PROGRESS):
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            if not is_number(share) or not 0 <= share <= 1:
                 raise SettingError(f"OnPolicy: student_share={share!r}. It is a share of the batches, in [0, 1].")
 
     def bind(

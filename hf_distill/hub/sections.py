@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from hf_distill.errors import is_number, is_whole
 from hf_distill.functional import PROPERTIES
 from hf_distill.hub.facts import CardData, EvaluationFacts, ModelFacts, ScheduleFacts
 from hf_distill.hub.usage import COUNTS_LABELS, POOLED
@@ -41,9 +42,9 @@ def number(value: object) -> str:
     >>> number(12345), number(0.91314), number(5e-5), number(2.0)
     ('12,345', '0.9131', '5e-05', '2')
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return escape(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
+    if is_whole(value) or (value.is_integer() and abs(value) >= 1000):
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
 

@@ -31,7 +31,7 @@ from hf_distill.models.stacks import (
     shares_layers,
 )
 from hf_distill.signals import EMBEDDINGS, HIDDEN, LAST_HIDDEN, Side
-from hf_distill.tasks.infer import main_input_of, unwrapped
+from hf_distill.tasks.infer import config_of, main_input_of, unwrapped
 
 _IMAGE, _SOUND = "pixel_values", "input_values"
 _EXAMPLES, _DEFAULT_SIZE, _SAMPLES = 2, 224, 16_000
@@ -96,11 +96,6 @@ def as_positions(x: Tensor, features: Features | None, config: PreTrainedConfig 
             "(student_stack=, teacher_stack=)."
         )
     return x.movedim(features.axis, -1).flatten(1, -2)
-
-
-def config_of(model: nn.Module) -> PreTrainedConfig | None:
-    """Return a model's config; None for a module without one."""
-    return getattr(model, "config", None)
 
 
 def text_config(config: PreTrainedConfig | None) -> PreTrainedConfig | None:

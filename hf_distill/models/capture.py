@@ -21,7 +21,6 @@ from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.blocks import (
     Blocks,
     as_positions,
-    config_of,
     find_blocks,
     last_hidden_in,
     numbers_in,
@@ -30,6 +29,7 @@ from hf_distill.models.blocks import (
     text_config,
 )
 from hf_distill.signals import ATTENTION, EMBEDDINGS, HIDDEN, LAST_HIDDEN, RELATED, ActivationKey, Side
+from hf_distill.tasks.infer import config_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from hf_distill._types import Batch, Keywords
 from hf_distill.ddp import several_processes
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, is_number, is_whole
 from hf_distill.tasks.base import IGNORED
 from hf_distill.tasks.infer import forward_names, unwrapped
 
@@ -345,14 +345,14 @@ def _problem(model: PreTrainedModel, merged: Keywords, others: Keywords, samplin
     """
     inner: PreTrainedModel = unwrapped(model)
     new, temperature = merged["max_new_tokens"], merged["temperature"] if merged["do_sample"] else sampling_temperature
-    if not _is_count(new) or not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+    if not is_whole(new) or new < 1 or not is_number(temperature) or not 0 < temperature < float("inf"):
         return (
             f"max_new_tokens={new} (1 or more), sampling_temperature={temperature} (above 0; for the likeliest tokens "
             "do_sample=False)."
         )
     count, beams = (1 if merged.get(name) is None else merged[name] for name in ("num_return_sequences", "num_beams"))
     for name, value in (("num_return_sequences", count), ("num_beams", beams)):
-        if not _is_count(value):
+        if not is_whole(value) or value < 1:
             return f"{name}={value!r}: a whole number, at least 1."
     windowed = window_of(model) is not None  # Whisper's beams return only the best text
     if count > (1 if windowed else beams) and not merged["do_sample"]:
@@ -397,10 +397,6 @@ def _whisper_problem(model: PreTrainedModel, merged: Keywords, others: Keywords)
                 f"no token for it. Leave {setting} out."
             )
     return None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def end_tokens(settings: GenerationConfig) -> set[int]:

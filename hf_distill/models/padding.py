@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from hf_distill.models.generation import evaluating
 from hf_distill.tasks import Batch
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.tasks.infer import config_of, forward_names, unwrapped
 
 logger = logging.getLogger(__name__)
 _FINDS_LAST_TOKEN = re.compile(r"input_ids\s*!=\s*self\.config\S*\.pad_token_id")
@@ -166,7 +166,7 @@ def finds_last_token(model: Any) -> bool:
 
 def _takes_last_position(model: Any) -> bool:
     """Return whether a head may take the last position of a batch for the last token of each text, as XLNet's does."""
-    return getattr(getattr(model, "config", None), "summary_type", None) == "last"
+    return getattr(config_of(model), "summary_type", None) == "last"
 
 
 def _padded_with(batches: Sequence[Batch], expected: int) -> int | None:

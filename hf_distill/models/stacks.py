@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import SettingError, TeacherError, is_whole
 
 # Usual names of the number of layers in configs. For a stack that the user names, every integer is tried.
 DEPTH_NAMES = (
@@ -54,7 +54,7 @@ def _integer_settings(config: PreTrainedConfig, parents: tuple[str, ...] = ()) -
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             yield from _integer_settings(value, (*parents, name))
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 0 and not name.startswith("_"):
+        elif is_whole(value) and value > 0 and not name.startswith("_"):
             yield DepthSetting(parents, name)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_distill.errors import DataError, SettingError, check_choice
+from hf_distill.errors import DataError, SettingError, check_choice, is_number, is_whole
 from hf_distill.functional import forward_kl
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.models.positions import PositionRule, check_positions
@@ -88,10 +88,10 @@ class ExitMatch(Objective):
         name: str = "exits",
         student_stack: str | None = None,
     ) -> None:
-        if not layers or not all(type(one) is int for one in layers):
+        if not layers or not all(map(is_whole, layers)):
             raise SettingError(f"ExitMatch: layers={layers!r}: give a list of blocks by number, such as [2, 5].")
         check_choice("ExitMatch: pooling", pooling, POOLING, POOLING_ALIASES)
-        if isinstance(feature_weight, bool) or not 0 <= feature_weight < float("inf"):
+        if not is_number(feature_weight) or not 0 <= feature_weight < float("inf"):
             raise SettingError(f"ExitMatch: feature_weight={feature_weight!r}: must be at least 0 and finite.")
         self.exits, self.pooling, self.name = tuple(layers), pooling, name
         self.alpha = checked_schedule("alpha", alpha)(0.0)

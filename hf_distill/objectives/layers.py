@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.errors import DataError, SettingError, TeacherError
+from hf_distill.errors import DataError, SettingError, TeacherError, is_number
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.layer_map import LayerMap, Link, MapName, resolved_map
 from hf_distill.models.blocks import Blocks
@@ -167,7 +167,7 @@ def _check_whole_heads(objective: LayerObjective, student: Blocks, teacher: Bloc
 
 def checked_weight(what: str, weight: float | Schedule) -> Schedule:
     """Return a weight as a schedule; raise SettingError if it is below 0."""
-    if not callable(weight) and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
+    if not callable(weight) and not is_number(weight):
         raise SettingError(f"{what}: weight={weight!r}. Give a number of at least 0, or a function of progress 0 → 1.")
     schedule = weight if callable(weight) else constant(float(weight))
     for found in map(schedule, PROGRESS):

@@ -62,6 +62,11 @@ def unwrapped(model: nn.Module | None) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def config_of(model: nn.Module | None) -> PreTrainedConfig | None:
+    """Return the config of a model, plain, compiled or PEFT; None for a module without one."""
+    return getattr(unwrapped(model), "config", None)
+
+
 def forward_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the forward's arguments, from a base class if the model's own forward only passes them on.
 
@@ -94,7 +99,7 @@ def infer_kind(model: nn.Module | None) -> str:
     """
     model = unwrapped(model)
     for cls in type(model).__mro__:
-        kind = kind_of_class(cls.__name__, getattr(model, "config", None))
+        kind = kind_of_class(cls.__name__, config_of(model))
         if kind is not None:
             return kind
     raise SettingError(

@@ -17,7 +17,7 @@ from hf_distill.errors import SettingError
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.infer import config_of, unwrapped
 from hf_distill.vocabulary import HeadAlignment, LabelMatching
 
 if TYPE_CHECKING:
@@ -227,23 +227,6 @@ class Teacher(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
-
-
-def check_whole_number(name: str, value: object, *, least: int = 1) -> None:
-    """Raise SettingError unless a setting is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingError(f"{name}={value!r}: must be a whole number of at least {least}.")
-
-
-def check_below_one(name: str, value: object) -> None:
-    """Raise SettingError unless a setting is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise SettingError(f"{name}={value!r}: must lie in [0, 1).")
-
-
-def config_of(model: nn.Module) -> PreTrainedConfig | None:
-    """Return the config of a model, plain, compiled or PEFT; None for a module without a config."""
-    return getattr(unwrapped(model), "config", None)
 
 
 def text_config_of(model: nn.Module, *, decoder: bool = False) -> PreTrainedConfig | None:

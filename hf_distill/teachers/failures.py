@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 from hf_distill.errors import TeacherError
 from hf_distill.tasks import Batch
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import config_of, embedded_tokens, text_config_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import embedded_tokens, text_config_of
 
 # The errors that a forward may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError)

@@ -18,8 +18,8 @@ from hf_distill._types import Collator, ProcessingClass
 from hf_distill.errors import TeacherError
 from hf_distill.hub.facts import HIDDEN_PATH, looks_like_hub_id, without_paths
 from hf_distill.models.capture import start_token_of
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, config_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import Teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_in
 from hf_distill.teachers.shards import Json
 

@@ -21,10 +21,10 @@ from hf_distill.models.output_head import OutputHead
 from hf_distill.signals import DeferredLogits, Needs, Signals
 from hf_distill.tasks import TASKS, Batch, Task
 from hf_distill.tasks.base import MAIN_INPUTS, TEACHER_PREFIX, own_copies, reading_outputs_of
-from hf_distill.tasks.infer import forward_names, infer_kind, main_input_of, unwrapped
+from hf_distill.tasks.infer import config_of, forward_names, infer_kind, main_input_of, unwrapped
 from hf_distill.tasks.language import OwnDecoderInputs
 from hf_distill.teachers import failures
-from hf_distill.teachers.base import Teacher, TeacherSetup, config_of, embedded_tokens, output_head_of, text_config_of
+from hf_distill.teachers.base import Teacher, TeacherSetup, embedded_tokens, output_head_of, text_config_of
 from hf_distill.teachers.load import find_tokenizer
 from hf_distill.teachers.padding import OwnPadding
 from hf_distill.vocabulary import (

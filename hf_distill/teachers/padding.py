@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_distill._types import Keywords
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import config_of, embedded_tokens, text_config_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import embedded_tokens, text_config_of
 
 _MASK = "attention_mask"
 _NONE = -1  # a padding token that is no token: nothing is padded

@@ -17,8 +17,8 @@ from hf_distill.models.generation import evaluating
 from hf_distill.schedules import PROGRESS, Schedule, checked_schedule
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import StudentBatch, TeacherSetup, config_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import StudentBatch, TeacherSetup
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import LabelMatching
 

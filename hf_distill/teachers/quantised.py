@@ -22,8 +22,8 @@ from hf_distill.errors import SettingError, did_you_mean
 from hf_distill.functional import forward_kl
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import config_of, output_head_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import output_head_of
 from hf_distill.teachers.load import load_teacher
 from hf_distill.teachers.model import ModelTeacher
 from hf_distill.vocabulary import LabelMatching

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_distill._utils import random_state_kept
-from hf_distill.errors import SettingError, TeacherError
+from hf_distill.errors import SettingError, TeacherError, check_below_one, check_whole_number
 from hf_distill.models.capture import ActivationCapture
 from hf_distill.models.generation import evaluating
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.teachers.base import Teacher, TeacherSetup, check_below_one, check_whole_number, config_of
+from hf_distill.tasks.infer import config_of
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.model import ModelTeacher, Tokenizer
 
 

@@ -15,13 +15,13 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_distill.errors import DataError, SettingError, TeacherError, require
+from hf_distill.errors import DataError, SettingError, TeacherError, check_whole_number, require
 from hf_distill.functional.groups import fit_class_distribution
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals
 from hf_distill.tasks import Batch, Task
-from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, TeacherSetup, check_whole_number, config_of
+from hf_distill.tasks.infer import config_of, unwrapped
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.make import as_teacher
 from hf_distill.teachers.model import ModelTeacher, check_same_head
 from hf_distill.vocabulary import HeadAlignment, has_default_names, label_ids

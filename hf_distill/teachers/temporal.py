@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, check_below_one
 from hf_distill.functional.rows import in_full_precision
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.base import batch_size, first_tensor
 from hf_distill.tasks.infer import forward_names, main_input_of
-from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup, check_below_one
+from hf_distill.teachers.base import StudentBatch, Teacher, TeacherSetup
 from hf_distill.teachers.cache.keys import content_keys, key_columns
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill._types import Keywords
 from hf_distill.blend import SETTING_ALIASES
-from hf_distill.errors import SettingError, check_keywords, did_you_mean
+from hf_distill.errors import SettingError, check_keywords, did_you_mean, is_whole
 from hf_distill.functional.properties import DivergenceName
 from hf_distill.objectives import LogitsMatch
 from hf_distill.objectives.logits import divergence_name
@@ -127,7 +127,7 @@ class DistillationSettings:
         super().__post_init__()  # type: ignore[misc]  # TrainingArguments', next in the order of bases
         for name in _NUMBERS:  # a hyperparameter search casts its choice to the type of the old value
             value = getattr(self, name)
-            if isinstance(value, int) and not isinstance(value, bool):
+            if is_whole(value):
                 setattr(self, name, float(value))
         if isinstance(self.divergence_kwargs, str):
             raise SettingError(

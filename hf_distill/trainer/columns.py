@@ -21,7 +21,7 @@ from hf_distill.data.labels import LabelReader
 from hf_distill.errors import DataError, HfDistillError
 from hf_distill.tasks import Task
 from hf_distill.tasks.base import TEACHER_PREFIX
-from hf_distill.tasks.infer import forward_names, unwrapped
+from hf_distill.tasks.infer import config_of, forward_names, unwrapped
 from hf_distill.teachers.base import RAW_INPUTS
 from hf_distill.trainer.arguments import setting
 from hf_distill.trainer.collators import ANSWER_MASKS, AnswerMaskCollator, WrappingCollator
@@ -173,7 +173,7 @@ def check_datasets(
         drops = args is None or args.remove_unused_columns
         check_processed(data, model, whose=whose, collator=collator, drops_columns=drops)
         if whose == TRAINED_ON and collator is None and _needs_label_column(trainer, data, model, args):
-            config = getattr(unwrapped(model), "config", None)
+            config = config_of(model)
             require_label_column(data, trainer.distiller.task, config, whose=whose)
         if reads_labels(trainer):
             reader = _reader_of(trainer, data, model, args, whose, collator)
@@ -214,7 +214,7 @@ def _reader_of(
     task, trains = trainer.distiller.task, whose == TRAINED_ON
     reader = LabelReader(
         task,
-        getattr(unwrapped(model), "config", None),
+        config_of(model),
         data,
         whose=whose,
         aliases=trainer.distiller.label_aliases,

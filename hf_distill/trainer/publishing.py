@@ -32,7 +32,7 @@ from hf_distill.hub.facts import (
     training_facts,
 )
 from hf_distill.schedules import Schedule
-from hf_distill.tasks.infer import unwrapped
+from hf_distill.tasks.infer import config_of, unwrapped
 from hf_distill.teachers import Ensemble, ModelTeacher
 from hf_distill.teachers.quantised import QuantisedTeacher
 from hf_distill.trainer.arguments import setting
@@ -149,7 +149,7 @@ def _card_data(
     datasets: tuple[str, ...],
 ) -> CardData:
     student = trainer.accelerator.unwrap_model(trainer.model)
-    origin = getattr(getattr(unwrapped(student), "config", None), "_name_or_path", None)
+    origin = getattr(config_of(student), "_name_or_path", None)
     match, task = trainer.distiller.logits_match, trainer.distiller.task
     divergence = match.name_for(task)
     _, properties = match.divergence_for(task)
@@ -245,7 +245,7 @@ def teacher_facts(trainer: DistillationMixin) -> tuple[ModelFacts, ...]:
             continue
         assert isinstance(member, ModelTeacher)
         model = trainer.accelerator.unwrap_model(member.model)
-        origin = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+        origin = getattr(config_of(model), "_name_or_path", None)
         if isinstance(member, QuantisedTeacher):  # the parameters of packed weights cannot be counted
             hub_id = origin if looks_like_hub_id(origin) else None
             found.append(ModelFacts(hub_id=hub_id, class_name=type(unwrapped(model)).__name__))

@@ -24,7 +24,7 @@ from hf_distill.models.positions import PositionRule
 from hf_distill.signals import ActivationKey, Needs, SparseRows
 from hf_distill.tasks import Task, make_task
 from hf_distill.tasks.base import TEACHER_PREFIX, batch_size
-from hf_distill.tasks.infer import forward_names, main_input_of, unwrapped
+from hf_distill.tasks.infer import config_of, forward_names, main_input_of, unwrapped
 from hf_distill.tasks.language import decoder_inputs, decoder_rule
 from hf_distill.teachers import fingerprints
 from hf_distill.teachers.base import Teacher, TeacherSetup
@@ -182,7 +182,7 @@ def make_ready(
         model = _as_model_teacher(teacher, setup, dtype)
         learner = student if student is not None else model.model
         made = make_task(learner, setup.task)
-        made.learn_from(getattr(model.model, "config", None))
+        made.learn_from(config_of(model.model))
         model.prepare_inputs(learner, made, tokenizer=model.tokenizer or tokenizer_in(setup.processing_class))
         return model, made, learner, None
     name = type(teacher).__name__
@@ -319,7 +319,7 @@ class Source:
         needed = self.teacher.reads_labels or self.task.has_decoder
         self._labels = LabelReader(
             self.task,
-            getattr(self.student, "config", None),
+            config_of(self.student),
             dataset,
             whose="the dataset",
             needed=needed,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from hf_distill._compat import processes
 from hf_distill._types import Data, Keywords, ProcessingClass
-from hf_distill.errors import DataError, SettingError
+from hf_distill.errors import DataError, SettingError, check_whole_number
 from hf_distill.models.generation import (
     drawn_from,
     end_tokens,
@@ -29,7 +29,6 @@ from hf_distill.models.generation import (
     try_settings,
 )
 from hf_distill.teachers import fingerprints, shards
-from hf_distill.teachers.base import check_whole_number
 from hf_distill.teachers.completions.prompts import DEFAULT, Prompt, Prompts
 from hf_distill.teachers.load import find_tokenizer, load_teacher
 from hf_distill.teachers.model import ModelTeacher, tokenizer_of

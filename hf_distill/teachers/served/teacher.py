@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_distill._types import ProcessingClass
-from hf_distill.errors import DataError, SettingError, TeacherError, did_you_mean
+from hf_distill.errors import DataError, SettingError, TeacherError, check_whole_number, did_you_mean
 from hf_distill.signals import Needs, Signals, SparseRows
 from hf_distill.tasks import Batch, Task
 from hf_distill.tasks.infer import unwrapped
-from hf_distill.teachers.base import Teacher, TeacherSetup, check_whole_number
+from hf_distill.teachers.base import Teacher, TeacherSetup
 from hf_distill.teachers.model import head_width, tokenizer_in, tokenizer_of
 from hf_distill.teachers.served.client import APIS, Endpoint, Row, Tokens, read
 from hf_distill.teachers.served.rows import TopRows, top_rows

@@ -104,7 +104,7 @@ def test_other_augmentations_raise(tmp_path: Path) -> None:
 def test_invalid_numbers_of_views_raise() -> None:
     after = Augmentation(lambda batch: batch, moves_positions=False, acts_on="batch")
     for views, augmentation, message in (
-        (0, CHANGES, "views=0: must be a whole number of at least 1, or None"),
+        (0, CHANGES, "views=0: must be a whole number of at least 1"),
         (2, after, r"views=2, and .* acts on collated batches, which differ in every epoch"),
     ):
         with pytest.raises(SettingError, match=message):
